@@ -1,0 +1,30 @@
+# make demo: from nothing to private synthetic digits and a report.  make test: from nothing to all tests.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test prove bench lint clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/fastloda demo --run runs/demo
+
+test: $(INSTALLED)
+	$(PYTHON) -m pytest tests -q
+
+# The slow full counts of the privacy tests; their figures go to docs/results/prove.json.
+prove: $(INSTALLED)
+	$(PYTHON) -m pytest tests -q --prove
+
+bench: $(INSTALLED)
+	$(PYTHON) -m pytest bench -q
+
+lint: $(INSTALLED)
+	$(PYTHON) -m pip install -q ruff && $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+
+$(INSTALLED): setup.py constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[test,bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

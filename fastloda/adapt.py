@@ -1,0 +1,209 @@
+"""Put adapters on a model, and save and load them alone."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastloda.files import write_atomically
+from fastloda.layers import LoDAConv2d, LoDALinear
+
+logger = logging.getLogger("fastloda")
+
+ADAPTED = (LoDAConv2d, LoDALinear)
+Targets = type | str | Iterable[str] | Callable[[str, nn.Module], bool]
+SETTINGS = ("rank", "activation", "negative_slope", "scale")
+
+
+class Adapted(list[str]):
+    """The names of the adapted layers; `skipped` maps the matching layers left as they were to the reason."""
+
+    def __init__(self, names: Iterable[str], skipped: dict[str, str]):
+        super().__init__(names)
+        self.skipped = skipped
+
+
+def attach_loda(
+    model: nn.Module,
+    *,
+    rank: int = 4,
+    targets: Targets | None = None,
+    activation: str = "leaky_relu",
+    negative_slope: float = 0.1,
+    scale: float = 1.0,
+) -> Adapted:
+    """Replace matching nn.Conv2d and nn.Linear layers in place by LoDA layers on the same weights; freeze all else.
+
+    The model's output is unchanged until the adapters train.
+
+    Args:
+        targets: a layer type (nn.Conv2d, nn.Linear or a tuple of both); a regular expression that must match the whole name;
+            a list of names, or of their endings after a dot; or a function (name, module) -> bool. Default: every Conv2d, or
+            every Linear in a model without any.
+        rank, activation, negative_slope, scale: see `LoDAConv2d`.
+
+    Returns:
+        The adapted names. `.skipped`, also logged, says which matching layers were left alone and why: rank > min(C_in, C_out),
+        so that an adapter would be larger than the layer, or a subclass or hooked layer that may compute something else.
+
+    Raises:
+        ValueError: nothing matches, the model already has adapters, or it is a single layer (use `from_conv`, `from_linear`).
+    """
+    settings = {"rank": rank, "activation": activation, "negative_slope": negative_slope, "scale": scale}
+    if adapted := [name for name, module in model.named_modules() if isinstance(module, ADAPTED)]:
+        raise ValueError(f"the model already has adapters ({adapted[0]!r} and {len(adapted) - 1} more): load or train those")
+    matching = _matching(model, targets)
+    if "" in matching:
+        raise ValueError(f"the model is a single {type(model).__name__}: use LoDAConv2d.from_conv or LoDALinear.from_linear")
+    skipped = {name: reason for name, layer in matching.items() if (reason := _reason_to_skip(layer, rank))}
+    chosen = {name: layer for name, layer in matching.items() if name not in skipped}
+    if not chosen:
+        raise ValueError(f"no layer to adapt for targets={targets!r}; skipped: {skipped or 'none'}")
+    model.requires_grad_(False)
+    _replace(model, {layer: _adapter(layer, settings) for layer in chosen.values()})
+    for name, reason in skipped.items():
+        logger.warning("not adapted: %s (%s)", name, reason)
+    return Adapted(chosen, skipped)
+
+
+def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    if targets is None:
+        convolutions = {name: m for name, m in layers.items() if isinstance(m, nn.Conv2d)}
+        return convolutions or layers
+    if isinstance(targets, (type, tuple)) and all(isinstance(t, type) for t in _as_tuple(targets)):
+        matches = lambda name, layer: isinstance(layer, targets)  # noqa: E731
+    elif callable(targets):
+        matches = targets
+    elif isinstance(targets, str):
+        matches = lambda name, layer: re.fullmatch(targets, name)  # noqa: E731
+    else:
+        endings = tuple(targets)
+        unknown = [e for e in endings if not any(name == e or name.endswith("." + e) for name in layers)]
+        if unknown:
+            raise ValueError(f"targets {unknown} match no Conv2d or Linear; the model has {list(layers)[:8]}...")
+        matches = lambda name, layer: any(name == e or name.endswith("." + e) for e in endings)  # noqa: E731
+    return {name: layer for name, layer in layers.items() if matches(name, layer)}
+
+
+def _as_tuple(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _reason_to_skip(layer: nn.Module, rank: int) -> str | None:
+    if type(layer) not in (nn.Conv2d, nn.Linear):
+        return f"{type(layer).__name__} is a subclass that may compute something else"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks, which the replacement would lose"
+    narrowest = min(layer.weight.shape[0], getattr(layer, "in_channels", layer.weight.shape[1]))
+    return f"rank {rank} > min(C_in, C_out) = {narrowest}" if rank > narrowest else None
+
+
+def _adapter(layer: nn.Module, settings: dict) -> nn.Module:
+    make = LoDAConv2d.from_conv if isinstance(layer, nn.Conv2d) else LoDALinear.from_linear
+    return make(layer, **settings)
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """At every place where a layer stands: a module may be registered under several names."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+def loda_layers(model: nn.Module) -> Iterator[tuple[str, LoDAConv2d | LoDALinear]]:
+    """(name, layer) of each adapted layer."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ADAPTED))
+
+
+def loda_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters, A and B of each layer."""
+    return [parameter for _, layer in loda_layers(model) for parameter in (layer.loda_A, layer.loda_B)]
+
+
+def loda_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor, of the adapters alone."""
+    layers = loda_layers(model)
+    return {f"{name}.{key}": getattr(layer, key).detach() for name, layer in layers for key in ("loda_A", "loda_B")}
+
+
+def save_loda(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write the adapters as safetensors, their settings in the metadata; atomically.
+
+    Raises:
+        ValueError: the model has no adapters.
+        OSError: the file cannot be written.
+    """
+    settings = {name: {key: getattr(layer, key) for key in SETTINGS} for name, layer in loda_layers(model)}
+    if not settings:
+        raise ValueError("the model has no adapters to save: call attach_loda first")
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in loda_state_dict(model).items()}
+    metadata = {"format": "fastloda", "layers": json.dumps(settings)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_loda(model: nn.Module, path: str | os.PathLike) -> list[str]:
+    """Load adapters into a model, first attaching them as the file says if it has none. Returns the adapted names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no adapter file, or of another model or other settings; the model is as before.
+    """
+    settings, tensors = _read(Path(path))
+    layers = dict(loda_layers(model))
+    new = {} if layers else _new_adapters(model, settings, path)
+    named = layers or {name: new[model.get_submodule(name)] for name in settings}
+    _check_same(named, settings, tensors, path)
+    if new:
+        model.requires_grad_(False)
+        _replace(model, new)
+    with torch.no_grad():
+        for name, layer in named.items():
+            for key in ("loda_A", "loda_B"):
+                getattr(layer, key).copy_(tensors[f"{name}.{key}"])
+    return list(named)
+
+
+def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {}).get("layers", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    if not isinstance(settings, dict) or not all(set(s) == set(SETTINGS) for s in settings.values()):
+        raise ValueError(f"{path} holds no LoDA adapters (its metadata lacks their settings)")
+    if set(tensors) != {f"{name}.{key}" for name in settings for key in ("loda_A", "loda_B")}:
+        raise ValueError(f"{path} is damaged: its tensors are not those of the layers in its metadata")
+    return settings, tensors
+
+
+def _new_adapters(model: nn.Module, settings: dict[str, dict], path: Path) -> dict[nn.Module, nn.Module]:
+    modules = dict(model.named_modules())
+    strangers = [name for name in settings if not isinstance(modules.get(name), (nn.Conv2d, nn.Linear))]
+    if strangers:
+        raise ValueError(f"{path} adapts {strangers[:5]}, no Conv2d or Linear of this model: these are another model's adapters")
+    return {modules[name]: _adapter(modules[name], chosen) for name, chosen in settings.items()}
+
+
+def _check_same(layers: dict[str, nn.Module], settings: dict[str, dict], tensors: dict[str, Tensor], path: Path) -> None:
+    if strangers := sorted(layers.keys() ^ settings.keys()):
+        raise ValueError(f"{path} and the model adapt different layers: {strangers[:5]}")
+    for name, layer in layers.items():
+        if different := [key for key in SETTINGS if getattr(layer, key) != settings[name][key]]:
+            key = different[0]
+            raise ValueError(f"{path}: {name} has {key}={settings[name][key]!r}, the model has {getattr(layer, key)!r}")
+        for key in ("loda_A", "loda_B"):
+            ours, theirs = tuple(getattr(layer, key).shape), tuple(tensors[f"{name}.{key}"].shape)
+            if ours != theirs:
+                raise ValueError(f"{path}: {name}.{key} has shape {theirs}, the model has {ours}: another model's adapters")

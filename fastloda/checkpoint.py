@@ -1,0 +1,57 @@
+"""A training run in one file: written atomically, read without running anything in it, refused if of another run."""
+
+import hashlib
+import io
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastloda.files import write_atomically
+
+FORMAT = "fastloda-checkpoint-1"
+
+
+class CheckpointError(ValueError):
+    """The file is no checkpoint, is damaged, or belongs to another model or another run."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of everything frozen (values) and trainable (names and shapes): what a checkpoint must agree with."""
+    digest = hashlib.sha256()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if name not in trainable:
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: str | os.PathLike, state: dict, model_fingerprint: str) -> None:
+    """Write `state` (tensors and plain values). A kill at any moment leaves the old file or the new one."""
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, "model": model_fingerprint, "state": state}, content)
+    write_atomically(path, content.getvalue())
+
+
+def load_checkpoint(path: str | os.PathLike, model_fingerprint: str) -> dict:
+    """The saved state.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: see the class.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is no checkpoint, or is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of this version ({FORMAT})")
+    if document["model"] != model_fingerprint:
+        raise CheckpointError(f"{path} is a checkpoint of another model: its frozen weights or its adapters differ")
+    return document["state"]

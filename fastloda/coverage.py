@@ -1,0 +1,133 @@
+"""Refuse, by name and before anything changes, whatever would void the per-sample sensitivity bound.
+
+Three nets: the modules (layers known to mix samples), the graph (every use of every trainable parameter has a rule), and
+a probe (backward from half of the samples must leave the other half's gradients exactly zero). What they can't see is
+samples that mix through values without gradient, such as a batch mean under `detach()`.
+"""
+
+import random
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fastloda.errors import PrivacyError
+from fastloda.graph import LossGraph
+from fastloda.records import run_backward
+from fastloda.rules import RULES
+
+HIDING = "CheckpointFunctionBackward"  # reentrant checkpointing: a graph within a node, which can't be looked into
+COVERED_LAYERS = "LoDAConv2d, LoDALinear, Linear, Conv1d/2d/3d, Embedding, GroupNorm, LayerNorm"
+
+_probed: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+_choice = random.Random()  # its own, so that the user's seeds stay as they are
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter with requires_grad; tied parameters once, under their first name.
+
+    Raises:
+        PrivacyError: nothing trains, or a layer mixes samples.
+    """
+    check_layers(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise PrivacyError("the model has no parameter with requires_grad: attach adapters first (fastloda.attach_loda)")
+    return parameters
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse batch statistics: in the output (BatchNorm) or in a buffer (running statistics of InstanceNorm)."""
+    for name, module in model.named_modules():
+        batch_norm = isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats)
+        instance_norm = isinstance(module, _InstanceNorm) and module.training and module.track_running_stats
+        if batch_norm or instance_norm:
+            raise PrivacyError(
+                f"layer {name or '(the model)'!r} ({type(module).__name__}) takes statistics over the batch, so that one sample "
+                "changes the others' gradients; use GroupNorm, or .eval() with public running statistics"
+            )
+
+
+def check_graph(graph: LossGraph) -> None:
+    """Every use of a trainable parameter must have an exact rule."""
+    if HIDING in graph.operations:
+        raise PrivacyError("reentrant activation checkpointing hides its parameters: pass use_reentrant=False to checkpoint")
+    for node, uses in graph.uses.items():
+        rule = RULES.get(node.name())
+        for use in uses:
+            if rule is None or use.index not in rule.inputs:
+                raise PrivacyError(
+                    f"parameter {use.name!r} is used by {node.name()} (input {use.index}), which has no exact per-sample rule: "
+                    f"freeze it with requires_grad_(False), or use a covered layer ({COVERED_LAYERS})"
+                )
+
+
+def check_independence(
+    losses: Tensor, graph: LossGraph, model: nn.Module, parameters: Mapping[str, nn.Parameter], samples: int
+) -> None:
+    """Backward from a random half of the samples must leave every gradient of the other half exactly zero.
+
+    Done once for each kind of computation that the model does; costs one backward pass then. Any pair of samples that
+    mix is cut apart with probability 1/2, a batch-wide statistic always.
+    """
+    known = _probed.setdefault(model, set())
+    finite = losses.detach().view(samples, -1).isfinite().all(1)
+    candidates = finite.nonzero().flatten().tolist()
+    if graph.signature in known or len(candidates) < 2:
+        return
+    chosen = torch.zeros(samples, dtype=torch.bool, device=losses.device)
+    chosen[_choice.sample(candidates, len(candidates) // 2)] = True
+    weights = chosen.repeat_interleave(len(losses) // samples).to(losses.dtype)
+    others = finite & ~chosen
+
+    def on_record(node: Node, gy: Tensor, _) -> None:
+        names = ", ".join(repr(use.name) for use in graph.uses[node])
+        if gy.numel() % samples:
+            raise PrivacyError(f"{names}: gradient of shape {tuple(gy.shape)} for {samples} samples: the batch must come first")
+        foreign = gy.detach().reshape(samples, -1)[others]
+        if ((foreign != 0) & ~foreign.isnan()).any():
+            raise PrivacyError(
+                f"samples mix: the loss of some depends on the features of others at {names}. Every loss must depend on its own "
+                "sample only, and the batch must come first in every layer (batch_first=True)"
+            )
+
+    run_backward(losses, weights, graph, parameters, on_record, retain_graph=True)
+    known.add(graph.signature)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """What the optimizer moves must be exactly what the private gradient covers."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise PrivacyError("LBFGS evaluates the loss by itself, outside the private step: use a first-order optimizer")
+    listed = {}
+    for g, group in enumerate(optimizer.param_groups):
+        listed.update({id(p): (f"optimizer.param_groups[{g}]['params'][{i}]", p) for i, p in enumerate(group["params"])})
+    covered = {id(p) for p in parameters.values()}
+    for key, (place, parameter) in listed.items():
+        if parameter.requires_grad and key not in covered:
+            raise PrivacyError(f"{place} (shape {tuple(parameter.shape)}) trains but is no trainable parameter of the model")
+        if not parameter.requires_grad and parameter.grad is not None:
+            raise PrivacyError(f"{place} (shape {tuple(parameter.shape)}) is frozen but holds a non-private .grad: set it to None")
+    missing = [name for name, p in parameters.items() if id(p) not in listed]
+    if missing:
+        raise PrivacyError(f"the optimizer lacks trainable parameters {missing[:5]}: add them, or freeze them")
+
+
+class BufferWatch:
+    """Refuses buffers that a forward pass wrote to: they would hold statistics of private data without noise."""
+
+    def __init__(self, model: nn.Module):
+        self._model, self._seen = model, _versions(model)
+
+    def check(self) -> None:
+        for name, version in _versions(self._model).items():
+            if self._seen.get(name, version) != version:
+                raise PrivacyError(f"buffer {name!r} changed since the last step: it would release private statistics unnoised")
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}

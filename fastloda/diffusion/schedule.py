@@ -1,0 +1,90 @@
+"""The diffusion process: how an image turns to noise, and one loss per sample for predicting that noise."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Diffusion:
+    """T steps of a linear beta schedule: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020).
+
+    timesteps: T. beta_start, beta_end: in (0, 1), the variance added by the first and the last step.
+    time_distribution: [T] relative frequencies of the timesteps in training, uniform by default. Ranges of t
+        may be favoured (Ghalebikesabi et al. 2023); the loss is not reweighted.
+
+    `alphas_cumprod`, abar [T], is float64 on the CPU; it is cast where it is used.
+    """
+
+    def __init__(self, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *,
+                 time_distribution: Tensor | None = None):
+        if timesteps < 1:
+            raise ValueError(f"timesteps must be at least 1, got {timesteps}")
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+        self.timesteps = timesteps
+        betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self._time_cdf = self._cumulate([1.0] * timesteps if time_distribution is None else time_distribution)
+
+    def _cumulate(self, frequencies: Tensor | list[float]) -> Tensor:
+        p = torch.as_tensor(frequencies, dtype=torch.float64, device="cpu")
+        if p.shape != (self.timesteps,) or not p.isfinite().all() or p.min() < 0 or p.max() == 0:
+            raise ValueError(f"time_distribution must hold {self.timesteps} finite numbers, none negative, "
+                             f"not all 0, got {frequencies}")
+        cdf = p.cumsum(0)
+        return cdf / cdf[-1]
+
+    def draw_timesteps(self, n: int, *, views: int = 1, generator: torch.Generator | None = None,
+                       device: torch.device | str | None = None) -> Tensor:
+        """Timesteps [n * views] (int64), sample-major, view k from the k-th of `views` equally likely strata.
+
+        The mean over a sample's views estimates the mean over timesteps without bias, and with less variance
+        than independent draws would. Samples are independent of each other.
+        """
+        u = _draw(torch.rand, (n, views), generator, device)
+        u = (torch.arange(views, device=u.device) + u.double()) / views
+        return torch.searchsorted(self._time_cdf.to(u.device), u.flatten(), right=True)
+
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t for images x0 [n, ...], timesteps t [n] and standard normal noise of x0's shape."""
+        column = (-1, *[1] * (x0.dim() - 1))
+        signal, sigma = self.alphas_cumprod.sqrt().to(x0), (1 - self.alphas_cumprod).sqrt().to(x0)
+        return signal[t].view(column) * x0 + sigma[t].view(column) * noise
+
+    def losses(self, model: nn.Module, x0: Tensor, y: Tensor, *, views: int = 1, label_dropout: float = 0.1,
+               generator: torch.Generator | None = None, t: Tensor | None = None,
+               noise: Tensor | None = None) -> Tensor:
+        """Mean squared error of the predicted noise, one number per sample and view: [n * views].
+
+        Rows i * views .. (i + 1) * views - 1 belong to sample i, as `ghost_dp_step(..., views=views)` takes
+        them; each view has its own timestep, noise and label drop.
+
+        x0: [n, C, H, W] in [-1, 1]. y: [n] integer labels.
+        label_dropout: probability that a view's label becomes `model.null_class`, which teaches the model the
+            unconditional noise that guidance needs (Ho & Salimans 2022).
+        generator: the only source of randomness; PyTorch's global one if None.
+        t [n * views], noise [n * views, C, H, W]: given instead of drawn.
+        ValueError where shapes or ranges do not fit.
+        """
+        n = x0.shape[0]
+        if views < 1 or not 0 <= label_dropout <= 1:
+            raise ValueError(f"need views >= 1 and label_dropout in [0, 1], got {views} and {label_dropout}")
+        if y.shape != (n,):
+            raise ValueError(f"expected one label per image, got x0 {tuple(x0.shape)} and y {tuple(y.shape)}")
+        x0, y = x0.repeat_interleave(views, dim=0), y.repeat_interleave(views)
+        if t is None:
+            t = self.draw_timesteps(n, views=views, generator=generator, device=x0.device)
+        if noise is None:
+            noise = _draw(torch.randn, x0.shape, generator, x0.device).to(x0.dtype)
+        if t.shape != y.shape or noise.shape != x0.shape:
+            raise ValueError(f"expected t {tuple(y.shape)} and noise {tuple(x0.shape)}, "
+                             f"got {tuple(t.shape)} and {tuple(noise.shape)}")
+        if label_dropout > 0:
+            dropped = _draw(torch.rand, y.shape, generator, y.device) < label_dropout
+            y = torch.where(dropped, model.null_class, y)
+        predicted = model(self.add_noise(x0, t, noise), t, y)
+        return (predicted - noise).square().flatten(1).mean(1)
+
+
+def _draw(random, shape, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
+    """`torch.rand` or `torch.randn` on the generator's device, moved: a seed means the same on any device."""
+    return random(shape, generator=generator, device=generator.device if generator else device).to(device)

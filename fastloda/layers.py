@@ -1,0 +1,254 @@
+"""LoDA layers: a frozen convolution or linear map plus a trainable low-dimensional adapter.
+
+    z = A * x,   h = phi(z),   y = W * x + b + scale * B h        (LoDA: Liu et al. 2023; phi = identity is LoRA)
+
+Without a private step they are ordinary differentiable layers. For one, `records.py` puts a recorder on the autograd
+node, and the layer's only backward pass hands it what per-sample gradients are made of, instead of summing them.
+"""
+
+import math
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastloda.ops import ConvOp, LinearOp
+
+ACTIVATIONS = ("leaky_relu", "identity")
+
+
+class LoDAFunction(torch.autograd.Function):
+    """y = W * x + b + s B phi(A * x); saves x and z, and nothing of W's gradient. All arithmetic is in `ops.py`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, op, dtype):
+        ctx.op, ctx.dtype, ctx.recorder = op, dtype, None
+        inputs = (x, weight, bias, A, B)
+        with torch.autocast(x.device.type, enabled=False):
+            compute_x, *tensors = (None if t is None else t.to(dtype) for t in inputs)
+            y, z = op.forward(compute_x, *tensors)
+        ctx.x_dtype = x.dtype
+        ctx.save_for_backward(compute_x, z, weight, A, B)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        x, z, weight, A, B = ctx.saved_tensors
+        op, gx, gA, gB = ctx.op, None, None, None
+        with torch.autocast(gy.device.type, enabled=False):
+            gz = op.grad_z(gy, z, B.to(ctx.dtype))
+            if ctx.needs_input_grad[0]:
+                gx = op.grad_x(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype)).to(ctx.x_dtype)
+            if ctx.recorder is not None:
+                ctx.recorder(gy, op.pieces(x, gy, z, gz))
+            elif any(ctx.needs_input_grad[3:5]):
+                gA, gB = (g.to(p.dtype) for g, p in zip(op.weight_grads(x, gy, z, gz, A.to(ctx.dtype)), (A, B)))
+        return gx, None, None, gA, gB, None, None
+
+
+def apply_adapter(op: ConvOp | LinearOp, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    """The fused Function, or the plain definition where the Function's recorder could not be reached.
+
+    That is: under `torch.func` transforms and `torch.compile`, and where the base layer trains too (its own rule then
+    covers W). The definition's operations have rules of their own, so that a private step stays exact.
+    """
+    base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if base_trains or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return op.reference(x, weight, bias, A, B)
+    return LoDAFunction.apply(x, weight, bias, A, B, op, _compute_dtype(x))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What autocast would compute a convolution in."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+class _Adapted:
+    """What the two layers share: the adapter's parameters and settings, `from_base`, `merge`."""
+
+    def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device, dtype):
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        if not math.isfinite(scale) or not math.isfinite(negative_slope):
+            raise ValueError(f"scale and negative_slope must be finite, got {scale!r} and {negative_slope!r}")
+        self.rank, self.activation, self.negative_slope, self.scale = rank, activation, negative_slope, scale
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.loda_A = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
+        self.loda_B = nn.Parameter(torch.zeros(b_shape, device=device, dtype=dtype))
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """A as PyTorch starts a convolution, B = 0: the adapted model starts as the model it adapts."""
+        nn.init.kaiming_uniform_(self.loda_A, a=math.sqrt(5))
+        nn.init.zeros_(self.loda_B)
+
+    @property
+    def slope(self) -> float:
+        """phi's slope for z < 0; 1 is the identity."""
+        return 1.0 if self.activation == "identity" else self.negative_slope
+
+    def merge(self) -> nn.Module:
+        """The ordinary layer with weight W + scale B A, for the identity activation only.
+
+        Raises:
+            ValueError: the activation is nonlinear, so that no weight computes the adapted layer, or the base is grouped.
+        """
+        if self.slope != 1.0:
+            raise ValueError(
+                f"cannot merge: activation {self.activation!r} has slope {self.slope} for z < 0, so B phi(A x) is not linear "
+                "in x and no weight equals it; only activation='identity' (LoRA) merges"
+            )
+        if getattr(self, "groups", 1) != 1:
+            raise ValueError(f"cannot merge: the update B A is dense, but the base convolution has groups={self.groups}")
+        merged = self._plain()
+        update = self.loda_B.detach().flatten(1) @ self.loda_A.detach().flatten(1)
+        merged.weight = nn.Parameter(self.weight.detach() + self.scale * update.view_as(self.weight), requires_grad=False)
+        merged.bias = self.bias
+        return merged.train(self.training)
+
+    def _adopt(self, base: nn.Module) -> Self:
+        """Take over the base layer's own tensors and mode (nothing is copied), with a new adapter on its device."""
+        self.weight, self.bias = base.weight, base.bias
+        for parameter in base.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        for name in ("loda_A", "loda_B"):
+            empty = torch.empty_like(getattr(self, name), device=base.weight.device)
+            setattr(self, name, nn.Parameter(empty))
+        self.reset_adapter()
+        return self.train(base.training)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+        """A `state_dict` of the unadapted layer loads too: the adapter then keeps its values."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        adapter = {prefix + "loda_A", prefix + "loda_B"}
+        if prefix + "weight" in state_dict and adapter.isdisjoint(state_dict):
+            missing_keys[:] = [key for key in missing_keys if key not in adapter]
+
+    def extra_repr(self) -> str:
+        phi = "identity" if self.slope == 1.0 else f"leaky_relu({self.slope})"
+        return f"{super().extra_repr()}, rank={self.rank}, activation={phi}, scale={self.scale}"
+
+
+class LoDAConv2d(_Adapted, nn.Conv2d):
+    """A frozen `nn.Conv2d` with a trainable adapter: y = W * x + b + scale B phi(A * x).
+
+    Parameters: `weight`, `bias` as in nn.Conv2d, frozen; `loda_A` (rank, in_channels, kh, kw), with the convolution's stride,
+    padding and dilation; `loda_B` (out_channels, rank, 1, 1), zero at the start, so that the output starts unchanged.
+    The adapter is dense also where the frozen convolution is grouped.
+
+    Args:
+        in_channels, ..., dtype: as nn.Conv2d.
+        rank: r >= 1.
+        activation: "leaky_relu", or "identity" for LoRA.
+        negative_slope: phi's slope for z < 0.
+        scale: factor of the adapter's output.
+
+    Raises:
+        ValueError: rank < 1, an unknown activation, a non-finite slope or scale.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        rank: int = 4,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.1,
+        scale: float = 1.0,
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        shapes = (rank, in_channels, *self.kernel_size), (out_channels, rank, 1, 1)
+        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device, dtype)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **adapter) -> Self:
+        """The same layer with an adapter (`rank`, `activation`, `negative_slope`, `scale`); it shares conv's tensors."""
+        return cls(**_conv_arguments(conv), device="meta", **adapter)._adopt(conv)
+
+    def _plain(self) -> nn.Conv2d:
+        return nn.Conv2d(**_conv_arguments(self), device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] (or [C, H, W]) -> y [N, O, OH, OW]."""
+        if x.dim() == 3:
+            return self(x.unsqueeze(0)).squeeze(0)
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        padding = (top, left)
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, (left, right, top, bottom), mode=self.padding_mode), (0, 0)
+        elif (left, top) != (right, bottom):  # "same" with an even kernel
+            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        op = ConvOp(self.kernel_size, self.stride, padding, self.dilation, self.groups, self.slope, self.scale)
+        return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B)
+
+
+class LoDALinear(_Adapted, nn.Linear):
+    """A frozen `nn.Linear` with a trainable adapter, for any leading dimensions: y = W x + b + scale B phi(A x).
+
+    Parameters: `weight`, `bias` as in nn.Linear, frozen; `loda_A` (rank, in_features); `loda_B` (out_features, rank), zero at
+    the start. Arguments and errors as for `LoDAConv2d`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        rank: int = 4,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.1,
+        scale: float = 1.0,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        shapes = (rank, in_features), (out_features, rank)
+        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device, dtype)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **adapter) -> Self:
+        """The same layer with an adapter (`rank`, `activation`, `negative_slope`, `scale`); it shares linear's tensors."""
+        return cls(**_linear_arguments(linear), device="meta", **adapter)._adopt(linear)
+
+    def _plain(self) -> nn.Linear:
+        return nn.Linear(**_linear_arguments(self), device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, ..., C] (or [C]) -> y [N, ..., O]."""
+        if x.dim() == 1:
+            return self(x.unsqueeze(0)).squeeze(0)
+        op = LinearOp(self.slope, self.scale)
+        return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B)
+
+
+def _conv_arguments(conv: nn.Conv2d) -> dict:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None, "dtype": conv.weight.dtype}
+
+
+def _linear_arguments(linear: nn.Linear) -> dict:
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+    return sizes | {"bias": linear.bias is not None, "dtype": linear.weight.dtype}

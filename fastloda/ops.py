@@ -1,0 +1,185 @@
+"""The arithmetic of a LoDA layer and the one place that chooses its implementation.
+
+A LoDA layer computes  z = A * x,  y = W * x + b + s B phi(z).  Everything here is PyTorch; Triton kernels for CUDA
+tensors plug in at these functions and nowhere else.
+
+Two ideas keep the cost of privacy low:
+
+- *Shift gz, not x.*  The k^2 taps of A's gradient are read as one strided view of the small r-channel gradient gz
+  (`taps.py`); x is read in place by a plain matrix product, and never expanded (no im2col).
+- *In place.*  The adapter is added to the frozen layer's output and input gradient where they lie, which saves the
+  copies that autograd makes of both.
+
+Shapes: rows N (samples x views), positions T = H W, channels C in and O out, rank r.  A *sample* owns N / samples
+consecutive rows; its gradient is the sum over them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloda.pieces import Piece
+from fastloda.plan import split_rows
+from fastloda.taps import gather_taps
+
+A_INPUT, B_INPUT = 3, 4  # places of A and B in (x, W, b, A, B)
+
+
+def accumulable(t: Tensor) -> Tensor:
+    """t in the dtype that gradients are accumulated in: float64 stays, all else becomes float32."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def activation(z: Tensor, slope: float) -> Tensor:
+    """phi(z): LeakyReLU, the identity for slope 1."""
+    return z if slope == 1.0 else F.leaky_relu(z, slope)
+
+
+def activation_grad(grad: Tensor, z: Tensor, slope: float) -> Tensor:
+    """phi'(z) . grad."""
+    return grad if slope == 1.0 else torch.ops.aten.leaky_relu_backward(grad, z, slope, False)
+
+
+def positions(t: Tensor) -> Tensor:
+    """[N, C, *spatial] -> [N, C, T]: a view, column-major for channels_last memory, for any dense t."""
+    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
+        return t.permute(0, 2, 3, 1).flatten(1, 2).mT
+    return t.flatten(2)
+
+
+def add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """out [N, M, T] += scale * a [M, K] @ b [N, K, T], in the memory order of out."""
+    a = a.expand(out.shape[0], *a.shape)
+    if out.stride(1) == 1 and out.stride(2) != 1:  # channels_last: BLAS wants the row-major transpose
+        out.mT.baddbmm_(b.mT, a.mT, alpha=scale)
+    else:
+        out.baddbmm_(a, b, alpha=scale)
+
+
+@dataclass(frozen=True)
+class ConvOp:
+    """LoDA on a 2-d convolution: x [N, C, H, W], y [N, O, OH, OW], z [N, r, OH, OW]; A [r, C, kh, kw], B [O, r, 1, 1]."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    slope: float
+    scale: float
+
+    def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        """The definition, in ordinary differentiable operations."""
+        h = activation(F.conv2d(x, A, None, self.stride, self.padding, self.dilation), self.slope)
+        y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return y + self.scale * F.conv2d(h, B)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """-> y, z."""
+        y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        z = F.conv2d(x, A, None, self.stride, self.padding, self.dilation)
+        add_product_(positions(y), B.flatten(1), positions(activation(z, self.slope)), self.scale)
+        return y, z
+
+    def grad_z(self, gy: Tensor, z: Tensor, B: Tensor) -> Tensor:
+        """gz = phi'(z) . s B^T gy, [N, r, OH, OW]."""
+        gh = torch.matmul(B.flatten(1).t() * self.scale, positions(gy))
+        return activation_grad(gh.view(z.shape), z, self.slope)
+
+    def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
+        """dx = W^T * gy + A^T * gz, [N, C, H, W]."""
+        gx = self._convolution_backward(gy, x, weight, self.groups, (True, False, False))[0]
+        flat, A_taps = positions(gx), A.flip(2, 3).transpose(0, 1).flatten(1)  # [C, r k^2], taps as gather_taps has them
+        for rows in split_rows(len(x), self.taps_bytes(gz, x), x.device):
+            add_product_(flat[rows], A_taps, self._taps(gz[rows], x))
+        return gx
+
+    def weight_grads(self, x: Tensor, gy: Tensor, z: Tensor, gz: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """The ordinary gradients of A and B, summed over all rows."""
+        gA = self._convolution_backward(gz, x, A, 1, (False, True, False))[1]
+        return gA, self.grad_B(gy, z, 1)[0]
+
+    def pieces(self, x: Tensor, gy: Tensor, z: Tensor, gz: Tensor) -> dict[int, Piece]:
+        """The recipes of the per-sample gradients of A and B, by their places among the layer's inputs."""
+        return {A_INPUT: Piece(self.grad_A, (x, gz), self.taps_bytes(gz, x)), B_INPUT: Piece(self.grad_B, (gy, z))}
+
+    def grad_A(self, x: Tensor, gz: Tensor, samples: int) -> Tensor:
+        """Gradient of A for each sample: [samples, r, C, kh, kw]."""
+        grad = torch.bmm(accumulable(self._taps(gz, x)), accumulable(positions(x)).mT)
+        grad = grad.view(samples, -1, gz.shape[1], *self.kernel, x.shape[1]).sum(1)
+        return grad.flip(2, 3).permute(0, 1, 4, 2, 3)
+
+    def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
+        """Gradient of B for each sample: [samples, O, r, 1, 1]."""
+        h = accumulable(positions(activation(z, self.slope)))
+        grad = torch.bmm(h, accumulable(positions(gy)).mT).mul_(self.scale)  # B^T: row-major operands in both layouts
+        return grad.view(samples, -1, *grad.shape[1:]).sum(1).mT[..., None, None]
+
+    def _taps(self, gz: Tensor, x: Tensor) -> Tensor:
+        return gather_taps(gz, x.shape[2:], self.kernel, self.stride, self.padding, self.dilation)
+
+    def taps_bytes(self, gz: Tensor, x: Tensor) -> int:
+        """Size of the taps of gz for all rows: r k^2 / C of x."""
+        return gz.shape[:2].numel() * self.kernel[0] * self.kernel[1] * x[0, 0].numel() * x.element_size()
+
+    def _convolution_backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool, bool]):
+        return torch.ops.aten.convolution_backward(
+            g, x, weight, None, self.stride, self.padding, self.dilation, False, (0, 0), groups, wanted
+        )
+
+
+@dataclass(frozen=True)
+class LinearOp:
+    """LoDA on y = x W^T + b, any leading dimensions: x [N, ..., C], y [N, ..., O], z [N, ..., r]; A [r, C], B [O, r]."""
+
+    slope: float
+    scale: float
+
+    def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        """The definition, in ordinary differentiable operations."""
+        return F.linear(x, weight, bias) + self.scale * F.linear(activation(F.linear(x, A), self.slope), B)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """-> y, z."""
+        y, z = F.linear(x, weight, bias), F.linear(x, A)
+        y.view(-1, y.shape[-1]).addmm_(activation(z, self.slope).reshape(-1, z.shape[-1]), B.t(), alpha=self.scale)
+        return y, z
+
+    def grad_z(self, gy: Tensor, z: Tensor, B: Tensor) -> Tensor:
+        """gz = phi'(z) . s B^T gy, [N, ..., r]."""
+        return activation_grad(gy @ (B * self.scale), z, self.slope)
+
+    def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
+        """dx = W^T gy + A^T gz, [N, ..., C]."""
+        gx = gy @ weight
+        gx.view(-1, gx.shape[-1]).addmm_(gz.reshape(-1, gz.shape[-1]), A)
+        return gx
+
+    def weight_grads(self, x: Tensor, gy: Tensor, z: Tensor, gz: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """The ordinary gradients of A and B, summed over all rows."""
+        return self.grad_A(x, gz, 1)[0], self.grad_B(gy, z, 1)[0]
+
+    def pieces(self, x: Tensor, gy: Tensor, z: Tensor, gz: Tensor) -> dict[int, Piece]:
+        """The recipes of the per-sample gradients of A and B, by their places among the layer's inputs."""
+        return {A_INPUT: Piece(self.grad_A, (x, gz)), B_INPUT: Piece(self.grad_B, (gy, z))}
+
+    def grad_A(self, x: Tensor, gz: Tensor, samples: int) -> Tensor:
+        """Gradient of A for each sample: [samples, r, C]."""
+        return torch.bmm(sample_rows(gz, samples).mT, sample_rows(x, samples))
+
+    def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
+        """Gradient of B for each sample: [samples, O, r]."""
+        h = sample_rows(activation(z, self.slope), samples)
+        return torch.bmm(sample_rows(gy, samples).mT, h).mul_(self.scale)
+
+
+def sample_rows(t: Tensor, samples: int) -> Tensor:
+    """[N, ..., C] -> [samples, positions of one sample, C], in the dtype that gradients accumulate in."""
+    return accumulable(t.reshape(samples, -1, t.shape[-1]))
+
+
+def channel_sum(t: Tensor, samples: int) -> Tensor:
+    """[N, C, *size] -> [samples, C], in the dtype that gradients accumulate in."""
+    return accumulable(t).flatten(2).sum(2).view(samples, -1, t.shape[1]).sum(1)

@@ -1,0 +1,34 @@
+"""Random streams that a checkpoint can hold: torch's own, and generators that a run keeps to itself."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Generator, Tensor
+
+
+def make_generators(devices: Mapping[str, torch.device | str], seed: int | None) -> dict[str, Generator]:
+    """Name -> an independent generator on its device; seeded by the operating system if seed is None."""
+    if seed is None:
+        seeds = [int.from_bytes(os.urandom(8), "little") >> 1 for _ in devices]
+    else:
+        seeds = torch.randint(2**62, (len(devices),), generator=Generator().manual_seed(seed)).tolist()
+    return {name: Generator(device).manual_seed(s) for (name, device), s in zip(devices.items(), seeds)}
+
+
+def generator_states(generators: Mapping[str, Generator]) -> dict[str, Tensor]:
+    """The states of `generators`, and of torch's global ones, which dropout draws from."""
+    states = {name: generator.get_state() for name, generator in generators.items()} | {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore_generators(generators: Mapping[str, Generator], states: Mapping[str, Tensor]) -> None:
+    """Undo `generator_states`."""
+    for name, generator in generators.items():
+        generator.set_state(states[name])
+    torch.set_rng_state(states["torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda:{i}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{i}"], i)

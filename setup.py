@@ -1,0 +1,45 @@
+"""FastLoDA's package: `fastloda`, with the Triton kernels of `kernels/` inside it as `fastloda.kernels`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fastloda",
+    version="0.1.0",
+    description="Differentially private fine-tuning of convolutional models at almost no extra cost",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # kernels/ is linked into the package: find_packages does not follow links, so it is named by hand.
+    packages=[*find_packages(include=["fastloda", "fastloda.*"]), "fastloda.kernels"],
+    package_dir={"": ".", "fastloda.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.8",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "opt_einsum>=3.3",
+        "prv-accountant>=0.2.0",
+        "safetensors>=0.4",
+        "platformdirs>=4",
+        "tqdm>=4.66",
+        "scikit-learn>=1.4",
+        "matplotlib>=3.8",
+        "jsonargparse[signatures]>=4.36",
+        "PyYAML>=6",
+        "jinja2>=3.1",
+        "rich>=13",
+    ],
+    extras_require={
+        "triton": ["triton>=3.4; platform_system == 'Linux'"],
+        "bench": ["pytest-benchmark>=5", "opacus>=1.5", "psutil>=5.9"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "dp-accounting>=0.6", "pytest-benchmark>=5", "psutil>=5.9"],
+    },
+    entry_points={"console_scripts": ["fastloda = fastloda.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Security",
+    ],
+)

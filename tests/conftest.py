@@ -1,0 +1,45 @@
+"""Shared switches of the test suite: `--prove` runs the slow full counts and records their figures."""
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+PROOF_FILE = Path(__file__).parent.parent / "docs" / "results" / "prove.json"
+_figures: dict[str, object] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--prove", action="store_true", help="full counts (slow); writes docs/results/prove.json")
+
+
+@pytest.fixture
+def counts(request):
+    """`counts(small, full)`: how many cases to run, the small share by default, all of them under --prove."""
+    return lambda small, full: full if request.config.getoption("--prove") else small
+
+
+@pytest.fixture
+def proof(request):
+    """`proof(name, value)`: record a measured figure; kept in docs/results/prove.json under --prove."""
+    return lambda name, value: _figures.__setitem__(name, value)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--prove") and _figures:
+        known = json.loads(PROOF_FILE.read_text())["figures"] if PROOF_FILE.exists() else {}
+        PROOF_FILE.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "figures": dict(sorted({**known, **_figures}.items())),
+        }
+        PROOF_FILE.write_text(json.dumps(document, indent=2) + "\n")

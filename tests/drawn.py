@@ -1,0 +1,330 @@
+"""What the property tests draw: layers, inputs and losses as awkward as PyTorch allows, all in float64.
+
+A drawn case is a model with random parameters, inputs [samples * views, ...] in some memory layout, and a readout that
+turns outputs into one loss per row. Every row's loss depends on that row alone, whatever the batch around it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastloda import LoDAConv2d, LoDALinear
+
+
+def hold_for(cases: st.SearchStrategy, count: int, check: Callable) -> None:
+    """Run `check(case)` on `count` drawn cases, the same ones every time."""
+    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.large_base_example]
+    chosen = settings(derandomize=True, deadline=None, max_examples=count, suppress_health_check=quiet)
+
+    def checked(case):
+        check(case)
+
+    chosen(given(cases)(checked))()
+
+
+@dataclass(repr=False)
+class Case:
+    model: nn.Module
+    x: Tensor
+    readout: str = "curved"
+    views: int = 1
+
+    @property
+    def samples(self) -> int:
+        return len(self.x) // self.views
+
+    def loss_of(self, model: nn.Module, x: Tensor) -> Tensor:
+        """One loss per row."""
+        return READOUTS[self.readout](model(x))
+
+    def losses(self) -> Tensor:
+        return self.loss_of(self.model, self.x)
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """The same case, rounded to `dtype`; the model is converted in place."""
+        return Case(self.model.to(dtype), self.x.to(dtype), self.readout, self.views)
+
+    def __repr__(self) -> str:
+        trains = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        x = f"x {tuple(self.x.shape)}, strides {self.x.stride()}"
+        return f"{self.model}, {x}, readout {self.readout}, views {self.views}, trains {trains}"
+
+
+# ---- readouts: each makes its own kind of grad_output
+
+
+def ramp(y: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, y.shape[1], dtype=y.dtype)
+
+
+def curved(y: Tensor) -> Tensor:
+    """A dense grad_output, different at every position."""
+    y = y.flatten(1)
+    return (y * ramp(y)).tanh().sum(1)
+
+
+READOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "curved": curved,
+    "expanded": lambda y: y.flatten(1).sum(1),  # a grad_output of strides 0
+    "channels_last": lambda y: curved(y.movedim(1, -1)),
+    "transposed": lambda y: curved(y.transpose(1, -1).clone()),
+    "sliced": lambda y: curved(y[..., ::2]),
+    "mean": lambda y: y.flatten(1).square().mean(1),
+}
+
+# ---- memory layouts of the input
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 2 else x,
+    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 2 else x.t().contiguous().t(),
+    "sliced": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda x: x[..., :1].expand_as(x),
+    "one channel": lambda x: x[:, :1].expand_as(x),
+    "offset": lambda x: torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape),
+}
+
+
+def draw_case(draw, model: nn.Module, shape: tuple[int, ...], samples=None, inputs=torch.randn, layouts=LAYOUTS) -> Case:
+    """A case around `model`, whose inputs have `shape` without the batch."""
+    views = draw(st.integers(1, 3))
+    samples = draw(st.integers(1, 4)) if samples is None else samples
+    torch.manual_seed(draw(st.integers(0, 1 << 16)))
+    model = randomise(model.double())
+    x = LAYOUTS[draw(st.sampled_from(sorted(layouts)))](inputs(samples * views, *shape, dtype=torch.float64))
+    return Case(model, x, draw(st.sampled_from(sorted(READOUTS))), views)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Random values everywhere, B included, of a size that keeps activations near 1."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=1 / math.sqrt(max(1, p[0].numel())))
+    return model
+
+
+def thaw_some(draw, model: nn.Module) -> nn.Module:
+    """Any parameters train, at least one of them."""
+    parameters = list(model.parameters())
+    chosen = draw(st.sets(st.integers(0, len(parameters) - 1), min_size=1))
+    for i, p in enumerate(parameters):
+        p.requires_grad_(i in chosen)
+    return model
+
+
+# ---- convolutions
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+@st.composite
+def conv_geometry(draw, dims: int = 2, largest_kernel: int = 5) -> tuple[dict, tuple[int, ...]]:
+    """(arguments of a convolution but its channels, an input size on which it has an output)."""
+    several = lambda low, high: draw(st.tuples(*[st.integers(low, high)] * dims))  # noqa: E731
+    padding = draw(st.sampled_from(["int", "pair", "same", "valid"]))
+    kernel, dilation = several(1, largest_kernel), several(1, 3)
+    stride = (1,) * dims if padding == "same" else several(1, 3)
+    reach = [d * (k - 1) for k, d in zip(kernel, dilation)]
+    sides = {"int": [draw(st.integers(0, 3))] * dims, "pair": several(0, 3), "same": [], "valid": [0] * dims}[padding]
+    mode = draw(st.sampled_from(PADDING_MODES))
+    total = [2 * p for p in sides] or reach
+    widest = [p for p in sides] or [math.ceil(r / 2) for r in reach]
+    smallest = [max(1, r + 1 - t, 0 if mode == "zeros" else w + 1) for r, t, w in zip(reach, total, widest)]
+    size = tuple(low + extra for low, extra in zip(smallest, several(0, 5)))
+    given_padding = {"int": sides[0] if sides else 0, "pair": tuple(sides)}.get(padding, padding)
+    arguments = dict(kernel_size=kernel, stride=stride, padding=given_padding, dilation=dilation, padding_mode=mode)
+    return arguments, size
+
+
+@st.composite
+def channels(draw) -> tuple[int, int, int]:
+    """(in, out, groups), ragged or grouped."""
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    width = st.sampled_from([1, 3, 5, 20] if groups == 1 else [1, 2, 3])
+    return groups * draw(width), groups * draw(width), groups
+
+
+@st.composite
+def adapters(draw) -> dict:
+    activation = draw(st.sampled_from(["leaky_relu", "identity"]))
+    slope, scale = draw(st.sampled_from([0.1, 0.3, -0.5, 0.0])), draw(st.sampled_from([1.0, 0.5, -2.0]))
+    return dict(rank=draw(st.integers(1, 16)), activation=activation, negative_slope=slope, scale=scale)
+
+
+@st.composite
+def adapted_convs(draw, samples: int | None = None, base_trains: bool | None = None) -> Case:
+    """One LoDAConv2d of any geometry; its base may train too."""
+    (c_in, c_out, groups), (geometry, size) = draw(channels()), draw(conv_geometry())
+    layer = LoDAConv2d(c_in, c_out, groups=groups, bias=draw(st.booleans()), **geometry, **draw(adapters()))
+    if draw(st.booleans()) if base_trains is None else base_trains:
+        thaw_some(draw, layer)
+    return draw_case(draw, layer, (c_in, *size), samples)
+
+
+@st.composite
+def adapted_linears(draw, samples: int | None = None) -> Case:
+    """One LoDALinear with one to three leading dimensions."""
+    c_in, c_out = draw(st.sampled_from([1, 3, 5, 20])), draw(st.sampled_from([1, 3, 5, 20]))
+    layer = LoDALinear(c_in, c_out, draw(st.booleans()), **draw(adapters()))
+    if draw(st.booleans()):
+        thaw_some(draw, layer)
+    return draw_case(draw, layer, (*draw(leading()), c_in), samples, layouts=layouts_for_linear(layer))
+
+
+def leading() -> st.SearchStrategy[tuple[int, ...]]:
+    """Dimensions between the batch and the features."""
+    return st.lists(st.integers(1, 4), max_size=2).map(tuple)
+
+
+def layouts_for_linear(layer: nn.Module) -> list[str]:
+    """F.linear adds a trainable bias to a non-contiguous [N, ..., C] by another operation, which has no rule."""
+    bias_trains = layer.bias is not None and layer.bias.requires_grad
+    return ["contiguous", "offset"] if bias_trains else list(LAYOUTS)
+
+
+# ---- plain layers
+
+
+class Rows(nn.Embedding):
+    """An embedding of indices that come as floats, so that the oracle may convert its inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.long())
+
+
+@st.composite
+def plain_linears(draw) -> Case:
+    c_in, c_out = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    layer = thaw_some(draw, nn.Linear(c_in, c_out, draw(st.booleans())))
+    return draw_case(draw, layer, (*draw(leading()), c_in), layouts=layouts_for_linear(layer))
+
+
+@st.composite
+def plain_convs(draw) -> Case:
+    dims = draw(st.integers(1, 3))
+    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    groups, wide = draw(st.sampled_from([1, 2, 3])), st.integers(1, 3)
+    c_in, c_out, (geometry, size) = groups * draw(wide), groups * draw(wide), draw(conv_geometry(dims, 5 - dims))
+    layer = make(c_in, c_out, groups=groups, bias=draw(st.booleans()), **geometry)
+    return draw_case(draw, thaw_some(draw, layer), (c_in, *size))
+
+
+@st.composite
+def embeddings(draw) -> Case:
+    entries = draw(st.integers(2, 9))
+    padding_idx = draw(st.one_of(st.none(), st.integers(-entries, entries - 1)))
+    indices = lambda *shape, dtype: torch.randint(entries, shape).to(dtype)  # noqa: E731
+    layer = Rows(entries, draw(st.integers(1, 4)), padding_idx)
+    return draw_case(draw, layer, (draw(st.integers(1, 5)),), inputs=indices)
+
+
+@st.composite
+def norms(draw) -> Case:
+    sizes = draw(st.lists(st.integers(1, 4), max_size=3))
+    if draw(st.booleans()):
+        groups = draw(st.integers(1, 3))
+        layer, shape = nn.GroupNorm(groups, width := groups * draw(st.integers(1, 3))), (width, *sizes)
+    else:
+        normalised = draw(st.lists(st.integers(2, 5), min_size=1, max_size=2))
+        layer, shape = nn.LayerNorm(normalised, bias=draw(st.booleans())), (*sizes[:2], *normalised)
+    return draw_case(draw, thaw_some(draw, layer), shape)
+
+
+# ---- several layers, and several uses of one
+
+
+class Twice(nn.Module):
+    """A layer applied to its own output."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.sin(self.layer(x)))
+
+
+class TiedBack(nn.Module):
+    """W^T sin(W x + b): one weight as it is and transposed."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.there = nn.Linear(width, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.there(x).sin(), self.there.weight.t())
+
+
+class TiedTable(nn.Module):
+    """An embedding that also scores the outcome, as language models tie them."""
+
+    def __init__(self, entries: int, width: int):
+        super().__init__()
+        self.table = Rows(entries, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.table(x).sin(), self.table.weight)
+
+
+def tied_adapters(width: int) -> nn.Module:
+    """Two adapted convolutions that share A, the second also the weight of a plain one."""
+    first, second = (LoDAConv2d(width, width, 3, padding=1, rank=2) for _ in range(2))
+    plain = nn.Conv2d(width, width, 3, padding=1)
+    second.loda_A, second.weight = first.loda_A, plain.weight
+    return nn.Sequential(first, nn.SiLU(), second, plain)
+
+
+def _lora(width: int) -> nn.Module:
+    return LoDAConv2d(width, width, 3, padding=1, rank=3, activation="identity", scale=0.5)
+
+
+BLOCKS: dict[str, Callable[[int], nn.Module]] = {  # each keeps [N, width, H, W]
+    "loda": lambda width: LoDAConv2d(width, width, 3, padding=1, rank=2),
+    "lora": _lora,
+    "conv": lambda width: nn.Conv2d(width, width, 3, padding=1),
+    "grouped": lambda width: nn.Conv2d(width, width, 1, groups=2),
+    "group norm": lambda width: nn.GroupNorm(2, width),
+    "in place": lambda width: nn.ReLU(inplace=True),
+    "smooth": lambda width: nn.SiLU(),
+    "twice loda": lambda width: Twice(LoDAConv2d(width, width, (1, 3), padding=(0, 1), rank=2)),
+    "twice conv": lambda width: Twice(nn.Conv2d(width, width, 1)),
+    "tied": tied_adapters,
+}
+TRAINABLE_BLOCKS = sorted(name for name in BLOCKS if name not in ("in place", "smooth"))
+
+
+@st.composite
+def stacks(draw) -> Case:
+    """Blocks in a row, some called twice or tied, and perhaps a linear head; any of the parameters train."""
+    width, size = draw(st.sampled_from([2, 4, 6])), draw(st.tuples(st.integers(1, 5), st.integers(2, 6)))
+    names = [draw(st.sampled_from(TRAINABLE_BLOCKS)), *draw(st.lists(st.sampled_from(sorted(BLOCKS)), max_size=3))]
+    layers = [BLOCKS[name](width) for name in names]
+    numbers = width * size[0] * size[1]
+    heads = [[], [nn.Flatten(), nn.Linear(numbers, 3)], [nn.Flatten(), LoDALinear(numbers, 3, rank=2)]]
+    model = nn.Sequential(*layers, *draw(st.sampled_from(heads)))
+    return draw_case(draw, thaw_some(draw, model), (width, *size))
+
+
+@st.composite
+def reused_linears(draw) -> Case:
+    """Linear weights used twice, tied to an embedding, or transposed."""
+    width, inner = draw(st.integers(2, 5)), draw(st.integers(2, 5))
+    kind = draw(st.sampled_from(["back", "table", "twice", "twice loda"]))
+    shape, inputs = (draw(st.integers(1, 3)), width), torch.randn
+    if kind == "table":
+        model, shape = TiedTable(7, width), shape[:1]
+        inputs = lambda *shape, dtype: torch.randint(7, shape).to(dtype)  # noqa: E731
+    else:
+        square = nn.Linear(width, width) if kind == "twice" else LoDALinear(width, width, rank=2)
+        model = TiedBack(width, inner) if kind == "back" else Twice(square)
+    return draw_case(draw, model, shape, inputs=inputs, layouts=["contiguous"])
+
+
+def plain_layers() -> st.SearchStrategy[Case]:
+    return st.one_of(plain_linears(), plain_convs(), embeddings(), norms())

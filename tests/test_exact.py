@@ -1,0 +1,224 @@
+"""Per-sample norms and clipped sums are exact: they equal one backward pass per sample, in float64.
+
+What the clip bounds is the true gradient of each sample only if these hold, for every geometry, memory layout and reuse
+of a layer, and under every plan that the planner may choose.
+"""
+
+import copy
+
+import drawn
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastloda import GhostClipper, LoDAConv2d, LoDALinear, ghost_dp_step, per_sample_grad_norms, plan
+
+PLANS = {
+    "as planned": {},
+    "kept": {"KEEP_FACTOR": float("inf")},
+    "made again": {"KEEP_FACTOR": 0.0},
+    "made again in tiny chunks": {"KEEP_FACTOR": 0.0, "CHUNK_NUMBERS": 1, "SCRATCH_BYTES": {"cpu": 1}},
+    "kept from tiny chunks": {"KEEP_FACTOR": float("inf"), "SCRATCH_BYTES": {"cpu": 1}},
+}
+KINDS = {
+    "adapted conv": (drawn.adapted_convs(), 60, 3000),
+    "adapted conv, frozen base": (drawn.adapted_convs(base_trains=False), 60, 3000),
+    "adapted linear": (drawn.adapted_linears(), 30, 1000),
+    "plain layer": (drawn.plain_layers(), 60, 3000),
+    "stack": (drawn.stacks(), 40, 1000),
+    "reused linear": (drawn.reused_linears(), 25, 500),
+}
+
+
+def use_plan(monkeypatch, name):
+    for key, value in PLANS[name].items():
+        monkeypatch.setattr(plan, key, value)
+
+
+def clipped_sum(case, max_grad_norm):
+    """What FastLoDA makes of the case: {name: clipped sum}."""
+    clipper = GhostClipper(case.model, max_grad_norm, case.views)
+    clipper.accumulate(case.losses())
+    clipper.privatize(0, 1)
+    return {name: p.grad for name, p in case.model.named_parameters() if p.requires_grad}
+
+
+def between(norms):
+    """A clipping norm that some samples exceed and some do not."""
+    return float(norms.median()) * 0.9 + 1e-30
+
+
+def distance(got, wanted):
+    return oracle.norm({name: got[name].double() - wanted[name].double() for name in wanted}).item()
+
+
+def check_exact(case):
+    """Norms and clipped sums to 1e-10 of the largest gradient."""
+    truth = oracle.sample_grads(case.model, case.loss_of, case.x, case.views)
+    norms = oracle.norms(truth)
+    tolerance = 1e-10 * norms.max().item() + 1e-14
+    assert (per_sample_grad_norms(case.losses(), case.model, views=case.views) - norms).abs().max() <= tolerance
+    bound = between(norms)
+    assert distance(clipped_sum(case, bound), oracle.clipped_sum(truth, bound)) <= 1e-10 * bound + tolerance
+
+
+@pytest.mark.parametrize("chosen", PLANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_and_clipped_sums_are_exact(kind, chosen, counts, monkeypatch):
+    use_plan(monkeypatch, chosen)
+    cases, small, full = KINDS[kind]
+    drawn.hold_for(cases, counts(small if chosen == "as planned" else small // 2, full), check_exact)
+
+
+def own_error(case, truth):
+    """PyTorch's error in float32 on each sample: |gradient - the truth|, of one backward pass per sample."""
+    found = oracle.sample_grads(case.model, case.loss_of, case.x, case.views, torch.float32)
+    return torch.tensor([distance(f, t) for f, t in zip(found, truth)])
+
+
+def check_float32(case):
+    """At most twice PyTorch's own error, and where that is nothing, a few ulp."""
+    case = case.to(torch.float32)
+    truth = oracle.sample_grads(case.model, case.loss_of, case.x, case.views)
+    norms = oracle.norms(truth)
+    allowed = 2 * own_error(case, truth) + 8 * torch.finfo(torch.float32).eps * norms
+    error = (per_sample_grad_norms(case.losses(), case.model, views=case.views) - norms).abs()
+    assert (error <= allowed.max()).all()
+    bound = float(norms.max()) + 1e-30  # no clipping: the sum's own error
+    assert distance(clipped_sum(case, bound), oracle.clipped_sum(truth, bound)) <= allowed.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_is_as_good_as_pytorch(kind, counts):
+    cases, small, full = KINDS[kind]
+    drawn.hold_for(cases, counts(small // 2, full), check_float32)
+
+
+@pytest.mark.parametrize("chosen", ["kept", "made again"])
+@pytest.mark.parametrize("cases", [drawn.adapted_convs(base_trains=False), drawn.stacks()], ids=["conv", "stack"])
+def test_bf16_autocast_clips_what_it_sums(cases, chosen, counts, monkeypatch):
+    """The norm is that of the very gradient that is summed, to 1e-5, and it is near the true one."""
+    use_plan(monkeypatch, chosen)
+    drawn.hold_for(cases, counts(20, 500), check_bf16)
+
+
+def check_bf16(case):
+    case = case.to(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        norms = per_sample_grad_norms(case.losses().float(), case.model, views=case.views)
+        for i, norm in enumerate(norms):
+            alone = torch.arange(case.samples) == i
+            clipper = GhostClipper(case.model, 1e30, case.views)
+            clipper.accumulate(case.losses().float(), alone)
+            clipper.privatize(0, 1)
+            summed = oracle.norm({n: p.grad for n, p in case.model.named_parameters() if p.requires_grad})
+            assert abs(summed - norm) <= 1e-5 * norm
+        loss_of = lambda model, x: case.loss_of(model, x).float()  # noqa: E731
+        own = oracle.sample_grads(case.model, loss_of, case.x, case.views, torch.float32)
+    truth = oracle.sample_grads(case.model, case.loss_of, case.x, case.views)
+    allowed = 2 * max(distance(o, t) for o, t in zip(own, truth)) + 2**-7 * float(oracle.norms(truth).max())
+    assert (norms - oracle.norms(truth)).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("cases", [drawn.adapted_convs(samples=0), drawn.adapted_linears(samples=0)], ids=["conv", "linear"])
+def test_an_empty_batch_adds_nothing(cases, counts):
+    def check(case):
+        norms = per_sample_grad_norms(case.losses(), case.model, views=case.views)
+        assert norms.shape == (0,) and all(not g.any() for g in clipped_sum(case, 1.0).values())
+
+    drawn.hold_for(cases, counts(10, 200), check)
+
+
+def check_plain_step(case):
+    """Without clipping and noise, the step is the one that PyTorch takes on the mean loss."""
+    plain = copy.deepcopy(case.model)
+    case.loss_of(plain, case.x).mean().backward()
+    torch.optim.SGD(plain.parameters(), 0.1).step()
+    optimizer = torch.optim.SGD([p for p in case.model.parameters() if p.requires_grad], 0.1)
+    settings = dict(max_grad_norm=1e12, noise_multiplier=0, expected_batch_size=case.samples, views=case.views)
+    ghost_dp_step(case.losses(), case.model, optimizer, **settings)
+    for ours, theirs in zip(case.model.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["adapted conv", "stack", "reused linear"])
+def test_no_clip_and_no_noise_is_plain_sgd(kind, counts):
+    drawn.hold_for(KINDS[kind][0], counts(20, 500), check_plain_step)
+
+
+@pytest.mark.parametrize("make", [LoDAConv2d, nn.Conv2d])
+def test_a_1x1_kernel_that_is_no_plain_product(make):
+    """Stride 2 and padding 1 keep a size of 3, but output position q is not input position q."""
+    layer = drawn.randomise(make(2, 3, 1, stride=2, padding=1).double())
+    check_exact(drawn.Case(layer, torch.randn(2, 2, 3, 3, dtype=torch.float64)))
+
+
+def test_micro_batches_and_masks_add_up():
+    """A batch in parts, in any order and with padding, has the same clipped sum."""
+    model = drawn.randomise(nn.Sequential(drawn.BLOCKS["tied"](4), nn.Flatten(), nn.Linear(64, 3)).double())
+    x = torch.randn(7, 4, 4, 4, dtype=torch.float64)
+    whole = clipped_sum(drawn.Case(model, x), 0.5)
+    clipper = GhostClipper(model, 0.5)
+    padded = torch.cat([x, torch.full_like(x[:2], 9.0)])
+    stats = [clipper.accumulate(drawn.curved(model(part)), mask) for part, mask in (
+        (padded[5:], torch.tensor([True, True, False, False])),
+        (x[0:1], None),
+        (x[1:5], None),
+        (x[:0], None),
+    )]
+    clipper.privatize(0, 1)
+    assert sum(stats[1:], stats[0]).samples == 7
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, whole[name], rtol=1e-10, atol=1e-13)
+
+
+def test_norms_leave_grad_and_graph_alone():
+    layer = drawn.randomise(LoDALinear(3, 4, rank=2))
+    losses = layer(torch.randn(5, 3)).square().sum(1)
+    first = per_sample_grad_norms(losses, layer)
+    assert torch.equal(first, per_sample_grad_norms(losses, layer))
+    assert all(p.grad is None for p in layer.parameters())
+    losses.sum().backward()
+
+
+class Conditioned(nn.Module):
+    """A convolution modulated by an embedding of the label: rows of the label come once per sample, not per view."""
+
+    def __init__(self, views: int):
+        super().__init__()
+        self.views, self.conv = views, LoDAConv2d(2, 3, 3, padding=1, rank=2)
+        self.label, self.project = drawn.Rows(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        labels = self.project(self.label(x[:: self.views, 0, 0, 0].abs().mul(2).clamp(max=4)))
+        return self.conv(x) * labels.repeat_interleave(self.views, 0)[..., None, None]
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_a_layer_may_see_each_sample_once_whatever_the_views(views):
+    model = drawn.randomise(Conditioned(views).double())
+    check_exact(drawn.Case(model, torch.randn(4 * views, 2, 4, 5, dtype=torch.float64), views=views))
+
+
+@pytest.mark.parametrize("form", ["x @ W", "addmm", "conv", "linear on views"])
+def test_functional_uses_with_a_rule_are_exact(form):
+    """What counts is the operation in the graph, not the module that holds the parameter."""
+
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.W, self.b = nn.Parameter(torch.empty(4, 4)), nn.Parameter(torch.empty(4))
+
+        def forward(self, x):
+            return {
+                "x @ W": lambda: x.sin() @ self.W,
+                "addmm": lambda: torch.addmm(self.b, x, self.W),
+                "conv": lambda: F.conv1d(x[:, None], self.W.double()[:, None].detach() + 0, self.b),
+                "linear on views": lambda: F.linear(x.view(-1, 2, 2).flatten(1), self.W, self.b),
+            }[form]()
+
+    model = drawn.randomise(Functional().double())
+    check_exact(drawn.Case(model, torch.randn(3, 4, dtype=torch.float64)))
