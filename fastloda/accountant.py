@@ -1,13 +1,14 @@
 """How much privacy a training run has spent.
 
-One idea: *two upper bounds, the smaller one is reported*. A cheap one (Renyi DP, or the plain Gaussian mechanism when that
-is smaller) exists for every input; a tight one, Microsoft's PRV accountant, is run on a grid whose cost the cheap bound
-has estimated beforehand. So nothing hangs, and where PRV cannot work the cheap bound stands, with a warning.
+One idea: *two upper bounds, the smaller one is reported*. A cheap one (Renyi DP, or the plain Gaussian
+mechanism where that is smaller) exists for every input; a tight one, Microsoft's PRV accountant, is run on a
+grid whose cost the cheap bound has estimated beforehand. So nothing hangs, and where PRV cannot work the cheap
+bound stands, with a warning.
 
-The mechanism is DP-SGD's: sum the clipped gradients of a Poisson sample (rate q, clip 1) and add N(0, sigma^2). Adjacency is
-adding or removing one record. PRV composes the removal direction, q N(1, sigma^2) + (1 - q) N(0, sigma^2) against
-N(0, sigma^2). For RDP that it is the worse one is proved (Mironov et al. 2019); for the composed hockey-stick divergence it is
-conjectured (Lebeda et al. 2024), and the tests check it against an accountant that takes the maximum of both.
+The mechanism is DP-SGD's: sum the clipped gradients of a Poisson sample (rate q, clip 1), add N(0, sigma^2).
+Adjacency is adding or removing one record. PRV composes the removal, q N(1, sigma^2) + (1 - q) N(0, sigma^2)
+against N(0, sigma^2). That it is the worse direction is proved for RDP (Mironov et al. 2019); for the composed
+hockey-stick divergence the tests check it, against an accountant that takes the maximum of both directions.
 
     RDP of the subsampled Gaussian   Mironov, Talwar, Zhang, https://arxiv.org/abs/1908.10530
     RDP to (epsilon, delta)          Canonne, Kamath, Steinke, https://arxiv.org/abs/2004.00010 (Prop. 12)
@@ -18,14 +19,14 @@ conjectured (Lebeda et al. 2024), and the tests check it against an accountant t
 import hashlib
 import json
 import math
-import os
-import tempfile
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from numbers import Integral, Real
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,8 @@ from scipy.fft import next_fast_len
 from scipy.optimize import brentq
 from scipy.special import gammaln, log_ndtr, logsumexp
 from scipy.stats import norm
+
+from fastloda.files import write_atomically
 
 __all__ = ["PrivacyAccountant", "PrivacyAccountingWarning", "calibrate_noise", "compose_epsilon"]
 
@@ -65,7 +68,7 @@ class Mechanism(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """What PRV may cost: its error as a share of epsilon, and the points of its grid (about 1 us each, 100 bytes)."""
+    """What PRV may cost: its error as a share of epsilon, and its grid's points (1 us and 100 bytes each)."""
 
     precision: float
     max_points: int
@@ -76,18 +79,19 @@ COARSE = Effort(precision=1 / 100, max_points=2**17)
 WORST_PRECISION = 1 / 20  # a PRV bound looser than this is not worth having beside RDP
 
 
-# -- the public face -------------------------------------------------------------------------------------------------
+# -- the public face -----------------------------------------------------------------------------------------
 
 
 class PrivacyAccountant:
     """Counts private steps and bounds the epsilon they have cost.
 
-    `sample_rate` q in (0, 1] is the probability with which each record enters a batch, independently (Poisson sampling);
-    `noise_multiplier` is the noise's standard deviation on the sum of clipped gradients, in units of `max_grad_norm`. Noise 0 is
-    allowed and costs an infinite epsilon. `method` is "prv" (tight) or "rdp".
+    `sample_rate` q in (0, 1] is the probability with which each record enters a batch, independently (Poisson
+    sampling); `noise_multiplier` is the noise's standard deviation on the sum of clipped gradients, in units
+    of `max_grad_norm`. Noise 0 is allowed and costs an infinite epsilon. `method` is "prv" (tight) or "rdp".
 
-    Every epsilon returned is an upper bound for add/remove adjacency. With "prv" it is at most 0.5% loose for epsilon >= 1
-    where PRV works; where it does not, RDP answers and one `PrivacyAccountingWarning` per accountant says why.
+    Every epsilon returned is an upper bound for add/remove adjacency. With "prv" it is at most 0.5% loose for
+    epsilon >= 1 where PRV works; where it does not, RDP answers and one `PrivacyAccountingWarning` per
+    accountant says why.
     """
 
     def __init__(self, sample_rate: float, noise_multiplier: float, method: str = "prv"):
@@ -107,7 +111,7 @@ class PrivacyAccountant:
         self._steps = _check_steps(self._steps + _check_steps(count, "count", least=1))
 
     def epsilon(self, delta: float, steps: int | None = None) -> float:
-        """Upper bound on epsilon after `steps` (default: those taken). A new count costs 0.05 to 3 s with "prv"."""
+        """Upper bound on epsilon after `steps` (default: those taken). With "prv" a new count takes 0.05 to 10 s."""
         delta, spent = _check_delta(delta), self._spent(steps)
         if self.method == "rdp":
             return _cheap_epsilon(spent, delta)
@@ -120,23 +124,24 @@ class PrivacyAccountant:
         return _cheap_epsilon(self._spent(steps), _check_delta(delta))
 
     def epsilon_curve(self, delta: float, step_counts: Iterable[int]) -> list[float]:
-        """Upper bounds on epsilon at `step_counts`, in their order, never decreasing in the count: for plots, progress bars.
+        """Upper bounds on epsilon at `step_counts`, in their order: for plots and progress bars.
 
-        One discretisation serves all, within about 2%. Beyond 64 distinct counts, 64 are computed (denser where epsilon rises
-        fast) and each of the others gets the value of the next larger one. Seconds, once; ask for a run's whole range up front.
+        They never decrease with the count. One coarse discretisation serves all, about 2% above `epsilon`, with
+        which the last value agrees. Beyond 64 distinct counts, 64 are computed (denser where epsilon rises fast)
+        and each of the others gets the value of the next larger one. Some seconds: ask once, for the whole range.
         """
         delta, counts = _check_delta(delta), [_check_steps(count) for count in step_counts]
         distinct = sorted({count for count in counts if count > 0})
+        if not distinct:
+            return [0.0] * len(counts)
+        whole, final = self._spent(distinct[-1]), self.epsilon(delta, distinct[-1])
         knots = [distinct[i] for i in _spread(len(distinct))]
-        bounds, largest, trouble = [], 0.0, None
-        for mechanisms in map(self._spent, knots):
-            if self.method == "prv":
-                bound, failure = _epsilon(mechanisms, delta, COARSE, capacity=self._spent(knots[-1]))
-                trouble = trouble or failure
-            else:
-                bound = _cheap_epsilon(mechanisms, delta)
-            bounds.append(largest := max(largest, bound))
-        self._warn(trouble)
+        runs = [self._spent(count) for count in knots[:-1]]
+        if self.method == "rdp":
+            bounds = [_cheap_epsilon(run, delta) for run in runs]
+        else:
+            bounds = [_epsilon(run, delta, COARSE, whole)[0] for run in runs]
+        bounds = list(accumulate([*(min(bound, final) for bound in bounds), final], max))
         return [bounds[bisect_left(knots, count)] if count else 0.0 for count in counts]
 
     def state_dict(self) -> dict[str, int | float | str]:
@@ -152,8 +157,8 @@ class PrivacyAccountant:
     def load_state_dict(self, state: dict) -> None:
         """Continue a record. What was spent stays spent: the larger of the two step counts is kept.
 
-        Raises ValueError, and changes nothing, if the record is malformed or is of another mechanism. `method` may differ: it is a
-        way of looking at the record, and this accountant keeps its own.
+        Raises ValueError, and changes nothing, if the record is malformed or is of another mechanism.
+        `method` may differ: it is a way of looking at the record, and this accountant keeps its own.
         """
         if not isinstance(state, dict) or set(state) != set(self.state_dict()):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
@@ -189,9 +194,10 @@ class PrivacyAccountant:
 
 
 def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float) -> float:
-    """Upper bound on epsilon of several runs on the same records, each `(sample_rate, noise_multiplier, steps)`.
+    """Upper bound on epsilon of several runs on the same records.
 
-    Joint composition: much smaller than the sum of the runs' epsilons (and one delta covers all).
+    Each is `(sample_rate, noise_multiplier, steps)`. They are composed jointly, which gives much less than the
+    sum of the runs' epsilons, and one delta covers all.
     """
     delta, steps = _check_delta(delta), Counter()
     for item in mechanisms:
@@ -206,12 +212,11 @@ def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float
 
 
 def calibrate_noise(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """The smallest noise multiplier whose reported epsilon after `steps` is at most `target_epsilon`: never over it, and at most
-    0.5% under it where PRV works.
+    """The smallest noise multiplier whose reported epsilon after `steps` is at most `target_epsilon`.
 
-    `PrivacyAccountant(sample_rate, sigma).epsilon(delta, steps)` then returns a value <= target, to the last bit, on the same
-    machine. One to 60 s (2 to 4 PRV evaluations). The answer is kept in the user's cache directory, but only as a first
-    guess: it is verified like any other, so a wrong file costs time and never privacy.
+    Never over it, and at most 0.5% under it where PRV works: `PrivacyAccountant(sample_rate, sigma).epsilon(delta,
+    steps)` is <= target to the last bit, on the same machine. 1 to 60 s. The answer is kept in the user's cache
+    directory, but only as a first guess: it is verified like any other, so a wrong file costs time, not privacy.
     """
     target, delta = _check_real(target_epsilon, "target_epsilon"), _check_delta(delta)
     rate, steps = _check_rate(sample_rate), _check_steps(steps, least=1)
@@ -221,11 +226,21 @@ def calibrate_noise(target_epsilon: float, delta: float, sample_rate: float, ste
     def run(sigma: float) -> tuple[Mechanism, ...]:
         return (Mechanism(rate, sigma, steps),)
 
+    def cheap(sigma: float) -> float:
+        return _cheap_epsilon(run(sigma), delta)
+
+    def coarse(sigma: float) -> float:
+        return _epsilon(run(sigma), delta, COARSE)[0]
+
+    low, best = 0.0, _solve_noise(cheap, target)
+    while cheap(best) > target:  # within the solver's tolerance
+        best *= 1.001
+    # From here on `best` is feasible: what is reported is never above the cheap bound. The coarse grid is the
+    # ruler by which a sigma is chosen, since its ratio to the fine one hardly moves with sigma.
     question = {"target_epsilon": target, "delta": delta, "sample_rate": rate, "steps": steps}
-    low, best = 0.0, _cheap_noise(target * (1 - 1e-6), delta, rate, steps)  # PRV or not, `best` is feasible throughout
     sigma = _recall(question)
-    if sigma is None or not 0.99 * target < _cheap_epsilon(run(sigma), delta) < math.inf:
-        sigma = _cheap_noise(target / 0.95, delta, rate, steps)
+    if sigma is None or not 0.99 * target < cheap(sigma) < math.inf:
+        sigma = _solve_noise(coarse, target * (NEARLY + COARSE.precision - FINE.precision), start=best)
     for _ in range(MAX_TRIES):
         epsilon, trouble = _epsilon(run(sigma), delta)
         if epsilon > target:
@@ -234,9 +249,8 @@ def calibrate_noise(target_epsilon: float, delta: float, sample_rate: float, ste
             best = min(best, sigma)
             if epsilon > target * (2 * NEARLY - 1):
                 break
-        # The ratio of the two bounds hardly moves with sigma, so the cheap one is the ruler by which the next sigma is chosen.
-        ratio = max(epsilon / _cheap_epsilon(run(sigma), delta), 1e-3)
-        sigma = _cheap_noise(target * NEARLY / ratio, delta, rate, steps)
+        ratio = max(epsilon / coarse(sigma), 1e-3)
+        sigma = _solve_noise(coarse, target * NEARLY / ratio, start=sigma)
         if not low < sigma < best:
             sigma = math.sqrt(max(low, best / 2) * best)
     if trouble:
@@ -245,7 +259,7 @@ def calibrate_noise(target_epsilon: float, delta: float, sample_rate: float, ste
     return best
 
 
-# -- the cheap bound: RDP, or the Gaussian mechanism without subsampling ---------------------------------------------
+# -- the cheap bound: RDP, or the Gaussian mechanism without subsampling -------------------------------------
 
 # epsilon(order) is flat at its minimum: neighbours 10 to 15% apart lose at most 0.2%.
 FRACTIONAL = 1 + np.geomspace(1e-3, 11, 100)
@@ -254,26 +268,32 @@ ORDERS = np.concatenate([FRACTIONAL, INTEGER])
 
 
 def _cheap_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
-    """Upper bound on epsilon in milliseconds, for any input: infinite without noise, 0 without steps, exact at rate 1."""
+    """Upper bound on epsilon at once, for any input: inf without noise, 0 without steps, exact at rate 1."""
     if not mechanisms:
         return 0.0
     if any(m.noise_multiplier == 0 for m in mechanisms):
         return math.inf
     rdp = sum(m.steps * _rdp(m.sample_rate, m.noise_multiplier) for m in mechanisms)
     by_order = rdp + np.log1p(-1 / ORDERS) - np.log(delta * ORDERS) / (ORDERS - 1)
-    # Not sampling at all is a worse mechanism, and n Gaussians compose to one with mu = sqrt(sum 1 / sigma^2).
+    # Not sampling at all is a worse mechanism, and Gaussians compose to one with mu^2 = sum of 1 / sigma^2.
     mu = math.hypot(*(math.sqrt(m.steps) / m.noise_multiplier for m in mechanisms))
     return max(0.0, min(float(by_order.min()), _gaussian_epsilon(mu, delta)))
 
 
 @lru_cache(maxsize=256)
 def _rdp(q: float, sigma: float) -> np.ndarray:
-    """Renyi divergence of one step at ORDERS: log E_x[(1 - q + q exp((2x - 1) / 2 sigma^2))^a] / (a - 1), x ~ N(0, sigma^2)."""
-    if q == 1 or sigma < 0.05:  # the plain Gaussian: exact at q = 1, else a bound for noise so small that nobody asks for more
+    """Renyi divergence of one step at ORDERS a, x ~ N(0, sigma^2):
+
+    log E[(1 - q + q exp((2x - 1) / (2 sigma^2)))^a] / (a - 1)
+    """
+    if (
+        q == 1 or sigma < 0.05
+    ):  # the plain Gaussian: exact at q = 1, and a bound where noise is next to nothing
         with np.errstate(over="ignore"):
             return ORDERS / 2 / sigma / sigma
-    # Fractional orders by the trapezoid rule, exponentially accurate here: the step is small against the Gaussian's width sigma
-    # and against pi sigma^2, the distance of the integrand's branch points from the real line.
+    # Fractional orders by the trapezoid rule, exponentially accurate here: the step is small against the
+    # Gaussian's width sigma and against pi sigma^2, the distance of the integrand's branch points from the
+    # real line.
     h = min(sigma, sigma * sigma) / 2
     x = np.arange(-10 * sigma, FRACTIONAL[-1] + 10 * sigma, h)
     ratio = np.logaddexp(math.log1p(-q), math.log(q) + (2 * x - 1) / (2 * sigma * sigma))
@@ -286,19 +306,22 @@ def _log_moment(a: int, q: float, sigma: float) -> float:
     """The same expectation by the binomial theorem, for an integer order."""
     k = np.arange(a + 1)
     log_binomial = gammaln(a + 1) - gammaln(k + 1) - gammaln(a - k + 1)
-    return logsumexp(log_binomial + k * math.log(q) + (a - k) * math.log1p(-q) + k * (k - 1) / (2 * sigma * sigma))
+    log_weight = k * math.log(q) + (a - k) * math.log1p(-q)
+    return logsumexp(log_binomial + log_weight + k * (k - 1) / (2 * sigma * sigma))
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon of N(mu, 1) against N(0, 1): the root of Phi(mu/2 - e/mu) - exp(e) Phi(-mu/2 - e/mu) = delta."""
+    """Epsilon e of N(mu, 1) against N(0, 1): Phi(mu/2 - e/mu) - exp(e) Phi(-mu/2 - e/mu) = delta."""
     mu = max(mu, 1e-12)  # below it the difference of the two terms is rounding
 
     def excess(epsilon: float) -> float:
         plus = log_ndtr(mu / 2 - epsilon / mu)
         minus = epsilon + log_ndtr(-mu / 2 - epsilon / mu)
-        return plus + math.log(-math.expm1(min(0.0, minus - plus) - 1e-14)) - math.log(delta)  # 1e-14 covers rounding
+        covered = min(0.0, minus - plus) - 1e-14  # against rounding
+        return plus + math.log(-math.expm1(covered)) - math.log(delta)
 
-    top = mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1e-9  # the tail bound of the privacy loss: always enough
+    # The Gaussian tail bound of the privacy loss: always enough.
+    top = mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1e-9
     if not math.isfinite(top):
         return math.inf
     if excess(0.0) <= 0:
@@ -306,35 +329,37 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     return min(top, brentq(excess, 0.0, top, xtol=1e-13, rtol=1e-12) * (1 + 1e-11) + 1e-12)
 
 
-def _cheap_noise(target: float, delta: float, rate: float, steps: int) -> float:
-    """The noise multiplier at which the cheap bound equals `target`."""
+def _solve_noise(bound: Callable[[float], float], target: float, start: float = 1.0) -> float:
+    """The noise multiplier at which `bound` falls to `target`, to 1e-5."""
 
     def excess(log_sigma: float) -> float:
-        epsilon = _cheap_epsilon((Mechanism(rate, math.exp(log_sigma), steps),), delta)
-        return math.log(max(epsilon, 1e-300) / target)
+        return math.log(max(bound(math.exp(log_sigma)), 1e-300) / target)
 
-    low = high = 0.0
+    low = high = math.log(start)
+    step = 0.05
     while excess(high) > 0:
-        high += 1.0
+        low, high, step = high, high + step, 2 * step
     while excess(low) < 0:
-        low -= 1.0
-    return math.exp(brentq(excess, low, high, xtol=1e-9) + 1e-9)
+        low, high, step = low - step, low, 2 * step
+    return math.exp(brentq(excess, low, high, xtol=1e-5))
 
 
-# -- the tight bound: PRV --------------------------------------------------------------------------------------------
+# -- the tight bound: PRV ------------------------------------------------------------------------------------
 
 
 class _Truncated(PrivacyRandomVariableTruncated):
     """A privacy loss cut off at the grid's ends, with an exact mean.
 
-    prv-accountant integrates its CDF between fixed points and misses it on wide grids ("Discrete mean differs from continuous
-    mean", its issue 36); the mean's error counts once per step. In terms of the mechanism's output x all is smooth.
+    prv-accountant integrates its CDF between fixed points and misses it on wide grids ("Discrete mean differs
+    from continuous mean", its issue 36); the mean's error counts once per step. In terms of the mechanism's
+    output x all is smooth.
     """
 
     def mean(self) -> float:
         q, sigma = float(self.prv.p), float(self.prv.sigma)
         ends = np.array([self.t_min, self.t_max], dtype=np.longdouble)
-        low, high = (sigma**2 * np.log1p(np.expm1(ends) / q) + 0.5).astype(float)  # nan below the smallest loss, log(1 - q)
+        # x as a function of the loss; nan below the smallest one, log(1 - q)
+        low, high = (sigma**2 * np.log1p(np.expm1(ends) / q) + 0.5).astype(float)
         low, high = np.fmax(low, -12 * sigma), min(high, 1 + 12 * sigma)
         edges = np.linspace(low, high, 2 + int((high - low) / min(sigma, 2 * sigma * sigma)))
         nodes, weights = np.polynomial.legendre.leggauss(20)
@@ -354,25 +379,32 @@ class _Grid(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _discretise(capacity: tuple[Mechanism, ...], delta: float, effort: Effort) -> _Grid:
-    """A grid good for any counts up to those in `capacity`. Raises ValueError, at once, where that is unsafe or too costly."""
+    """A grid good for any counts up to those in `capacity`.
+
+    Raises ValueError, before any work, where that is unsafe or too costly.
+    """
     total, delta_error = sum(m.steps for m in capacity), delta / 1000
-    # The steps asked for may be half of the capacity, and the error should be small against their epsilon too. Where the cheap
-    # bound is far too high, the fine grid's error would be as well: so a coarse grid estimates first.
+    # The steps asked for may be half of the capacity, and the error should be small against their epsilon
+    # too. Where the cheap bound is far too high, the fine grid's error would be as well: so a coarse grid
+    # estimates first.
     half_way = tuple(m._replace(steps=max(1, m.steps // 2)) for m in capacity)
-    epsilon = _epsilon(half_way, delta, COARSE)[0] if effort is FINE else _cheap_epsilon(half_way, delta)
-    # The domain [-L, L] of Remark 5.6 in Gopi et al.: beyond it lies too little mass to matter, in sum or in any one step.
+    epsilon = _epsilon(half_way, delta, COARSE)[0] if effort == FINE else _cheap_epsilon(half_way, delta)
+    # The domain [-L, L] of Remark 5.6 in Gopi et al.: beyond it lies too little mass to matter, in sum or in
+    # any one step.
     spread = [_cheap_epsilon(capacity, delta_error / 4)]
     spread += [_cheap_epsilon((m._replace(steps=1),), delta_error / 8 / total) for m in capacity]
     limit = max(spread) + 3
     if limit > 0.4 * math.log(np.finfo(np.longdouble).max):
         raise ValueError(f"privacy losses of up to {limit:.3g} are possible")
-    per_error = math.sqrt(total / 2 * math.log(12 / delta_error))  # mesh = eps_error / per_error: their Theorem 5.5
-    wanted = effort.precision * max(epsilon, math.sqrt(epsilon))  # below 1, full relative precision would cost too much
-    eps_error = max(wanted, 2 * limit * per_error / effort.max_points)
+    per_error = math.sqrt(total / 2 * math.log(12 / delta_error))  # mesh = eps_error / per_error: Theorem 5.5
+    wanted = effort.precision * max(
+        epsilon, math.sqrt(epsilon)
+    )  # relative precision below 1 would cost too much
     useless = WORST_PRECISION * _cheap_epsilon(capacity, delta)
-    if eps_error > useless:
-        points = 2 * limit * per_error / useless
+    points = 2 * limit * per_error / useless
+    if points > effort.max_points:
         raise ValueError(f"a grid of {points:.1g} points would be needed, more than {effort.max_points}")
+    eps_error = max(min(wanted, useless), 2 * limit * per_error / effort.max_points)
 
     half = next_fast_len(math.ceil(limit * per_error / eps_error) + 1, real=True)
     # Each step's CDF is good to about 2^-53, and the tails are sums over the grid.
@@ -380,13 +412,18 @@ def _discretise(capacity: tuple[Mechanism, ...], delta: float, effort: Effort) -
     if rounding > delta / 2:
         raise ValueError(f"delta {delta:.3g} is within rounding, {rounding:.1g}, of so many steps")
     mesh = limit / (half - 1)
-    domain = Domain(-limit, limit + mesh, 2 * half)  # even, zero on the grid: as `Domain.create_aligned`, at an FFT's size
+    domain = Domain(
+        -limit, limit + mesh, 2 * half
+    )  # as `Domain.create_aligned`, but of a size that FFTs like
     steps = [PoissonSubsampledGaussianMechanism(m.sample_rate, m.noise_multiplier) for m in capacity]
     cut = [_Truncated(step, domain.t_min(), domain.t_max()) for step in steps]
-    return _Grid(Heterogeneous([CellCentred().discretise(c, domain) for c in cut]), eps_error, delta_error, rounding)
+    composer = Heterogeneous([CellCentred().discretise(loss, domain) for loss in cut])
+    return _Grid(composer, eps_error, delta_error, rounding)
 
 
-def _prv_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, effort: Effort, capacity: tuple[Mechanism, ...]) -> float:
+def _prv_epsilon(
+    mechanisms: tuple[Mechanism, ...], delta: float, effort: Effort, capacity: tuple[Mechanism, ...]
+) -> float:
     """PRV's upper bound. Raises where there is none."""
     # Room for the next power of two: a run that asks at every step builds few grids, and asks the same one.
     room = tuple(m._replace(steps=1 << (m.steps - 1).bit_length()) for m in capacity)
@@ -399,6 +436,7 @@ def _prv_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, effort: Effort
     return max(0.0, upper)
 
 
+@lru_cache(maxsize=1024)
 def _epsilon(
     mechanisms: tuple[Mechanism, ...],
     delta: float,
@@ -427,10 +465,10 @@ def _spread(count: int) -> list[int]:
     return sorted({round((i / (CURVE_POINTS - 1)) ** 2 * (count - 1)) for i in range(CURVE_POINTS)})
 
 
-# -- calibrated noise on disk ----------------------------------------------------------------------------------------
+# -- calibrated noise on disk --------------------------------------------------------------------------------
 
 
-def _cache_file(question: dict):
+def _cache_file(question: dict) -> Path:
     content = json.dumps({"version": VERSION, **question}, sort_keys=True)
     return user_cache_path("fastloda") / "noise" / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
 
@@ -446,26 +484,29 @@ def _recall(question: dict) -> float | None:
 
 
 def _remember(question: dict, sigma: float) -> None:
-    """Write atomically; a cache that cannot be written is no cache."""
+    """A cache that cannot be written is no cache."""
     path = _cache_file(question)
+    answer = {"version": VERSION, **question, "noise_multiplier": sigma}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump({"version": VERSION, **question, "noise_multiplier": sigma}, file)
-        os.replace(file.name, path)
+        write_atomically(path, json.dumps(answer).encode())
     except OSError:
         pass
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------
+# -- checks --------------------------------------------------------------------------------------------------
 
 
 def _check_real(value: float, name: str) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the floats
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
-    return float(value)
+    return number
 
 
 def _check_rate(value: float) -> float:

@@ -12,6 +12,8 @@ from torch import nn
 from fastloda.files import write_atomically
 
 FORMAT = "fastloda-checkpoint-1"
+# What torch.load raises, between its formats, for a file that is cut short, is something else, or would run code.
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, OSError, EOFError, LookupError, ValueError)
 
 
 class CheckpointError(ValueError):
@@ -48,8 +50,9 @@ def load_checkpoint(path: str | os.PathLike, model_fingerprint: str) -> dict:
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is no checkpoint, or is damaged: {str(error).splitlines()[0]}") from error
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is no checkpoint, or is damaged: {reason}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this version ({FORMAT})")
     if document["model"] != model_fingerprint:

@@ -79,8 +79,8 @@ class ConvOp:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """-> y, z."""
         y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        z = F.conv2d(x, A, None, self.stride, self.padding, self.dilation)
-        add_product_(positions(y), B.flatten(1), positions(activation(z, self.slope)), self.scale)
+        z = F.conv2d(x, A, None, self.stride, self.padding, self.dilation).contiguous()  # as backward's products want it
+        add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
         return y, z
 
     def grad_z(self, gy: Tensor, z: Tensor, B: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class ConvOp:
 
     def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
         """Gradient of B for each sample: [samples, O, r, 1, 1]."""
-        h = accumulable(positions(activation(z, self.slope)))
+        h = accumulable(activation(z, self.slope).flatten(2))
         grad = torch.bmm(h, accumulable(positions(gy)).mT).mul_(self.scale)  # B^T: row-major operands in both layouts
         return grad.view(samples, -1, *grad.shape[1:]).sum(1).mT[..., None, None]
 

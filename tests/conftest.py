@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 PROOF_FILE = Path(__file__).parent.parent / "docs" / "results" / "prove.json"
 _figures: dict[str, object] = {}
 

@@ -1,7 +1,7 @@
 """The public data: digits from fonts, drawn as signed distance fields so that pen width is only a threshold.
 
-No private image plays a part. What is imitated is the published description of the digits data set: the digit
-fills a 32 x 32 bitmap from top to bottom, which is cut into 4 x 4 blocks, and the on-pixels of each are counted.
+No private image plays a part. What is imitated is the published description of the digits data set: the
+digit fills a 32 x 32 bitmap, which is cut into 4 x 4 blocks, and the on-pixels of each block are counted.
 """
 
 from functools import cache

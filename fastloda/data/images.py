@@ -1,6 +1,5 @@
 """Labelled images as one checked, immutable value: no later step has to ask about range, layout or dtype."""
 
-import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastloda.files import write_atomically
 
 CHANNELS = (1, 3)  # grey or RGB: what makes the layout of an npz readable from its shape
 _WHITE = 255
@@ -139,13 +140,8 @@ def _to_labels(array: np.ndarray) -> Tensor:
 
 
 def _write_npz(path: Path, **arrays: np.ndarray | int) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, savez would append .npz to it
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_atomically(path, write)

@@ -1,0 +1,157 @@
+"""A privacy budget: from a promise (epsilon, delta) to a private run's settings, and the statement of what it spent."""
+
+import logging
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from fastloda.accountant import calibrate_noise
+from fastloda.files import write_atomically
+from fastloda.report.plots import epsilon_plot
+from fastloda.runs import CONFIG, DONE, write_json
+from fastloda.trainer import DPTrainer, PrivateTraining
+
+logger = logging.getLogger("fastloda")
+
+STATEMENT, EPSILON_CURVE, CHECKPOINT = "privacy.json", "epsilon.png", "checkpoint.pt"
+ADJACENCY, SAMPLER = "add/remove one record", "Poisson"
+FORESEEABLE = "fixed seed: an experiment; whoever knows the seed can foresee the noise, so it is no private release"
+UNFORESEEABLE = "seeded by the operating system"
+CURVE_POINTS = 40
+
+README = f"""\
+May be released, on the terms in {STATEMENT}: the .safetensors file, {STATEMENT}, {EPSILON_CURVE}, {CONFIG}.
+Must stay private: {CHECKPOINT}, from which training continues; it holds the state of the generator of the noise.
+Better kept: {DONE}; the time that training took depends, a little, on the records.
+"""
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The promise, and what else fixes the noise. All of it is public: none may be computed from the private records.
+
+    Attributes:
+        target_epsilon: upper bound on epsilon that training may not exceed; 1 is strong, 10 is common in research.
+        delta: probability with which the bound may fail; must be below 1 / records.
+        epochs: expected number of times that a record is used.
+        batch_size: expected records a step; large batches need less noise per record.
+        records: the public, nominal number of records; sample_rate = batch_size / records and the number of steps
+            follow from it. Default: the count of the data, which is thereby made public.
+        max_grad_norm: bound on the L2 norm of a record's gradient. A small one clips all gradients, as is usual in
+            diffusion, and Adam makes up for the scale.
+        views: noise levels per record and step, averaged before clipping.
+    """
+
+    target_epsilon: float
+    delta: float
+    epochs: float = 50.0
+    batch_size: int = 256
+    records: int | None = None
+    max_grad_norm: float = 1e-3
+    views: int = 2
+
+    def __post_init__(self):
+        for name in ("target_epsilon", "delta", "epochs", "batch_size", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"privacy.{name} must be positive and finite, got {getattr(self, name)}")
+        if self.delta >= 1:
+            raise ValueError(f"privacy.delta must be below 1, got {self.delta}")
+        if self.views < 1:
+            raise ValueError(f"privacy.views must be at least 1, got {self.views}")
+        if self.records is not None:
+            self._check_records()
+
+    def _check_records(self):
+        if self.records < 1:
+            raise ValueError(f"privacy.records must be at least 1, got {self.records}")
+        if self.delta >= 1 / self.records:
+            raise ValueError(
+                f"privacy.delta must be below 1 / records = {1 / self.records:.3g}, got {self.delta}: with a larger "
+                "one, publishing a random record would count as private"
+            )
+        if self.batch_size > self.records:
+            raise ValueError(f"privacy.batch_size {self.batch_size} exceeds the {self.records} records")
+        if self.steps < 1:
+            raise ValueError(
+                f"privacy.epochs {self.epochs} over {self.records} records are less than a step of {self.batch_size}"
+            )
+
+    def with_records(self, count: int) -> "Privacy":
+        """`records` filled in by the data's own count, if it was left open."""
+        if self.records is not None:
+            return self
+        logger.info("note: the number of records, %d, is treated as public; or give --privacy.records", count)
+        return replace(self, records=count)
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability that a record enters a step's batch."""
+        return self.batch_size / self.records
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return round(self.epochs / self.sample_rate)
+
+
+def private_training(privacy: Privacy, **optimization) -> PrivateTraining:
+    """The trainer's settings, with the least noise that keeps the promise. Takes 1 to 60 s, less if asked before.
+
+    optimization: the other fields of `PrivateTraining`.
+    """
+    settings = PrivateTraining(  # checked before the noise is sought, which takes a while
+        sample_rate=privacy.sample_rate,
+        expected_batch_size=privacy.batch_size,
+        steps=privacy.steps,
+        noise_multiplier=1.0,
+        delta=privacy.delta,
+        target_epsilon=privacy.target_epsilon,
+        max_grad_norm=privacy.max_grad_norm,
+        views=privacy.views,
+        **optimization,
+    )
+    logger.info("calibrating the noise for epsilon %g over %d steps", privacy.target_epsilon, privacy.steps)
+    noise = calibrate_noise(privacy.target_epsilon, privacy.delta, privacy.sample_rate, privacy.steps)
+    logger.info("noise multiplier %.3f at sample rate %.3g", noise, privacy.sample_rate)
+    return replace(settings, noise_multiplier=noise)
+
+
+def publish(trainer: DPTrainer, privacy: Privacy, folder: Path) -> None:
+    """What a private run says about itself: privacy.json, epsilon.png, and README.txt on what may leave the folder."""
+    write_atomically(folder / "README.txt", README.encode())
+    write_atomically(folder / EPSILON_CURVE, _epsilon_curve(trainer))
+    write_json(folder / STATEMENT, privacy_statement(trainer, privacy))
+
+
+def privacy_statement(trainer: DPTrainer, privacy: Privacy) -> dict:
+    """What was spent, and on what terms: JSON values, all of them public."""
+    settings, accountant = trainer.settings, trainer.accountant
+    return {
+        "epsilon": trainer.epsilon(),
+        "epsilon_rdp": accountant.epsilon_rdp(settings.delta),
+        "delta": settings.delta,
+        "target_epsilon": settings.target_epsilon,
+        "adjacency": ADJACENCY,
+        "mechanism": "Gaussian noise on the sum of clipped per-record gradients, divided by the expected batch size",
+        "sampler": SAMPLER,
+        "sample_rate": settings.sample_rate,
+        "noise_multiplier": settings.noise_multiplier,
+        "steps": trainer.step,
+        "max_grad_norm": settings.max_grad_norm,
+        "views": settings.views,
+        "records": privacy.records,
+        "expected_batch_size": settings.expected_batch_size,
+        "accountant": f"upper bound by prv-accountant {version('prv-accountant')}, or RDP's where that is smaller",
+        "seed_was_fixed": settings.seed is not None,
+        "randomness": UNFORESEEABLE if settings.seed is None else FORESEEABLE,
+    }
+
+
+def _epsilon_curve(trainer: DPTrainer) -> bytes:
+    """PNG: what was spent, by step."""
+    settings, spent = trainer.settings, trainer.epsilon()
+    # Epsilon rises fastest at the start, where the points are densest.
+    counts = sorted({0, 1} | {round(trainer.step * (i / CURVE_POINTS) ** 2) for i in range(CURVE_POINTS + 1)})
+    # The curve's bounds are looser than the final one, which bounds all that came before it.
+    epsilons = [min(bound, spent) for bound in trainer.accountant.epsilon_curve(settings.delta, counts)]
+    return epsilon_plot(counts, epsilons, target=settings.target_epsilon, delta=settings.delta)

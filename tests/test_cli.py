@@ -1,0 +1,288 @@
+"""The command: help, configuration, exit codes, and one line for each mistake."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastloda import cli, files, pipeline
+from fastloda.cli import main
+
+TINY_UNET = ["--unet.width", "8", "--unet.norm_groups", "4"]
+PRETRAIN = ["--count", "40", "--training.steps", "2", "--training.batch_size", "8", "--training.warmup", "1", *TINY_UNET]
+PROMISE = ["--privacy.target_epsilon", "10", "--privacy.delta", "1e-5"]
+FINETUNE = [*PROMISE, "--privacy.epochs", "0.1", "--privacy.batch_size", "48"]
+QUIET = ["--progress", "false", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with a public model, made by the command."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+        assert main(["pretrain", "--run", str(folder), *PRETRAIN, *QUIET]) == 0
+    return folder
+
+
+def fails(capsys, arguments: list[str]) -> str:
+    """Run a command that must fail as a mistake of the user's; returns its one line."""
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if not line.startswith(("note:", "not adapted:", "calibrating"))]
+    assert shown.out == "" and len(lines) == 1
+    command = arguments[0] if arguments and arguments[0] in cli.COMMANDS else None
+    assert lines[0].startswith(f"fastloda {command}: error: " if command else "fastloda: error: ")
+    assert len(lines[0]) < 750
+    return lines[0]
+
+
+# -- doing -----------------------------------------------------------------------------------------------------------
+
+
+def test_stages_from_the_command_line(run, capsys):
+    capsys.readouterr()
+    assert main(["finetune", "--run", str(run), *FINETUNE, "--training.seed", "0", *QUIET]) == 0
+    shown = capsys.readouterr()
+    assert yaml.safe_load(shown.out)["epsilon"] <= 10
+    assert "1437, is treated as public" in shown.err
+    assert main(["sample", "--run", str(run), "--count", "12", "--steps", "2", *QUIET]) == 0
+    assert main(["sample", "--run", str(run), "--count", "12", "--steps", "2", "--public", *QUIET]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--run", str(run), "--classifier.steps", "1", "--classifier.width", "8", *QUIET]) == 0
+    assert 0 <= yaml.safe_load(capsys.readouterr().out)["accuracy"] <= 1
+    assert (run / "samples-public" / "grid.png").exists()
+
+
+def test_account_prints_yaml(capsys):
+    assert main("account --delta 1e-5 --sample_rate 0.1 --noise_multiplier 2 --steps 20".split()) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert 0 < shown["epsilon"] <= shown["epsilon_rdp"] and shown["steps"] == 20
+
+
+def test_a_recorded_configuration_repeats_the_stage_and_options_win(run, tmp_path, capsys):
+    recorded = str(run / "public" / "config.yaml")
+    assert main(["pretrain", "--run", str(run), "--config", recorded, *QUIET]) == 0
+    assert "already there" in capsys.readouterr().err
+    message = fails(capsys, ["pretrain", "--run", str(run), "--config", recorded, "--training.steps", "9", *QUIET])
+    assert "training.steps is 2 there and 9 here" in message
+
+
+def test_lists_may_have_commas_or_come_from_yaml(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setitem(cli.COMMANDS, "demo", _recording(cli.COMMANDS["demo"], seen))
+    (tmp_path / "c.yaml").write_text("epsilon: [1, 2.5]\n")
+    (tmp_path / "d.yaml").write_text("epsilon: 1e1\n")
+    assert main(["demo", "--epsilon", "1,10"]) == main(["demo", "--epsilon", "5", "--quick"]) == 0
+    assert main(["demo", "--config", str(tmp_path / "c.yaml")]) == 0
+    assert main(["demo", "--config", str(tmp_path / "d.yaml"), "--settings.steps", "7"]) == 0
+    assert [s["epsilon"] for s in seen] == [(1.0, 10.0), (5.0,), (1.0, 2.5), (10.0,)]
+    assert [s["quick"] for s in seen] == [False, True, False, False] and seen[3]["settings"].steps == 7
+
+
+def _recording(function, seen: list):
+    import functools
+
+    @functools.wraps(function)
+    def record(*args, **options):
+        seen.append(options)
+
+    return record
+
+
+# -- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands_and_explains_them(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"    {name} " in shown for name in cli.COMMANDS) and "fastloda demo --run runs/demo" in shown
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_option_has_a_help_text(command, capsys):
+    parser = cli.build_parser()
+    sub = parser._subcommands_action._name_parser_map[command]
+    # UNetConfig's docstring and two of PublicTraining's fields are of another form.
+    silent = [a.dest for a in sub._actions if not a.help and not a.dest.startswith(("unet.", "training."))]
+    assert not silent
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "<class" not in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("fastloda ")
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "command"),
+        (["train"], "invalid choice: 'train'"),
+        (["pretrain"], "required: --run"),
+        (["pretrain", "--run", "{new}", "--trainig.steps", "3"], "--trainig.steps"),
+        (["pretrain", "--run", "{new}", "--training.steps", "many"], "training.steps"),
+        (["pretrain", "--run", "{new}", "--training.steps", "0"], "steps"),
+        (["pretrain", "--run", "{new}", "--unet.width", "7"], "width must be even, half sines"),
+        (["pretrain", "--run", "{new}", "--data", "digts"], "data must be one of"),
+        (["pretrain", "--run", "{new}", "--data", "{new}.npz"], "no such file"),
+        (["pretrain", "--run", "{new}", "--data", "{text}"], "not an npz file"),
+        (["pretrain", "--run", "{text}/run", *PRETRAIN], "cannot make the folder"),
+        (["pretrain", "--run", "{new}", "--config", "{new}.yaml"], "File does not exist"),
+        (["pretrain", "--run", "{new}", "--config", "{broken}"], "Problems parsing config"),
+        (["pretrain", "--run", "{new}", "--config", "{unknown}"], "'training.speed'"),
+        (["finetune", "--run", "{run}"], "required: --privacy.target_epsilon, --privacy.delta"),
+        (["finetune", "--run", "{new}", *PROMISE], "no public model"),
+        (["finetune", "--run", "{run}", *PROMISE, "--privacy.target_epsilon", "0"], "target_epsilon must be positive"),
+        (["finetune", "--run", "{run}", *PROMISE, "--privacy.target_epsilon", "-3"], "target_epsilon must be positive"),
+        (["finetune", "--run", "{run}", *PROMISE, "--privacy.delta", "1e-3"], "below 1 / records = 0.000696"),
+        (["finetune", "--run", "{run}", *PROMISE, "--adapter.rank", "0"], "rank must be at least 1"),
+        (["finetune", "--run", "{run}", *PROMISE, "--adapter.rank", "99"], "no layer to adapt"),
+        (["finetune", "--run", "{run}", *PROMISE, "--data", "{nine}"], "1 x 9 x 9, the U-Net is for 1 x 8 x 8"),
+        (["finetune", "--run", "{run}", *PROMISE, "--data", "{eleven}"], "labels must lie in 0 .. 9"),
+        (["sample", "--run", "{new}"], "no public model"),
+        (["sample", "--run", "{only_public}"], "no adapter in"),
+        (["sample", "--run", "{run}", "--count", "0"], "count and batch_size must be at least 1"),
+        (["sample", "--run", "{run}", "--steps", "2000"], "1 <= steps <= 1000"),
+        (["evaluate", "--run", "{new}"], "no samples"),
+        (["evaluate", "--run", "{new}", "--train", "digits", "--test", "{nine}"], "1 x 8 x 8"),
+        (["account", "--delta", "0", "--sample_rate", "0.1", "--noise_multiplier", "1", "--steps", "9"], "delta"),
+        (["account", "--delta", "1e-5", "--sample_rate", "2", "--noise_multiplier", "1", "--steps", "9"], "sample_rate"),
+        (["account", "--delta", "1e-5"], "missing"),
+        (["demo", "--run", "{new}", "--epsilon", "0"], "target_epsilon must be positive"),
+        (["demo", "--run", "{new}", "--epsilon", "1,one"], "could not convert"),
+        (["demo", "--run", "{new}", "--epsilon", "1,1"], "different ones"),
+        (["demo", "--run", "{new}", "--seeds", "0"], "seeds must be at least 1"),
+        (["demo", "--run", "{new}", "--settings.rank", "0"], "rank must be at least 1"),
+        (["demo", "--run", "{new}", "--settings.batch_size", "9999"], "exceeds the 1437 records"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_a_mistake_gives_one_line_and_changes_nothing(run, tmp_path, capsys, arguments, message):
+    from fastloda.data import LabelledImages, font_digits
+
+    places = {name: tmp_path / name for name in ("new", "text", "broken", "unknown", "nine", "eleven", "only_public")}
+    places["text"].write_text("text")
+    places["broken"].write_text("training: [1")
+    places["unknown"].write_text("training:\n  speed: 3\n")
+    font_digits(20, seed=0, size=9).save_npz(places["nine"])
+    images = font_digits(20, seed=0)
+    LabelledImages(images.images, images.labels + 1, 11).save_npz(places["eleven"])
+    places["only_public"].mkdir()
+    (places["only_public"] / "public").symlink_to(run / "public")
+    before = _everything(tmp_path) | _everything(run)
+    filled = [argument.format(run=places["only_public"], **_without(places, "run")) for argument in arguments]
+    assert message in fails(capsys, filled)
+    assert _everything(tmp_path) | _everything(run) == before
+
+
+def _without(places: dict, name: str) -> dict:
+    return {key: value for key, value in places.items() if key != name}
+
+
+def _everything(folder: Path) -> dict[Path, int]:
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "run" / "public").mkdir(parents=True)
+    for name in ("model.safetensors", "config.yaml", "done.json"):
+        (tmp_path / "run" / "public" / name).write_bytes((run / "public" / name).read_bytes())
+    command = ["finetune", "--run", str(tmp_path / "run"), *FINETUNE, "--training.seed", "0", *QUIET]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save_loda", _interrupted)
+        assert main(command) == 130
+    capsys.readouterr()
+    with monkeypatch.context() as patch:  # the public model is replaced in between
+        patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+        patch.chdir(tmp_path)
+        assert main(["pretrain", "--run", "other", *PRETRAIN, "--training.seed", "7", *QUIET]) == 0
+    (tmp_path / "other" / "public" / "model.safetensors").replace(tmp_path / "run" / "public" / "model.safetensors")
+    capsys.readouterr()
+    lines = fails_after_notes(capsys, command)
+    assert "checkpoint of another model" in lines
+
+
+def fails_after_notes(capsys, command) -> str:
+    assert main(command) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def _interrupted(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_gives_one_line_and_leaves_no_half_file(tmp_path, capsys, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        line = fails(capsys, ["pretrain", "--run", str(tmp_path / "run"), *PRETRAIN, *QUIET])
+    assert "cannot write" in line and "No space left on device" in line
+    assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
+    monkeypatch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+    assert main(["pretrain", "--run", str(tmp_path / "run"), *PRETRAIN, *QUIET]) == 0  # and goes on when there is room
+
+
+@pytest.mark.parametrize("bug", [RuntimeError("bug"), ZeroDivisionError(), KeyError("x"), AssertionError()])
+def test_a_bug_keeps_its_traceback(monkeypatch, bug):
+    def broken(**options):
+        raise bug
+
+    monkeypatch.setattr(cli, "run", lambda chosen: broken())
+    with pytest.raises(type(bug)):
+        main(["account", "--delta", "1e-5"])
+
+
+def test_a_value_error_from_within_a_library_is_a_bug_too(monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda chosen: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        main(["account", "--delta", "1e-5"])
+
+
+def test_warnings_are_lines_and_logging_is_left_as_it_was(monkeypatch, capsys):
+    import logging
+
+    logger = logging.getLogger("fastloda")
+    state = (logger.level, logger.propagate, list(logger.handlers), warnings.showwarning)
+    monkeypatch.setattr(cli, "run", lambda chosen: warnings.warn("looser than usual", stacklevel=1))
+    assert main(["account", "--delta", "1e-5"]) == 0
+    assert capsys.readouterr().err == "warning: looser than usual\n"
+    assert (logger.level, logger.propagate, list(logger.handlers), warnings.showwarning) == state
+
+
+# -- in a process of its own -----------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_exits_130_and_the_same_command_continues(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "public").symlink_to(run / "public")
+    options = ["--privacy.epochs", "20", "--privacy.batch_size", "48", *PROMISE, "--training.seed", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "fastloda", "finetune", "--run", str(tmp_path / "run"), *options]
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "private" / "config.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert shown.splitlines()[-1] == "fastloda finetune: interrupted; the same command continues"
+    assert "Traceback" not in shown

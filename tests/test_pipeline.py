@@ -1,0 +1,437 @@
+"""The stages: what they write, that they continue, and that what they refuse changes nothing."""
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fastloda import pipeline
+from fastloda.accountant import PrivacyAccountant, compose_epsilon
+from fastloda.baselines import DPSGD, dpsgd, train_dpsgd
+from fastloda.baselines.dpsgd import _jittered_losses
+from fastloda.budget import Privacy, private_training
+from fastloda.classify import SmallCNN
+from fastloda.data import LabelledImages, digits_split, font_digits, load_npz
+from fastloda.diffusion import UNetConfig
+from fastloda.diffusion.pretrain import PublicTraining
+from fastloda.models import load_unet
+from fastloda.pipeline import Adapter, Classifier, FineTuning, account, evaluate, finetune, pretrain, sample
+from fastloda.runs import RunError, Stage
+
+UNET = UNetConfig(
+    image_size=8, in_channels=1, width=8, multipliers=(1, 2), blocks_per_level=1, norm_groups=4, attention=(1,)
+)
+PUBLIC = PublicTraining(steps=3, batch_size=8, warmup=1, seed=0)
+PRIVACY = Privacy(target_epsilon=10.0, delta=1e-5, epochs=0.1, batch_size=48)
+QUIET = {"progress": False, "device": "cpu"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_previews():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with every stage done; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    pretrain(folder, count=64, unet=UNET, training=PUBLIC, **QUIET)
+    finetune(folder, PRIVACY, training=FineTuning(seed=1), **QUIET)
+    sample(folder, count=25, steps=2, **QUIET)
+    sample(folder, count=25, steps=2, public=True, **QUIET)
+    return folder
+
+
+@pytest.fixture
+def public_run(run, tmp_path) -> Path:
+    """A run with the public model only."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "public").symlink_to(run / "public")
+    return tmp_path / "run"
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+# -- what the stages write -------------------------------------------------------------------------------------------
+
+
+def test_pretrain_leaves_a_model_that_loads(run):
+    model = load_unet(run / "public" / "model.safetensors")
+    assert model.config == UNET
+    assert sorted(p.name for p in (run / "public").iterdir()) == [
+        "config.yaml",
+        "done.json",
+        "model.safetensors",
+        "samples.png",
+    ]
+    assert yaml.safe_load((run / "public" / "config.yaml").read_text())["training"]["steps"] == 3
+
+
+def test_finetune_states_what_was_spent(run):
+    statement = json.loads((run / "private" / "privacy.json").read_text())
+    accountant = PrivacyAccountant(48 / 1437, statement["noise_multiplier"])
+    assert statement["steps"] == round(0.1 * 1437 / 48) == 3
+    assert statement["epsilon"] == accountant.epsilon(1e-5, 3) <= 10
+    assert statement["epsilon_rdp"] == accountant.epsilon_rdp(1e-5, 3)
+    assert (statement["adjacency"], statement["sampler"]) == ("add/remove one record", "Poisson")
+    assert (statement["records"], statement["delta"], statement["views"]) == (1437, 1e-5, 2)
+    assert statement["seed_was_fixed"] and "foresee" in statement["randomness"]
+
+
+def test_nothing_that_depends_on_private_records_is_released(run, public_run):
+    """Other records, of the same number, give the same files but for the adapter; only its values differ."""
+    records, _ = digits_split()
+    swapped = public_run / "private.npz"
+    LabelledImages(-records.images, records.labels.flip(0), 10).save_npz(swapped)
+    finetune(public_run, PRIVACY, data=str(swapped), training=FineTuning(seed=1), **QUIET)
+    one, other = (snapshot(r / "private") for r in (run, public_run))
+    assert one.keys() == other.keys()
+    assert {name for name in one if one[name] != other[name]} <= {
+        "adapter.safetensors",
+        "checkpoint.pt",
+        "done.json",
+        "config.yaml",
+    }
+    config, other_config = (yaml.safe_load(files["config.yaml"]) for files in (one, other))
+    assert config | {"data": ""} == other_config | {"data": ""}
+    assert json.loads(one["done.json"]).keys() == {"inputs", "seconds", "resumed"}
+    assert json.loads(one["done.json"])["inputs"].keys() == {"model.safetensors"}
+
+
+def test_the_private_folder_says_what_must_stay(run):
+    assert (run / "private").stat().st_mode & 0o077 == 0
+    assert "checkpoint.pt" in (run / "private" / "README.txt").read_text()
+
+
+def test_without_a_seed_the_noise_differs_and_the_statement_says_so(public_run, run):
+    finetune(public_run, PRIVACY, **QUIET)
+    assert "operating system" in json.loads((public_run / "private" / "privacy.json").read_text())["randomness"]
+    ours, others = (tensors(r / "private" / "adapter.safetensors") for r in (public_run, run))
+    assert any(not torch.equal(ours[name], others[name]) for name in ours)
+
+
+def test_the_nominal_number_of_records_fixes_the_rate(public_run, caplog):
+    with caplog.at_level("INFO", logger="fastloda"):
+        finetune(public_run, dataclasses.replace(PRIVACY, records=2400), training=FineTuning(seed=1), **QUIET)
+    statement = pipeline.read_statement(public_run)
+    assert (statement["sample_rate"], statement["records"], statement["steps"]) == (48 / 2400, 2400, 5)
+    assert "treated as public" not in caplog.text
+
+
+def test_the_default_number_of_records_is_announced(caplog):
+    with caplog.at_level("INFO", logger="fastloda"):
+        assert PRIVACY.with_records(1000).records == 1000
+    assert "1000, is treated as public" in caplog.text
+
+
+def test_samples_are_balanced_repeatable_and_private(run, tmp_path):
+    samples, public = (load_npz(run / name / "samples.npz") for name in ("samples", "samples-public"))
+    assert samples.labels.bincount().tolist() == [3] * 5 + [2] * 5
+    assert not torch.equal(samples.images, public.images)
+    before = snapshot(run / "samples")
+    again = tmp_path / "run"
+    again.mkdir()
+    for name in ("public", "private"):
+        (again / name).symlink_to(run / name)
+    sample(again, count=25, steps=2, batch_size=7, **QUIET)
+    assert torch.equal(load_npz(again / "samples" / "samples.npz").images, samples.images)
+    assert snapshot(run / "samples") == before
+
+
+def test_evaluate_trains_on_the_samples_only(run, monkeypatch):
+    seen = []
+
+    def spy(images, **options):
+        seen.append(images)
+        return train(images, **options)
+
+    train = pipeline.train_classifier
+    monkeypatch.setattr(pipeline, "train_classifier", spy)
+    quick = Classifier(steps=2, width=8)
+    found = evaluate(run, classifier=quick, **QUIET)
+    assert torch.equal(seen[0].images, load_npz(run / "samples" / "samples.npz").images)
+    assert (found["train_images"], found["test_images"]) == (25, 360) and 0 <= found["accuracy"] <= 1
+    assert evaluate(run, classifier=quick, **QUIET) == found and len(seen) == 1  # reused
+    evaluate(run, public=True, classifier=quick, **QUIET)
+    evaluate(run, train="digits", classifier=quick, **QUIET)
+    assert len(seen) == 3
+    assert json.loads((run / "evaluation.json").read_text()).keys() == {"samples", "samples-public", "digits"}
+
+
+def test_evaluate_judges_files_anew_and_does_not_hash_them(public_run, monkeypatch):
+    font_digits(30, seed=0).save_npz(public_run / "train.npz")
+    font_digits(20, seed=1).save_npz(public_run / "test.npz")
+    source, target = str(public_run / "train.npz"), str(public_run / "test.npz")
+    options = {"train": source, "test": target, "classifier": Classifier(steps=1, width=8), **QUIET}
+    evaluate(public_run, **options)
+    assert "sha256" not in (public_run / "evaluation.json").read_text()
+    font_digits(21, seed=2).save_npz(target)
+    assert evaluate(public_run, **options)["test_images"] == 21
+
+
+def test_colour_images_from_files_go_through(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(40) % 3)
+    data = str(tmp_path / "data.npz")
+    pretrain(tmp_path / "r", data=data, unet=dataclasses.replace(UNET, in_channels=3, num_classes=3), training=PUBLIC, **QUIET)
+    finetune(tmp_path / "r", dataclasses.replace(PRIVACY, epochs=1, batch_size=20), data=data, **QUIET)
+    sample(tmp_path / "r", count=6, steps=2, **QUIET)
+    found = evaluate(tmp_path / "r", test=data, classifier=Classifier(steps=1, width=8), **QUIET)
+    assert (found["train_images"], found["test_images"]) == (6, 40)
+
+
+# -- continuing ------------------------------------------------------------------------------------------------------
+
+
+def test_finished_stages_are_left_alone(run, caplog):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != "evaluation.json"}
+    with caplog.at_level("INFO", logger="fastloda"):
+        pretrain(run, count=64, unet=UNET, training=PUBLIC, **QUIET)
+        statement = finetune(run, PRIVACY, training=FineTuning(seed=1), **QUIET)
+        sample(run, count=25, steps=2, **QUIET)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert caplog.text.count("already there") == 3
+    assert statement == json.loads((run / "private" / "privacy.json").read_text())
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_an_interrupted_fine_tuning_continues_bit_for_bit(run, public_run, monkeypatch, when):
+    monkeypatch.setattr(pipeline, "DPTrainer", functools.partial(pipeline.DPTrainer, checkpoint_every=1))
+    with monkeypatch.context() as patch:
+        _interrupt(patch, "fastloda.trainer.DPTrainer.train_step", when)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)
+    assert not (public_run / "private" / "adapter.safetensors").exists()
+    with pytest.raises(RunError, match="training.seed is 1 there and 2 here"):
+        finetune(public_run, PRIVACY, training=FineTuning(seed=2), **QUIET)
+    finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)
+    ours, whole = (tensors(r / "private" / "adapter.safetensors") for r in (public_run, run))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    assert json.loads((public_run / "private" / "done.json").read_text())["resumed"]
+
+
+def test_an_interrupted_pretraining_continues(run, tmp_path, monkeypatch):
+    fast = functools.partial(pipeline.train_on_public, checkpoint_every=1)
+    monkeypatch.setattr(pipeline, "train_on_public", fast)
+    with monkeypatch.context() as patch:
+        _interrupt(patch, "fastloda.diffusion.pretrain._Run.train_step", 2)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tmp_path / "r", count=64, unet=UNET, training=PUBLIC, **QUIET)
+    assert (tmp_path / "r" / "public" / "checkpoint.pt").exists()
+    pretrain(tmp_path / "r", count=64, unet=UNET, training=PUBLIC, **QUIET)
+    ours, whole = (r / "public" / "model.safetensors" for r in (tmp_path / "r", run))
+    assert ours.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "r" / "public" / "checkpoint.pt").exists()
+
+
+def _interrupt(patch, name: str, call: int) -> None:
+    """Ctrl-C in that call, counted from 1."""
+    calls = iter(range(1, 1000))
+    *place, attribute = name.split(".")
+    owner = functools.reduce(getattr, place[2:], __import__(".".join(place[:2]), fromlist=["x"]))
+    real = getattr(owner, attribute)
+
+    def interrupted(self):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return real(self)
+
+    patch.setattr(owner, attribute, interrupted)
+
+
+# -- refusing --------------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_are_refused(run):
+    before = snapshot(run)
+    with pytest.raises(RunError, match=r"training.steps is 3 there and 4 here.*rm -r"):
+        pretrain(run, count=64, unet=UNET, training=dataclasses.replace(PUBLIC, steps=4), **QUIET)
+    with pytest.raises(RunError, match=r"target_epsilon is 10.0 there and 1.0 here.*still counts"):
+        finetune(run, dataclasses.replace(PRIVACY, target_epsilon=1.0), training=FineTuning(seed=1), **QUIET)
+    with pytest.raises(RunError, match="count is 25 there and 30 here"):
+        sample(run, count=30, steps=2, **QUIET)
+    assert snapshot(run) == before
+
+
+def test_results_of_another_model_are_refused(run, tmp_path):
+    other = tmp_path / "run"
+    pretrain(other, count=64, unet=UNET, training=dataclasses.replace(PUBLIC, seed=5), **QUIET)
+    for name in ("private", "samples-public"):
+        (other / name).symlink_to(run / name)
+    with pytest.raises(ValueError, match="adapts another model"):
+        sample(other, count=25, steps=2, **QUIET)
+    with pytest.raises(RunError, match="made from another .*model.safetensors"):
+        finetune(other, PRIVACY, training=FineTuning(seed=1), **QUIET)
+    with pytest.raises(RunError, match="made from another .*model.safetensors"):
+        sample(other, count=25, steps=2, public=True, **QUIET)
+
+
+def test_a_lost_result_is_not_silently_made_again(public_run):
+    finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)
+    (public_run / "private" / "adapter.safetensors").unlink()
+    with pytest.raises(RunError, match="adapter.safetensors is gone"):
+        finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "done.json"])
+@pytest.mark.parametrize("content", ["[1, 2", "3", "[]"])
+def test_a_damaged_record_is_refused(tmp_path, name, content):
+    stage = Stage(tmp_path / "stage", {"a": 1})
+    with stage.work():
+        pass
+    assert stage.is_done()
+    (tmp_path / "stage" / name).write_text(content)
+    with pytest.raises(RunError, match=f"{name} is damaged"):
+        stage.is_done()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_epsilon": 0.0}, "target_epsilon must be positive"),
+        ({"target_epsilon": math.inf}, "target_epsilon must be positive and finite"),
+        ({"target_epsilon": math.nan}, "target_epsilon must be positive"),
+        ({"delta": 0.0}, "delta must be positive"),
+        ({"delta": 1.5}, "delta must be below 1"),
+        ({"delta": 1 / 1437, "records": 1437}, "delta must be below 1 / records"),
+        ({"batch_size": 2000, "records": 1437}, "exceeds the 1437 records"),
+        ({"epochs": 1e-3, "records": 1437}, "less than a step"),
+        ({"epochs": -1.0}, "epochs must be positive"),
+        ({"views": 0}, "views must be at least 1"),
+        ({"records": 0}, "records must be at least 1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
+    ],
+)
+def test_impossible_promises_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Privacy(**{"target_epsilon": 10.0, "delta": 1e-5, "batch_size": 64} | change)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"targets": "("}, "no regular expression"),
+    ],
+)
+def test_impossible_adapters_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Adapter(**options)
+
+
+def test_finetune_checks_everything_before_it_writes(public_run, tmp_path):
+    font_digits(20, seed=0, size=9).save_npz(tmp_path / "nine.npz")
+    labels = LabelledImages(torch.zeros(30, 1, 8, 8), torch.full((30,), 10), 11)
+    labels.save_npz(tmp_path / "eleven.npz")
+    cases = [
+        ({"data": str(tmp_path / "nine.npz")}, "1 x 9 x 9, the U-Net is for 1 x 8 x 8"),
+        ({"data": str(tmp_path / "eleven.npz")}, "labels must lie in 0 .. 9"),
+        ({"data": str(tmp_path / "none.npz")}, "no such file"),
+        ({"data": "digitz"}, "data must be one of digits, "),
+        ({"adapter": Adapter(rank=99)}, "no layer to adapt"),
+        ({"adapter": Adapter(targets="nothing")}, "no layer to adapt"),
+        ({"training": FineTuning(warmup=100)}, "warmup must be between"),
+        ({"model": tmp_path}, "no public model"),
+    ]
+    for options, message in cases:
+        with pytest.raises((ValueError, OSError), match=message):
+            finetune(public_run, PRIVACY, **options, **QUIET)
+    assert [p.name for p in public_run.iterdir()] == ["public"]
+
+
+def test_a_damaged_model_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is no model of"):
+        load_unet(tmp_path / "model.safetensors")
+
+
+# -- accounting ------------------------------------------------------------------------------------------------------
+
+
+def test_account_both_ways():
+    found = account(1e-5, sample_rate=0.1, noise_multiplier=1.5, steps=50)
+    assert found["epsilon"] == PrivacyAccountant(0.1, 1.5).epsilon(1e-5, 50) < found["epsilon_rdp"]
+    back = account(1e-5, sample_rate=0.1, target_epsilon=found["epsilon"], steps=50)
+    assert back["noise_multiplier"] == pytest.approx(1.5, rel=0.01) and back["epsilon"] <= found["epsilon"]
+
+
+def test_account_composes_runs(run):
+    statement = pipeline.read_statement(run)
+    mechanism = (statement["sample_rate"], statement["noise_multiplier"], statement["steps"])
+    found = account(1e-5, composition=(str(run), str(run / "private" / "privacy.json")))
+    assert found["epsilon"] == compose_epsilon([mechanism] * 2, 1e-5) < 2 * statement["epsilon"]
+    assert found["each"] == [statement["epsilon"]] * 2
+
+
+def test_account_refuses_half_a_question(tmp_path):
+    with pytest.raises(ValueError, match="--sample_rate and --steps missing"):
+        account(1e-5, noise_multiplier=1.0)
+    with pytest.raises(ValueError, match="either --noise_multiplier"):
+        account(1e-5, sample_rate=0.1, steps=5)
+    with pytest.raises(ValueError, match="nothing else"):
+        account(1e-5, sample_rate=0.1, composition=("x",))
+    with pytest.raises(FileNotFoundError, match="no privacy.json"):
+        account(1e-5, composition=(str(tmp_path),))
+    (tmp_path / "privacy.json").write_text("{}")
+    with pytest.raises(ValueError, match="no privacy statement"):
+        account(1e-5, composition=(str(tmp_path),))
+
+
+# -- DP-SGD ----------------------------------------------------------------------------------------------------------
+
+
+def test_dpsgd_trains_privately_and_resumes(tmp_path, monkeypatch):
+    data = font_digits(64, seed=0)
+    privacy = Privacy(10.0, 1e-5, epochs=2, batch_size=32, records=64, max_grad_norm=1.0, views=2)
+    options = {"device": "cpu", "progress": False}
+    model = dpsgd(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
+    assert not model.training
+    statement = pipeline.read_statement(tmp_path / "dpsgd")
+    assert statement["epsilon"] <= 10 and statement["steps"] == 4 and statement["views"] == 2
+    start = SmallCNN.seeded(0, in_channels=1, num_classes=10, width=8, image_size=8)
+    assert not torch.equal(model.head.weight, start.head.weight)
+    monkeypatch.setattr("fastloda.baselines.dpsgd.train_dpsgd", None)  # a finished one is loaded
+    again = dpsgd(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
+    images = data.images[:5]
+    assert torch.equal(model(images), again(images))
+    with pytest.raises(RunError, match="width is 8 there and 16 here"):
+        dpsgd(tmp_path, privacy, data, DPSGD(width=16, seed=0), **options)
+
+
+def test_dpsgd_views_are_different_copies_of_each_record():
+    data, seen = font_digits(3, seed=0), []
+
+    def model(x):
+        seen.append(x)
+        return torch.zeros(len(x), 10)
+
+    losses = _jittered_losses(4)(model, (data.images, data.labels), torch.Generator().manual_seed(0))
+    assert losses.shape == (12,)
+    copies = seen[0].view(3, 4, -1)
+    assert len(copies.flatten(0, 1).unique(dim=0)) == 12
+    for i in range(3):  # sample-major: a record's copies resemble it most
+        nearest = (copies[i][:, None] - data.images.flatten(1)).square().sum(2).argmin(1)
+        assert (nearest == i).all()
+
+
+def test_dpsgd_refuses_what_is_not_square():
+    oblong = LabelledImages(torch.zeros(9, 1, 8, 6), torch.zeros(9).long(), 2)
+    settings = private_training(Privacy(10.0, 1e-5, epochs=1, batch_size=9, records=9))
+    with pytest.raises(ValueError, match="square"):
+        train_dpsgd(oblong, settings, progress=False)

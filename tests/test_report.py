@@ -1,0 +1,266 @@
+"""Tables, figures and the page: right numbers, self-contained, escaped, and no private image."""
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from fastloda.report import Figure, Page, Result, accuracy_plot, epsilon_plot, markdown, render, sample_grid
+from fastloda.report.tables import rounded_up, terminal_table
+
+RESULTS = [
+    Result("Public only", 0.0, "public samples", (0.5, 0.6)),
+    Result("DP-LoDA | ours", 9.971, "private samples", (0.9, 0.92)),
+    Result("No privacy", math.inf, "digits", (0.99,)),
+]
+
+
+def _png(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def test_mean_and_standard_deviation():
+    assert RESULTS[0].mean == pytest.approx(0.55)
+    assert RESULTS[0].std == pytest.approx(math.sqrt(2) * 0.05)
+    assert RESULTS[2].std is None
+
+
+@pytest.mark.parametrize("accuracies", [(), (1.2,), (-0.1,), (math.nan,)])
+def test_accuracies_are_checked(accuracies):
+    with pytest.raises(ValueError, match="accuracies"):
+        Result("m", 1.0, "x", accuracies)
+
+
+@pytest.mark.parametrize(("epsilon", "text"), [(0, "0"), (9.97, "9.97"), (9.9701, "9.98"), (0.001, "0.01"), (math.inf, "∞")])
+def test_a_shown_epsilon_is_still_an_upper_bound(epsilon, text):
+    assert rounded_up(epsilon) == text
+
+
+def test_markdown_and_terminal_show_the_same_cells():
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(terminal_table(RESULTS))
+    shown = console.export_text()
+    text = markdown(RESULTS)
+    for result in RESULTS:
+        for cell in result.cells():
+            assert cell in shown and cell.replace("|", r"\|") in text
+    assert {line.replace(r"\|", "").count("|") for line in text.splitlines()} == {5}
+    assert "55.0 ± 7.1" in text and "| 99.0 |" in text
+
+
+def test_grid_has_a_row_for_each_class_and_exact_pixels():
+    images = torch.tensor([-1.0, 0.0, 1.0, 0.5])[:, None, None, None].expand(4, 1, 8, 8)
+    pixels = _png(sample_grid(images, torch.tensor([1, 0, 1, 1]), columns=2))
+    assert pixels.shape == (2 * 32 + 2, 2 * 32 + 2, 4)
+    corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners[:, 0].tolist() == [128, 0, 0, 255]  # class 0 has one image, so that a place stays empty
+    assert corners[:, 3].tolist() == [255, 0, 255, 255]
+
+
+def test_grid_of_colours_and_of_large_images_is_not_enlarged():
+    images = torch.rand(4, 3, 40, 40) * 2 - 1
+    pixels = _png(sample_grid(images, torch.tensor([0, 0, 1, 1])))
+    assert pixels.shape == (81, 81, 4)
+    expected = ((images[3] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(pixels[41:, 41:, :3], expected)
+
+
+def test_figures_leave_matplotlib_as_it_was():
+    before, backend = dict(matplotlib.rcParams), matplotlib.rcParams._get("backend")
+    for png in (accuracy_plot(RESULTS), epsilon_plot([0, 5, 10], [0.0, 1.0, 2.0], target=2.0, delta=1e-5)):
+        assert _png(png).shape[2] == 4
+        assert len(np.unique(_png(png)[..., :3].reshape(-1, 3), axis=0)) > 10  # something is drawn
+    assert dict(matplotlib.rcParams) == before and matplotlib.rcParams._get("backend") == backend
+    assert "matplotlib.pyplot" not in _loaded_by("fastloda.report")
+
+
+def _loaded_by(module: str) -> set[str]:
+    import subprocess
+    import sys
+
+    code = f"import sys, {module}; print(*sys.modules, sep='\\n')"
+    return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+
+
+def _page(**changes) -> Page:
+    figure = Figure("a figure", accuracy_plot(RESULTS))
+    values = {
+        "title": "Title",
+        "lead": "Lead.",
+        "results": RESULTS,
+        "chart": figure,
+        "samples": [Figure("a grid", sample_grid(torch.zeros(1, 1, 8, 8), torch.zeros(1).long()), True)],
+        "statement": ["Said."],
+        "spent": {"a run": {"epsilon": 1 / 3}},
+        "curves": [figure],
+        "settings": {"steps": (250, "by trial")},
+        "timings": {"train": 12.4},
+        "environment": {"torch": "2"},
+    }
+    return Page(**values | changes)
+
+
+class _Checker(HTMLParser):
+    """Fails on tags that do not nest; collects images."""
+
+    VOID = {"meta", "img", "br", "link"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.images = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def check_page(html: str) -> list[dict]:
+    """Well-formed and self-contained; returns its images."""
+    checker = _Checker()
+    checker.feed(html)
+    assert not checker.open
+    assert not re.search(r"(src|href)=\"(?!data:)", html) and "http" not in html and "<script" not in html
+    for image in checker.images:
+        assert image["alt"] and _png(base64.b64decode(image["src"].split(",")[1])).size
+    return checker.images
+
+
+def test_the_page_is_self_contained_and_says_everything():
+    html = render(_page())
+    assert len(check_page(html)) == 3
+    for text in ("Title", "Lead.", "Said.", "55.0 ± 7.1", "DP-LoDA | ours", "0.333333", "by trial", "250", "train", "12"):
+        assert text in html
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_the_page_escapes_what_it_is_given():
+    evil = "<script>alert('x')</script>"
+    html = render(_page(title=evil, lead=evil, statement=[evil], timings={evil: 1.0}, spent={evil: {evil: evil}}))
+    assert "<script" not in html and html.count("&lt;script&gt;") >= 7
+
+
+# -- the demo, on steps so few that nothing is learned ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    from fastloda import demo, pipeline
+
+    run = tmp_path_factory.mktemp("demo") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+        demo.demo(run, epsilon=(10.0,), seeds=2, settings=_tiny(), progress=False)
+        yield run
+
+
+def _tiny(**changes):
+    from fastloda.demo import DemoSettings
+
+    small = {"public_images": 64, "public_steps": 2, "public_batch_size": 8, "batch_size": 32, "steps": 2, "views": 1}
+    small |= {"synthetic_images": 20, "sampler_steps": 2, "classifier_steps": 2, "classifier_width": 8}
+    small |= {"dpsgd_batch_size": 32, "dpsgd_steps": 2, "dpsgd_views": 2, "dpsgd_width": 8}
+    return DemoSettings(**small | changes)
+
+
+def test_every_setting_says_how_it_was_chosen():
+    from dataclasses import fields
+
+    from fastloda.demo import DemoSettings
+
+    reasons = DemoSettings().reasons()
+    assert list(reasons) == [field.name for field in fields(DemoSettings)] and all(reasons.values())
+
+
+def test_results_are_complete(demo_run):
+    document = json.loads((demo_run / "results.json").read_text())
+    methods = ["Public only", "DP-LoDA (ours)", "DP-SGD", "No privacy"]
+    assert [row["method"] for row in document["results"]] == methods
+    for row in document["results"]:
+        assert len(row["accuracy_by_seed"]) == 2 and 0 <= row["accuracy_mean"] <= 1 and row["accuracy_std"] >= 0
+    epsilons = [row["epsilon"] for row in document["results"]]
+    assert epsilons[0] == 0 and epsilons[3] is None and all(0 < e <= 10 for e in epsilons[1:3])
+    assert len(document["privacy"]) == 4 and all(s["seed_was_fixed"] for s in document["privacy"].values())
+    assert 10 < document["epsilon_of_all_private_runs_together"] < 40
+    assert "experiment" in document["randomness"]
+    assert len(document["seconds"]) == 16 and document["settings"]["steps"] == 2
+    table = (demo_run / "results.md").read_text()
+    assert all(f"| {method} |" in table for method in methods)
+
+
+def test_the_report_shows_no_private_image(demo_run):
+    from fastloda.data import digits_split
+
+    html = (demo_run / "report.html").read_text()
+    images = check_page(html)
+    assert [image["alt"].split(":")[0] for image in images[1:4]] == [
+        "Public training images",
+        "Before",
+        "After private fine-tuning",
+    ]
+    private, test = (part.images for part in digits_split())
+    real = {image.numpy().tobytes() for image in ((torch.cat([private, test]) + 1) * 127.5).round().byte()}
+    for image in images[1:4]:
+        grid = _png(base64.b64decode(image["src"].split(",")[1]))[::4, ::4, 0]
+        grid = _png(base64.b64decode(image["src"].split(",")[1]))
+        step = 34
+        for row in range(0, grid.shape[0], step):
+            for column in range(0, grid.shape[1], step):
+                cell = grid[row : row + 32 : 4, column : column + 32 : 4, 0]
+                assert cell.tobytes() not in real
+    for text in ("add/remove one record", "Poisson", "experiment", "how each was chosen", "prv-accountant", "Before"):
+        assert text in html
+
+
+def test_seeds_repeat_every_stage(demo_run):
+    for name in ("public/model.safetensors", "epsilon-10/samples/samples.npz", "epsilon-10/dpsgd/classifier.safetensors"):
+        first, second = (demo_run / f"seed-{seed}" / name for seed in range(2))
+        assert first.read_bytes() != second.read_bytes()
+
+
+def test_a_finished_demo_is_reused_and_another_is_refused(demo_run, capsys):
+    from fastloda.demo import demo
+    from fastloda.runs import RunError
+
+    stages = [p for p in demo_run.rglob("*") if p.is_file() and p.parent != demo_run]
+    before = {p: p.stat().st_mtime_ns for p in stages}
+    table = (demo_run / "results.md").read_text()
+    demo(demo_run, epsilon=(10.0,), seeds=2, settings=_tiny(), progress=False)
+    assert (demo_run / "results.md").read_text() == table
+    with pytest.raises(RunError, match=r"privacy.views is 1 there and 3 here.*rm -r"):
+        demo(demo_run, epsilon=(10.0,), seeds=1, settings=_tiny(views=3), progress=False)
+    assert {p: p.stat().st_mtime_ns for p in stages} == before
+
+
+def test_an_interrupted_demo_continues_to_the_same_result(demo_run, tmp_path, monkeypatch):
+    from fastloda import demo, pipeline
+
+    monkeypatch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+    options = {"epsilon": (10.0,), "seeds": 1, "settings": _tiny(), "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.DPTrainer, "fit", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            demo.demo(tmp_path / "run", **options)
+    made = (tmp_path / "run" / "seed-0" / "public" / "model.safetensors").stat().st_mtime_ns
+    demo.demo(tmp_path / "run", **options)
+    assert (tmp_path / "run" / "seed-0" / "public" / "model.safetensors").stat().st_mtime_ns == made
+    ours, whole = (json.loads((run / "results.json").read_text()) for run in (tmp_path / "run", demo_run))
+    firsts = [[row["accuracy_by_seed"][0] for row in document["results"]] for document in (ours, whole)]
+    assert firsts[0] == firsts[1]
+
+
+def _interrupt(trainer):
+    raise KeyboardInterrupt

@@ -1,0 +1,319 @@
+"""The trainer's promises: Poisson sampling, the budget, one noise a step, and runs that survive a kill bit for bit."""
+
+import dataclasses
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import binomtest, chi2
+from torch import nn
+
+from fastloda import PrivacyError, attach_loda
+from fastloda.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
+from fastloda.files import write_atomically
+from fastloda.sampling import micro_batches, poisson_sample
+from fastloda.trainer import DPTrainer, PrivateTraining
+
+SETTINGS = PrivateTraining(
+    sample_rate=0.2,
+    expected_batch_size=12,
+    steps=8,
+    noise_multiplier=1.0,
+    delta=1e-5,
+    learning_rate=1e-2,
+    micro_batch_size=5,
+    schedule="cosine",
+    warmup=2,
+    ema_decay=0.9,
+    seed=3,
+)
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Dropout(0.1), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+        )
+        attach_loda(model, rank=1)
+    return model
+
+
+def small_data(records: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.randint(3, (records,), generator=generator)
+    return torch.randn(records, 1, 6, 6, generator=generator) + labels.view(-1, 1, 1, 1), labels
+
+
+def losses(model, batch, generator):
+    noise = torch.randn(batch[0].shape, generator=generator)
+    return F.cross_entropy(model(batch[0] + 0.1 * noise), batch[1], reduction="none")
+
+
+def trainer(settings=SETTINGS, model=None, **options) -> DPTrainer:
+    return DPTrainer(model or small_model(), small_data(), losses, settings, progress=False, **options)
+
+
+def values(t: DPTrainer) -> dict[str, torch.Tensor]:
+    return t.model.state_dict() | {f"average.{name}": value for name, value in t.average.values.items()}
+
+
+def assert_same(a: DPTrainer, b: DPTrainer) -> None:
+    assert a.step == b.step
+    for (name, x), y in zip(values(a).items(), values(b).values()):
+        assert torch.equal(x, y), name
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def test_inclusion_has_the_stated_rate_and_is_pairwise_independent():
+    records, rate, draws = 20, 0.1, 4000
+    generator = torch.Generator().manual_seed(0)
+    included = torch.zeros(draws, records)
+    for row in included:
+        row[poisson_sample(records, rate, generator)] = 1
+    assert binomtest(int(included.sum()), draws * records, rate).pvalue > 1e-3
+    pairs = (included.T @ included)[torch.triu_indices(records, records, 1).unbind()]
+    expected = draws * rate**2
+    statistic = float(((pairs - expected) ** 2 / (expected * (1 - rate**2))).sum())
+    assert chi2.sf(statistic, len(pairs)) > 1e-3
+    assert len({int(n) for n in included.sum(1)}) > 5  # batch sizes vary: no shuffled epochs
+
+
+def test_tiny_rates_are_not_inflated_by_float32():
+    """A float32 uniform is a multiple of 2^-24: below 2^-24 it would be 0 always, so every draw there would count."""
+    generator = torch.Generator().manual_seed(0)
+    assert sum(len(poisson_sample(1_000_000, 1e-9, generator)) for _ in range(20)) <= 2
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 11])
+def test_micro_batches_hold_every_record_once(count, fixed):
+    indices = torch.arange(100, 100 + count)
+    parts = list(micro_batches(indices, 5, fixed))
+    assert torch.equal(torch.cat([chosen[mask] for chosen, mask in parts] or [indices]), indices)
+    if fixed:
+        assert all(len(chosen) == 5 for chosen, _ in parts)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batch_size_and_padding_do_not_change_the_run():
+    def one_at_a_time(model, batch, generator):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    runs = []
+    for size, fixed in ((60, True), (5, True), (7, False)):
+        settings = dataclasses.replace(SETTINGS, micro_batch_size=size, fixed_shape=fixed)
+        model = small_model().double().eval()
+        x, y = small_data()
+        runs.append(DPTrainer(model, (x.double(), y), one_at_a_time, settings, progress=False).fit())
+    for other in runs[1:]:
+        for name, value in values(runs[0]).items():
+            torch.testing.assert_close(values(other)[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_empty_batches_are_noised_and_counted():
+    settings = dataclasses.replace(SETTINGS, sample_rate=1e-6, steps=200, noise_multiplier=2.0)
+    t = trainer(settings)
+    before = {name: p.detach().clone() for name, p in t.parameters.items()}
+    for _ in range(200):
+        assert t.train_step().samples == 0
+    assert t.step == 200
+    assert all((p != before[name]).all() for name, p in t.parameters.items())
+
+
+def test_training_stops_before_the_budget_is_exceeded():
+    with pytest.warns(UserWarning, match="stops after"):
+        t = trainer(dataclasses.replace(SETTINGS, target_epsilon=3.0, steps=30, warmup=0)).fit()
+    assert 0 < t.step < 30
+    assert t.epsilon() <= 3.0 < t.accountant.epsilon(SETTINGS.delta, t.step + 1)
+
+
+def test_the_divisor_is_the_expected_batch_size():
+    """Without noise, a batch of all records moves SGD by lr * clipped sum / expected, whatever came."""
+    settings = dataclasses.replace(
+        SETTINGS, sample_rate=1.0, noise_multiplier=0.0, optimizer="sgd", steps=1, warmup=0, max_grad_norm=1e-3, learning_rate=1.0
+    )
+    moves = []
+    for expected in (30.0, 60.0):
+        t = trainer(dataclasses.replace(settings, expected_batch_size=expected))
+        before = torch.cat([p.detach().flatten().clone() for p in t.parameters.values()])
+        torch.manual_seed(0)  # dropout
+        t.fit()
+        moves.append(torch.cat([p.detach().flatten() for p in t.parameters.values()]) - before)
+    torch.testing.assert_close(moves[0], 2 * moves[1], rtol=1e-3, atol=1e-9)
+
+
+def test_learning_lowers_the_loss():
+    settings = dataclasses.replace(SETTINGS, sample_rate=0.5, expected_batch_size=30, steps=40, noise_multiplier=0.1, micro_batch_size=60)
+    t = trainer(dataclasses.replace(settings, learning_rate=0.05))
+    first = t.train_step().mean_loss
+    t.fit()
+    assert t.train_step().mean_loss < first - 0.2
+
+
+def test_a_dataset_serves_as_well_as_tensors():
+    data = torch.utils.data.TensorDataset(*small_data())
+    from_dataset = DPTrainer(small_model(), data, losses, SETTINGS, progress=False)
+    from_tensors = trainer()
+    for t in (from_dataset, from_tensors):
+        torch.manual_seed(0)
+        t.fit()
+    assert_same(from_dataset, from_tensors)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample_rate": 0.0},
+        {"sample_rate": 1.5},
+        {"delta": 0.0},
+        {"noise_multiplier": -1.0},
+        {"noise_multiplier": float("nan")},
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": float("inf")},
+        {"steps": 0},
+        {"steps": 2.5},
+        {"views": 0},
+        {"micro_batch_size": True},
+        {"expected_batch_size": 0},
+        {"learning_rate": float("nan")},
+        {"ema_decay": 1.0},
+        {"optimizer": "lbfgs"},
+        {"target_epsilon": -1.0},
+        {"warmup": 9},
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(change):
+    with pytest.raises((ValueError, TypeError), match=r"."):
+        dataclasses.replace(SETTINGS, **change)
+
+
+def test_bad_data_and_models_are_refused():
+    for data in ((), (torch.zeros(3), torch.zeros(4)), (torch.zeros(0),), iter([1])):
+        with pytest.raises(ValueError, match="data"):
+            DPTrainer(small_model(), data, losses, SETTINGS)
+    with pytest.raises(PrivacyError):
+        DPTrainer(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), small_data(), losses, SETTINGS)
+    with pytest.raises(ValueError, match="losses"):
+        DPTrainer(small_model(), small_data(), lambda m, b, g: losses(m, b, g)[:-1], SETTINGS, progress=False).fit()
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_resume_is_bitwise_equal(tmp_path, counts, proof):
+    resumes = counts(4, 100)
+    torch.manual_seed(5)
+    whole = trainer().fit()
+    equal = 0
+    for i in range(resumes):
+        path = tmp_path / f"{i}.pt"
+        torch.manual_seed(5)
+        first = trainer(checkpoint=path)
+        for _ in range(1 + i % (SETTINGS.steps - 1)):
+            first.train_step()
+        first.save()
+        first.train_step()  # lost in the crash, and taken again below
+        torch.manual_seed(99)
+        second = trainer(checkpoint=path).fit()
+        assert_same(whole, second)
+        equal += 1
+    proof("resumes bitwise equal", f"{equal} of {resumes}")
+
+
+def test_kill_during_save_leaves_a_whole_checkpoint_that_never_under_counts(tmp_path, counts, proof):
+    """A child saves again and again and is killed at a random moment; what it announced as saved must be on disk."""
+    kills, path, chance = counts(40, 1000), tmp_path / "run.pt", random.Random(0)
+    model = small_model()
+    mark = fingerprint(model)
+    state = {"tensor": torch.arange(50_000), "steps": 0}
+    save_checkpoint(path, state, mark)
+    corrupt = under_counted = 0
+    for _ in range(kills):
+        receive, send = os.pipe()
+        child = os.fork()
+        if child == 0:
+            steps = load_checkpoint(path, mark)["steps"]
+            while True:
+                steps += 1
+                save_checkpoint(path, {"tensor": torch.arange(50_000) + steps, "steps": steps}, mark)
+                os.write(send, steps.to_bytes(8, "little"))
+        os.close(send)
+        time.sleep(0.002 + chance.random() * 0.03)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with os.fdopen(receive, "rb") as pipe:
+            announced = pipe.read()
+        try:
+            found = load_checkpoint(path, mark)
+            corrupt += int(found["tensor"][0]) != found["steps"]
+            if announced:
+                under_counted += found["steps"] < int.from_bytes(announced[-8:], "little")
+        except CheckpointError:
+            corrupt += 1
+    proof("kill -9 during a save", f"{kills} kills, {corrupt} corrupt, {under_counted} under-counted")
+    assert (corrupt, under_counted) == (0, 0)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_damaged_checkpoints_are_refused(tmp_path, content):
+    path = tmp_path / "run.pt"
+    trainer(checkpoint=path).save()
+    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        trainer(checkpoint=path)
+
+
+def test_a_checkpoint_runs_nothing(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'exploded'}",)
+
+    torch.save(Bomb(), tmp_path / "run.pt")
+    with pytest.raises(CheckpointError):
+        trainer(checkpoint=tmp_path / "run.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_checkpoints_of_another_model_or_run_are_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    t = trainer(checkpoint=path)
+    t.train_step()
+    t.save()
+    with pytest.raises(CheckpointError, match="another model"):
+        trainer(model=small_model(seed=1), checkpoint=path)
+    with pytest.raises(CheckpointError, match="noise_multiplier is 1.0 there and 0.5 here"):
+        trainer(dataclasses.replace(SETTINGS, noise_multiplier=0.5), checkpoint=path)
+    with pytest.raises(CheckpointError, match="records"):
+        DPTrainer(small_model(), small_data(61), losses, SETTINGS, checkpoint=path)
+
+
+def test_noise_without_a_seed_ignores_manual_seed():
+    settings = dataclasses.replace(SETTINGS, seed=None, steps=1, warmup=0)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        runs.append(values(trainer(settings).fit()))
+    assert any(not torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values()))
