@@ -26,9 +26,11 @@ setup(
         "tqdm>=4.66",
         "scikit-learn>=1.4",
         "matplotlib>=3.8",
-        "jsonargparse[signatures]>=4.36",
+        "jsonargparse[signatures]>=4.49",
         "PyYAML>=6",
         "jinja2>=3.1",
+        "docstring-parser>=0.15",
+        "pillow>=10",
         "rich>=13",
     ],
     extras_require={

@@ -4,7 +4,6 @@ Nothing here fails on time; it fails if the private step's gradients are not the
 """
 
 import measure
-import pytest
 import stack
 import torch
 

@@ -2,13 +2,14 @@
 
 One idea: *two upper bounds, the smaller one is reported*. A cheap one (Renyi DP, or the plain Gaussian
 mechanism where that is smaller) exists for every input; a tight one, Microsoft's PRV accountant, is run on a
-grid whose cost the cheap bound has estimated beforehand. So nothing hangs, and where PRV cannot work the cheap
-bound stands, with a warning.
+grid whose cost the cheap bound has estimated beforehand. So nothing hangs, and where PRV cannot work the
+cheap bound stands, with a warning.
 
 The mechanism is DP-SGD's: sum the clipped gradients of a Poisson sample (rate q, clip 1), add N(0, sigma^2).
 Adjacency is adding or removing one record. PRV composes the removal, q N(1, sigma^2) + (1 - q) N(0, sigma^2)
-against N(0, sigma^2). That it is the worse direction is proved for RDP (Mironov et al. 2019); for the composed
-hockey-stick divergence the tests check it, against an accountant that takes the maximum of both directions.
+against N(0, sigma^2). That it is the worse direction is proved for RDP (Mironov et al. 2019); for the
+composed hockey-stick divergence the tests check it, against an accountant that takes the maximum of both
+directions.
 
     RDP of the subsampled Gaussian   Mironov, Talwar, Zhang, https://arxiv.org/abs/1908.10530
     RDP to (epsilon, delta)          Canonne, Kamath, Steinke, https://arxiv.org/abs/2004.00010 (Prop. 12)
@@ -111,7 +112,7 @@ class PrivacyAccountant:
         self._steps = _check_steps(self._steps + _check_steps(count, "count", least=1))
 
     def epsilon(self, delta: float, steps: int | None = None) -> float:
-        """Upper bound on epsilon after `steps` (default: those taken). With "prv" a new count takes 0.05 to 10 s."""
+        """Upper bound on epsilon after `steps` (default: those taken); a new count takes 0.05 to 10 s."""
         delta, spent = _check_delta(delta), self._spent(steps)
         if self.method == "rdp":
             return _cheap_epsilon(spent, delta)
@@ -126,9 +127,10 @@ class PrivacyAccountant:
     def epsilon_curve(self, delta: float, step_counts: Iterable[int]) -> list[float]:
         """Upper bounds on epsilon at `step_counts`, in their order: for plots and progress bars.
 
-        They never decrease with the count. One coarse discretisation serves all, about 2% above `epsilon`, with
-        which the last value agrees. Beyond 64 distinct counts, 64 are computed (denser where epsilon rises fast)
-        and each of the others gets the value of the next larger one. Some seconds: ask once, for the whole range.
+        They never decrease with the count. One coarse discretisation serves all, about 2% above `epsilon`,
+        with which the last value agrees. Beyond 64 distinct counts, 64 are computed (denser where epsilon
+        rises fast) and each of the others gets the value of the next larger one. Some seconds: ask once, for
+        the whole range.
         """
         delta, counts = _check_delta(delta), [_check_steps(count) for count in step_counts]
         distinct = sorted({count for count in counts if count > 0})
@@ -196,8 +198,8 @@ class PrivacyAccountant:
 def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float) -> float:
     """Upper bound on epsilon of several runs on the same records.
 
-    Each is `(sample_rate, noise_multiplier, steps)`. They are composed jointly, which gives much less than the
-    sum of the runs' epsilons, and one delta covers all.
+    Each is `(sample_rate, noise_multiplier, steps)`. They are composed jointly, which gives much less than
+    the sum of the runs' epsilons, and one delta covers all.
     """
     delta, steps = _check_delta(delta), Counter()
     for item in mechanisms:
@@ -214,9 +216,10 @@ def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float
 def calibrate_noise(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """The smallest noise multiplier whose reported epsilon after `steps` is at most `target_epsilon`.
 
-    Never over it, and at most 0.5% under it where PRV works: `PrivacyAccountant(sample_rate, sigma).epsilon(delta,
-    steps)` is <= target to the last bit, on the same machine. 1 to 60 s. The answer is kept in the user's cache
-    directory, but only as a first guess: it is verified like any other, so a wrong file costs time, not privacy.
+    Never over it, and at most 0.5% under it where PRV works: `PrivacyAccountant(sample_rate,
+    sigma).epsilon(delta, steps)` is <= target to the last bit, on the same machine. 1 to 60 s. The answer is
+    kept in the user's cache directory, but only as a first guess: it is verified like any other, so a wrong
+    file costs time, not privacy.
     """
     target, delta = _check_real(target_epsilon, "target_epsilon"), _check_delta(delta)
     rate, steps = _check_rate(sample_rate), _check_steps(steps, least=1)
@@ -286,9 +289,7 @@ def _rdp(q: float, sigma: float) -> np.ndarray:
 
     log E[(1 - q + q exp((2x - 1) / (2 sigma^2)))^a] / (a - 1)
     """
-    if (
-        q == 1 or sigma < 0.05
-    ):  # the plain Gaussian: exact at q = 1, and a bound where noise is next to nothing
+    if q == 1 or sigma < 0.05:  # the plain Gaussian: exact at q = 1, and a bound where noise is next to nothing
         with np.errstate(over="ignore"):
             return ORDERS / 2 / sigma / sigma
     # Fractional orders by the trapezoid rule, exponentially accurate here: the step is small against the
@@ -397,9 +398,7 @@ def _discretise(capacity: tuple[Mechanism, ...], delta: float, effort: Effort) -
     if limit > 0.4 * math.log(np.finfo(np.longdouble).max):
         raise ValueError(f"privacy losses of up to {limit:.3g} are possible")
     per_error = math.sqrt(total / 2 * math.log(12 / delta_error))  # mesh = eps_error / per_error: Theorem 5.5
-    wanted = effort.precision * max(
-        epsilon, math.sqrt(epsilon)
-    )  # relative precision below 1 would cost too much
+    wanted = effort.precision * max(epsilon, math.sqrt(epsilon))  # relative precision below 1 would cost too much
     useless = WORST_PRECISION * _cheap_epsilon(capacity, delta)
     points = 2 * limit * per_error / useless
     if points > effort.max_points:
@@ -412,9 +411,7 @@ def _discretise(capacity: tuple[Mechanism, ...], delta: float, effort: Effort) -
     if rounding > delta / 2:
         raise ValueError(f"delta {delta:.3g} is within rounding, {rounding:.1g}, of so many steps")
     mesh = limit / (half - 1)
-    domain = Domain(
-        -limit, limit + mesh, 2 * half
-    )  # as `Domain.create_aligned`, but of a size that FFTs like
+    domain = Domain(-limit, limit + mesh, 2 * half)  # as `Domain.create_aligned`, but of a size that FFTs like
     steps = [PoissonSubsampledGaussianMechanism(m.sample_rate, m.noise_multiplier) for m in capacity]
     cut = [_Truncated(step, domain.t_min(), domain.t_max()) for step in steps]
     composer = Heterogeneous([CellCentred().discretise(loss, domain) for loss in cut])

@@ -58,14 +58,19 @@ def attach_loda(
     """
     settings = {"rank": rank, "activation": activation, "negative_slope": negative_slope, "scale": scale}
     if adapted := [name for name, module in model.named_modules() if isinstance(module, ADAPTED)]:
-        raise ValueError(f"the model already has adapters ({adapted[0]!r} and {len(adapted) - 1} more): load or train those")
+        raise ValueError(
+            f"the model already has adapters ({adapted[0]!r} and {len(adapted) - 1} more): load or train those"
+        )
     matching = _matching(model, targets)
     if "" in matching:
-        raise ValueError(f"the model is a single {type(model).__name__}: use LoDAConv2d.from_conv or LoDALinear.from_linear")
+        raise ValueError(
+            f"the model is a single {type(model).__name__}: use LoDAConv2d.from_conv or LoDALinear.from_linear"
+        )
     skipped = {name: reason for name, layer in matching.items() if (reason := _reason_to_skip(layer, rank))}
     chosen = {name: layer for name, layer in matching.items() if name not in skipped}
     if not chosen:
-        raise ValueError(f"no layer to adapt for targets={targets!r}; skipped: {skipped or 'none'}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise ValueError(f"no layer to adapt for targets={targets!r}" + (f" ({reasons}; ...)" if skipped else ""))
     model.requires_grad_(False)
     _replace(model, {layer: _adapter(layer, settings) for layer in chosen.values()})
     for name, reason in skipped.items():
@@ -146,7 +151,7 @@ def save_loda(model: nn.Module, path: str | os.PathLike) -> None:
     if not settings:
         raise ValueError("the model has no adapters to save: call attach_loda first")
     tensors = {name: tensor.contiguous().cpu() for name, tensor in loda_state_dict(model).items()}
-    metadata = {"format": "fastloda", "layers": json.dumps(settings)}
+    metadata = {"loda": json.dumps(settings)}  # one key: equal adapters are equal files
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -177,7 +182,7 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
         raise FileNotFoundError(f"no adapter file {path}")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get("layers", "null"))
+            settings = json.loads((file.metadata() or {}).get("loda", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
@@ -192,11 +197,15 @@ def _new_adapters(model: nn.Module, settings: dict[str, dict], path: Path) -> di
     modules = dict(model.named_modules())
     strangers = [name for name in settings if not isinstance(modules.get(name), (nn.Conv2d, nn.Linear))]
     if strangers:
-        raise ValueError(f"{path} adapts {strangers[:5]}, no Conv2d or Linear of this model: these are another model's adapters")
+        raise ValueError(
+            f"{path} adapts {strangers[:5]}, no Conv2d or Linear of this model: these are another model's adapters"
+        )
     return {modules[name]: _adapter(modules[name], chosen) for name, chosen in settings.items()}
 
 
-def _check_same(layers: dict[str, nn.Module], settings: dict[str, dict], tensors: dict[str, Tensor], path: Path) -> None:
+def _check_same(
+    layers: dict[str, nn.Module], settings: dict[str, dict], tensors: dict[str, Tensor], path: Path
+) -> None:
     if strangers := sorted(layers.keys() ^ settings.keys()):
         raise ValueError(f"{path} and the model adapt different layers: {strangers[:5]}")
     for name, layer in layers.items():
@@ -206,4 +215,6 @@ def _check_same(layers: dict[str, nn.Module], settings: dict[str, dict], tensors
         for key in ("loda_A", "loda_B"):
             ours, theirs = tuple(getattr(layer, key).shape), tuple(tensors[f"{name}.{key}"].shape)
             if ours != theirs:
-                raise ValueError(f"{path}: {name}.{key} has shape {theirs}, the model has {ours}: another model's adapters")
+                raise ValueError(
+                    f"{path}: {name}.{key} has shape {theirs}, the model has {ours}: another model's adapters"
+                )

@@ -18,8 +18,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from fastloda import __version__
+from fastloda.account import account
 from fastloda.demo import demo
-from fastloda.pipeline import account, evaluate, finetune, pretrain, sample
+from fastloda.pipeline import evaluate, finetune, pretrain, sample
 
 COMMANDS: dict[str, Callable] = {f.__name__: f for f in (pretrain, finetune, sample, evaluate, account, demo)}
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -36,7 +36,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     check_layers(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise PrivacyError("the model has no parameter with requires_grad: attach adapters first (fastloda.attach_loda)")
+        raise PrivacyError(
+            "the model has no parameter with requires_grad: attach adapters first (fastloda.attach_loda)"
+        )
     return parameters
 
 
@@ -55,7 +57,9 @@ def check_layers(model: nn.Module) -> None:
 def check_graph(graph: LossGraph) -> None:
     """Every use of a trainable parameter must have an exact rule."""
     if HIDING in graph.operations:
-        raise PrivacyError("reentrant activation checkpointing hides its parameters: pass use_reentrant=False to checkpoint")
+        raise PrivacyError(
+            "reentrant activation checkpointing hides its parameters: pass use_reentrant=False to checkpoint"
+        )
     for node, uses in graph.uses.items():
         rule = RULES.get(node.name())
         for use in uses:
@@ -87,7 +91,9 @@ def check_independence(
     def on_record(node: Node, gy: Tensor, _) -> None:
         names = ", ".join(repr(use.name) for use in graph.uses[node])
         if gy.numel() % samples:
-            raise PrivacyError(f"{names}: gradient of shape {tuple(gy.shape)} for {samples} samples: the batch must come first")
+            raise PrivacyError(
+                f"{names}: gradient of shape {tuple(gy.shape)} for {samples} samples: the batch must come first"
+            )
         foreign = gy.detach().reshape(samples, -1)[others]
         if ((foreign != 0) & ~foreign.isnan()).any():
             raise PrivacyError(
@@ -105,13 +111,19 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
         raise PrivacyError("LBFGS evaluates the loss by itself, outside the private step: use a first-order optimizer")
     listed = {}
     for g, group in enumerate(optimizer.param_groups):
-        listed.update({id(p): (f"optimizer.param_groups[{g}]['params'][{i}]", p) for i, p in enumerate(group["params"])})
+        listed.update(
+            {id(p): (f"optimizer.param_groups[{g}]['params'][{i}]", p) for i, p in enumerate(group["params"])}
+        )
     covered = {id(p) for p in parameters.values()}
     for key, (place, parameter) in listed.items():
         if parameter.requires_grad and key not in covered:
-            raise PrivacyError(f"{place} (shape {tuple(parameter.shape)}) trains but is no trainable parameter of the model")
+            raise PrivacyError(
+                f"{place} (shape {tuple(parameter.shape)}) trains but is no trainable parameter of the model"
+            )
         if not parameter.requires_grad and parameter.grad is not None:
-            raise PrivacyError(f"{place} (shape {tuple(parameter.shape)}) is frozen but holds a non-private .grad: set it to None")
+            raise PrivacyError(
+                f"{place} (shape {tuple(parameter.shape)}) is frozen but holds a non-private .grad: set it to None"
+            )
     missing = [name for name, p in parameters.items() if id(p) not in listed]
     if missing:
         raise PrivacyError(f"the optimizer lacks trainable parameters {missing[:5]}: add them, or freeze them")
@@ -126,7 +138,9 @@ class BufferWatch:
     def check(self) -> None:
         for name, version in _versions(self._model).items():
             if self._seen.get(name, version) != version:
-                raise PrivacyError(f"buffer {name!r} changed since the last step: it would release private statistics unnoised")
+                raise PrivacyError(
+                    f"buffer {name!r} changed since the last step: it would release private statistics unnoised"
+                )
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:

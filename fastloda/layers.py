@@ -49,7 +49,9 @@ class LoDAFunction(torch.autograd.Function):
         return gx, None, None, gA, gB, None, None
 
 
-def apply_adapter(op: ConvOp | LinearOp, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+def apply_adapter(
+    op: ConvOp | LinearOp, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
+) -> Tensor:
     """The fused Function, or the plain definition where the Function's recorder could not be reached.
 
     That is: under `torch.func` transforms and `torch.compile`, and where the base layer trains too (its own rule then
@@ -109,10 +111,14 @@ class _Adapted:
                 "in x and no weight equals it; only activation='identity' (LoRA) merges"
             )
         if getattr(self, "groups", 1) != 1:
-            raise ValueError(f"cannot merge: the update B A is dense, but the base convolution has groups={self.groups}")
+            raise ValueError(
+                f"cannot merge: the update B A is dense, but the base convolution has groups={self.groups}"
+            )
         merged = self._plain()
         update = self.loda_B.detach().flatten(1) @ self.loda_A.detach().flatten(1)
-        merged.weight = nn.Parameter(self.weight.detach() + self.scale * update.view_as(self.weight), requires_grad=False)
+        merged.weight = nn.Parameter(
+            self.weight.detach() + self.scale * update.view_as(self.weight), requires_grad=False
+        )
         merged.bias = self.bias
         return merged.train(self.training)
 

@@ -79,7 +79,9 @@ class ConvOp:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """-> y, z."""
         y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        z = F.conv2d(x, A, None, self.stride, self.padding, self.dilation).contiguous()  # as backward's products want it
+        z = F.conv2d(
+            x, A, None, self.stride, self.padding, self.dilation
+        ).contiguous()  # as backward's products want it
         add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
         return y, z
 
@@ -91,7 +93,10 @@ class ConvOp:
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
         """dx = W^T * gy + A^T * gz, [N, C, H, W]."""
         gx = self._convolution_backward(gy, x, weight, self.groups, (True, False, False))[0]
-        flat, A_taps = positions(gx), A.flip(2, 3).transpose(0, 1).flatten(1)  # [C, r k^2], taps as gather_taps has them
+        flat, A_taps = (
+            positions(gx),
+            A.flip(2, 3).transpose(0, 1).flatten(1),
+        )  # [C, r k^2], taps as gather_taps has them
         for rows in split_rows(len(x), self.taps_bytes(gz, x), x.device):
             add_product_(flat[rows], A_taps, self._taps(gz[rows], x))
         return gx

@@ -52,6 +52,8 @@ class Stage:
             RunError: the folder holds those of others, finished or half done, or has lost some.
         """
         if (known := self._read(CONFIG, yaml.safe_load)) is None:
+            if (self.folder / DONE).exists():
+                raise RunError(f"{self.folder} was finished, but {CONFIG} is gone. {self._way_out}")
             return False
         if different := _differences(known, plain(self.settings)):
             raise RunError(f"{self.folder} was made with other settings: {different}. {self._way_out}")
@@ -97,7 +99,7 @@ class Stage:
 
 def seconds_taken(folder: Path) -> float:
     """How long a finished stage's work took; of a resumed one, its last part."""
-    return json.loads((folder / DONE).read_text())["seconds"]
+    return read_json(folder / DONE)["seconds"]
 
 
 def make_folder(folder: Path, mode: int = 0o777) -> None:
@@ -116,6 +118,22 @@ def digest(path: Path) -> str:
     """A file's sha256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return content
 
 
 def write_json(path: Path, value: object) -> None:

@@ -8,7 +8,9 @@ import torch
 Schedule = Literal["constant", "cosine"]
 
 
-def warmup_then(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
+def warmup_then(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int, warmup: int
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Scale the optimizer's learning rate over `steps`; call `.step()` after each optimizer step."""
 
     def factor(step: int) -> float:

@@ -56,9 +56,7 @@ class StepStats:
         return StepStats(self.totals + other.totals)
 
     def __repr__(self) -> str:
-        return (
-            f"StepStats(samples={self.samples}, clipped={self.clipped}, nonfinite={self.nonfinite}, mean_loss={self.mean_loss:.6g})"
-        )
+        return f"StepStats(samples={self.samples}, clipped={self.clipped}, nonfinite={self.nonfinite}, mean_loss={self.mean_loss:.6g})"
 
 
 class GhostClipper:
@@ -117,7 +115,9 @@ class GhostClipper:
                 self._sums[name] += part
         return _stats(losses, norms, mask, self.max_grad_norm)
 
-    def privatize(self, noise_multiplier: float, expected_batch_size: float, generator: Generator | None = None) -> None:
+    def privatize(
+        self, noise_multiplier: float, expected_batch_size: float, generator: Generator | None = None
+    ) -> None:
         """.grad = (clipped sum + N(0, (noise_multiplier max_grad_norm)^2)) / expected_batch_size; then start anew.
 
         Args:
@@ -218,7 +218,9 @@ def _check_losses(losses: Tensor, views: int, mask: Tensor | None) -> tuple[int,
         raise ValueError(f"{len(losses)} losses are no multiple of views={views}")
     samples = len(losses) // views
     if samples and losses.grad_fn is None:
-        raise ValueError("losses has no graph: compute it with gradients enabled, from a model with trainable parameters")
+        raise ValueError(
+            "losses has no graph: compute it with gradients enabled, from a model with trainable parameters"
+        )
     if mask is None:
         return samples, torch.ones(samples, dtype=torch.bool, device=losses.device)
     if mask.shape != (samples,) or mask.dtype != torch.bool:

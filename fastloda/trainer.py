@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,10 +107,11 @@ class DPTrainer:
     >>> trainer.fit()                  # continues from the checkpoint if there is one
     >>> trainer.epsilon()              # what was spent
 
-    A run stops before `target_epsilon` is exceeded. Its checkpoint holds the adapters, optimizer, EMA, every random generator
-    and the accountant's record; a killed run resumes bit for bit, so that a step taken again is the very same release and is
-    neither lost nor paid twice. Keep the checkpoint private: it holds the noise generator's state. What the progress bar shows (loss, clipped fraction) depends on private data without noise:
-    it is for the operator's eyes and is written nowhere.
+    A run stops before `target_epsilon` is exceeded. Its checkpoint holds the parameters, optimizer, average, every random
+    generator and the accountant's record; a killed run resumes bit for bit, so that a step taken again is the very same
+    release, neither lost nor paid twice. Keep the checkpoint private: it holds the noise generator's state. What the
+    progress bar shows (loss, clipped fraction) depends on private data without noise: it is for the operator's eyes and
+    is written nowhere.
 
     Args:
         model: with some trainable parameters, each covered by a rule.
@@ -170,8 +172,9 @@ class DPTrainer:
         with tqdm(total=last, initial=self.step, desc="private", unit="step", disable=not self.progress) as bar:
             while self.step < last:
                 stats = self.train_step()
+                spent = epsilons(self.step)
                 bar.set_postfix_str(
-                    f"loss {stats.mean_loss:.4f}, clipped {stats.clipped_fraction:.0%}, epsilon {epsilons(self.step):.2f}"
+                    f"loss {stats.mean_loss:.4f}, clipped {stats.clipped_fraction:.0%}, epsilon {spent:.2f}"
                 )
                 bar.update()
                 if self.step % self.checkpoint_every == 0 or self.step == last:
@@ -187,7 +190,9 @@ class DPTrainer:
             batch = [t.to(self._device) for t in self._fetch(chosen)]
             losses = self.losses(self.model, batch, self._generators["losses"])
             if len(losses) != len(chosen) * settings.views:
-                raise ValueError(f"losses() gave {len(losses)} numbers for {len(chosen)} samples x {settings.views} views")
+                raise ValueError(
+                    f"losses() gave {len(losses)} numbers for {len(chosen)} samples x {settings.views} views"
+                )
             stats += self.clipper.accumulate(losses, mask)
         self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self._generators["noise"])
         self.accountant.step()  # before the update: a step that fails from here on has been paid for
@@ -217,7 +222,9 @@ class DPTrainer:
     def _resume(self) -> None:
         state = load_checkpoint(self.checkpoint, self._fingerprint)
         if different := _differences(state["settings"] | {"records": state["records"]}, self.settings, self.records):
-            raise CheckpointError(f"{self.checkpoint} is of a run with other settings: {different}; use them, or another file")
+            raise CheckpointError(
+                f"{self.checkpoint} is of a run with other settings: {different}; use them, or another file"
+            )
         self.accountant.load_state_dict(state["accountant"])
         copy_into(self.parameters, state["parameters"])
         self.average.load(state["average"])
@@ -230,22 +237,24 @@ class DPTrainer:
         s = self.settings
         if s.target_epsilon is None or self.accountant.epsilon(s.delta, s.steps) <= s.target_epsilon:
             return s.steps
-        low, high = 0, s.steps
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.accountant.epsilon(s.delta, middle) <= s.target_epsilon else (low, middle)
+        affordable = bisect_right(
+            range(1, s.steps), s.target_epsilon, key=lambda t: self.accountant.epsilon(s.delta, t)
+        )
         warnings.warn(
-            f"{s.steps} steps would exceed epsilon {s.target_epsilon}: training stops after {low}; calibrate_noise gives the noise "
-            "for all of them",
+            f"{s.steps} steps would exceed epsilon {s.target_epsilon}: training stops after {affordable}; calibrate_noise "
+            "gives the noise for all of them",
             stacklevel=3,
         )
-        return max(low, self.step)
+        return max(affordable, self.step)
 
     def _epsilon_by_step(self, last: int) -> Callable[[int], float]:
         spacing = max(1, math.ceil(last / CURVE_POINTS))
         counts = list(range(spacing, last + spacing, spacing))
-        curve = self.accountant.epsilon_curve(self.settings.delta, counts) if self.progress else [math.nan] * len(counts)
-        return lambda step: curve[math.ceil(step / spacing) - 1]
+        if not self.progress:
+            return lambda step: math.nan
+        curve = self.accountant.epsilon_curve(self.settings.delta, counts)  # coarse: about 2% above the final figure
+        final = self.accountant.epsilon(self.settings.delta, last)
+        return lambda step: min(final, curve[math.ceil(step / spacing) - 1])
 
 
 def _open_data(data: Sequence[Tensor] | Dataset) -> tuple[int, Callable[[Tensor], Sequence[Tensor]]]:
@@ -253,7 +262,9 @@ def _open_data(data: Sequence[Tensor] | Dataset) -> tuple[int, Callable[[Tensor]
     if isinstance(data, (tuple, list)) and data and all(isinstance(t, Tensor) for t in data):
         lengths = {len(t) for t in data}
         if len(lengths) != 1 or 0 in lengths:
-            raise ValueError(f"data's tensors must have one record per row, the same number >= 1 each; got {sorted(lengths)}")
+            raise ValueError(
+                f"data's tensors must have one record per row, the same number >= 1 each; got {sorted(lengths)}"
+            )
         return lengths.pop(), lambda indices: [t[indices.to(t.device)] for t in data]
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
         return len(data), lambda indices: default_collate([data[i] for i in indices.tolist()])

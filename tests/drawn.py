@@ -100,7 +100,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def draw_case(draw, model: nn.Module, shape: tuple[int, ...], samples=None, inputs=torch.randn, layouts=LAYOUTS) -> Case:
+def draw_case(
+    draw, model: nn.Module, shape: tuple[int, ...], samples=None, inputs=torch.randn, layouts=LAYOUTS
+) -> Case:
     """A case around `model`, whose inputs have `shape` without the batch."""
     views = draw(st.integers(1, 3))
     samples = draw(st.integers(1, 4)) if samples is None else samples

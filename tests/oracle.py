@@ -9,7 +9,9 @@ from torch import Tensor, nn
 LossOf = Callable[[nn.Module, Tensor], Tensor]  # (model, inputs [n * views, ...]) -> losses [n * views]
 
 
-def sample_grads(model: nn.Module, loss_of: LossOf, x: Tensor, views: int = 1, dtype=torch.float64) -> list[dict[str, Tensor]]:
+def sample_grads(
+    model: nn.Module, loss_of: LossOf, x: Tensor, views: int = 1, dtype=torch.float64
+) -> list[dict[str, Tensor]]:
     """For each sample, {name: gradient of the mean loss over its views}, by its own backward pass in `dtype`."""
     model = copy.deepcopy(model).to(dtype)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -40,17 +40,15 @@ def log_uniform(rng, low, high):
 
 
 def random_case(rng):
-    """One mechanism, or two in every fourth case, and a delta; epsilon between about 0.1 and 200."""
+    """One mechanism, or two in every fourth case, and a delta; epsilon between about 0.2 and 200."""
     while True:
         mechanisms = [
-            (log_uniform(rng, 1e-4, 0.5), log_uniform(rng, 0.3, 10), int(log_uniform(rng, 1, 1e4)))
+            (log_uniform(rng, 1e-4, 0.5), log_uniform(rng, 0.3, 10), int(log_uniform(rng, 1, 5e3)))
             for _ in range(1 + (rng.random() < 0.25))
         ]
         delta = log_uniform(rng, 1e-9, 1e-3)
-        rough, _ = accountant._epsilon(
-            tuple(accountant.Mechanism(*m) for m in mechanisms), delta, accountant.COARSE
-        )
-        if 0.1 < rough < 200:
+        rough, _ = accountant._epsilon(tuple(accountant.Mechanism(*m) for m in mechanisms), delta, accountant.COARSE)
+        if 0.2 < rough < 200:
             return mechanisms, delta
 
 
@@ -77,7 +75,7 @@ def test_never_below_and_hardly_above_pld(counts, proof):
         # PLD's optimistic rounding loses half an interval a step; its pessimistic one, connecting the dots,
         # next to nothing. So ours, with its margin of 0.1% and more, is above that one too: a sharper judge,
         # which sees an estimate sold as a bound.
-        low = pld_epsilon(mechanisms, delta, max(0.04 * upper / steps, 2e-5), pessimistic=False)
+        low = pld_epsilon(mechanisms, delta, max(0.04 * upper / steps, 5e-5), pessimistic=False)
         high = pld_epsilon(mechanisms, delta, min(1e-2, upper / 200 / math.sqrt(steps)), pessimistic=True)
         if upper < low or upper < high:
             unsound.append((seed, mechanisms, delta, low, upper, high))
@@ -154,12 +152,7 @@ def test_steps_are_counted_and_cost():
     run.step()
     run.step(299)
     assert run.steps == 300
-    assert (
-        run.epsilon(1e-5)
-        == PrivacyAccountant(**RUN).epsilon(1e-5, 300)
-        > run.epsilon(1e-5, np.int64(200))
-        > 0
-    )
+    assert run.epsilon(1e-5) == PrivacyAccountant(**RUN).epsilon(1e-5, 300) > run.epsilon(1e-5, np.int64(200)) > 0
 
 
 def test_no_noise_is_no_privacy():
@@ -243,7 +236,7 @@ def test_calibration_is_never_over_and_hardly_under(counts, proof):
     assert slowest <= 75
 
 
-@pytest.mark.parametrize("target", [1e-3, 500.0, 1e5])
+@pytest.mark.parametrize("target", [1e-2, 500.0, 1e5])
 def test_calibration_at_the_extremes_is_valid_and_ends(target):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -390,9 +383,7 @@ def test_bad_input_is_refused_at_once_with_its_value(name, value, error):
         assert time.monotonic() - start < 0.5
 
 
-@pytest.mark.parametrize(
-    ("count", "error"), [(0, ValueError), (-5, ValueError), (1.0, TypeError), (True, TypeError)]
-)
+@pytest.mark.parametrize(("count", "error"), [(0, ValueError), (-5, ValueError), (1.0, TypeError), (True, TypeError)])
 def test_bad_counts_leave_the_record_alone(count, error):
     run = PrivacyAccountant(**RUN)
     run.step(3)
@@ -443,9 +434,7 @@ def test_extreme_but_legal_input_ends_with_a_bound(q, sigma, steps, delta):
 # -- fallback ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("Cannot compute epsilon"), ZeroDivisionError(), AssertionError()]
-)
+@pytest.mark.parametrize("error", [RuntimeError("Cannot compute epsilon"), ZeroDivisionError(), AssertionError()])
 def test_fallback_is_the_rdp_bound_and_says_so_once(monkeypatch, error):
     def broken(*args):
         raise error
@@ -467,9 +456,7 @@ def test_fallback_outside_the_safe_domain():
         assert run.epsilon(1e-13, 10**5) == run.epsilon_rdp(1e-13, 10**5)
     assert len(caught) == 1
     with pytest.warns(PrivacyAccountingWarning, match="points would be needed"):
-        assert compose_epsilon([(1e-4, 1.0, 10**10)], 1e-5) == PrivacyAccountant(1e-4, 1.0).epsilon_rdp(
-            1e-5, 10**10
-        )
+        assert compose_epsilon([(1e-4, 1.0, 10**10)], 1e-5) == PrivacyAccountant(1e-4, 1.0).epsilon_rdp(1e-5, 10**10)
 
 
 def test_a_bug_is_not_a_fallback(monkeypatch):

@@ -49,9 +49,7 @@ def test_is_deterministic_and_leaves_the_global_generator(digits):
     assert not torch.equal(weights(first), weights(other))
 
 
-@pytest.mark.parametrize(
-    ("channels", "size", "side"), [(1, 8, 4), (3, 32, 4), (1, 28, 4), (1, 3, 3), (1, 1, 1)]
-)
+@pytest.mark.parametrize(("channels", "size", "side"), [(1, 8, 4), (3, 32, 4), (1, 28, 4), (1, 3, 3), (1, 1, 1)])
 def test_network_fits_any_square(channels, size, side):
     model = SmallCNN(channels, num_classes=7, width=16, image_size=size)
     assert model(torch.zeros(2, channels, size, size)).shape == (2, 7)
@@ -91,9 +89,7 @@ def test_jitter_moves_a_little_and_only_with_its_generator(digits):
     mass = (jitter(dot, torch.Generator().manual_seed(0)) + 1)[:, 0]
     at = torch.arange(9) - 4.0
     shift = torch.stack([mass.sum(1) @ at, mass.sum(2) @ at], dim=1) / mass.sum((1, 2))[:, None]
-    assert (
-        0.9 < shift.abs().max() <= 9 / 8 + 0.2
-    )  # 0.2: sampling is bilinear, so a turned dot is not quite round
+    assert 0.9 < shift.abs().max() <= 9 / 8 + 0.2  # 0.2: sampling is bilinear, so a turned dot is not quite round
     assert shift.mean().abs() < 0.15
 
 

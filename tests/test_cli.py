@@ -17,7 +17,17 @@ from fastloda import cli, files, pipeline
 from fastloda.cli import main
 
 TINY_UNET = ["--unet.width", "8", "--unet.norm_groups", "4"]
-PRETRAIN = ["--count", "40", "--training.steps", "2", "--training.batch_size", "8", "--training.warmup", "1", *TINY_UNET]
+PRETRAIN = [
+    "--count",
+    "40",
+    "--training.steps",
+    "2",
+    "--training.batch_size",
+    "8",
+    "--training.warmup",
+    "1",
+    *TINY_UNET,
+]
 PROMISE = ["--privacy.target_epsilon", "10", "--privacy.delta", "1e-5"]
 FINETUNE = [*PROMISE, "--privacy.epochs", "0.1", "--privacy.batch_size", "48"]
 QUIET = ["--progress", "false", "--device", "cpu"]
@@ -163,7 +173,10 @@ def test_version(capsys):
         (["evaluate", "--run", "{new}"], "no samples"),
         (["evaluate", "--run", "{new}", "--train", "digits", "--test", "{nine}"], "1 x 8 x 8"),
         (["account", "--delta", "0", "--sample_rate", "0.1", "--noise_multiplier", "1", "--steps", "9"], "delta"),
-        (["account", "--delta", "1e-5", "--sample_rate", "2", "--noise_multiplier", "1", "--steps", "9"], "sample_rate"),
+        (
+            ["account", "--delta", "1e-5", "--sample_rate", "2", "--noise_multiplier", "1", "--steps", "9"],
+            "sample_rate",
+        ),
         (["account", "--delta", "1e-5"], "missing"),
         (["demo", "--run", "{new}", "--epsilon", "0"], "target_epsilon must be positive"),
         (["demo", "--run", "{new}", "--epsilon", "1,one"], "could not convert"),
@@ -187,13 +200,9 @@ def test_a_mistake_gives_one_line_and_changes_nothing(run, tmp_path, capsys, arg
     places["only_public"].mkdir()
     (places["only_public"] / "public").symlink_to(run / "public")
     before = _everything(tmp_path) | _everything(run)
-    filled = [argument.format(run=places["only_public"], **_without(places, "run")) for argument in arguments]
+    filled = [argument.format(run=places["only_public"], **places) for argument in arguments]
     assert message in fails(capsys, filled)
     assert _everything(tmp_path) | _everything(run) == before
-
-
-def _without(places: dict, name: str) -> dict:
-    return {key: value for key, value in places.items() if key != name}
 
 
 def _everything(folder: Path) -> dict[Path, int]:
@@ -215,13 +224,8 @@ def test_a_checkpoint_of_another_model_is_refused(run, tmp_path, capsys, monkeyp
         assert main(["pretrain", "--run", "other", *PRETRAIN, "--training.seed", "7", *QUIET]) == 0
     (tmp_path / "other" / "public" / "model.safetensors").replace(tmp_path / "run" / "public" / "model.safetensors")
     capsys.readouterr()
-    lines = fails_after_notes(capsys, command)
-    assert "checkpoint of another model" in lines
-
-
-def fails_after_notes(capsys, command) -> str:
     assert main(command) == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    assert "checkpoint of another model" in capsys.readouterr().err.splitlines()[-1]
 
 
 def _interrupted(*args, **options):
@@ -274,7 +278,17 @@ def test_warnings_are_lines_and_logging_is_left_as_it_was(monkeypatch, capsys):
 def test_ctrl_c_exits_130_and_the_same_command_continues(run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "public").symlink_to(run / "public")
-    options = ["--privacy.epochs", "20", "--privacy.batch_size", "48", *PROMISE, "--training.seed", "0", "--device", "cpu"]
+    options = [
+        "--privacy.epochs",
+        "20",
+        "--privacy.batch_size",
+        "48",
+        *PROMISE,
+        "--training.seed",
+        "0",
+        "--device",
+        "cpu",
+    ]
     command = [sys.executable, "-m", "fastloda", "finetune", "--run", str(tmp_path / "run"), *options]
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)

@@ -320,9 +320,7 @@ def test_no_glyph_is_blank_and_no_two_fonts_are_one():
     glyphs = _glyphs()
     ink = glyphs.field > 0
     assert len(ink) == len(FONTS) * len(DIGITS)
-    assert (
-        ink.any(dim=3).sum(dim=(1, 2)) >= 63
-    ).all()  # every digit has its full height, but for a faint edge
+    assert (ink.any(dim=3).sum(dim=(1, 2)) >= 63).all()  # every digit has its full height, but for a faint edge
     assert len(ink.unique(dim=0)) == len(ink)
     half_stroke = glyphs.stroke / 2  # in heights of the glyph
     assert half_stroke.min() > 0.03
@@ -333,6 +331,4 @@ def test_the_signed_distance_counts_from_the_edge():
     field = _glyphs().field * 32  # pixels: 64 in the height of a glyph, which is 2
     assert field.abs().min() == 0.5
     for axis in (2, 3):
-        assert (
-            0.99 < field.diff(dim=axis).abs().max() < 1.01
-        )  # a step of one pixel, over the edge as elsewhere
+        assert 0.99 < field.diff(dim=axis).abs().max() < 1.01  # a step of one pixel, over the edge as elsewhere

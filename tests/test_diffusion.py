@@ -144,8 +144,15 @@ def test_digits_unet_is_small():
     channels=st.integers(1, 3),
 )
 def test_any_valid_config_builds_runs_and_survives_json(width, multipliers, blocks, attention, channels):
-    config = UNetConfig(image_size=8, in_channels=channels, width=width, multipliers=tuple(multipliers),
-                        blocks_per_level=blocks, attention=attention, norm_groups=8)
+    config = UNetConfig(
+        image_size=8,
+        in_channels=channels,
+        width=width,
+        multipliers=tuple(multipliers),
+        blocks_per_level=blocks,
+        attention=attention,
+        norm_groups=8,
+    )
     assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     model = UNet(config)
     x, t, y = batch(model, 2)
@@ -153,20 +160,23 @@ def test_any_valid_config_builds_runs_and_survives_json(width, multipliers, bloc
     assert len(convolutions(model)) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
 
 
-@pytest.mark.parametrize("bad, values", [
-    (dict(image_size=30), "30"),
-    (dict(width=0), "0"),
-    (dict(width=33, norm_groups=1), "33"),
-    (dict(multipliers=()), r"\(\)"),
-    (dict(multipliers=(1, 0)), r"\(1, 0\)"),
-    (dict(norm_groups=7), "7 does not divide 64"),
-    (dict(width=16, multipliers=(1, 2)), "32 does not divide 48"),
-    (dict(image_size=8, width=16, multipliers=(1, 1, 1, 1)), "16 channels of 1 x 1"),
-    (dict(num_classes=64), "class_width=64, num_classes=64"),
-    (dict(dropout=1.0), "1.0"),
-    (dict(attention=(4,)), r"\(4,\)"),
-    (dict(blocks_per_level=0), "0"),
-])
+@pytest.mark.parametrize(
+    "bad, values",
+    [
+        (dict(image_size=30), "30"),
+        (dict(width=0), "0"),
+        (dict(width=33, norm_groups=1), "33"),
+        (dict(multipliers=()), r"\(\)"),
+        (dict(multipliers=(1, 0)), r"\(1, 0\)"),
+        (dict(norm_groups=7), "7 does not divide 64"),
+        (dict(width=16, multipliers=(1, 2)), "32 does not divide 48"),
+        (dict(image_size=8, width=16, multipliers=(1, 1, 1, 1)), "16 channels of 1 x 1"),
+        (dict(num_classes=64), "class_width=64, num_classes=64"),
+        (dict(dropout=1.0), "1.0"),
+        (dict(attention=(4,)), r"\(4,\)"),
+        (dict(blocks_per_level=0), "0"),
+    ],
+)
 def test_config_refuses_and_says_what(bad, values):
     with pytest.raises(ValueError, match=values):
         UNetConfig(**bad)
@@ -237,7 +247,7 @@ def test_per_sample_gradients_by_vmap_equal_a_loop():
 
     together = vmap(grad(loss), in_dims=(None, 0, 0, 0))(parameters, x, t, y)
     for i in range(3):
-        out = model(x[i:i + 1], t[i:i + 1], y[i:i + 1])
+        out = model(x[i : i + 1], t[i : i + 1], y[i : i + 1])
         alone = torch.autograd.grad(out.square().mean(), model.parameters())
         for (name, many), one in zip(together.items(), alone, strict=True):
             assert torch.allclose(many[i], one, rtol=1e-8, atol=1e-12), name
@@ -294,11 +304,19 @@ def test_add_noise_is_the_formula():
         assert torch.allclose(xt[i], math.sqrt(abar) * x0[i] + math.sqrt(1 - abar) * noise[i], atol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [
-    dict(timesteps=0), dict(beta_start=0.0), dict(beta_start=0.1), dict(beta_end=1.0),
-    dict(time_distribution=torch.ones(3)), dict(time_distribution=torch.zeros(1000)),
-    dict(time_distribution=-torch.ones(1000)), dict(time_distribution=torch.full((1000,), math.nan)),
-])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(timesteps=0),
+        dict(beta_start=0.0),
+        dict(beta_start=0.1),
+        dict(beta_end=1.0),
+        dict(time_distribution=torch.ones(3)),
+        dict(time_distribution=torch.zeros(1000)),
+        dict(time_distribution=-torch.ones(1000)),
+        dict(time_distribution=torch.full((1000,), math.nan)),
+    ],
+)
 def test_diffusion_refuses(bad):
     with pytest.raises(ValueError, match="got"):
         Diffusion(**bad)
@@ -344,8 +362,16 @@ def test_labels_are_dropped_with_probability_p(p):
         assert abs(both - p**2) < 5 * math.sqrt(p**2 / n)
 
 
-@pytest.mark.parametrize("bad", [dict(views=0), dict(label_dropout=1.5), dict(t=torch.zeros(3).long()),
-                                 dict(noise=torch.zeros(2, 1, 4, 1)), dict(y=torch.zeros(3).long())])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(views=0),
+        dict(label_dropout=1.5),
+        dict(t=torch.zeros(3).long()),
+        dict(noise=torch.zeros(2, 1, 4, 1)),
+        dict(y=torch.zeros(3).long()),
+    ],
+)
 def test_losses_refuse(bad):
     arguments = dict(x0=torch.zeros(2, 1, 4, 4), y=torch.zeros(2).long()) | bad
     with pytest.raises(ValueError, match="got"):
@@ -389,8 +415,17 @@ def test_a_perfect_predictor_is_inverted(method, eta, steps):
         abar = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
         return (x - abar.sqrt() * image) / (1 - abar).sqrt()
 
-    out = sample(Predictor(true_noise), diffusion, torch.zeros(3).long(), method=method, eta=eta, steps=steps,
-                 seed=0, progress=False, clip_denoised=False)
+    out = sample(
+        Predictor(true_noise),
+        diffusion,
+        torch.zeros(3).long(),
+        method=method,
+        eta=eta,
+        steps=steps,
+        seed=0,
+        progress=False,
+        clip_denoised=False,
+    )
     assert torch.allclose(out, image.expand(3, -1, -1, -1), atol=1e-4)
 
 
@@ -404,8 +439,17 @@ def test_gaussian_data_is_reproduced(method, eta, steps):
         return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * std**2 + 1 - abar)
 
     model = Predictor(best_noise, image_shape=(1, 64, 64))
-    out = sample(model, diffusion, torch.zeros(8).long(), method=method, eta=eta, steps=steps, seed=0,
-                 progress=False, clip_denoised=False)
+    out = sample(
+        model,
+        diffusion,
+        torch.zeros(8).long(),
+        method=method,
+        eta=eta,
+        steps=steps,
+        seed=0,
+        progress=False,
+        clip_denoised=False,
+    )
     assert abs(out.mean().item() - mean) < 5 * std / math.sqrt(out.numel()) + 2e-3
     assert abs(out.std().item() / std - 1) < 0.03
     assert abs(((out - out.mean()) / out.std()).pow(4).mean().item() - 3) < 0.2
@@ -531,12 +575,24 @@ def test_progress_counts_batches_and_steps(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("bad", [
-    dict(method="euler"), dict(eta=1.1), dict(method="ddpm", eta=0.5), dict(steps=0), dict(steps=1001),
-    dict(batch_size=0), dict(guidance=-1.0), dict(guidance=math.inf), dict(labels=torch.tensor([11])),
-    dict(labels=torch.tensor([-1])), dict(labels=torch.zeros(2)), dict(labels=torch.zeros(2, 2).long()),
-    dict(seed=1, generator=torch.Generator()),
-])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(method="euler"),
+        dict(eta=1.1),
+        dict(method="ddpm", eta=0.5),
+        dict(steps=0),
+        dict(steps=1001),
+        dict(batch_size=0),
+        dict(guidance=-1.0),
+        dict(guidance=math.inf),
+        dict(labels=torch.tensor([11])),
+        dict(labels=torch.tensor([-1])),
+        dict(labels=torch.zeros(2)),
+        dict(labels=torch.zeros(2, 2).long()),
+        dict(seed=1, generator=torch.Generator()),
+    ],
+)
 def test_sample_refuses_and_runs_nothing(bad):
     model = Predictor(lambda x, t, y: x)
     with pytest.raises(ValueError):

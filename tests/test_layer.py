@@ -97,7 +97,9 @@ def check_gradcheck(case):
     assert torch.autograd.gradcheck(lambda *_: layer(x), (x, *trained), fast_mode=True)
 
 
-@pytest.mark.parametrize("cases", [drawn.adapted_convs(samples=2), drawn.adapted_linears(samples=2)], ids=["conv", "linear"])
+@pytest.mark.parametrize(
+    "cases", [drawn.adapted_convs(samples=2), drawn.adapted_linears(samples=2)], ids=["conv", "linear"]
+)
 def test_gradcheck(cases, counts):
     drawn.hold_for(cases, counts(10, 200), check_gradcheck)
 
@@ -212,11 +214,15 @@ def test_integers_are_refused_as_by_pytorch(activation):
 # ---- copies
 
 
-@pytest.mark.parametrize("again", [
-    copy.deepcopy,
-    lambda layer: pickle.loads(pickle.dumps(layer)),
-    lambda layer: torch.load(io.BytesIO(saved(layer)), weights_only=False),
-], ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "again",
+    [
+        copy.deepcopy,
+        lambda layer: pickle.loads(pickle.dumps(layer)),
+        lambda layer: torch.load(io.BytesIO(saved(layer)), weights_only=False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
 def test_copies_are_equal_and_apart(again):
     layer, x = adapted_conv(activation="identity", scale=0.5), images()
     twin = again(layer)
@@ -265,11 +271,22 @@ def test_a_state_with_half_an_adapter_is_refused():
 # ---- settings
 
 
-@pytest.mark.parametrize("bad", [
-    dict(rank=0), dict(rank=-1), dict(rank=2.0), dict(rank=True), dict(activation="relu"), dict(scale=float("nan")),
-    dict(negative_slope=float("inf")), dict(scale=float("-inf")),
-])
-@pytest.mark.parametrize("make", [lambda **s: LoDAConv2d(3, 3, 3, **s), lambda **s: LoDALinear(3, 3, **s)], ids=["conv", "linear"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(rank=0),
+        dict(rank=-1),
+        dict(rank=2.0),
+        dict(rank=True),
+        dict(activation="relu"),
+        dict(scale=float("nan")),
+        dict(negative_slope=float("inf")),
+        dict(scale=float("-inf")),
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [lambda **s: LoDAConv2d(3, 3, 3, **s), lambda **s: LoDALinear(3, 3, **s)], ids=["conv", "linear"]
+)
 def test_bad_settings_are_refused_with_their_value(make, bad):
     with pytest.raises(ValueError, match="got"):
         make(**bad)
@@ -288,11 +305,15 @@ def test_from_conv_keeps_every_argument_and_shares_the_tensors():
 # ---- merging
 
 
-@pytest.mark.parametrize("layer", [
-    LoDAConv2d(4, 6, (3, 2), 2, 1, rank=2, activation="identity", scale=0.5),
-    LoDAConv2d(4, 6, 2, padding="same", bias=False, rank=2, activation="leaky_relu", negative_slope=1.0),
-    LoDALinear(4, 6, rank=2, activation="identity", scale=-2.0),
-], ids=["conv", "slope 1", "linear"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LoDAConv2d(4, 6, (3, 2), 2, 1, rank=2, activation="identity", scale=0.5),
+        LoDAConv2d(4, 6, 2, padding="same", bias=False, rank=2, activation="leaky_relu", negative_slope=1.0),
+        LoDALinear(4, 6, rank=2, activation="identity", scale=-2.0),
+    ],
+    ids=["conv", "slope 1", "linear"],
+)
 def test_identity_adapters_merge_exactly(layer):
     drawn.randomise(layer.double())
     merged = layer.merge()
@@ -305,11 +326,14 @@ def test_identity_adapters_merge_exactly(layer):
     assert torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize("layer, reason", [
-    (LoDAConv2d(4, 4, 3), "not linear"),
-    (LoDALinear(4, 4), "leaky_relu"),
-    (LoDAConv2d(4, 4, 3, groups=2, activation="identity"), "groups=2"),
-])
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        (LoDAConv2d(4, 4, 3), "not linear"),
+        (LoDALinear(4, 4), "leaky_relu"),
+        (LoDAConv2d(4, 4, 3, groups=2, activation="identity"), "groups=2"),
+    ],
+)
 def test_what_no_weight_can_hold_does_not_merge(layer, reason):
     with pytest.raises(ValueError, match=reason):
         layer.merge()
@@ -372,17 +396,20 @@ def names_for(targets, **settings):
     return list(attach_loda(small_model(), targets=targets, rank=1, **settings))
 
 
-@pytest.mark.parametrize("targets, names", [
-    (None, ["body.0", "body.2"]),
-    (nn.Conv2d, ["body.0", "body.2"]),
-    (nn.Linear, ["head"]),
-    ((nn.Conv2d, nn.Linear), ["body.0", "body.2", "head"]),
-    (r"body\.\d", ["body.0", "body.2"]),
-    (r".*", ["body.0", "body.2", "head"]),
-    (["2", "head"], ["body.2", "head"]),
-    (["body.0"], ["body.0"]),
-    (lambda name, layer: "2" in name, ["body.2"]),
-])
+@pytest.mark.parametrize(
+    "targets, names",
+    [
+        (None, ["body.0", "body.2"]),
+        (nn.Conv2d, ["body.0", "body.2"]),
+        (nn.Linear, ["head"]),
+        ((nn.Conv2d, nn.Linear), ["body.0", "body.2", "head"]),
+        (r"body\.\d", ["body.0", "body.2"]),
+        (r".*", ["body.0", "body.2", "head"]),
+        (["2", "head"], ["body.2", "head"]),
+        (["body.0"], ["body.0"]),
+        (lambda name, layer: "2" in name, ["body.2"]),
+    ],
+)
 def test_targets(targets, names):
     assert names_for(targets) == names
 
@@ -444,11 +471,23 @@ def assert_same_state(model, state):
         assert torch.equal(now_value, value), name
 
 
-@pytest.mark.parametrize("bad", [
-    dict(targets="nothing"), dict(targets=["missing"]), dict(targets=nn.Embedding), dict(rank=100), dict(rank=0),
-    dict(rank=1.5), dict(activation="relu"), dict(scale=float("nan")), dict(targets=lambda name, layer: False),
-    dict(targets="["), dict(targets=[]),
-], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(targets="nothing"),
+        dict(targets=["missing"]),
+        dict(targets=nn.Embedding),
+        dict(rank=100),
+        dict(rank=0),
+        dict(rank=1.5),
+        dict(activation="relu"),
+        dict(scale=float("nan")),
+        dict(targets=lambda name, layer: False),
+        dict(targets="["),
+        dict(targets=[]),
+    ],
+    ids=str,
+)
 def test_a_refused_attach_changes_nothing(bad):
     model = small_model()
     state = state_of(model)
@@ -552,7 +591,9 @@ def test_another_models_or_a_damaged_file_changes_nothing(tmp_path, damage, adap
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"no safetensors at all", "truncated", "flipped", "no metadata", "no json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 8, b"no safetensors at all", "truncated", "flipped", "no metadata", "no json"]
+)
 def test_what_is_no_adapter_file_changes_nothing(tmp_path, content, adapted):
     path = tmp_path / "a.safetensors"
     write(path, "{" if content == "no json" else good_file()[0], good_file()[1])
@@ -598,7 +639,13 @@ def test_a_private_step_learns_and_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(30):
-            stats = ghost_dp_step(F.cross_entropy(run(model, x), y, reduction="none"), model, optimizer,
-                                  max_grad_norm=1.0, noise_multiplier=0.01, expected_batch_size=8)
+            stats = ghost_dp_step(
+                F.cross_entropy(run(model, x), y, reduction="none"),
+                model,
+                optimizer,
+                max_grad_norm=1.0,
+                noise_multiplier=0.01,
+                expected_batch_size=8,
+            )
             losses.append(stats.mean_loss)
     assert losses[-1] < 0.8 * losses[0]

@@ -322,11 +322,17 @@ UNSAFE = {
     # layers that mix samples
     "BatchNorm1d": Unsafe("middle.*BatchNorm1d", layer(nn.BatchNorm1d(C))),
     "BatchNorm2d": Unsafe("middle.*BatchNorm2d", layer(nn.BatchNorm2d(C), images)),
-    "BatchNorm3d": Unsafe("BatchNorm3d", lambda: scene(nn.Sequential(nn.Conv3d(C, C, 1), nn.BatchNorm3d(C)), torch.randn(N, C, 2, 2, 2))),
+    "BatchNorm3d": Unsafe(
+        "BatchNorm3d", lambda: scene(nn.Sequential(nn.Conv3d(C, C, 1), nn.BatchNorm3d(C)), torch.randn(N, C, 2, 2, 2))
+    ),
     "SyncBatchNorm": Unsafe("middle.*SyncBatchNorm", layer(nn.SyncBatchNorm(C), images)),
     "a frozen BatchNorm that trains its statistics": Unsafe("middle.*BatchNorm1d", layer(frozen(nn.BatchNorm1d(C)))),
-    "BatchNorm without statistics, in eval": Unsafe("middle", layer(nn.BatchNorm1d(C, track_running_stats=False).eval())),
-    "InstanceNorm with running statistics": Unsafe("middle.*InstanceNorm2d", layer(nn.InstanceNorm2d(C, track_running_stats=True), images)),
+    "BatchNorm without statistics, in eval": Unsafe(
+        "middle", layer(nn.BatchNorm1d(C, track_running_stats=False).eval())
+    ),
+    "InstanceNorm with running statistics": Unsafe(
+        "middle.*InstanceNorm2d", layer(nn.InstanceNorm2d(C, track_running_stats=True), images)
+    ),
     "functional batch_norm": Unsafe("first.weight", function(lambda x: F.batch_norm(x, None, None, training=True))),
     # functions of the batch
     "mean over the batch subtracted": Unsafe("first", function(lambda x: x - x.mean(0))),
@@ -342,7 +348,9 @@ UNSAFE = {
     "minibatch standard deviation": Unsafe("first", function(minibatch_stddev)),
     "group norm over the folded batch": Unsafe("first", function(folded_group_norm)),
     "attention across the batch": Unsafe("first", layer(WholeBatch())),
-    "attention with the sequence first": Unsafe("middle|first", layer(First(nn.MultiheadAttention(C, 2), 3), sequences)),
+    "attention with the sequence first": Unsafe(
+        "middle|first", layer(First(nn.MultiheadAttention(C, 2), 3), sequences)
+    ),
     "linear over time-major rows": Unsafe("middle", layer(TimeMajor(C, C), sequences)),
     # parameters without an exact rule
     "a bare scale": Unsafe("middle.alpha.*MulBackward", layer(Scale())),
@@ -358,7 +366,9 @@ UNSAFE = {
     "weight_norm": Unsafe("middle.*original", layer(torch.nn.utils.parametrizations.weight_norm(nn.Linear(C, C)))),
     "spectral_norm": Unsafe("middle.*original", layer(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(C, C)))),
     "a parametrization": Unsafe("middle.*original", layer(doubled(nn.Linear(C, C)))),
-    "embedding scaled by frequency": Unsafe("scale_grad_by_freq", layer(Lookup(nn.Embedding(2, C, scale_grad_by_freq=True)))),
+    "embedding scaled by frequency": Unsafe(
+        "scale_grad_by_freq", layer(Lookup(nn.Embedding(2, C, scale_grad_by_freq=True)))
+    ),
     "embedding with max_norm": Unsafe("middle.table.*max_norm", layer(Lookup(nn.Embedding(2, C, max_norm=0.1)))),
     "reentrant checkpoint": Unsafe("use_reentrant=False", layer(Hidden(C, C))),
     "a compiled model": Unsafe("CompiledFunction", compiled),
@@ -370,17 +380,24 @@ UNSAFE = {
     "sorted losses": Unsafe("samples mix", loss(lambda y: row_losses(y).sort().values)),
     "contrastive loss": Unsafe("samples mix", loss(contrastive)),
     # what the optimizer moves, and what the model keeps
-    "an optimizer of more": Unsafe(r"param_groups\[1\]", optimizer(lambda m: torch.optim.SGD([
-        {"params": m.parameters()}, {"params": [nn.Parameter(torch.ones(2))]}], 0.1))),
+    "an optimizer of more": Unsafe(
+        r"param_groups\[1\]",
+        optimizer(
+            lambda m: torch.optim.SGD([{"params": m.parameters()}, {"params": [nn.Parameter(torch.ones(2))]}], 0.1)
+        ),
+    ),
     "an optimizer of less": Unsafe("last.weight", optimizer(lambda m: torch.optim.SGD(m.first.parameters(), 0.1))),
     "a stale gradient on a frozen parameter": Unsafe(r"param_groups\[0\].*non-private", optimizer(stale)),
     "LBFGS": Unsafe("LBFGS", optimizer(lambda m: torch.optim.LBFGS(m.parameters()))),
-    "a buffer updated in place": Unsafe("middle.mean", between_steps(
-        lambda m, x: m(x), lambda: Counter(lambda s, mean: s.mean.mul_(0.9).add_(mean)))),
-    "a buffer replaced": Unsafe("middle.mean", between_steps(
-        twice, lambda: Counter(lambda s, mean: setattr(s, "mean", 0.9 * s.mean + mean)))),
-    "a frozen parameter updated in forward": Unsafe("middle.prototype", between_steps(
-        lambda m, x: m(x), lambda: Counter(lambda s, mean: s.prototype.add_(mean)))),
+    "a buffer updated in place": Unsafe(
+        "middle.mean", between_steps(lambda m, x: m(x), lambda: Counter(lambda s, mean: s.mean.mul_(0.9).add_(mean)))
+    ),
+    "a buffer replaced": Unsafe(
+        "middle.mean", between_steps(twice, lambda: Counter(lambda s, mean: setattr(s, "mean", 0.9 * s.mean + mean)))
+    ),
+    "a frozen parameter updated in forward": Unsafe(
+        "middle.prototype", between_steps(lambda m, x: m(x), lambda: Counter(lambda s, mean: s.prototype.add_(mean)))
+    ),
     "a parameter frozen on the way": Unsafe("changed", between_steps(unfreeze), ValueError),
     "a parameter replaced under its name": Unsafe("changed", between_steps(swap), ValueError),
 }
@@ -390,7 +407,9 @@ def everything(s: Scene) -> list:
     """Bytes of all that a refusal must leave alone."""
     tensors = [*s.model.parameters(), *s.model.buffers(), *(p.grad for p in s.model.parameters())]
     leaves = tree_flatten([tensors, s.optimizer.state_dict()])[0]
-    return [leaf.detach().reshape(-1).view(torch.uint8).tolist() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [
+        leaf.detach().reshape(-1).view(torch.uint8).tolist() if isinstance(leaf, Tensor) else leaf for leaf in leaves
+    ]
 
 
 def refusal(unsafe: Unsafe) -> tuple[str | None, bool]:
@@ -458,11 +477,25 @@ CALLS = {
     "a leaf": (lambda y, x: torch.ones(N, requires_grad=True), "no graph"),
 }
 SETTINGS = [
-    dict(max_grad_norm=0), dict(max_grad_norm=-1.0), dict(max_grad_norm=float("inf")), dict(max_grad_norm=float("nan")),
-    dict(max_grad_norm="1"), dict(max_grad_norm=True), dict(noise_multiplier=-1.0), dict(noise_multiplier=float("nan")),
-    dict(noise_multiplier=float("inf")), dict(expected_batch_size=0), dict(expected_batch_size=float("nan")),
-    dict(expected_batch_size=float("inf")), dict(expected_batch_size=-2), dict(views=0), dict(views=4), dict(views=1.0),
-    dict(views=True), dict(mask=torch.ones(N)), dict(mask=torch.ones(N - 1, dtype=torch.bool)),
+    dict(max_grad_norm=0),
+    dict(max_grad_norm=-1.0),
+    dict(max_grad_norm=float("inf")),
+    dict(max_grad_norm=float("nan")),
+    dict(max_grad_norm="1"),
+    dict(max_grad_norm=True),
+    dict(noise_multiplier=-1.0),
+    dict(noise_multiplier=float("nan")),
+    dict(noise_multiplier=float("inf")),
+    dict(expected_batch_size=0),
+    dict(expected_batch_size=float("nan")),
+    dict(expected_batch_size=float("inf")),
+    dict(expected_batch_size=-2),
+    dict(views=0),
+    dict(views=4),
+    dict(views=1.0),
+    dict(views=True),
+    dict(mask=torch.ones(N)),
+    dict(mask=torch.ones(N - 1, dtype=torch.bool)),
     dict(mask=torch.ones(N, 1, dtype=torch.bool)),
 ]
 
@@ -520,7 +553,9 @@ SAFE = {
     "GroupNorm": layer(nn.GroupNorm(2, C), images),
     "Dropout": layer(nn.Dropout(0.5)),
     "mixed positions": layer(Positions(), sequences),
-    "attention with the batch first": layer(First(nn.MultiheadAttention(C, 2, batch_first=True).requires_grad_(False), 3), sequences),
+    "attention with the batch first": layer(
+        First(nn.MultiheadAttention(C, 2, batch_first=True).requires_grad_(False), 3), sequences
+    ),
     "frozen LSTM": layer(First(frozen(nn.LSTM(C, C, batch_first=True))), sequences),
     "frozen transposed convolution": layer(frozen(nn.ConvTranspose2d(C, C, 3, padding=1)), images),
     "frozen weight_norm": layer(frozen(torch.nn.utils.parametrizations.weight_norm(nn.Linear(C, C)))),

@@ -75,11 +75,15 @@ def adapters_only() -> nn.Module:
 
 def everything() -> nn.Module:
     head = nn.Linear(3 * 2, 2)
-    return nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.GroupNorm(2, C), nn.SiLU(), nn.Conv2d(C, 3, 3, 2), nn.Flatten(), head)
+    return nn.Sequential(
+        nn.Conv2d(C, C, 3, padding=1), nn.GroupNorm(2, C), nn.SiLU(), nn.Conv2d(C, 3, 3, 2), nn.Flatten(), head
+    )
 
 
 def used_twice() -> nn.Module:
-    return nn.Sequential(drawn.Twice(LoDAConv2d(C, C, 3, padding=1, rank=2)), nn.Flatten(), LoDALinear(C * 24, 2, rank=1))
+    return nn.Sequential(
+        drawn.Twice(LoDAConv2d(C, C, 3, padding=1, rank=2)), nn.Flatten(), LoDALinear(C * 24, 2, rank=1)
+    )
 
 
 MODELS = {"adapters": adapters_only, "everything": everything, "used twice": used_twice}
@@ -88,7 +92,13 @@ READOUTS = {
     "curved": drawn.curved,
     "steep": lambda y: y.flatten(1).square().sum(1),
 }
-PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "autocast": torch.float32}
+PRECISIONS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "autocast": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -247,7 +257,11 @@ class Guided(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.shift = LoDAConv2d(C, C, 3, padding=1, rank=2), nn.GroupNorm(2, C), LoDALinear(3, C, rank=2)
+        self.conv, self.norm, self.shift = (
+            LoDAConv2d(C, C, 3, padding=1, rank=2),
+            nn.GroupNorm(2, C),
+            LoDALinear(3, C, rank=2),
+        )
         self.out = nn.Conv2d(C, 2, 1)
 
     def forward(self, x, t):
@@ -294,8 +308,14 @@ def test_a_gradient_that_is_nan_though_the_loss_is_not():
 def test_a_batch_of_nothing_but_nan_makes_a_step_of_pure_noise():
     layer = drawn.randomise(LoDALinear(3, 2, rank=1))
     sgd = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], 1.0)
-    stats = ghost_dp_step(layer(torch.full((3, 3), math.nan)).sum(1), layer, sgd, max_grad_norm=1.0, noise_multiplier=1.0,
-                          expected_batch_size=3)
+    stats = ghost_dp_step(
+        layer(torch.full((3, 3), math.nan)).sum(1),
+        layer,
+        sgd,
+        max_grad_norm=1.0,
+        noise_multiplier=1.0,
+        expected_batch_size=3,
+    )
     assert stats.nonfinite == stats.samples == 3 and math.isnan(stats.mean_loss) and stats.clipped == 0
     assert all(p.isfinite().all() for p in layer.parameters())
 
@@ -453,8 +473,14 @@ def test_the_divisor_is_the_expected_batch_size(samples):
     total, _ = clipped_sum(layer, drawn.curved(layer(x)), 0.5)
     trained = [p for p in layer.parameters() if p.requires_grad]
     before = torch.cat([p.detach().flatten().clone() for p in trained])
-    ghost_dp_step(drawn.curved(layer(x)), layer, torch.optim.SGD(trained, 1.0), max_grad_norm=0.5, noise_multiplier=0,
-                  expected_batch_size=4.5)
+    ghost_dp_step(
+        drawn.curved(layer(x)),
+        layer,
+        torch.optim.SGD(trained, 1.0),
+        max_grad_norm=0.5,
+        noise_multiplier=0,
+        expected_batch_size=4.5,
+    )
     moved = before - torch.cat([p.detach().flatten() for p in trained])
     torch.testing.assert_close(moved, total / 4.5, rtol=1e-12, atol=1e-14)
 
@@ -476,7 +502,9 @@ def test_empty_batches_are_noised_and_counted(proof):
     assert torch.stack(scales).mean().sqrt().item() == pytest.approx(2.0 * 0.5 / 4.0, rel=0.01)
 
 
-@pytest.mark.parametrize("losses", [torch.zeros(0), torch.zeros(0, requires_grad=True), torch.zeros(0, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "losses", [torch.zeros(0), torch.zeros(0, requires_grad=True), torch.zeros(0, dtype=torch.float64)]
+)
 def test_any_empty_vector_is_an_empty_batch(losses):
     model = nn.Linear(2, 2)
     for views in (1, 3):
@@ -501,7 +529,9 @@ def test_statistics_are_right():
     assert (stats.samples, stats.clipped, stats.nonfinite, stats.clipped_fraction) == (4, 1, 1, 0.25)
     assert stats.mean_loss == pytest.approx(losses[[0, 1, 4]].mean().item())
     both = stats + stats
-    assert (both.samples, both.clipped, both.nonfinite) == (8, 2, 2) and both.mean_loss == pytest.approx(stats.mean_loss)
+    assert (both.samples, both.clipped, both.nonfinite) == (8, 2, 2) and both.mean_loss == pytest.approx(
+        stats.mean_loss
+    )
 
 
 def test_factors_reach_their_own_sample():

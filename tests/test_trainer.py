@@ -37,7 +37,12 @@ def small_model(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Dropout(0.1), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.SiLU(),
+            nn.Dropout(0.1),
+            nn.Conv2d(4, 4, 3),
+            nn.Flatten(),
+            nn.Linear(64, 3),
         )
         attach_loda(model, rank=1)
     return model
@@ -139,7 +144,14 @@ def test_training_stops_before_the_budget_is_exceeded():
 def test_the_divisor_is_the_expected_batch_size():
     """Without noise, a batch of all records moves SGD by lr * clipped sum / expected, whatever came."""
     settings = dataclasses.replace(
-        SETTINGS, sample_rate=1.0, noise_multiplier=0.0, optimizer="sgd", steps=1, warmup=0, max_grad_norm=1e-3, learning_rate=1.0
+        SETTINGS,
+        sample_rate=1.0,
+        noise_multiplier=0.0,
+        optimizer="sgd",
+        steps=1,
+        warmup=0,
+        max_grad_norm=1e-3,
+        learning_rate=1.0,
     )
     moves = []
     for expected in (30.0, 60.0):
@@ -152,7 +164,9 @@ def test_the_divisor_is_the_expected_batch_size():
 
 
 def test_learning_lowers_the_loss():
-    settings = dataclasses.replace(SETTINGS, sample_rate=0.5, expected_batch_size=30, steps=40, noise_multiplier=0.1, micro_batch_size=60)
+    settings = dataclasses.replace(
+        SETTINGS, sample_rate=0.5, expected_batch_size=30, steps=40, noise_multiplier=0.1, micro_batch_size=60
+    )
     t = trainer(dataclasses.replace(settings, learning_rate=0.05))
     first = t.train_step().mean_loss
     t.fit()

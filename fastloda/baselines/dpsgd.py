@@ -46,12 +46,17 @@ class DPSGD:
     width: int = 16
     seed: int | None = None
 
+    def __post_init__(self):
+        if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1 or self.momentum < 0:
+            raise ValueError(f"DP-SGD needs learning_rate > 0, 0 <= ema_decay < 1 and momentum >= 0, got {self}")
+        SmallCNN.seeded(0, width=self.width)  # refuses a width that it cannot have
+
     def optimization(self) -> dict:
         """The fields that `PrivateTraining` has too."""
         return {name: value for name, value in asdict(self).items() if name != "width"}
 
 
-def dpsgd(
+def run_dpsgd(
     run: Path,
     privacy: Privacy,
     data: LabelledImages,

@@ -23,9 +23,7 @@ class SmallCNN(nn.Module):
         ValueError: an argument is less than 1, or `width` is no multiple of 8.
     """
 
-    def __init__(
-        self, in_channels: int = 1, num_classes: int = 10, width: int = 32, image_size: int = 8
-    ) -> None:
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, width: int = 32, image_size: int = 8) -> None:
         super().__init__()
         if min(in_channels, num_classes, width, image_size) < 1 or width % _GROUPS:
             given = f"{in_channels=}, {num_classes=}, {width=}, {image_size=}"

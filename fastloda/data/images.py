@@ -42,9 +42,7 @@ class LabelledImages:
         if images.ndim != 4 or images.shape[1] not in CHANNELS:
             raise ValueError(f"images must be [n, C, H, W] with C in {CHANNELS}, not {list(images.shape)}")
         if labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"labels must be of shape [{len(images)}], one an image, not {list(labels.shape)}"
-            )
+            raise ValueError(f"labels must be of shape [{len(images)}], one an image, not {list(labels.shape)}")
         _refuse(images, lambda x: ~x.isfinite(), "images must be finite")
         _refuse(images, lambda x: x.abs() > 1, "images must lie in [-1, 1]")
         if self.num_classes < 1:

@@ -23,7 +23,9 @@ class PublicTraining:
     Attributes:
         steps: optimizer steps (AdamW, warm-up, cosine).
         batch_size: images a step, drawn with replacement.
-        learning_rate, warmup, weight_decay: of AdamW.
+        learning_rate: peak of AdamW's.
+        warmup: steps of linear warm-up; a cosine to zero follows.
+        weight_decay: of AdamW.
         ema_decay: of the average of the weights that training leaves in the model.
         label_dropout: share of labels dropped, for classifier-free guidance.
         seed: of batches, timesteps and noise.
@@ -72,8 +74,16 @@ def pretrain(
 
 
 class _Run:
-    def __init__(self, model: nn.Module, diffusion: Diffusion, data: LabelledImages, settings: PublicTraining, checkpoint):
-        self.model, self.diffusion, self.data, self.settings, self.checkpoint = model, diffusion, data, settings, checkpoint
+    def __init__(
+        self, model: nn.Module, diffusion: Diffusion, data: LabelledImages, settings: PublicTraining, checkpoint
+    ):
+        self.model, self.diffusion, self.data, self.settings, self.checkpoint = (
+            model,
+            diffusion,
+            data,
+            settings,
+            checkpoint,
+        )
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
         s = settings
@@ -90,7 +100,9 @@ class _Run:
         index = torch.randint(len(self.data), (self.settings.batch_size,), generator=self.generators["batches"])
         x, y = self.data.images[index].to(self.device), self.data.labels[index].to(self.device)
         dropout = self.settings.label_dropout
-        loss = self.diffusion.losses(self.model, x, y, label_dropout=dropout, generator=self.generators["losses"]).mean()
+        loss = self.diffusion.losses(
+            self.model, x, y, label_dropout=dropout, generator=self.generators["losses"]
+        ).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -11,10 +11,21 @@ from tqdm import tqdm
 from fastloda.diffusion.schedule import Diffusion
 
 
-def sample(model: nn.Module, diffusion: Diffusion, labels: Tensor, *, method: str = "ddim", steps: int = 50,
-           guidance: float = 0.0, generator: torch.Generator | None = None, seed: int | None = None,
-           batch_size: int = 256, eta: float = 0.0, progress: bool = True,
-           clip_denoised: bool = True) -> Tensor:
+def sample(
+    model: nn.Module,
+    diffusion: Diffusion,
+    labels: Tensor,
+    *,
+    method: str = "ddim",
+    steps: int = 50,
+    guidance: float = 0.0,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    batch_size: int = 256,
+    eta: float = 0.0,
+    progress: bool = True,
+    clip_denoised: bool = True,
+) -> Tensor:
     """One image per label: float32 [n, C, H, W] on the CPU, in [-1, 1] if `clip_denoised`.
 
     labels: [n] integers in 0 .. model.null_class; the null class gives unconditional images.

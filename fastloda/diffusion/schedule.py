@@ -14,8 +14,14 @@ class Diffusion:
     `alphas_cumprod`, abar [T], is float64 on the CPU; it is cast where it is used.
     """
 
-    def __init__(self, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *,
-                 time_distribution: Tensor | None = None):
+    def __init__(
+        self,
+        timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        *,
+        time_distribution: Tensor | None = None,
+    ):
         if timesteps < 1:
             raise ValueError(f"timesteps must be at least 1, got {timesteps}")
         if not 0 < beta_start <= beta_end < 1:
@@ -28,13 +34,21 @@ class Diffusion:
     def _cumulate(self, frequencies: Tensor | list[float]) -> Tensor:
         p = torch.as_tensor(frequencies, dtype=torch.float64, device="cpu")
         if p.shape != (self.timesteps,) or not p.isfinite().all() or p.min() < 0 or p.max() == 0:
-            raise ValueError(f"time_distribution must hold {self.timesteps} finite numbers, none negative, "
-                             f"not all 0, got {frequencies}")
+            raise ValueError(
+                f"time_distribution must hold {self.timesteps} finite numbers, none negative, "
+                f"not all 0, got {frequencies}"
+            )
         cdf = p.cumsum(0)
         return cdf / cdf[-1]
 
-    def draw_timesteps(self, n: int, *, views: int = 1, generator: torch.Generator | None = None,
-                       device: torch.device | str | None = None) -> Tensor:
+    def draw_timesteps(
+        self,
+        n: int,
+        *,
+        views: int = 1,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
         """Timesteps [n * views] (int64), sample-major, view k from the k-th of `views` equally likely strata.
 
         The mean over a sample's views estimates the mean over timesteps without bias, and with less variance
@@ -50,9 +64,18 @@ class Diffusion:
         signal, sigma = self.alphas_cumprod.sqrt().to(x0), (1 - self.alphas_cumprod).sqrt().to(x0)
         return signal[t].view(column) * x0 + sigma[t].view(column) * noise
 
-    def losses(self, model: nn.Module, x0: Tensor, y: Tensor, *, views: int = 1, label_dropout: float = 0.1,
-               generator: torch.Generator | None = None, t: Tensor | None = None,
-               noise: Tensor | None = None) -> Tensor:
+    def losses(
+        self,
+        model: nn.Module,
+        x0: Tensor,
+        y: Tensor,
+        *,
+        views: int = 1,
+        label_dropout: float = 0.1,
+        generator: torch.Generator | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Mean squared error of the predicted noise, one number per sample and view: [n * views].
 
         Rows i * views .. (i + 1) * views - 1 belong to sample i, as `ghost_dp_step(..., views=views)` takes
@@ -76,8 +99,10 @@ class Diffusion:
         if noise is None:
             noise = _draw(torch.randn, x0.shape, generator, x0.device).to(x0.dtype)
         if t.shape != y.shape or noise.shape != x0.shape:
-            raise ValueError(f"expected t {tuple(y.shape)} and noise {tuple(x0.shape)}, "
-                             f"got {tuple(t.shape)} and {tuple(noise.shape)}")
+            raise ValueError(
+                f"expected t {tuple(y.shape)} and noise {tuple(x0.shape)}, "
+                f"got {tuple(t.shape)} and {tuple(noise.shape)}"
+            )
         if label_dropout > 0:
             dropped = _draw(torch.rand, y.shape, generator, y.device) < label_dropout
             y = torch.where(dropped, model.null_class, y)

@@ -19,18 +19,20 @@ from torch import Tensor, nn
 class UNetConfig:
     """Everything that fixes a U-Net's shape; the defaults are the paper's. Bad values raise ValueError.
 
-    image_size: side of the square images; divisible by 2^(levels - 1), a level being one multiplier.
-    in_channels: channels of the image, and of the predicted noise.
-    width, multipliers: level i computes with `width * multipliers[i]` channels.
-    blocks_per_level: residual blocks a level on the way down; one more on the way up.
-    num_classes: labels 0 .. num_classes - 1; label num_classes is the null class of classifier-free guidance.
-    class_width: length of the class code, at least num_classes + 1 (see `UNet`).
-    dropout: inside the residual blocks. It draws from PyTorch's global generator.
-    norm_groups: groups of every GroupNorm, or the number of channels where that is smaller; must divide it.
-    attention: after the residual blocks of every level (True), none (False), or the given levels. The middle
-        of the U-Net counts as the last level.
-    zero_init: start the output, and each block's last convolution, at zero, as Ho et al. (2020) nearly do.
-        The first gradient is then zero in all but the output: turn it off to probe an untrained model.
+    Attributes:
+        image_size: side of the square images; divisible by 2^(levels - 1), a level being one multiplier.
+        in_channels: channels of the image, and of the predicted noise.
+        width: channels of the first level, before its multiplier.
+        multipliers: level i computes with `width * multipliers[i]` channels.
+        blocks_per_level: residual blocks a level on the way down; one more on the way up.
+        num_classes: labels 0 .. num_classes - 1; label num_classes is the null class of classifier-free guidance.
+        class_width: length of the class code, at least num_classes + 1 (see `UNet`).
+        dropout: inside the residual blocks. It draws from PyTorch's global generator.
+        norm_groups: groups of every GroupNorm, or the number of channels where that is smaller; must divide it.
+        attention: after the residual blocks of every level (True), none (False), or the given levels. The middle
+            of the U-Net counts as the last level.
+        zero_init: start the output, and each block's last convolution, at zero, as Ho et al. (2020) nearly do.
+            The first gradient is then zero in all but the output: turn it off to probe an untrained model.
     """
 
     image_size: int = 32
@@ -64,23 +66,28 @@ class UNetConfig:
     def _check_shapes(self):
         levels, factor = len(self.multipliers), 2 ** (len(self.multipliers) - 1)
         if self.image_size % factor:
-            raise ValueError(f"image_size must be divisible by {factor} for {levels} levels, "
-                             f"got {self.image_size}")
+            raise ValueError(f"image_size must be divisible by {factor} for {levels} levels, got {self.image_size}")
         if self.width % 2:
             raise ValueError(f"width must be even, half sines and half cosines of the time, got {self.width}")
         if self.class_width <= self.num_classes:
-            raise ValueError(f"class_width must exceed num_classes, for the null class: "
-                             f"got class_width={self.class_width}, num_classes={self.num_classes}")
+            raise ValueError(
+                f"class_width must exceed num_classes, for the null class: "
+                f"got class_width={self.class_width}, num_classes={self.num_classes}"
+            )
         if not isinstance(self.attention, bool) and not set(self.attention) <= set(range(levels)):
             raise ValueError(f"attention must name levels in 0..{levels - 1}, got {self.attention}")
         if self.image_size == factor and self.norm_groups >= self.widths[-1]:
-            raise ValueError(f"norm_groups={self.norm_groups} normalises single values, to zero, at the last "
-                             f"level: {self.widths[-1]} channels of 1 x 1")
+            raise ValueError(
+                f"norm_groups={self.norm_groups} normalises single values, to zero, at the last "
+                f"level: {self.widths[-1]} channels of 1 x 1"
+            )
         joined = [a + b for a, b in pairwise((self.width, *self.widths))]  # a skip meets its neighbour
         for channels in (*self.widths, *joined, *(2 * w for w in self.widths)):
             if channels % min(self.norm_groups, channels):
-                raise ValueError(f"norm_groups={self.norm_groups} does not divide {channels} channels "
-                                 f"(width={self.width}, multipliers={self.multipliers})")
+                raise ValueError(
+                    f"norm_groups={self.norm_groups} does not divide {channels} channels "
+                    f"(width={self.width}, multipliers={self.multipliers})"
+                )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -256,8 +263,10 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noisy images x [n, C, H, W], integer timesteps t [n] and labels y [n] -> the noise, shaped as x."""
         if tuple(x.shape[1:]) != self.image_shape or t.shape != x.shape[:1] or y.shape != x.shape[:1]:
-            raise ValueError(f"expected x [n, {', '.join(map(str, self.image_shape))}], t [n] and y [n], "
-                             f"got {tuple(x.shape)}, {tuple(t.shape)} and {tuple(y.shape)}")
+            raise ValueError(
+                f"expected x [n, {', '.join(map(str, self.image_shape))}], t [n] and y [n], "
+                f"got {tuple(x.shape)}, {tuple(t.shape)} and {tuple(y.shape)}"
+            )
         temb = self.temb_layer(sinusoid(t, self.config.width).to(self.class_code.dtype))
         cemb = self.cemb_layer(F.embedding(y, self.class_code))
         skips = []
@@ -280,6 +289,7 @@ def digits_unet(**overrides) -> UNet:
 
     Channels are 16 at 8 x 8 and 32 at 4 x 4, multiples of the CPU's vectors; attention only at 4 x 4.
     """
-    preset = dict(image_size=8, in_channels=1, width=16, multipliers=(1, 2), blocks_per_level=1,
-                  norm_groups=8, attention=(1,))
+    preset = dict(
+        image_size=8, in_channels=1, width=16, multipliers=(1, 2), blocks_per_level=1, norm_groups=8, attention=(1,)
+    )
     return UNet(UNetConfig(**preset | overrides))

@@ -1,6 +1,5 @@
 """Convolutions of one, two and three dimensions, grouped or not, with zero padding."""
 
-import torch
 from torch import Tensor
 
 from fastloda.errors import PrivacyError

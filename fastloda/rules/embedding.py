@@ -1,6 +1,5 @@
 """Embedding tables: each sample's output gradients, added to the rows that it looked up."""
 
-import torch
 from torch import Tensor
 
 from fastloda.errors import PrivacyError

@@ -1,0 +1,99 @@
+"""The settings of the stages that have no type of their own elsewhere; the command line reads them from here."""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from fastloda.classify import SmallCNN
+from fastloda.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The low-dimensional adapter of each convolution (LoDA).
+
+    Attributes:
+        rank: channels between its two convolutions.
+        activation: between them; "identity" is LoRA.
+        negative_slope: of leaky_relu.
+        scale: factor of the adapter's output.
+        targets: regular expression that the whole name of a layer must match; default: every convolution.
+    """
+
+    rank: int = 4
+    activation: Literal["leaky_relu", "identity"] = "leaky_relu"
+    negative_slope: float = 0.1
+    scale: float = 1.0
+    targets: str | None = None
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank must be at least 1, got {self.rank}")
+        try:
+            re.compile(self.targets or "")
+        except re.error as error:
+            raise ValueError(f"adapter.targets is no regular expression: {self.targets!r} ({error})") from error
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How the adapters learn from the noisy gradients.
+
+    Attributes:
+        optimizer: adam, adamw or sgd.
+        learning_rate: of the optimizer.
+        warmup: steps of linear warm-up.
+        schedule: of the learning rate after it.
+        ema_decay: of the average of the adapters over the steps, which is what is released.
+        label_dropout: share of labels dropped, for classifier-free guidance.
+        micro_batch_size: records in memory at a time; the result does not depend on it.
+        seed: of sampling and noise. Default: the operating system's randomness. A number makes an experiment that can
+            be repeated, and whose noise can be foreseen.
+    """
+
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = 7e-3
+    warmup: int = 0
+    schedule: Schedule = "constant"
+    ema_decay: float = 0.98
+    label_dropout: float = 0.1
+    micro_batch_size: int = 512
+    seed: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"training.label_dropout must lie in [0, 1], got {self.label_dropout}")
+        if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1 or self.micro_batch_size < 1 or self.warmup < 0:
+            raise ValueError(
+                f"training needs learning_rate > 0, 0 <= ema_decay < 1, micro_batch_size >= 1, warmup >= 0; got {self}"
+            )
+
+    def optimization(self) -> dict:
+        """The fields that `PrivateTraining` has too."""
+        return {name: value for name, value in asdict(self).items() if name != "label_dropout"}
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The small CNN that is trained to judge images.
+
+    Attributes:
+        steps: optimizer steps, whatever the number of images.
+        batch_size: images a step.
+        lr: peak learning rate of AdamW, with a cosine schedule.
+        weight_decay: of AdamW.
+        width: channels of the first layer, a multiple of 8.
+        seed: of its weights, batches and jitter.
+    """
+
+    steps: int = 500
+    batch_size: int = 128
+    lr: float = 2e-3
+    weight_decay: float = 1e-2
+    width: int = 32
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch_size < 1 or not self.lr > 0 or self.weight_decay < 0:
+            raise ValueError(f"classifier needs steps, batch_size >= 1, lr > 0 and weight_decay >= 0, got {self}")
+        SmallCNN.seeded(0, width=self.width)  # refuses a width that it cannot have
