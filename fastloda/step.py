@@ -56,7 +56,8 @@ class StepStats:
         return StepStats(self.totals + other.totals)
 
     def __repr__(self) -> str:
-        return f"StepStats(samples={self.samples}, clipped={self.clipped}, nonfinite={self.nonfinite}, mean_loss={self.mean_loss:.6g})"
+        counts = f"samples={self.samples}, clipped={self.clipped}, nonfinite={self.nonfinite}"
+        return f"StepStats({counts}, mean_loss={self.mean_loss:.6g})"
 
 
 class GhostClipper:

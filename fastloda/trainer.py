@@ -6,6 +6,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from fastloda.average import Average, copy_into
 from fastloda.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.clip import check_max_grad_norm
 from fastloda.coverage import check_optimizer
+from fastloda.errors import PrivacyError
 from fastloda.randomness import generator_states, make_generators, restore_generators
 from fastloda.sampling import micro_batches, poisson_sample
 from fastloda.schedules import Schedule, warmup_then
@@ -167,7 +169,7 @@ class DPTrainer:
 
     def fit(self) -> "DPTrainer":
         """Train to the end of the steps or of the budget, whichever comes first."""
-        last = self._affordable_steps()
+        last = self.last_step
         epsilons = self._epsilon_by_step(last)
         with tqdm(total=last, initial=self.step, desc="private", unit="step", disable=not self.progress) as bar:
             while self.step < last:
@@ -182,8 +184,14 @@ class DPTrainer:
         return self
 
     def train_step(self) -> StepStats:
-        """One private step over one Poisson batch, which may be empty: it is noised and counted all the same."""
+        """One private step over one Poisson batch, which may be empty: it is noised and counted all the same.
+
+        Raises:
+            PrivacyError: the steps, or the budget, are spent.
+        """
         settings = self.settings
+        if self.step >= self.last_step:
+            raise PrivacyError(f"all {self.last_step} private steps are taken, or the budget is spent: no step is left")
         indices = poisson_sample(self.records, settings.sample_rate, self._generators["sampling"])
         stats = StepStats(torch.zeros(4, dtype=torch.float64))
         for chosen, mask in micro_batches(indices, settings.micro_batch_size, settings.fixed_shape):
@@ -232,8 +240,9 @@ class DPTrainer:
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         restore_generators(self._generators, state["generators"])
 
-    def _affordable_steps(self) -> int:
-        """The largest number of steps whose epsilon is within target_epsilon."""
+    @cached_property
+    def last_step(self) -> int:
+        """Where training ends: settings.steps, or fewer if their epsilon would exceed target_epsilon."""
         s = self.settings
         if s.target_epsilon is None or self.accountant.epsilon(s.delta, s.steps) <= s.target_epsilon:
             return s.steps
