@@ -9,6 +9,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/fastloda demo --run runs/demo
 
 test: $(INSTALLED)
+	$(PYTHON) -m pytest bench -q --bench-scale smoke --benchmark-disable
 	$(PYTHON) -m pytest tests -q
 
 # The slow full counts of the privacy tests; their figures go to docs/results/prove.json.

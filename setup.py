@@ -1,4 +1,4 @@
-"""FastLoDA's package: `fastloda`, with the Triton kernels of `kernels/` inside it as `fastloda.kernels`."""
+"""FastLoDA's package. torch is open for users with GPUs; constraints.txt pins it for development and CI."""
 
 from pathlib import Path
 
@@ -12,9 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ is linked into the package: find_packages does not follow links, so it is named by hand.
-    packages=[*find_packages(include=["fastloda", "fastloda.*"]), "fastloda.kernels"],
-    package_dir={"": ".", "fastloda.kernels": "kernels"},
+    packages=find_packages(include=["fastloda", "fastloda.*"]),
     install_requires=[
         "torch>=2.8",
         "numpy>=1.26",
@@ -34,7 +32,6 @@ setup(
         "rich>=13",
     ],
     extras_require={
-        "triton": ["triton>=3.4; platform_system == 'Linux'"],
         "bench": ["pytest-benchmark>=5", "opacus>=1.5", "psutil>=5.9"],
         "test": ["pytest>=8", "hypothesis>=6.100", "dp-accounting>=0.6", "pytest-benchmark>=5", "psutil>=5.9"],
     },

@@ -157,6 +157,12 @@ def test_a_1x1_kernel_that_is_no_plain_product(make):
     check_exact(drawn.Case(layer, torch.randn(2, 2, 3, 3, dtype=torch.float64)))
 
 
+@pytest.mark.parametrize("readout", drawn.READOUTS)
+def test_a_grouped_1x1_kernel_takes_any_grad_output(readout):
+    layer = drawn.randomise(nn.Conv2d(4, 6, 1, groups=2).double())
+    check_exact(drawn.Case(layer, torch.randn(3, 4, 5, 3, dtype=torch.float64), readout))
+
+
 def test_micro_batches_and_masks_add_up():
     """A batch in parts, in any order and with padding, has the same clipped sum."""
     model = drawn.randomise(nn.Sequential(drawn.BLOCKS["tied"](4), nn.Flatten(), nn.Linear(64, 3)).double())
