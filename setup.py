@@ -10,7 +10,6 @@ setup(
     description="Differentially private fine-tuning of convolutional models at almost no extra cost",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fastloda", "fastloda.*"]),
     install_requires=[
@@ -32,8 +31,8 @@ setup(
         "rich>=13",
     ],
     extras_require={
-        "bench": ["pytest-benchmark>=5", "opacus>=1.5", "psutil>=5.9"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "dp-accounting>=0.6", "pytest-benchmark>=5", "psutil>=5.9"],
+        "bench": ["pytest-benchmark>=5"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "dp-accounting>=0.6", "pytest-benchmark>=5"],
     },
     entry_points={"console_scripts": ["fastloda = fastloda.cli:main"]},
     classifiers=[
