@@ -1,5 +1,6 @@
 """Put adapters on a model, and save and load them alone."""
 
+import copy
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastloda.files import write_atomically
-from fastloda.layers import LoDAConv2d, LoDALinear
+from fastloda.layers import LoDAConv2d, LoDALinear, check_settings
 
 logger = logging.getLogger("fastloda")
 
@@ -71,8 +72,9 @@ def attach_loda(
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ValueError(f"no layer to adapt for targets={targets!r}" + (f" ({reasons}; ...)" if skipped else ""))
+    replacements = {layer: _adapter(layer, settings) for layer in chosen.values()}
     model.requires_grad_(False)
-    _replace(model, {layer: _adapter(layer, settings) for layer in chosen.values()})
+    _replace(model, replacements)
     for name, reason in skipped.items():
         logger.warning("not adapted: %s (%s)", name, reason)
     return Adapted(chosen, skipped)
@@ -164,17 +166,17 @@ def load_loda(model: nn.Module, path: str | os.PathLike) -> list[str]:
     """
     settings, tensors = _read(Path(path))
     layers = dict(loda_layers(model))
-    new = {} if layers else _new_adapters(model, settings, path)
-    named = layers or {name: new[model.get_submodule(name)] for name in settings}
-    _check_same(named, settings, tensors, path)
-    if new:
+    bases = {} if layers else _bases(model, settings, path)
+    _check_same(layers or _blank(bases, settings), settings, tensors, path)
+    if bases:
+        layers = {name: _adapter(base, settings[name]) for name, base in bases.items()}
         model.requires_grad_(False)
-        _replace(model, new)
+        _replace(model, {base: layers[name] for name, base in bases.items()})
     with torch.no_grad():
-        for name, layer in named.items():
+        for name, layer in layers.items():
             for key in ("loda_A", "loda_B"):
                 getattr(layer, key).copy_(tensors[f"{name}.{key}"])
-    return list(named)
+    return list(layers)
 
 
 def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
@@ -186,21 +188,29 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
-    if not isinstance(settings, dict) or not all(set(s) == set(SETTINGS) for s in settings.values()):
-        raise ValueError(f"{path} holds no LoDA adapters (its metadata lacks their settings)")
+    try:
+        for chosen in settings.values():
+            check_settings(**chosen)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no LoDA adapters, or is damaged: {error}") from error
     if set(tensors) != {f"{name}.{key}" for name in settings for key in ("loda_A", "loda_B")}:
         raise ValueError(f"{path} is damaged: its tensors are not those of the layers in its metadata")
     return settings, tensors
 
 
-def _new_adapters(model: nn.Module, settings: dict[str, dict], path: Path) -> dict[nn.Module, nn.Module]:
+def _bases(model: nn.Module, settings: dict[str, dict], path: Path) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     strangers = [name for name in settings if not isinstance(modules.get(name), (nn.Conv2d, nn.Linear))]
     if strangers:
         raise ValueError(
             f"{path} adapts {strangers[:5]}, no Conv2d or Linear of this model: these are another model's adapters"
         )
-    return {modules[name]: _adapter(modules[name], chosen) for name, chosen in settings.items()}
+    return {name: modules[name] for name in settings}
+
+
+def _blank(bases: dict[str, nn.Module], settings: dict[str, dict]) -> dict[str, nn.Module]:
+    """The adapted layers as they would be, without any memory, to compare shapes with."""
+    return {name: _adapter(copy.deepcopy(base).to("meta"), settings[name]) for name, base in bases.items()}
 
 
 def _check_same(

@@ -1,13 +1,13 @@
 """Refuse, by name and before anything changes, whatever would void the per-sample sensitivity bound.
 
 Three nets: the modules (layers known to mix samples), the graph (every use of every trainable parameter has a rule), and
-a probe (backward from half of the samples must leave the other half's gradients exactly zero). What they can't see is
+a
+probe (backward from some samples must leave the others' gradients exactly zero). What they can't see is
 samples that mix through values without gradient, such as a batch mean under `detach()`.
 """
 
-import random
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ from fastloda.rules import RULES
 HIDING = "CheckpointFunctionBackward"  # reentrant checkpointing: a graph within a node, which can't be looked into
 COVERED_LAYERS = "LoDAConv2d, LoDALinear, Linear, Conv1d/2d/3d, Embedding, GroupNorm, LayerNorm"
 
-_probed: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
-_choice = random.Random()  # its own, so that the user's seeds stay as they are
+# Model -> signature of the computation -> number of samples that the probe parted.
+_probed: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -45,6 +45,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def check_layers(model: nn.Module) -> None:
     """Refuse batch statistics: in the output (BatchNorm) or in a buffer (running statistics of InstanceNorm)."""
     for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None:
+            raise PrivacyError(
+                f"layer {name or '(the model)'!r} ({type(module).__name__}) has max_norm: its forward pass rescales the "
+                "rows that the batch looks up, and so releases which they are"
+            )
         batch_norm = isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats)
         instance_norm = isinstance(module, _InstanceNorm) and module.training and module.track_running_stats
         if batch_norm or instance_norm:
@@ -73,20 +78,40 @@ def check_graph(graph: LossGraph) -> None:
 def check_independence(
     losses: Tensor, graph: LossGraph, model: nn.Module, parameters: Mapping[str, nn.Parameter], samples: int
 ) -> None:
-    """Backward from a random half of the samples must leave every gradient of the other half exactly zero.
+    """Backward from some samples must leave every gradient of the others exactly zero, for enough choices to part any two.
 
-    Done once for each kind of computation that the model does; costs one backward pass then. Any pair of samples that
-    mix is cut apart with probability 1/2, a batch-wide statistic always.
+    Done once for each kind of computation that the model does (again for a batch of more than twice the samples, or where a
+    gradient was zero anyway and showed nothing); it then costs 2 log2(samples) backward passes.
     """
-    known = _probed.setdefault(model, set())
+    probed = _probed.setdefault(model, {})
     finite = losses.detach().view(samples, -1).isfinite().all(1)
-    candidates = finite.nonzero().flatten().tolist()
-    if graph.signature in known or len(candidates) < 2:
+    candidates = finite.nonzero().flatten()
+    if samples <= 2 * probed.get(graph.signature, 0) or len(candidates) < 2:
         return
-    chosen = torch.zeros(samples, dtype=torch.bool, device=losses.device)
-    chosen[_choice.sample(candidates, len(candidates) // 2)] = True
+    shown: set[Node] = set()
+    for part in _parting(len(candidates)):
+        chosen = torch.zeros_like(finite)
+        chosen[candidates[part.to(candidates.device)]] = True
+        shown |= _probe(losses, graph, parameters, chosen, others=finite & ~chosen)
+    if shown == set(graph.uses):
+        probed[graph.signature] = samples
+
+
+def _parting(count: int) -> Iterator[Tensor]:
+    """Boolean choices among `count`, such that for any i and j one of them has i and not j: by the bits of the number."""
+    numbers = torch.arange(count)
+    for bit in range((count - 1).bit_length()):
+        has_bit = (numbers >> bit) % 2 == 1
+        yield has_bit
+        yield ~has_bit
+
+
+def _probe(
+    losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], chosen: Tensor, others: Tensor
+) -> set[Node]:
+    """Backward from the losses of the chosen samples alone. Returns the operations that some gradient reached."""
+    samples, reached = len(chosen), set()
     weights = chosen.repeat_interleave(len(losses) // samples).to(losses.dtype)
-    others = finite & ~chosen
 
     def on_record(node: Node, gy: Tensor, _) -> None:
         names = ", ".join(repr(use.name) for use in graph.uses[node])
@@ -94,15 +119,17 @@ def check_independence(
             raise PrivacyError(
                 f"{names}: gradient of shape {tuple(gy.shape)} for {samples} samples: the batch must come first"
             )
-        foreign = gy.detach().reshape(samples, -1)[others]
-        if ((foreign != 0) & ~foreign.isnan()).any():
+        nonzero = ((gy != 0) & ~gy.isnan()).reshape(samples, -1).any(1)
+        if nonzero[others].any():
             raise PrivacyError(
-                f"samples mix: the loss of some depends on the features of others at {names}. Every loss must depend on its own "
-                "sample only, and the batch must come first in every layer (batch_first=True)"
+                f"samples mix: the loss of some depends on the features of others at {names}. Every loss must depend on "
+                "its own sample only, and the batch must come first in every layer (batch_first=True)"
             )
+        if nonzero.any():
+            reached.add(node)
 
     run_backward(losses, weights, graph, parameters, on_record, retain_graph=True)
-    known.add(graph.signature)
+    return reached
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -129,8 +156,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
         raise PrivacyError(f"the optimizer lacks trainable parameters {missing[:5]}: add them, or freeze them")
 
 
-class BufferWatch:
-    """Refuses buffers that a forward pass wrote to: they would hold statistics of private data without noise."""
+class FrozenWatch:
+    """Refuses buffers and frozen parameters that a forward pass wrote to: they would hold private statistics, unnoised."""
 
     def __init__(self, model: nn.Module):
         self._model, self._seen = model, _versions(model)
@@ -139,9 +166,10 @@ class BufferWatch:
         for name, version in _versions(self._model).items():
             if self._seen.get(name, version) != version:
                 raise PrivacyError(
-                    f"buffer {name!r} changed since the last step: it would release private statistics unnoised"
+                    f"{name!r} changed since the last step: it would release private statistics, unnoised"
                 )
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: (id(tensor), tensor._version) for name, tensor in {**frozen, **dict(model.named_buffers())}.items()}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastloda.ops import ConvOp, LinearOp
+from fastloda.ops import A_INPUT, B_INPUT, ConvOp, LinearOp
 
 ACTIVATIONS = ("leaky_relu", "identity")
 
@@ -23,14 +23,12 @@ class LoDAFunction(torch.autograd.Function):
     """y = W * x + b + s B phi(A * x); saves x and z, and nothing of W's gradient. All arithmetic is in `ops.py`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, op, dtype):
-        ctx.op, ctx.dtype, ctx.recorder = op, dtype, None
-        inputs = (x, weight, bias, A, B)
+    def forward(ctx, x, weight, A, B, bias, op, dtype):
+        ctx.op, ctx.dtype, ctx.x_dtype, ctx.recorder = op, dtype, x.dtype, None
         with torch.autocast(x.device.type, enabled=False):
-            compute_x, *tensors = (None if t is None else t.to(dtype) for t in inputs)
-            y, z = op.forward(compute_x, *tensors)
-        ctx.x_dtype = x.dtype
-        ctx.save_for_backward(compute_x, z, weight, A, B)
+            x, w, b, a, up = (None if t is None else t.to(dtype) for t in (x, weight, bias, A, B))
+            y, z = op.forward(x, w, b, a, up)
+        ctx.save_for_backward(x, z, weight, A, B)
         return y
 
     @staticmethod
@@ -44,9 +42,9 @@ class LoDAFunction(torch.autograd.Function):
                 gx = op.grad_x(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype)).to(ctx.x_dtype)
             if ctx.recorder is not None:
                 ctx.recorder(gy, op.pieces(x, gy, z, gz))
-            elif any(ctx.needs_input_grad[3:5]):
+            elif any(ctx.needs_input_grad[A_INPUT : B_INPUT + 1]):
                 gA, gB = (g.to(p.dtype) for g, p in zip(op.weight_grads(x, gy, z, gz, A.to(ctx.dtype)), (A, B)))
-        return gx, None, None, gA, gB, None, None
+        return gx, None, gA, gB, None, None, None
 
 
 def apply_adapter(
@@ -57,10 +55,13 @@ def apply_adapter(
     That is: under `torch.func` transforms and `torch.compile`, and where the base layer trains too (its own rule then
     covers W). The definition's operations have rules of their own, so that a private step stays exact.
     """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast):
+        raise TypeError(f"the input is {x.dtype}, the layer's weight {weight.dtype}")
     base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if base_trains or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return op.reference(x, weight, bias, A, B)
-    return LoDAFunction.apply(x, weight, bias, A, B, op, _compute_dtype(x))
+        return op.reference(x, weight, bias, A.to(x.dtype), B.to(x.dtype))
+    return LoDAFunction.apply(x, weight, A, B, bias, op, _compute_dtype(x))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -71,16 +72,22 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def check_settings(rank: int, activation: str, negative_slope: float, scale: float) -> None:
+    """Raises ValueError, naming the first setting of an adapter that can't be."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    for name, value in (("negative_slope", negative_slope), ("scale", scale)):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
 class _Adapted:
     """What the two layers share: the adapter's parameters and settings, `from_base`, `merge`."""
 
     def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device, dtype):
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-        if not math.isfinite(scale) or not math.isfinite(negative_slope):
-            raise ValueError(f"scale and negative_slope must be finite, got {scale!r} and {negative_slope!r}")
+        check_settings(rank, activation, negative_slope, scale)
         self.rank, self.activation, self.negative_slope, self.scale = rank, activation, negative_slope, scale
         self.weight.requires_grad_(False)
         if self.bias is not None:

@@ -8,21 +8,23 @@ import os
 import torch
 from torch import Generator, Tensor
 
+from fastloda.randomness import unpredictable_generator
+
 _generators: dict[torch.device, Generator] = {}
 # A forked child must not repeat its parent's noise.
 os.register_at_fork(after_in_child=_generators.clear)
 
 
-def unpredictable_generator(device: torch.device | str = "cpu") -> Generator:
-    """One generator a process and device, seeded by the operating system, so that `torch.manual_seed` can't set it."""
+def noise_generator(device: torch.device | str = "cpu") -> Generator:
+    """The process's own generator for a device, unpredictable: `torch.manual_seed` can't set it."""
     device = torch.device(device)
     if device not in _generators:
-        _generators[device] = Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+        _generators[device] = unpredictable_generator(device)
     return _generators[device]
 
 
 def gaussian(shape: torch.Size, std: float, device: torch.device, generator: Generator | None = None) -> Tensor:
     """N(0, std^2), float64, on `device`; a CPU generator draws on the CPU, so that its stream serves every device."""
-    generator = generator or unpredictable_generator(device)
+    generator = generator or noise_generator(device)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
     return noise.mul_(std).to(device)

@@ -24,7 +24,7 @@ from fastloda.pieces import Piece
 from fastloda.plan import split_rows
 from fastloda.taps import gather_taps
 
-A_INPUT, B_INPUT = 3, 4  # places of A and B in (x, W, b, A, B)
+A_INPUT, B_INPUT = 2, 3  # places of A and B in (x, W, A, B, b); b may be absent, and the graph counts tensors only
 
 
 def accumulable(t: Tensor) -> Tensor:
@@ -187,4 +187,4 @@ def sample_rows(t: Tensor, samples: int) -> Tensor:
 
 def channel_sum(t: Tensor, samples: int) -> Tensor:
     """[N, C, *size] -> [samples, C], in the dtype that gradients accumulate in."""
-    return accumulable(t).flatten(2).sum(2).view(samples, -1, t.shape[1]).sum(1)
+    return accumulable(t).reshape(samples, len(t) // samples, t.shape[1], -1).sum((1, 3))

@@ -1,4 +1,4 @@
-"""Random streams that a checkpoint can hold: torch's own, and generators that a run keeps to itself."""
+"""Random streams: unpredictable or repeatable, and held by a checkpoint."""
 
 import os
 from collections.abc import Mapping
@@ -6,13 +6,26 @@ from collections.abc import Mapping
 import torch
 from torch import Generator, Tensor
 
+# A CPU generator's state in bytes: 24 of a header, then the Mersenne Twister's 624 words in 8 bytes each, then a tail.
+_HEADER, _WORDS = 24, 624
+
+
+def unpredictable_generator(device: torch.device | str = "cpu") -> Generator:
+    """Seeded by the operating system. A CPU generator uses 32 bits of a seed, few enough to try all: its state is filled."""
+    generator = Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+    if generator.device.type == "cpu":
+        state = generator.get_state()
+        words = torch.frombuffer(bytearray(os.urandom(4 * _WORDS)), dtype=torch.int32).long() & 0xFFFFFFFF
+        state[_HEADER : _HEADER + 8 * _WORDS] = words.view(torch.uint8)
+        generator.set_state(state)
+    return generator
+
 
 def make_generators(devices: Mapping[str, torch.device | str], seed: int | None) -> dict[str, Generator]:
     """Name -> an independent generator on its device; seeded by the operating system if seed is None."""
     if seed is None:
-        seeds = [int.from_bytes(os.urandom(8), "little") >> 1 for _ in devices]
-    else:
-        seeds = torch.randint(2**62, (len(devices),), generator=Generator().manual_seed(seed)).tolist()
+        return {name: unpredictable_generator(device) for name, device in devices.items()}
+    seeds = torch.randint(2**62, (len(devices),), generator=Generator().manual_seed(seed)).tolist()
     return {name: Generator(device).manual_seed(s) for (name, device), s in zip(devices.items(), seeds)}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastloda.clip import check_max_grad_norm, clip_factors
-from fastloda.coverage import BufferWatch, check_graph, check_independence, check_optimizer, trainable_parameters
+from fastloda.coverage import FrozenWatch, check_graph, check_independence, check_optimizer, trainable_parameters
 from fastloda.graph import trace
 from fastloda.noise import gaussian
 from fastloda.pieces import PerSampleGrad
@@ -82,7 +82,7 @@ class GhostClipper:
         self.views = _check_views(views)
         self.model = model
         self.parameters = trainable_parameters(model)
-        self._buffers = BufferWatch(model)
+        self._frozen = FrozenWatch(model)
         self.reset()
 
     def reset(self) -> None:
@@ -101,9 +101,10 @@ class GhostClipper:
             ValueError, PrivacyError: see the message; nothing has changed then.
         """
         samples, mask = _check_losses(losses, self.views, mask)
-        if trainable_parameters(self.model).keys() != self.parameters.keys():
+        now = trainable_parameters(self.model)
+        if now.keys() != self.parameters.keys() or any(now[name] is not p for name, p in self.parameters.items()):
             raise ValueError("the model's trainable parameters changed since GhostClipper was made: make a new one")
-        self._buffers.check()
+        self._frozen.check()
         if not samples:  # an empty Poisson batch adds nothing; its noise comes in privatize
             return StepStats(torch.zeros(4, dtype=torch.float64))
         with torch.autocast(losses.device.type, enabled=False):

@@ -24,7 +24,7 @@ def gather_taps(
     Entry (n, (j, k'), q) is g[n, j, (q + padding - k dilation) / stride] with k = kernel - 1 - k', or 0 where that is
     no output position.
     """
-    if all(k == 1 for k in kernel) and tuple(g.shape[2:]) == tuple(in_size):  # 1 x 1: g itself
+    if all(sizes == (1, 1, 0) for sizes in zip(kernel, stride, padding)):  # 1 x 1: g itself
         return g.flatten(2)
     buffer, starts = _spread(g, in_size, kernel, stride, padding, dilation)
     rows, rank, *spatial = buffer.stride()

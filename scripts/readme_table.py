@@ -1,6 +1,6 @@
 """Put the measured figures into README.md from the committed result files: nobody types a number.
 
-    python scripts/readme_table.py
+python scripts/readme_table.py
 """
 
 import json

@@ -1,9 +1,10 @@
 """What the property tests draw: layers, inputs and losses as awkward as PyTorch allows, all in float64.
 
-A drawn case is a model with random parameters, inputs [samples * views, ...] in some memory layout, and a readout that
-turns outputs into one loss per row. Every row's loss depends on that row alone, whatever the batch around it.
+A drawn case is a model with random parameters, inputs [samples * views, ...] in some memory layout, and a readout
+that turns outputs into one loss per row. Every row's loss depends on that row alone, whatever the batch around it.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +23,12 @@ def hold_for(cases: st.SearchStrategy, count: int, check: Callable) -> None:
     """Run `check(case)` on `count` drawn cases, the same ones every time."""
     quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.large_base_example]
     phases = [Phase.generate, Phase.shrink]
-    chosen = settings(derandomize=True, deadline=None, max_examples=count, phases=phases, suppress_health_check=quiet)
+    limits = dict(max_examples=count, deadline=None, phases=phases, suppress_health_check=quiet)
 
     def checked(case):
         check(case)
 
-    chosen(given(cases)(checked))()
+    settings(derandomize=True, **limits)(given(cases)(checked))()
 
 
 @dataclass(repr=False)
@@ -49,11 +50,12 @@ class Case:
         return self.loss_of(self.model, self.x)
 
     def truth(self, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:
-        """Each sample's gradient by its own backward pass, of a contiguous input.
+        """Each sample's gradient by its own backward pass through plain PyTorch, of a contiguous input.
 
-        Contiguous because PyTorch 2.13 crashes in the backward of a GroupNorm whose channels_last input needs no gradient.
+        Contiguous because PyTorch 2.13 crashes in the backward of a GroupNorm whose channels_last input needs no
+        gradient.
         """
-        return oracle.sample_grads(self.model, self.loss_of, self.x.contiguous(), self.views, dtype)
+        return oracle.sample_grads(composed(self.model), self.loss_of, self.x.contiguous(), self.views, dtype)
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same case, rounded to `dtype`; the model is converted in place."""
@@ -63,6 +65,44 @@ class Case:
         trains = [name for name, p in self.model.named_parameters() if p.requires_grad]
         x = f"x {tuple(self.x.shape)}, strides {self.x.stride()}"
         return f"{self.model}, {x}, readout {self.readout}, views {self.views}, trains {trains}"
+
+
+# ---- the same function from PyTorch's own layers
+
+
+class Composed(nn.Module):
+    """A LoDA layer as its definition says it, with the layer's parameters under their names."""
+
+    def __init__(self, layer: LoDAConv2d | LoDALinear):
+        super().__init__()
+        for name in ("weight", "bias", "loda_A", "loda_B"):
+            self.register_parameter(name, getattr(layer, name))
+        self.slope, self.scale, self.conv = layer.slope, layer.scale, None
+        if isinstance(layer, LoDAConv2d):
+            names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+            settings = {name: getattr(layer, name) for name in names} | {"device": "meta"}
+            base = nn.Conv2d(layer.in_channels, layer.out_channels, groups=layer.groups, **settings)
+            adapter = nn.Conv2d(layer.in_channels, layer.rank, **settings)
+            self.conv = base._conv_forward, adapter._conv_forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is None:
+            h = F.leaky_relu(F.linear(x, self.loda_A), self.slope)
+            return F.linear(x, self.weight, self.bias) + self.scale * F.linear(h, self.loda_B)
+        base, adapter = self.conv
+        h = F.leaky_relu(adapter(x, self.loda_A, None), self.slope)
+        return base(x, self.weight, self.bias) + self.scale * F.conv2d(h, self.loda_B)
+
+
+def composed(model: nn.Module) -> nn.Module:
+    """A copy of the model without LoDA layers: same function, same parameter names, same ties."""
+    model = copy.deepcopy(model)
+    adapted = [layer for layer in model.modules() if isinstance(layer, (LoDAConv2d, LoDALinear))]
+    plain = {layer: Composed(layer) for layer in adapted}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = plain.get(child, child)
+    return plain.get(model, model)
 
 
 # ---- readouts: each makes its own kind of grad_output
@@ -108,7 +148,8 @@ def draw_case(
     samples = draw(st.integers(1, 4)) if samples is None else samples
     torch.manual_seed(draw(st.integers(0, 1 << 16)))
     model = randomise(model.double())
-    x = LAYOUTS[draw(st.sampled_from(sorted(layouts)))](inputs(samples * views, *shape, dtype=torch.float64))
+    lay_out = LAYOUTS[draw(st.sampled_from(sorted(layouts)))]
+    x = lay_out(inputs(samples * views, *shape, dtype=torch.float64))
     return Case(model, x, draw(st.sampled_from(sorted(READOUTS))), views)
 
 
@@ -145,7 +186,7 @@ def conv_geometry(draw, dims: int = 2, largest_kernel: int = 5) -> tuple[dict, t
     sides = {"int": [draw(st.integers(0, 3))] * dims, "pair": several(0, 3), "same": [], "valid": [0] * dims}[padding]
     mode = draw(st.sampled_from(PADDING_MODES))
     total = [2 * p for p in sides] or reach
-    widest = [p for p in sides] or [math.ceil(r / 2) for r in reach]
+    widest = list(sides) or [math.ceil(r / 2) for r in reach]
     smallest = [max(1, r + 1 - t, 0 if mode == "zeros" else w + 1) for r, t, w in zip(reach, total, widest)]
     size = tuple(low + extra for low, extra in zip(smallest, several(0, 5)))
     given_padding = {"int": sides[0] if sides else 0, "pair": tuple(sides)}.get(padding, padding)

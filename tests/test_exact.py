@@ -4,8 +4,6 @@ What the clip bounds is the true gradient of each sample only if these hold, for
 of a layer, and under every plan that the planner may choose.
 """
 
-import copy
-
 import drawn
 import oracle
 import pytest
@@ -135,7 +133,7 @@ def test_an_empty_batch_adds_nothing(cases, counts):
 
 def check_plain_step(case):
     """Without clipping and noise, the step is the one that PyTorch takes on the mean loss."""
-    plain = copy.deepcopy(case.model)
+    plain = drawn.composed(case.model)
     case.loss_of(plain, case.x.contiguous()).mean().backward()
     torch.optim.SGD(plain.parameters(), 0.1).step()
     optimizer = torch.optim.SGD([p for p in case.model.parameters() if p.requires_grad], 0.1)
@@ -161,6 +159,14 @@ def test_a_1x1_kernel_that_is_no_plain_product(make):
 def test_a_grouped_1x1_kernel_takes_any_grad_output(readout):
     layer = drawn.randomise(nn.Conv2d(4, 6, 1, groups=2).double())
     check_exact(drawn.Case(layer, torch.randn(3, 4, 5, 3, dtype=torch.float64), readout))
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("make, dims", [(nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3)])
+def test_padding_in_words(make, dims, padding):
+    """PyTorch then saves one number for all dimensions."""
+    layer = drawn.randomise(make(2, 3, (1, 3, 2)[:dims], padding=padding).double())
+    check_exact(drawn.Case(layer, torch.randn(3, 2, *(4, 5, 3)[:dims], dtype=torch.float64)))
 
 
 def test_micro_batches_and_masks_add_up():
@@ -221,13 +227,13 @@ def test_functional_uses_with_a_rule_are_exact(form):
     class Functional(nn.Module):
         def __init__(self):
             super().__init__()
-            self.W, self.b = nn.Parameter(torch.empty(4, 4)), nn.Parameter(torch.empty(4))
+            self.W, self.b, self.K = (nn.Parameter(torch.empty(shape)) for shape in ((4, 4), 4, (4, 1, 3)))
 
         def forward(self, x):
             return {
                 "x @ W": lambda: x.sin() @ self.W,
                 "addmm": lambda: torch.addmm(self.b, x, self.W),
-                "conv": lambda: F.conv1d(x[:, None], self.W.double()[:, None].detach() + 0, self.b),
+                "conv": lambda: F.conv1d(x[:, None], self.K, self.b, padding=2),
                 "linear on views": lambda: F.linear(x.view(-1, 2, 2).flatten(1), self.W, self.b),
             }[form]()
 

@@ -17,7 +17,7 @@ from scipy import stats as statistics
 from torch import Generator, Tensor, nn
 
 from fastloda import GhostClipper, LoDAConv2d, LoDALinear, ghost_dp_step, noise, per_sample_grad_norms, plan
-from fastloda.noise import gaussian, unpredictable_generator
+from fastloda.noise import gaussian, noise_generator
 
 SLACK = 1 + 1e-5  # what the promise allows for rounding
 
@@ -434,7 +434,7 @@ def test_noise_can_not_be_found_by_trying_seeds(monkeypatch):
     """A CPU generator uses 32 bits of its seed: the system's randomness must fill its state instead."""
     monkeypatch.setattr(noise, "_generators", {})
     values = gaussian(torch.Size([32]), 1.0, torch.device("cpu"))
-    seed = unpredictable_generator("cpu").initial_seed()
+    seed = noise_generator("cpu").initial_seed()
     found = gaussian(torch.Size([32]), 1.0, torch.device("cpu"), Generator().manual_seed(seed % 2**32))
     assert not torch.equal(found, values)
 

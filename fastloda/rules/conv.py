@@ -13,14 +13,15 @@ def convolution(node, gy: Tensor) -> dict[int, Piece]:
     if node._saved_transposed:
         raise PrivacyError("transposed convolutions have no per-sample rule")
     kernel = node._saved_weight.shape[2:]
-    geometry = (kernel, node._saved_stride, node._saved_padding, node._saved_dilation)
+    saved = (node._saved_stride, node._saved_padding, node._saved_dilation)
+    geometry = (kernel, *(values * len(kernel) if len(values) == 1 else values for values in saved))  # "valid" saves one
     groups = node._saved_groups
 
     def weight_grad(gy: Tensor, x: Tensor, samples: int) -> Tensor:
         """[samples, O, C / groups, *kernel]: the k^d taps of gy against x in place, group by group."""
         taps = accumulable(gather_taps(gy, x.shape[2:], *geometry))
         rows, size = len(x), taps.shape[-1]
-        taps = taps.view(rows * groups, -1, size)
+        taps = taps.reshape(rows * groups, -1, size)
         grad = taps @ accumulable(x).reshape(rows * groups, -1, size).mT  # [N groups, O / groups k^d, C / groups]
         grad = grad.view(samples, rows // samples, gy.shape[1], *kernel, -1).sum(1)
         taps_dims = range(2, 2 + len(kernel))
