@@ -16,7 +16,8 @@ import torch
 # as gradients arrive. Four times the recipe's bytes (r = 4, 3 x 3, 4 x 4 positions: 2.25) stays below that peak.
 KEEP_FACTOR = 4.0
 CHUNK_NUMBERS = 1 << 24  # gradients made again at a time: 64 MiB of float32
-SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # stays in a CPU's cache; small beside a GPU's memory
+SCRATCH_BYTES = {"cpu": 4 << 20}  # stays in a CPU's cache
+DEVICE_SCRATCH_BYTES = 128 << 20  # small beside the memory of a GPU or another accelerator
 
 
 def keep_gradients(numbers: int, recipe_bytes: int) -> bool:
@@ -31,5 +32,5 @@ def chunk_samples(parameter_numbers: int) -> int:
 
 def split_rows(count: int, scratch_bytes: int, device: torch.device) -> Iterator[slice]:
     """0..count in slices, where all of it at once would need `scratch_bytes` of temporaries."""
-    step = max(1, count * SCRATCH_BYTES[device.type] // max(1, scratch_bytes))
+    step = max(1, count * SCRATCH_BYTES.get(device.type, DEVICE_SCRATCH_BYTES) // max(1, scratch_bytes))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
