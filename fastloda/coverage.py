@@ -163,13 +163,15 @@ class FrozenWatch:
         self._model, self._seen = model, _versions(model)
 
     def check(self) -> None:
-        for name, version in _versions(self._model).items():
-            if self._seen.get(name, version) != version:
+        for name, (tensor, version) in _versions(self._model).items():
+            seen, seen_version = self._seen.get(name, (tensor, version))
+            if tensor is not seen or version != seen_version:
                 raise PrivacyError(
                     f"{name!r} changed since the last step: it would release private statistics, unnoised"
                 )
 
 
-def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Tensors, not their ids: the id of a tensor that was replaced may come back."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: (id(tensor), tensor._version) for name, tensor in {**frozen, **dict(model.named_buffers())}.items()}
+    return {name: (tensor, tensor._version) for name, tensor in {**frozen, **dict(model.named_buffers())}.items()}

@@ -90,6 +90,7 @@ class PerSampleGrad:
         total = None
         for chosen, grads in self.chunks():
             finite = grads.nan_to_num(0.0, 0.0, 0.0)  # a refused sample has factor 0, and 0 * inf is no zero
-            part = torch.tensordot(factors[chosen].to(grads.dtype), finite, dims=1)
+            weights = factors[chosen].to(grads.dtype).view(-1, *[1] * len(self.shape))
+            part = finite.mul_(weights).sum(0)  # no matrix product: tf32 would round here what the norm did not
             total = part if total is None else total.add_(part)
         return total

@@ -14,7 +14,10 @@ def convolution(node, gy: Tensor) -> dict[int, Piece]:
         raise PrivacyError("transposed convolutions have no per-sample rule")
     kernel = node._saved_weight.shape[2:]
     saved = (node._saved_stride, node._saved_padding, node._saved_dilation)
-    geometry = (kernel, *(values * len(kernel) if len(values) == 1 else values for values in saved))  # "valid" saves one
+    geometry = (
+        kernel,
+        *(values * len(kernel) if len(values) == 1 else values for values in saved),
+    )  # "valid" saves one
     groups = node._saved_groups
 
     def weight_grad(gy: Tensor, x: Tensor, samples: int) -> Tensor:
