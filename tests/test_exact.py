@@ -21,12 +21,12 @@ PLANS = {
     "kept from tiny chunks": {"KEEP_FACTOR": float("inf"), "SCRATCH_BYTES": {"cpu": 1}},
 }
 KINDS = {
-    "adapted conv": (drawn.adapted_convs(), 100, 3000),
-    "adapted conv, frozen base": (drawn.adapted_convs(base_trains=False), 100, 3000),
-    "adapted linear": (drawn.adapted_linears(), 60, 1000),
-    "plain layer": (drawn.plain_layers(), 120, 3000),
-    "stack": (drawn.stacks(), 60, 1500),
-    "reused linear": (drawn.reused_linears(), 40, 500),
+    "adapted conv": (drawn.adapted_convs(), 200, 3000),
+    "adapted conv, frozen base": (drawn.adapted_convs(base_trains=False), 200, 3000),
+    "adapted linear": (drawn.adapted_linears(), 100, 1000),
+    "plain layer": (drawn.plain_layers(), 250, 3000),
+    "stack": (drawn.stacks(), 120, 1500),
+    "reused linear": (drawn.reused_linears(), 80, 500),
 }
 
 

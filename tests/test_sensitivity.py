@@ -180,7 +180,7 @@ def test_no_record_contributes_more_than_the_bound(counts, proof, monkeypatch):
         monkeypatch.setattr(plan, "KEEP_FACTOR", case.keep)
         largest, cases = max(largest, check_contribution(case)), cases + 1
 
-    drawn.hold_for(fuzzed, counts(300, 10_000), check)
+    drawn.hold_for(fuzzed, counts(500, 10_000), check)
     proof("fuzzed records: cases", cases)
     proof("fuzzed records: largest contribution over max_grad_norm", largest)
     assert largest > 0.999, "no case was clipped: the fuzzing tests nothing"
