@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+from fastloda import attach_loda, loda_parameters, per_sample_grad_norms
 from fastloda.diffusion import (
     Diffusion,
     UNet,
@@ -604,3 +605,35 @@ def test_class_balanced_labels():
     labels = class_balanced_labels(23, 10)
     assert labels.dtype == torch.int64
     assert sorted(torch.bincount(labels).tolist()) == [2] * 7 + [3] * 3
+
+
+def test_the_papers_adapters():
+    """r = 4 on every convolution but the first and the last: 147 adapters, 366,592 trained parameters."""
+    model = paper_unet()
+    adapted = attach_loda(model, rank=4)
+    assert len(adapted) == 147
+    assert set(adapted.skipped) == {"downblocks.0.0", "out.2"}
+    assert all("rank 4 > min(C_in, C_out) = 3" in reason for reason in adapted.skipped.values())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 366_592
+
+
+def test_a_private_step_of_the_papers_unet_is_exact():
+    """At a quarter of its width, on 16 x 16: norms against one backward per sample."""
+    model = paper_unet(width=32, image_size=16, zero_init=False).double()
+    attach_loda(model, rank=2)
+    for parameter in loda_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, y = torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 3, 9])
+    t, noise = torch.tensor([10, 500, 900]), torch.randn(3, 3, 16, 16, dtype=torch.float64)
+
+    def losses(rows: slice) -> torch.Tensor:
+        return Diffusion().losses(model, x[rows], y[rows], label_dropout=0.0, t=t[rows], noise=noise[rows])
+
+    trained = loda_parameters(model)
+    truth = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(losses(slice(i, i + 1)).sum(), trained)]).norm()
+        for i in range(3)
+    ]
+    torch.testing.assert_close(
+        per_sample_grad_norms(losses(slice(0, 3)), model), torch.stack(truth), rtol=1e-10, atol=0
+    )
