@@ -58,18 +58,18 @@ def run_backward(
     adapters = [node for node in graph.uses if node.name() == LODA_NODE]
     others = [node for node in graph.uses if node.name() != LODA_NODE]
     lowest = [node for node in others if node not in graph.deeper]
-    handles = []
+    handles, read = [], set()
     try:
         for node in adapters:
             node.recorder = _adapter_recorder(node, on_record)
-        for node in others:
-            if node in graph.deeper:
-                handles.append(node.register_prehook(_rule_recorder(node, on_record)))
+        for node in others:  # a lowest one runs too if it shares a parameter with an adapter
+            handles.append(node.register_prehook(_rule_recorder(node, on_record, read)))
         adapter_names = dict.fromkeys(use.name for node in adapters for use in graph.uses[node])
         inputs = [parameters[name] for name in adapter_names] + [GradientEdge(node, 0) for node in lowest]
         captured = torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)
         for node, gy in zip(lowest, captured[len(adapter_names) :]):
-            _rule_recorder(node, on_record)((gy,))
+            if node not in read:
+                _rule_recorder(node, on_record, read)((gy,))
     finally:
         for handle in handles:
             handle.remove()
@@ -81,8 +81,9 @@ def _adapter_recorder(node: Node, on_record: OnRecord):
     return lambda gy, pieces: on_record(node, gy, lambda: pieces)
 
 
-def _rule_recorder(node: Node, on_record: OnRecord):
+def _rule_recorder(node: Node, on_record: OnRecord, read: set[Node]):
     def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:
+        read.add(node)
         if grad_outputs[0] is not None:
             gy = grad_outputs[0].detach()
             on_record(node, gy, lambda: RULES[node.name()].pieces(node, gy))

@@ -239,3 +239,19 @@ def test_functional_uses_with_a_rule_are_exact(form):
 
     model = drawn.randomise(Functional().double())
     check_exact(drawn.Case(model, torch.randn(3, 4, dtype=torch.float64)))
+
+
+def test_a_parameter_shared_by_an_adapter_and_an_unfused_one():
+    """The second layer's base trains, so that it is unfused; it shares A and B with the first, which is fused."""
+    first, second = (drawn.randomise(LoDAConv2d(2, 2, 3, padding=1, rank=2)).double() for _ in range(2))
+    second.loda_A, second.loda_B = first.loda_A, first.loda_B
+    second.weight.requires_grad_(True)
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    for model in (nn.Sequential(first, nn.SiLU(), second), nn.Sequential(second, nn.SiLU(), first)):
+        losses = lambda m, x: m(x).square().sum((1, 2, 3))  # noqa: E731
+        truth = oracle.norms(oracle.sample_grads(model, losses, x))
+        torch.testing.assert_close(per_sample_grad_norms(losses(model, x), model), truth, rtol=1e-10, atol=0)
+        stats = GhostClipper(model, 1e-3).accumulate(
+            losses(model, x)
+        )  # frees the graph: what is read must be read before
+        assert stats.clipped == 3
