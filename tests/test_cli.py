@@ -280,7 +280,7 @@ def test_ctrl_c_exits_130_and_the_same_command_continues(run, tmp_path):
     (tmp_path / "run" / "public").symlink_to(run / "public")
     options = [
         "--privacy.epochs",
-        "20",
+        "400",  # long enough that the signal always finds it at work
         "--privacy.batch_size",
         "48",
         *PROMISE,
