@@ -209,7 +209,7 @@ def _bases(model: nn.Module, settings: dict[str, dict], path: Path) -> dict[str,
 
 
 def _blank(bases: dict[str, nn.Module], settings: dict[str, dict]) -> dict[str, nn.Module]:
-    """The adapted layers as they would be, without any memory, to compare shapes with."""
+    """The adapted layers as they would be, to compare shapes with."""
     return {name: _adapter(copy.deepcopy(base).to("meta"), settings[name]) for name, base in bases.items()}
 
 

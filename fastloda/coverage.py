@@ -1,9 +1,8 @@
 """Refuse, by name and before anything changes, whatever would void the per-sample sensitivity bound.
 
-Three nets: the modules (layers known to mix samples), the graph (every use of every trainable parameter has a rule), and
-a
-probe (backward from some samples must leave the others' gradients exactly zero). What they can't see is
-samples that mix through values without gradient, such as a batch mean under `detach()`.
+Three nets: the modules (layers known to mix samples), the graph (every use of every trainable parameter has a rule), and a
+probe (backward from some samples must leave the others' gradients exactly zero). What they can't see is samples that mix
+through values without gradient, such as a batch mean under `detach()`.
 """
 
 import weakref
