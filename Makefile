@@ -3,14 +3,18 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test prove bench lint clean
+.PHONY: demo test compile prove bench lint clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/fastloda demo --run runs/demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) compile
 	$(PYTHON) -m pytest bench -q --bench-scale smoke --benchmark-disable
 	$(PYTHON) -m pytest tests -q
+
+# Every Triton kernel, ahead of time and without a GPU, for three generations of cards.
+compile: $(INSTALLED)
+	$(PYTHON) scripts/compile_check.py
 
 # The slow full counts of the privacy tests; their figures go to docs/results/prove.json.
 prove: $(INSTALLED)

@@ -11,7 +11,8 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["fastloda", "fastloda.*"]),
+    # fastloda/kernels is a link to kernels/, a namespace package, which find_packages does not see
+    packages=[*find_packages(include=["fastloda", "fastloda.*"]), "fastloda.kernels"],
     install_requires=[
         "torch>=2.8",
         "numpy>=1.26",
@@ -31,8 +32,9 @@ setup(
         "rich>=13",
     ],
     extras_require={
+        "triton": ["triton>=3.4"],  # comes with PyTorch's builds for GPUs
         "bench": ["pytest-benchmark>=5"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "dp-accounting>=0.6", "pytest-benchmark>=5"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "dp-accounting>=0.6", "pytest-benchmark>=5", "triton>=3.4"],
     },
     entry_points={"console_scripts": ["fastloda = fastloda.cli:main"]},
     classifiers=[

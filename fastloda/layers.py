@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastloda.kernels.conv import Conv
 from fastloda.ops import A_INPUT, B_INPUT, ConvOp, LinearOp
 
 ACTIVATIONS = ("leaky_relu", "identity")
@@ -37,13 +38,14 @@ class LoDAFunction(torch.autograd.Function):
         x, z, weight, A, B = ctx.saved_tensors
         op, gx, gA, gB = ctx.op, None, None, None
         with torch.autocast(gy.device.type, enabled=False):
-            gz = op.grad_z(gy, z, B.to(ctx.dtype))
+            gz, piece_B = op.backward_up(gy, z, B.to(ctx.dtype))
             if ctx.needs_input_grad[0]:
                 gx = op.grad_x(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype)).to(ctx.x_dtype)
             if ctx.recorder is not None:
-                ctx.recorder(gy, op.pieces(x, gy, z, gz))
+                ctx.recorder(gy, {A_INPUT: op.piece_A(x, gz), B_INPUT: piece_B})
             elif any(ctx.needs_input_grad[A_INPUT : B_INPUT + 1]):
-                gA, gB = (g.to(p.dtype) for g, p in zip(op.weight_grads(x, gy, z, gz, A.to(ctx.dtype)), (A, B)))
+                gA = op.weight_grad(x, gz, A.to(ctx.dtype)).to(A.dtype)
+                gB = piece_B.total().to(B.dtype)
         return gx, None, gA, gB, None, None, None
 
 
@@ -213,7 +215,7 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
             x, padding = F.pad(x, (left, right, top, bottom), mode=self.padding_mode), (0, 0)
         elif (left, top) != (right, bottom):  # "same" with an even kernel
             x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-        op = ConvOp(self.kernel_size, self.stride, padding, self.dilation, self.groups, self.slope, self.scale)
+        op = ConvOp(Conv(self.kernel_size, self.stride, padding, self.dilation), self.groups, self.slope, self.scale)
         return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B)
 
 

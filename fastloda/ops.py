@@ -1,9 +1,9 @@
 """The arithmetic of a LoDA layer and the one place that chooses its implementation.
 
-A LoDA layer computes  z = A * x,  y = W * x + b + s B phi(z).  Everything here is PyTorch; Triton kernels for CUDA
-tensors plug in at these functions and nowhere else.
+A LoDA layer computes  z = A * x,  y = W * x + b + s B phi(z).  Triton kernels (`fastloda/kernels/`) compute for CUDA tensors,
+PyTorch for all others; nothing else in the package asks which.
 
-Two ideas keep the cost of privacy low:
+Two ideas keep the cost of privacy low, in both:
 
 - *Shift gz, not x.*  The k^2 taps of A's gradient are read as one strided view of the small r-channel gradient gz
   (`taps.py`); x is read in place by a plain matrix product, and never expanded (no im2col).
@@ -14,17 +14,66 @@ Shapes: rows N (samples x views), positions T = H W, channels C in and O out, ra
 consecutive rows; its gradient is the sum over them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloda.pieces import Piece
+from fastloda.kernels.conv import Conv
+from fastloda.pieces import Fused, Piece
 from fastloda.plan import split_rows
 from fastloda.taps import gather_taps
 
+try:
+    from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad
+except ImportError:  # no Triton: PyTorch computes everything
+    sample_grad = None
+
 A_INPUT, B_INPUT = 2, 3  # places of A and B in (x, W, A, B, b); b may be absent, and the graph counts tensors only
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def on_triton(t: Tensor) -> bool:
+    """Whether Triton kernels compute for t."""
+    return t.is_cuda and sample_grad is not None and t.dtype in KERNEL_DTYPES and t.numel() > 0
+
+
+def conv_piece(grad: Callable[..., Tensor], x: Tensor, g: Tensor, conv: Conv | None, scratch_bytes: int) -> Piece:
+    """The recipe of a convolution weight's per-sample gradients, from its input and the gradient of its output.
+
+    grad(x, g, samples) is PyTorch's way. conv is None where the kernels have no way (groups, other than two dimensions).
+    """
+    if conv is None or not on_triton(x) or x.dtype != g.dtype:
+        return Piece(grad, (x, g), scratch_bytes)
+    return _kernel_piece(x, g, conv, lambda t, samples: t, lambda grads: grads)
+
+
+def linear_piece(x: Tensor, gy: Tensor) -> Piece:
+    """The recipe of the per-sample gradients of weight.T [C, O] of a product over rows: x [rows, C], gy [rows, O]."""
+    if not on_triton(x) or x.dtype != gy.dtype:
+        return Piece(lambda x, gy, samples: torch.bmm(sample_rows(x, samples).mT, sample_rows(gy, samples)), (x, gy))
+    # a 1 x 1 convolution of images one row high, from O channels to C
+    as_image = lambda t, samples: t.reshape(samples, -1, t.shape[-1]).mT[:, :, None]  # noqa: E731
+    return _kernel_piece(gy, x, Conv((1, 1)), as_image, lambda grads: grads[..., 0, 0])
+
+
+def _kernel_piece(x: Tensor, g: Tensor, conv: Conv, as_image, as_weight) -> Piece:
+    """as_image(tensor, samples) and as_weight(gradient) re-lay what goes into the kernels and comes out."""
+
+    def with_squares(x: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        grads, squares = sample_grad.sample_grads(as_image(x, samples), as_image(g, samples), conv, samples)
+        return as_weight(grads), squares
+
+    def squares(x: Tensor, g: Tensor, samples: int) -> Tensor:
+        return sample_grad.sample_grad_squares(as_image(x, samples), as_image(g, samples), conv, samples)
+
+    def weighted_sum(x: Tensor, g: Tensor, factors: Tensor) -> Tensor:
+        n = len(factors)
+        return as_weight(sample_grad.weighted_grad_sum(as_image(x, n), as_image(g, n), conv, factors))
+
+    return Piece(lambda *a: with_squares(*a)[0], (x, g), with_squares=with_squares, fused=Fused(squares, weighted_sum))
 
 
 def accumulable(t: Tensor) -> Tensor:
@@ -62,58 +111,58 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
 class ConvOp:
     """LoDA on a 2-d convolution: x [N, C, H, W], y [N, O, OH, OW], z [N, r, OH, OW]; A [r, C, kh, kw], B [O, r, 1, 1]."""
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    conv: Conv
     groups: int
     slope: float
     scale: float
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
         """The definition, in ordinary differentiable operations."""
-        h = activation(F.conv2d(x, A, None, self.stride, self.padding, self.dilation), self.slope)
-        y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        h = activation(F.conv2d(x, A, None, *self._steps), self.slope)
+        y = F.conv2d(x, weight, bias, *self._steps, self.groups)
         return y + self.scale * F.conv2d(h, B)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """-> y, z."""
-        y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        z = F.conv2d(
-            x, A, None, self.stride, self.padding, self.dilation
-        ).contiguous()  # as backward's products want it
+        y = F.conv2d(x, weight, bias, *self._steps, self.groups)
+        if on_triton(x):
+            z = adapter_forward.project(x, A, self.conv)
+            return adapter_forward.add_(y, z, B, self.slope, self.scale), z
+        z = F.conv2d(x, A, None, *self._steps).contiguous()  # as backward's products want it
         add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
         return y, z
 
-    def grad_z(self, gy: Tensor, z: Tensor, B: Tensor) -> Tensor:
-        """gz = phi'(z) . s B^T gy, [N, r, OH, OW]."""
+    def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Piece]:
+        """-> gz = phi'(z) . s B^T gy, [N, r, OH, OW], and the recipe of B's per-sample gradients."""
+        if on_triton(gy):  # one read of gy gives both
+            gz, parts = adapter_backward.adapter_backward(gy, z, B, self.slope, self.scale)
+            return gz, Piece(adapter_backward.add_parts_reference, (parts,), with_squares=adapter_backward.add_parts)
         gh = torch.matmul(B.flatten(1).t() * self.scale, positions(gy))
-        return activation_grad(gh.view(z.shape), z, self.slope)
+        return activation_grad(gh.view(z.shape), z, self.slope), Piece(self.grad_B, (gy, z))
 
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
         """dx = W^T * gy + A^T * gz, [N, C, H, W]."""
         gx = self._convolution_backward(gy, x, weight, self.groups, (True, False, False))[0]
-        flat, A_taps = (
-            positions(gx),
-            A.flip(2, 3).transpose(0, 1).flatten(1),
-        )  # [C, r k^2], taps as gather_taps has them
+        if on_triton(gx):
+            return input_grad.add_input_grad_(gx, gz, A, self.conv)
+        flat = positions(gx)
+        A_taps = A.flip(2, 3).transpose(0, 1).flatten(1)  # [C, r k^2], taps as gather_taps has them
         for rows in split_rows(len(x), self.taps_bytes(gz, x), x.device):
             add_product_(flat[rows], A_taps, self._taps(gz[rows], x))
         return gx
 
-    def weight_grads(self, x: Tensor, gy: Tensor, z: Tensor, gz: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """The ordinary gradients of A and B, summed over all rows."""
-        gA = self._convolution_backward(gz, x, A, 1, (False, True, False))[1]
-        return gA, self.grad_B(gy, z, 1)[0]
+    def weight_grad(self, x: Tensor, gz: Tensor, A: Tensor) -> Tensor:
+        """The ordinary gradient of A, summed over all rows."""
+        return self._convolution_backward(gz, x, A, 1, (False, True, False))[1]
 
-    def pieces(self, x: Tensor, gy: Tensor, z: Tensor, gz: Tensor) -> dict[int, Piece]:
-        """The recipes of the per-sample gradients of A and B, by their places among the layer's inputs."""
-        return {A_INPUT: Piece(self.grad_A, (x, gz), self.taps_bytes(gz, x)), B_INPUT: Piece(self.grad_B, (gy, z))}
+    def piece_A(self, x: Tensor, gz: Tensor) -> Piece:
+        """The recipe of A's per-sample gradients."""
+        return conv_piece(self.grad_A, x, gz, self.conv, self.taps_bytes(gz, x))
 
     def grad_A(self, x: Tensor, gz: Tensor, samples: int) -> Tensor:
         """Gradient of A for each sample: [samples, r, C, kh, kw]."""
         grad = torch.bmm(accumulable(self._taps(gz, x)), accumulable(positions(x)).mT)
-        grad = grad.view(samples, -1, gz.shape[1], *self.kernel, x.shape[1]).sum(1)
+        grad = grad.view(samples, -1, gz.shape[1], *self.conv.kernel, x.shape[1]).sum(1)
         return grad.flip(2, 3).permute(0, 1, 4, 2, 3)
 
     def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
@@ -122,17 +171,19 @@ class ConvOp:
         grad = torch.bmm(h, accumulable(positions(gy)).mT).mul_(self.scale)  # B^T: row-major operands in both layouts
         return grad.view(samples, -1, *grad.shape[1:]).sum(1).mT[..., None, None]
 
-    def _taps(self, gz: Tensor, x: Tensor) -> Tensor:
-        return gather_taps(gz, x.shape[2:], self.kernel, self.stride, self.padding, self.dilation)
-
     def taps_bytes(self, gz: Tensor, x: Tensor) -> int:
         """Size of the taps of gz for all rows: r k^2 / C of x."""
-        return gz.shape[:2].numel() * self.kernel[0] * self.kernel[1] * x[0, 0].numel() * x.element_size()
+        return gz.shape[:2].numel() * self.conv.taps * x[0, 0].numel() * x.element_size()
+
+    @property
+    def _steps(self) -> tuple:
+        return self.conv.stride, self.conv.padding, self.conv.dilation
+
+    def _taps(self, gz: Tensor, x: Tensor) -> Tensor:
+        return gather_taps(gz, x.shape[2:], *self.conv)
 
     def _convolution_backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool, bool]):
-        return torch.ops.aten.convolution_backward(
-            g, x, weight, None, self.stride, self.padding, self.dilation, False, (0, 0), groups, wanted
-        )
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._steps, False, (0, 0), groups, wanted)
 
 
 @dataclass(frozen=True)
@@ -152,9 +203,9 @@ class LinearOp:
         y.view(-1, y.shape[-1]).addmm_(activation(z, self.slope).reshape(-1, z.shape[-1]), B.t(), alpha=self.scale)
         return y, z
 
-    def grad_z(self, gy: Tensor, z: Tensor, B: Tensor) -> Tensor:
-        """gz = phi'(z) . s B^T gy, [N, ..., r]."""
-        return activation_grad(gy @ (B * self.scale), z, self.slope)
+    def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Piece]:
+        """-> gz = phi'(z) . s B^T gy, [N, ..., r], and the recipe of B's per-sample gradients."""
+        return activation_grad(gy @ (B * self.scale), z, self.slope), Piece(self.grad_B, (gy, z))
 
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
         """dx = W^T gy + A^T gz, [N, ..., C]."""
@@ -162,13 +213,13 @@ class LinearOp:
         gx.view(-1, gx.shape[-1]).addmm_(gz.reshape(-1, gz.shape[-1]), A)
         return gx
 
-    def weight_grads(self, x: Tensor, gy: Tensor, z: Tensor, gz: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """The ordinary gradients of A and B, summed over all rows."""
-        return self.grad_A(x, gz, 1)[0], self.grad_B(gy, z, 1)[0]
+    def weight_grad(self, x: Tensor, gz: Tensor, A: Tensor) -> Tensor:
+        """The ordinary gradient of A, summed over all rows."""
+        return self.grad_A(x, gz, 1)[0]
 
-    def pieces(self, x: Tensor, gy: Tensor, z: Tensor, gz: Tensor) -> dict[int, Piece]:
-        """The recipes of the per-sample gradients of A and B, by their places among the layer's inputs."""
-        return {A_INPUT: Piece(self.grad_A, (x, gz)), B_INPUT: Piece(self.grad_B, (gy, z))}
+    def piece_A(self, x: Tensor, gz: Tensor) -> Piece:
+        """The recipe of A's per-sample gradients."""
+        return Piece(self.grad_A, (x, gz))
 
     def grad_A(self, x: Tensor, gz: Tensor, samples: int) -> Tensor:
         """Gradient of A for each sample: [samples, r, C]."""
@@ -183,6 +234,11 @@ class LinearOp:
 def sample_rows(t: Tensor, samples: int) -> Tensor:
     """[N, ..., C] -> [samples, positions of one sample, C], in the dtype that gradients accumulate in."""
     return accumulable(t.reshape(samples, -1, t.shape[-1]))
+
+
+def flat_clip_sum(grads: Tensor, factors: Tensor) -> Tensor:
+    """sum_n factors[n] grads[n] of float32 [samples, numbers], on a GPU."""
+    return clip_sum.clip_sum(grads, factors.float())
 
 
 def channel_sum(t: Tensor, samples: int) -> Tensor:

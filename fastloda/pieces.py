@@ -2,12 +2,13 @@
 
 A `Piece` is the recipe: the tensors that one call of a layer left in backward, and the rule that makes per-sample
 gradients of them. `PerSampleGrad` holds all pieces of one parameter. Its norm and its clipped sum are both taken
-from `chunks()`, hence from the very same numbers, so that a norm can't underestimate what is summed, however much
-the positions of a sample cancel.
+from the very same numbers, so that a norm can't underestimate what is summed, however much the positions of a
+sample cancel: from `chunks()`, or from kernels that accumulate alike.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +17,29 @@ from fastloda.errors import PrivacyError
 from fastloda.plan import chunk_samples, keep_gradients, split_rows
 
 
+class Fused(NamedTuple):
+    """Kernels that store no per-sample gradient, and accumulate each in the same way.
+
+    squares(*tensors, samples) -> float64 [samples, k], whose rows sum to the squared norms;
+    weighted_sum(*tensors, factors) -> [*parameter.shape], where a sample whose factor is 0 may be NaN.
+    """
+
+    squares: Callable[..., Tensor]
+    weighted_sum: Callable[..., Tensor]
+
+
 @dataclass(frozen=True)
 class Piece:
-    """`grad(*tensors, samples) -> [samples, *parameter.shape]`; each tensor has samples x k rows, sample-major."""
+    """`grad(*tensors, samples) -> [samples, *parameter.shape]`; each tensor has samples x k rows, sample-major.
+
+    with_squares: as `grad`, and also returns the squares of `Fused`, from the same kernel.
+    """
 
     grad: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
     scratch_bytes: int = 0  # temporaries of `grad` for all samples at once
+    with_squares: Callable[..., tuple[Tensor, Tensor]] | None = None
+    fused: Fused | None = None
 
     def compute(self, samples: int, chosen: slice) -> Tensor:
         """The gradients of the chosen of all `samples`, a few at a time if the temporaries are large."""
@@ -33,6 +50,16 @@ class Piece:
             start, stop = chosen.start + part.start, chosen.start + part.stop
             parts.append(self.grad(*(t[start * k : stop * k] for t, k in zip(self.tensors, per_sample)), stop - start))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def transposed(self) -> "Piece":
+        """The same for the transposed parameter."""
+        flip = lambda grad: lambda *arguments: grad(*arguments).mT  # noqa: E731
+        fused = self.fused and Fused(self.fused.squares, flip(self.fused.weighted_sum))
+        return Piece(flip(self.grad), self.tensors, self.scratch_bytes, fused=fused)
+
+    def total(self) -> Tensor:
+        """The ordinary gradient: summed over all rows."""
+        return self.grad(*self.tensors, 1)[0]
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +74,7 @@ class PerSampleGrad:
     samples: int
     kept: Tensor | None = None
     again: list[Piece] = field(default_factory=list)
+    squares: Tensor | None = None  # of `kept`, where a kernel has told them
 
     def add(self, piece: Piece) -> None:
         """Take in one layer call: as gradients if they are small, else as the recipe."""
@@ -55,11 +83,16 @@ class PerSampleGrad:
             raise PrivacyError(
                 f"an operation saw {rows} rows, no multiple of the {self.samples} samples in losses: the batch must come first"
             )
-        if not keep_gradients(self.samples * self.shape.numel(), piece.nbytes):
+        if not keep_gradients(self.samples * self.shape.numel(), piece.nbytes, piece.fused is not None):
             self.again.append(piece)
+            return
+        if self.kept is None and piece.with_squares is not None:
+            grads, self.squares = piece.with_squares(*piece.tensors, self.samples)
+            self.kept = self._checked(grads)
             return
         grads = self._compute(piece, slice(0, self.samples))
         self.kept = grads if self.kept is None else self.kept.add_(grads)
+        self.squares = None
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(samples, their gradients [chunk, *shape]) piece by piece, the same numbers each time."""
@@ -73,20 +106,33 @@ class PerSampleGrad:
                 yield chosen, sum(parts[1:], parts[0])
 
     def _compute(self, piece: Piece, chosen: slice) -> Tensor:
-        grads = piece.compute(self.samples, chosen)
+        return self._checked(piece.compute(self.samples, chosen))
+
+    def _checked(self, grads: Tensor) -> Tensor:
         if grads.shape[1:] != self.shape:
             raise PrivacyError(
                 f"a parameter of shape {tuple(self.shape)} entered an operation as {tuple(grads.shape[1:])}: no exact rule"
             )
         return grads
 
-    def squared_norms(self, out: Tensor) -> None:
+    @property
+    def _lone(self) -> Piece | None:
+        """The only recipe, if kernels can do with it alone."""
+        alone = self.kept is None and len(self.again) == 1 and self.again[0].fused is not None
+        return self.again[0] if alone else None
+
+    def add_squared_norms(self, out: Tensor) -> None:
         """out [samples] += |g_n|^2, in float64: no float32 gradient overflows or vanishes in it."""
+        if piece := self._lone:
+            out += piece.fused.squares(*piece.tensors, self.samples).sum(1)
+            return
         for chosen, grads in self.chunks():
             out[chosen] += torch.linalg.vector_norm(grads.flatten(1), dim=1, dtype=torch.float64).square_()
 
     def weighted_sum(self, factors: Tensor) -> Tensor | None:
         """sum_n factors[n] g_n, of `shape`; None if no layer call used the parameter."""
+        if piece := self._lone:
+            return piece.fused.weighted_sum(*piece.tensors, factors.float())
         total = None
         for chosen, grads in self.chunks():
             finite = grads.nan_to_num(0.0, 0.0, 0.0)  # a refused sample has factor 0, and 0 * inf is no zero
@@ -94,3 +140,13 @@ class PerSampleGrad:
             part = finite.mul_(weights).sum(0)  # no matrix product: tf32 would round here what the norm did not
             total = part if total is None else total.add_(part)
         return total
+
+
+def squared_norms(grads: Collection[PerSampleGrad], samples: int, device: torch.device) -> Tensor:
+    """float64 [samples]: |g_n|^2 over all parameters."""
+    told = [grad.squares for grad in grads if grad.squares is not None and not grad.again]
+    out = torch.cat(told, dim=1).sum(1) if told else torch.zeros(samples, dtype=torch.float64, device=device)
+    for grad in grads:
+        if grad.squares is None or grad.again:
+            grad.add_squared_norms(out)
+    return out

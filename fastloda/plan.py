@@ -15,14 +15,19 @@ import torch
 # Time first, while memory allows: at the start of backward the forward's activations are the peak, and they are freed
 # as gradients arrive. Four times the recipe's bytes (r = 4, 3 x 3, 4 x 4 positions: 2.25) stays below that peak.
 KEEP_FACTOR = 4.0
+# Kernels that store no gradient read the recipe twice; keeping writes the gradients and reads them. Fewer bytes win.
+FUSED_KEEP_FACTOR = 0.5
 CHUNK_NUMBERS = 1 << 24  # gradients made again at a time: 64 MiB of float32
 SCRATCH_BYTES = {"cpu": 4 << 20}  # stays in a CPU's cache
 DEVICE_SCRATCH_BYTES = 128 << 20  # small beside the memory of a GPU or another accelerator
 
 
-def keep_gradients(numbers: int, recipe_bytes: int) -> bool:
-    """Whether `numbers` float32 gradients are to be kept rather than their recipe of `recipe_bytes`."""
-    return 4 * numbers <= KEEP_FACTOR * recipe_bytes
+def keep_gradients(numbers: int, recipe_bytes: int, fused: bool = False) -> bool:
+    """Whether `numbers` float32 gradients are to be kept rather than their recipe of `recipe_bytes`.
+
+    fused: kernels take the recipe's norms and sum without storing gradients.
+    """
+    return 4 * numbers <= (FUSED_KEEP_FACTOR if fused else KEEP_FACTOR) * recipe_bytes
 
 
 def chunk_samples(parameter_numbers: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from fastloda.graph import LossGraph, Use
+from fastloda.graph import LossGraph
 from fastloda.pieces import PerSampleGrad, Piece
 from fastloda.rules import LODA_NODE, RULES
 
@@ -31,17 +31,12 @@ def per_sample_grads(
     def on_record(node: Node, gy: Tensor, make_pieces: Callable[[], dict[int, Piece]]) -> None:
         pieces = make_pieces()
         for use in graph.uses[node]:
-            grads[use.name].add(_as_parameter(pieces[use.index], use))
+            piece = pieces[use.index]
+            grads[use.name].add(piece.transposed() if use.transposed else piece)
 
     weights = losses.new_full(losses.shape, samples / len(losses))
     run_backward(losses, weights, graph, parameters, on_record, retain_graph)
     return grads
-
-
-def _as_parameter(piece: Piece, use: Use) -> Piece:
-    if not use.transposed:
-        return piece
-    return Piece(lambda *args: piece.grad(*args).mT, piece.tensors, piece.scratch_bytes)
 
 
 def run_backward(

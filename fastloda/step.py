@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from fastloda.clip import check_max_grad_norm, clip_factors
+from fastloda.clip import check_max_grad_norm, clip_factors, clipped_sums
 from fastloda.coverage import FrozenWatch, check_graph, check_independence, check_optimizer, trainable_parameters
 from fastloda.graph import trace
 from fastloda.noise import gaussian
-from fastloda.pieces import PerSampleGrad
+from fastloda.pieces import PerSampleGrad, squared_norms
 from fastloda.records import per_sample_grads
 
 
@@ -109,9 +109,9 @@ class GhostClipper:
             return StepStats(torch.zeros(4, dtype=torch.float64))
         with torch.autocast(losses.device.type, enabled=False):
             grads = _per_sample_grads(losses, self.model, self.parameters, samples)
-            norms = _norms(grads, samples, losses.device)
+            norms = squared_norms(grads.values(), samples, losses.device).sqrt()
             factors = clip_factors(norms, self.max_grad_norm, mask)
-            sums = {name: grad.weighted_sum(factors) for name, grad in grads.items()}
+            sums = clipped_sums(grads, factors)
         for name, part in sums.items():
             if part is not None:
                 self._sums[name] += part
@@ -176,7 +176,7 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
         return losses.detach().double()
     with torch.autocast(losses.device.type, enabled=False):
         grads = _per_sample_grads(losses, model, parameters, samples, retain_graph=True)
-        return _norms(grads, samples, losses.device)
+        return squared_norms(grads.values(), samples, losses.device).sqrt()
 
 
 def _per_sample_grads(losses, model, parameters, samples, retain_graph=False) -> dict[str, PerSampleGrad]:
@@ -184,13 +184,6 @@ def _per_sample_grads(losses, model, parameters, samples, retain_graph=False) ->
     check_graph(graph)
     check_independence(losses, graph, model, parameters, samples)
     return per_sample_grads(losses, graph, parameters, samples, retain_graph)
-
-
-def _norms(grads: dict[str, PerSampleGrad], samples: int, device: torch.device) -> Tensor:
-    squared = torch.zeros(samples, dtype=torch.float64, device=device)
-    for grad in grads.values():
-        grad.squared_norms(squared)
-    return squared.sqrt()
 
 
 def _stats(losses: Tensor, norms: Tensor, mask: Tensor, max_grad_norm: float) -> StepStats:

@@ -1,12 +1,15 @@
 """Shared switches of the test suite: `--prove` runs the slow full counts and records their figures."""
 
 import json
+import os
 import platform
 from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 PROOF_FILE = Path(__file__).parent.parent / "docs" / "results" / "prove.json"
 _figures: dict[str, object] = {}

@@ -449,7 +449,7 @@ def test_a_forked_child_has_noise_of_its_own():
     os.waitpid(child, 0)
     theirs = torch.frombuffer(bytearray(os.read(reading, 1 << 12)), dtype=torch.float64)
     ours = gaussian(torch.Size([16]), 1.0, torch.device("cpu"))
-    assert len(theirs) == 16 and not torch.isclose(theirs, ours).any()
+    assert len(theirs) == 16 and not torch.isin(theirs, ours).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -487,16 +487,16 @@ def test_the_divisor_is_the_expected_batch_size(samples):
 
 def test_empty_batches_are_noised_and_counted(proof):
     """Each of 200 empty Poisson batches moves every parameter, by noise of the usual size."""
-    model = Wide(30)
-    adam = torch.optim.SGD(model.parameters(), 1.0)
+    model = Wide(30).double()  # float32 weights lose one move in some millions to rounding
+    sgd = torch.optim.SGD(model.parameters(), 1.0)
     steps, scales = 0, []
     for _ in range(200):
         before = model.linear.weight.detach().clone()
-        losses = model(torch.zeros(0, 30))
-        stats = ghost_dp_step(losses, model, adam, max_grad_norm=2.0, noise_multiplier=0.5, expected_batch_size=4.0)
+        losses = model(torch.zeros(0, 30, dtype=torch.float64))
+        stats = ghost_dp_step(losses, model, sgd, max_grad_norm=2.0, noise_multiplier=0.5, expected_batch_size=4.0)
         moved = model.linear.weight.detach() - before
         steps += bool(moved.all()) and stats.samples == stats.clipped == stats.nonfinite == 0
-        scales.append(moved.double().square().mean())
+        scales.append(moved.square().mean())
     proof("empty batches noised", f"{steps} of 200")
     assert steps == 200
     assert torch.stack(scales).mean().sqrt().item() == pytest.approx(2.0 * 0.5 / 4.0, rel=0.01)

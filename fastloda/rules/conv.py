@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.ops import accumulable, channel_sum
+from fastloda.kernels.conv import Conv
+from fastloda.ops import accumulable, channel_sum, conv_piece
 from fastloda.pieces import Piece
 from fastloda.taps import gather_taps
 
@@ -14,13 +15,11 @@ def convolution(node, gy: Tensor) -> dict[int, Piece]:
         raise PrivacyError("transposed convolutions have no per-sample rule")
     kernel = node._saved_weight.shape[2:]
     saved = (node._saved_stride, node._saved_padding, node._saved_dilation)
-    geometry = (
-        kernel,
-        *(values * len(kernel) if len(values) == 1 else values for values in saved),
-    )  # "valid" saves one
+    spread = (values * len(kernel) if len(values) == 1 else values for values in saved)  # "valid" saves one
+    geometry = (tuple(kernel), *map(tuple, spread))
     groups = node._saved_groups
 
-    def weight_grad(gy: Tensor, x: Tensor, samples: int) -> Tensor:
+    def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
         """[samples, O, C / groups, *kernel]: the k^d taps of gy against x in place, group by group."""
         taps = accumulable(gather_taps(gy, x.shape[2:], *geometry))
         rows, size = len(x), taps.shape[-1]
@@ -32,4 +31,5 @@ def convolution(node, gy: Tensor) -> dict[int, Piece]:
 
     x = node._saved_input
     taps_bytes = gy.shape[:2].numel() * kernel.numel() * x[0, 0].numel() * gy.element_size()
-    return {1: Piece(weight_grad, (gy, x), taps_bytes), 2: Piece(channel_sum, (gy,))}
+    flat = Conv(*geometry) if len(kernel) == 2 and groups == 1 else None
+    return {1: conv_piece(weight_grad, x, gy, flat, taps_bytes), 2: Piece(channel_sum, (gy,))}

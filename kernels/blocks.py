@@ -1,0 +1,57 @@
+"""What the kernels share: how memory is read, and how tensors are described to them.
+
+Conventions.  N rows (samples x views), C channels in, O channels out, r the rank, q input positions, p output positions.
+Products take their operands as they are stored (float16, bfloat16 or float32) and accumulate in float32, without tf32; results
+are cast when they are stored.  Offsets of rows are int64, those within a row int32.  No atomics: a number is summed by one
+program, in one order.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def load(pointers, mask):
+    """A tile, 0 outside the mask.  Triton's interpreter multiplies the raw bits of bfloat16: there it becomes float32."""
+    tile = tl.load(pointers, mask=mask, other=0.0)
+    if INTERPRETED:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+class Planes(NamedTuple):
+    """A tensor [N, channels, H, W] whose positions lie evenly, and its strides of row, channel and position."""
+
+    tensor: Tensor
+    row: int
+    channel: int
+    position: int
+
+
+def planes(t: Tensor) -> Planes:
+    """Contiguous and channels_last tensors as they are; any other is copied."""
+    height, width = t.shape[2:]
+    if width > 1 and height > 1 and t.stride(2) != width * t.stride(3):
+        t = t.contiguous()
+    return Planes(t, t.stride(0), t.stride(1), t.stride(3) if width > 1 else t.stride(2))
+
+
+def launch(kernel, programs: int, tensor: Tensor, *arguments, **constants) -> None:
+    """Run `programs` programs of the kernel, on the GPU that holds `tensor`, its first argument."""
+    with torch.cuda.device_of(tensor):
+        kernel[(programs,)](tensor, *arguments, **constants)
+
+
+def power_of_2(size: int, at_least: int = 16) -> int:
+    """The side of a tile that covers `size`; tensor cores take no fewer than 16."""
+    return max(at_least, triton.next_power_of_2(size))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,24 @@
+"""Geometry of a two-dimensional convolution, in the words of PyTorch and of the kernels. Needs no Triton."""
+
+from typing import NamedTuple
+
+
+class Conv(NamedTuple):
+    """(height, width) each."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    def output_size(self, *size: int) -> tuple[int, ...]:
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, *self))
+
+    def constants(self) -> dict[str, int]:
+        """As the kernels take it: constants, so that divisions by them cost nothing."""
+        pairs = {"K": self.kernel, "S": self.stride, "P": self.padding, "D": self.dilation}
+        return {f"{name}{axis}": value for name, pair in pairs.items() for axis, value in zip("HW", pair)}

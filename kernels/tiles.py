@@ -1,0 +1,70 @@
+"""Sizes of the kernels' tiles, by shape and dtype: small tables instead of an autotuner, which would rerun kernels that add
+in place.
+
+Each entry compiles without a spill for sm_80, sm_90 and sm_100 at the shapes of the paper's U-Net (`scripts/compile_check.py`).
+None is measured on a GPU yet.
+
+float32 products run without tensor cores (no tf32) and are unrolled over the inner axis: it stays at 16, with more warps.
+"""
+
+from fastloda.kernels.blocks import cdiv, power_of_2
+from fastloda.kernels.conv import Conv
+
+PROGRAMS = 1024  # keep a GPU of 132 multiprocessors busy
+REDUCTION = 512  # numbers that a program of adapter_backward's second launch adds up
+CLIP_SUM = {"BN": 8, "BJ": 512, "num_warps": 4}
+
+
+def gradient(rows: int, channels: int, positions: int, itemsize: int) -> dict[str, int]:
+    """sample_grad: BM rows (tap, output channel) by BC input channels, summed over BP positions at a time."""
+    outer = {"BM": min(64, power_of_2(rows)), "BC": min(64, power_of_2(channels))}
+    if itemsize == 4:
+        return outer | {"BP": 16, "STAGES": 3, "num_warps": 8}
+    return outer | {"BP": min(64, power_of_2(positions)), "STAGES": 3, "num_warps": 4}
+
+
+def chunk(samples: int, tiles: int) -> int:
+    """sample_grad's weighted sum: how many samples a program adds up."""
+    return cdiv(samples, max(1, PROGRAMS // tiles))
+
+
+def project(conv: Conv, rank: int, channels: int, width: int, out_height: int, out_width: int, itemsize: int):
+    """adapter_forward: strips of whole rows whose input is at most `held` positions; None where that does not fit."""
+    columns, held = power_of_2(rank, at_least=1), 256
+    in_all = power_of_2(columns * conv.taps)
+    if in_all > 64 or _rows_held(conv, 1) * width > held:
+        return None
+    rows = 1
+    while rows < out_height and _rows_held(conv, rows + 1) * width <= held:
+        rows += 1
+    sizes = {"ROWS": rows, "RP": columns, "BM": in_all, "BI": power_of_2(_rows_held(conv, rows) * width)}
+    inner = {"BC": 16, "STAGES": 2} if itemsize == 4 else {"BC": min(64, power_of_2(channels)), "STAGES": 3}
+    return sizes | inner | {"BO": power_of_2(rows * out_width), "num_warps": 8}
+
+
+def _rows_held(conv: Conv, rows: int) -> int:
+    return (rows - 1) * conv.stride[0] + (conv.kernel[0] - 1) * conv.dilation[0] + 1
+
+
+def elementwise(positions: int, channels: int, itemsize: int) -> dict[str, int]:
+    """adapter_forward's addition to y."""
+    positions, channels = power_of_2(positions), power_of_2(channels)
+    if itemsize == 4:
+        return {"BP": min(32, positions), "BC": min(64, channels), "num_warps": 8}
+    return {"BP": min(128, positions), "BC": min(64, channels), "num_warps": 4}
+
+
+def backward(positions: int, channels: int, itemsize: int) -> dict[str, int]:
+    """adapter_backward: BP positions by BC channels of grad_output at a time."""
+    positions, channels = power_of_2(positions), power_of_2(channels)
+    if itemsize == 4:
+        return {"BP": min(32, positions), "BC": 16, "STAGES": 3, "num_warps": 8}
+    return {"BP": min(128, positions), "BC": min(64, channels), "STAGES": 3, "num_warps": 4}
+
+
+def input_grad(rows: int, positions: int, channels: int, itemsize: int) -> dict[str, int]:
+    """input_grad: BP positions by BC channels of dx, BM (tap, j) at a time."""
+    outer = {"BP": min(64, power_of_2(positions)), "BC": min(64, power_of_2(channels))}
+    if itemsize == 4:
+        return outer | {"BM": 16, "num_warps": 8}
+    return outer | {"BM": min(64, power_of_2(rows)), "num_warps": 4}

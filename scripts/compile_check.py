@@ -1,0 +1,217 @@
+"""Compile every kernel ahead of time, without a GPU, at every layer shape of the paper's U-Net.
+
+    python scripts/compile_check.py                       bfloat16, channels_last and contiguous, sm_80, sm_90, sm_100
+    python scripts/compile_check.py --dtypes bfloat16 float16 float32 --json compile.json
+
+The launchers themselves are run on tensors without memory, and what they would launch is compiled as a launch would compile it.
+Fails on an error, a register spill, or more shared memory than the card has.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor, nn
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction, MockTensor
+
+from fastloda.diffusion import paper_unet
+from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad
+from fastloda.kernels.conv import Conv
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
+RANK, BATCH, ADAPTED_NUMBERS = 4, 128, 366_592
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution as a model runs it: all that decides how a kernel is compiled."""
+
+    channels: int
+    outputs: int
+    size: tuple[int, int]
+    conv: Conv
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compilation came to. Bytes of shared memory and of stack (spilled registers), registers a thread."""
+
+    kernel: str
+    label: str
+    arch: int
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    problem: str = ""
+
+
+class NoDriver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def unet_layers() -> list[Layer]:
+    """The distinct adapted convolutions of the paper's U-Net at 32 x 32."""
+    with torch.device("meta"):
+        model = paper_unet()
+    found = {}
+
+    def note(layer: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        conv = Conv(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        found[Layer(layer.in_channels, layer.out_channels, tuple(inputs[0].shape[2:]), conv)] = None
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and RANK <= min(layer.in_channels, layer.out_channels):
+            layer.register_forward_pre_hook(note)
+    x, index = torch.empty(1, 3, 32, 32, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    model(x, index, index)
+    return list(found)
+
+
+def launch_all(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Every kernel and variant at this layer, as the private step launches them."""
+
+    def image(channels: int, size: tuple[int, int]) -> Tensor:
+        return torch.empty(BATCH, channels, *size, dtype=dtype, device="meta").to(memory_format=memory_format)
+
+    conv, out_size = layer.conv, layer.conv.output_size(*layer.size)
+    x, y, gy = image(layer.channels, layer.size), image(layer.outputs, out_size), image(layer.outputs, out_size)
+    A = torch.empty(RANK, layer.channels, *conv.kernel, dtype=dtype, device="meta")
+    B = torch.empty(layer.outputs, RANK, 1, 1, dtype=dtype, device="meta")
+    factors = torch.empty(BATCH, device="meta")
+    z = adapter_forward.project(x, A, conv)
+    adapter_forward.add_(y, z, B, 0.1, 1.0)
+    gz, parts = adapter_backward.adapter_backward(gy, z, B, 0.1, 1.0)
+    adapter_backward.add_parts(parts, BATCH)
+    input_grad.add_input_grad_(x, gz, A, conv)
+    for g in (gz, gy):  # the adapter's gradient, and that of the full layer
+        sample_grad.sample_grads(x, g, conv, BATCH)
+        sample_grad.sample_grad_squares(x, g, conv, BATCH)
+        sample_grad.weighted_grad_sum(x, g, conv, factors)
+    clip_sum.clip_sum(torch.empty(BATCH, ADAPTED_NUMBERS, device="meta"), factors)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch to compile: its kernel, arguments (a tensor is its dtype) and options."""
+
+    kernel: JITFunction
+    arguments: tuple
+    options: tuple[tuple[str, object], ...]
+
+    @property
+    def key(self) -> tuple:
+        """Equal for launches that compile alike: integers matter by being 1 and by being multiples of 16."""
+        kinds = tuple((a == 1, a % 16 == 0, abs(a) < 2**31) if isinstance(a, int) else a for a in self.arguments)
+        return self.kernel.__name__, kinds, self.options
+
+
+def launches(layers: list[Layer], dtypes: list[torch.dtype]) -> Iterator[tuple[str, Launch]]:
+    """(label, launch), each that compiles differently once."""
+    seen, caught = set(), []
+
+    def catch(kernel: JITFunction, *arguments, grid, warmup, **options) -> None:
+        plain = tuple(a.dtype if isinstance(a, Tensor) else a for a in arguments)
+        caught.append(Launch(kernel, plain, tuple(sorted(options.items()))))
+
+    original, JITFunction.run = JITFunction.run, catch
+    try:
+        for layer in layers:
+            for dtype in dtypes:
+                for memory_format in (torch.channels_last, torch.contiguous_format):
+                    launch_all(layer, dtype, memory_format)
+                    label = f"{layer.channels}->{layer.outputs} {layer.size} {layer.conv} {dtype} {memory_format}"
+                    yield from ((label, launch) for launch in caught if launch.key not in seen)
+                    seen.update(launch.key for launch in caught)
+                    caught.clear()
+    finally:
+        JITFunction.run = original
+
+
+def compile_for(arch: int, label: str, launch: Launch) -> Report:
+    """Compile one launch as the JIT would on that card."""
+    triton.runtime.driver.set_active(NoDriver(arch))
+    name = launch.kernel.__name__
+    arguments = [MockTensor(a) if isinstance(a, torch.dtype) else a for a in launch.arguments]
+    try:
+        compiled = launch.kernel.warmup(*arguments, grid=(1,), **dict(launch.options))
+    except Exception as error:  # whatever the compiler says is the result
+        lines = str(error).strip().splitlines() or [""]
+        return Report(name, label, arch, problem=f"{type(error).__name__}: {lines[-1]}")
+    registers, stack = _resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    problems = [f"spills {stack} bytes"] * (stack > 0)
+    problems += [f"{shared} bytes of shared memory"] * (shared > SHARED_MEMORY[arch])
+    return Report(name, label, arch, registers, stack, shared, ", ".join(problems))
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """-> registers a thread, bytes of stack a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return tuple(int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", told.stdout).groups())
+
+
+def _check_one(job: tuple[int, int]) -> Report:
+    which, arch = job
+    return compile_for(arch, *_JOBS[which])
+
+
+_JOBS: list[tuple[str, Launch]] = []  # filled before the workers fork: a kernel can't be pickled
+
+
+def check(archs: list[int], dtypes: list[torch.dtype], workers: int) -> list[Report]:
+    _JOBS[:] = launches(unet_layers(), dtypes)
+    jobs = [(which, arch) for arch in archs for which in range(len(_JOBS))]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(tqdm(pool.map(_check_one, jobs), "compile", len(jobs)))
+
+
+def main(show: Callable[[str], None] = print) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    parser.add_argument("--json", type=Path, help="write a report of each compilation here")
+    arguments = parser.parse_args()
+    reports = check(arguments.archs, [getattr(torch, name) for name in arguments.dtypes], arguments.workers)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    bad = [report for report in reports if report.problem]
+    for report in bad:
+        show(f"sm_{report.arch} {report.kernel} {report.label}: {report.problem}")
+    most = max((report.registers for report in reports), default=0)
+    show(f"triton {triton.__version__}: {len(reports)} compilations, {len(bad)} bad, at most {most} registers a thread")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

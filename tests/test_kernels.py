@@ -1,0 +1,306 @@
+"""The Triton kernels against float64: alone at corner shapes, and under a private step.
+
+Without a GPU they run in Triton's interpreter (conftest.py), which computes bfloat16 and float16 products in float32 and cuts
+bfloat16 off where a GPU rounds. With one they run there (`scripts/gpu_check`).
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import drawn
+import pytest
+import torch
+import torch.nn.functional as F
+from test_exact import KINDS, check_float32
+
+from fastloda import clip, ops, per_sample_grad_norms, plan
+from fastloda.kernels.conv import Conv
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad, tiles  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SLOPE, SCALE = 0.1, 0.7
+
+
+class Shape(NamedTuple):
+    """samples, views of each, channels in and out, rank, size of the image."""
+
+    samples: int
+    views: int
+    channels: int
+    outputs: int
+    rank: int
+    size: tuple[int, int]
+    conv: Conv
+
+
+SAME = Conv((3, 3), padding=(1, 1))
+SHAPES = {
+    "one sample, one channel, one position": Shape(1, 1, 1, 1, 1, (1, 1), Conv((1, 1))),
+    "3 x 3": Shape(3, 1, 20, 24, 4, (9, 9), SAME),
+    "views": Shape(2, 3, 5, 7, 3, (6, 5), SAME),
+    "more positions than a tile": Shape(2, 1, 4, 6, 4, (17, 13), SAME),
+    "more channels than a tile": Shape(2, 1, 70, 80, 4, (5, 5), SAME),
+    "1 x 1, rank 16": Shape(2, 1, 40, 20, 16, (5, 5), Conv((1, 1))),
+    "1 x 1, rank 64": Shape(2, 1, 65, 70, 64, (4, 4), Conv((1, 1))),
+    "3 x 3, rank 17: several tiles of taps": Shape(2, 1, 8, 8, 17, (6, 6), SAME),
+    "stride 2": Shape(2, 2, 20, 17, 3, (9, 7), Conv((3, 3), (2, 2), (1, 1))),
+    "stride 3 leaves positions out": Shape(2, 1, 3, 5, 2, (10, 11), Conv((2, 2), (3, 3))),
+    "dilation": Shape(2, 1, 20, 30, 5, (9, 8), Conv((3, 3), (1, 1), (2, 2), (2, 2))),
+    "nothing is square": Shape(2, 1, 6, 9, 4, (7, 12), Conv((1, 5), (1, 2), (0, 3), (1, 1))),
+    "5 x 5, padding beyond the kernel": Shape(2, 1, 3, 4, 1, (5, 6), Conv((5, 5), (1, 1), (5, 6))),
+    "wide: cuDNN computes z": Shape(1, 1, 3, 4, 4, (2, 140), SAME),
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+every_case = pytest.mark.parametrize(
+    "shape, dtype, layout", list(itertools.product(SHAPES.values(), DTYPES, LAYOUTS.values())),
+    ids=["-".join((s, str(d)[6:], m)) for s, d, m in itertools.product(SHAPES, DTYPES, LAYOUTS)],
+)  # fmt: skip
+
+
+class Tensors:
+    """Random tensors of a shape: x, gy and y in the layout, z and gz [N, r, OH, OW], A, B, factors with a zero."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, layout: torch.memory_format):
+        rows, out_size = shape.samples * shape.views, shape.conv.output_size(*shape.size)
+
+        def image(channels, size):
+            return torch.randn(rows, channels, *size).to(DEVICE, dtype).to(memory_format=layout)
+
+        self.x, self.gy, self.y = (
+            image(shape.channels, shape.size),
+            image(shape.outputs, out_size),
+            image(shape.outputs, out_size),
+        )
+        self.z, self.gz = image(shape.rank, out_size), image(shape.rank, out_size)
+        self.A = torch.randn(shape.rank, shape.channels, *shape.conv.kernel).to(DEVICE, dtype)
+        self.B = torch.randn(shape.outputs, shape.rank, 1, 1).to(DEVICE, dtype)
+        self.factors = torch.rand(shape.samples).to(DEVICE)
+        self.factors[0] = 0.0 if shape.samples > 1 else 1.0
+
+
+def check(ours, reference, *inputs, through=()):
+    """ours is reference(*inputs) to twice the error that PyTorch makes of it in the same dtype.
+
+    through: inputs of a reference of magnitudes, where the kernel rounds an intermediate to the inputs' dtype.
+    """
+    exact = reference(*(t.double() for t in inputs))
+    own = (reference(*(t.to(ours.dtype) for t in inputs)).double() - exact).abs().max()
+    size = reference(*(t.double().abs() for t in through)).max() if through else exact.abs().max()
+    half_a_unit = torch.finfo(inputs[0].dtype if through else ours.dtype).eps / 2
+    truncated = 2 if DEVICE == "cpu" and ours.dtype == torch.bfloat16 else 1  # by the interpreter's stores
+    assert ours.shape == exact.shape
+    assert (ours.double() - exact).abs().max() <= 2 * own + truncated * half_a_unit * size
+
+
+@every_case
+def test_adapter_forward(shape, dtype, layout):
+    t = Tensors(shape, dtype, layout)
+    check(
+        adapter_forward.project(t.x, t.A, shape.conv),
+        lambda x, A: adapter_forward.project_reference(x, A, shape.conv),
+        t.x,
+        t.A,
+    )
+    y = t.y.clone()
+    assert adapter_forward.add_(y, t.z, t.B, SLOPE, SCALE) is y
+    check(y, lambda y, z, B: adapter_forward.add_reference(y, z, B, SLOPE, SCALE), t.y, t.z, t.B)
+
+
+@every_case
+def test_adapter_backward(shape, dtype, layout):
+    t = Tensors(shape, dtype, layout)
+    gz, parts = adapter_backward.adapter_backward(t.gy, t.z, t.B, SLOPE, SCALE)
+    gB, squares = adapter_backward.add_parts(parts, shape.samples)
+
+    def reference(which):
+        return lambda *a: adapter_backward.adapter_backward_reference(*a, SLOPE, SCALE, shape.samples)[which]
+
+    check(gz, reference(0), t.gy, t.z, t.B)
+    check(gB, reference(1), t.gy, t.z, t.B, through=(t.gy, t.z, t.B))
+    check_squares(squares, gB)
+    torch.testing.assert_close(adapter_backward.add_parts_reference(parts, shape.samples), gB)
+
+
+def check_squares(squares, grads):
+    """The norm is that of the very numbers."""
+    torch.testing.assert_close(squares.sum(1), grads.double().flatten(1).square().sum(1), rtol=1e-12, atol=1e-300)
+
+
+@every_case
+@pytest.mark.parametrize("of", ["adapter", "full layer"])
+def test_sample_grad(shape, dtype, layout, of):
+    t = Tensors(shape, dtype, layout)
+    g = t.gz if of == "adapter" else t.gy
+    grads, squares = sample_grad.sample_grads(t.x, g, shape.conv, shape.samples)
+    check(grads, lambda x, g: sample_grad.sample_grads_reference(x, g, shape.conv, shape.samples), t.x, g)
+    check_squares(squares, grads)
+    assert torch.equal(sample_grad.sample_grad_squares(t.x, g, shape.conv, shape.samples), squares)
+    summed = sample_grad.weighted_grad_sum(t.x, g, shape.conv, t.factors)
+    check(summed, lambda G, c: torch.einsum("n...,n->...", G, c), grads, t.factors)
+
+
+@every_case
+def test_input_grad(shape, dtype, layout):
+    t = Tensors(shape, dtype, layout)
+    dx = t.x.clone()
+    assert input_grad.add_input_grad_(dx, t.gz, t.A, shape.conv) is dx
+    check(dx, lambda *a: input_grad.add_input_grad_reference(*a, shape.conv), t.x, t.gz, t.A)
+
+
+@pytest.mark.parametrize("samples, numbers", [(1, 1), (3, 700), (70, 40), (300, 5)])
+def test_clip_sum(samples, numbers):
+    G, factors = torch.randn(samples, numbers, device=DEVICE), torch.rand(samples, device=DEVICE)
+    check(clip_sum.clip_sum(G, factors), clip_sum.clip_sum_reference, G, factors)
+
+
+def test_a_refused_sample_adds_nothing_however_broken():
+    t = Tensors(SHAPES["3 x 3"], torch.float32, torch.channels_last)
+    wanted = sample_grad.weighted_grad_sum(t.x, t.gz, SAME, t.factors)
+    t.gz[0], t.gz[0, 0, 0] = math.inf, math.nan
+    assert torch.equal(sample_grad.weighted_grad_sum(t.x, t.gz, SAME, t.factors), wanted)
+    G = torch.tensor([[math.nan, math.inf], [1.0, 2.0]], device=DEVICE)
+    assert clip_sum.clip_sum(G, torch.tensor([0.0, 0.5], device=DEVICE)).tolist() == [0.5, 1.0]
+
+
+def test_a_norm_neither_overflows_nor_vanishes():
+    """Squares of 1e25 and 1e-25 are no float32."""
+    x = torch.tensor([1e25, 1e-25], device=DEVICE).view(2, 1, 1, 1)
+    squares = sample_grad.sample_grad_squares(x, torch.ones_like(x), Conv((1, 1)), 2).sum(1)
+    torch.testing.assert_close(squares.sqrt(), torch.tensor([1e25, 1e-25], device=DEVICE).double(), rtol=1e-6, atol=0)
+
+
+def test_positions_that_cancel_leave_no_more_than_the_norm_says():
+    """A sample's gradient is finished before it is scaled: what rounding leaves of 1e8 - 1e8 is in its norm too."""
+    x = torch.ones(1, 1, 1, 200, device=DEVICE)
+    g = torch.full_like(x, 1e8)
+    g[..., 100:] = -1e8
+    g[..., 150] += 3
+    norm = sample_grad.sample_grad_squares(x, g, Conv((1, 1)), 1).sum().sqrt()
+    summed = sample_grad.weighted_grad_sum(x, g, Conv((1, 1)), torch.ones(1, device=DEVICE))
+    assert summed.abs().item() == pytest.approx(norm.item(), rel=1e-6)
+
+
+def test_rows_may_lie_beyond_what_32_bits_can_count():
+    """Two samples 2^31 numbers apart. On a CPU only the pages that are touched become memory."""
+    apart = 2**31
+    x, g = (
+        torch.empty(apart + 36 * 4, dtype=torch.float16, device=DEVICE).as_strided((2, 4, 6, 6), (apart, 36, 6, 1))
+        for _ in range(2)
+    )
+    A, B = torch.randn(4, 4, 3, 3, device=DEVICE).half(), torch.randn(4, 4, 1, 1, device=DEVICE).half()
+    x.copy_(torch.randn(x.shape)), g.copy_(torch.randn(g.shape))
+    near_x, near_g = x.clone(), g.clone()
+    far, near = (sample_grad.sample_grads(*pair, SAME, 2) for pair in ((x, g), (near_x, near_g)))
+    assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
+    assert torch.equal(adapter_forward.project(x, A, SAME), adapter_forward.project(near_x, A, SAME))
+    far, near = (adapter_backward.adapter_backward(gy, near_g, B, SLOPE, SCALE) for gy in (g, near_g))
+    assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
+    assert torch.equal(
+        input_grad.add_input_grad_(x, near_g, A, SAME), input_grad.add_input_grad_(near_x, near_g, A, SAME)
+    )
+    assert torch.equal(
+        adapter_forward.add_(g, near_x, B, SLOPE, SCALE), adapter_forward.add_(near_g, near_x, B, SLOPE, SCALE)
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_same_bits_from_run_to_run(name):
+    shape = SHAPES[name]
+    t = Tensors(shape, torch.float32, torch.channels_last)
+
+    def run():
+        gz, parts = adapter_backward.adapter_backward(t.gy, t.z, t.B, SLOPE, SCALE)
+        grads, squares = sample_grad.sample_grads(t.x, gz, shape.conv, shape.samples)
+        total = clip_sum.clip_sum(grads.flatten(1), t.factors)
+        return gz, *adapter_backward.add_parts(parts, shape.samples), grads, squares, total
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+def test_in_place_needs_evenly_spaced_positions():
+    y = torch.zeros(1, 2, 4, 4, device=DEVICE)[:, :, ::2, ::2]
+    with pytest.raises(ValueError, match="contiguous or channels_last"):
+        adapter_forward.add_(
+            y, torch.zeros(1, 1, 2, 2, device=DEVICE), torch.zeros(2, 1, 1, 1, device=DEVICE), 0.1, 1.0
+        )
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_are_powers_of_2_whatever_the_shape(itemsize):
+    for rows, channels, positions in itertools.product((1, 3, 36, 576, 4608), (1, 3, 64, 1280), (1, 49, 4096)):
+        chosen = [
+            tiles.gradient(rows, channels, positions, itemsize),
+            tiles.elementwise(positions, channels, itemsize),
+            tiles.backward(positions, channels, itemsize),
+            tiles.input_grad(rows, positions, channels, itemsize),
+        ]
+        for sizes in chosen:
+            sides = [value for name, value in sizes.items() if name.startswith("B")]
+            assert all(16 <= side <= 128 and side & (side - 1) == 0 for side in sides)
+
+
+# ---- under a private step
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """The kernels compute for tensors that the test device holds."""
+    used = lambda t: sample_grad is not None and t.dtype in ops.KERNEL_DTYPES and t.numel() > 0  # noqa: E731
+    for module in (ops, clip):
+        monkeypatch.setattr(module, "on_triton", used)
+
+
+PLANS = {"as planned": {}, "kept": dict.fromkeys(("KEEP_FACTOR", "FUSED_KEEP_FACTOR"), math.inf)}
+PLANS["made again"] = dict.fromkeys(PLANS["kept"], 0.0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="drawn shapes compile for minutes; test_a_step_on_the_gpu runs there")
+@pytest.mark.parametrize("chosen", PLANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_private_steps_are_exact(kind, chosen, counts, monkeypatch, on_kernels):
+    for name, value in PLANS[chosen].items():
+        monkeypatch.setattr(plan, name, value)
+    drawn.hold_for(KINDS[kind][0], counts(6, 200), check_float32)
+
+
+def test_the_kernels_are_what_runs(on_kernels, monkeypatch):
+    """The step above would be exact without them too."""
+    called = []
+    names = [(adapter_forward, "project"), (adapter_forward, "add_"), (adapter_backward, "adapter_backward")]
+    names += [(adapter_backward, "add_parts"), (input_grad, "add_input_grad_"), (sample_grad, "sample_grads")]
+    for module, name in names:
+        original = getattr(module, name)
+        spy = lambda *a, name=name, original=original: (called.append(name), original(*a))[1]  # noqa: E731
+        monkeypatch.setattr(module, name, spy)
+    model = torch.nn.Sequential(*(drawn.LoDAConv2d(4, 4, 3, padding=1, rank=2) for _ in range(2))).to(DEVICE)
+    x = torch.randn(2, 4, 9, 9, device=DEVICE)
+    per_sample_grad_norms(F.silu(model(x)).sum((1, 2, 3)), model)
+    assert set(called) == {name for _, name in names}
+
+
+# ---- import
+
+
+@pytest.mark.parametrize("triton", ["absent", "installed"])
+def test_import_needs_neither_triton_nor_a_driver(triton):
+    """A GPU's driver is asked for at the first launch, not before."""
+    program = f"""
+import sys
+if {triton == "absent"}:
+    sys.modules["triton"] = None  # import raises ImportError
+import torch, fastloda
+layer = fastloda.LoDAConv2d(2, 3, 3, rank=1)
+assert fastloda.per_sample_grad_norms(layer(torch.randn(4, 2, 5, 5)).sum((1, 2, 3)), layer).shape == (4,)
+if {triton == "installed"}:
+    import triton
+    assert triton.runtime.driver._active is None
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
