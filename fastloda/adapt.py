@@ -1,6 +1,5 @@
 """Put adapters on a model, and save and load them alone."""
 
-import copy
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastloda.files import write_atomically
-from fastloda.layers import LoDAConv2d, LoDALinear, check_settings
+from fastloda.layers import LoDAConv2d, LoDALinear, check_settings, unfilled
 
 logger = logging.getLogger("fastloda")
 
@@ -167,7 +166,8 @@ def load_loda(model: nn.Module, path: str | os.PathLike) -> list[str]:
     settings, tensors = _read(Path(path))
     layers = dict(loda_layers(model))
     bases = {} if layers else _bases(model, settings, path)
-    _check_same(layers or _blank(bases, settings), settings, tensors, path)
+    blank = {name: unfilled(base, **settings[name]) for name, base in bases.items()}
+    _check_same(layers or blank, settings, tensors, path)
     if bases:
         layers = {name: _adapter(base, settings[name]) for name, base in bases.items()}
         model.requires_grad_(False)
@@ -191,10 +191,15 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
     try:
         for chosen in settings.values():
             check_settings(**chosen)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} holds no LoDA adapters, or is damaged: {error}") from error
+    if not settings:
+        raise ValueError(f"{path} holds no LoDA adapters")
     if set(tensors) != {f"{name}.{key}" for name in settings for key in ("loda_A", "loda_B")}:
         raise ValueError(f"{path} is damaged: its tensors are not those of the layers in its metadata")
+    for name, chosen in settings.items():  # before a layer of that rank is made
+        if (rank := chosen["rank"]) != (found := next(iter(tensors[f"{name}.loda_A"].shape), 0)):
+            raise ValueError(f"{path} is damaged: {name} has rank {rank} in the metadata, {found} in its tensors")
     return settings, tensors
 
 
@@ -206,11 +211,6 @@ def _bases(model: nn.Module, settings: dict[str, dict], path: Path) -> dict[str,
             f"{path} adapts {strangers[:5]}, no Conv2d or Linear of this model: these are another model's adapters"
         )
     return {name: modules[name] for name in settings}
-
-
-def _blank(bases: dict[str, nn.Module], settings: dict[str, dict]) -> dict[str, nn.Module]:
-    """The adapted layers as they would be, to compare shapes with."""
-    return {name: _adapter(copy.deepcopy(base).to("meta"), settings[name]) for name, base in bases.items()}
 
 
 def _check_same(

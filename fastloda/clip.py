@@ -29,7 +29,7 @@ def check_max_grad_norm(value: float) -> float:
 def clipped_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[str, Tensor | None]:
     """sum_n factors[n] g_n of each parameter (None: unused). What is kept on a GPU is summed in one launch."""
     kept = {name: grad.kept for name, grad in grads.items() if grad.kept is not None and not grad.again}
-    flat = {name: tensor.flatten(1) for name, tensor in kept.items() if on_triton(tensor)}
+    flat = {name: tensor.reshape(len(tensor), -1) for name, tensor in kept.items() if on_triton(tensor)}
     sums = {name: grad.weighted_sum(factors) for name, grad in grads.items() if name not in flat}
     if flat:
         total = flat_clip_sum(torch.cat(list(flat.values()), dim=1), factors)

@@ -67,10 +67,11 @@ def check_graph(graph: LossGraph) -> None:
     for node, uses in graph.uses.items():
         rule = RULES.get(node.name())
         for use in uses:
-            if rule is None or use.index not in rule.inputs:
+            if rule is None or use.index not in rule.inputs or rule.refuses(node, use.index):
                 raise PrivacyError(
                     f"parameter {use.name!r} is used by {node.name()} (input {use.index}), which has no exact per-sample rule: "
-                    f"freeze it with requires_grad_(False), or use a covered layer ({COVERED_LAYERS})"
+                    f"freeze it with requires_grad_(False), or use a covered layer ({COVERED_LAYERS}), or a scale or shift that "
+                    "all samples share"
                 )
 
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.autograd.graph import Node
 
 # A cast (autocast, mixed precision) and the transpose in x W^T only re-lay the parameter: looked through.
@@ -59,6 +59,18 @@ def trace(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> LossGraph:
     return LossGraph(uses, _with_uses_below(order, uses), hash(tuple(kinds)), frozenset(kinds))
 
 
+def parameter_shape(node: Node, index: int) -> Size | None:
+    """The shape in which a parameter enters `node` as its input `index`; None if that is no parameter."""
+    leaf, transposed = node.next_functions[index][0], False
+    while leaf is not None and leaf.name() in TRANSPARENT:
+        transposed ^= leaf.name() == TRANSPOSE
+        leaf = leaf.next_functions[0][0]
+    if not hasattr(leaf, "variable"):
+        return None
+    shape = leaf.variable.shape
+    return shape[::-1] if transposed else shape
+
+
 def _inputs_first(root: Node) -> list[Node]:
     """All nodes below root (and root), each after the nodes it leads to."""
     order, seen, stack = [], {root}, [(root, iter(root.next_functions))]
@@ -77,12 +89,13 @@ def _inputs_first(root: Node) -> list[Node]:
 
 def _uses(name: str, leaf: Node, consumers: Mapping[Node, list[tuple[Node, int]]]) -> list[Use]:
     uses, pending = [], [(leaf, False)]
+    matrix = leaf.variable.dim() == 2  # x.t() of a vector is the vector
     while pending:
         tensor, transposed = pending.pop()
         for node, index in consumers[tensor]:
             kind = node.name()
             if kind in TRANSPARENT:
-                pending.append((node, transposed ^ (kind == TRANSPOSE)))
+                pending.append((node, transposed ^ (matrix and kind == TRANSPOSE)))
             else:
                 uses.append(Use(name, node, index, transposed))
     return uses

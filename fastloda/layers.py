@@ -259,6 +259,13 @@ class LoDALinear(_Adapted, nn.Linear):
         return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B)
 
 
+def unfilled(base: nn.Conv2d | nn.Linear, **adapter) -> LoDAConv2d | LoDALinear:
+    """The adapted base layer on the meta device, of which only the shapes count; the base layer is left alone."""
+    if isinstance(base, nn.Conv2d):
+        return LoDAConv2d(**_conv_arguments(base), device="meta", **adapter)
+    return LoDALinear(**_linear_arguments(base), device="meta", **adapter)
+
+
 def _conv_arguments(conv: nn.Conv2d) -> dict:
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None, "dtype": conv.weight.dtype}

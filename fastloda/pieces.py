@@ -127,7 +127,7 @@ class PerSampleGrad:
             out += piece.fused.squares(*piece.tensors, self.samples).sum(1)
             return
         for chosen, grads in self.chunks():
-            out[chosen] += torch.linalg.vector_norm(grads.flatten(1), dim=1, dtype=torch.float64).square_()
+            out[chosen] += torch.linalg.vector_norm(grads.reshape(len(grads), -1), dim=1, dtype=torch.float64).square_()
 
     def weighted_sum(self, factors: Tensor) -> Tensor | None:
         """sum_n factors[n] g_n, of `shape`; None if no layer call used the parameter."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastloda import LoDAConv2d, LoDALinear
 
@@ -43,8 +44,8 @@ class Case:
         return len(self.x) // self.views
 
     def loss_of(self, model: nn.Module, x: Tensor) -> Tensor:
-        """One loss per row."""
-        return READOUTS[self.readout](model(x))
+        """One loss per row, in the dtype of x: autocast's bf16 ends at the model, as a loss should have it."""
+        return READOUTS[self.readout](model(x).to(x.dtype))
 
     def losses(self) -> Tensor:
         return self.loss_of(self.model, self.x)
@@ -60,6 +61,15 @@ class Case:
     def to(self, dtype: torch.dtype) -> "Case":
         """The same case, rounded to `dtype`; the model is converted in place."""
         return Case(self.model.to(dtype), self.x.to(dtype), self.readout, self.views)
+
+    def nudged(self, seed: int) -> "Case":
+        """The case with every parameter moved by up to half a unit of bf16: its roundings fall out anew."""
+        model = copy.deepcopy(self.model)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + 2**-8 * (torch.rand(p.shape, generator=generator) - 0.5))
+        return Case(model, self.x, self.readout, self.views)
 
     def __repr__(self) -> str:
         trains = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -140,15 +150,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def draw_case(
-    draw, model: nn.Module, shape: tuple[int, ...], samples=None, inputs=torch.randn, layouts=LAYOUTS
-) -> Case:
+def draw_case(draw, model: nn.Module, shape: tuple[int, ...], samples=None, inputs=torch.randn) -> Case:
     """A case around `model`, whose inputs have `shape` without the batch."""
     views = draw(st.integers(1, 3))
     samples = draw(st.integers(1, 4)) if samples is None else samples
     torch.manual_seed(draw(st.integers(0, 1 << 16)))
     model = randomise(model.double())
-    lay_out = LAYOUTS[draw(st.sampled_from(sorted(layouts)))]
+    lay_out = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]
     x = lay_out(inputs(samples * views, *shape, dtype=torch.float64))
     return Case(model, x, draw(st.sampled_from(sorted(READOUTS))), views)
 
@@ -157,7 +165,7 @@ def randomise(model: nn.Module) -> nn.Module:
     """Random values everywhere, B included, of a size that keeps activations near 1."""
     with torch.no_grad():
         for p in model.parameters():
-            p.normal_(std=1 / math.sqrt(max(1, p[0].numel())))
+            p.normal_(std=1 / math.sqrt(max(1, p[:1].numel() if p.dim() else 1)))
     return model
 
 
@@ -205,7 +213,7 @@ def channels(draw) -> tuple[int, int, int]:
 @st.composite
 def adapters(draw) -> dict:
     activation = draw(st.sampled_from(["leaky_relu", "identity"]))
-    slope, scale = draw(st.sampled_from([0.1, 0.3, -0.5, 0.0])), draw(st.sampled_from([1.0, 0.5, -2.0]))
+    slope, scale = draw(st.sampled_from([0.1, 0.3, -0.5, 0.0])), draw(st.sampled_from([1.0, 0.5, -2.0, 0.3]))
     return dict(rank=draw(st.integers(1, 16)), activation=activation, negative_slope=slope, scale=scale)
 
 
@@ -226,18 +234,12 @@ def adapted_linears(draw, samples: int | None = None) -> Case:
     layer = LoDALinear(c_in, c_out, draw(st.booleans()), **draw(adapters()))
     if draw(st.booleans()):
         thaw_some(draw, layer)
-    return draw_case(draw, layer, (*draw(leading()), c_in), samples, layouts=layouts_for_linear(layer))
+    return draw_case(draw, layer, (*draw(leading()), c_in), samples)
 
 
 def leading() -> st.SearchStrategy[tuple[int, ...]]:
     """Dimensions between the batch and the features."""
     return st.lists(st.integers(1, 4), max_size=2).map(tuple)
-
-
-def layouts_for_linear(layer: nn.Module) -> list[str]:
-    """F.linear adds a trainable bias to a non-contiguous [N, ..., C] by another operation, which has no rule."""
-    bias_trains = layer.bias is not None and layer.bias.requires_grad
-    return ["contiguous", "offset"] if bias_trains else list(LAYOUTS)
 
 
 # ---- plain layers
@@ -254,7 +256,7 @@ class Rows(nn.Embedding):
 def plain_linears(draw) -> Case:
     c_in, c_out = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     layer = thaw_some(draw, nn.Linear(c_in, c_out, draw(st.booleans())))
-    return draw_case(draw, layer, (*draw(leading()), c_in), layouts=layouts_for_linear(layer))
+    return draw_case(draw, layer, (*draw(leading()), c_in))
 
 
 @st.composite
@@ -286,6 +288,58 @@ def norms(draw) -> Case:
         normalised = draw(st.lists(st.integers(2, 5), min_size=1, max_size=2))
         layer, shape = nn.LayerNorm(normalised, bias=draw(st.booleans())), (*sizes[:2], *normalised)
     return draw_case(draw, thaw_some(draw, layer), shape)
+
+
+# ---- parameters broadcast along the batch
+
+
+def turned(p: Tensor) -> Tensor:
+    """p transposed where that leaves its shape alone, else twice."""
+    if p.dim() > 2:
+        return p
+    return p.t() if p.shape == p.shape[::-1] else p.t().t()
+
+
+COMBINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "x + p": lambda x, p: x + p,
+    "p + x": lambda x, p: p + x,
+    "x - 3 p": lambda x, p: torch.add(x, p, alpha=-3),
+    "p + x / 2": lambda x, p: torch.add(p, x, alpha=0.5),
+    "x * p": lambda x, p: x * p,
+    "p * x": lambda x, p: p * x,
+    "cast": lambda x, p: x * p.to(x.dtype, copy=True),
+    "transposed": lambda x, p: x + turned(p),
+    "in place +": lambda x, p: (x * torch.ones_like(x + p)).add_(p, alpha=2),
+    "in place *": lambda x, p: (x * torch.ones_like(x + p)).mul_(p),
+}
+
+
+class Combined(nn.Module):
+    """Features and two parameters, of any shapes that broadcast, or the same parameter twice."""
+
+    def __init__(self, first: str, second: str, p_shape: tuple[int, ...], q_shape: tuple[int, ...] | None):
+        super().__init__()
+        self.first, self.second = first, second
+        self.p = nn.Parameter(torch.empty(p_shape))
+        self.q = self.p if q_shape is None else nn.Parameter(torch.empty(q_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = COMBINED[self.second](COMBINED[self.first](x, self.p).sin(), self.q)
+        return y.reshape(len(x), -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.first}, {self.second}, p {tuple(self.p.shape)}, q {tuple(self.q.shape)}"
+
+
+@st.composite
+def broadcasts(draw) -> Case:
+    """x [N, *size], and parameters [*size] or its end, or with a 1 for the batch; any dimension may be 1 instead."""
+    size = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    thinned = lambda sizes: tuple(draw(st.sampled_from([1, n])) for n in sizes)  # noqa: E731
+    shape = lambda: thinned([1, *size][draw(st.integers(0, len(size) + 1)) :])  # noqa: E731
+    ways = st.sampled_from(sorted(COMBINED))
+    model = Combined(draw(ways), draw(ways), shape(), shape() if draw(st.booleans()) else None)
+    return draw_case(draw, thaw_some(draw, model), thinned(size))
 
 
 # ---- several layers, and several uses of one
@@ -351,15 +405,34 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {  # each keeps [N, width, H, W]
 TRAINABLE_BLOCKS = sorted(name for name in BLOCKS if name not in ("in place", "smooth"))
 
 
+class Checkpointed(nn.Module):
+    """What it holds is computed again in backward."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def checkpoint_some(draw, layers: list[nn.Module]) -> list[nn.Module]:
+    """Any of the layers checkpointed, and perhaps the first ones together once more."""
+    layers = [Checkpointed(layer) if draw(st.booleans()) else layer for layer in layers]
+    together = draw(st.integers(0, len(layers)))
+    return [Checkpointed(nn.Sequential(*layers[:together])), *layers[together:]]
+
+
 @st.composite
-def stacks(draw) -> Case:
+def stacks(draw, checkpointed: bool = False) -> Case:
     """Blocks in a row, some called twice or tied, and perhaps a linear head; any of the parameters train."""
     width, size = draw(st.sampled_from([2, 4, 6])), draw(st.tuples(st.integers(1, 5), st.integers(2, 6)))
     names = [draw(st.sampled_from(TRAINABLE_BLOCKS)), *draw(st.lists(st.sampled_from(sorted(BLOCKS)), max_size=3))]
     layers = [BLOCKS[name](width) for name in names]
     numbers = width * size[0] * size[1]
     heads = [[], [nn.Flatten(), nn.Linear(numbers, 3)], [nn.Flatten(), LoDALinear(numbers, 3, rank=2)]]
-    model = nn.Sequential(*layers, *draw(st.sampled_from(heads)))
+    layers += draw(st.sampled_from(heads))
+    model = nn.Sequential(*(checkpoint_some(draw, layers) if checkpointed else layers))
     return draw_case(draw, thaw_some(draw, model), (width, *size))
 
 
@@ -375,7 +448,7 @@ def reused_linears(draw) -> Case:
     else:
         square = nn.Linear(width, width) if kind == "twice" else LoDALinear(width, width, rank=2)
         model = TiedBack(width, inner) if kind == "back" else Twice(square)
-    return draw_case(draw, model, shape, inputs=inputs, layouts=["contiguous"])
+    return draw_case(draw, model, shape, inputs=inputs)
 
 
 def plain_layers() -> st.SearchStrategy[Case]:

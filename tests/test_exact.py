@@ -4,6 +4,8 @@ What the clip bounds is the true gradient of each sample only if these hold, for
 of a layer, and under every plan that the planner may choose.
 """
 
+import math
+
 import drawn
 import oracle
 import pytest
@@ -27,6 +29,8 @@ KINDS = {
     "plain layer": (drawn.plain_layers(), 250, 3000),
     "stack": (drawn.stacks(), 120, 1500),
     "reused linear": (drawn.reused_linears(), 80, 500),
+    "broadcast": (drawn.broadcasts(), 200, 2000),
+    "checkpointed stack": (drawn.stacks(checkpointed=True), 80, 1000),
 }
 
 
@@ -95,29 +99,54 @@ def test_float32_is_as_good_as_pytorch(kind, counts):
     drawn.hold_for(cases, counts(small // 3, full // 3), check_float32)
 
 
+BF16 = {
+    "conv": drawn.adapted_convs(base_trains=False),
+    "linear": drawn.adapted_linears(),
+    "stack": drawn.stacks(),
+}
+
+
 @pytest.mark.parametrize("chosen", ["kept", "made again"])
-@pytest.mark.parametrize("cases", [drawn.adapted_convs(base_trains=False), drawn.stacks()], ids=["conv", "stack"])
-def test_bf16_autocast_clips_what_it_sums(cases, chosen, counts, monkeypatch):
-    """The norm is that of the very gradient that is summed, to 1e-5, and it is near the true one."""
+@pytest.mark.parametrize("kind", BF16)
+def test_bf16_autocast_clips_what_it_sums(kind, chosen, counts, monkeypatch):
+    """The norm is that of the very gradient that is summed, to 1e-5, and it is near the true one.
+
+    Near: in each case within what PyTorch's bf16 itself makes of it, and over all samples no farther than PyTorch's, in
+    the geometric mean. Each bound sees what the other can't: a rare blunder, and one rounding too many everywhere.
+    """
     use_plan(monkeypatch, chosen)
-    drawn.hold_for(cases, counts(20, 500), check_bf16)
+    ratios = []
+    drawn.hold_for(BF16[kind], counts(100, 500), lambda case: ratios.extend(check_bf16(case)))
+    assert math.exp(sum(map(math.log, ratios)) / len(ratios)) <= 1
 
 
 def check_bf16(case):
+    """-> for each sample, FastLoDA's error over PyTorch's."""
     case = case.to(torch.float32)
+    summed = []
     with torch.autocast("cpu", torch.bfloat16):
-        norms = per_sample_grad_norms(case.losses().float(), case.model, views=case.views)
+        norms = per_sample_grad_norms(case.losses(), case.model, views=case.views)
         for i, norm in enumerate(norms):
             alone = torch.arange(case.samples) == i
             clipper = GhostClipper(case.model, 1e30, case.views)
-            clipper.accumulate(case.losses().float(), alone)
+            clipper.accumulate(case.losses(), alone)
             clipper.privatize(0, 1)
-            summed = oracle.norm({n: p.grad for n, p in case.model.named_parameters() if p.requires_grad})
-            assert abs(summed - norm) <= 1e-5 * norm
-        own = case.truth(torch.float32)
+            summed.append({n: p.grad for n, p in case.model.named_parameters() if p.requires_grad})
+            assert abs(oracle.norm(summed[-1]) - norm) <= 1e-5 * norm
     truth = case.truth()
-    allowed = 2 * max(distance(o, t) for o, t in zip(own, truth)) + 2**-7 * float(oracle.norms(truth).max())
-    assert (norms - oracle.norms(truth)).abs().max() <= allowed
+    largest = float(oracle.norms(truth).max())
+    ours, theirs = [distance(s, t) for s, t in zip(summed, truth)], bf16_errors(case)
+    excess = max(ours) - 2**-7 * largest
+    assert excess <= 2 * max(theirs) or any(excess <= 2 * max(bf16_errors(case.nudged(seed))) for seed in range(64))
+    floor = 2**-16 * largest + 1e-30  # far below a rounding of bf16: equal errors of nothing are equal
+    return [(e + floor) / (t + floor) for e, t in zip(ours, theirs)]
+
+
+def bf16_errors(case):
+    """PyTorch's own error on each sample under autocast; where a kink of LeakyReLU is near, chance decides its size."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.truth(torch.float32)
+    return [distance(f, t) for f, t in zip(found, case.truth())]
 
 
 @pytest.mark.parametrize(
@@ -220,25 +249,66 @@ def test_a_layer_may_see_each_sample_once_whatever_the_views(views):
     check_exact(drawn.Case(model, torch.randn(4 * views, 2, 4, 5, dtype=torch.float64), views=views))
 
 
-@pytest.mark.parametrize("form", ["x @ W", "addmm", "conv", "linear on views"])
+@pytest.mark.parametrize("form", ["x @ W", "addmm", "conv", "linear on views", "turned bias", "turned table"])
 def test_functional_uses_with_a_rule_are_exact(form):
     """What counts is the operation in the graph, not the module that holds the parameter."""
 
     class Functional(nn.Module):
         def __init__(self):
             super().__init__()
-            self.W, self.b, self.K = (nn.Parameter(torch.empty(shape)) for shape in ((4, 4), 4, (4, 1, 3)))
+            shapes = (4, 4), 4, (4, 1, 3), (2, 1)
+            self.W, self.b, self.K, self.T = (nn.Parameter(torch.empty(shape)) for shape in shapes)
 
         def forward(self, x):
             return {
                 "x @ W": lambda: x.sin() @ self.W,
                 "addmm": lambda: torch.addmm(self.b, x, self.W),
                 "conv": lambda: F.conv1d(x[:, None], self.K, self.b, padding=2),
+                "turned bias": lambda: F.linear(x, self.W, self.b.t()),
+                "turned table": lambda: x.view(-1, 2, 2) * self.T.t(),
                 "linear on views": lambda: F.linear(x.view(-1, 2, 2).flatten(1), self.W, self.b),
             }[form]()
 
     model = drawn.randomise(Functional().double())
-    check_exact(drawn.Case(model, torch.randn(3, 4, dtype=torch.float64)))
+    check_exact(drawn.Case(model, torch.randn(4, 4, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("way", drawn.COMBINED)
+def test_a_parameter_broadcast_over_single_numbers(way):
+    for p, q in (((), (1,)), ((1,), ()), ((1,), None)):
+        model = drawn.randomise(drawn.Combined(way, "x * p", p, q).double())
+        check_exact(drawn.Case(model, torch.randn(4, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize(
+    "below", [nn.Identity(), nn.Conv2d(2, 2, 1)], ids=["nothing trains below", "a layer trains below"]
+)
+def test_a_checkpointed_layer_is_recomputed_once(below):
+    computed = []
+    inner = nn.Sequential(nn.GroupNorm(1, 2), nn.SiLU(), nn.Conv2d(2, 2, 3), nn.GroupNorm(2, 2))
+    inner.register_forward_pre_hook(lambda *_: computed.append(1))
+    model = drawn.randomise(nn.Sequential(below, drawn.Checkpointed(inner)).double())
+    case = drawn.Case(model, torch.randn(3, 2, 4, 5, dtype=torch.float64))
+    clipper = GhostClipper(case.model, 1.0)
+    clipper.accumulate(case.losses())  # probes too
+    losses = case.losses()
+    computed.clear()
+    clipper.accumulate(losses)
+    assert len(computed) == 1
+
+
+def test_a_checkpointed_dropout_is_the_same_twice():
+    """Recomputation draws the same numbers."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.GroupNorm(2, 4), nn.Linear(4, 4))
+    model = drawn.randomise(nn.Sequential(nn.Linear(4, 4), model))
+    x = torch.randn(5, 4)
+    norms = []
+    for forward in (model, nn.Sequential(model[0], drawn.Checkpointed(model[1]))):
+        torch.manual_seed(1)
+        losses = drawn.curved(forward(x))
+        torch.manual_seed(2)
+        norms.append(per_sample_grad_norms(losses, model))
+    torch.testing.assert_close(*norms, rtol=0, atol=0)
 
 
 def test_a_parameter_shared_by_an_adapter_and_an_unfused_one():

@@ -554,6 +554,8 @@ DAMAGES = {
     "another rank": lambda layers, tensors: layers["body.2"].update(rank=3),
     "rank 0": lambda layers, tensors: layers["body.2"].update(rank=0),
     "an enormous rank": lambda layers, tensors: layers["body.2"].update(rank=1 << 50),
+    "a rank past all numbers": lambda layers, tensors: layers["body.2"].update(rank=10**400),
+    "a scale past all numbers": lambda layers, tensors: layers["body.2"].update(scale=10**400),
     "a rank in words": lambda layers, tensors: layers["body.2"].update(rank="two"),
     "a scale in words": lambda layers, tensors: layers["body.2"].update(scale="half"),
     "an infinite scale": lambda layers, tensors: layers["body.2"].update(scale=float("inf")),
@@ -561,6 +563,8 @@ DAMAGES = {
     "a setting missing": lambda layers, tensors: drop(layers["body.2"], "scale"),
     "a setting too many": lambda layers, tensors: layers["body.2"].update(dropout=1),
     "settings as a list": lambda layers, tensors: layers.update({"body.2": list(layers["body.2"])}),
+    "no layer": lambda layers, tensors: (layers.clear(), tensors.clear()),
+    "a tensor without dimensions": lambda layers, tensors: tensors.update({"body.2.loda_A": torch.tensor(1.0)}),
     "settings as a number": lambda layers, tensors: layers.update({"body.2": 5}),
 }
 
