@@ -136,7 +136,7 @@ def finetune(
     stage = Stage(Path(run) / "private", settings, (public / MODEL,), outputs, private=True)
     if not _reuse(stage):
         private = private_training(privacy, fixed_shape=place.type != "cpu", **training.optimization())
-        records, losses = (images.images, images.labels), _diffusion_losses(privacy.views, training.label_dropout)
+        records, losses = (images.images, images.labels), _diffusion_losses(privacy.views, training)
         checkpoint = stage.folder / CHECKPOINT
         trainer = DPTrainer(network, records, losses, private, checkpoint=checkpoint, progress=progress)
         with stage.work():
@@ -286,12 +286,12 @@ def _attach_trained(network: UNet, private: Path, public: Path) -> Path:
     return private / ADAPTER
 
 
-def _diffusion_losses(views: int, label_dropout: float):
-    diffusion = Diffusion()
+def _diffusion_losses(views: int, training: FineTuning):
+    diffusion = Diffusion.between(*training.timesteps)
 
     def losses(model, batch, generator):
         x, y = batch
-        return diffusion.losses(model, x, y, views=views, label_dropout=label_dropout, generator=generator)
+        return diffusion.losses(model, x, y, views=views, label_dropout=training.label_dropout, generator=generator)
 
     return losses
 

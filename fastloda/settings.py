@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from fastloda.classify import SmallCNN
+from fastloda.diffusion import TIMESTEPS
 from fastloda.schedules import Schedule
 
 
@@ -46,6 +47,8 @@ class FineTuning:
         schedule: of the learning rate after it.
         ema_decay: of the average of the adapters over the steps, which is what is released.
         label_dropout: share of labels dropped, for classifier-free guidance.
+        timesteps: from the first up to, not including, the second, the adapters are trained. The noisiest images say
+            little about the private ones, and the least noisy little about their shape: both would only cost signal.
         micro_batch_size: records in memory at a time; the result does not depend on it.
         seed: of sampling and noise. Default: the operating system's randomness. A number makes an experiment that can
             be repeated, and whose noise can be foreseen.
@@ -57,12 +60,18 @@ class FineTuning:
     schedule: Schedule = "constant"
     ema_decay: float = 0.98
     label_dropout: float = 0.1
+    timesteps: tuple[int, int] = (0, TIMESTEPS)
     micro_batch_size: int = 512
     seed: int | None = None
 
     def __post_init__(self):
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"training.label_dropout must lie in [0, 1], got {self.label_dropout}")
+        first, end = self.timesteps
+        if not 0 <= first < end <= TIMESTEPS:
+            raise ValueError(
+                f"training.timesteps must be two numbers, 0 <= first < end <= {TIMESTEPS}, got {[first, end]}"
+            )
         if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1 or self.micro_batch_size < 1 or self.warmup < 0:
             raise ValueError(
                 f"training needs learning_rate > 0, 0 <= ema_decay < 1, micro_batch_size >= 1, warmup >= 0; got {self}"
@@ -70,7 +79,7 @@ class FineTuning:
 
     def optimization(self) -> dict:
         """The fields that `PrivateTraining` has too."""
-        return {name: value for name, value in asdict(self).items() if name != "label_dropout"}
+        return {name: value for name, value in asdict(self).items() if name not in ("label_dropout", "timesteps")}
 
 
 @dataclass(frozen=True)

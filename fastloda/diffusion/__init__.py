@@ -1,10 +1,11 @@
 """Diffusion with classifier-free guidance: the U-Net, the process it learns to undo, the samplers."""
 
 from fastloda.diffusion.sampler import class_balanced_labels, guided_noise, sample
-from fastloda.diffusion.schedule import Diffusion
+from fastloda.diffusion.schedule import TIMESTEPS, Diffusion
 from fastloda.diffusion.unet import UNet, UNetConfig, digits_unet, paper_unet
 
 __all__ = [
+    "TIMESTEPS",
     "Diffusion",
     "UNet",
     "UNetConfig",

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+TIMESTEPS = 1000
+
 
 class Diffusion:
     """T steps of a linear beta schedule: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020).
@@ -16,7 +18,7 @@ class Diffusion:
 
     def __init__(
         self,
-        timesteps: int = 1000,
+        timesteps: int = TIMESTEPS,
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         *,
@@ -30,6 +32,13 @@ class Diffusion:
         betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         self._time_cdf = self._cumulate([1.0] * timesteps if time_distribution is None else time_distribution)
+
+    @classmethod
+    def between(cls, first: int, end: int) -> "Diffusion":
+        """The usual process, trained on the timesteps first .. end - 1 alone."""
+        within = torch.zeros(TIMESTEPS)
+        within[first:end] = 1
+        return cls(time_distribution=within)
 
     def _cumulate(self, frequencies: Tensor | list[float]) -> Tensor:
         p = torch.as_tensor(frequencies, dtype=torch.float64, device="cpu")
