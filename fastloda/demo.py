@@ -26,6 +26,7 @@ from fastloda.pipeline import GRID, check_sampling, evaluate, finetune, pretrain
 from fastloda.report.demo import DPSGD, LODA, NO_PRIVACY, PUBLIC_ONLY, Outcome
 from fastloda.report.tables import terminal_table
 from fastloda.runs import seconds_taken
+from fastloda.schedules import Schedule
 from fastloda.settings import Adapter, Classifier, FineTuning
 
 logger = logging.getLogger("fastloda")
@@ -51,27 +52,33 @@ class DemoSettings:
         public_ema_decay: an average over the last quarter of the public steps, by rule of thumb.
         delta: below 1 / 1,437 by two orders of magnitude; the value that is usual for sets of up to 10^5 records.
         batch_size: set beforehand, a sixth of the records.
-        steps: set beforehand, at epsilon 3 and above.
-        strict_steps: below epsilon 3, also of DP-SGD; on the stand-in at epsilon 1, 100 steps did as well as 250.
-        views: on the stand-in, 2 did as well as 4.
+        steps: on the stand-in at epsilon 10, 400 did better than 250.
+        strict_steps: below epsilon 3; on the stand-in at epsilon 1, 100 did as well as 250.
+        views: on the stand-in at epsilon 10, 2 did as well as 4.
+        strict_views: below epsilon 3; on the stand-in at epsilon 1, 4 did better than 2, and as well as 8.
         max_grad_norm: below all gradients' norms, as usual for diffusion: each counts alike, and no private norm was
             looked at.
-        learning_rate: on the stand-in, between 0.0015 and 0.015.
+        learning_rate: on the stand-in at epsilon 10, between 0.0015 and 0.02.
+        strict_learning_rate: below epsilon 3; on the stand-in at epsilon 1, between 0.0015 and 0.016.
+        schedule: on the stand-in, the cosine did a little better than a constant rate.
+        timesteps: on the stand-in at epsilon 1, 200 to 800 did better than all, 300 to 700 and 300 to 900.
         ema_decay: set beforehand.
         label_dropout: as in the paper.
         rank: as in the paper.
         synthetic_images: set beforehand, about three for each private record.
         sampler_steps: set beforehand.
         guidance: on the stand-in at epsilon 10, 0 did better than 0.5, 1 and 2.
-        strict_guidance: below epsilon 3; on the stand-in at epsilon 1, 0.5 did better than 0, 1 and 2.
+        strict_guidance: below epsilon 3; on the stand-in at epsilon 1, 0.25 and 0.5 did a little better than 0.
         classifier_steps: set beforehand; the same for every row but DP-SGD.
         classifier_width: channels; the same for every row but DP-SGD.
         dpsgd_batch_size: of DP-SGD; the best of 16 trials on 1,437 jittered font digits standing in for the private
             ones, at epsilon 10: 256, 512 or all of them.
         dpsgd_steps: as dpsgd_batch_size: 50 to 500.
+        dpsgd_strict_steps: below epsilon 3.
         dpsgd_views: as dpsgd_batch_size: 2 or 4.
         dpsgd_max_grad_norm: as dpsgd_batch_size: 0.3 or 1.
         dpsgd_learning_rate: as dpsgd_batch_size: 0.1 to 1 for SGD, which did better than Adam at 1e-3 and 3e-3.
+        dpsgd_strict_learning_rate: below epsilon 3; on the stand-in at epsilon 1, between 0.02 and 0.8.
         dpsgd_momentum: the usual one.
         dpsgd_ema_decay: an average over the last tenth of the steps, by rule of thumb.
         dpsgd_width: as dpsgd_batch_size: 16 or 32; fewer parameters take less noise.
@@ -84,25 +91,31 @@ class DemoSettings:
     public_ema_decay: float = 0.998
     delta: float = 1e-5
     batch_size: int = 256
-    steps: int = 250
+    steps: int = 400
     strict_steps: int = 100
     views: int = 2
+    strict_views: int = 4
     max_grad_norm: float = 1e-3
-    learning_rate: float = 7e-3
+    learning_rate: float = 1.2e-2
+    strict_learning_rate: float = 1.6e-2
+    schedule: Schedule = "cosine"
+    timesteps: tuple[int, int] = (200, 800)
     ema_decay: float = 0.98
     label_dropout: float = 0.1
     rank: int = 4
     synthetic_images: int = 4000
     sampler_steps: int = 50
     guidance: float = 0.0
-    strict_guidance: float = 0.5
+    strict_guidance: float = 0.25
     classifier_steps: int = 800
     classifier_width: int = 32
     dpsgd_batch_size: int = 256
     dpsgd_steps: int = 250
+    dpsgd_strict_steps: int = 100
     dpsgd_views: int = 4
     dpsgd_max_grad_norm: float = 1.0
     dpsgd_learning_rate: float = 0.15
+    dpsgd_strict_learning_rate: float = 0.05
     dpsgd_momentum: float = 0.9
     dpsgd_ema_decay: float = 0.97
     dpsgd_width: int = 16
@@ -116,21 +129,21 @@ class DemoSettings:
         Classifier(steps=self.classifier_steps, width=self.classifier_width)
         check_sampling(self.synthetic_images, self.sampler_steps, self.guidance)
         check_sampling(self.synthetic_images, self.sampler_steps, self.strict_guidance)
-        self.public_training(seed=0), self.fine_tuning(seed=0), self.dpsgd_training(seed=0)
-        self.privacy(epsilon=1.0), self.dpsgd_privacy(epsilon=1.0)
+        self.public_training(seed=0)
+        for epsilon in (1.0, STRICT):
+            self.fine_tuning(epsilon, seed=0), self.dpsgd_training(epsilon, seed=0)
+            self.privacy(epsilon), self.dpsgd_privacy(epsilon)
 
     def privacy(self, epsilon: float) -> Privacy:
         """Of the adapters."""
-        return self._promise(epsilon, self.batch_size, self.private_steps(epsilon), self.max_grad_norm, self.views)
+        strict = epsilon < STRICT
+        steps, views = (self.strict_steps, self.strict_views) if strict else (self.steps, self.views)
+        return self._promise(epsilon, self.batch_size, steps, self.max_grad_norm, views)
 
     def dpsgd_privacy(self, epsilon: float) -> Privacy:
         """Of the classifier trained directly."""
-        steps = self.dpsgd_steps if epsilon >= STRICT else min(self.strict_steps, self.dpsgd_steps)
+        steps = self.dpsgd_strict_steps if epsilon < STRICT else self.dpsgd_steps
         return self._promise(epsilon, self.dpsgd_batch_size, steps, self.dpsgd_max_grad_norm, self.dpsgd_views)
-
-    def private_steps(self, epsilon: float) -> int:
-        """Of the adapters: fewer where the budget is strict, since each then learns less."""
-        return self.steps if epsilon >= STRICT else min(self.strict_steps, self.steps)
 
     def public_training(self, seed: int) -> PublicTraining:
         return PublicTraining(
@@ -142,17 +155,19 @@ class DemoSettings:
             seed=seed,
         )
 
-    def fine_tuning(self, seed: int) -> FineTuning:
+    def fine_tuning(self, epsilon: float, seed: int) -> FineTuning:
         return FineTuning(
-            learning_rate=self.learning_rate,
+            learning_rate=self.strict_learning_rate if epsilon < STRICT else self.learning_rate,
             ema_decay=self.ema_decay,
+            schedule=self.schedule,
             label_dropout=self.label_dropout,
+            timesteps=self.timesteps,
             seed=seed,
         )
 
-    def dpsgd_training(self, seed: int) -> baselines.DPSGD:
+    def dpsgd_training(self, epsilon: float, seed: int) -> baselines.DPSGD:
         return baselines.DPSGD(
-            learning_rate=self.dpsgd_learning_rate,
+            learning_rate=self.dpsgd_strict_learning_rate if epsilon < STRICT else self.dpsgd_learning_rate,
             momentum=self.dpsgd_momentum,
             ema_decay=self.dpsgd_ema_decay,
             width=self.dpsgd_width,
@@ -180,11 +195,14 @@ QUICK = {
     "public_steps": 30,
     "public_ema_decay": 0.9,
     "steps": 10,
+    "strict_steps": 10,
     "views": 1,
+    "strict_views": 1,
     "synthetic_images": 200,
     "sampler_steps": 10,
     "classifier_steps": 100,
     "dpsgd_steps": 20,
+    "dpsgd_strict_steps": 20,
     "dpsgd_views": 1,
 }
 
@@ -265,7 +283,7 @@ class _Experiment:
         """The adapters and their samples, and DP-SGD, at one budget."""
         s, folder, name = self.settings, self._folder(seed, epsilon), f"seed {seed}, epsilon {epsilon:g}"
         model = {"model": self._folder(seed) / "public"}
-        options = {"adapter": Adapter(rank=s.rank), "training": s.fine_tuning(seed), **model, **self._common}
+        options = {"adapter": Adapter(rank=s.rank), "training": s.fine_tuning(epsilon, seed), **model, **self._common}
         self.statements[LODA, epsilon, seed] = self._stage(
             f"{name}: fine-tune, {s.privacy(epsilon).steps} private steps",
             lambda: finetune(folder, s.privacy(epsilon), **options),
@@ -278,7 +296,7 @@ class _Experiment:
         classifier = self._stage(
             f"{name}: DP-SGD, {s.dpsgd_privacy(epsilon).steps} private steps",
             lambda: baselines.run_dpsgd(
-                folder, s.dpsgd_privacy(epsilon), train, s.dpsgd_training(seed), **self._common
+                folder, s.dpsgd_privacy(epsilon), train, s.dpsgd_training(epsilon, seed), **self._common
             ),
             folder / "dpsgd",
         )

@@ -3,7 +3,7 @@
     python scripts/tune_demo.py '{"learning_rate": 0.006}' '{"epsilon": 1, "steps": 100}'
 
 Each argument is one trial: what differs from the defaults below. Prints the accuracy of a classifier trained on the synthetic
-digits and tested on 1,000 held-out ones of the same hand. docs/results/demo-tuning.md lists the trials that were made.
+digits and tested on 2,000 held-out ones of the same hand. docs/results/demo-tuning.md lists the trials that were made.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fastloda import DPTrainer, PrivateTraining, attach_loda, calibrate_noise
+from fastloda.adapt import loda_layers
 from fastloda.classify import accuracy, train_classifier
 from fastloda.data import LabelledImages, font_digits
 from fastloda.diffusion import Diffusion, class_balanced_labels, digits_unet, sample
@@ -30,8 +31,13 @@ DEFAULTS = {
     "learning_rate": 1.5e-2,
     "ema_decay": 0.98,
     "schedule": "constant",
+    "timesteps": [0, 1000],
+    "rank": 4,
     "scale": 1.0,
+    "targets": None,
+    "train_A": True,
     "samples": 1000,
+    "guidance": 0.0,
 }
 SWIRL, SLANT, WOBBLE = (
     0.33,
@@ -73,11 +79,13 @@ def public_model(path: Path = Path("runs/tune-public.pt")) -> torch.nn.Module:
 def trial(changes: dict) -> str:
     """Fine-tune, sample, classify; -> a line of the record."""
     s = DEFAULTS | changes
-    began, diffusion = time.monotonic(), Diffusion()
-    train, test = stand_in(RECORDS, 0), stand_in(1000, 7)
+    began, diffusion = time.monotonic(), Diffusion.between(*s["timesteps"])
+    train, test = stand_in(RECORDS, 0), stand_in(2000, 7)
     model = public_model()
     torch.manual_seed(0)
-    attach_loda(model, rank=4, scale=s["scale"])
+    attach_loda(model, **{name: s[name] for name in ("rank", "scale", "targets")})
+    for _, layer in loda_layers(model):
+        layer.loda_A.requires_grad_(s["train_A"])
     rate = s["batch_size"] / RECORDS
     settings = PrivateTraining(
         sample_rate=rate,
@@ -96,7 +104,7 @@ def trial(changes: dict) -> str:
     trainer = DPTrainer(model, (train.images, train.labels), losses, settings).fit()
     labels = class_balanced_labels(s["samples"], 10)
     with trainer.average.in_place():
-        images = sample(model, diffusion, labels, seed=0)
+        images = sample(model, diffusion, labels, guidance=s["guidance"], seed=0)
     judge = train_classifier(LabelledImages(images.clamp(-1, 1), labels, 10), steps=400)
     return f"{json.dumps(changes)}: accuracy {accuracy(judge, test):.3f}, {time.monotonic() - began:.0f} s"
 

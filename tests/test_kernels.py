@@ -160,6 +160,18 @@ def test_clip_sum(samples, numbers):
     check(clip_sum.clip_sum(G, factors), clip_sum.clip_sum_reference, G, factors)
 
 
+def test_sums_in_parts_that_do_not_come_out_even(monkeypatch):
+    """Few programs: each adds up several samples, the last one fewer."""
+    monkeypatch.setattr(tiles, "PROGRAMS", 2)
+    t = Tensors(Shape(5, 1, 20, 6, 4, (6, 5), SAME), torch.float32, torch.channels_last)
+    grads, _ = sample_grad.sample_grads(t.x, t.gz, SAME, 5)
+    summed = sample_grad.weighted_grad_sum(t.x, t.gz, SAME, t.factors)
+    check(summed, lambda G, c: torch.einsum("n...,n->...", G, c), grads, t.factors)
+    G = torch.randn(37, 50, device=DEVICE)
+    factors = torch.rand(37, device=DEVICE)
+    check(clip_sum.clip_sum(G, factors), clip_sum.clip_sum_reference, G, factors)
+
+
 def test_a_refused_sample_adds_nothing_however_broken():
     t = Tensors(SHAPES["3 x 3"], torch.float32, torch.channels_last)
     wanted = sample_grad.weighted_grad_sum(t.x, t.gz, SAME, t.factors)
@@ -177,14 +189,16 @@ def test_a_norm_neither_overflows_nor_vanishes():
 
 
 def test_positions_that_cancel_leave_no_more_than_the_norm_says():
-    """A sample's gradient is finished before it is scaled: what rounding leaves of 1e8 - 1e8 is in its norm too."""
-    x = torch.ones(1, 1, 1, 200, device=DEVICE)
-    g = torch.full_like(x, 1e8)
-    g[..., 100:] = -1e8
-    g[..., 150] += 3
-    norm = sample_grad.sample_grad_squares(x, g, Conv((1, 1)), 1).sum().sqrt()
-    summed = sample_grad.weighted_grad_sum(x, g, Conv((1, 1)), torch.ones(1, device=DEVICE))
-    assert summed.abs().item() == pytest.approx(norm.item(), rel=1e-6)
+    """A sample is finished before it is scaled and joins the others: 1e8 - 1e8 must not leave their rounding behind."""
+    x = torch.ones(2, 1, 1, 200, device=DEVICE)
+    g = torch.full_like(x, 5.0015)
+    g[1], g[1, ..., 100:], g[1, ..., 150] = 1e8, -1e8, -1e8 + 8
+    norms = sample_grad.sample_grad_squares(x, g, Conv((1, 1)), 2).sum(1).sqrt()
+    without, both = (
+        sample_grad.weighted_grad_sum(x, g, Conv((1, 1)), torch.tensor([1.0, factor], device=DEVICE))
+        for factor in (0.0, 1.0)
+    )
+    assert (both - without).abs().item() <= norms[1].item() + 1e-3
 
 
 def test_rows_may_lie_beyond_what_32_bits_can_count():
