@@ -33,7 +33,7 @@ logger = logging.getLogger("fastloda")
 
 T = TypeVar("T")
 
-STRICT = 3.0  # budgets below it take fewer steps
+STRICT = 3.0  # budgets below it have settings of their own
 PRIVATE_RECORDS = 1437  # published with the data set
 
 
@@ -129,23 +129,24 @@ class DemoSettings:
                 raise ValueError(f"settings.{name} must be at least 1, got {value}")
         Adapter(rank=self.rank)
         Classifier(steps=self.classifier_steps, width=self.classifier_width)
-        check_sampling(self.synthetic_images, self.sampler_steps, self.guidance)
-        check_sampling(self.synthetic_images, self.sampler_steps, self.strict_guidance)
         self.public_training(seed=0)
-        for epsilon in (1.0, STRICT):
-            self.fine_tuning(epsilon, seed=0), self.dpsgd_training(epsilon, seed=0)
-            self.privacy(epsilon), self.dpsgd_privacy(epsilon)
+        for guidance in (self.guidance, self.strict_guidance):
+            check_sampling(self.synthetic_images, self.sampler_steps, guidance)
+
+    def at(self, epsilon: float) -> "DemoSettings":
+        """The settings for a budget: below epsilon 3 the strict ones stand in for their namesakes."""
+        strict = {name.replace("strict_", ""): value for name, value in asdict(self).items() if "strict_" in name}
+        return replace(self, **strict) if epsilon < STRICT else self
 
     def privacy(self, epsilon: float) -> Privacy:
         """Of the adapters."""
-        strict = epsilon < STRICT
-        steps, views = (self.strict_steps, self.strict_views) if strict else (self.steps, self.views)
-        return self._promise(epsilon, self.batch_size, steps, self.max_grad_norm, views)
+        s = self.at(epsilon)
+        return s._promise(epsilon, s.batch_size, s.steps, s.max_grad_norm, s.views)
 
     def dpsgd_privacy(self, epsilon: float) -> Privacy:
         """Of the classifier trained directly."""
-        steps = self.dpsgd_strict_steps if epsilon < STRICT else self.dpsgd_steps
-        return self._promise(epsilon, self.dpsgd_batch_size, steps, self.dpsgd_max_grad_norm, self.dpsgd_views)
+        s = self.at(epsilon)
+        return s._promise(epsilon, s.dpsgd_batch_size, s.dpsgd_steps, s.dpsgd_max_grad_norm, s.dpsgd_views)
 
     def public_training(self, seed: int) -> PublicTraining:
         return PublicTraining(
@@ -158,21 +159,23 @@ class DemoSettings:
         )
 
     def fine_tuning(self, epsilon: float, seed: int) -> FineTuning:
+        s = self.at(epsilon)
         return FineTuning(
-            learning_rate=self.strict_learning_rate if epsilon < STRICT else self.learning_rate,
-            ema_decay=self.ema_decay,
-            schedule=self.schedule,
-            label_dropout=self.label_dropout,
-            timesteps=self.timesteps,
+            learning_rate=s.learning_rate,
+            ema_decay=s.ema_decay,
+            schedule=s.schedule,
+            label_dropout=s.label_dropout,
+            timesteps=s.timesteps,
             seed=seed,
         )
 
     def dpsgd_training(self, epsilon: float, seed: int) -> baselines.DPSGD:
+        s = self.at(epsilon)
         return baselines.DPSGD(
-            learning_rate=self.dpsgd_strict_learning_rate if epsilon < STRICT else self.dpsgd_learning_rate,
-            momentum=self.dpsgd_momentum,
-            ema_decay=self.dpsgd_ema_decay,
-            width=self.dpsgd_strict_width if epsilon < STRICT else self.dpsgd_width,
+            learning_rate=s.dpsgd_learning_rate,
+            momentum=s.dpsgd_momentum,
+            ema_decay=s.dpsgd_ema_decay,
+            width=s.dpsgd_width,
             seed=seed,
         )
 
@@ -242,8 +245,9 @@ def demo(
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     if len(set(epsilon)) < max(1, len(epsilon)):
         raise ValueError(f"epsilon must be one number or several different ones, got {list(epsilon)}")
-    for budget in epsilon:
-        settings.privacy(budget), settings.dpsgd_privacy(budget)  # checked before the work begins
+    for budget in epsilon:  # checked before the work begins
+        settings.privacy(budget), settings.dpsgd_privacy(budget)
+        settings.fine_tuning(budget, seed=0), settings.dpsgd_training(budget, seed=0)
     run = Path(run)
     experiment = _Experiment(run, settings, device, progress, stages=seeds * (4 + 4 * len(epsilon)))
     for seed in range(seeds):
@@ -291,8 +295,7 @@ class _Experiment:
             lambda: finetune(folder, s.privacy(epsilon), **options),
             folder / "private",
         )
-        guidance = s.guidance if epsilon >= STRICT else s.strict_guidance
-        self._generate(f"{name}: private model", folder, seed, guidance, **model)
+        self._generate(f"{name}: private model", folder, seed, s.at(epsilon).guidance, **model)
         self._judge(f"{name}: private model", folder, seed, (LODA, epsilon))
         train, test = digits_split()
         classifier = self._stage(
