@@ -33,7 +33,7 @@ setup(
     ],
     extras_require={
         "triton": ["triton>=3.4"],  # comes with PyTorch's builds for GPUs
-        "bench": ["pytest-benchmark>=5"],
+        "bench": ["pytest>=8", "pytest-benchmark>=5", "opacus>=1.6"],
         "test": ["pytest>=8", "hypothesis>=6.100", "dp-accounting>=0.6", "pytest-benchmark>=5", "triton>=3.4"],
     },
     entry_points={"console_scripts": ["fastloda = fastloda.cli:main"]},

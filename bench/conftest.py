@@ -1,56 +1,70 @@
-"""Sizes by `--bench-scale`, a table at the end, and the figures in bench/results/<machine>-<date>.json."""
+"""`--bench-scale`, and at the end the tables; the figures go to bench/results/<machine>-<date>.json."""
 
-import datetime
-import json
-import platform
+import io
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
+from pytest import StashKey
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
-RESULTS = Path(__file__).parent / "results"
-_rows: list[dict] = []
+
+import machine  # noqa: E402
+from results_file import Results  # noqa: E402
+from scales import SCALES, Scale, scale_of  # noqa: E402
+
+from fastloda.report import bench  # noqa: E402
+
+RESULTS = StashKey[Results]()
+STARTED = time.monotonic()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--bench-scale", choices=("smoke", "cpu"), default="cpu", help="smoke: seconds, writes nothing")
+    default = "gpu" if machine.CUDA else "cpu"
+    parser.addoption("--bench-scale", choices=SCALES, default=default, help="sizes; smoke: seconds, writes nothing")
+    parser.addoption("--bench-budget", type=float, help="seconds after which no further case is started")
+
+
+def pytest_configure(config):
+    config.stash[RESULTS] = Results.at_scale(config.getoption("--bench-scale"))
 
 
 @pytest.fixture(scope="session")
-def scale(request) -> str:
-    return request.config.getoption("--bench-scale")
+def scale(request) -> Scale:
+    return scale_of(request.config)
 
 
-@pytest.fixture
-def record_row():
-    """`record_row(**figures)`: a row of the final table and of the result file."""
-    return lambda **figures: _rows.append(figures)
+@pytest.fixture(scope="session")
+def results(request) -> Results:
+    return request.config.stash[RESULTS]
+
+
+@pytest.fixture(scope="session")
+def peaks(request, results) -> machine.Peaks:
+    """Of this device, measured once."""
+    found = machine.measure_peaks(quick=request.config.getoption("--bench-scale") == "smoke")
+    results.set_peaks(found)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _budget(request):
+    budget = request.config.getoption("--bench-budget")
+    if budget is not None and time.monotonic() - STARTED > budget:
+        pytest.skip(f"the budget of {budget:g} s is spent")
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not _rows:
+    results = config.stash[RESULTS]
+    if not results.measured:
         return
-    terminalreporter.section("FastLoDA against plain PyTorch")
-    columns = list(dict.fromkeys(key for row in _rows for key in row))
-    cells = [columns] + [[_show(row.get(column, "")) for column in columns] for row in _rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)))
-    if config.getoption("--bench-scale") != "smoke":
-        terminalreporter.write_line(f"written to {_write()}")
-
-
-def _show(value) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _write() -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}-cpu"
-    machine = f"{device}-{torch.get_num_threads()}threads".lower().replace(" ", "-").replace("_", "-")
-    path = RESULTS / f"{machine}-{datetime.date.today()}.json"
-    document = {"machine": machine, "torch": torch.__version__, "python": platform.python_version(), "rows": _rows}
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    return path
+    screen = io.StringIO()
+    console = Console(file=screen, width=max(150, terminalreporter._tw.fullwidth))
+    for table in bench.tables(results.document):
+        console.print(table.for_terminal())
+    terminalreporter.section("FastLoDA beside the others")
+    terminalreporter.write(screen.getvalue())
+    if results.path is not None:
+        terminalreporter.write_line(f"written to bench/results/{results.path.name}")

@@ -1,63 +1,126 @@
-"""Fair figures on a drifting machine: paired, interleaved rounds; peak allocation from the profiler in a fresh process."""
+"""Fair figures on a drifting machine: interleaved rounds, and the memory of a step in a process of its own."""
 
 import multiprocessing
+import re
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from cases import Case
+from machine import CUDA, seconds
+from providers import PROVIDERS, Privacy
+
+
+class Race:
+    """Steps in turn, each timed in every round; one that raises leaves the race with its error."""
+
+    def __init__(self, steps: Mapping[str, Callable[[], object]]):
+        self.steps = dict(steps)
+        self.times: dict[str, list[float]] = {name: [] for name in steps}
+        self.errors: dict[str, str] = {}
+        self._rounds = 0
+
+    def round(self) -> None:
+        """Each once, starting with another one each time."""
+        names = list(self.steps)
+        first = self._rounds % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            try:
+                self.times[name].append(seconds(self.steps[name]))
+            except Exception as error:  # whatever a contender raises is its result
+                self.errors[name] = describe(error)
+                del self.steps[name]
+        self._rounds += 1
+
+    def paired(self, rounds: int) -> dict[str, list[float]]:
+        """The times of the last `rounds` rounds, of those who finished."""
+        return {name: self.times[name][-rounds:] for name in self.steps}
+
+
+def ratio(times: list[float], baseline: list[float]) -> float:
+    """Median over rounds of time over the baseline's time in the same round."""
+    return statistics.median(t / b for t, b in zip(times, baseline, strict=True))
+
+
+def describe(error: Exception) -> str:
+    """One line, without paths: results are published."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {re.sub(r'(/[^/ ]+){2,}', '(path)', text)}"[:200]
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Medians over rounds in which every contender ran once, in turn."""
+class Memory:
+    """Bytes of one step. allocated: the most allocated at a time, beyond what lives between steps.
 
-    seconds: dict[str, float]
-    ratio: dict[str, float]  # median over rounds of time / the baseline's time in the same round
-
-
-def paired_rounds(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> Paired:
-    """Time every contender once a round; the first is the baseline."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(-warmup, rounds):
-        for name, run in contenders.items():
-            _synchronize()
-            start = time.perf_counter()
-            run()
-            _synchronize()
-            if round_number >= 0:
-                times[name].append(time.perf_counter() - start)
-    baseline = times[next(iter(contenders))]
-    return Paired(
-        {name: statistics.median(values) for name, values in times.items()},
-        {name: statistics.median(t / b for t, b in zip(values, baseline)) for name, values in times.items()},
-    )
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_allocation(make_step: Callable[..., Callable[[], object]], *args) -> int:
-    """Bytes that the second call of make_step(*args)() allocates at most at a time, beyond what lives between steps.
-
-    In a fresh process, so that nothing cached by others counts; make_step must be importable.
+    resident: on a CPU, by how much the process grew at most, the model and everything else that building took included.
     """
+
+    allocated: int
+    resident: int | None = None
+
+
+def step_memory(case: Case, provider: str) -> Memory:
+    """On a GPU from its allocator, here; on a CPU from the profiler, in a fresh process in which nothing else was cached."""
+    if CUDA:
+        return _cuda_memory(case, provider)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_peak, (make_step, args))
+        return pool.apply(_cpu_memory, (case, provider, torch.get_num_threads()))
 
 
-def _measure_peak(make_step: Callable[..., Callable[[], object]], args: tuple) -> int:
-    torch.set_num_threads(2)
-    step = make_step(*args)
+def _cuda_memory(case: Case, provider: str) -> Memory:
+    torch.cuda.empty_cache()
+    step = PROVIDERS[provider](case, Privacy()).step
+    step()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return Memory(torch.cuda.max_memory_allocated() - before)
+
+
+def _cpu_memory(case: Case, provider: str, threads: int) -> Memory:
+    torch.set_num_threads(threads)
+    before = _status_bytes("VmRSS")
+    step = PROVIDERS[provider](case, Privacy()).step
     step()
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
+    peak = _status_bytes("VmHWM")
+    return Memory(_allocation_peak(profile), None if before is None else peak - before)
+
+
+def _allocation_peak(profile: torch.profiler.profile) -> int:
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def _status_bytes(field: str) -> int | None:
+    """VmRSS: resident now; VmHWM: at most so far. (getrusage's maximum would include the parent's.)"""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1]) << 10
+
+
+def largest_batch(peak: Callable[[int], int], small: int, memory: int) -> int:
+    """The largest batch whose step peaks within `memory` bytes, from the line through two small ones; tried before told.
+
+    peak(batch) -> bytes; it may run out of memory, which is RuntimeError in PyTorch.
+    """
+    low, high = peak(small), peak(2 * small)
+    batch = int(small + (memory - low) * small / max(1, high - low))
+    while batch > small and not _fits(peak, batch, memory):
+        batch = int(0.97 * batch)
+    return max(batch, 0)
+
+
+def _fits(peak: Callable[[int], int], batch: int, memory: int) -> bool:
+    try:
+        return peak(batch) <= memory
+    except RuntimeError:
+        return False

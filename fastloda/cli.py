@@ -4,6 +4,7 @@ A bad input gives one line on stderr and exit code 2, before anything is changed
 """
 
 import argparse
+import inspect
 import logging
 import re
 import sys
@@ -12,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import docstring_parser
 import yaml
@@ -19,10 +21,12 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 
 from fastloda import __version__
 from fastloda.account import account
+from fastloda.bench_report import bench_report
 from fastloda.demo import demo
 from fastloda.pipeline import evaluate, finetune, pretrain, sample
 
-COMMANDS: dict[str, Callable] = {f.__name__: f for f in (pretrain, finetune, sample, evaluate, account, demo)}
+FUNCTIONS = (pretrain, finetune, sample, evaluate, account, demo, bench_report)
+COMMANDS: dict[str, Callable] = {f.__name__.replace("_", "-"): f for f in FUNCTIONS}
 BAD_INPUT, INTERRUPTED = 2, 130
 LONGEST_MESSAGE = 600  # characters
 
@@ -36,6 +40,7 @@ Fine-tune a diffusion model on private images under differential privacy, and dr
   fastloda sample   --run runs/a --count 2000          private synthetic images
   fastloda evaluate --run runs/a                       what a classifier learns from them
   fastloda account  --delta 1e-5 --sample_rate 0.01 --noise_multiplier 1 --steps 1000
+  fastloda bench-report bench/results/*.json           tables and plots of what `pytest bench/` measured
 
 Every stage writes into the run's folder, skips what is there, and continues what was interrupted. Settings come from
 --config FILE (YAML; the config.yaml that each stage writes is one) and from options, which win.
@@ -73,10 +78,16 @@ def build_parser() -> ArgumentParser:
         text = docstring_parser.parse(function.__doc__)
         sub = _Parser(description=f"{text.short_description}\n\n{text.long_description or ''}")
         sub.add_argument("--config", action="config", help="YAML file of settings; options win over it")
-        sub.add_function_arguments(function, as_group=False, as_positional=False)
+        if "files" in inspect.signature(function).parameters:
+            sub.add_argument("files", nargs="+", type=Path, help=_parameter_help(text, "files"))
+        sub.add_function_arguments(function, as_group=False, as_positional=False, skip={"files"})
         _switches(sub)
         subcommands.add_subcommand(name, sub, help=text.short_description)
     return parser
+
+
+def _parameter_help(text: docstring_parser.Docstring, name: str) -> str:
+    return next(parameter.description for parameter in text.params if parameter.arg_name == name)
 
 
 def run(chosen: Namespace) -> dict | None:

@@ -84,9 +84,11 @@ def check_independence(
     gradient was zero anyway and showed nothing); it then costs 2 log2(samples) backward passes.
     """
     probed = _probed.setdefault(model, {})
+    if samples <= 2 * probed.get(graph.signature, 0):  # first: what follows waits for the GPU
+        return
     finite = losses.detach().view(samples, -1).isfinite().all(1)
     candidates = finite.nonzero().flatten()
-    if samples <= 2 * probed.get(graph.signature, 0) or len(candidates) < 2:
+    if len(candidates) < 2:
         return
     shown: set[Node] = set()
     for part in _parting(len(candidates)):

@@ -3,30 +3,36 @@
 python scripts/readme_table.py
 """
 
-import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-MARK = "<!-- measured -->"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fastloda.report import bench  # noqa: E402
 
 
 def bench_table() -> str:
-    path = max((ROOT / "bench" / "results").glob("*.json"), key=lambda p: p.name[-15:])
-    document = json.loads(path.read_text())
-    lines = [
-        f"One training step of six adapted 3 x 3 convolutions (r = 4): FastLoDA's private step against the same step in plain "
-        f"PyTorch *without* privacy. Medians of paired, interleaved rounds; peak allocation of a step. `{document['machine']}`, "
-        f"torch {document['torch']} ([`{path.name}`](bench/results/{path.name})):",
-        "",
-        "| case | plain, samples/s | private, samples/s | time x | peak memory x |",
-        "|---|---|---|---|---|",
-    ]
-    for row in document["rows"]:
-        lines.append(
-            f"| {row['case']} | {row['plain img/s']:.0f} | {row['private img/s']:.0f} | {row['time x']:.2f} "
-            f"| {row['memory x']:.2f} |"
-        )
-    return "\n".join(lines)
+    """The newest result file of every machine."""
+    newest = {document["machine"]: (path, document) for path, document in _results()}
+    return "\n\n".join(_machine_table(path, document) for path, document in newest.values())
+
+
+def _results() -> Iterator[tuple[Path, dict]]:
+    """Oldest first."""
+    documents = {path: bench.load(path) for path in (ROOT / "bench" / "results").glob("*.json")}
+    return iter(sorted(documents.items(), key=lambda item: (item[1]["date"], item[0].name)))
+
+
+def _machine_table(path: Path, document: dict) -> str:
+    lead = (
+        "One training step, medians of paired, interleaved rounds: FastLoDA's private step against the same step in plain "
+        "PyTorch *without* privacy, and against the fastest mode of Opacus that gives right gradients. "
+        f"Memory is the peak allocation of the step. {bench.environment(document)} "
+        f"([`{path.name}`](bench/results/{path.name})):"
+    )
+    return f"{lead}\n\n{bench.summary_table(document['steps']).to_markdown()}".rstrip()
 
 
 def demo_table() -> str:

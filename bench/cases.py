@@ -1,0 +1,127 @@
+"""What is timed: a model, its batch and its loss, by size. `SCALES` holds the sizes of `--bench-scale`."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from adapters import adapt_plainly
+from machine import DEVICE
+from torch import Tensor, nn
+from wideresnet import WideResNet
+
+from fastloda.diffusion import digits_unet, paper_unet
+
+Batch = tuple[Tensor, ...]  # every tensor has batch x views rows, sample-major
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training step. `channels`, `size` and `layers` are those of the layer and the stack; other models have their own.
+
+    rank: of the adapters; None trains all parameters. dtype: "bfloat16" is autocast. views: rows of one sample.
+    """
+
+    model: str
+    batch: int
+    rank: int | None = 4
+    views: int = 1
+    channels: int = 64
+    size: int = 32
+    layers: int = 6
+    layout: str = "nchw"
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        parts = [self.model, f"n{self.batch}"]
+        if self.model in ("layer", "stack"):
+            parts += [f"c{self.channels}", f"{self.size}x{self.size}"]
+        if self.model == "stack" and self.layers != 6:
+            parts.append(f"{self.layers}layers")
+        parts.append("full" if self.rank is None else f"r{self.rank}")
+        parts += [f"{self.views}views"] * (self.views > 1) + [self.layout] * (self.layout != "nchw")
+        return "-".join(parts + [self.dtype] * (self.dtype != "float32"))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def build(self) -> nn.Module:
+        """The model in plain PyTorch modules; the same weights each time."""
+        torch.manual_seed(0)
+        model = WORKLOADS[self.model].build(self)
+        if self.rank is not None:
+            adapt_plainly(model, self.rank)
+        return model.to(DEVICE, memory_format=self.memory_format)
+
+    def inputs(self) -> Batch:
+        torch.manual_seed(1)
+        batch = (t.to(DEVICE) for t in WORKLOADS[self.model].inputs(self, self.batch * self.views))
+        return tuple(t.contiguous(memory_format=self.memory_format) if t.dim() == 4 else t for t in batch)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One number for each row, in float32."""
+        half = self.dtype == "bfloat16"
+        # without its cache of cast weights, which a captured graph could not use
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            return WORKLOADS[self.model].losses(model, *batch).float()
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+
+
+class Workload(NamedTuple):
+    """build(case) -> model without adapters; inputs(case, rows) -> batch; losses(model, *batch) -> [rows]."""
+
+    build: Callable[[Case], nn.Module]
+    inputs: Callable[[Case, int], Batch]
+    losses: Callable[..., Tensor]
+
+
+def _stack(case: Case) -> nn.Module:
+    return nn.Sequential(*(nn.Conv2d(case.channels, case.channels, 3, padding=1) for _ in range(case.layers)))
+
+
+def _features(case: Case, rows: int) -> Batch:
+    return (torch.randn(rows, case.channels, case.size, case.size),)
+
+
+def _features_with_grad(case: Case, rows: int) -> Batch:
+    """The layer stands within a model: its input wants a gradient too."""
+    return (_features(case, rows)[0].requires_grad_(),)
+
+
+def _mean_square(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean((1, 2, 3))
+
+
+def _noisy_images(channels: int, size: int) -> Callable[[Case, int], Batch]:
+    def inputs(case: Case, rows: int) -> Batch:
+        x, noise = torch.randn(2, rows, channels, size, size)
+        return x, torch.randint(1000, (rows,)), torch.randint(10, (rows,)), noise
+
+    return inputs
+
+
+def _noise_error(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+    return (model(x, t, y) - noise).square().flatten(1).mean(1)
+
+
+def _labelled_images(case: Case, rows: int) -> Batch:
+    return torch.randn(rows, 3, 32, 32), torch.randint(10, (rows,))
+
+
+def _cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+WORKLOADS = {
+    "layer": Workload(lambda case: _stack(replace(case, layers=1)), _features_with_grad, _mean_square),
+    "stack": Workload(_stack, _features, _mean_square),
+    # zero_init off: at the start only the output layer would have a gradient
+    "digits_unet": Workload(lambda case: digits_unet(zero_init=False), _noisy_images(1, 8), _noise_error),
+    "paper_unet": Workload(lambda case: paper_unet(zero_init=False), _noisy_images(3, 32), _noise_error),
+    "wideresnet": Workload(lambda case: WideResNet(), _labelled_images, _cross_entropy),
+}

@@ -1,0 +1,86 @@
+"""What the bench runs on: the device, its versions, and how fast it copies and multiplies, measured. No host names, no paths."""
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastloda
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Measured limits of the device: bytes a second of a copy (read and written), flops a second of a matrix product."""
+
+    copy: float
+    matmul: dict[torch.dtype, float]
+
+    def floor(self, bytes_moved: int, flops: int, dtype: torch.dtype) -> float:
+        """Seconds below which no kernel that moves and computes as much can end."""
+        return max(bytes_moved / self.copy, flops / self.matmul[dtype])
+
+
+def measure_peaks(quick: bool = False) -> Peaks:
+    """quick: small tensors, for a look at the code rather than at the device."""
+    numbers = 1 << (22 if quick else 30 if CUDA else 28)
+    side = 256 if quick else 8192 if CUDA else 2048
+    source = torch.ones(numbers // 4, device=DEVICE)  # numbers: bytes of one copy
+    target = torch.empty_like(source)
+    copy = 2 * numbers / fastest(lambda: target.copy_(source))
+    return Peaks(copy, {dtype: 2 * side**3 / _product_seconds(side, dtype) for dtype in DTYPES})
+
+
+def _product_seconds(side: int, dtype: torch.dtype) -> float:
+    a = torch.randn(side, side, device=DEVICE).to(dtype)
+    out: Tensor = torch.empty_like(a)
+    return fastest(lambda: torch.mm(a, a, out=out))
+
+
+def fastest(run: Callable[[], object], rounds: int = 5) -> float:
+    return min(seconds(run) for _ in range(rounds))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of run(), the device's work included."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def name() -> str:
+    """A file name's worth: nvidia-h200, x86-64-cpu-2threads."""
+    kind = torch.cuda.get_device_name() if CUDA else f"{platform.machine()}-cpu-{torch.get_num_threads()}threads"
+    return kind.lower().replace(" ", "-").replace("_", "-")
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides a time."""
+    found = {"fastloda": fastloda.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "opacus"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # not installed: absent from the result too
+    return found | (_gpu_versions() if CUDA else {})
+
+
+def _gpu_versions() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return {"cuda": torch.version.cuda, "driver": driver, "gpu": torch.cuda.get_device_name()}

@@ -1,0 +1,65 @@
+"""Nobody is fast by being wrong: each contender's clipped gradient against one plain backward pass per sample."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from adapters import trainable
+from cases import Case
+from machine import CUDA
+from providers import PEER, PLAIN, PROVIDERS, Privacy
+from torch import Tensor
+
+SAMPLES = 32  # that are compared with the truth
+# Largest difference over the length of the gradient. On a GPU float32 convolutions are tf32 by PyTorch's default.
+TOLERANCE = {"float32": 1e-2 if CUDA else 1e-4, "bfloat16": 0.1}
+OPACUS_EPSILON = 1e-6  # it clips to C / (|g| + 1e-6): a little too short where gradients are small
+
+
+class WrongAnswer(AssertionError):
+    """A contender's gradient is not what it should be: the bench fails."""
+
+
+def check(case: Case, provider: str) -> None:
+    """Compare a step of the first few samples, without noise.
+
+    Raises:
+        WrongAnswer: the gradient differs by more than rounding.
+    """
+    few = replace(case, batch=min(case.batch, SAMPLES))
+    bound = _median_norm(few)
+    contender = PROVIDERS[provider](few, Privacy(max_grad_norm=bound, noise_multiplier=0.0))
+    wanted = _clipped_mean(few, float("inf") if provider == PLAIN else bound)
+    allowed = TOLERANCE[case.dtype] + (OPACUS_EPSILON / bound if provider.startswith(PEER) else 0.0)
+    _compare(contender.gradients(), wanted, allowed, f"{provider}, {case.name}")
+
+
+def _compare(found: list[Tensor], wanted: list[Tensor], tolerance: float, what: str) -> None:
+    difference, length = (_norm(tensors) for tensors in ([a - b for a, b in zip(found, wanted, strict=True)], wanted))
+    if not difference <= tolerance * length:
+        raise WrongAnswer(f"{what}: the clipped gradient is off by {difference / length:.2g} of its length")
+
+
+def _clipped_mean(case: Case, max_grad_norm: float) -> list[Tensor]:
+    grads = _sample_grads(case)
+    factors = [min(1.0, max_grad_norm / _norm(g)) / case.batch for g in grads]
+    return [sum(f * g for f, g in zip(factors, of_parameter)) for of_parameter in zip(*grads)]
+
+
+def _median_norm(case: Case) -> float:
+    """As the clipping norm: half of the samples are clipped."""
+    return float(torch.tensor([_norm(g) for g in _sample_grads(case)]).median())
+
+
+@lru_cache(maxsize=1)  # for every provider of one case
+def _sample_grads(case: Case) -> list[list[Tensor]]:
+    """For each sample, the gradient of the mean loss over its views, by its own backward pass, without tf32 or autocast."""
+    case = replace(case, dtype="float32")
+    model, batch = case.build(), case.inputs()
+    samples = zip(*(t.split(case.views) for t in batch))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return [torch.autograd.grad(case.losses(model, sample).mean(), trainable(model)) for sample in samples]
+
+
+def _norm(tensors) -> float:
+    return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())

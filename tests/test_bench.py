@@ -1,0 +1,171 @@
+"""The bench's own instruments, and its report: a bench that measures wrongly is worse than none."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fastloda.cli import main
+from fastloda.report import bench
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def instruments():
+    """bench/'s modules, which are no package."""
+    pytest.importorskip("pytest_benchmark")
+    sys.path.insert(0, str(ROOT / "bench"))
+    names = ("cases", "measure", "providers", "results_file", "truth")
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    sys.path.remove(str(ROOT / "bench"))
+
+
+# ---- instruments
+
+
+def test_rounds_are_interleaved_and_a_failure_is_a_result(instruments):
+    calls = []
+
+    def fails_at_the_third():
+        calls.append("b")
+        if calls.count("b") == 3:
+            raise RuntimeError("no room in /root/somewhere/x.py")
+
+    race = instruments.measure.Race({"a": lambda: calls.append("a"), "b": fails_at_the_third})
+    for _ in range(4):
+        race.round()
+    assert "".join(calls) == "abbaaba"  # another one starts each time; b leaves in its third round
+    assert {name: len(times) for name, times in race.paired(3).items()} == {"a": 3}
+    assert race.errors == {"b": "RuntimeError: no room in (path)"}
+
+
+def test_ratios_are_of_the_same_round(instruments):
+    assert instruments.measure.ratio([2.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == 2.0
+
+
+def test_the_largest_batch_is_tried_before_it_is_told(instruments):
+    tried = []
+
+    def peak(batch: int) -> int:
+        tried.append(batch)
+        if batch > 100:
+            raise RuntimeError("out of memory")
+        return 50 + 10 * batch + (200 if batch > 60 else 0)  # jumps: the straight line promises too much
+
+    found = instruments.measure.largest_batch(peak, 4, 1000)
+    assert found == tried[-1] and peak(found) <= 1000 < peak(95) and 70 <= found <= 75
+    assert instruments.measure.largest_batch(peak, 4, 100_000) <= 100
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_gradient_fails_before_anything_is_timed(instruments, monkeypatch):
+    case = instruments.cases.Case("stack", 4, channels=8, size=8, layers=2)
+    ours = instruments.providers.fastloda
+    instruments.truth.check(case, "FastLoDA")
+    unclipped = lambda case, privacy: ours(case, instruments.providers.Privacy(1e6, 0.0))  # noqa: E731
+    monkeypatch.setitem(instruments.providers.PROVIDERS, "FastLoDA", unclipped)
+    with pytest.raises(instruments.truth.WrongAnswer, match="FastLoDA, stack-n4-c8-8x8-2layers-r4"):
+        instruments.truth.check(case, "FastLoDA")
+
+
+def test_a_run_goes_on_with_the_rows_of_the_same_day(instruments, tmp_path):
+    path = tmp_path / "machine.json"
+    first = instruments.results_file.Results("cpu", path)
+    first.add("steps", {"case": "a", "providers": {}})
+    first.add("steps", {"case": "b", "providers": {}})
+    second = instruments.results_file.Results("cpu", path)
+    second.add("steps", {"case": "a", "providers": {"new": {}}})
+    assert json.loads(path.read_text())["steps"] == [
+        {"case": "b", "providers": {}},
+        {"case": "a", "providers": {"new": {}}},
+    ]
+    assert not instruments.results_file.Results("gpu", path).measured  # another scale starts anew
+
+
+def test_gpu_check_says_that_there_is_no_gpu():
+    environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "no GPU" in done.stderr
+
+
+# ---- report
+
+SECONDS = {"min": 0.9, "max": 1.2, "mean": 1.0, "stddev": 0.1, "median": 1.0, "iqr": 0.1, "rounds": 3}
+
+
+def figures(time: float, peak: float) -> dict:
+    return {
+        "seconds": SECONDS,
+        "samples_per_second": 8.0 / time,
+        "time_over_plain": time,
+        "time_over_best_opacus": time / 2,
+        "peak_bytes": int(peak * 2**20),
+        "peak_over_plain": peak,
+        "resident_bytes": None,
+    }
+
+
+@pytest.fixture
+def document() -> dict:
+    providers = {
+        "plain PyTorch": figures(1.0, 1.0),
+        "FastLoDA": figures(1.1, 1.1),
+        "Opacus hooks": figures(2.0, 2.0),
+        "Opacus ew": {"error": "RuntimeError: it | cannot"},
+    }
+    step = {"case": "stack", "best_opacus": "Opacus hooks", "providers": providers}
+    growth = [step | {"case": f"rank {r}", "curve": "rank", "field": "rank", "value": r} for r in (4, 1)]
+    kernel = {
+        "case": "gA", "operation": "gA: norm", "layer": "64 to 64", "layers": 3, "bytes": 10**6, "flops": 10**6,
+        "seconds": SECONDS, "floor_seconds": 0.5, "fraction_of_floor": 0.5,
+    }  # fmt: skip
+    peaks = {"copy_bytes_per_second": 1e10, "matmul_flops_per_second": {"float32": 1e11}}
+    head = {"format": 1, "machine": "m", "date": "2026-01-02", "scale": "cpu", "versions": {"torch": "2"}}
+    return head | {"peaks": peaks, "steps": [step], "growth": growth, "kernels": [kernel]}
+
+
+def test_the_summary_says_how_much_faster_and_what_nobody_could_run(document):
+    (row,) = bench.summary_table(document["steps"]).rows
+    assert row == ["stack", "8", "7.27", "1.10", "1.10", "hooks", "1.82 x", "0.55"]
+    del document["steps"][0]["providers"]["Opacus hooks"]
+    document["steps"][0]["best_opacus"] = None
+    document["steps"][0]["providers"]["FastLoDA"].pop("time_over_best_opacus")
+    assert bench.summary_table(document["steps"]).rows[0][5:] == ["none runs", "", ""]
+
+
+def test_an_error_is_shown_not_left_out(document):
+    table = bench.step_table(document["steps"], "title")
+    assert [row[:2] for row in table.rows][-1] == ["- Opacus ew", "error"]
+    assert "Opacus ew: RuntimeError: it | cannot (stack)" in table.to_markdown()
+
+
+def test_the_command_writes_markdown_and_figures(document, tmp_path, capsys):
+    path, out = tmp_path / "m-2026-01-02.json", tmp_path / "out"
+    path.write_text(json.dumps(document))
+    assert main(["bench-report", str(path), "--out", str(out)]) == 0
+    text = (out / "bench.md").read_text()
+    names = {file.name for file in out.glob("*.png")}
+    assert len(names) == 4 and all(f"]({name})" in text for name in names)
+    assert "| stack | 8 | 7.27 |" in text and "50%" in text
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in out.glob("*.png"))
+    assert "figures: 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "no JSON", '{"format": 2}'])
+def test_another_file_is_refused_in_one_line(content, tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    assert main(["bench-report", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("fastloda bench-report: error: ") and not (tmp_path / "out").exists()
+
+
+def test_committed_results_can_be_read():
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        document = bench.load(path)
+        assert list(bench.tables(document)) and "/" not in document["machine"]
