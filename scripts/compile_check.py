@@ -1,7 +1,7 @@
 """Compile every kernel ahead of time, without a GPU, at every layer shape of the paper's U-Net.
 
-    python scripts/compile_check.py                       bfloat16, channels_last and contiguous, sm_80, sm_90, sm_100
-    python scripts/compile_check.py --dtypes bfloat16 float16 float32 --json compile.json
+    python scripts/compile_check.py                       bfloat16, channels_last, for sm_80, sm_90 and sm_100
+    python scripts/compile_check.py --dtypes bfloat16 float16 float32 --layouts channels_last contiguous --json compile.json
 
 The launchers themselves are run on tensors without memory, and what they would launch is compiled as a launch would compile it.
 Fails on an error, a register spill, or more shared memory than the card has.
@@ -30,6 +30,7 @@ from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_
 from fastloda.kernels.conv import Conv
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 RANK, BATCH, ADAPTED_NUMBERS = 4, 128, 366_592
 
 
@@ -131,7 +132,9 @@ class Launch:
         return self.kernel.__name__, kinds, self.options
 
 
-def launches(layers: list[Layer], dtypes: list[torch.dtype]) -> Iterator[tuple[str, Launch]]:
+def launches(
+    layers: list[Layer], dtypes: list[torch.dtype], layouts: list[torch.memory_format]
+) -> Iterator[tuple[str, Launch]]:
     """(label, launch), each that compiles differently once."""
     seen, caught = set(), []
 
@@ -143,7 +146,7 @@ def launches(layers: list[Layer], dtypes: list[torch.dtype]) -> Iterator[tuple[s
     try:
         for layer in layers:
             for dtype in dtypes:
-                for memory_format in (torch.channels_last, torch.contiguous_format):
+                for memory_format in layouts:
                     launch_all(layer, dtype, memory_format)
                     label = f"{layer.channels}->{layer.outputs} {layer.size} {layer.conv} {dtype} {memory_format}"
                     yield from ((label, launch) for launch in caught if launch.key not in seen)
@@ -188,8 +191,10 @@ def _check_one(job: tuple[int, int]) -> Report:
 _JOBS: list[tuple[str, Launch]] = []  # filled before the workers fork: a kernel can't be pickled
 
 
-def check(archs: list[int], dtypes: list[torch.dtype], workers: int) -> list[Report]:
-    _JOBS[:] = launches(unet_layers(), dtypes)
+def check(
+    archs: list[int], dtypes: list[torch.dtype], layouts: list[torch.memory_format], workers: int
+) -> list[Report]:
+    _JOBS[:] = launches(unet_layers(), dtypes, layouts)
     jobs = [(which, arch) for arch in archs for which in range(len(_JOBS))]
     with ProcessPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(_check_one, jobs), "compile", len(jobs)))
@@ -199,10 +204,12 @@ def main(show: Callable[[str], None] = print) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--layouts", nargs="+", default=["channels_last"], choices=list(LAYOUTS))
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     parser.add_argument("--json", type=Path, help="write a report of each compilation here")
     arguments = parser.parse_args()
-    reports = check(arguments.archs, [getattr(torch, name) for name in arguments.dtypes], arguments.workers)
+    dtypes, layouts = [getattr(torch, name) for name in arguments.dtypes], [LAYOUTS[name] for name in arguments.layouts]
+    reports = check(arguments.archs, dtypes, layouts, arguments.workers)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
     bad = [report for report in reports if report.problem]
