@@ -25,6 +25,19 @@ def load(pointers, mask):
     return tile
 
 
+@triton.jit
+def undo_stride(h, w, inside, SH: tl.constexpr, SW: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr):
+    """Place (h, w) times the stride -> output position, and where `inside` there is one."""
+    inside = inside & (h >= 0) & (w >= 0)
+    if SH > 1:
+        inside = inside & (h % SH == 0)
+        h = h // SH
+    if SW > 1:
+        inside = inside & (w % SW == 0)
+        w = w // SW
+    return h * OW + w, inside & (h < OH) & (w < OW)
+
+
 class Planes(NamedTuple):
     """A tensor [N, channels, H, W] whose positions lie evenly, and its strides of row, channel and position."""
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastloda.kernels import tiles
-from fastloda.kernels.blocks import cdiv, launch, load, planes
+from fastloda.kernels.blocks import cdiv, launch, load, planes, undo_stride
 from fastloda.kernels.conv import Conv
 
 
@@ -44,15 +44,8 @@ def _input_grad_kernel(
         tap, j = m // R, m % R
         h = (q // W)[:, None] + (PH - tap // KW * DH)[None, :]
         w = (q % W)[:, None] + (PW - tap % KW * DW)[None, :]
-        inside = (q < H * W)[:, None] & (tap < KH * KW)[None, :] & (h >= 0) & (w >= 0)
-        if SH > 1:
-            inside = inside & (h % SH == 0)
-            h = h // SH
-        if SW > 1:
-            inside = inside & (w % SW == 0)
-            w = w // SW
-        inside = inside & (h < OH) & (w < OW)
-        shifted = load(gz + n * g_row + (j * G_CHANNEL)[None, :] + (h * OW + w) * G_POSITION, inside)
+        p, inside = undo_stride(h, w, (q < H * W)[:, None] & (tap < KH * KW)[None, :], SH, SW, OH, OW)
+        shifted = load(gz + n * g_row + (j * G_CHANNEL)[None, :] + p * G_POSITION, inside)
         weight = load(A + m[:, None] * C + c[None, :], (tap < KH * KW)[:, None] & (c < C)[None, :])
         acc = tl.dot(shifted, weight, acc, input_precision="ieee")
     at = dx + n * x_row + q[:, None] * x_position + (c * x_channel)[None, :]

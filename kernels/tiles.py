@@ -23,6 +23,12 @@ def gradient(rows: int, channels: int, positions: int, itemsize: int) -> dict[st
     return outer | {"BP": min(64, power_of_2(positions)), "STAGES": 3, "num_warps": 4}
 
 
+def weighted(rows: int, channels: int, positions: int, itemsize: int) -> dict[str, int]:
+    """sample_grad's weighted sum: as `gradient`. It holds two tiles of numbers, so full layers take more warps."""
+    sizes = gradient(rows, channels, positions, itemsize)
+    return sizes | {"num_warps": 8} if rows > sizes["BM"] else sizes
+
+
 def chunk(samples: int, tiles: int) -> int:
     """sample_grad's weighted sum: how many samples a program adds up."""
     return cdiv(samples, max(1, PROGRAMS // tiles))

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from fastloda.report.bench import OURS, PLAIN
-from fastloda.report.plots import DOT, INK, LINE
-from fastloda.report.plots import _drawing as drawing
+from fastloda.report.plots import DOT, INK, LINE, drawing
 
 COLOURS = {OURS: DOT, PLAIN: INK, "Opacus hooks": LINE, "Opacus functorch": "#1f5aa6", "Opacus ghost": "#7fb2ea"}
 OTHER = "#8e6cc4"

@@ -42,7 +42,7 @@ def sample_grid(images: Tensor, labels: Tensor, *, columns: int = 20, max_rows: 
 
 def epsilon_plot(steps: Sequence[int], epsilons: Sequence[float], *, target: float | None, delta: float) -> bytes:
     """Epsilon spent against optimizer steps, and the target it may not exceed."""
-    with _drawing(6.0, 3.2) as (axes, png):
+    with drawing(6.0, 3.2) as (axes, png):
         axes.plot(steps, epsilons, color=LINE, linewidth=2)
         if target is not None:
             axes.axhline(target, color=DOT, linestyle="--", linewidth=1.2)
@@ -55,7 +55,7 @@ def epsilon_plot(steps: Sequence[int], epsilons: Sequence[float], *, target: flo
 
 def accuracy_plot(results: Sequence[Result]) -> bytes:
     """Mean test accuracy by method: a bar each, a dot for each seed if there are several."""
-    with _drawing(6.0, 0.9 + 0.42 * len(results)) as (axes, png):
+    with drawing(6.0, 0.9 + 0.42 * len(results)) as (axes, png):
         places = range(len(results))
         axes.barh(places, [100 * r.mean for r in results], height=0.6, color=LINE, alpha=0.75)
         for place, result in zip(places, results, strict=True):
@@ -80,7 +80,7 @@ def _label(result: Result) -> str:
 
 
 @contextmanager
-def _drawing(width: float, height: float) -> Iterator[tuple[Axes, io.BytesIO]]:
+def drawing(width: float, height: float) -> Iterator[tuple[Axes, io.BytesIO]]:
     """Axes of a figure of width x height inches; after, its PNG."""
     figure, png = Figure((width, height), dpi=144, layout="constrained"), io.BytesIO()
     FigureCanvasAgg(figure)
