@@ -9,8 +9,6 @@ consecutive rows, whose gradients are summed before the norm.
 All three go through `_sample_tile`, so that a norm is that of the very numbers that are summed, however the positions cancel.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -137,7 +135,7 @@ def sample_grad_squares(x: Tensor, g: Tensor, conv: Conv, samples: int) -> Tenso
 def weighted_grad_sum(x: Tensor, g: Tensor, conv: Conv, factors: Tensor) -> Tensor:
     """sum_n factors[n] G[n], [O, C, kh, kw] float32, factors float32 [samples]: a second pass over x and g."""
     samples, px, pg = len(factors), planes(x), planes(g)
-    count, constants, sizes = _tiling(tiles.weighted, px.tensor, pg, conv, samples)
+    count, constants, sizes = _tiling(px.tensor, pg, conv, samples)
     chunk = tiles.chunk(samples, count)
     parts = torch.empty(cdiv(samples, chunk), g.shape[1], x.shape[1], *conv.kernel, device=x.device)
     launch(
@@ -150,7 +148,7 @@ def weighted_grad_sum(x: Tensor, g: Tensor, conv: Conv, factors: Tensor) -> Tens
 
 def _norm(x: Tensor, g: Tensor, conv: Conv, samples: int, out: Tensor | None) -> Tensor:
     px, pg = planes(x), planes(g)
-    count, constants, sizes = _tiling(tiles.gradient, px.tensor, pg, conv, samples)
+    count, constants, sizes = _tiling(px.tensor, pg, conv, samples)
     squares = torch.empty(samples, count, device=x.device, dtype=torch.float64)
     launch(
         _norm_kernel, count * samples,
@@ -160,13 +158,11 @@ def _norm(x: Tensor, g: Tensor, conv: Conv, samples: int, out: Tensor | None) ->
     return squares
 
 
-def _tiling(
-    table: Callable[..., dict[str, int]], x: Tensor, pg: Planes, conv: Conv, samples: int
-) -> tuple[int, dict[str, int], dict[str, int]]:
+def _tiling(x: Tensor, pg: Planes, conv: Conv, samples: int) -> tuple[int, dict[str, int], dict[str, int]]:
     """-> tiles of a gradient, the constants of shape, the sizes of tiles: what both kernels take."""
     (channels, height, width), (outputs, out_height, out_width) = x.shape[1:], pg.tensor.shape[1:]
-    rows = outputs * conv.taps
-    sizes = table(rows, channels, height * width, x.element_size())
+    sizes = tiles.gradient(conv, outputs, channels, height * width, x.element_size())
     shape = {"OUT": outputs, "H": height, "W": width, "OH": out_height, "OW": out_width}
     constants = {"G_CHANNEL": pg.channel, "G_POSITION": pg.position, **shape, **conv.constants()}
-    return cdiv(rows, sizes["BM"]) * cdiv(channels, sizes["BC"]), constants | {"VIEWS": len(x) // samples}, sizes
+    count = cdiv(outputs * conv.taps, sizes["BM"]) * cdiv(channels, sizes["BC"])
+    return count, constants | {"VIEWS": len(x) // samples}, sizes

@@ -15,18 +15,17 @@ REDUCTION = 512  # numbers that a program of adapter_backward's second launch ad
 CLIP_SUM = {"BN": 8, "BJ": 512, "num_warps": 4}
 
 
-def gradient(rows: int, channels: int, positions: int, itemsize: int) -> dict[str, int]:
-    """sample_grad: BM rows (tap, output channel) by BC input channels, summed over BP positions at a time."""
-    outer = {"BM": min(64, power_of_2(rows)), "BC": min(64, power_of_2(channels))}
+def gradient(conv: Conv, outputs: int, channels: int, positions: int, itemsize: int) -> dict[str, int]:
+    """sample_grad: BM rows (tap, output channel) by BC input channels, summed over BP positions at a time.
+
+    Eight warps where four spill 8 bytes: full layers, of more rows than a tile, and strides.
+    """
+    rows = outputs * conv.taps
+    sizes = {"BM": min(64, power_of_2(rows)), "BC": min(64, power_of_2(channels)), "STAGES": 3}
     if itemsize == 4:
-        return outer | {"BP": 16, "STAGES": 3, "num_warps": 8}
-    return outer | {"BP": min(64, power_of_2(positions)), "STAGES": 3, "num_warps": 4}
-
-
-def weighted(rows: int, channels: int, positions: int, itemsize: int) -> dict[str, int]:
-    """sample_grad's weighted sum: as `gradient`. It holds two tiles of numbers, so full layers take more warps."""
-    sizes = gradient(rows, channels, positions, itemsize)
-    return sizes | {"num_warps": 8} if rows > sizes["BM"] else sizes
+        return sizes | {"BP": 16, "num_warps": 8}
+    easy = rows <= 64 and conv.stride == (1, 1)
+    return sizes | {"BP": min(64, power_of_2(positions)), "num_warps": 4 if easy else 8}
 
 
 def chunk(samples: int, tiles: int) -> int:
@@ -54,10 +53,8 @@ def _rows_held(conv: Conv, rows: int) -> int:
 
 def elementwise(positions: int, channels: int, itemsize: int) -> dict[str, int]:
     """adapter_forward's addition to y."""
-    positions, channels = power_of_2(positions), power_of_2(channels)
-    if itemsize == 4:
-        return {"BP": min(32, positions), "BC": min(64, channels), "num_warps": 8}
-    return {"BP": min(128, positions), "BC": min(64, channels), "num_warps": 4}
+    most = 32 if itemsize == 4 else 128
+    return {"BP": min(most, power_of_2(positions)), "BC": min(64, power_of_2(channels)), "num_warps": 8}
 
 
 def backward(positions: int, channels: int, itemsize: int) -> dict[str, int]:

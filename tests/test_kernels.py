@@ -250,7 +250,7 @@ def test_in_place_needs_evenly_spaced_positions():
 def test_tiles_are_powers_of_2_whatever_the_shape(itemsize):
     for rows, channels, positions in itertools.product((1, 3, 36, 576, 4608), (1, 3, 64, 1280), (1, 49, 4096)):
         chosen = [
-            tiles.gradient(rows, channels, positions, itemsize),
+            tiles.gradient(SAME, rows, channels, positions, itemsize),
             tiles.elementwise(positions, channels, itemsize),
             tiles.backward(positions, channels, itemsize),
             tiles.input_grad(rows, positions, channels, itemsize),
