@@ -12,6 +12,11 @@ sys.path.insert(0, str(ROOT))
 
 from fastloda.report import bench  # noqa: E402
 
+OPACUS = """\
+Opacus 1.6's Conv2d reads channels_last memory as if it were NCHW; its gradients and norms are then wrong. The bench feeds it
+NCHW and makes every convolution's input contiguous. `bench/test_channels_last.py` shows the fault, and FastLoDA right on both
+layouts."""
+
 
 def bench_table() -> str:
     """The newest result file of every machine."""
@@ -32,7 +37,7 @@ def _machine_table(path: Path, document: dict) -> str:
         f"Memory is the peak allocation of the step. {bench.environment(document)} "
         f"([`{path.name}`](bench/results/{path.name})):"
     )
-    return f"{lead}\n\n{bench.summary_table(document['steps']).to_markdown()}".rstrip()
+    return f"{lead}\n\n{bench.summary_table(document['steps']).to_markdown()}".rstrip() + "\n\n" + OPACUS
 
 
 def demo_table() -> str:
@@ -41,8 +46,8 @@ def demo_table() -> str:
     return (
         "Accuracy on 360 real handwritten digits ([`docs/results/demo.md`](docs/results/demo.md): `fastloda demo --seeds 3 "
         "--epsilon 1,10`; font digits are public, 1,437 real digits private):\n\n" + table + "\n\n"
-        "On these small images DP-SGD, tuned with the same care, is level with DP-LoDA. It gives one classifier; DP-LoDA gives "
-        "images, for any later use."
+        "On these small images DP-SGD, tuned with as much care, is level with DP-LoDA or a little ahead. It gives one "
+        "classifier; DP-LoDA gives images, for any later use."
     )
 
 
