@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -291,7 +292,12 @@ def test_ctrl_c_exits_130_and_the_same_command_continues(run, tmp_path):
     ]
     command = [sys.executable, "-m", "fastloda", "finetune", "--run", str(tmp_path / "run"), *options]
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    heed = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a suite run in the background ignores it, as its children
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heed
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "private" / "config.yaml").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
