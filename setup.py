@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="fastloda",
     version="0.1.0",
-    description="Differentially private fine-tuning of convolutional models at almost no extra cost",
+    description="Differentially private fine-tuning of convolutional models at little extra cost",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",

@@ -20,28 +20,19 @@ from pathlib import Path
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
-from fastloda.diffusion import paper_unet
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+from operations import RANK, Layer, unet_layers  # noqa: E402
+
 from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad
-from fastloda.kernels.conv import Conv
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-RANK, BATCH, ADAPTED_NUMBERS = 4, 128, 366_592
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution as a model runs it: all that decides how a kernel is compiled."""
-
-    channels: int
-    outputs: int
-    size: tuple[int, int]
-    conv: Conv
+BATCH, ADAPTED_NUMBERS = 128, 366_592
 
 
 @dataclass(frozen=True)
@@ -74,24 +65,6 @@ class NoDriver:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
-
-
-def unet_layers() -> list[Layer]:
-    """The distinct adapted convolutions of the paper's U-Net at 32 x 32."""
-    with torch.device("meta"):
-        model = paper_unet()
-    found = {}
-
-    def note(layer: nn.Conv2d, inputs: tuple[Tensor]) -> None:
-        conv = Conv(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        found[Layer(layer.in_channels, layer.out_channels, tuple(inputs[0].shape[2:]), conv)] = None
-
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d) and RANK <= min(layer.in_channels, layer.out_channels):
-            layer.register_forward_pre_hook(note)
-    x, index = torch.empty(1, 3, 32, 32, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
-    model(x, index, index)
-    return list(found)
 
 
 def launch_all(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
@@ -148,7 +121,7 @@ def launches(
             for dtype in dtypes:
                 for memory_format in layouts:
                     launch_all(layer, dtype, memory_format)
-                    label = f"{layer.channels}->{layer.outputs} {layer.size} {layer.conv} {dtype} {memory_format}"
+                    label = f"{layer.name}, {dtype}, {memory_format}"
                     yield from ((label, launch) for launch in caught if launch.key not in seen)
                     seen.update(launch.key for launch in caught)
                     caught.clear()
@@ -194,7 +167,7 @@ _JOBS: list[tuple[str, Launch]] = []  # filled before the workers fork: a kernel
 def check(
     archs: list[int], dtypes: list[torch.dtype], layouts: list[torch.memory_format], workers: int
 ) -> list[Report]:
-    _JOBS[:] = launches(unet_layers(), dtypes, layouts)
+    _JOBS[:] = launches(list(unet_layers()), dtypes, layouts)
     jobs = [(which, arch) for arch in archs for which in range(len(_JOBS))]
     with ProcessPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(_check_one, jobs), "compile", len(jobs)))

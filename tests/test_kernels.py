@@ -19,6 +19,7 @@ from test_exact import KINDS, check_float32
 
 from fastloda import clip, ops, per_sample_grad_norms, plan
 from fastloda.kernels.conv import Conv
+from fastloda.pieces import PerSampleGrad, squared_norms
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad, tiles  # noqa: E402
@@ -54,6 +55,8 @@ SHAPES = {
     "dilation": Shape(2, 1, 20, 30, 5, (9, 8), Conv((3, 3), (1, 1), (2, 2), (2, 2))),
     "nothing is square": Shape(2, 1, 6, 9, 4, (7, 12), Conv((1, 5), (1, 2), (0, 3), (1, 1))),
     "5 x 5, padding beyond the kernel": Shape(2, 1, 3, 4, 1, (5, 6), Conv((5, 5), (1, 1), (5, 6))),
+    "several strips of rows": Shape(1, 1, 3, 5, 4, (24, 14), SAME),
+    "several strips, stride 2": Shape(1, 1, 3, 5, 4, (40, 15), Conv((3, 3), (2, 2), (1, 1))),
     "wide: cuDNN computes z": Shape(1, 1, 3, 4, 4, (2, 140), SAME),
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -188,8 +191,9 @@ def test_a_norm_neither_overflows_nor_vanishes():
     torch.testing.assert_close(squares.sqrt(), torch.tensor([1e25, 1e-25], device=DEVICE).double(), rtol=1e-6, atol=0)
 
 
-def test_positions_that_cancel_leave_no_more_than_the_norm_says():
+def test_positions_that_cancel_leave_no_more_than_the_norm_says(monkeypatch):
     """A sample is finished before it is scaled and joins the others: 1e8 - 1e8 must not leave their rounding behind."""
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)  # one program adds up both samples
     x = torch.ones(2, 1, 1, 200, device=DEVICE)
     g = torch.full_like(x, 5.0015)
     g[1], g[1, ..., 100:], g[1, ..., 150] = 1e8, -1e8, -1e8 + 8
@@ -297,6 +301,23 @@ def test_the_kernels_are_what_runs(on_kernels, monkeypatch):
     x = torch.randn(2, 4, 9, 9, device=DEVICE)
     per_sample_grad_norms(F.silu(model(x)).sum((1, 2, 3)), model)
     assert set(called) == {name for _, name in names}
+
+
+@pytest.mark.parametrize("first_kept", [True, False])
+def test_a_parameter_that_is_kept_in_part_is_summed_before_its_norm(first_kept, monkeypatch, on_kernels):
+    """Two calls of a layer, one's gradients kept, with the kernel's squares, the other's made again."""
+    t = Tensors(SHAPES["3 x 3"], torch.float32, torch.channels_last)
+    grad = PerSampleGrad(torch.Size([4, 20, 3, 3]), 3)
+    pieces = [ops.conv_piece(None, x, t.gz, SAME, 0) for x in (t.x, t.x.flip(0))]
+    for piece, kept in zip(pieces, (first_kept, not first_kept)):
+        monkeypatch.setattr(plan, "FUSED_KEEP_FACTOR", math.inf if kept else 0.0)
+        grad.add(piece)
+    assert grad.kept is not None and len(grad.again) == 1
+    truth = sum(sample_grad.sample_grads_reference(x.double(), t.gz.double(), SAME, 3) for x in (t.x, t.x.flip(0)))
+    norms = squared_norms([grad], 3, t.x.device).sqrt()
+    torch.testing.assert_close(norms, truth.flatten(1).norm(dim=1), rtol=1e-6, atol=0)
+    summed = clip.clipped_sums({"w": grad}, t.factors)["w"]
+    check(summed, lambda G, c: torch.einsum("n...,n->...", G, c), truth.float(), t.factors)
 
 
 # ---- import
