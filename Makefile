@@ -29,6 +29,7 @@ lint: $(INSTALLED)
 $(INSTALLED): setup.py constraints.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[test,bench]'
+	$(PYTHON) -m pip install -q -c constraints.txt --no-deps timm  # torchvision comes for CUDA alone, and breaks beside a CPU's PyTorch
 	touch $@
 
 clean:

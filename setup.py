@@ -33,8 +33,21 @@ setup(
     ],
     extras_require={
         "triton": ["triton>=3.4"],  # comes with PyTorch's builds for GPUs
+        "opacus": ["opacus>=1.6"],
+        "diffusers": ["diffusers>=0.35"],
+        "peft": ["peft>=0.17"],
+        "timm": ["timm>=1.0"],  # needs torchvision, in a build that fits PyTorch's
         "bench": ["pytest>=8", "pytest-benchmark>=5", "opacus>=1.6"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "dp-accounting>=0.6", "pytest-benchmark>=5", "triton>=3.4"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "dp-accounting>=0.6",
+            "pytest-benchmark>=5",
+            "triton>=3.4",
+            "opacus>=1.6",
+            "diffusers>=0.35",
+            "peft>=0.17",
+        ],
     },
     entry_points={"console_scripts": ["fastloda = fastloda.cli:main"]},
     classifiers=[

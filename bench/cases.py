@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from adapters import adapt_plainly
 from machine import DEVICE
 from torch import Tensor, nn
-from wideresnet import WideResNet
 
+from fastloda.classify import WideResNet
 from fastloda.diffusion import digits_unet, paper_unet
 
 Batch = tuple[Tensor, ...]  # every tensor has batch x views rows, sample-major

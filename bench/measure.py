@@ -12,6 +12,8 @@ from cases import Case
 from machine import CUDA, seconds
 from providers import PROVIDERS, Privacy
 
+from fastloda.memory import allocation_peak
+
 
 class Race:
     """Steps in turn, each timed in every round; one that raises leaves the race with its error."""
@@ -87,16 +89,7 @@ def _cpu_memory(case: Case, provider: str, threads: int) -> Memory:
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     peak = _status_bytes("VmHWM")
-    return Memory(_allocation_peak(profile), None if before is None else peak - before)
-
-
-def _allocation_peak(profile: torch.profiler.profile) -> int:
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return Memory(allocation_peak(profile), None if before is None else peak - before)
 
 
 def _status_bytes(field: str) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -51,7 +52,8 @@ def attach_loda(
 
     Returns:
         The adapted names. `.skipped`, also logged, says which matching layers were left alone and why: rank > min(C_in, C_out),
-        so that an adapter would be larger than the layer, or a subclass or hooked layer that may compute something else.
+        so that an adapter would be larger than the layer, or a subclass or a layer with hooks or a forward of its own, which may
+        compute something else.
 
     Raises:
         ValueError: nothing matches, the model already has adapters, or it is a single layer (use `from_conv`, `from_linear`).
@@ -104,12 +106,21 @@ def _as_tuple(value) -> tuple:
 
 
 def _reason_to_skip(layer: nn.Module, rank: int) -> str | None:
+    if reason := _reason_to_keep(layer):
+        return reason
+    narrowest = min(layer.weight.shape[0], getattr(layer, "in_channels", layer.weight.shape[1]))
+    return f"rank {rank} > min(C_in, C_out) = {narrowest}" if rank > narrowest else None
+
+
+def _reason_to_keep(layer: nn.Module) -> str | None:
+    """Why replacing the layer would change what the model computes, if it would."""
     if type(layer) not in (nn.Conv2d, nn.Linear):
         return f"{type(layer).__name__} is a subclass that may compute something else"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         return "it has hooks, which the replacement would lose"
-    narrowest = min(layer.weight.shape[0], getattr(layer, "in_channels", layer.weight.shape[1]))
-    return f"rank {rank} > min(C_in, C_out) = {narrowest}" if rank > narrowest else None
+    if "forward" in vars(layer):  # as accelerate's offloading does
+        return "its forward is overridden, which the replacement would lose"
+    return None
 
 
 def _adapter(layer: nn.Module, settings: dict) -> nn.Module:
@@ -163,7 +174,17 @@ def load_loda(model: nn.Module, path: str | os.PathLike) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: it is no adapter file, or of another model or other settings; the model is as before.
     """
-    settings, tensors = _read(Path(path))
+    return install_adapters(model, *_read(Path(path)), path)
+
+
+def install_adapters(
+    model: nn.Module, settings: dict[str, dict], tensors: dict[str, Tensor], path: str | os.PathLike
+) -> list[str]:
+    """`load_loda` of what a file held: name -> settings of `attach_loda`, "name.loda_A" and "name.loda_B" -> tensors.
+
+    Raises:
+        ValueError: naming `path`, as in `load_loda`; the model is as before.
+    """
     layers = dict(loda_layers(model))
     bases = {} if layers else _bases(model, settings, path)
     blank = {name: unfilled(base, **settings[name]) for name, base in bases.items()}
@@ -203,25 +224,35 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
     return settings, tensors
 
 
-def _bases(model: nn.Module, settings: dict[str, dict], path: Path) -> dict[str, nn.Module]:
+def _bases(model: nn.Module, settings: dict[str, dict], path: str | os.PathLike) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     strangers = [name for name in settings if not isinstance(modules.get(name), (nn.Conv2d, nn.Linear))]
     if strangers:
         raise ValueError(
             f"{path} adapts {strangers[:5]}, no Conv2d or Linear of this model: these are another model's adapters"
         )
+    for name in settings:
+        if reason := _reason_to_keep(modules[name]):
+            raise ValueError(f"{path} adapts {name!r}, which can't be replaced here: {reason}")
     return {name: modules[name] for name in settings}
 
 
+def _same(key: str, ours, theirs, activation: str) -> bool:
+    if key == "negative_slope" and activation == "identity":
+        return True  # it has no effect
+    return math.isclose(ours, theirs, rel_tol=1e-12) if key == "scale" else ours == theirs
+
+
 def _check_same(
-    layers: dict[str, nn.Module], settings: dict[str, dict], tensors: dict[str, Tensor], path: Path
+    layers: dict[str, nn.Module], settings: dict[str, dict], tensors: dict[str, Tensor], path: str | os.PathLike
 ) -> None:
     if strangers := sorted(layers.keys() ^ settings.keys()):
         raise ValueError(f"{path} and the model adapt different layers: {strangers[:5]}")
     for name, layer in layers.items():
-        if different := [key for key in SETTINGS if getattr(layer, key) != settings[name][key]]:
-            key = different[0]
-            raise ValueError(f"{path}: {name} has {key}={settings[name][key]!r}, the model has {getattr(layer, key)!r}")
+        for key in SETTINGS:
+            ours, theirs = getattr(layer, key), settings[name][key]
+            if not _same(key, ours, theirs, settings[name]["activation"]):
+                raise ValueError(f"{path}: {name} has {key}={theirs!r}, the model has {ours!r}")
         for key in ("loda_A", "loda_B"):
             ours, theirs = tuple(getattr(layer, key).shape), tuple(tensors[f"{name}.{key}"].shape)
             if ours != theirs:

@@ -7,21 +7,23 @@ from pathlib import Path
 
 from fastloda.accountant import calibrate_noise
 from fastloda.files import write_atomically
+from fastloda.intent import intent_path
+from fastloda.noise import describe_randomness
 from fastloda.report.plots import epsilon_plot
 from fastloda.runs import CONFIG, DONE, write_json
+from fastloda.styles import ClippingName, clipping_style
 from fastloda.trainer import DPTrainer, PrivateTraining
 
 logger = logging.getLogger("fastloda")
 
 STATEMENT, EPSILON_CURVE, CHECKPOINT = "privacy.json", "epsilon.png", "checkpoint.pt"
 ADJACENCY, SAMPLER = "add/remove one record", "Poisson"
-FORESEEABLE = "fixed seed: an experiment; whoever knows the seed can foresee the noise, so it is no private release"
-UNFORESEEABLE = "seeded by the operating system"
 CURVE_POINTS = 40
 
 README = f"""\
 May be released, on the terms in {STATEMENT}: the .safetensors file, {STATEMENT}, {EPSILON_CURVE}, {CONFIG}.
 Must stay private: {CHECKPOINT}, from which training continues; it holds the state of the generator of the noise.
+Must stay beside it while training may continue: {intent_path(Path(CHECKPOINT))}, if there is one; it counts what was released.
 Better kept: {DONE}; the time that training took depends, a little, on the records.
 """
 
@@ -38,8 +40,11 @@ class Privacy:
         records: the public, nominal number of records; sample_rate = batch_size / records and the number of steps
             follow from it. Default: the count of the data, which is thereby made public.
         max_grad_norm: bound on the L2 norm of a record's gradient. A small one clips all gradients, as is usual in
-            diffusion, and Adam makes up for the scale.
+            diffusion, and Adam makes up for the scale. With adaptive clipping, where the bound starts.
         views: noise levels per record and step, averaged before clipping.
+        clipping: flat (a gradient longer than max_grad_norm is shortened to it), automatic (all are scaled to just below
+            it), per_layer (each layer has an equal share of it), or adaptive (it follows the median of the norms, for a
+            part of the same budget).
     """
 
     target_epsilon: float
@@ -49,8 +54,10 @@ class Privacy:
     records: int | None = None
     max_grad_norm: float = 1e-3
     views: int = 2
+    clipping: ClippingName = "flat"
 
     def __post_init__(self):
+        clipping_style(self.clipping)
         for name in ("target_epsilon", "delta", "epochs", "batch_size", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"privacy.{name} must be positive and finite, got {getattr(self, name)}")
@@ -108,6 +115,7 @@ def private_training(privacy: Privacy, **optimization) -> PrivateTraining:
         target_epsilon=privacy.target_epsilon,
         max_grad_norm=privacy.max_grad_norm,
         views=privacy.views,
+        clipping=privacy.clipping,
         **optimization,
     )
     logger.info("calibrating the noise for epsilon %g over %d steps", privacy.target_epsilon, privacy.steps)
@@ -143,8 +151,9 @@ def privacy_statement(trainer: DPTrainer, privacy: Privacy) -> dict:
         "expected_batch_size": settings.expected_batch_size,
         "accountant": f"upper bound by prv-accountant {version('prv-accountant')}, or RDP's where that is smaller",
         "seed_was_fixed": settings.seed is not None,
-        "randomness": UNFORESEEABLE if settings.seed is None else FORESEEABLE,
-    }
+        "secure_noise": settings.secure_noise,
+        "randomness": describe_randomness(settings.seed, settings.secure_noise),
+    } | clipping_style(settings.clipping).statement(settings.noise_multiplier, settings.expected_batch_size)
 
 
 def _epsilon_curve(trainer: DPTrainer) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastloda.distributed import World
 from fastloda.files import write_atomically
 
 FORMAT = "fastloda-checkpoint-1"
@@ -27,6 +28,8 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         if name not in trainable:
+            if hasattr(tensor, "full_tensor"):
+                tensor = tensor.full_tensor()  # sharded: every rank gives its part
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -38,18 +41,19 @@ def save_checkpoint(path: str | os.PathLike, state: dict, model_fingerprint: str
     write_atomically(path, content.getvalue())
 
 
-def load_checkpoint(path: str | os.PathLike, model_fingerprint: str) -> dict:
-    """The saved state.
+def load_checkpoint(path: str | os.PathLike, model_fingerprint: str, world: World = World()) -> dict:  # noqa: B008
+    """The saved state, for every rank of a world; rank 0 alone needs to see the file.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: see the class.
     """
     path = Path(path)
-    if not path.is_file():
+    if not world.from_first(path.is_file):
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(world.from_first(path.read_bytes))
+        document = torch.load(content, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is no checkpoint, or is damaged: {reason}") from error

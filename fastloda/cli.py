@@ -24,8 +24,10 @@ from fastloda.account import account
 from fastloda.bench_report import bench_report
 from fastloda.demo import demo
 from fastloda.pipeline import evaluate, finetune, pretrain, sample
+from fastloda.reproduce import TableName, reproduce
 
-FUNCTIONS = (pretrain, finetune, sample, evaluate, account, demo, bench_report)
+FUNCTIONS = (pretrain, finetune, sample, evaluate, account, demo, reproduce, bench_report)
+POSITIONAL = {"files": {"nargs": "+", "type": Path}, "table": {"type": TableName}}
 COMMANDS: dict[str, Callable] = {f.__name__.replace("_", "-"): f for f in FUNCTIONS}
 BAD_INPUT, INTERRUPTED = 2, 130
 LONGEST_MESSAGE = 600  # characters
@@ -40,6 +42,7 @@ Fine-tune a diffusion model on private images under differential privacy, and dr
   fastloda sample   --run runs/a --count 2000          private synthetic images
   fastloda evaluate --run runs/a                       what a classifier learns from them
   fastloda account  --delta 1e-5 --sample_rate 0.01 --noise_multiplier 1 --steps 1000
+  fastloda reproduce digits --quick                    every method that the paper compares, as its tables do
   fastloda bench-report bench/results/*.json           tables and plots of what `pytest bench/` measured
 
 Every stage writes into the run's folder, skips what is there, and continues what was interrupted. Settings come from
@@ -78,9 +81,10 @@ def build_parser() -> ArgumentParser:
         text = docstring_parser.parse(function.__doc__)
         sub = _Parser(description=f"{text.short_description}\n\n{text.long_description or ''}")
         sub.add_argument("--config", action="config", help="YAML file of settings; options win over it")
-        if "files" in inspect.signature(function).parameters:
-            sub.add_argument("files", nargs="+", type=Path, help=_parameter_help(text, "files"))
-        sub.add_function_arguments(function, as_group=False, as_positional=False, skip={"files"})
+        positional = POSITIONAL.keys() & inspect.signature(function).parameters
+        for argument in positional:
+            sub.add_argument(argument, **POSITIONAL[argument], help=_parameter_help(text, argument))
+        sub.add_function_arguments(function, as_group=False, as_positional=False, skip=positional)
         _switches(sub)
         subcommands.add_subcommand(name, sub, help=text.short_description)
     return parser

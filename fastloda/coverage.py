@@ -6,7 +6,7 @@ through values without gradient, such as a batch mean under `detach()`.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,23 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fastloda.errors import PrivacyError
 from fastloda.graph import LossGraph
 from fastloda.records import run_backward
-from fastloda.rules import RULES
+from fastloda.regions import COMPILED
+from fastloda.rules import uncovered
 
 HIDING = "CheckpointFunctionBackward"  # reentrant checkpointing: a graph within a node, which can't be looked into
-COVERED_LAYERS = "LoDAConv2d, LoDALinear, Linear, Conv1d/2d/3d, Embedding, GroupNorm, LayerNorm"
+COVERED_LAYERS = (
+    "LoDAConv2d, LoDALinear, Linear, Bilinear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding, EmbeddingBag, GroupNorm, "
+    "InstanceNorm, LayerNorm, RMSNorm, MultiheadAttention, PReLU"
+)
+UNCOVERED_REMEDY = (
+    "call fastloda.cover(model) before the forward pass, which gives its layer an exact but slower rule; give it a faster "
+    "one by fastloda.register_rule; freeze it with requires_grad_(False); or use a covered layer "
+    f"({COVERED_LAYERS}), or a scale or shift that all samples share"
+)
+COMPILED_REMEDY = (
+    "torch.compile made one operation of its layer and others; use fastloda.compile(model) for adapters (once more if they were "
+    "attached since), and leave other trainable layers out of the compiled part, or freeze them"
+)
 
 # Model -> signature of the computation -> number of samples that the probe parted.
 _probed: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
@@ -64,48 +77,50 @@ def check_graph(graph: LossGraph) -> None:
         raise PrivacyError(
             "reentrant activation checkpointing hides its parameters: pass use_reentrant=False to checkpoint"
         )
-    for node, uses in graph.uses.items():
-        rule = RULES.get(node.name())
-        for use in uses:
-            if rule is None or use.index not in rule.inputs or rule.refuses(node, use.index):
-                raise PrivacyError(
-                    f"parameter {use.name!r} is used by {node.name()} (input {use.index}), which has no exact per-sample rule: "
-                    f"freeze it with requires_grad_(False), or use a covered layer ({COVERED_LAYERS}), or a scale or shift that "
-                    "all samples share"
-                )
+    for use in uncovered(graph):
+        kind = use.node.name()
+        remedy = COMPILED_REMEDY if kind == COMPILED else UNCOVERED_REMEDY
+        raise PrivacyError(
+            f"parameter {use.name!r} is used by {kind} (input {use.index}), which has no exact per-sample rule: {remedy}"
+        )
 
 
 def check_independence(
-    losses: Tensor, graph: LossGraph, model: nn.Module, parameters: Mapping[str, nn.Parameter], samples: int
+    losses: Tensor,
+    graph: LossGraph,
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    samples: int,
+    agree: Callable[[int], int] = lambda passes: passes,
 ) -> None:
     """Backward from some samples must leave every gradient of the others exactly zero, for enough choices to part any two.
 
     Done once for each kind of computation that the model does (again for a batch of more than twice the samples, or where a
     gradient was zero anyway and showed nothing); it then costs 2 log2(samples) backward passes.
+
+    agree: the passes wanted here -> those to be made, where all ranks must make the same number; the rest choose no sample.
     """
     probed = _probed.setdefault(model, {})
-    if samples <= 2 * probed.get(graph.signature, 0):  # first: what follows waits for the GPU
-        return
-    finite = losses.detach().view(samples, -1).isfinite().all(1)
-    candidates = finite.nonzero().flatten()
-    if len(candidates) < 2:
-        return
+    finite, parts = torch.zeros(samples, dtype=torch.bool, device=losses.device), []
+    if samples > 2 * probed.get(graph.signature, 0):  # first: what follows waits for the GPU
+        finite = losses.detach().view(samples, -1).isfinite().all(1)
+        parts = list(parting(finite))
+    parts += [torch.zeros_like(finite)] * (agree(len(parts)) - len(parts))
     shown: set[Node] = set()
-    for part in _parting(len(candidates)):
-        chosen = torch.zeros_like(finite)
-        chosen[candidates[part.to(candidates.device)]] = True
+    for chosen in parts:
         shown |= _probe(losses, graph, parameters, chosen, others=finite & ~chosen)
-    if shown == set(graph.uses):
+    if parts and shown == set(graph.uses):
         probed[graph.signature] = samples
 
 
-def _parting(count: int) -> Iterator[Tensor]:
-    """Boolean choices among `count`, such that for any i and j one of them has i and not j: by the bits of the number."""
-    numbers = torch.arange(count)
-    for bit in range((count - 1).bit_length()):
+def parting(candidates: Tensor) -> Iterator[Tensor]:
+    """Choices among the true, such that for any i and j of them one has i and not j: by the bits of their number."""
+    count = int(candidates.sum())
+    numbers = candidates.cumsum(0) - 1
+    for bit in range((count - 1).bit_length() if count else 0):
         has_bit = (numbers >> bit) % 2 == 1
-        yield has_bit
-        yield ~has_bit
+        yield candidates & has_bit
+        yield candidates & ~has_bit
 
 
 def _probe(

@@ -1,19 +1,15 @@
 """The whole idea in one command: real digits as private data, fonts as public data, one table, one report."""
 
 import logging
-import os
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import docstring_parser
 import rich
-import torch
 
 from fastloda import baselines
 from fastloda.account import read_statement
@@ -22,9 +18,10 @@ from fastloda.budget import EPSILON_CURVE, Privacy
 from fastloda.classify import accuracy
 from fastloda.data import digits_split
 from fastloda.diffusion.pretrain import PublicTraining
+from fastloda.environment import environment
 from fastloda.pipeline import GRID, check_sampling, evaluate, finetune, pretrain, sample
 from fastloda.report.demo import DPSGD, LODA, NO_PRIVACY, PUBLIC_ONLY, Outcome
-from fastloda.report.tables import terminal_table
+from fastloda.report.tables import result_table
 from fastloda.runs import seconds_taken
 from fastloda.schedules import Schedule
 from fastloda.settings import Adapter, Classifier, FineTuning
@@ -258,7 +255,8 @@ def demo(
             experiment.private_part(seed, budget)
     outcome = experiment.outcome()
     outcome.write(run)
-    rich.print(terminal_table(outcome.results, title=f"Accuracy on 360 real digits, {seeds} seed{'s' * (seeds > 1)}"))
+    title = f"Accuracy on 360 real digits, {seeds} seed{'s' * (seeds > 1)}"
+    rich.print(result_table(outcome.results, title).for_terminal())
     logger.info("report: %s", run / "report.html")
 
 
@@ -362,16 +360,3 @@ class _Experiment:
     @property
     def _common(self) -> dict:
         return {"device": self.device, "progress": self.progress}
-
-
-def environment(device: torch.device) -> dict:
-    """What the numbers were measured on."""
-    return {
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads",
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn", "prv-accountant")},
-    }

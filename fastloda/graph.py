@@ -6,25 +6,26 @@ parameter only if a rule covers every one of those edges.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Size, Tensor, nn
 from torch.autograd.graph import Node
 
-# A cast (autocast, mixed precision) and the transpose in x W^T only re-lay the parameter: looked through.
-TRANSPOSE = "TBackward0"
-TRANSPARENT = {TRANSPOSE, "ToCopyBackward0"}
+from fastloda.layout import carries_batch, outer_blocks, output_shape
+from fastloda.regions import COMPILED, code_number
+from fastloda.relaid import RELAYING, TILING, Step
 
 
 @dataclass(frozen=True)
 class Use:
-    """Parameter `name` enters operation `node` as its input number `index`, transposed or not."""
+    """Parameter `name` enters operation `node` as its input number `index`, in `shape`, after the steps that re-lay it."""
 
     name: str
     node: Node
     index: int
-    transposed: bool = False
+    shape: Size
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,72 +33,73 @@ class LossGraph:
     """The uses of the trainable parameters below a loss, per operation."""
 
     uses: Mapping[Node, list[Use]]  # in an order in which inputs come before the operations that read them
+    outer: Mapping[Node, int]  # blocks before the batch coordinate in the output of each: see `layout.py`
     deeper: frozenset[Node]  # operations with other uses below them, which backward must pass through
     signature: int  # of the kinds of operations: equal for equal computations, whatever the batch size
     operations: frozenset[str]
+    compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
 
 
-def trace(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> LossGraph:
-    """Walk the graph below `losses` once. Cost: about a microsecond an edge."""
-    order = _inputs_first(losses.grad_fn)
-    consumers: dict[Node, list[tuple[Node, int]]] = defaultdict(list)
+def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> LossGraph:
+    """Walk the graph below `losses` (or several outputs) once."""
+    roots = [losses] if isinstance(losses, Tensor) else list(losses)
+    order = _inputs_first([root.grad_fn for root in roots if root.grad_fn is not None])
+    consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
     for node in order:
-        for index, (child, _) in enumerate(node.next_functions):
+        for index, (child, number) in enumerate(node.next_functions):
             if child is not None:
-                consumers[child].append((node, index))
+                consumers[child].append((node, index, number))
 
+    outer = outer_blocks(order[::-1], len(roots[0]) if roots[0].dim() else 1)
     names = {id(parameter): name for name, parameter in parameters.items()}
     found: dict[Node, list[Use]] = defaultdict(list)
     for leaf in order:
         name = names.get(id(getattr(leaf, "variable", None)))
         if name is not None:
-            for use in _uses(name, leaf, consumers):
+            for use in _uses(name, leaf, consumers, outer):
                 found[use.node].append(use)
 
     uses = {node: found[node] for node in order if node in found}
     kinds = [node.name() for node in order]
-    return LossGraph(uses, _with_uses_below(order, uses), hash(tuple(kinds)), frozenset(kinds))
+    compiled = tuple(node for node, kind in zip(order, kinds) if kind == COMPILED)
+    signature = hash((*kinds, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
+    places = {node: outer[node] for node in uses}
+    return LossGraph(uses, places, _with_uses_below(order, uses), signature, frozenset(kinds), compiled)
 
 
-def parameter_shape(node: Node, index: int) -> Size | None:
-    """The shape in which a parameter enters `node` as its input `index`; None if that is no parameter."""
-    leaf, transposed = node.next_functions[index][0], False
-    while leaf is not None and leaf.name() in TRANSPARENT:
-        transposed ^= leaf.name() == TRANSPOSE
-        leaf = leaf.next_functions[0][0]
-    if not hasattr(leaf, "variable"):
-        return None
-    shape = leaf.variable.shape
-    return shape[::-1] if transposed else shape
-
-
-def _inputs_first(root: Node) -> list[Node]:
-    """All nodes below root (and root), each after the nodes it leads to."""
-    order, seen, stack = [], {root}, [(root, iter(root.next_functions))]
-    while stack:
-        node, edges = stack[-1]
-        for child, _ in edges:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append((child, iter(child.next_functions)))
-                break
-        else:
-            order.append(node)
-            stack.pop()
+def _inputs_first(roots: Iterable[Node]) -> list[Node]:
+    """All nodes below the roots (and these), each after the nodes it leads to."""
+    order, seen = [], set()
+    for root in roots:
+        if root in seen:
+            continue
+        seen.add(root)
+        stack = [(root, iter(root.next_functions))]
+        while stack:
+            node, edges = stack[-1]
+            for child, _ in edges:
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    stack.append((child, iter(child.next_functions)))
+                    break
+            else:
+                order.append(node)
+                stack.pop()
     return order
 
 
-def _uses(name: str, leaf: Node, consumers: Mapping[Node, list[tuple[Node, int]]]) -> list[Use]:
-    uses, pending = [], [(leaf, False)]
-    matrix = leaf.variable.dim() == 2  # x.t() of a vector is the vector
+def _uses(
+    name: str, leaf: Node, consumers: Mapping[Node, list[tuple[Node, int, int]]], outer: Mapping[Node, int]
+) -> list[Use]:
+    uses, pending = [], [(leaf, ())]
     while pending:
-        tensor, transposed = pending.pop()
-        for node, index in consumers[tensor]:
-            kind = node.name()
-            if kind in TRANSPARENT:
-                pending.append((node, transposed ^ (matrix and kind == TRANSPOSE)))
+        tensor, before = pending.pop()
+        for node, index, number in consumers[tensor]:
+            steps = before if tensor is leaf else (*before, Step(tensor, number))
+            if node.name() in RELAYING or (node.name() in TILING and not carries_batch(node, consumers[node], outer)):
+                pending.append((node, steps))
             else:
-                uses.append(Use(name, node, index, transposed))
+                uses.append(Use(name, node, index, output_shape(tensor, number), steps))
     return uses
 
 

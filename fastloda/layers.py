@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastloda.kernels.conv import Conv
 from fastloda.ops import A_INPUT, B_INPUT, ConvOp, LinearOp
+from fastloda.rowwise import rowwise_adapter
 
 ACTIVATIONS = ("leaky_relu", "identity")
 
@@ -36,13 +37,14 @@ class LoDAFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gy):
         x, z, weight, A, B = ctx.saved_tensors
-        op, gx, gA, gB = ctx.op, None, None, None
+        op, gx, taps, gA, gB = ctx.op, None, None, None, None
         with torch.autocast(gy.device.type, enabled=False):
             gz, piece_B = op.backward_up(gy, z, B.to(ctx.dtype))
             if ctx.needs_input_grad[0]:
-                gx = op.grad_x(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype)).to(ctx.x_dtype)
+                gx, taps = op.backward_down(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype))
+                gx = gx.to(ctx.x_dtype)
             if ctx.recorder is not None:
-                ctx.recorder(gy, {A_INPUT: op.piece_A(x, gz), B_INPUT: piece_B})
+                ctx.recorder(gy, {A_INPUT: op.piece_A(x, gz, taps), B_INPUT: piece_B})
             elif any(ctx.needs_input_grad[A_INPUT : B_INPUT + 1]):
                 gA = op.weight_grad(x, gz, A.to(ctx.dtype)).to(A.dtype)
                 gB = piece_B.total().to(B.dtype)
@@ -50,17 +52,28 @@ class LoDAFunction(torch.autograd.Function):
 
 
 def apply_adapter(
-    op: ConvOp | LinearOp, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
+    op: ConvOp | LinearOp,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    by_row: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The fused Function, or the plain definition where the Function's recorder could not be reached.
 
     That is: under `torch.func` transforms and `torch.compile`, and where the base layer trains too (its own rule then
     covers W). The definition's operations have rules of their own, so that a private step stays exact.
+
+    by_row: A and B for each row of the batch, by which a model compiled by `fastloda.compile` tells the samples apart.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast):
         raise TypeError(f"the input is {x.dtype}, the layer's weight {weight.dtype}")
     base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if by_row is not None and not base_trains:
+        x, weight, bias = (None if t is None else t.to(_compute_dtype(x)) for t in (x, weight, bias))
+        return rowwise_adapter(op, x, weight, bias, *by_row)
     if base_trains or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op.reference(x, weight, bias, A.to(x.dtype), B.to(x.dtype))
     return LoDAFunction.apply(x, weight, A, B, bias, op, _compute_dtype(x))
@@ -87,6 +100,8 @@ def check_settings(rank: int, activation: str, negative_slope: float, scale: flo
 
 class _Adapted:
     """What the two layers share: the adapter's parameters and settings, `from_base`, `merge`."""
+
+    by_row: tuple[Tensor, Tensor] | None = None  # A and B for each row, while a compiled model runs (compiled.py)
 
     def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device, dtype):
         check_settings(rank, activation, negative_slope, scale)
@@ -216,7 +231,7 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
         elif (left, top) != (right, bottom):  # "same" with an even kernel
             x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
         op = ConvOp(Conv(self.kernel_size, self.stride, padding, self.dilation), self.groups, self.slope, self.scale)
-        return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B)
+        return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B, self.by_row)
 
 
 class LoDALinear(_Adapted, nn.Linear):
@@ -256,7 +271,7 @@ class LoDALinear(_Adapted, nn.Linear):
         if x.dim() == 1:
             return self(x.unsqueeze(0)).squeeze(0)
         op = LinearOp(self.slope, self.scale)
-        return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B)
+        return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B, self.by_row)
 
 
 def unfilled(base: nn.Conv2d | nn.Linear, **adapter) -> LoDAConv2d | LoDALinear:

@@ -9,10 +9,24 @@ import torch
 from torch import Generator, Tensor
 
 from fastloda.randomness import unpredictable_generator
+from fastloda.secure import SecureGenerator
+
+NoiseSource = Generator | SecureGenerator
+
+FORESEEABLE = "fixed seed: an experiment; whoever knows the seed can foresee the noise, so it is no private release"
+UNFORESEEABLE = "seeded by the operating system"
+SECURE = "noise from the operating system's cryptographically secure generator; sampling seeded by the operating system"
 
 _generators: dict[torch.device, Generator] = {}
 # A forked child must not repeat its parent's noise.
 os.register_at_fork(after_in_child=_generators.clear)
+
+
+def describe_randomness(seed: int | None, secure: bool) -> str:
+    """What a run's checkpoint and its privacy statement say of where the noise came from."""
+    if seed is not None:
+        return FORESEEABLE
+    return SECURE if secure else UNFORESEEABLE
 
 
 def noise_generator(device: torch.device | str = "cpu") -> Generator:
@@ -23,8 +37,11 @@ def noise_generator(device: torch.device | str = "cpu") -> Generator:
     return _generators[device]
 
 
-def gaussian(shape: torch.Size, std: float, device: torch.device, generator: Generator | None = None) -> Tensor:
+def gaussian(shape: torch.Size, std: float, device: torch.device, generator: NoiseSource | None = None) -> Tensor:
     """N(0, std^2), float64, on `device`; a CPU generator draws on the CPU, so that its stream serves every device."""
     generator = generator or noise_generator(device)
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    if isinstance(generator, SecureGenerator):
+        noise = generator.normal(shape)
+    else:
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
     return noise.mul_(std).to(device)

@@ -15,7 +15,7 @@ consecutive rows; its gradient is the sum over them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -142,38 +142,46 @@ class ConvOp:
 
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
         """dx = W^T * gy + A^T * gz, [N, C, H, W]."""
+        return self.backward_down(gy, gz, x, weight, A)[0]
+
+    def backward_down(
+        self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> dx = W^T * gy + A^T * gz, [N, C, H, W], and the taps of gz if they were made at once, for A's gradient."""
         gx = self._convolution_backward(gy, x, weight, self.groups, (True, False, False))[0]
         if on_triton(gx):
-            return input_grad.add_input_grad_(gx, gz, A, self.conv)
-        flat = positions(gx)
+            return input_grad.add_input_grad_(gx, gz, A, self.conv), None
+        flat, taps = positions(gx), None
         A_taps = A.flip(2, 3).transpose(0, 1).flatten(1)  # [C, r k^2], taps as gather_taps has them
         for rows in split_rows(len(x), self.taps_bytes(gz, x), x.device):
-            add_product_(flat[rows], A_taps, self._taps(gz[rows], x))
-        return gx
+            taps = self._taps(gz[rows], x)
+            add_product_(flat[rows], A_taps, taps)
+        return gx, taps if taps is not None and len(taps) == len(x) else None
 
     def weight_grad(self, x: Tensor, gz: Tensor, A: Tensor) -> Tensor:
         """The ordinary gradient of A, summed over all rows."""
         return self._convolution_backward(gz, x, A, 1, (False, True, False))[1]
 
-    def piece_A(self, x: Tensor, gz: Tensor) -> Piece:
-        """The recipe of A's per-sample gradients."""
-        return conv_piece(self.grad_A, x, gz, self.conv, self.taps_bytes(gz, x))
+    def piece_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Piece:
+        """The recipe of A's per-sample gradients. taps: of gz, if they are at hand."""
+        piece = conv_piece(self.grad_A, x, gz, self.conv, self.taps_bytes(gz, x))
+        return piece if taps is None else replace(piece, at_hand=lambda samples: self.grad_A(x, gz, samples, taps))
 
-    def grad_A(self, x: Tensor, gz: Tensor, samples: int) -> Tensor:
+    def grad_A(self, x: Tensor, gz: Tensor, samples: int, taps: Tensor | None = None) -> Tensor:
         """Gradient of A for each sample: [samples, r, C, kh, kw]."""
-        grad = torch.bmm(accumulable(self._taps(gz, x)), accumulable(positions(x)).mT)
-        grad = grad.view(samples, -1, gz.shape[1], *self.conv.kernel, x.shape[1]).sum(1)
-        return grad.flip(2, 3).permute(0, 1, 4, 2, 3)
+        taps = self._taps(gz, x) if taps is None else taps
+        grad = sum_rows(torch.bmm(accumulable(taps), accumulable(positions(x)).mT), samples)
+        return grad.view(samples, gz.shape[1], *self.conv.kernel, x.shape[1]).flip(2, 3).permute(0, 1, 4, 2, 3)
 
     def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
         """Gradient of B for each sample: [samples, O, r, 1, 1]."""
         h = accumulable(activation(z, self.slope).flatten(2))
         grad = torch.bmm(h, accumulable(positions(gy)).mT).mul_(self.scale)  # B^T: row-major operands in both layouts
-        return grad.view(samples, -1, *grad.shape[1:]).sum(1).mT[..., None, None]
+        return sum_rows(grad, samples).mT[..., None, None]
 
     def taps_bytes(self, gz: Tensor, x: Tensor) -> int:
         """Size of the taps of gz for all rows: r k^2 / C of x."""
-        return gz.shape[:2].numel() * self.conv.taps * x[0, 0].numel() * x.element_size()
+        return gz.shape[:2].numel() * self.conv.taps * x.shape[2:].numel() * x.element_size()
 
     @property
     def _steps(self) -> tuple:
@@ -213,11 +221,15 @@ class LinearOp:
         gx.view(-1, gx.shape[-1]).addmm_(gz.reshape(-1, gz.shape[-1]), A)
         return gx
 
+    def backward_down(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> tuple[Tensor, None]:
+        """-> dx; nothing of it serves A's gradient."""
+        return self.grad_x(gy, gz, x, weight, A), None
+
     def weight_grad(self, x: Tensor, gz: Tensor, A: Tensor) -> Tensor:
         """The ordinary gradient of A, summed over all rows."""
         return self.grad_A(x, gz, 1)[0]
 
-    def piece_A(self, x: Tensor, gz: Tensor) -> Piece:
+    def piece_A(self, x: Tensor, gz: Tensor, taps: None = None) -> Piece:
         """The recipe of A's per-sample gradients."""
         return Piece(self.grad_A, (x, gz))
 
@@ -229,6 +241,11 @@ class LinearOp:
         """Gradient of B for each sample: [samples, O, r]."""
         h = sample_rows(activation(z, self.slope), samples)
         return torch.bmm(sample_rows(gy, samples).mT, h).mul_(self.scale)
+
+
+def sum_rows(grad: Tensor, samples: int) -> Tensor:
+    """[N, ...] -> [samples, ...]: summed over each sample's rows."""
+    return grad if len(grad) == samples else grad.view(samples, -1, *grad.shape[1:]).sum(1)
 
 
 def sample_rows(t: Tensor, samples: int) -> Tensor:

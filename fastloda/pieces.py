@@ -7,18 +7,18 @@ sample cancel: from `chunks()`, or from kernels that accumulate alike.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.plan import chunk_samples, keep_gradients, split_rows
+from fastloda.plan import Sizes, Way, choose, chunk_samples, split_rows
 
 
 class Fused(NamedTuple):
-    """Kernels that store no per-sample gradient, and accumulate each in the same way.
+    """Ways that store no per-sample gradient: kernels that accumulate each alike, or a norm that is an upper bound.
 
     squares(*tensors, samples) -> float64 [samples, k], whose rows sum to the squared norms;
     weighted_sum(*tensors, factors) -> [*parameter.shape], where a sample whose factor is 0 may be NaN.
@@ -33,6 +33,9 @@ class Piece:
     """`grad(*tensors, samples) -> [samples, *parameter.shape]`; each tensor has samples x k rows, sample-major.
 
     with_squares: as `grad`, and also returns the squares of `Fused`, from the same kernel.
+    at_hand: samples -> as `grad` for all of them, from temporaries that the call still has and that are not kept.
+    ghost: the Gram's way, which the planner may choose in place of `grad`.
+    product: einsum's equation and shapes of the gradients' one large product, over all rows; None: element by element.
     """
 
     grad: Callable[..., Tensor]
@@ -40,6 +43,9 @@ class Piece:
     scratch_bytes: int = 0  # temporaries of `grad` for all samples at once
     with_squares: Callable[..., tuple[Tensor, Tensor]] | None = None
     fused: Fused | None = None
+    at_hand: Callable[[int], Tensor] | None = None
+    ghost: Fused | None = None
+    product: tuple[str, tuple] | None = None
 
     def compute(self, samples: int, chosen: slice) -> Tensor:
         """The gradients of the chosen of all `samples`, a few at a time if the temporaries are large."""
@@ -51,11 +57,19 @@ class Piece:
             parts.append(self.grad(*(t[start * k : stop * k] for t, k in zip(self.tensors, per_sample)), stop - start))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def transposed(self) -> "Piece":
-        """The same for the transposed parameter."""
-        flip = lambda grad: lambda *arguments: grad(*arguments).mT  # noqa: E731
-        fused = self.fused and Fused(self.fused.squares, flip(self.fused.weighted_sum))
-        return Piece(flip(self.grad), self.tensors, self.scratch_bytes, fused=fused)
+    def through(self, back: Callable[[Tensor], Tensor], keeps_norm: bool) -> "Piece":
+        """The same for a parameter of which this one is made; back: [samples, *shape here] -> [samples, *shape there]."""
+
+        def of(fused: Fused | None) -> Fused | None:
+            summed = lambda *arguments: back(fused.weighted_sum(*arguments)[None])[0]  # noqa: E731
+            return Fused(fused.squares, summed) if fused and keeps_norm else None
+
+        grad = lambda *arguments: back(self.grad(*arguments))  # noqa: E731
+        return replace(self, grad=grad, with_squares=None, at_hand=None, fused=of(self.fused), ghost=of(self.ghost))
+
+    def batch_first(self, move: Callable[[Tensor], Tensor]) -> "Piece":
+        """The same from tensors whose batch `move` brings first."""
+        return replace(self, tensors=tuple(map(move, self.tensors)), at_hand=None)
 
     def total(self) -> Tensor:
         """The ordinary gradient: summed over all rows."""
@@ -83,16 +97,26 @@ class PerSampleGrad:
             raise PrivacyError(
                 f"an operation saw {rows} rows, no multiple of the {self.samples} samples in losses: the batch must come first"
             )
-        if not keep_gradients(self.samples * self.shape.numel(), piece.nbytes, piece.fused is not None):
-            self.again.append(piece)
+        way = choose(self.sizes(piece))
+        if way is not Way.KEPT:
+            self.again.append(replace(piece, at_hand=None, fused=piece.ghost if way is Way.GHOST else piece.fused))
             return
         if self.kept is None and piece.with_squares is not None:
             grads, self.squares = piece.with_squares(*piece.tensors, self.samples)
             self.kept = self._checked(grads)
             return
-        grads = self._compute(piece, slice(0, self.samples))
+        grads = (
+            self._checked(piece.at_hand(self.samples))
+            if piece.at_hand
+            else self._compute(piece, slice(0, self.samples))
+        )
         self.kept = grads if self.kept is None else self.kept.add_(grads)
         self.squares = None
+
+    def sizes(self, piece: Piece) -> Sizes:
+        """What the planner chooses by."""
+        fused, ghost = piece.fused is not None, piece.ghost is not None
+        return Sizes(self.samples, self.shape.numel(), piece.nbytes, piece.product, fused, ghost)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(samples, their gradients [chunk, *shape]) piece by piece, the same numbers each time."""
@@ -132,7 +156,8 @@ class PerSampleGrad:
     def weighted_sum(self, factors: Tensor) -> Tensor | None:
         """sum_n factors[n] g_n, of `shape`; None if no layer call used the parameter."""
         if piece := self._lone:
-            return piece.fused.weighted_sum(*piece.tensors, factors.float())
+            accumulated_in = torch.promote_types(piece.tensors[0].dtype, torch.float32)
+            return piece.fused.weighted_sum(*piece.tensors, factors.to(accumulated_in))
         total = None
         for chosen, grads in self.chunks():
             finite = grads.nan_to_num(0.0, 0.0, 0.0)  # a refused sample has factor 0, and 0 * inf is no zero

@@ -26,7 +26,7 @@ from fastloda.diffusion import sample as draw_samples
 from fastloda.diffusion.pretrain import PublicTraining
 from fastloda.diffusion.pretrain import pretrain as train_on_public
 from fastloda.files import write_atomically
-from fastloda.inputs import NAMED, full_name, open_for_unet, open_images, shape_text
+from fastloda.inputs import NAMED, files_of, full_name, open_for_unet, open_images, open_tests
 from fastloda.models import load_unet, save_unet
 from fastloda.report.plots import sample_grid
 from fastloda.runs import DONE, Stage, digest, make_folder, read_json, write_json
@@ -68,9 +68,11 @@ def pretrain(
 
     Args:
         run: the run's folder.
-        data: public images with labels: font-digits, or an npz file with arrays `images` (uint8, or floats in [-1, 1];
-            NCHW or NHWC) and `labels`.
-        count: of images to draw for font-digits.
+        data: public images with labels: font-digits or colour-font-digits; a published set in a folder, as in svhn:FOLDER,
+            imagenet32:FOLDER or imagenet10:FOLDER (its ten classes that match CIFAR-10's); a folder of images, with a
+            subfolder for each class; or an npz file with arrays `images` (uint8, or floats in [-1, 1]; NCHW or NHWC) and
+            `labels`.
+        count: of images to draw for font-digits and colour-font-digits.
         unet: shape of the U-Net; the default fits 8 x 8 digits.
         training: the optimization.
         device: where to compute.
@@ -79,8 +81,7 @@ def pretrain(
     place = resolve_device(device)
     settings = {"data": full_name(data), "count": count, "unet": asdict(unet), "training": asdict(training)}
     settings |= {"device": place.type}
-    inputs = () if data in NAMED else (Path(data),)
-    stage = Stage(Path(run) / "public", settings, inputs, outputs=(MODEL, "samples.png"))
+    stage = Stage(Path(run) / "public", settings, files_of(data), outputs=(MODEL, "samples.png"))
     if not _reuse(stage):
         images = open_for_unet(data, unet, count=count, seed=training.seed)
         with stage.work():
@@ -116,7 +117,8 @@ def finetune(
     Args:
         run: the run's folder.
         privacy: the promise, from which the noise is computed.
-        data: private images with labels: digits, or an npz file as in `fastloda pretrain`.
+        data: private images with labels: digits or colour-digits; mnist:FOLDER or cifar10:FOLDER; or a folder of images or
+            an npz file as in `fastloda pretrain`. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class.
         model: folder of the public model; default: public/ in the run's folder.
         adapter: what is trained.
         training: the optimization.
@@ -136,7 +138,8 @@ def finetune(
     stage = Stage(Path(run) / "private", settings, (public / MODEL,), outputs, private=True)
     if not _reuse(stage):
         private = private_training(privacy, fixed_shape=place.type != "cpu", **training.optimization())
-        records, losses = (images.images, images.labels), _diffusion_losses(privacy.views, training)
+        # [:] of a tensor is that tensor, and of bytes floats
+        records, losses = (images.images[:], images.labels), _diffusion_losses(privacy.views, training)
         checkpoint = stage.folder / CHECKPOINT
         trainer = DPTrainer(network, records, losses, private, checkpoint=checkpoint, progress=progress)
         with stage.work():
@@ -230,8 +233,9 @@ def evaluate(
 
     Args:
         run: the run's folder.
-        test: real images with labels: digits-test (360 digits that no other stage uses), or an npz file.
-        train: train on these instead: digits, font-digits or an npz file. On private images this has no privacy.
+        test: real images with labels: digits-test (360 digits that no other stage uses), colour-digits-test,
+            mnist-test:FOLDER, cifar10-test:FOLDER, a folder of images or an npz file.
+        train: train on these instead: anything that `pretrain` and `finetune` take. On private images this has no privacy.
         public: train on samples-public/ instead of samples/.
         classifier: its training.
         device: where to compute.
@@ -245,15 +249,13 @@ def evaluate(
     if train is None and not Path(source).is_file():
         raise FileNotFoundError(f"no samples {source}: draw them with `fastloda sample{' --public' if public else ''}`")
     images = open_images(source)
-    tests = open_images(test, num_classes=images.num_classes)
-    if images.images.shape[1:] != tests.images.shape[1:]:
-        raise ValueError(f"{source} has images of {shape_text(images)}, {test} of {shape_text(tests)}")
+    tests = open_tests(test, images)
     settings = {"train": name, "test": test, "classifier": asdict(classifier), "device": place.type}
     # Synthetic images are known by their hash; a file of private ones is not hashed, and is judged anew every time.
     settings |= {"sha256": digest(Path(source))} if train is None else {}
     record = Path(run) / EVALUATION
     known = read_json(record) if record.exists() else {}
-    if known.get(name, {}).get("settings") == settings and {train or "digits", test} <= NAMED.keys():
+    if known.get(name, {}).get("settings") == settings and {train or "digits", test} <= NAMED:
         logger.info("%s: already there, with these settings", record)
     else:
         make_folder(Path(run))
@@ -291,7 +293,8 @@ def _diffusion_losses(views: int, training: FineTuning):
 
     def losses(model, batch, generator):
         x, y = batch
-        return diffusion.losses(model, x, y, views=views, label_dropout=training.label_dropout, generator=generator)
+        options = {"label_dropout": training.label_dropout, "flips": training.flips, "generator": generator}
+        return diffusion.losses(model, x, y, views=views, **options)
 
     return losses
 

@@ -14,13 +14,17 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
 
 from fastloda.errors import PrivacyError
-from fastloda.graph import LossGraph
+from fastloda.graph import LossGraph, Use
+from fastloda.layout import batch_apart, locate
 from fastloda.pieces import PerSampleGrad, Piece
 from fastloda.recomputed import let_rule_read_first, one_recomputation
-from fastloda.rules import LODA_NODE, RULES
+from fastloda.regions import may_run_again
+from fastloda.relaid import TILING, back_to_parameter
+from fastloda.rules import Call, rule_of
 
-# on_record(node, grad_output, make_pieces): called once for each operation that uses a trainable parameter.
-OnRecord = Callable[[Node, Tensor, Callable[[], dict[int, Piece]]], None]
+# on_record(node, grad_output with the batch first, make_pieces): called once for each operation that uses a trainable parameter.
+# make_pieces(samples) -> {input: Piece}
+OnRecord = Callable[[Node, Tensor, Callable[[int], dict[int, Piece]]], None]
 
 
 def per_sample_grads(
@@ -32,18 +36,27 @@ def per_sample_grads(
     """
     grads = {name: PerSampleGrad(parameter.shape, samples) for name, parameter in parameters.items()}
 
-    def on_record(node: Node, gy: Tensor, make_pieces: Callable[[], dict[int, Piece]]) -> None:
+    def on_record(node: Node, gy: Tensor, make_pieces: Callable[[int], dict[int, Piece]]) -> None:
         try:
-            pieces = make_pieces()
+            pieces = make_pieces(samples)
             for use in graph.uses[node]:
-                piece = pieces[use.index]
-                grads[use.name].add(piece.transposed() if use.transposed else piece)
+                if use.index not in pieces:
+                    raise PrivacyError(f"used by {node.name()} (input {use.index}) without an exact per-sample rule")
+                grads[use.name].add(of_parameter(use, pieces[use.index]))
         except PrivacyError as error:
             raise PrivacyError(f"{_names(graph, node)}: {error}") from error
 
     weights = losses.new_full(losses.shape, samples / len(losses))
     run_backward(losses, weights, graph, parameters, on_record, retain_graph)
     return grads
+
+
+def of_parameter(use: Use, piece: Piece) -> Piece:
+    """The recipe for the parameter itself, from that for what the operation read."""
+    if not use.steps:
+        return piece
+    keeps_norm = all(step.node.name() not in TILING for step in use.steps)
+    return piece.through(back_to_parameter(use.steps), keeps_norm)
 
 
 def _names(graph: LossGraph, node: Node) -> str:
@@ -61,22 +74,22 @@ def run_backward(
     """Backward from sum_i weights[i] losses[i] to the lowest uses of the parameters; every use goes through on_record."""
     if not graph.uses:
         return
-    adapters = [node for node in graph.uses if node.name() == LODA_NODE]
-    others = [node for node in graph.uses if node.name() != LODA_NODE]
+    adapters = [node for node in graph.uses if rule_of(node).pieces is None]
+    others = [node for node in graph.uses if rule_of(node).pieces is not None]
     lowest = [node for node in others if node not in graph.deeper]
     handles, read = [], {}
     try:
         for node in adapters:
-            node.recorder = _adapter_recorder(node, on_record)
+            node.recorder = _adapter_recorder(node, graph.outer[node], on_record)
         for node in others:  # a lowest one runs too if it shares a parameter with an adapter
-            handles.append(node.register_prehook(_rule_recorder(node, on_record, read, runs=True)))
+            handles.append(node.register_prehook(_rule_recorder(node, graph, on_record, read, runs=True)))
         adapter_names = dict.fromkeys(use.name for node in adapters for use in graph.uses[node])
         inputs = [parameters[name] for name in adapter_names] + [GradientEdge(node, 0) for node in lowest]
-        with one_recomputation(), _unreadable_refused(graph, read):
+        with one_recomputation(), _unreadable_refused(graph, read), may_run_again(graph.compiled):
             captured = torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)
             for node, gy in zip(lowest, captured[len(adapter_names) :]):
                 if node not in read:
-                    _rule_recorder(node, on_record, read, runs=False)((gy,))
+                    _rule_recorder(node, graph, on_record, read, runs=False)((gy,))
     finally:
         for handle in handles:
             handle.remove()
@@ -84,21 +97,39 @@ def run_backward(
             node.recorder = None
 
 
-def _adapter_recorder(node: Node, on_record: OnRecord):
-    return lambda gy, pieces: on_record(node, gy, lambda: pieces)
+def _adapter_recorder(node: Node, outer: int, on_record: OnRecord):
+    """For a node that hands over its pieces, or what makes them."""
+
+    def record(gy: Tensor, pieces: dict[int, Piece] | Callable[[], dict[int, Piece]]) -> None:
+        def make_pieces(samples: int) -> dict[int, Piece]:
+            made = pieces() if callable(pieces) else pieces
+            if outer <= 1 or samples == 1:
+                return made
+            return {index: piece.batch_first(lambda t: _batch_first(t, outer)) for index, piece in made.items()}
+
+        on_record(node, _batch_first(gy, outer), make_pieces)
+
+    return record
 
 
-def _rule_recorder(node: Node, on_record: OnRecord, read: dict[Node, None], runs: bool):
-    def make_pieces(gy: Tensor) -> dict[int, Piece]:
+def _batch_first(t: Tensor, outer: int) -> Tensor:
+    dim, blocks = locate(t.shape, outer)
+    return t if not outer or (dim, blocks) == (0, 1) else batch_apart(t, dim, blocks)
+
+
+def _rule_recorder(node: Node, graph: LossGraph, on_record: OnRecord, read: dict[Node, None], runs: bool):
+    outer, shapes = graph.outer[node], {use.index: use.shape for use in graph.uses[node]}
+
+    def make_pieces(gy: Tensor, samples: int) -> dict[int, Piece]:
         if runs:
             let_rule_read_first(node)
-        return RULES[node.name()].pieces(node, gy)
+        return rule_of(node).pieces(Call(node, gy, samples, outer, shapes))
 
     def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:
         read[node] = None
         if grad_outputs[0] is not None:
             gy = grad_outputs[0].detach()
-            on_record(node, gy, lambda: make_pieces(gy))
+            on_record(node, _batch_first(gy, outer), lambda samples: make_pieces(gy, samples))
 
     return prehook
 

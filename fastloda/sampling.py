@@ -15,12 +15,29 @@ def poisson_sample(records: int, sample_rate: float, generator: Generator) -> Te
     return (torch.rand(records, dtype=torch.float64, generator=generator) < sample_rate).nonzero().flatten()
 
 
-def micro_batches(indices: Tensor, size: int, fixed_shape: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+def share(indices: Tensor, rank: int, ranks: int) -> Tensor:
+    """What a rank takes of a sample: record i is always rank i mod ranks', so that no record is on two ranks."""
+    return indices[indices % ranks == rank]
+
+
+def largest_share(indices: Tensor, ranks: int) -> int:
+    """How many records the rank with most of them takes."""
+    return int(torch.bincount(indices % ranks, minlength=ranks).max())
+
+
+def micro_batches(
+    indices: Tensor, size: int, fixed_shape: bool = True, at_least: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Split a logical batch into (indices, mask) of `size`, each record once; the last is padded with masked records.
 
     fixed_shape=False leaves the last one short instead, which saves its padding's work where shapes may vary.
+    at_least: how many micro-batches to make, none of them empty; those that no record is left for hold masked ones only.
     """
-    for chosen in indices.split(size):
-        padding = size - len(chosen) if fixed_shape else 0
+    parts = indices.split(size)
+    for chosen in (*parts, *[indices[:0]] * (at_least - len(parts))):
+        width = size if fixed_shape else max(len(chosen), min(at_least, 1))
+        if not width:  # nothing was sampled, and nothing need be computed
+            continue
+        padding = width - len(chosen)
         mask = torch.arange(len(chosen) + padding) < len(chosen)
         yield torch.cat([chosen, chosen.new_zeros(padding)]), mask

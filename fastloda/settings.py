@@ -4,7 +4,9 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from fastloda.classify import SmallCNN
+import torch
+
+from fastloda.classify import AugmentName, NetworkName, Norm, OptimizerName, make_network
 from fastloda.diffusion import TIMESTEPS
 from fastloda.schedules import Schedule
 
@@ -47,11 +49,14 @@ class FineTuning:
         schedule: of the learning rate after it.
         ema_decay: of the average of the adapters over the steps, which is what is released.
         label_dropout: share of labels dropped, for classifier-free guidance.
+        flips: whether each view of an image is mirrored left to right with probability 1/2. For photographs, not for digits.
         timesteps: from the first up to, not including, the second, the adapters are trained. The noisiest images say
             little about the private ones, and the least noisy little about their shape: both would only cost signal.
         micro_batch_size: records in memory at a time; the result does not depend on it.
         seed: of sampling and noise. Default: the operating system's randomness. A number makes an experiment that can
             be repeated, and whose noise can be foreseen.
+        secure_noise: noise from the operating system's cryptographically secure generator; without a seed only. It takes
+            longer to draw, and steps that a crash took after the last checkpoint are charged and lost.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -63,8 +68,12 @@ class FineTuning:
     timesteps: tuple[int, int] = (0, TIMESTEPS)
     micro_batch_size: int = 512
     seed: int | None = None
+    flips: bool = False
+    secure_noise: bool = False
 
     def __post_init__(self):
+        if self.secure_noise and self.seed is not None:
+            raise ValueError(f"training.secure_noise can't be seeded: leave out training.seed, got {self.seed}")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"training.label_dropout must lie in [0, 1], got {self.label_dropout}")
         first, end = self.timesteps
@@ -79,30 +88,45 @@ class FineTuning:
 
     def optimization(self) -> dict:
         """The fields that `PrivateTraining` has too."""
-        return {name: value for name, value in asdict(self).items() if name not in ("label_dropout", "timesteps")}
+        of_the_losses = ("label_dropout", "timesteps", "flips")
+        return {name: value for name, value in asdict(self).items() if name not in of_the_losses}
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """The small CNN that is trained to judge images.
+    """The network that is trained to judge images.
 
     Attributes:
+        network: cnn (the small one), resnet9, wrn-16-4 or wrn-40-4.
         steps: optimizer steps, whatever the number of images.
         batch_size: images a step.
-        lr: peak learning rate of AdamW, with a cosine schedule.
-        weight_decay: of AdamW.
-        width: channels of the first layer, a multiple of 8.
+        optimizer: adamw, or sgd with Nesterov momentum 0.9.
+        lr: its peak learning rate, with a cosine schedule.
+        weight_decay: of the optimizer.
+        label_smoothing: share of a label that is spread over all classes.
+        augment: jitter (turn and shift: digits), flip-crop (natural images) or none.
+        norm: group, or batch, which the small CNN has not.
+        width: as the network counts it: channels of the first layer (cnn 32, resnet9 64) or widening factor (4). Default:
+            the usual one.
         seed: of its weights, batches and jitter.
     """
 
+    network: NetworkName = "cnn"
     steps: int = 500
     batch_size: int = 128
+    optimizer: OptimizerName = "adamw"
     lr: float = 2e-3
     weight_decay: float = 1e-2
-    width: int = 32
+    label_smoothing: float = 0.0
+    augment: AugmentName = "jitter"
+    norm: Norm = "group"
+    width: int | None = None
     seed: int = 0
 
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 1 or not self.lr > 0 or self.weight_decay < 0:
             raise ValueError(f"classifier needs steps, batch_size >= 1, lr > 0 and weight_decay >= 0, got {self}")
-        SmallCNN.seeded(0, width=self.width)  # refuses a width that it cannot have
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"classifier.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        with torch.device("meta"):  # refuses a width that the network cannot have, without making it
+            make_network(self.network, image_size=32, width=self.width, norm=self.norm)

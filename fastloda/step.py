@@ -1,21 +1,26 @@
 """The private step: one backward, norms, clip, sum, noise once, divide by the expected batch size, step.
 
 DP-SGD (Abadi et al. 2016) with book-keeping (Bu et al. 2023). Neighbouring data sets differ by adding or removing one
-record. All that a record can change before the noise is the clipped sum, by at most max_grad_norm in L2 norm.
+record. All that a record can change before the noise is the clipped sum, by at most max_grad_norm in L2 norm; with adaptive
+clipping a count as well, which is accounted for (`fastloda.adaptive`).
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from fastloda.clip import check_max_grad_norm, clip_factors, clipped_sums
+from fastloda.adaptive import AdaptiveClipping
+from fastloda.clip import check_max_grad_norm, clip_factors, group_norms, group_sums
 from fastloda.coverage import FrozenWatch, check_graph, check_independence, check_optimizer, trainable_parameters
+from fastloda.distributed import Group, World, check_wrappers, hand_back_shards, parameter_facts, value_facts
+from fastloda.functional import cover
 from fastloda.graph import trace
-from fastloda.noise import gaussian
+from fastloda.noise import NoiseSource, gaussian
 from fastloda.pieces import PerSampleGrad, squared_norms
 from fastloda.records import per_sample_grads
+from fastloda.styles import Clipping, clipping_style
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,7 +39,7 @@ class StepStats:
 
     @property
     def clipped(self) -> int:
-        """Samples whose gradient was longer than max_grad_norm."""
+        """Samples whose gradient was longer than its bound; with clipping per layer, in some layer."""
         return int(self.totals[1])
 
     @property
@@ -72,22 +77,58 @@ class GhostClipper:
     Guarantees: one sample changes the sum by at most max_grad_norm (1 + 1e-5) in L2 norm, whatever the model puts out; a
     sample whose gradient is not finite contributes zero; the noise is added once, however many micro-batches came.
 
+    Where `torch.distributed` is initialised, all ranks are one step (`fastloda.distributed`): each accumulates its own share of
+    the samples, perhaps none, and all call privatize. The noise is added once for all of them, and every rank gets the same
+    bits in `.grad`. No record may be on two ranks.
+
+    Args:
+        max_grad_norm: the bound on a sample's contribution. With adaptive clipping where it starts; the attribute then moves.
+        views: losses per sample, averaged before clipping.
+        clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings (`fastloda.clip`, `.adaptive`).
+        group: the process group of those ranks. None: the default one, if it is initialised; "alone": this process only.
+
     Raises:
-        ValueError: max_grad_norm is not positive and finite, or views < 1.
-        PrivacyError: nothing trains, or a layer mixes samples.
+        ValueError: max_grad_norm is not positive and finite, or views < 1, or clipping is unknown or does not fit the model.
+        PrivacyError: nothing trains, or a layer mixes samples, or a wrapper handles gradients by itself (`check_wrappers`).
     """
 
-    def __init__(self, model: nn.Module, max_grad_norm: float, views: int = 1):
+    def __init__(
+        self,
+        model: nn.Module,
+        max_grad_norm: float,
+        views: int = 1,
+        *,
+        clipping: Clipping = "flat",
+        group: Group = None,
+    ):
         self.max_grad_norm = check_max_grad_norm(max_grad_norm)
         self.views = _check_views(views)
+        self.clipping = clipping_style(clipping)
         self.model = model
+        self.group = group
+        hand_back_shards(model)
+        check_wrappers(model, self.world)
         self.parameters = trainable_parameters(model)
+        cover(model)  # what has no rule gets the slower one, from the next forward pass on
         self._frozen = FrozenWatch(model)
+        self._groups = self.clipping.groups(self.parameters)
+        shares = self.clipping.shares(self._groups, self.max_grad_norm)
+        device = next(iter(self.parameters.values())).device
+        self._shares = torch.tensor(shares, dtype=torch.float64, device=device)[:, None]
+        self._adaptive = self.clipping if isinstance(self.clipping, AdaptiveClipping) else None
+        if self._adaptive:
+            self.max_grad_norm = self._adaptive.initial or self.max_grad_norm
         self.reset()
+
+    @property
+    def world(self) -> World:
+        """The ranks that make the step together."""
+        return World.of(self.group)
 
     def reset(self) -> None:
         """Forget what was accumulated."""
         self._sums = {name: _zeros_to_accumulate(p) for name, p in self.parameters.items()}
+        self._count = self._shares.new_zeros(())  # of adaptive clipping; private, as the sums are
 
     def accumulate(self, losses: Tensor, mask: Tensor | None = None) -> StepStats:
         """Add the clipped gradients of a micro-batch. Runs losses' only backward pass and frees its graph.
@@ -101,42 +142,72 @@ class GhostClipper:
             ValueError, PrivacyError: see the message; nothing has changed then.
         """
         samples, mask = _check_losses(losses, self.views, mask)
+        sharded = hand_back_shards(self.model)
         now = trainable_parameters(self.model)
         if now.keys() != self.parameters.keys() or any(now[name] is not p for name, p in self.parameters.items()):
             raise ValueError("the model's trainable parameters changed since GhostClipper was made: make a new one")
         self._frozen.check()
         if not samples:  # an empty Poisson batch adds nothing; its noise comes in privatize
-            return StepStats(torch.zeros(4, dtype=torch.float64))
-        with torch.autocast(losses.device.type, enabled=False):
-            grads = _per_sample_grads(losses, self.model, self.parameters, samples)
-            norms = squared_norms(grads.values(), samples, losses.device).sqrt()
-            factors = clip_factors(norms, self.max_grad_norm, mask)
-            sums = clipped_sums(grads, factors)
+            _check_not_sharded(sharded)
+            return StepStats(torch.zeros(4, dtype=torch.float64, device=losses.device))
+        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
+            world = self.world if sharded else World()
+            grads = _per_sample_grads(losses, self.model, self.parameters, samples, world)
+            norms, bounds = group_norms(grads, self._groups, samples, losses.device), self._shares * self.max_grad_norm
+            factors = clip_factors(norms, bounds, mask, self.clipping)
+            sums = group_sums(grads, self._groups, factors)
         for name, part in sums.items():
             if part is not None:
                 self._sums[name] += part
-        return _stats(losses, norms, mask, self.max_grad_norm)
+        if self._adaptive:
+            self._count += self._adaptive.centred_count(norms[0], self.max_grad_norm, mask)
+        return _stats(losses, norms, mask, bounds)
 
     def privatize(
-        self, noise_multiplier: float, expected_batch_size: float, generator: Generator | None = None
+        self, noise_multiplier: float, expected_batch_size: float, generator: NoiseSource | None = None
     ) -> None:
         """.grad = (clipped sum + N(0, (noise_multiplier max_grad_norm)^2)) / expected_batch_size; then start anew.
 
+        With adaptive clipping the gradient's noise is larger, by what the step's other release costs, and max_grad_norm moves.
+
         Args:
-            noise_multiplier: noise's standard deviation over max_grad_norm; 0 gives no privacy.
-            expected_batch_size: sample_rate x records. Public: never the realised batch size.
-            generator: for experiments that must repeat. Default: seeded by the operating system.
+            noise_multiplier: noise's standard deviation over max_grad_norm, as accounted; 0 gives no privacy.
+            expected_batch_size: sample_rate x records, those of all ranks together. Public: never the realised batch size.
+            generator: for experiments that must repeat, or a `SecureGenerator`; read on rank 0 only. Default: seeded by the
+                operating system.
+
+        Raises:
+            ValueError: an argument is out of range, or the ranks disagree on one, on max_grad_norm, on views, or on the
+                trainable parameters or their values. All ranks raise, and nothing has changed.
         """
+        world = self.world
+        if world.size > 1:  # first, for what one rank refuses all must refuse
+            world.check_same(self._facts(noise_multiplier, expected_batch_size))
         _check_privatize(noise_multiplier, expected_batch_size)
-        std = noise_multiplier * self.max_grad_norm
+        std = self.clipping.gradient_noise(noise_multiplier, expected_batch_size) * self.max_grad_norm
         grads = {}
-        for name, total in self._sums.items():
-            if std > 0:
+        for name, total in world.sum_to_first(self._sums).items():
+            if std > 0 and world.first:
                 total = total.double() + gaussian(total.shape, std, total.device, generator)
             grads[name] = (total / expected_batch_size).to(self.parameters[name].dtype)
+        world.copy_from_first(list(grads.values()))
+        if self._adaptive:
+            step = (self.max_grad_norm, self._count, noise_multiplier, expected_batch_size)
+            self.max_grad_norm = self._adaptive.moved_bound(*step, world, generator)
         for name, grad in grads.items():
             self.parameters[name].grad = grad
         self.reset()
+
+    def _facts(self, noise_multiplier: float, expected_batch_size: float) -> dict[str, object]:
+        """What all ranks must agree on."""
+        arguments = {
+            "max_grad_norm": self.max_grad_norm,
+            "views": self.views,
+            "clipping": self.clipping,
+            "noise_multiplier": noise_multiplier,
+            "expected_batch_size": expected_batch_size,
+        }
+        return arguments | parameter_facts(self.parameters) | value_facts(self.parameters)
 
 
 def ghost_dp_step(
@@ -149,14 +220,21 @@ def ghost_dp_step(
     expected_batch_size: float,
     views: int = 1,
     mask: Tensor | None = None,
-    generator: Generator | None = None,
+    generator: NoiseSource | None = None,
+    clipping: Clipping = "flat",
+    group: Group = None,
 ) -> StepStats:
     """One step of DP-SGD, or of any optimizer on the private gradient; in place of `loss.mean().backward(); optimizer.step()`.
 
     losses [samples * views] is the model's loss, one number per sample and view. Arguments and errors as in `GhostClipper`;
-    every check comes before anything changes.
+    every check comes before anything changes. On several ranks the statistics are of this rank's samples. Adaptive clipping
+    is refused: its bound goes on from step to step, in a `GhostClipper` that is kept.
     """
-    clipper = GhostClipper(model, max_grad_norm, views)
+    clipper = GhostClipper(model, max_grad_norm, views, clipping=clipping, group=group)
+    if isinstance(clipper.clipping, AdaptiveClipping):
+        raise ValueError(
+            f"clipping={clipping!r} needs one GhostClipper for all steps, which keeps the bound between them"
+        )
     check_optimizer(optimizer, clipper.parameters)
     _check_privatize(noise_multiplier, expected_batch_size)
     stats = clipper.accumulate(losses, mask)
@@ -171,25 +249,28 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
     Leaves `.grad`, and the graph below losses, as they are. Errors as in `GhostClipper`.
     """
     samples, _ = _check_losses(losses, _check_views(views), None)
+    world = World.of() if hand_back_shards(model) else World()
     parameters = trainable_parameters(model)
     if not samples:
+        _check_not_sharded(world.size > 1)
         return losses.detach().double()
-    with torch.autocast(losses.device.type, enabled=False):
-        grads = _per_sample_grads(losses, model, parameters, samples, retain_graph=True)
+    with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
+        grads = _per_sample_grads(losses, model, parameters, samples, world, retain_graph=True)
         return squared_norms(grads.values(), samples, losses.device).sqrt()
 
 
-def _per_sample_grads(losses, model, parameters, samples, retain_graph=False) -> dict[str, PerSampleGrad]:
+def _per_sample_grads(losses, model, parameters, samples, world, retain_graph=False) -> dict[str, PerSampleGrad]:
+    """world: of the ranks that must make each backward pass together."""
     graph = trace(losses, parameters)
     check_graph(graph)
-    check_independence(losses, graph, model, parameters, samples)
+    check_independence(losses, graph, model, parameters, samples, world.most)
     return per_sample_grads(losses, graph, parameters, samples, retain_graph)
 
 
-def _stats(losses: Tensor, norms: Tensor, mask: Tensor, max_grad_norm: float) -> StepStats:
-    finite = norms.isfinite()
-    loss = losses.detach().double().view(len(norms), -1).mean(1)
-    counts = [mask, mask & finite & (norms > max_grad_norm), mask & ~finite, torch.where(mask & finite, loss, 0.0)]
+def _stats(losses: Tensor, norms: Tensor, mask: Tensor, bounds: Tensor) -> StepStats:
+    finite, longer = norms.isfinite().all(0), (norms > bounds).any(0)
+    loss = losses.detach().double().view(len(mask), -1).mean(1)
+    counts = [mask, mask & finite & longer, mask & ~finite, torch.where(mask & finite, loss, 0.0)]
     return StepStats(torch.stack([count.sum(dtype=torch.float64) for count in counts]))
 
 
@@ -221,6 +302,14 @@ def _check_losses(losses: Tensor, views: int, mask: Tensor | None) -> tuple[int,
     if mask.shape != (samples,) or mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool of shape ({samples},), got {mask.dtype} of shape {tuple(mask.shape)}")
     return samples, mask.to(losses.device)
+
+
+def _check_not_sharded(sharded: bool) -> None:
+    if sharded:
+        raise ValueError(
+            "losses is empty, but the model's weights are sharded, so that every rank must make every backward pass: give a rank "
+            "that has no sample a masked one"
+        )
 
 
 def _check_privatize(noise_multiplier: float, expected_batch_size: float) -> None:

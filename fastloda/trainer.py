@@ -20,11 +20,16 @@ from fastloda.average import Average, copy_into
 from fastloda.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.clip import check_max_grad_norm
 from fastloda.coverage import check_optimizer
+from fastloda.distributed import Group, World, hand_back_shards, replicate
 from fastloda.errors import PrivacyError
+from fastloda.intent import intent_path, read_intent, write_intent
+from fastloda.noise import describe_randomness
 from fastloda.randomness import generator_states, make_generators, restore_generators
-from fastloda.sampling import micro_batches, poisson_sample
+from fastloda.sampling import largest_share, micro_batches, poisson_sample, share
 from fastloda.schedules import Schedule, warmup_then
+from fastloda.secure import SecureGenerator
 from fastloda.step import GhostClipper, StepStats
+from fastloda.styles import Clipping, clipping_style
 
 # losses(model, batch, generator) -> one number per sample and view, [n * views], sample-major
 Losses = Callable[[nn.Module, Sequence[Tensor], Generator], Tensor]
@@ -38,20 +43,25 @@ class PrivateTraining:
 
     Attributes:
         sample_rate: probability that a record enters a step's batch.
-        expected_batch_size: sample_rate x the public count of records; the divisor of the clipped sum.
+        expected_batch_size: sample_rate x the public count of records; the divisor of the clipped sum. On several ranks, of
+            all of them together.
         steps: optimizer steps, noisy ones, empty batches included.
-        noise_multiplier: standard deviation of the noise over max_grad_norm; 0 trains without privacy.
+        noise_multiplier: standard deviation of the noise over max_grad_norm; 0 trains without privacy. With adaptive clipping
+            the number that both releases of a step together cost (`fastloda.adaptive`).
         delta: at which epsilon is reported.
         target_epsilon: training stops before epsilon would exceed it; None: after `steps`.
-        max_grad_norm: L2 bound on a sample's contribution.
+        max_grad_norm: L2 bound on a sample's contribution; where it starts, with adaptive clipping.
+        clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings, as in `GhostClipper`.
         views: noise levels / augmentations per sample, averaged before clipping.
-        micro_batch_size: samples in memory at a time; the logical batch does not depend on it.
+        micro_batch_size: samples in a rank's memory at a time; the logical batch does not depend on it.
         fixed_shape: pad the last micro-batch with masked records, so that shapes never vary.
         optimizer, learning_rate, weight_decay, momentum (SGD), betas (Adam): as in torch.optim.
         warmup: steps of linear warm-up; schedule: what follows, down to zero for "cosine".
         ema_decay: of the average of the parameters, by step; 0 averages nothing.
         seed: of sampling and noise. None, the default, takes both from the operating system; a number makes a run that can be
             repeated, and whose noise can be foreseen: for experiments only.
+        secure_noise: noise from a cryptographically secure generator (`SecureGenerator`, which also says what it costs). It can't
+            be repeated, so seed must be None, and steps that a crash took after the last checkpoint are charged and lost.
     """
 
     sample_rate: float
@@ -73,6 +83,8 @@ class PrivateTraining:
     schedule: Schedule = "constant"
     ema_decay: float = 0.0
     seed: int | None = None
+    clipping: Clipping = "flat"
+    secure_noise: bool = False
 
     def __post_init__(self):
         check_max_grad_norm(self.max_grad_norm)
@@ -91,7 +103,10 @@ class PrivateTraining:
             raise ValueError(f"unknown optimizer {self.optimizer!r} or schedule {self.schedule!r}")
         if self.target_epsilon is not None and not self.target_epsilon > 0:
             raise ValueError(f"target_epsilon must be positive, got {self.target_epsilon!r}")
+        if self.secure_noise and self.seed is not None:
+            raise ValueError(f"secure_noise can't be seeded: seed must be None, got {self.seed!r}")
         PrivacyAccountant(self.sample_rate, self.noise_multiplier).epsilon_rdp(self.delta, 1)  # checks all three
+        clipping_style(self.clipping).gradient_noise(self.noise_multiplier, self.expected_batch_size)
 
 
 OPTIMIZERS = {
@@ -111,18 +126,28 @@ class DPTrainer:
 
     A run stops before `target_epsilon` is exceeded. Its checkpoint holds the parameters, optimizer, average, every random
     generator and the accountant's record; a killed run resumes bit for bit, so that a step taken again is the very same
-    release, neither lost nor paid twice. Keep the checkpoint private: it holds the noise generator's state. What the
-    progress bar shows (loss, clipped fraction) depends on private data without noise: it is for the operator's eyes and
-    is written nowhere.
+    release, neither lost nor paid twice. With `secure_noise` no release can be repeated; a file beside the checkpoint counts
+    them beforehand, and those after the last checkpoint are charged and lost (`fastloda.intent`). Keep the checkpoint private:
+    it holds the noise generator's state. What the progress bar shows (loss, clipped fraction) depends on private data without
+    noise: it is for the operator's eyes and is written nowhere.
+
+    Where `torch.distributed` is initialised, all ranks train one model (`fastloda.distributed`): construct it, and call `fit`,
+    `train_step`, `save` and `state_dict`, on all of them. Each step's batch is one Poisson sample of all records, the same on any
+    number of ranks; record i is trained on by rank i mod their number, with random losses of that rank's own. Rank 0's
+    trainable parameters are copied to the others at the start; rank 0 adds the noise, shows the bar, and reads and writes the
+    checkpoint. With as many ranks as wrote it, a run resumes bit for bit. With another number the losses are drawn
+    anew, so that a step taken again after a crash is not the same release as the lost one; unless `seed` is given, sampling and
+    noise then start anew as well, for two different sums under the same noise would tell their difference.
 
     Args:
         model: with some trainable parameters, each covered by a rule.
-        data: tensors with one record per row, or a map-style Dataset.
+        data: tensors with one record per row, or a map-style Dataset; the same on every rank.
         losses: (model, batch, generator) -> [n * views] losses. Its randomness must come from `generator` or torch's global one.
         settings: see PrivateTraining.
         checkpoint: file to save to and resume from; None keeps nothing.
         checkpoint_every: steps between saves.
         progress: show the bar.
+        group: the ranks that train together. None: all, if a process group is initialised; "alone": this process only.
 
     Raises:
         ValueError, PrivacyError: before anything is changed, with the reason.
@@ -139,10 +164,14 @@ class DPTrainer:
         checkpoint: str | os.PathLike | None = None,
         checkpoint_every: int = 50,
         progress: bool = True,
+        group: Group = None,
     ):
-        self.model, self.losses, self.settings, self.progress = model, losses, settings, progress
+        self.model, self.losses, self.settings = model, losses, settings
         self.records, self._fetch = _open_data(data)
-        self.clipper = GhostClipper(model, settings.max_grad_norm, settings.views)
+        self.clipper = GhostClipper(
+            model, settings.max_grad_norm, settings.views, clipping=settings.clipping, group=group
+        )
+        self.progress = progress and self.world.first
         self.parameters = self.clipper.parameters
         self.optimizer = OPTIMIZERS[settings.optimizer](list(self.parameters.values()), settings)
         check_optimizer(self.optimizer, self.parameters)
@@ -150,13 +179,30 @@ class DPTrainer:
         self.average = Average(self.parameters, settings.ema_decay)
         self.accountant = PrivacyAccountant(settings.sample_rate, settings.noise_multiplier)
         self._device = next(iter(self.parameters.values())).device
-        streams = {"sampling": "cpu", "losses": self._device, "noise": self._device}
-        self._generators = make_generators(streams, settings.seed)
+        self._generators = _rank_generators(self.world, self._device, settings.seed)
+        self._noise = SecureGenerator() if settings.secure_noise else self._generators["noise"]
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
         self._fingerprint = fingerprint(model)
-        if self.checkpoint and self.checkpoint.exists():
+        self._agree()
+        if self.checkpoint and self.world.from_first(self.checkpoint.exists):
             self._resume()
+        if self.checkpoint:
+            self._charge_intended()
+        if self.world.size > 1:
+            self.last_step  # noqa: B018, computed by rank 0 while all are here
+
+    def _agree(self) -> None:
+        """Refuse ranks that would make different runs; let them start from the same parameters."""
+        facts = {"records": self.records, "checkpoint_every": self.checkpoint_every, "the model": self._fingerprint}
+        self.world.check_same(asdict(self.settings) | facts | {"having a checkpoint": self.checkpoint is not None})
+        replicate(self.model, self.clipper.group)
+        self.average.load({name: p.detach() for name, p in self.parameters.items()})
+
+    @property
+    def world(self) -> World:
+        """The ranks that train together."""
+        return self.clipper.world
 
     @property
     def step(self) -> int:
@@ -193,56 +239,133 @@ class DPTrainer:
         if self.step >= self.last_step:
             raise PrivacyError(f"all {self.last_step} private steps are taken, or the budget is spent: no step is left")
         indices = poisson_sample(self.records, settings.sample_rate, self._generators["sampling"])
-        stats = StepStats(torch.zeros(4, dtype=torch.float64))
-        for chosen, mask in micro_batches(indices, settings.micro_batch_size, settings.fixed_shape):
-            batch = [t.to(self._device) for t in self._fetch(chosen)]
-            losses = self.losses(self.model, batch, self._generators["losses"])
-            if len(losses) != len(chosen) * settings.views:
-                raise ValueError(
-                    f"losses() gave {len(losses)} numbers for {len(chosen)} samples x {settings.views} views"
-                )
-            stats += self.clipper.accumulate(losses, mask)
-        self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self._generators["noise"])
+        try:
+            stats = self._accumulate(indices)
+            self._intend()
+            self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self._noise)
+        except BaseException:
+            self.clipper.reset()  # a record may not be in the next step's sum as well
+            raise
         self.accountant.step()  # before the update: a step that fails from here on has been paid for
         self.optimizer.step()
         self.schedule.step()
         self.average.update(self.step)
+        return StepStats(self.world.sum(stats.totals))
+
+    def _accumulate(self, indices: Tensor) -> StepStats:
+        """The clipped sum of this rank's share of the sampled records."""
+        settings, world = self.settings, self.world
+        sharded = hand_back_shards(self.model)
+        together = math.ceil(largest_share(indices, world.size) / settings.micro_batch_size) if sharded else 0
+        parts = micro_batches(
+            share(indices, world.rank, world.size), settings.micro_batch_size, settings.fixed_shape, at_least=together
+        )
+        stats = StepStats(torch.zeros(4, dtype=torch.float64, device=self._device))
+        try:
+            for chosen, mask in parts:
+                batch = [t.to(self._device) for t in self._fetch(chosen)]
+                losses = self.losses(self.model, batch, self._generators["losses"])
+                if len(losses) != len(chosen) * settings.views:
+                    raise ValueError(
+                        f"losses() gave {len(losses)} numbers for {len(chosen)} samples x {settings.views} views"
+                    )
+                stats += self.clipper.accumulate(losses, mask)
+        except Exception as error:
+            if not sharded:  # the others wait in privatize; with sharded weights, in the middle of a pass
+                world.tell_failure(error)
+            raise
         return stats
 
     def save(self) -> None:
-        """Write the checkpoint, atomically."""
+        """Write the checkpoint, atomically; by rank 0, and none goes on before it is written."""
         if self.checkpoint:
-            save_checkpoint(self.checkpoint, self.state_dict(), self._fingerprint)
+            state = self.state_dict()
+            self.world.from_first(lambda: save_checkpoint(self.checkpoint, state, self._fingerprint))
 
     def state_dict(self) -> dict:
-        """Everything from which training continues bit for bit."""
+        """Everything from which training continues bit for bit, on any rank."""
+        by_rank = self.world.gather(generator_states(self._repeatable))
         return {
             "settings": asdict(self.settings),
             "records": self.records,
+            "randomness": describe_randomness(self.settings.seed, self.settings.secure_noise),
             "accountant": self.accountant.state_dict(),
+            "max_grad_norm": self.clipper.max_grad_norm,
             "parameters": {name: p.detach().clone() for name, p in self.parameters.items()},
             "average": dict(self.average.values),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"last_epoch": self.schedule.last_epoch},
-            "generators": generator_states(self._generators),
+            "generators": by_rank[0],
+            "generators of further ranks": by_rank[1:],
         }
 
     def _resume(self) -> None:
-        state = load_checkpoint(self.checkpoint, self._fingerprint)
+        state = load_checkpoint(self.checkpoint, self._fingerprint, self.world)
         if different := _differences(state["settings"] | {"records": state["records"]}, self.settings, self.records):
             raise CheckpointError(
                 f"{self.checkpoint} is of a run with other settings: {different}; use them, or another file"
             )
         self.accountant.load_state_dict(state["accountant"])
+        self.clipper.max_grad_norm = check_max_grad_norm(state["max_grad_norm"])
         copy_into(self.parameters, state["parameters"])
         self.average.load(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
-        restore_generators(self._generators, state["generators"])
+        self._resume_generators([state["generators"], *state.get("generators of further ranks", ())])
+
+    def _resume_generators(self, by_rank: list[dict[str, Tensor]]) -> None:
+        """As they were, with as many ranks as then. Else, without a seed, new ones stay: see the class."""
+        if len(by_rank) == self.world.size:
+            restore_generators(self._repeatable, by_rank[self.world.rank])
+        elif self.settings.seed is not None:
+            for name in ("sampling", "losses", "noise"):
+                self._generators[name].set_state(by_rank[0][name])
+            stream = self._generators["losses"]
+            seed = int(torch.randint(2**62, (), generator=stream, device=stream.device))
+            self._generators["losses"] = _rank_generators(self.world, self._device, seed)["losses"]
+
+    @property
+    def _repeatable(self) -> dict[str, Generator]:
+        """The streams that a resumed run takes up where they were. With secure noise neither noise nor sampling is among them:
+        the same batch under new noise would be less private than the two steps that are paid for."""
+        return {"losses": self._generators["losses"]} if self.settings.secure_noise else self._generators
+
+    def _intend(self) -> None:
+        """What can't be repeated is on record before it is released."""
+        if self.settings.secure_noise and self.checkpoint and self.world.first:
+            try:
+                write_intent(self.checkpoint, self.accountant.state_dict() | {"steps": self.step + 1})
+            except OSError as error:
+                self.world.tell_failure(error)  # the others wait in privatize
+                raise
+
+    def _charge_intended(self) -> None:
+        """Charge what may have been released after the checkpoint; those steps are not made again, so that the budget holds."""
+        record, saved, path = self.world.from_first(lambda: read_intent(self.checkpoint)), self.step, self.checkpoint
+        if self.settings.secure_noise and saved > (record or {"steps": 0})["steps"]:
+            raise CheckpointError(
+                f"{intent_path(path)} is gone or older than {path}: steps that were released may be missing"
+            )
+        if record is None:
+            return
+        try:
+            self.accountant.load_state_dict(record)  # keeps the larger count
+        except ValueError as error:
+            raise CheckpointError(f"{intent_path(path)} is of another run: {error}") from error
+        if lost := self.step - saved:
+            self.schedule.last_epoch += lost
+            warnings.warn(
+                f"{lost} steps may have been released after the last checkpoint, with noise that can't be repeated: they are "
+                "charged, and not made again",
+                stacklevel=3,
+            )
 
     @cached_property
     def last_step(self) -> int:
         """Where training ends: settings.steps, or fewer if their epsilon would exceed target_epsilon."""
+        return self.world.from_first(self._last_step)
+
+    def _last_step(self) -> int:
         s = self.settings
         if s.target_epsilon is None or self.accountant.epsilon(s.delta, s.steps) <= s.target_epsilon:
             return s.steps
@@ -252,7 +375,7 @@ class DPTrainer:
         warnings.warn(
             f"{s.steps} steps would exceed epsilon {s.target_epsilon}: training stops after {affordable}; calibrate_noise "
             "gives the noise for all of them",
-            stacklevel=3,
+            stacklevel=5,
         )
         return max(affordable, self.step)
 
@@ -264,6 +387,15 @@ class DPTrainer:
         curve = self.accountant.epsilon_curve(self.settings.delta, counts)  # coarse: about 2% above the final figure
         final = self.accountant.epsilon(self.settings.delta, last)
         return lambda step: min(final, curve[math.ceil(step / spacing) - 1])
+
+
+def _rank_generators(world: World, device: torch.device, seed: int | None) -> dict[str, Generator]:
+    """Sampling is the same on all ranks, the noise is rank 0's, and each rank has losses of its own."""
+    devices = {"sampling": "cpu", "losses": device, "noise": device}
+    own = [f"losses of rank {rank}" for rank in range(1, world.rank + 1)]
+    generators = make_generators(devices | dict.fromkeys(own, device), seed)
+    generators["sampling"].set_state(world.from_first(generators["sampling"].get_state))
+    return {name: generators[name] for name in devices} | {"losses": generators[own[-1] if own else "losses"]}
 
 
 def _open_data(data: Sequence[Tensor] | Dataset) -> tuple[int, Callable[[Tensor], Sequence[Tensor]]]:

@@ -290,6 +290,267 @@ def norms(draw) -> Case:
     return draw_case(draw, thaw_some(draw, layer), shape)
 
 
+@st.composite
+def transposed_convs(draw) -> Case:
+    """Strides, paddings, dilations and groups of nn.ConvTranspose1d/2d/3d, output_padding included."""
+    dims = draw(st.integers(1, 3))
+    make = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    several = lambda low, high: draw(st.tuples(*[st.integers(low, high)] * dims))  # noqa: E731
+    groups, wide = draw(st.sampled_from([1, 2, 3])), st.integers(1, 3)
+    kernel, stride, dilation, size = several(1, 4 - dims // 2), several(1, 3), several(1, 3), several(1, 4)
+    extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation))
+    full = [(n - 1) * s + d * (k - 1) + 1 + e for n, s, d, k, e in zip(size, stride, dilation, kernel, extra)]
+    padding = tuple(draw(st.integers(0, min(2, (f - 1) // 2))) for f in full)
+    c_in, c_out = groups * draw(wide), groups * draw(wide)
+    layer = make(c_in, c_out, kernel, stride, padding, extra, groups, draw(st.booleans()), dilation)
+    return draw_case(draw, thaw_some(draw, layer), (c_in, *size))
+
+
+class ContiguousGrad(nn.Module):
+    """PyTorch 2.13's own backward of InstanceNorm is wrong for a lone image whose output gradient is channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten().view_as(x)
+
+
+@st.composite
+def more_norms(draw) -> Case:
+    """RMSNorm, InstanceNorm1d/2d/3d with affine parameters, BatchNorm in eval with trainable ones."""
+    kind = draw(st.sampled_from(["rms", "instance", "batch"]))
+    sizes = draw(st.lists(st.integers(2, 4), min_size=1, max_size=3))
+    width = draw(st.integers(1, 3))
+    if kind == "rms":
+        normalised = draw(st.lists(st.integers(2, 4), min_size=1, max_size=2))
+        return draw_case(draw, nn.RMSNorm(normalised), (*sizes[:2], *normalised))
+    makes = {
+        "instance": [nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d],
+        "batch": [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d],
+    }
+    layer = makes[kind][len(sizes) - 1](width, affine=True)
+    if kind == "batch" or draw(st.booleans()):
+        layer = makes[kind][len(sizes) - 1](width, affine=True, track_running_stats=True).eval()
+        layer.running_mean.normal_()
+    return draw_case(draw, nn.Sequential(thaw_some(draw, layer), ContiguousGrad()), (width, *sizes))
+
+
+class Bags(nn.EmbeddingBag):
+    """Bags of equal length, of indices that come as floats."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.long())
+
+
+class RaggedBags(nn.EmbeddingBag):
+    """Bags as long as the first number of a row says, perhaps empty, perhaps weighted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = x[:, 0].long() % x.shape[1]
+        inside = torch.arange(x.shape[1]) < lengths[:, None]
+        weights = x[inside].cos() if self.mode == "sum" else None
+        offsets = lengths.cumsum(0) - lengths
+        return super().forward(x[inside].long(), offsets, weights)
+
+
+@st.composite
+def bags(draw) -> Case:
+    entries, padding = draw(st.integers(2, 6)), draw(st.one_of(st.none(), st.integers(0, 1)))
+    make, mode = draw(st.sampled_from([Bags, RaggedBags])), draw(st.sampled_from(["sum", "mean", "max"]))
+    indices = lambda *shape, dtype: torch.randint(entries, shape).to(dtype)  # noqa: E731
+    layer = make(entries, draw(st.integers(1, 3)), mode=mode, padding_idx=padding)
+    return draw_case(draw, layer, (draw(st.integers(2, 5)),), inputs=indices)
+
+
+class Pair(nn.Bilinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x[..., : self.in2_features].sin())
+
+
+@st.composite
+def slopes_and_pairs(draw) -> Case:
+    """PReLU of one slope or one for each channel, and nn.Bilinear."""
+    width, rest = draw(st.integers(2, 4)), draw(leading())
+    if draw(st.booleans()):
+        layer, shape = nn.PReLU(draw(st.sampled_from([1, width]))), (width, *rest)
+    else:
+        second = draw(st.integers(1, width))
+        layer, shape = Pair(width, second, draw(st.integers(1, 3)), draw(st.booleans())), (*rest, width)
+    return draw_case(draw, thaw_some(draw, layer), shape)
+
+
+# ---- sequence first
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention of x [N, L, E] to itself, to another sequence, or with keys and values of other widths."""
+
+    def __init__(self, width: int, heads: int, keys: str, mask: str, need_weights: bool, batch_first: bool, **options):
+        super().__init__()
+        sizes = dict(kdim=width + 1, vdim=width + 2) if keys == "other widths" else {}
+        self.inner = nn.MultiheadAttention(width, heads, batch_first=batch_first, **sizes, **options)
+        self.keys, self.mask, self.need_weights, self.batch_first = keys, mask, need_weights, batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        k = {"self": x, "other": x[:, :1].sin(), "other widths": F.pad(x, (0, 1)).cos()}[self.keys]
+        v = F.pad(x, (0, 2)).sin() if self.keys == "other widths" else k
+        masks = {}
+        if self.mask == "positions":
+            masks["attn_mask"] = torch.ones(length, k.shape[1], dtype=torch.bool).triu(1)
+        if self.mask == "samples":  # depends on the sample, as padding does
+            masks["key_padding_mask"] = (torch.arange(k.shape[1]) > 0) & (x.sum((1, 2)) > 0)[:, None]
+        q, k, v = (x, k, v) if self.batch_first else (t.transpose(0, 1) for t in (x, k, v))
+        y, weights = self.inner(q, k, v, need_weights=self.need_weights, **masks)
+        y = y if self.batch_first else y.transpose(0, 1)
+        return y + weights.sum((1, 2))[:, None, None] if self.need_weights else y
+
+    def extra_repr(self) -> str:
+        return f"keys {self.keys}, mask {self.mask}, need_weights {self.need_weights}, batch_first {self.batch_first}"
+
+
+@st.composite
+def attentions(draw) -> Case:
+    heads = draw(st.integers(1, 2))
+    width, length = heads * draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    choice = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    keys = choice("self", "other", "other widths")
+    options = dict(bias=draw(st.booleans()), add_bias_kv=draw(st.booleans()), add_zero_attn=draw(st.booleans()))
+    mask = choice("none", "positions", "samples")
+    model = Attention(width, heads, keys, mask, draw(st.booleans()), draw(st.booleans()), **options)
+    return draw_case(draw, thaw_some(draw, model), (length, width))
+
+
+class SequenceFirst(nn.Module):
+    """x [N, L, C] -> y [N, L, C] by layers that see [L, N, C], or L N flattened rows, or channels and positions exchanged."""
+
+    def __init__(self, layers: nn.Module, order: str):
+        super().__init__()
+        self.layers, self.order = layers, order
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order == "rows":
+            return self.layers(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], len(x))).transpose(0, 1)
+        if self.order == "stacked":
+            return torch.stack([self.layers(x[:, t]) for t in range(x.shape[1])]).transpose(0, 1).contiguous()
+        if self.order == "pooled":
+            return self.layers(x.transpose(0, 1)).mean(0)
+        if self.order == "unbound":
+            return sum(y.sin() for y in self.layers(x.movedim(1, 0)).unbind(0))
+        order = (1, 0, 2) if self.order == "permuted" else (1, 2, 0)  # back from [L, N, C], from [L, C, N] by a copy
+        y = self.layers(x.permute(1, 0, 2).contiguous())
+        return y.permute(order) if order == (1, 0, 2) else y.permute(0, 2, 1).contiguous().permute(2, 0, 1)
+
+    def extra_repr(self) -> str:
+        return self.order
+
+
+class Table(nn.Module):
+    """Positions and a scale, for [L, N, C]."""
+
+    def __init__(self, length: int, width: int):
+        super().__init__()
+        self.table, self.scale = nn.Parameter(torch.empty(length, 1, width)), nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + (self.table if x.dim() == 3 else self.table[0])
+
+
+@st.composite
+def sequences_first(draw) -> Case:
+    """Layers that see the sequence first. "rows" has no dimension for a table of positions."""
+    width, length = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    order = draw(st.sampled_from(["rows", "stacked", "pooled", "unbound", "permuted", "copied"]))
+    makes = {
+        "linear": lambda: nn.Linear(width, width),
+        "adapter": lambda: LoDALinear(width, width, rank=2),
+        "layer norm": lambda: nn.LayerNorm(width) if width > 1 else nn.Linear(1, 1, bias=False),
+        "table": lambda: Table(length if order not in ("rows", "stacked") else 1, width),
+        "no bias": lambda: nn.Linear(width, width, bias=False),
+    }
+    names = draw(st.lists(st.sampled_from(sorted(makes)), min_size=1, max_size=3))
+    model = SequenceFirst(nn.Sequential(*(makes[name]() for name in names)), order)
+    return draw_case(draw, thaw_some(draw, model), (length, width))
+
+
+class Recurrent(nn.Module):
+    """In float64 on the CPU, PyTorch composes these of linear maps, sequence first."""
+
+    def __init__(self, inner: nn.RNNBase):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        turn = (lambda t: t) if self.inner.batch_first else (lambda t: t.transpose(0, 1))
+        return turn(self.inner(turn(x))[0])
+
+
+@st.composite
+def recurrent(draw) -> Case:
+    make = draw(st.sampled_from([nn.RNN, nn.LSTM, nn.GRU]))
+    options = dict(bias=draw(st.booleans()), batch_first=draw(st.booleans()), bidirectional=draw(st.booleans()))
+    width = draw(st.integers(1, 3))
+    layer = make(width, draw(st.integers(1, 3)), draw(st.integers(1, 2)), **options)
+    return draw_case(draw, Recurrent(thaw_some(draw, layer)), (draw(st.integers(1, 4)), width))
+
+
+# ---- parameters re-laid, combined and repeated
+
+FORMS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {  # of p with x [N, 3, 4]
+    "x / p": ((4,), lambda x, p: x / p),
+    "p / x": ((3, 1), lambda x, p: p / (x.square() + 1)),
+    "x - p": ((4,), lambda x, p: x - p),
+    "p - 2 x": ((3, 4), lambda x, p: torch.sub(p, x, alpha=2)),
+    "addcmul's first": ((4,), lambda x, p: torch.addcmul(p, x, x.sin(), value=0.5)),
+    "addcmul's second": ((3, 1), lambda x, p: torch.addcmul(x, p, x.sin(), value=-2)),
+    "addcmul's third": ((), lambda x, p: torch.addcmul(x, x.sin(), p)),
+    "view": ((12,), lambda x, p: x * p.view(3, 4)),
+    "unsqueeze": ((3,), lambda x, p: x * p[:, None]),
+    "permute": ((4, 1, 3), lambda x, p: x + p.permute(1, 2, 0)),
+    "slice": ((5, 6), lambda x, p: x * p[1:4, 1:5]),
+    "strided slice": ((6, 8), lambda x, p: x * p[::2, 1::2]),
+    "select": ((2, 4), lambda x, p: x * p[1] + p[0]),
+    "split": ((8,), lambda x, p: x * p.split(4)[1] + p.chunk(2)[0]),
+    "uneven split": ((7,), lambda x, p: x * p.split([3, 4])[1] + p.split([3, 4])[0][:, None]),
+    "expand": ((4,), lambda x, p: x * p.expand(3, 4)),
+    "expand as x": ((1, 4), lambda x, p: x * p.expand_as(x)),
+    "repeat": ((2,), lambda x, p: x * p.repeat(3, 2)),
+    "repeat as x": ((1, 2), lambda x, p: x * p.repeat(len(x), 3, 2)),
+    "class token": ((1, 1, 4), lambda x, p: torch.cat([p.expand(len(x), 1, 4), x.sin()], 1)),
+    "repeated token": ((2, 4), lambda x, p: torch.cat([p.repeat(len(x), 1, 1), x.sin()], 1)),
+    "token in the middle": ((3, 1, 2), lambda x, p: torch.cat([p.transpose(0, 1).repeat(len(x), 1, 2), x], 2)),
+    "repeated with the batch second": (
+        (3, 1, 2),
+        lambda x, p: torch.cat([p.repeat(1, len(x), 2), x.transpose(0, 1)], 2).transpose(0, 1).contiguous(),
+    ),
+    "matrix times vector": ((4,), lambda x, p: (x @ p)[..., None] * x),
+    "x @ p": ((4, 2), lambda x, p: x @ p),
+    "x.mT @ p": ((3, 2), lambda x, p: x.mT @ p),
+    "einsum": ((2, 4), lambda x, p: torch.einsum("ntc,oc->nto", x, p)),
+    "einsum, p first": ((4, 2), lambda x, p: torch.einsum("co,ntc->nto", p, x)),
+    "einsum over positions": ((3, 2), lambda x, p: torch.einsum("ntc,to->noc", x, p)),
+    "einsum by position": ((3, 4, 2), lambda x, p: torch.einsum("ntc,tco->nto", x, p)),
+    "a slice of a weight": ((5, 6), lambda x, p: F.linear(x, p[1:3, 2:])),
+    "batch second": ((4,), lambda x, p: (x[None] * p)[0]),
+}
+
+
+class Form(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        shape, self.form = FORMS[name]
+        self.name, self.p = name, nn.Parameter(torch.empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x, self.p)
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+@st.composite
+def forms(draw) -> Case:
+    return draw_case(draw, Form(draw(st.sampled_from(sorted(FORMS)))), (3, 4))
+
+
 # ---- parameters broadcast along the batch
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastloda.classify import SmallCNN, accuracy, jitter, predict, train_classifier
+from fastloda.classify import NETWORKS, SmallCNN, accuracy, flip_crop, jitter, predict, seeded_network, train_classifier
 from fastloda.data import LabelledImages, digits_split, font_digits
 
 
@@ -63,7 +63,7 @@ def test_only_convolutions_and_linear_have_parameters():
 
 
 def test_samples_do_not_mix():
-    model = SmallCNN.seeded(0).double()
+    model = seeded_network("cnn", 0).double()
     images = torch.randn(5, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     logits = model(images)
     (reached,) = torch.autograd.grad(logits[2].sum(), images)
@@ -74,7 +74,7 @@ def test_samples_do_not_mix():
 
 def test_seeded_weights_depend_on_the_seed_alone():
     before = torch.get_rng_state()
-    first, again, other = (SmallCNN.seeded(seed, width=8) for seed in (3, 3, 4))
+    first, again, other = (seeded_network("cnn", seed, width=8) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(weights(first), weights(again)) and not torch.equal(weights(first), weights(other))
 
@@ -102,7 +102,7 @@ def test_no_augmentation_sees_the_images_as_they_are(digits):
 
     train = digits[0][:7]
     with_identity = train_classifier(train, steps=4, batch_size=3, width=8, augment=look, progress=False)
-    without = train_classifier(train, steps=4, batch_size=3, width=8, augment=None, progress=False)
+    without = train_classifier(train, steps=4, batch_size=3, width=8, augment="none", progress=False)
     assert torch.equal(weights(with_identity), weights(without))
     assert [len(batch) for batch in seen] == [3, 3, 3, 3]  # batches run across the end of an epoch
     epoch = torch.cat(seen)[:7]
@@ -181,3 +181,37 @@ def test_progress_is_shown_on_request(digits, capsys):
     assert capsys.readouterr().err == ""
     train_classifier(digits[0][:5], steps=1, width=8)
     assert "classifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_every_network_learns_from_few_images(name):
+    few = LabelledImages(torch.randn(4, 3, 8, 8).clamp(-1, 1), torch.arange(4), 4)
+    width = 8 if name in ("cnn", "resnet9") else 1
+    model = train_classifier(few, steps=20, batch_size=4, network=name, width=width, augment="none", progress=False)
+    assert accuracy(model, few) == 1
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet9", 6.57e6), ("wrn-40-4", 8.9e6), ("wrn-16-4", 2.7e6)])
+def test_networks_have_the_published_sizes(name, parameters):
+    """For CIFAR-10: 6.57M (Page's network) and 8.9M, 2.7M (Zagoruyko & Komodakis, table 4)."""
+    model = seeded_network(name, 0, in_channels=3, image_size=32)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.02)
+
+
+def test_an_unknown_network_or_norm_is_named():
+    with pytest.raises(ValueError, match="one of cnn, resnet9.*'resnet'"):
+        seeded_network("resnet", 0)
+    for name in ("cnn", "resnet9", "wrn-16-4"):
+        with pytest.raises(ValueError, match="norm.*'layer'"):
+            seeded_network(name, 0, norm="layer")
+
+
+def test_flip_crop_mirrors_half_and_shifts_by_an_eighth():
+    images = torch.arange(64.0).view(1, 1, 8, 8).expand(400, 1, 8, 8)
+    moved = flip_crop(images, torch.Generator().manual_seed(0))
+    assert torch.equal(moved, flip_crop(images, torch.Generator().manual_seed(0)))
+    inner = moved[:, 0, 2:6, 2:6]
+    steps = inner[:, 0, 1] - inner[:, 0, 0]
+    assert set(steps.tolist()) == {1.0, -1.0} and 0.4 < (steps < 0).double().mean() < 0.6
+    rows = ((moved[:, 0, 4, 3:5].sum(1) / 2 - 3.5) / 8 - 4).round()
+    assert set(rows.tolist()) == {-1.0, 0.0, 1.0}

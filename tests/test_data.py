@@ -250,7 +250,7 @@ def test_font_digits_count_on_pixels_and_fill_the_box(size):
     assert torch.equal(counts, counts.round())
     ink = data.images[:, 0] > -1
     heights = ink.any(dim=2).sum(dim=1)
-    assert (heights >= 0.75 * size).all() and (heights > 0.85 * size).float().mean() > 0.9
+    assert (heights >= 0.65 * size).all() and (heights > 0.85 * size).float().mean() > 0.85  # a bend may shorten some
     covered = (data.images + 1).mean(dim=(1, 2, 3)) / 2
     assert covered.min() > 0.08 and covered.max() < 0.6  # neither blank nor a blot
 
@@ -259,10 +259,10 @@ def test_strokes_neither_break_nor_run_together():
     data = font_digits(2000, seed=2, size=32)
     bits = np.pad(data.images[:, 0].numpy() > 0, [(0, 0), (1, 1), (1, 1)])
     pieces = np.array([label(ink, structure=np.ones((3, 3)))[1] for ink in bits])
-    assert (pieces == 1).mean() > 0.97
+    assert (pieces == 1).mean() > 0.96
     holes = np.array([label(~ink)[1] - 1 for ink in bits])
     for digit, count in {0: 1, 1: 0, 5: 0, 6: 1, 7: 0, 8: 2, 9: 1}.items():
-        assert (holes[data.labels == digit] == count).mean() > 0.9, digit  # a thick pen closes some
+        assert (holes[data.labels == digit] == count).mean() > 0.85, digit  # a thick pen or a bend closes some
 
 
 @settings(deadline=None)

@@ -17,10 +17,15 @@ from fastloda import GhostClipper, LoDAConv2d, LoDALinear, ghost_dp_step, per_sa
 
 PLANS = {
     "as planned": {},
-    "kept": {"KEEP_FACTOR": float("inf")},
-    "made again": {"KEEP_FACTOR": 0.0},
-    "made again in tiny chunks": {"KEEP_FACTOR": 0.0, "CHUNK_NUMBERS": 1, "SCRATCH_BYTES": {"cpu": 1}},
-    "kept from tiny chunks": {"KEEP_FACTOR": float("inf"), "SCRATCH_BYTES": {"cpu": 1}},
+    "kept": {"KEEP_FACTOR": float("inf"), "GHOST_FACTOR": 0.0},
+    "made again": {"KEEP_FACTOR": 0.0, "GHOST_FACTOR": 0.0},
+    "made again in tiny chunks": {
+        "KEEP_FACTOR": 0.0,
+        "GHOST_FACTOR": 0.0,
+        "CHUNK_NUMBERS": 1,
+        "SCRATCH_BYTES": {"cpu": 1},
+    },
+    "kept from tiny chunks": {"KEEP_FACTOR": float("inf"), "GHOST_FACTOR": 0.0, "SCRATCH_BYTES": {"cpu": 1}},
 }
 KINDS = {
     "adapted conv": (drawn.adapted_convs(), 200, 3000),

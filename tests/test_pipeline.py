@@ -15,9 +15,9 @@ from fastloda import pipeline
 from fastloda.account import account, read_statement
 from fastloda.accountant import PrivacyAccountant, compose_epsilon
 from fastloda.baselines import DPSGD, run_dpsgd, train_dpsgd
-from fastloda.baselines.dpsgd import _jittered_losses
+from fastloda.baselines.dpsgd import _augmented_losses
 from fastloda.budget import Privacy, private_training
-from fastloda.classify import SmallCNN
+from fastloda.classify import AUGMENTS, seeded_network
 from fastloda.data import LabelledImages, digits_split, font_digits, load_npz
 from fastloda.diffusion import UNetConfig
 from fastloda.diffusion.pretrain import PublicTraining
@@ -422,7 +422,7 @@ def test_dpsgd_trains_privately_and_resumes(tmp_path, monkeypatch):
     assert not model.training
     statement = read_statement(tmp_path / "dpsgd")
     assert statement["epsilon"] <= 10 and statement["steps"] == 4 and statement["views"] == 2
-    start = SmallCNN.seeded(0, in_channels=1, num_classes=10, width=8, image_size=8)
+    start = seeded_network("cnn", 0, width=8)
     assert not torch.equal(model.head.weight, start.head.weight)
     monkeypatch.setattr("fastloda.baselines.dpsgd.train_dpsgd", None)  # a finished one is loaded
     again = run_dpsgd(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
@@ -439,12 +439,12 @@ def test_dpsgd_views_are_different_copies_of_each_record(monkeypatch):
         seen.append(x)
         return torch.zeros(len(x), 10)
 
-    losses = _jittered_losses(4)(model, (data.images, data.labels), torch.Generator().manual_seed(0))
+    losses = _augmented_losses(4, "jitter")(model, (data.images, data.labels), torch.Generator().manual_seed(0))
     assert losses.shape == (12,)
     copies = seen[0].view(3, 4, -1)
     assert len(copies.flatten(0, 1).unique(dim=0)) == 12
-    monkeypatch.setattr("fastloda.baselines.dpsgd.jitter", lambda images, generator: images)
-    _jittered_losses(4)(model, (data.images, data.labels), torch.Generator())
+    monkeypatch.setitem(AUGMENTS, "jitter", lambda images, generator: images)
+    _augmented_losses(4, "jitter")(model, (data.images, data.labels), torch.Generator())
     assert torch.equal(seen[1].view(3, 4, 1, 8, 8), data.images[:, None].expand(3, 4, 1, 8, 8))  # sample-major
 
 

@@ -179,6 +179,14 @@ class TimeMajor(nn.Linear):
         return super().forward(x.transpose(0, 1).reshape(-1, C)).view(5, -1, C).transpose(0, 1).contiguous()
 
 
+class Scattered(nn.Linear):
+    """Rows in an order that says nothing of samples."""
+
+    def forward(self, x):
+        order = torch.randperm(x.shape[0] * x.shape[1])
+        return super().forward(x.reshape(-1, C)[order])[order.argsort()].view_as(x)
+
+
 class Lookup(nn.Module):
     def __init__(self, table):
         super().__init__()
@@ -347,14 +355,20 @@ UNSAFE = {
     "attention with the sequence first": Unsafe(
         "middle|first", layer(First(nn.MultiheadAttention(C, 2), 3), sequences)
     ),
-    "linear over time-major rows": Unsafe("middle", layer(TimeMajor(C, C), sequences)),
+    "linear over rows in any order": Unsafe("mix.*middle", layer(Scattered(C, C), sequences)),
     # parameters without an exact rule
     "a scale for each row": Unsafe("middle.alpha.*MulBackward", layer(Bare((N, 1), lambda x, p: x * p))),
     "a shift for each row": Unsafe("middle.alpha.*AddBackward", layer(Bare((N, C), lambda x, p: x + p))),
-    "a shift for each row, turned": Unsafe("mix.*middle.alpha", layer(Bare(N, lambda x, p: (x.t() + p).t()))),
-    "a shift with the batch second": Unsafe("middle.alpha", layer(Bare((1, 1, C), lambda x, p: (x[None] + p)[0]))),
-    "a scale over time-major rows": Unsafe(
-        "mix.*middle.alpha", layer(Bare(C, lambda x, p: (x.transpose(0, 1) * p).transpose(0, 1)), sequences)
+    "a shift for each row, turned": Unsafe("middle.alpha.*AddBackward", layer(Bare(N, lambda x, p: (x.t() + p).t()))),
+    "a shift for each row, with the batch second": Unsafe(
+        "middle.alpha.*AddBackward", layer(Bare((1, N, C), lambda x, p: (x[None] + p)[0]))
+    ),
+    "a scale for each row of time-major rows": Unsafe(
+        "middle.alpha.*MulBackward",
+        layer(Bare((N, 1), lambda x, p: (x.transpose(0, 1) * p).transpose(0, 1)), sequences),
+    ),
+    "copies of a shift in the wrong order": Unsafe(
+        "middle.alpha", layer(Bare(C, lambda x, p: (x.flatten() + p.repeat_interleave(N)).view_as(x)))
     ),
     "a scale of a constant": Unsafe("mix.*middle.alpha", layer(Bare((), lambda x, p: x * (p * torch.ones(2 * N))[:C]))),
     "a gain of fixed weights": Unsafe(
@@ -364,12 +378,14 @@ UNSAFE = {
     "no features at all": Unsafe("middle.alpha.*AddBackward", layer(Bare((), lambda x, p: x * (p + 1)))),
     "a weight borrowed": Unsafe("middle.weight.*MeanBackward", layer(Borrowed(C, C))),
     "a custom autograd Function": Unsafe("middle.alpha.*HiddenScale", layer(Bare(C, HiddenScale.apply))),
-    "RNN": Unsafe("middle.inner", layer(First(nn.RNN(C, C, batch_first=True)), sequences)),
+    "GRU with the sequence first": Unsafe("middle|first", layer(First(nn.GRU(C, C)), sequences)),
     "LSTM": Unsafe("middle.inner", layer(First(nn.LSTM(C, C)), sequences)),
-    "GRU": Unsafe("middle.inner", layer(First(nn.GRU(C, C, batch_first=True)), sequences)),
-    "transposed convolution": Unsafe("transposed", layer(nn.ConvTranspose2d(C, C, 3, padding=1), images)),
-    "PReLU": Unsafe("middle.weight", layer(nn.PReLU(C))),
-    "bilinear": Unsafe("middle.weight", layer(Bilinear(C, C, C))),
+    "a power": Unsafe("middle.alpha.*PowBackward", layer(Bare(C, lambda x, p: x.abs() ** p))),
+    "a sine of a parameter": Unsafe("middle.alpha.*SinBackward", layer(Bare(C, lambda x, p: x + p.sin()))),
+    "a matrix for each row": Unsafe(
+        "middle.alpha.*bmm|middle.alpha.*BmmBackward",
+        layer(Bare((N, C, C), lambda x, p: torch.bmm(x[:, None], p)[:, 0])),
+    ),
     "weight_norm": Unsafe("middle.*original", layer(torch.nn.utils.parametrizations.weight_norm(nn.Linear(C, C)))),
     "spectral_norm": Unsafe("middle.*original", layer(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(C, C)))),
     "a parametrization": Unsafe("middle.*original", layer(doubled(nn.Linear(C, C)))),
@@ -573,6 +589,19 @@ SAFE = {
     "attention with the batch first": layer(
         First(nn.MultiheadAttention(C, 2, batch_first=True).requires_grad_(False), 3), sequences
     ),
+    "linear over time-major rows": layer(TimeMajor(C, C), sequences),
+    "a scale over time-major rows": layer(Bare(C, lambda x, p: (x.transpose(0, 1) * p).transpose(0, 1)), sequences),
+    "a shift with the batch second": layer(Bare((1, 1, C), lambda x, p: (x[None] + p)[0])),
+    "training attention with the batch first": layer(
+        First(nn.MultiheadAttention(C, 2, batch_first=True), 3), sequences
+    ),
+    "RNN": layer(First(nn.RNN(C, C, batch_first=True)), sequences),
+    "GRU": layer(First(nn.GRU(C, C, batch_first=True)), sequences),
+    "transposed convolution": layer(nn.ConvTranspose2d(C, C, 3, padding=1), images),
+    "PReLU": layer(nn.PReLU(C)),
+    "bilinear": layer(Bilinear(C, C, C)),
+    "affine InstanceNorm": layer(nn.InstanceNorm2d(C, affine=True), images),
+    "RMSNorm": layer(nn.RMSNorm(C)),
     "frozen LSTM": layer(First(frozen(nn.LSTM(C, C, batch_first=True))), sequences),
     "frozen transposed convolution": layer(frozen(nn.ConvTranspose2d(C, C, 3, padding=1)), images),
     "frozen weight_norm": layer(frozen(torch.nn.utils.parametrizations.weight_norm(nn.Linear(C, C)))),

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastloda.report import Figure, Page, Result, accuracy_plot, epsilon_plot, markdown, render, sample_grid
-from fastloda.report.tables import rounded_up, terminal_table
+from fastloda.report import Figure, Page, Result, accuracy_plot, epsilon_plot, render, result_table, sample_grid
+from fastloda.report.tables import rounded_up
 
 RESULTS = [
     Result("Public only", 0.0, "public samples", (0.5, 0.6)),
@@ -51,9 +51,9 @@ def test_a_shown_epsilon_is_still_an_upper_bound(epsilon, text):
 
 def test_markdown_and_terminal_show_the_same_cells():
     console = Console(width=200, file=io.StringIO(), record=True)
-    console.print(terminal_table(RESULTS))
+    console.print(result_table(RESULTS).for_terminal())
     shown = console.export_text()
-    text = markdown(RESULTS)
+    text = result_table(RESULTS).to_markdown()
     for result in RESULTS:
         for cell in result.cells():
             assert cell in shown and cell.replace("|", r"\|") in text
@@ -94,7 +94,7 @@ def _page(**changes) -> Page:
     values = {
         "title": "Title",
         "lead": "Lead.",
-        "results": RESULTS,
+        "results": result_table(RESULTS),
         "chart": figure,
         "samples": [Figure("a grid", sample_grid(torch.zeros(1, 1, 8, 8), torch.zeros(1).long()), True)],
         "statement": ["Said."],

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from fastloda.arguments import Device, resolve_device
 from fastloda.average import copy_into
 from fastloda.budget import CHECKPOINT, EPSILON_CURVE, STATEMENT, Privacy, private_training, publish
-from fastloda.classify import SmallCNN, jitter
+from fastloda.classify import AugmentName, NetworkName, augmentation, make_network, seeded_network
 from fastloda.data import LabelledImages
 from fastloda.files import write_atomically
 from fastloda.runs import Stage
@@ -35,7 +35,9 @@ class DPSGD:
         learning_rate: of the optimizer.
         momentum: of sgd.
         ema_decay: of the average of the weights, which is what is released.
-        width: channels of the first layer, a multiple of 8.
+        network: cnn, resnet9, wrn-16-4 or wrn-40-4, with GroupNorm.
+        width: as the network counts it (cnn: channels of the first layer, a multiple of 8). Default: the usual one.
+        augment: of each view: jitter (digits), flip-crop (natural images) or none.
         seed: see `PrivateTraining`.
     """
 
@@ -43,17 +45,25 @@ class DPSGD:
     learning_rate: float = 0.3
     momentum: float = 0.9
     ema_decay: float = 0.95
-    width: int = 16
+    network: NetworkName = "cnn"
+    width: int | None = 16
+    augment: AugmentName = "jitter"
     seed: int | None = None
 
     def __post_init__(self):
         if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1 or self.momentum < 0:
             raise ValueError(f"DP-SGD needs learning_rate > 0, 0 <= ema_decay < 1 and momentum >= 0, got {self}")
-        SmallCNN.seeded(0, width=self.width)  # refuses a width that it cannot have
+        augmentation(self.augment)
+        with torch.device("meta"):  # refuses a width that the network cannot have, without making it
+            make_network(self.network, image_size=32, width=self.width)
 
     def optimization(self) -> dict:
         """The fields that `PrivateTraining` has too."""
-        return {name: value for name, value in asdict(self).items() if name != "width"}
+        of_the_network = ("network", "width", "augment")
+        return {name: value for name, value in asdict(self).items() if name not in of_the_network}
+
+
+CLASSIFIER = DPSGD()
 
 
 def run_dpsgd(
@@ -64,7 +74,7 @@ def run_dpsgd(
     *,
     device: Device = "auto",
     progress: bool = True,
-) -> SmallCNN:
+) -> nn.Module:
     """A stage like those of `pipeline.py`: a classifier trained by DP-SGD, in the run's folder dpsgd/.
 
     `privacy.records` must be given. Done before with the same settings, it is loaded; interrupted, it continues.
@@ -78,11 +88,11 @@ def run_dpsgd(
     if not stage.is_done():
         private = private_training(privacy, fixed_shape=place.type != "cpu", **training.optimization())
         with stage.work():
-            options = {"width": training.width, "device": place, "progress": progress}
-            model, trainer = train_dpsgd(data, private, checkpoint=stage.folder / CHECKPOINT, **options)
+            options = {"device": place, "progress": progress}
+            model, trainer = train_dpsgd(data, private, training, checkpoint=stage.folder / CHECKPOINT, **options)
             write_atomically(stage.folder / WEIGHTS, lambda path: save_file(model.state_dict(), path))
             publish(trainer, privacy, stage.folder)
-    model = _network(data, training.width)
+    model = _network(data, training)
     model.load_state_dict(load_file(stage.folder / WEIGHTS))
     return model.to(place).eval()
 
@@ -90,41 +100,44 @@ def run_dpsgd(
 def train_dpsgd(
     data: LabelledImages,
     settings: PrivateTraining,
+    training: DPSGD = CLASSIFIER,
     *,
-    width: int = 16,
     device: torch.device | str = "cpu",
     checkpoint: str | os.PathLike | None = None,
     progress: bool = True,
-) -> tuple[SmallCNN, DPTrainer]:
-    """Train a `SmallCNN` under DP, on `settings.views` jittered copies a record; its averaged weights, in eval mode.
+) -> tuple[nn.Module, DPTrainer]:
+    """Train a network under DP, on `settings.views` augmented copies a record; its averaged weights, in eval mode.
 
-    Also returns the trainer, which knows what was spent. Resumes from `checkpoint`.
+    training: the network and its augmentation; the optimization is `settings`'. Also returns the trainer, which knows what was spent. Resumes from `checkpoint`.
 
     Raises:
         ValueError: `data` is empty or not square.
         CheckpointError: the checkpoint is damaged, or of other settings.
     """
-    model, records = _network(data, width, settings.seed or 0).to(device), (data.images, data.labels)
-    losses = _jittered_losses(settings.views)
+    model, records = _network(data, training, settings.seed or 0).to(device), (data.images, data.labels)
+    losses = _augmented_losses(settings.views, training.augment)
     trainer = DPTrainer(model, records, losses, settings, checkpoint=checkpoint, progress=progress).fit()
     copy_into(trainer.parameters, trainer.average.values)
     return model.eval(), trainer
 
 
-def _network(data: LabelledImages, width: int, seed: int = 0) -> SmallCNN:
+def _network(data: LabelledImages, training: DPSGD, seed: int = 0) -> nn.Module:
     channels, height, size = data.images.shape[1:]
     if height != size:
-        raise ValueError(f"SmallCNN needs square images, not {height} x {size}")
-    return SmallCNN.seeded(seed, in_channels=channels, num_classes=data.num_classes, width=width, image_size=size)
+        raise ValueError(f"a classifier needs square images, not {height} x {size}")
+    shape = {"in_channels": channels, "num_classes": data.num_classes, "image_size": size}
+    return seeded_network(training.network, seed, **shape, width=training.width)
 
 
-def _jittered_losses(views: int):
+def _augmented_losses(views: int, augment: AugmentName):
+    change = augmentation(augment)
+
     def losses(model: nn.Module, batch: tuple[Tensor, Tensor], generator: Generator) -> Tensor:
         """Cross-entropy [n * views], sample-major."""
         images, labels = (t.repeat_interleave(views, dim=0) for t in batch)
-        # jitter draws on the CPU, whatever the trainer's device
-        seed = torch.randint(2**62, (1,), generator=generator, device=generator.device).item()
-        copies = jitter(images, Generator().manual_seed(seed))
-        return F.cross_entropy(model(copies), labels, reduction="none")
+        if change is not None:  # augmentations draw on the CPU, whatever the trainer's device
+            seed = torch.randint(2**62, (1,), generator=generator, device=generator.device).item()
+            images = change(images, Generator().manual_seed(seed))
+        return F.cross_entropy(model(images), labels, reduction="none")
 
     return losses

@@ -1,6 +1,29 @@
-"""A small classifier: generated images are worth what it learns from them about real ones."""
+"""Classifiers: generated images are worth what one learns from them about real ones."""
 
+from .augment import AUGMENTS, AugmentName, augmentation, flip_crop, jitter
 from .cnn import SmallCNN
-from .train import accuracy, jitter, predict, train_classifier
+from .networks import NETWORKS, NetworkName, make_network, seeded_network
+from .norms import Norm
+from .resnet9 import ResNet9
+from .train import OptimizerName, accuracy, predict, train_classifier
+from .wideresnet import WideResNet
 
-__all__ = ["SmallCNN", "accuracy", "jitter", "predict", "train_classifier"]
+__all__ = [
+    "AUGMENTS",
+    "NETWORKS",
+    "AugmentName",
+    "NetworkName",
+    "Norm",
+    "OptimizerName",
+    "ResNet9",
+    "SmallCNN",
+    "WideResNet",
+    "accuracy",
+    "augmentation",
+    "flip_crop",
+    "jitter",
+    "make_network",
+    "predict",
+    "seeded_network",
+    "train_classifier",
+]

@@ -1,6 +1,5 @@
 """A small CNN that treats every sample alone (GroupNorm), so that it can also be trained by DP-SGD."""
 
-import torch
 from torch import Tensor, nn
 
 _SMALLEST = 4  # side of the last feature map, at most
@@ -36,13 +35,6 @@ class SmallCNN(nn.Module):
         blocks.append(_block(channels, 2 * width))
         self.features = nn.Sequential(*blocks)
         self.head = nn.Linear(2 * width * side * side, num_classes)
-
-    @classmethod
-    def seeded(cls, seed: int, **config: int) -> "SmallCNN":
-        """The network with the weights that `seed` gives, on the CPU; global generators stay as they were."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
-            return cls(**config)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images).flatten(1))

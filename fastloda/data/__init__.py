@@ -1,7 +1,39 @@
-"""Small data sets with one type for all of them: real digits (private), font digits (public), npz files."""
+"""Data sets, with one type for all of them: always there, read from local folders in their published formats, or one's own."""
 
+from .byte_images import ByteImages
+from .catalogue import NAMES, PUBLIC_PARTNERS, describe, open_dataset
+from .cifar10 import cifar10
+from .colour_digits import colour_digits_split, colour_font_digits
 from .digits import digits_split
+from .folder import class_names, image_folder
 from .font_digits import font_digits
+from .imagenet32 import MATCHES, as_imagenet32, imagenet10, imagenet32
 from .images import LabelledImages, load_npz
+from .mnist import mnist
+from .subset import stratified_subset
+from .svhn import svhn
 
-__all__ = ["LabelledImages", "digits_split", "font_digits", "load_npz"]
+__all__ = [
+    "MATCHES",
+    "NAMES",
+    "PUBLIC_PARTNERS",
+    "ByteImages",
+    "LabelledImages",
+    "as_imagenet32",
+    "cifar10",
+    "class_names",
+    "colour_digits_split",
+    "colour_font_digits",
+    "describe",
+    "digits_split",
+    "folder",
+    "font_digits",
+    "image_folder",
+    "imagenet10",
+    "imagenet32",
+    "load_npz",
+    "mnist",
+    "open_dataset",
+    "stratified_subset",
+    "svhn",
+]

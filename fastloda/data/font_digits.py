@@ -32,11 +32,14 @@ BLOCK = 4  # a pixel of the image is the mean of BLOCK x BLOCK bits
 _GLYPH, _CANVAS = 64, 128  # pixels: height of the glyph's ink, side of the field around it
 _BATCH = 512
 
-# Uniform ranges of what varies between images: an ordinary hand, chosen without looking at anyone's.
-_ANGLE = (-0.15, 0.15)  # rad
-_SLANT = (-0.2, 0.2)  # x per unit of y, on top of the font's own: half of them are italic
-_STRETCH = (0.8, 1.3)  # width
-_PEN = (0.05, 0.09)  # half the stroke, in heights of the glyph
+# Uniform ranges of what varies between images: wider than any one hand, so that an unknown one lies within. Chosen without
+# looking at anyone's.
+_ANGLE = (-0.2, 0.2)  # rad
+_SLANT = (-0.35, 0.35)  # x per unit of y, on top of the font's own: half of them are italic
+_STRETCH = (0.65, 1.3)  # width
+_PEN = (0.05, 0.1)  # half the stroke, in heights of the glyph
+_BEND = 0.1  # standard deviation of an elastic distortion (Simard et al. 2003), in half sides of the box
+_BEND_POINTS = 4  # a side of the grid of points that it moves
 _FILL = (0.9, 1.0)  # share of the box, top to bottom
 _SHIFT = (-0.15, 0.15)  # in half sides of the box, as far as there is room
 _MAX_EROSION = 0.005  # in heights of the glyph: more would break the hairlines of bold fonts
@@ -53,7 +56,7 @@ class _Glyphs(NamedTuple):
 def font_digits(count: int, seed: int, size: int = 8) -> LabelledImages:
     """`count` digits from `FONTS`, [count, 1, size, size], ink 1 on -1, classes balanced to within one image.
 
-    Every image has its own font, slant, rotation, width, pen, size and position. The same arguments give the
+    Every image has its own font, slant, rotation, width, pen, size, position and bend. The same arguments give the
     same images (on one machine: rounding decides a bit now and then). 10,000 images of size 8 take about 1 s
     on one core; the time grows with size^2.
 
@@ -66,18 +69,23 @@ def font_digits(count: int, seed: int, size: int = 8) -> LabelledImages:
     labels = torch.arange(count)[torch.randperm(count, generator=generator)] % len(DIGITS)
     glyph = torch.randint(len(FONTS), (count,), generator=generator) * len(DIGITS) + labels
     hand = torch.rand(count, 7, generator=generator)
-    images = [_draw(*part, size) for part in zip(glyph.split(_BATCH), hand.split(_BATCH), strict=True)]
+    bend = _BEND * torch.randn(count, 2, _BEND_POINTS, _BEND_POINTS, generator=generator)
+    parts = zip(glyph.split(_BATCH), hand.split(_BATCH), bend.split(_BATCH), strict=True)
+    images = [_draw(*part, size) for part in parts]
     return LabelledImages(torch.cat(images), labels, num_classes=len(DIGITS))
 
 
-def _draw(glyph: Tensor, hand: Tensor, size: int) -> Tensor:
-    """Images [n, 1, size, size] of the glyphs [n], written by the hands [n, 7] (uniform in 0 .. 1)."""
+def _draw(glyph: Tensor, hand: Tensor, bend: Tensor, size: int) -> Tensor:
+    """Images [n, 1, size, size] of the glyphs [n], written by the hands [n, 7] (uniform in 0 .. 1), bent by bend [n, 2, k, k]."""
     glyphs = _glyphs()
     angle, slant, stretch, pen = map(_spread, hand[:, :4].T, (_ANGLE, _SLANT, _STRETCH, _PEN))
     grow = (2 * pen - glyphs.stroke[glyph]).clamp(min=-2 * _MAX_EROSION)  # 2: half heights in a height
     to_glyph = _box_to_glyph(_writing(angle, slant, stretch), glyphs.hull[glyph], grow, hand[:, 4:])
+    side = size * BLOCK
+    box = F.affine_grid(torch.eye(2, 3).expand(len(glyph), 2, 3), [len(glyph), 1, side, side], align_corners=False)
+    box = box + F.interpolate(bend, size=(side, side), mode="bicubic", align_corners=True).movedim(1, -1)
     to_field = to_glyph * (_GLYPH / _CANVAS)  # grid_sample counts in half canvases
-    grid = F.affine_grid(to_field, [len(glyph), 1, size * BLOCK, size * BLOCK], align_corners=False)
+    grid = torch.einsum("nij,nyxj->nyxi", to_field[:, :, :2], box) + to_field[:, None, None, :, 2]
     field = F.grid_sample(glyphs.field[glyph], grid, padding_mode="border", align_corners=False)
     bits = (field + grow.view(-1, 1, 1, 1) > 0).float()
     return 2 * F.avg_pool2d(bits, BLOCK) - 1

@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastloda.files import write_atomically
 
+from .byte_images import WHITE, ByteImages, to_floats
+
 CHANNELS = (1, 3)  # grey or RGB: what makes the layout of an npz readable from its shape
-_WHITE = 255
 # What NumPy and zipfile raise, between them, for a damaged file (found by damaging one).
 _UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -23,7 +24,8 @@ class LabelledImages:
     """Images with one class each.
 
     Args:
-        images: float32 [n, C, H, W] in [-1, 1], C = 1 (grey) or 3 (RGB); n may be 0.
+        images: float32 [n, C, H, W] in [-1, 1], C = 1 (grey) or 3 (RGB); n may be 0. Or `ByteImages`, which read as that
+            and take a quarter of the memory.
         labels: int64 [n] in 0 .. num_classes - 1.
         num_classes: at least 1; classes without an image are allowed.
 
@@ -31,7 +33,7 @@ class LabelledImages:
         ValueError: something above does not hold; the message has the offending values.
     """
 
-    images: Tensor
+    images: Tensor | ByteImages
     labels: Tensor
     num_classes: int
 
@@ -43,28 +45,29 @@ class LabelledImages:
             raise ValueError(f"images must be [n, C, H, W] with C in {CHANNELS}, not {list(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be of shape [{len(images)}], one an image, not {list(labels.shape)}")
-        _refuse(images, lambda x: ~x.isfinite(), "images must be finite")
-        _refuse(images, lambda x: x.abs() > 1, "images must lie in [-1, 1]")
+        if not isinstance(images, ByteImages):
+            _refuse(images, lambda x: ~x.isfinite(), "images must be finite")
+            _refuse(images, lambda x: x.abs() > 1, "images must lie in [-1, 1]")
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {self.num_classes}")
-        wrong = f"labels must lie in 0 .. {self.num_classes - 1}"
-        _refuse(labels, lambda y: (y < 0) | (y >= self.num_classes), wrong)
+        check_labels(labels, 0, self.num_classes - 1)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor | slice) -> "LabelledImages":
-        """The images picked by a slice, an int64 tensor of positions or a boolean mask of length n."""
-        return LabelledImages(self.images[index], self.labels[index], self.num_classes)
+        """The images picked by a slice, an int64 tensor of positions or a boolean mask of length n; bytes stay bytes."""
+        images = self.images
+        picked = ByteImages(images.pixels[index]) if isinstance(images, ByteImages) else images[index]
+        return LabelledImages(picked, self.labels[index], self.num_classes)
 
     def save_npz(self, path: str | Path, *, uint8: bool = False) -> None:
         """Write `images` (NCHW), `labels` and `num_classes` to exactly `path`: all of the file or none of it.
 
-        float32 comes back bit for bit from `load_npz`; `uint8` takes a quarter of the space: 256 levels.
+        float32 comes back bit for bit from `load_npz`; `uint8` takes a quarter of the space: 256 levels. `ByteImages` are
+        written as they are.
         """
-        images = self.images.cpu().numpy()
-        if uint8:
-            images = np.rint((images + 1) * (_WHITE / 2)).astype(np.uint8)
+        images = _to_array(self.images, uint8)
         labels = self.labels.cpu().numpy()
         _write_npz(Path(path), images=images, labels=labels, num_classes=self.num_classes)
 
@@ -84,15 +87,20 @@ def load_npz(path: str | Path, *, num_classes: int | None = None) -> LabelledIma
             Every message begins with the path.
     """
     path = Path(path)
-    arrays = _read_arrays(path)
+    arrays = read_npz(path, ("images", "labels"), optional=("num_classes",))
     try:
-        images, labels = _to_nchw(arrays["images"]), _to_labels(arrays["labels"])
+        images, labels = _to_nchw(arrays["images"]), to_labels(arrays["labels"])
         if num_classes is None:
             largest = int(labels.max()) if labels.numel() else 0
             num_classes = int(arrays["num_classes"]) if "num_classes" in arrays else max(largest, 0) + 1
         return LabelledImages(images, labels, num_classes)
     except (ValueError, TypeError) as error:  # TypeError: a num_classes that is not one number
         raise ValueError(f"{path}: {error}") from error
+
+
+def check_labels(labels: Tensor, first: int, last: int) -> None:
+    """ValueError, with the offending values, unless all are in first .. last."""
+    _refuse(labels, lambda y: (y < first) | (y > last), f"labels must lie in {first} .. {last}")
 
 
 def _refuse(values: Tensor, is_bad: Callable[[Tensor], Tensor], rule: str) -> None:
@@ -102,21 +110,34 @@ def _refuse(values: Tensor, is_bad: Callable[[Tensor], Tensor], rule: str) -> No
         raise ValueError(f"{rule}; {bad.numel()} of {values.numel()} values do not: {some}")
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Arrays of an npz file by name, those of `optional` if they are there; nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an npz, is damaged, lacks an array, or holds pickled objects; begins with the path.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not an npz file")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if missing := {"images", "labels"} - set(archive.files):
+            if missing := set(needed) - set(archive.files):
                 raise ValueError(f"no array {' or '.join(sorted(missing))}; it has {archive.files}")
-            wanted = {"images", "labels", "num_classes"} & set(archive.files)
+            wanted = {*needed, *optional} & set(archive.files)
             return {name: np.asarray(archive[name]) for name in wanted}
     except _UNREADABLE as error:
         if "allow_pickle" in str(error):
             raise ValueError(f"{path}: pickled objects are refused, because unpickling runs code") from error
         raise ValueError(f"{path}: {error}") from error
+
+
+def _to_array(images: Tensor | ByteImages, uint8: bool) -> np.ndarray:
+    if isinstance(images, ByteImages):
+        return images.pixels.cpu().numpy()
+    floats = images.cpu().numpy()
+    return np.rint((floats + 1) * (WHITE / 2)).astype(np.uint8) if uint8 else floats
 
 
 def _to_nchw(array: np.ndarray) -> Tensor:
@@ -127,11 +148,17 @@ def _to_nchw(array: np.ndarray) -> Tensor:
         raise ValueError(f"{rule}, not {list(array.shape)}")
     if array.shape[1] not in CHANNELS:
         array = array.transpose(0, 3, 1, 2)
-    images = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    return images / (_WHITE / 2) - 1 if array.dtype == np.uint8 else images
+    if array.dtype == np.uint8:
+        return to_floats(torch.from_numpy(np.ascontiguousarray(array)))
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
 
-def _to_labels(array: np.ndarray) -> Tensor:
+def to_labels(array: np.ndarray) -> Tensor:
+    """int64 of any integers.
+
+    Raises:
+        ValueError: they are no integers.
+    """
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"labels must be integers, not {array.dtype}")
     return torch.from_numpy(array.astype(np.int64))

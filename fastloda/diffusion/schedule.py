@@ -1,5 +1,7 @@
 """The diffusion process: how an image turns to noise, and one loss per sample for predicting that noise."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,19 @@ class Diffusion:
         within = torch.zeros(TIMESTEPS)
         within[first:end] = 1
         return cls(time_distribution=within)
+
+    @classmethod
+    def mixture(cls, parts: Sequence[tuple[int, int, float]]) -> "Diffusion":
+        """The usual process, trained on a mixture of uniform distributions of timesteps: (first, end, share) each.
+
+        Ghalebikesabi et al. 2023, section 3.2.
+        """
+        weights = torch.zeros(TIMESTEPS, dtype=torch.float64)
+        for first, end, share in parts:
+            if not 0 <= first < end <= TIMESTEPS:
+                raise ValueError(f"a range of timesteps needs 0 <= first < end <= {TIMESTEPS}, got {first} and {end}")
+            weights[first:end] += share / (end - first)
+        return cls(time_distribution=weights)
 
     def _cumulate(self, frequencies: Tensor | list[float]) -> Tensor:
         p = torch.as_tensor(frequencies, dtype=torch.float64, device="cpu")
@@ -81,6 +96,7 @@ class Diffusion:
         *,
         views: int = 1,
         label_dropout: float = 0.1,
+        flips: bool = False,
         generator: torch.Generator | None = None,
         t: Tensor | None = None,
         noise: Tensor | None = None,
@@ -88,11 +104,12 @@ class Diffusion:
         """Mean squared error of the predicted noise, one number per sample and view: [n * views].
 
         Rows i * views .. (i + 1) * views - 1 belong to sample i, as `ghost_dp_step(..., views=views)` takes
-        them; each view has its own timestep, noise and label drop.
+        them; each view has its own timestep, noise, label drop and flip.
 
         x0: [n, C, H, W] in [-1, 1]. y: [n] integer labels.
         label_dropout: probability that a view's label becomes `model.null_class`, which teaches the model the
             unconditional noise that guidance needs (Ho & Salimans 2022).
+        flips: mirror each view left to right with probability 1/2 (augmentation multiplicity, De et al. 2022).
         generator: the only source of randomness; PyTorch's global one if None.
         t [n * views], noise [n * views, C, H, W]: given instead of drawn.
         ValueError where shapes or ranges do not fit.
@@ -115,6 +132,9 @@ class Diffusion:
         if label_dropout > 0:
             dropped = _draw(torch.rand, y.shape, generator, y.device) < label_dropout
             y = torch.where(dropped, model.null_class, y)
+        if flips:
+            mirrored = _draw(torch.rand, y.shape, generator, x0.device) < 0.5
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         predicted = model(self.add_noise(x0, t, noise), t, y)
         return (predicted - noise).square().flatten(1).mean(1)
 

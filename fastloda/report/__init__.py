@@ -2,16 +2,16 @@
 
 from fastloda.report.html import Figure, Page, render
 from fastloda.report.plots import accuracy_plot, epsilon_plot, sample_grid
-from fastloda.report.tables import Result, markdown, terminal_table
+from fastloda.report.tables import Result, Table, result_table
 
 __all__ = [
     "Figure",
     "Page",
     "Result",
+    "Table",
     "accuracy_plot",
     "epsilon_plot",
-    "markdown",
     "render",
+    "result_table",
     "sample_grid",
-    "terminal_table",
 ]

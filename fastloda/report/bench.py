@@ -2,40 +2,13 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE
-from rich.table import Table as RichTable
+from fastloda.report.tables import Table
 
 OURS, PLAIN = "FastLoDA", "plain PyTorch"
 MIB = 1 << 20
 ERRORS = ("error", "memory_error", "fits_error")  # of the step, of measuring its memory, of finding the largest batch
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under column names; the first `left` columns are words, the others numbers. notes: below the table."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    left: int = 1
-    notes: Sequence[str] = ()
-
-    def to_markdown(self) -> str:
-        rule = ["---" if i < self.left else "---:" for i in range(len(self.columns))]
-        lines = [self.columns, rule, *([cell.replace("|", r"\|") for cell in row] for row in self.rows)]
-        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        return table + "".join(f"\n{note}\n" for note in self.notes)
-
-    def for_terminal(self) -> RichTable:
-        table = RichTable(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left", box=SIMPLE)
-        for i, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if i < self.left else "right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
 
 
 def load(path: Path) -> dict:

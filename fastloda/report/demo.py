@@ -6,12 +6,11 @@ from functools import cached_property
 from pathlib import Path
 
 from fastloda.accountant import compose_epsilon
-from fastloda.budget import FORESEEABLE
 from fastloda.data import font_digits
 from fastloda.files import write_atomically
 from fastloda.report.html import Figure, Page, render
 from fastloda.report.plots import accuracy_plot, sample_grid
-from fastloda.report.tables import Result, markdown, rounded_up
+from fastloda.report.tables import Result, result_table, rounded_up
 from fastloda.runs import write_json
 
 TITLE = "Private synthetic digits"
@@ -85,7 +84,7 @@ class Outcome:
         return {
             "results": rows,
             "delta": self.settings["delta"],
-            "randomness": FORESEEABLE,
+            "randomness": self._randomness(),
             "epsilon_of_all_private_runs_together": self.all_together,
             "privacy": dict(self._named_statements()),
             "settings": self.settings,
@@ -94,7 +93,11 @@ class Outcome:
         }
 
     def to_markdown(self) -> str:
-        return f"# {TITLE}\n\n{self._lead()}\n\n{markdown(self.results)}\n" + "\n\n".join(self._statement()) + "\n"
+        return (
+            f"# {TITLE}\n\n{self._lead()}\n\n{result_table(self.results).to_markdown()}\n"
+            + "\n\n".join(self._statement())
+            + "\n"
+        )
 
     def to_page(self) -> Page:
         fonts = font_digits(400, seed=0)  # of real images only public ones are shown
@@ -102,7 +105,7 @@ class Outcome:
         return Page(
             title=TITLE,
             lead=self._lead(),
-            results=self.results,
+            results=result_table(self.results),
             chart=Figure("Accuracy on real digits; dots are single seeds", accuracy_plot(self.results)),
             samples=[shown, *(Figure(caption, path.read_bytes(), True) for caption, path in self.grids.items())],
             statement=self._statement(),
@@ -116,6 +119,9 @@ class Outcome:
     def _named_statements(self) -> Iterator[tuple[str, dict]]:
         for (method, epsilon, seed), statement in self.statements.items():
             yield f"{method}, target epsilon {epsilon:g}, seed {seed}", statement
+
+    def _randomness(self) -> str:
+        return "; ".join(dict.fromkeys(statement["randomness"] for statement in self.statements.values()))
 
     def _lead(self) -> str:
         images, records = self.settings["public_images"], next(iter(self.statements.values()))["records"]
@@ -133,7 +139,7 @@ class Outcome:
             "are clipped record by record, records sampled by Poisson, noise is added once a step, and epsilon is an "
             "upper bound by the PRV accountant. It covers the adapters and everything made from them: samples, and "
             "classifiers trained on those.",
-            f"Randomness: {FORESEEABLE}. The digits are a public data set that stands for private data; none is shown.",
+            f"Randomness: {self._randomness()}. The digits are a public data set that stands for private data; none is shown.",
             "Not covered: the row without privacy, and the test accuracies, which are statistics of the 360 test "
             "digits. The table's numbers come from separate runs on the same records; were all "
             f"{len(self.statements)} private runs released, they would be ({rounded_up(self.all_together)}, {delta:g})-"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from jinja2 import Environment, StrictUndefined
 
-from fastloda.report.tables import COLUMNS, NUMERIC, Result
+from fastloda.report.tables import Table
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Page:
 
     Attributes:
         title, lead: the headline, and one paragraph.
-        results: rows of the main table.
+        results: the main table.
+        more: further tables, below the chart.
         chart: the accuracies, drawn.
         samples: grids of images.
         statement: paragraphs about privacy.
@@ -41,12 +42,13 @@ class Page:
 
     title: str
     lead: str
-    results: Sequence[Result]
+    results: Table
     chart: Figure
     samples: Sequence[Figure]
     statement: Sequence[str]
     spent: Mapping[str, Mapping[str, object]]
     curves: Sequence[Figure]
+    more: Sequence[Table] = ()
     settings: Mapping[str, tuple[object, str]] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, object] = field(default_factory=dict)
@@ -56,7 +58,7 @@ def render(page: Page) -> str:
     """The page as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["show"] = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
-    return environment.from_string(TEMPLATE).render(page=page, columns=COLUMNS, numeric=NUMERIC)
+    return environment.from_string(TEMPLATE).render(page=page)
 
 
 # In the module, not beside it: so it needs no packaging.
@@ -66,6 +68,26 @@ MACROS = """\
 <figcaption>{{ item.caption }}</figcaption>
 <img{% if item.pixelated %} class="pixelated"{% endif %} src="{{ item.source }}" alt="{{ item.caption }}">
 </figure>
+{% endmacro %}
+{% macro rows_table(table, kind) %}
+<div class="wide"><table class="{{ kind }}">
+<thead><tr>
+{% for name in table.columns %}
+<th{% if loop.index0 >= table.left %} class="number"{% endif %}>{{ name }}</th>
+{% endfor %}
+</tr></thead>
+<tbody>
+{% for row in table.rows %}
+<tr>
+{% for cell in row %}
+<td{% if loop.index0 >= table.left %} class="number"{% endif %}>{{ cell }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+{% for note in table.notes %}
+<p>{{ note }}</p>
+{% endfor %}
 {% endmacro %}
 {% macro facts_table(facts) %}
 <div class="wide"><table><tbody>
@@ -124,22 +146,12 @@ details summary { cursor: pointer; color: var(--accent); margin: .4rem 0 }
 </header>
 <main>
 <section>
-<div class="wide"><table class="results">
-<thead><tr>
-{% for name in columns %}
-<th{% if name in numeric %} class="number"{% endif %}>{{ name }}</th>
-{% endfor %}
-</tr></thead>
-<tbody>
-{% for result in page.results %}
-<tr>
-{% for cell in result.cells() %}
-<td{% if columns[loop.index0] in numeric %} class="number"{% endif %}>{{ cell }}</td>
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody></table></div>
+{{ rows_table(page.results, "results") }}
 {{ figure(page.chart) }}
+{% for table in page.more %}
+<h2>{{ table.title }}</h2>
+{{ rows_table(table, "") }}
+{% endfor %}
 </section>
 <section>
 <h2>Images</h2>

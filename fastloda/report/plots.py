@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -71,6 +71,39 @@ def accuracy_plot(results: Sequence[Result]) -> bytes:
             xlabel="accuracy on real test images, %",
         )
         axes.invert_yaxis()
+    return png.getvalue()
+
+
+def accuracy_curves(
+    curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]], levels: Mapping[str, float]
+) -> bytes:
+    """Accuracy in percent against epsilon: a curve a method, with a band of one standard deviation over its seeds.
+
+    curves: name -> (epsilon, accuracies) each. levels: name -> accuracy of what has no epsilon, dashed.
+    """
+    with drawing(6.4, 4.0) as (axes, png):
+        for name, points in curves.items():
+            epsilons, values = [p[0] for p in points], [np.asarray(p[1]) for p in points]
+            means, spread = np.array([v.mean() for v in values]), np.array([v.std() for v in values])
+            (line,) = axes.plot(epsilons, means, marker="o", markersize=4, linewidth=1.8, label=name)
+            axes.fill_between(epsilons, means - spread, means + spread, color=line.get_color(), alpha=0.15, linewidth=0)
+        for name, value in levels.items():
+            axes.axhline(value, color=INK, linestyle="--", linewidth=1)
+            axes.annotate(
+                name,
+                (1, value),
+                (-2, 3),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                color=INK,
+                fontsize=8,
+            )
+        epsilons = sorted({epsilon for points in curves.values() for epsilon, _ in points})
+        axes.set(xlabel="epsilon", ylabel="accuracy on real test images, %", ylim=(0, 100), xscale="log")
+        axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
+        axes.minorticks_off()
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     return png.getvalue()
 
 

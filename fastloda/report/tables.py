@@ -1,11 +1,39 @@
-"""The table of results: one list of rows, shown as Markdown, in the terminal, or in the HTML page."""
+"""Tables: one list of rows, shown as Markdown, in the terminal, or in an HTML page."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
+from rich.box import SIMPLE
+from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column names; the first `left` columns are words, the others numbers. notes: below the table."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+    notes: Sequence[str] = ()
+
+    def to_markdown(self) -> str:
+        rule = ["---" if i < self.left else "---:" for i in range(len(self.columns))]
+        lines = [self.columns, rule, *([cell.replace("|", r"\|") for cell in row] for row in self.rows)]
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return table + "".join(f"\n{note}\n" for note in self.notes)
+
+    def for_terminal(self) -> RichTable:
+        table = RichTable(
+            title=self.title or None, caption="\n".join(self.notes) or None, caption_justify="left", box=SIMPLE
+        )
+        for i, name in enumerate(self.columns):
+            table.add_column(name, justify="left" if i < self.left else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
 
 
 @dataclass(frozen=True)
@@ -38,9 +66,9 @@ class Result:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     def cells(self) -> tuple[str, str, str, str]:
-        """The row as text, by COLUMNS; accuracy in percent."""
+        """The row as text: method, what its classifier was trained on, epsilon, accuracy in percent."""
         spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
-        return self.method, rounded_up(self.epsilon), self.trained_on, f"{100 * self.mean:.1f}{spread}"
+        return self.method, self.trained_on, rounded_up(self.epsilon), f"{100 * self.mean:.1f}{spread}"
 
 
 def rounded_up(epsilon: float) -> str:
@@ -50,22 +78,7 @@ def rounded_up(epsilon: float) -> str:
     return "∞" if math.isinf(epsilon) else f"{math.ceil(100 * epsilon - 1e-6) / 100:.2f}"
 
 
-COLUMNS = ("Method", "Epsilon", "Classifier trained on", "Accuracy %")
-NUMERIC = frozenset({"Epsilon", "Accuracy %"})
-
-
-def markdown(results: Sequence[Result]) -> str:
-    """A GitHub table."""
-    rule = ["---:" if name in NUMERIC else "---" for name in COLUMNS]
-    rows = [COLUMNS, rule, *([cell.replace("|", r"\|") for cell in result.cells()] for result in results)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def terminal_table(results: Sequence[Result], title: str | None = None) -> Table:
-    """For `rich.print`."""
-    table = Table(title=title)
-    for name in COLUMNS:
-        table.add_column(name, justify="right" if name in NUMERIC else "left")
-    for result in results:
-        table.add_row(*result.cells())
-    return table
+def result_table(results: Sequence[Result], title: str = "") -> Table:
+    """A row for each method and budget."""
+    columns = ("Method", "Classifier trained on", "Epsilon", "Accuracy %")
+    return Table(title, columns, [result.cells() for result in results], left=2)

@@ -1,43 +1,83 @@
 """Exact per-sample gradient rules, one for each operation of the autograd graph that may use a trainable parameter.
 
-A rule sees the operation's node (its saved tensors) and its grad_output, and answers with a `Piece` for each parameter
-input. It may raise `PrivacyError` for a form of the operation that it does not cover. Uses by any other operation, as another
-input, or that `refuses` is true for, are refused before backward runs. A LoDA layer's node hands over its pieces itself.
+A rule sees a `Call` of the operation, its node (saved tensors) and grad_output, and answers with a `Piece` for each
+parameter input, in the shape in which it enters. It may raise `PrivacyError` for a form of the operation that it does not cover.
+Uses by any other operation, as another input, or that `refuses` is true for, are refused before backward runs. A node that
+hands over its pieces itself, by a `recorder` (a LoDA layer, a layer with a rule of its own), has none here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from math import prod
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Size
 from torch.autograd.graph import Node
 
+from fastloda.graph import LossGraph, Use
+from fastloda.layout import output_shape
 from fastloda.ops import A_INPUT, B_INPUT
 from fastloda.pieces import Piece
-from fastloda.rules.broadcast import add, mul, varies_along_batch
+from fastloda.rules.broadcast import add, addcmul, div, mul, prelu, sub, varies_along_batch
+from fastloda.rules.call import Call
 from fastloda.rules.conv import convolution
-from fastloda.rules.embedding import embedding
-from fastloda.rules.linear import addmm, mm
-from fastloda.rules.norm import group_norm, layer_norm
+from fastloda.rules.embedding import embedding, embedding_bag
+from fastloda.rules.expand import tile
+from fastloda.rules.linear import addmm, bilinear, bmm, mm, mv
+from fastloda.rules.norm import batch_norm, group_norm, layer_norm, rms_norm
 
 LODA_NODE = "LoDAFunctionBackward"  # how the autograd graph names a LoDA layer
 
 
 class Rule(NamedTuple):
-    """`pieces(node, grad_output) -> {input: Piece}` for the operation's inputs that may be parameters."""
+    """`pieces(call) -> {input: Piece}` for the operation's inputs that may be parameters; None: the node hands them over."""
 
-    pieces: Callable[[Node, Tensor], dict[int, Piece]] | None
-    inputs: tuple[int, ...]
-    refuses: Callable[[Node, int], bool] = lambda node, index: False
+    pieces: Callable[[Call], dict[int, Piece]] | None
+    inputs: Collection[int]
+    refuses: Callable[[Node, Size, int], bool] = lambda node, shape, outer: False
 
 
 RULES = {
     LODA_NODE: Rule(None, (A_INPUT, B_INPUT)),
     "AddBackward0": Rule(add, (0, 1), varies_along_batch),
+    "AddcmulBackward0": Rule(addcmul, (0, 1, 2), varies_along_batch),
     "AddmmBackward0": Rule(addmm, (0, 2)),
+    "BmmBackward0": Rule(bmm, (0, 1)),
     "ConvolutionBackward0": Rule(convolution, (1, 2)),
+    "DivBackward0": Rule(div, (0, 1), varies_along_batch),
     "EmbeddingBackward0": Rule(embedding, (0,)),
+    "EmbeddingBagBackward0": Rule(embedding_bag, (0,)),
+    "ExpandBackward0": Rule(tile, (0,)),
+    "FusedRmsNormBackward0": Rule(rms_norm, (1,)),
     "MmBackward0": Rule(mm, (1,)),
     "MulBackward0": Rule(mul, (0, 1), varies_along_batch),
+    "MvBackward0": Rule(mv, (1,)),
+    "NativeBatchNormBackward0": Rule(batch_norm, (1, 2)),
     "NativeGroupNormBackward0": Rule(group_norm, (1, 2)),
     "NativeLayerNormBackward0": Rule(layer_norm, (1, 2)),
+    "PreluKernelBackward0": Rule(prelu, (1,), varies_along_batch),
+    "RepeatBackward0": Rule(tile, (0,)),
+    "SubBackward0": Rule(sub, (0, 1), varies_along_batch),
+    "TrilinearBackward0": Rule(bilinear, (1,)),
 }
+FUNCTION_RULES: dict[type, Rule] = {}  # by the autograd.Function itself: its name need not be unique
+
+
+def rule_of(node: Node) -> Rule | None:
+    own = FUNCTION_RULES.get(getattr(type(node), "_forward_cls", None))
+    return own or RULES.get(node.name())
+
+
+def uncovered(graph: LossGraph) -> list[Use]:
+    """The uses that no rule covers."""
+    return [use for uses in graph.uses.values() for use in uses if not _covered(use, graph.outer[use.node])]
+
+
+def may_be_covered(use: Use) -> bool:
+    """Whether a rule covers the use if the batch lies in the right place."""
+    shape = output_shape(use.node)
+    return any(_covered(use, outer) for outer in {prod(shape[:dim]) for dim in range(len(shape))})
+
+
+def _covered(use: Use, outer: int) -> bool:
+    rule = rule_of(use.node)
+    return rule is not None and use.index in rule.inputs and not rule.refuses(use.node, use.shape, outer)

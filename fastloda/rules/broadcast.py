@@ -1,53 +1,116 @@
-"""A parameter added to features, or multiplied with them, and broadcast along the batch: biases, scales, position tables.
+"""A parameter combined with features and broadcast along the batch: biases, scales, position tables, slopes.
 
-Its gradient is grad_output (times the other factor), summed over all that it was broadcast along. A parameter with entries of its
-own for each row of the batch has no gradient per sample.
+Its gradient is grad_output times what the operation multiplies it with, summed over all that it was broadcast along. A parameter
+with entries of its own for each row of the batch has no gradient per sample.
 """
+
+from collections.abc import Callable
+from math import prod
 
 from torch import Size, Tensor
 from torch.autograd.graph import Node
 
-from fastloda.graph import parameter_shape
+from fastloda.errors import PrivacyError
+from fastloda.layout import locate, output_shape
 from fastloda.ops import accumulable
 from fastloda.pieces import Piece
+from fastloda.rules.call import Call
+
+Factor = Callable[..., Tensor]  # (gy, *factors) -> grad_output of the parameter, not yet summed
 
 
-def add(node: Node, gy: Tensor) -> dict[int, Piece]:
+def add(call: Call) -> dict[int, Piece]:
     """a + alpha b: inputs 0 a and 1 b."""
-    factors = (1, node._saved_alpha)
-
-    def rule(index: int, shape: Size) -> Piece:
-        grad = lambda gy, samples: summed(gy, shape, samples) * factors[index]  # noqa: E731  (new: the sum may be gy itself)
-        return Piece(grad, (gy,))
-
-    return _for_parameters(node, rule)
+    factors = (1, call.node._saved_alpha)
+    return {
+        index: _piece(call, shape, lambda gy, f=factors[index]: gy, scale=factors[index]) for index, shape in _of(call)
+    }
 
 
-def mul(node: Node, gy: Tensor) -> dict[int, Piece]:
+def sub(call: Call) -> dict[int, Piece]:
+    """a - alpha b: inputs 0 a and 1 b."""
+    factors = (1, -call.node._saved_alpha)
+    return {index: _piece(call, shape, lambda gy: gy, scale=factors[index]) for index, shape in _of(call)}
+
+
+def mul(call: Call) -> dict[int, Piece]:
     """a b: inputs 0 a and 1 b, each saved only if the other needs a gradient."""
-
-    def rule(index: int, shape: Size) -> Piece:
-        other = (node._saved_other, node._saved_self)[index].expand_as(gy)
-        grad = lambda gy, other, samples: summed(accumulable(gy) * accumulable(other), shape, samples)  # noqa: E731
-        return Piece(grad, (gy, other), scratch_bytes=4 * gy.numel())
-
-    return _for_parameters(node, rule)
+    others = lambda index: (call.node._saved_other, call.node._saved_self)[index]  # noqa: E731
+    return {index: _piece(call, shape, lambda gy, other: gy * other, others(index)) for index, shape in _of(call)}
 
 
-def varies_along_batch(node: Node, index: int) -> bool:
-    """Whether the parameter that is input `index` may have entries of its own for each row, or there are no rows at all."""
-    rows, shape = node._input_metadata[0].shape, parameter_shape(node, index)
-    return not rows or (len(shape) == len(rows) and shape[0] != 1)
+def div(call: Call) -> dict[int, Piece]:
+    """a / b: inputs 0 a and 1 b."""
+    node = call.node
+    pieces = {}
+    for index, shape in _of(call):
+        if index == 0:
+            pieces[0] = _piece(call, shape, lambda gy, b: gy / b, node._saved_other)
+        else:
+            pieces[1] = _piece(call, shape, lambda gy, a, b: -gy * (a / b) / b, node._saved_self, node._saved_other)
+    return pieces
+
+
+def addcmul(call: Call) -> dict[int, Piece]:
+    """a + value b c: inputs 0 a, 1 b and 2 c."""
+    node = call.node
+    pieces = {}
+    for index, shape in _of(call):
+        if index == 0:
+            pieces[0] = _piece(call, shape, lambda gy: gy)
+        else:
+            other = node._saved_tensor2 if index == 1 else node._saved_tensor1
+            pieces[index] = _piece(call, shape, lambda gy, other: gy * other, other, scale=node._saved_value)
+    return pieces
+
+
+def prelu(call: Call) -> dict[int, Piece]:
+    """x where x > 0, else weight x: inputs 0 x and 1 weight, viewed so that it broadcasts."""
+    negative = lambda gy, x: gy * x.clamp(max=0)  # noqa: E731
+    return {index: _piece(call, shape, negative, call.node._saved_self) for index, shape in _of(call)}
+
+
+def varies_along_batch(node: Node, shape: Size, outer: int) -> bool:
+    """Whether a parameter that enters in `shape` may have entries of its own for each row, or there are no rows at all."""
+    rows = output_shape(node)
+    if not rows:
+        return True
+    if not outer or rows[0] == 1:  # a lone row; or the batch may be anywhere behind, which the rule then looks into
+        return False
+    full = (1,) * (len(rows) - len(shape)) + tuple(shape)
+    places = [dim for dim in range(len(rows)) if prod(rows[:dim]) == outer] or [locate(rows, outer)[0]]
+    return all(full[dim] != 1 for dim in places)
 
 
 def summed(t: Tensor, shape: Size, samples: int) -> Tensor:
-    """[rows, ...] -> [samples, *shape]: over a sample's rows, and over all that `shape` was broadcast along."""
-    within = (1,) * (t.dim() - 1) + tuple(shape)
-    within = within[len(within) - t.dim() + 1 :]
-    grad = accumulable(t).reshape(samples, len(t) // samples, *t.shape[1:]).sum_to_size(samples, 1, *within)
+    """[rows, *spread] -> [samples, *shape]: over a sample's rows, and over all that `shape` was broadcast along."""
+    full = (1,) * (t.dim() - 1 - len(shape)) + tuple(shape)
+    grad = accumulable(t).reshape(samples, len(t) // samples, *t.shape[1:]).sum_to_size(samples, 1, *full)
     return grad.reshape(samples, *shape)
 
 
-def _for_parameters(node: Node, rule) -> dict[int, Piece]:
-    shapes = {index: parameter_shape(node, index) for index in (0, 1)}
-    return {index: rule(index, shape) for index, shape in shapes.items() if shape is not None}
+def _of(call: Call) -> list[tuple[int, Size]]:
+    """(input, shape) of the parameters that enter."""
+    if call.samples > 1:
+        dim, _ = call.place
+        for shape in call.shapes.values():
+            place = dim - (call.gy.dim() - len(shape))
+            if place >= 0 and shape[place] != 1:
+                raise PrivacyError(
+                    f"{call.node.name()} reads a parameter of shape {tuple(shape)} with entries of its own for each row of the "
+                    "batch"
+                )
+    return list(call.shapes.items())
+
+
+def _piece(call: Call, shape: Size, product: Factor, *factors: Tensor, scale: float = 1) -> Piece:
+    """scale product(gy, *factors), summed."""
+
+    def grad(*tensors: Tensor) -> Tensor:
+        *tensors, samples = tensors
+        total = summed(product(*map(accumulable, tensors)) if factors else tensors[0], shape, samples)
+        return total * scale  # a new tensor: the sum may be gy itself
+
+    factors = [factor.expand_as(call.gy) for factor in factors]
+    tensors = tuple(call.apart(t) for t in (call.gy, *factors))
+    return Piece(grad, tensors, scratch_bytes=4 * call.gy.numel() if factors else 0)

@@ -1,19 +1,31 @@
-"""Convolutions of one, two and three dimensions, grouped or not, with zero padding."""
+"""Convolutions of one, two and three dimensions, grouped or not, with zero padding; and transposed ones."""
+
+from dataclasses import replace
 
 from torch import Tensor
 
-from fastloda.errors import PrivacyError
 from fastloda.kernels.conv import Conv
 from fastloda.ops import accumulable, channel_sum, conv_piece
 from fastloda.pieces import Piece
+from fastloda.rules.call import Call
 from fastloda.taps import gather_taps
 
 
-def convolution(node, gy: Tensor) -> dict[int, Piece]:
-    """convolution(x, weight, bias): inputs 0 x [N, C, *size], 1 weight [O, C / groups, *kernel], 2 bias [O]."""
-    if node._saved_transposed:
-        raise PrivacyError("transposed convolutions have no per-sample rule")
-    kernel = node._saved_weight.shape[2:]
+def convolution(call: Call) -> dict[int, Piece]:
+    """convolution(x, weight, bias): inputs 0 x [N, C, *size], 1 weight [O, C / groups, *kernel], 2 bias [O].
+
+    A transposed one is the way back through a convolution from y to x with the same weight [C, O / groups, *kernel]: to the
+    weight's gradient, y's is the input and x the gradient.
+    """
+    node = call.node
+    pieces = {2: Piece(channel_sum, (call.gy,))} if 2 in call.shapes else {}
+    if 1 in call.shapes:
+        x, gy = (call.gy, node._saved_input) if node._saved_transposed else (node._saved_input, call.gy)
+        pieces[1] = _weight(x, gy, call.shapes[1][2:], node)
+    return pieces
+
+
+def _weight(x: Tensor, gy: Tensor, kernel: tuple[int, ...], node) -> Piece:
     saved = (node._saved_stride, node._saved_padding, node._saved_dilation)
     spread = (values * len(kernel) if len(values) == 1 else values for values in saved)  # "valid" saves one
     geometry = (tuple(kernel), *map(tuple, spread))
@@ -29,7 +41,9 @@ def convolution(node, gy: Tensor) -> dict[int, Piece]:
         taps_dims = range(2, 2 + len(kernel))
         return grad.flip(*taps_dims).movedim(-1, 2)
 
-    x = node._saved_input
-    taps_bytes = gy.shape[:2].numel() * kernel.numel() * x[0, 0].numel() * gy.element_size()
+    positions = x[0, 0].numel()
+    taps = gy.shape[:2].numel() * kernel.numel() * positions
     flat = Conv(*geometry) if len(kernel) == 2 and groups == 1 else None
-    return {1: conv_piece(weight_grad, x, gy, flat, taps_bytes), 2: Piece(channel_sum, (gy,))}
+    shapes = (gy.shape[1] // groups * kernel.numel(), x.shape[1] // groups)
+    product = ("gkq,gcq->gkc", tuple((groups, width, len(x) * positions) for width in shapes))
+    return replace(conv_piece(weight_grad, x, gy, flat, taps * gy.element_size()), product=product)

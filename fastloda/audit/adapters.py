@@ -1,0 +1,190 @@
+"""A user's own training code as a PrivateStep: it runs as it is, is watched, and is undone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.data import Dataset
+
+from fastloda.audit.step import PrivateStep, Records, Released, Sampler, count, split
+from fastloda.step import GhostClipper, StepStats
+from fastloda.trainer import DPTrainer, PrivateTraining
+
+
+def of_loop(
+    model: nn.Module,
+    run: Callable[[Records, Generator], object],
+    *,
+    run_in_parts: Callable[[Records, Generator, int], object] | None = None,
+) -> PrivateStep:
+    """A training loop's inner part, of any library: `run(records, generator)` takes one step on `model`, in place.
+
+    The private gradient is what the optimizers find in `.grad` when they step; whatever else changes in the model's
+    parameters and buffers counts as unnoised. Parameters, buffers and `.grad` are then put back; an optimizer's own state is
+    not. Noise must come from the generator or from torch's global one (Opacus: give neither `secure_mode` nor a generator,
+    or `optimizer.generator = generator`).
+
+    run_in_parts(records, generator, parts), if given, takes the same step in micro-batches.
+    """
+
+    def watched(take_step: Callable[[], object]) -> Released:
+        before = _state(model)
+        kept = {name: tensor.detach().clone() for name, tensor in before.items()}
+        with _gradients(model) as gradient:
+            try:
+                take_step()
+                after = _state(model)
+                changed = {name for name, t in after.items() if name not in kept or not _same(t, kept[name])}
+                unnoised = {name: after[name].detach().clone() for name in changed if name not in gradient}
+            finally:
+                _put_back(model, before, kept)
+        if not gradient:
+            raise ValueError(
+                "the step released nothing: no optimizer took a step, or none of its parameters had a .grad"
+            )
+        return Released(gradient, unnoised)
+
+    parts = None
+    if run_in_parts is not None:
+        parts = lambda records, generator, n: watched(lambda: run_in_parts(records, generator, n))  # noqa: E731
+    return PrivateStep(lambda records, generator: watched(lambda: run(records, generator)), parts, shows_state=True)
+
+
+def of_ghost_step(
+    model: nn.Module,
+    losses: Callable[[nn.Module, Records], Tensor],
+    *,
+    max_grad_norm: float,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    views: int = 1,
+    **clipping,
+) -> PrivateStep:
+    """GhostClipper on a model: losses(model, records) -> [records * views], as `ghost_dp_step` takes them.
+
+    clipping: further arguments of GhostClipper. Errors as there.
+    """
+    clipper = GhostClipper(model, max_grad_norm, views=views, **clipping)
+    optimizer = torch.optim.SGD(list(clipper.parameters.values()), lr=0.0)
+
+    def run(records: Records, generator: Generator, parts: int = 1) -> None:
+        clipper.reset()
+        for part in split(records, parts):
+            clipper.accumulate(losses(model, part))
+        clipper.privatize(noise_multiplier, expected_batch_size, generator)
+        optimizer.step()
+
+    return of_loop(model, run, run_in_parts=run)
+
+
+def of_trainer(
+    make: Callable[[Dataset, PrivateTraining], DPTrainer],
+    settings: PrivateTraining,
+    records: Records,
+    population: int = 200,
+) -> PrivateStep:
+    """A trainer's `train_step`, and its sampler.
+
+    make(data, settings) -> a trainer of the user's model and losses on these data, without a checkpoint. The audit gives
+    it data and seeds, and the sampling rate 1 where all records shall be in the batch; all else is as in `settings`.
+
+    records: stand in, over and over, for the `population` records from which the sampler is seen to choose.
+    """
+
+    def trainer(data: Dataset, generator: Generator, **changes) -> DPTrainer:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return make(data, replace(settings, seed=seed, target_epsilon=None, **changes))
+
+    def release(records: Records, generator: Generator, parts: int = 1) -> Released:
+        present = count(records)
+        size = -(-max(1, present) // parts) if parts > 1 else settings.micro_batch_size
+        rate = 1.0 if present else NEVER
+        made = trainer(_Rows(records, max(1, present)), generator, sample_rate=rate, micro_batch_size=size)
+        return of_loop(made.model, lambda *_: made.train_step()).release(records, generator)
+
+    seen = _Rows(records, population)
+    sampling: list[DPTrainer] = []  # one trainer, from draw to draw
+
+    def draw(generator: Generator) -> list[int]:
+        if not sampling:
+            sampling.append(trainer(seen, generator, steps=MANY_STEPS))
+        seen.fetched.clear()
+        stats: list[StepStats] = []
+        of_loop(sampling[0].model, lambda *_: stats.append(sampling[0].train_step())).release(records, generator)
+        return seen.fetched[: stats[0].samples]  # what is fetched beyond them pads the last micro-batch
+
+    return PrivateStep(release, release, Sampler(draw, population), shows_state=True)
+
+
+# ---- watching
+
+
+@contextmanager
+def _gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """name -> .grad, of what any optimizer steps on meanwhile."""
+    found: dict[str, Tensor] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def hook(optimizer: Optimizer, *_) -> None:
+        for g, group in enumerate(optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                name = names.get(id(p), f"param_groups[{g}]['params'][{i}], outside the model")
+                if p.grad is None:
+                    continue
+                if name in found:
+                    raise ValueError(f"{name!r} was stepped twice: audit one step at a time")
+                found[name] = p.grad.detach().clone()
+
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, before: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
+    """Writes only what changed: FastLoDA's steps refuse frozen tensors that were written to."""
+    for name, tensor in before.items():
+        if not _same(tensor, kept[name]):
+            tensor.copy_(kept[name])
+    for name, buffer in model.named_buffers():  # one that the step replaced
+        if name in before and buffer is not before[name]:
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, before[name])
+    for p in model.parameters():
+        p.grad = None
+
+
+# ---- the trainer's data
+
+
+NEVER = 1e-15  # a sampling rate at which no record enters
+MANY_STEPS = 10**6
+
+
+class _Rows(Dataset):
+    """The audit's records, repeated to a length; remembers what was fetched. Of none, there are zeros, to pad with."""
+
+    def __init__(self, records: Records, length: int):
+        self._tensors = [records] if isinstance(records, Tensor) else list(records)
+        self._length = length
+        self.fetched: list[int] = []
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.fetched.append(index)
+        return tuple(t[index % len(t)] if len(t) else t.new_zeros(t.shape[1:]) for t in self._tensors)

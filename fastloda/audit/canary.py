@@ -1,0 +1,93 @@
+"""White-box canary: how well an observer of the release can tell whether one record was in the batch.
+
+Observers who see the gradient project it on the canary's own share (Nasr et al., https://arxiv.org/abs/2302.07956), which
+neighbour replay has shown exactly. If the step is a Gaussian mechanism, the projections with and without the canary are two
+normal distributions at a distance of mu standard deviations.
+"""
+
+import math
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import beta, norm
+
+from fastloda.audit.claim import Claim
+from fastloda.audit.report import Finding
+
+PILOT = 20  # one in so many of the observations without the canary only places the threshold
+
+
+class GaussianMu:
+    """Bounds on mu from means and standard deviation: an observation is normal, of equal variance in and out.
+
+    t = mu_hat sqrt(N/2) is noncentral t; its normal approximation is Johnson and Welch's (Biometrika 31, 1940).
+    """
+
+    def __init__(self, inside: np.ndarray, outside: np.ndarray):
+        a, b = len(inside), len(outside)
+        self._root, df = math.sqrt(a * b / (a + b)), a + b - 2
+        pooled = math.sqrt((inside.var() * a + outside.var() * b) / df)
+        gap = inside.mean() - outside.mean()
+        self.estimate = gap / pooled if pooled > 0 else math.inf
+        t = self.estimate * self._root
+        self._centre = t * (1 - 1 / (4 * df))
+        self._spread = math.sqrt(1 + t * t / (2 * df)) if math.isfinite(t) else 1.0
+
+    def lower(self, significance: float) -> float:
+        """Exceeds the true mu with this probability."""
+        return max(0.0, (self._centre - norm.isf(significance) * self._spread) / self._root)
+
+    def p_value(self, mu: float) -> float:
+        """Of the claim that the true value is at most mu."""
+        return float(norm.sf((self._centre - mu * self._root) / self._spread))
+
+
+class CountedMu:
+    """Bounds on mu from counts of wrong guesses at one threshold, each by Clopper and Pearson at half the significance.
+
+    A mechanism that is mu-GDP leaves Phi^-1(1 - false positive rate) + Phi^-1(1 - false negative rate) <= mu.
+    """
+
+    def __init__(self, inside: np.ndarray, outside: np.ndarray, threshold: float):
+        self._positives, self._negatives = int((outside > threshold).sum()), int((inside <= threshold).sum())
+        self._out, self._in = len(outside), len(inside)
+
+    def lower(self, significance: float) -> float:
+        false_positives = _upper(self._positives, self._out, significance / 2)
+        false_negatives = _upper(self._negatives, self._in, significance / 2)
+        return max(0.0, float(norm.isf(false_positives) + norm.isf(false_negatives)))
+
+    def p_value(self, mu: float) -> float:
+        """The significance at which the lower bound reaches mu; 1 if it never does."""
+
+        def excess(log_p: float) -> float:
+            return self.lower(math.exp(log_p)) - mu
+
+        if excess(0.0) <= 0:
+            return 1.0
+        return 0.0 if excess(-600.0) >= 0 else math.exp(brentq(excess, -600.0, 0.0, xtol=1e-6))
+
+
+def _upper(successes: int, trials: int, significance: float) -> float:
+    """Clopper-Pearson's upper bound on a probability."""
+    return 1.0 if successes >= trials else float(beta.isf(significance, successes + 1, trials - successes))
+
+
+def guess(inside: np.ndarray, outside: np.ndarray, share: float) -> CountedMu:
+    """Threshold half the canary's share above where a pilot says that the observations without it lie."""
+    pilot = max(10, len(outside) // PILOT)
+    return CountedMu(inside, outside[pilot:], outside[:pilot].mean() + share / 2)
+
+
+def findings(gaussian: GaussianMu, counted: CountedMu, claim: Claim, record: str, observations: int) -> list[Finding]:
+    """How both estimates stand to the claim."""
+    meaning = (
+        "The canary is told apart better than the claim allows: too little noise, or too large a share of one record"
+    )
+    p = gaussian.p_value(claim.mu)
+    measured = f"mu {gaussian.estimate:.4g}, claimed {claim.mu:.4g}; {record}, {observations} observations each way"
+    counts = f"mu >= {counted.lower(1e-3):.4g} at 99.9% from counts of wrong guesses"
+    return [
+        Finding("canary, as a Gaussian", measured, meaning, p),
+        Finding("canary, by counts", counts, meaning, counted.p_value(claim.mu)),
+    ]

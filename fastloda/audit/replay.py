@@ -1,0 +1,213 @@
+"""Neighbour replay: the same seed with and without one record. The noise cancels, and what is left is the record's share.
+
+It must be at most max_grad_norm / expected_batch_size, for any record in any company (Cebere et al. 2602.17454).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastloda.audit.claim import Claim
+from fastloda.audit.report import Finding
+from fastloda.audit.step import PrivateStep, Records, Released, count, each, join, rows, seed_for
+
+SLACK = 1e-5  # what DP-SGD's bound is allowed for rounding
+ORDINARY = 8  # records used as they are
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Two batches that differ by one record, and what that record did to the release.
+
+    Attributes:
+        share: [d], the difference of the releases, times expected_batch_size; None if the step failed.
+        tolerance: of its norm, for the rounding of both releases.
+        error: why the step failed.
+        unnoised: what else differs between the two after the step.
+    """
+
+    company: str
+    record: str
+    without: Records
+    added: Records
+    share: Tensor | None
+    tolerance: float
+    error: str = ""
+    unnoised: tuple[str, ...] = ()
+
+    @property
+    def contribution(self) -> float:
+        """Norm of the record's share; infinite where it is not finite or the step failed."""
+        norm = math.inf if self.share is None else self.share.norm().item()
+        return norm if math.isfinite(norm) else math.inf
+
+    def __str__(self) -> str:
+        return f"{self.record} beside {self.company}" + (f": {self.error}" if self.error else "")
+
+
+# ---- what is replayed
+
+
+def _spoil(value: float) -> Callable[[Tensor], Tensor]:
+    """Replace one number of each record."""
+
+    def spoil(t: Tensor) -> Tensor:
+        t = t.clone().flatten(1) if t.dim() > 1 else t.clone()[:, None]
+        t[:, 0] = value
+        return t
+
+    return lambda t: spoil(t).view(t.shape)
+
+
+HOSTILE: dict[str, Callable[[Tensor], Tensor]] = {
+    "a record x 1e4": lambda t: 1e4 * t,
+    "a record x -1e4": lambda t: -1e4 * t,
+    "a record x 1e30": lambda t: 1e30 * t,
+    "a record x 1e-6": lambda t: 1e-6 * t,
+    "a record negated": torch.neg,
+    "a zero record": torch.zeros_like,
+    "a record with one NaN": _spoil(math.nan),
+    "a record with one Inf": _spoil(math.inf),
+    "a record of NaN": lambda t: torch.full_like(t, math.nan),
+}
+
+
+def hostile(record: Records, name: str) -> Records:
+    """The record made hostile in its floating-point tensors; labels and tokens stay what they are."""
+    return each(lambda t: HOSTILE[name](t) if t.is_floating_point() and t.numel() else t, record)
+
+
+def candidates(records: Records) -> dict[str, Records]:
+    """Single records to add: ordinary ones and hostile ones."""
+    n = count(records)
+    ordinary = {f"record {i}": rows(records, slice(i, i + 1)) for i in range(n - 1, max(-1, n - 1 - ORDINARY), -1)}
+    return ordinary | {name: hostile(rows(records, slice(n - 1, n)), name) for name in HOSTILE}
+
+
+def companies(records: Records) -> dict[str, Records]:
+    """Batches to add to; the first is the usual one."""
+    usual = usual_batch(records)
+    first, large = rows(usual, slice(0, 1)), hostile(rows(usual, slice(0, 1)), "a record x 1e4")
+    return {
+        f"{count(usual)} records": usual,
+        "none": rows(usual, slice(0, 0)),
+        "one record": first,
+        "one large record": large,
+        "large and ordinary records": join(usual, large),
+    }
+
+
+def usual_batch(records: Records) -> Records:
+    """The records that are in the batch; the rest are candidates."""
+    return rows(records, slice(0, min(ORDINARY, count(records) // 2)))
+
+
+# ---- replaying
+
+
+def replay(step: PrivateStep, records: Records, claim: Claim, seed: int, tick: Callable) -> list[Neighbours]:
+    """Every candidate beside every company, at the end and at the start of the batch; then in micro-batches."""
+    found = []
+    for name, company in companies(records).items():
+        found += _replay_beside(step, name, company, candidates(records), claim, seed, tick)
+    if step.release_in_parts is not None:
+        usual = usual_batch(records)
+        some = dict(list(candidates(records).items())[-len(HOSTILE) - 1 :])
+        for parts in (2, 4):
+            name = f"{count(usual)} records in {parts} micro-batches"
+            found += _replay_beside(step, name, usual, some, claim, seed, tick, parts)
+    return found
+
+
+def _replay_beside(
+    step: PrivateStep, name: str, company: Records, added: dict[str, Records], claim: Claim, seed: int, tick, parts=1
+) -> Iterator[Neighbours]:
+    seed = seed_for(seed, name)
+    without, error = _attempt(step, company, seed, parts)
+    tick()
+    for i, (what, record) in enumerate(added.items()):
+        both = (company, record) if i % 2 == 0 else (record, company)
+        if without is None:
+            yield Neighbours(name, what, company, record, None, 0.0, error)
+            return
+        together, error = _attempt(step, join(*both), seed, parts)
+        tick()
+        if together is None:
+            yield Neighbours(name, what, company, record, None, 0.0, error)
+            continue
+        before, after = without.flat(), together.flat()
+        if before.shape != after.shape:
+            error = f"it released {len(after)} numbers instead of {len(before)}"
+            yield Neighbours(name, what, company, record, None, 0.0, error)
+            continue
+        eps = max(torch.finfo(g.dtype).eps for g in without.gradient.values() if g.is_floating_point())
+        share = (after - before) * claim.expected_batch_size
+        rounding = 2 * eps * (before.norm() + after.norm()).item() * claim.expected_batch_size
+        tolerance = rounding if share.isfinite().all() else 0.0
+        yield Neighbours(name, what, company, record, share, tolerance, "", _different(without, together))
+
+
+def _attempt(step: PrivateStep, records: Records, seed: int, parts: int) -> tuple[Released | None, str]:
+    """A step that fails on some records tells that they were there: a finding, not a bug of the audit."""
+    try:
+        return step.replay(records, seed, parts), ""
+    except Exception as error:  # whatever a user's step may raise
+        return None, f"{type(error).__name__}: {error}"[:200]
+
+
+def _different(a: Released, b: Released) -> tuple[str, ...]:
+    """Names of what the two steps left different although no noise covers it."""
+    names = dict.fromkeys([*a.unnoised, *b.unnoised])
+    return tuple(
+        n for n in names if n not in a.unnoised or n not in b.unnoised or not _same(a.unnoised[n], b.unnoised[n])
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+# ---- what it shows
+
+
+def sensitivity(neighbours: list[Neighbours], claim: Claim) -> Finding:
+    """The largest share of any one record."""
+
+    def excess(n: Neighbours) -> float:
+        return n.contribution - n.tolerance
+
+    worst = max(neighbours, key=excess)
+    ratio = worst.contribution / claim.max_grad_norm
+    holds = excess(worst) <= claim.max_grad_norm * (1 + SLACK)
+    bad = sum(excess(n) > claim.max_grad_norm * (1 + SLACK) for n in neighbours)
+    over = "" if holds else f"; {bad} pairs over the bound"
+    return Finding(
+        "neighbour replay",
+        f"largest share {ratio:.6g} C ({worst}), {len(neighbours)} pairs{over}",
+        "One record, added under the same seed, moves the noiseless sum by more than C: no or wrong clipping, views clipped "
+        "apart, a divisor that counts the batch, samples that mix, or a record that shifts the random stream",
+        holds=holds,
+    )
+
+
+def coverage(step: PrivateStep, neighbours: list[Neighbours]) -> Finding:
+    """Nothing but the private gradient may depend on a record."""
+    if not step.shows_state:
+        why = "A plain callable shows its gradient only: audit the loop (of_loop) to see what else it changes"
+        return Finding("nothing unnoised", "", why)
+    leaked = list(dict.fromkeys(name for n in neighbours for name in n.unnoised))
+    statistic = f"{', '.join(leaked[:4])} depend on a record" if leaked else "nothing else depends on a record"
+    meaning = (
+        "A buffer or parameter outside the private gradient changes with the records: it is released without noise"
+    )
+    return Finding("nothing unnoised", statistic, meaning, holds=not leaked)
+
+
+def choose_canary(neighbours: list[Neighbours], records: Records) -> Neighbours | None:
+    """The record whose finite share beside the usual batch is the largest."""
+    usual = next(iter(companies(records)))
+    able = [n for n in neighbours if n.company == usual and 0 < n.contribution < math.inf]
+    return max(able, key=lambda n: n.contribution, default=None)

@@ -1,0 +1,138 @@
+"""What an audit found: one row a check, judged together, as a table or as plain JSON types."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from fastloda.audit.claim import Claim
+from fastloda.errors import PrivacyError
+
+Verdict = Literal["holds", "violated", "not run"]
+STYLES = {"holds": "green", "violated": "bold red", "not run": "dim"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check before it is judged.
+
+    Attributes:
+        name: of the check.
+        statistic: what was measured, in words and numbers.
+        p_value: probability of a result this bad if the claim holds; None where no chance is involved.
+        holds: for a check without p_value; None: it was not run.
+        meaning: what a violation would mean; for one not run, why.
+    """
+
+    name: str
+    statistic: str
+    meaning: str
+    p_value: float | None = None
+    holds: bool | None = None
+
+
+@dataclass(frozen=True)
+class Check(Finding):
+    """A judged finding."""
+
+    verdict: Verdict = "not run"
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """The checks of one audit. `print` shows them as a table.
+
+    Attributes:
+        claim: what was audited.
+        checks: in the order in which they ran.
+        epsilon_claimed: the accountant's, of the claim.
+        epsilon_lower: lower bound on what the whole training spends, from the canary: the larger of the two below.
+        epsilon_lower_gaussian: the same where the noise is taken to be Gaussian (which other checks test).
+        epsilon_lower_counts: by Clopper-Pearson, from mere counts of right and wrong guesses.
+        confidence: of each of the two bounds.
+        significance: probability that a step that keeps its claim is called a violation by any check, at most.
+    """
+
+    claim: Claim
+    checks: tuple[Check, ...]
+    epsilon_claimed: float
+    epsilon_lower_gaussian: float | None
+    epsilon_lower_counts: float | None
+    confidence: float
+    significance: float
+
+    @property
+    def epsilon_lower(self) -> float | None:
+        bounds = [b for b in (self.epsilon_lower_gaussian, self.epsilon_lower_counts) if b is not None]
+        return max(bounds) if bounds else None
+
+    @property
+    def violations(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.verdict == "violated")
+
+    @property
+    def passed(self) -> bool:
+        """No check that ran found a violation."""
+        return not self.violations
+
+    def raise_if_violated(self) -> "AuditReport":
+        """Raises PrivacyError naming the violations."""
+        if self.violations:
+            found = "; ".join(f"{check.name}: {check.statistic}" for check in self.violations)
+            raise PrivacyError(f"the step breaks its claim: {found}")
+        return self
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; an infinite epsilon becomes the string "inf"."""
+        content = asdict(self) | {"epsilon_lower": self.epsilon_lower, "passed": self.passed}
+        content["checks"] = [asdict(check) for check in self.checks]
+        return {name: "inf" if value == math.inf else value for name, value in content.items()}
+
+    def summary(self) -> str:
+        """One line."""
+        verdict = "the claim holds" if self.passed else f"{len(self.violations)} of {len(self.checks)} checks VIOLATED"
+        bound = "" if self.epsilon_lower is None else f", lower bound {self.epsilon_lower:.2f} at {self.confidence:.3%}"
+        return f"Claimed epsilon {self.epsilon_claimed:.2f} at delta {self.claim.delta:g}{bound}: {verdict}"
+
+    def __rich__(self) -> Table:
+        table = Table(title=self.summary(), caption=self._caption(), expand=False)
+        for name in ("Check", "Measured", "p", "Verdict", "What it means"):
+            table.add_column(name, justify="right" if name == "p" else "left", overflow="fold")
+        for check in self.checks:
+            verdict = f"[{STYLES[check.verdict]}]{check.verdict}[/]"
+            meaning = "" if check.verdict == "holds" else check.meaning
+            table.add_row(check.name, check.statistic, _shown(check.p_value), verdict, meaning)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=150, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def _caption(self) -> str:
+        return f"A step that keeps its claim is called a violation with probability {self.significance:g} at most, by all checks."
+
+
+def _shown(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "< 1e-99" if p < 1e-99 else f"{p:.2g}"
+
+
+def judge(findings: Sequence[Finding], significance: float) -> tuple[Check, ...]:
+    """Bonferroni: with K findings of chance, each is held against significance / K."""
+    limit = share(findings, significance)
+    return tuple(Check(**asdict(finding), verdict=_verdict(finding, limit)) for finding in findings)
+
+
+def share(findings: Sequence[Finding], significance: float) -> float:
+    return significance / max(1, sum(finding.p_value is not None for finding in findings))
+
+
+def _verdict(finding: Finding, limit: float) -> Verdict:
+    holds = finding.holds if finding.p_value is None else finding.p_value >= limit
+    return "not run" if holds is None else "holds" if holds else "violated"

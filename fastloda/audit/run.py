@@ -1,0 +1,230 @@
+"""The audit: neighbour replay, canary, noise and sampler on one step, judged together."""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from fastloda.audit.canary import GaussianMu, findings, guess
+from fastloda.audit.claim import Claim
+from fastloda.audit.noise import NoiseRecord, Scale, Spread, at_empty_batch, at_other_batches
+from fastloda.audit.replay import Neighbours, choose_canary, coverage, hostile, replay, sensitivity, usual_batch
+from fastloda.audit.report import AuditReport, Finding, judge, share
+from fastloda.audit.sampler import audit_sampler
+from fastloda.audit.step import (
+    PrivateStep,
+    Records,
+    Release,
+    Sampler,
+    check_records,
+    count,
+    join,
+    own_randomness,
+    rows,
+    seed_for,
+)
+
+CHECKS = ("replay", "canary", "noise", "sampler")
+NO_SAMPLER = "No sampler was given: the claim's sample_rate is taken on trust"
+
+
+def audit_step(
+    step: PrivateStep | Release,
+    records: Records,
+    claim: Claim,
+    *,
+    observations: int = 1000,
+    sampler: Sampler | None = None,
+    draws: int = 2000,
+    checks: Sequence[str] = CHECKS,
+    significance: float = 1e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> AuditReport:
+    """Hold a private step against its claim: what it lets out of one record, and how much noise it really adds.
+
+    >>> step = of_ghost_step(model, losses, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=64)
+    >>> print(audit_step(step, (images, labels), Claim(1.0, 1.0, 64, sample_rate=0.01, steps=1000)))
+
+    Four kinds of check, each of which sees what the others miss:
+
+    - replay: under the same seed, one record more, ordinary or hostile (huge, NaN, Inf), moves the release by at most
+      max_grad_norm / expected_batch_size; in any company, in micro-batches; and nothing else that the step changes depends on it.
+    - canary: the record with the largest share is guessed at from noisy releases, `observations` with and as many without it;
+      the lower bound on epsilon follows, composed over the claim's steps and sampling.
+    - noise: its scale, law and independence, over coordinates, tensors, steps, micro-batches, batch sizes, the empty batch.
+    - sampler: records enter independently, with the claimed probability.
+
+    An audit finds faults; it proves nothing, and a lower bound far under the claim is no better privacy. The bound on epsilon
+    composes a mechanism of the measured mu as the accountant does, hence as if it were Gaussian (Nasr et al. 2302.07956).
+
+    Args:
+        step: a PrivateStep (of_ghost_step, of_loop, of_trainer), or a function (records, generator) -> private gradient.
+        records: 2 or more, one a row, in one tensor or several. Half of them, at most 8, are the batch; others come and go.
+        claim: what the step is said to do.
+        observations: of the canary, each way; the time is that of about 2.5 x observations + 150 steps.
+        sampler: how training chooses records; default: the step's own, if it has one.
+        draws: steps of the sampler.
+        checks: which of CHECKS to run; the canary needs the replay, and brings it along.
+        significance: probability of a false alarm in the whole audit, at most (Bonferroni over all checks of chance).
+        seed: of all that is random; the same audit gives the same report.
+        progress: show a bar.
+
+    Raises:
+        ValueError, TypeError: a bad argument; or the step does not repeat itself under a seed, so that nothing can be replayed.
+    """
+    step = step if isinstance(step, PrivateStep) else PrivateStep(_callable(step))
+    _check(records, claim, observations, draws, checks, significance)
+    _check_repeats(step, records, seed)
+    sampler = sampler or step.sampler
+    total = 2 * observations + 12 * _few(observations) + 150 + (draws if sampler else 0)
+    with (
+        tqdm(total=total, desc="audit", unit="step", disable=not progress) as bar,
+        own_randomness(seed_for(seed, "global")),
+    ):
+        generator = Generator().manual_seed(seed_for(seed, "observations"))
+        found, canary = [], None
+        if "replay" in checks or "canary" in checks:
+            neighbours = replay(step, records, claim, seed, bar.update)
+            found += [sensitivity(neighbours, claim), coverage(step, neighbours)]
+            canary = choose_canary(neighbours, records)
+        mus = None
+        if "canary" in checks or "noise" in checks:
+            noise, gaussian, counted = _observe(step, records, claim, canary, observations, generator, bar.update)
+            if "canary" in checks:
+                mus = gaussian, counted
+                found += _canary(gaussian, counted, claim, canary, observations)
+            if "noise" in checks:
+                found += noise.findings()
+                found += _other_batches(step, records, claim, noise.scale, _few(observations), generator, bar.update)
+        if "sampler" in checks:
+            if sampler is None:
+                found.append(Finding("sampler", "", NO_SAMPLER))
+            else:
+                found += audit_sampler(sampler, claim.sample_rate, draws, generator, bar.update)
+        bar.update(bar.total - bar.n)
+    return _report(claim, found, mus if canary else None, significance)
+
+
+def _report(claim: Claim, found: list[Finding], mus, significance: float) -> AuditReport:
+    each = share(found, significance)
+    lower = [mu.lower(each) for mu in mus] if mus else []
+    claimed, *bounds = claim.epsilons([claim.mu, *lower])
+    # The accountant is good to half a percent: what is under the claim in mu stays under it in epsilon.
+    bounds = [min(b, claimed) if mu <= claim.mu else b for b, mu in zip(bounds, lower)]
+    gaussian, counted = bounds or (None, None)
+    return AuditReport(claim, judge(found, significance), claimed, gaussian, counted, 1 - each, significance)
+
+
+# ---- observing
+
+
+def _observe(step, records, claim, canary: Neighbours | None, observations, generator, tick):
+    """Successive steps of one random stream, with and without the canary -> the noise, and both estimates of mu."""
+    outside = usual_batch(records)
+    inside = outside if canary is None else join(outside, canary.added)
+    batches = {"out": outside, "in": inside}
+    direction = None if canary is None else canary.share / canary.share.norm()
+    projections, waiting, noise = {"out": [], "in": []}, {}, None
+    for _ in range(observations):
+        for name, batch in batches.items():
+            released = step(batch, generator)
+            release = released.flat()
+            noise = noise or NoiseRecord(released, claim)
+            if direction is not None:
+                projections[name].append((release @ direction).item())
+            if name in waiting:
+                noise.add(name, waiting.pop(name), release)
+            else:
+                waiting[name] = release
+            tick()
+    if canary is None:
+        return noise, None, None
+    x, y = np.array(projections["in"]), np.array(projections["out"])
+    return noise, GaussianMu(x, y), guess(x, y, canary.contribution / claim.expected_batch_size)
+
+
+def _canary(gaussian, counted, claim: Claim, canary: Neighbours | None, observations: int) -> list[Finding]:
+    if canary is None:
+        return [Finding("canary", "", "No record has a finite share in the release: there is nothing to tell apart")]
+    share = canary.contribution / claim.max_grad_norm
+    return findings(gaussian, counted, claim, f"{canary.record} of share {share:.3g} C", observations)
+
+
+def _other_batches(step: PrivateStep, records: Records, claim, scale: Scale, few, generator, tick) -> Iterable[Finding]:
+    usual = usual_batch(records)
+    n, one, nobody = count(usual), rows(usual, slice(0, 1)), rows(usual, slice(0, 0))
+    batches = {"1 record": (one, 1), f"{count(records)} records": (records, 1)}
+    batches[f"{n} large records"] = hostile(usual, "a record x 1e4"), 1
+    batches[f"{n} faint records"] = hostile(usual, "a record x 1e-6"), 1
+    if step.release_in_parts is not None:
+        batches |= {f"{n} records in {parts} micro-batches": (usual, parts) for parts in (2, 4)}
+    spreads = [
+        _spread(step, name, batch, parts, claim, few, generator, tick) for name, (batch, parts) in batches.items()
+    ]
+    releases, error = _releases(step, nobody, 1, 2 * few, generator, tick)
+    return at_other_batches(spreads, scale), at_empty_batch(releases, claim, error, scale)
+
+
+def _spread(step, name, batch, parts, claim, few, generator, tick) -> Spread:
+    releases, error = _releases(step, batch, parts, 2 * few, generator, tick)
+    if error:
+        return Spread(name, None, error)
+    pairs = torch.stack(releases).view(few, 2, -1)
+    d = (pairs[:, 0] - pairs[:, 1]) / (math.sqrt(2) * claim.noise_std)
+    return Spread(name, Scale(d.square().sum().item(), d.numel()))
+
+
+def _releases(step, batch, parts, times, generator, tick) -> tuple[list[Tensor], str]:
+    releases = []
+    for _ in range(times):
+        try:
+            releases.append(step(batch, generator, parts).flat())
+        except Exception as error:  # whatever a user's step may raise on such records
+            return [], f"{type(error).__name__}: {error}"[:200]
+        tick()
+    return releases, ""
+
+
+def _few(observations: int) -> int:
+    """Pairs of steps on each of the other batches."""
+    return min(100, max(10, observations // 40))
+
+
+# ---- checks of the arguments
+
+
+def _callable(step: object) -> Release:
+    if not callable(step):
+        raise TypeError(f"step must be a PrivateStep or a function (records, generator) -> gradient, got {step!r}")
+    return step
+
+
+def _check(records, claim, observations, draws, checks, significance) -> None:
+    check_records(records)
+    if not isinstance(claim, Claim):
+        raise TypeError(f"claim must be a Claim, got {claim!r}")
+    for name, value, least in (("observations", observations, 100), ("draws", draws, 100)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    if isinstance(checks, str) or not checks or not set(checks) <= set(CHECKS):
+        raise ValueError(f"checks must be some of {CHECKS}, got {checks!r}")
+    if not 0 < significance < 0.5:
+        raise ValueError(f"significance must be in (0, 0.5), got {significance!r}")
+
+
+def _check_repeats(step: PrivateStep, records: Records, seed: int) -> None:
+    """A step that works, on an ordinary batch, and that replays."""
+    again = partial(step.replay, usual_batch(records), seed_for(seed, "repeats"))
+    first, second = again().flat(), again().flat()
+    if not first.isfinite().all():
+        raise ValueError("the step releases NaN or Inf on ordinary records: there is nothing to audit")
+    if not torch.equal(first, second):
+        raise ValueError(
+            "the step gives two different gradients under the same seed: take all its randomness from the generator that it "
+            "is called with, or from torch's global one, and leave the model as it was"
+        )

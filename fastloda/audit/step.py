@@ -1,0 +1,144 @@
+"""The step under audit: a function of the records and of the randomness, which may be called again and again."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor
+
+from fastloda.randomness import generator_states, restore_generators
+
+# One record a row: a tensor, or several of the same length. A step gets them in the form in which the audit got them.
+Records = Tensor | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Released:
+    """What one step lets out.
+
+    Attributes:
+        gradient: name -> private gradient, noise included, as the optimizer gets it.
+        unnoised: name -> value of whatever else the step changed: buffers, frozen parameters.
+    """
+
+    gradient: Mapping[str, Tensor]
+    unnoised: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def flat(self) -> Tensor:
+        """[d], float64, on the CPU."""
+        return torch.cat([g.detach().flatten().double().cpu() for g in self.gradient.values()])
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """draw(generator) -> indices of the records that one step takes, of `population` records."""
+
+    draw: Callable[[Generator], Sequence[int] | Tensor]
+    population: int
+
+
+# Called with the records and a CPU generator; the private gradient comes as a tensor, as name -> tensor, or as Released.
+Release = Callable[[Records, Generator], Tensor | Mapping[str, Tensor] | Released]
+
+
+@dataclass(frozen=True)
+class PrivateStep:
+    """A step as the audit sees it; `release` alone will do.
+
+    Attributes:
+        release: (records, generator) -> what one step on exactly these records lets out. Its noise must come from the
+            generator, or from torch's global one, and it must leave everything as it was, so that it repeats. Whatever else
+            is random (dropout, timesteps) must belong to a record, whoever is beside it.
+        release_in_parts: (records, generator, parts) -> the same step in that many micro-batches.
+        sampler: how training chooses a step's records.
+        shows_state: `Released.unnoised` lists whatever a step changes besides what the gradient covers.
+    """
+
+    release: Release
+    release_in_parts: Callable[[Records, Generator, int], Tensor | Mapping[str, Tensor] | Released] | None = None
+    sampler: Sampler | None = None
+    shows_state: bool = False
+
+    def __call__(self, records: Records, generator: Generator, parts: int = 1) -> Released:
+        """One step. With parts=1 it is `release`, so that what trains is what is audited."""
+        if parts == 1:
+            return as_released(self.release(records, generator))
+        return as_released(self.release_in_parts(records, generator, parts))
+
+    def replay(self, records: Records, seed: int, parts: int = 1) -> Released:
+        """One step with all its randomness from `seed`."""
+        with own_randomness(seed):
+            return self(records, Generator().manual_seed(seed), parts)
+
+
+def as_released(value: object) -> Released:
+    """Raises TypeError for what is no gradient."""
+    if isinstance(value, Tensor):
+        value = {"gradient": value}
+    if isinstance(value, Mapping):
+        value = Released(value)
+    tensors = isinstance(value, Released) and all(isinstance(g, Tensor) for g in value.gradient.values())
+    if not tensors or not any(g.numel() for g in value.gradient.values()):
+        raise TypeError(f"a step must release a private gradient, a tensor or name -> tensor; got {value!r:.200}")
+    return value
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """torch's global generators run from `seed`, and are then as they were."""
+    before = generator_states({})
+    # torch.manual_seed takes milliseconds where there is no accelerator
+    seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        restore_generators({}, before)
+
+
+def seed_for(seed: int, name: str) -> int:
+    """A seed of its own for each use."""
+    number = int.from_bytes(name.encode(), "little") % (2**61 - 1)
+    return int(torch.randint(2**62, (), generator=Generator().manual_seed((seed * 1_000_003 + number) % 2**62)))
+
+
+# ---- records
+
+
+def check_records(records: Records) -> int:
+    """-> how many there are."""
+    tensors = [records] if isinstance(records, Tensor) else records
+    if not isinstance(tensors, Sequence) or not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
+        raise TypeError(
+            f"records must be a tensor, or a sequence of tensors, with one record a row; got {records!r:.200}"
+        )
+    lengths = sorted({len(t) for t in tensors})
+    if len(lengths) > 1 or lengths[0] < 2:
+        raise ValueError(f"records must be at least 2, and as many in each tensor; got {lengths}")
+    return lengths[0]
+
+
+def each(function: Callable[..., Tensor], *records: Records) -> Records:
+    """Apply to every tensor of records, keeping their form."""
+    if isinstance(records[0], Tensor):
+        return function(*records)
+    return tuple(function(*tensors) for tensors in zip(*records))
+
+
+def rows(records: Records, chosen: slice | Sequence[int] | Tensor) -> Records:
+    return each(lambda t: t[chosen], records)
+
+
+def join(*batches: Records) -> Records:
+    return each(lambda *tensors: torch.cat(tensors), *batches)
+
+
+def count(records: Records) -> int:
+    return len(records if isinstance(records, Tensor) else records[0])
+
+
+def split(records: Records, parts: int) -> list[Records]:
+    """Into at most `parts` micro-batches, none of them empty."""
+    size = -(-count(records) // parts)
+    return [rows(records, slice(i, i + size)) for i in range(0, count(records), size)] if size else []

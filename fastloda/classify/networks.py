@@ -1,0 +1,66 @@
+"""The classifiers by name, with weights that a seed fixes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from .cnn import SmallCNN
+from .norms import Norm
+from .resnet9 import ResNet9
+from .wideresnet import WideResNet
+
+NetworkName = Literal["cnn", "resnet9", "wrn-16-4", "wrn-40-4"]
+
+
+class Network(NamedTuple):
+    """make(in_channels=, num_classes=, width=, image_size=, norm=) -> module; width: the usual one."""
+
+    make: Callable[..., nn.Module]
+    width: int
+
+
+def _small_cnn(norm: str, **config: int) -> SmallCNN:
+    if norm != "group":
+        raise ValueError(f"the small CNN has GroupNorm only, not norm={norm!r}")
+    return SmallCNN(**config)
+
+
+NETWORKS: dict[NetworkName, Network] = {
+    "cnn": Network(_small_cnn, 32),
+    "resnet9": Network(ResNet9, 64),
+    "wrn-16-4": Network(partial(WideResNet, depth=16), 4),
+    "wrn-40-4": Network(partial(WideResNet, depth=40), 4),
+}
+
+
+def make_network(
+    name: NetworkName,
+    *,
+    in_channels: int = 1,
+    num_classes: int = 10,
+    image_size: int = 8,
+    width: int | None = None,
+    norm: Norm = "group",
+) -> nn.Module:
+    """The network with weights from PyTorch's global generator.
+
+    width: as the network counts it; None is the usual one. norm: "group", or "batch" where no privacy is wanted.
+
+    Raises:
+        ValueError: an unknown name, or an argument that the network cannot have.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"the classifier must be one of {', '.join(get_args(NetworkName))}, got {name!r}")
+    make, usual = NETWORKS[name]
+    config = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
+    return make(**config, width=usual if width is None else width, norm=norm)
+
+
+def seeded_network(name: NetworkName, seed: int, **config) -> nn.Module:
+    """As `make_network`, with the weights that `seed` gives, on the CPU; global generators stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+        return make_network(name, **config)

@@ -1,0 +1,25 @@
+"""The normalisation of a classifier: over a batch as usual, or within each sample, as privacy demands."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from torch import nn
+
+Norm = Literal["group", "batch"]
+
+NORMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "group": lambda groups, channels: nn.GroupNorm(groups, channels),
+    "batch": lambda groups, channels: nn.BatchNorm2d(channels),
+}
+
+
+def norm_layer(norm: Norm, groups: int) -> Callable[[int], nn.Module]:
+    """channels -> layer. "group" treats every sample alone; "batch" mixes them, and a private step refuses it.
+
+    Raises:
+        ValueError: an unknown norm.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {sorted(NORMS)}, got {norm!r}")
+    return partial(NORMS[norm], groups)

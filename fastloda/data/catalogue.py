@@ -1,0 +1,177 @@
+"""Every data set by its name: those that are always there, those read from a local folder, and files of one's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .byte_images import ByteImages
+from .cifar10 import WHERE as CIFAR10_FILES
+from .cifar10 import cifar10
+from .colour_digits import SIZE as COLOUR_SIZE
+from .colour_digits import colour_digits_split, colour_font_digits
+from .digits import digits_split
+from .folder import WHERE as FOLDER_FILES
+from .folder import image_folder
+from .font_digits import font_digits
+from .imagenet32 import WHERE as IMAGENET32_FILES
+from .imagenet32 import imagenet10, imagenet32
+from .images import CHANNELS, LabelledImages, load_npz
+from .mnist import SIDE as MNIST_SIDE
+from .mnist import WHERE as MNIST_FILES
+from .mnist import mnist
+from .published import Split, check_split
+from .svhn import WHERE as SVHN_FILES
+from .svhn import svhn
+
+
+class Drawn(NamedTuple):
+    """How a data set that is always there is made: from (count, seed, size), for each split that it has."""
+
+    splits: dict[str, Callable[[int, int, int], LabelledImages]]
+    about: str
+
+
+class Published(NamedTuple):
+    """How a data set is read from a folder: (root, split, size)."""
+
+    open: Callable[[Path, Split, int | None], LabelledImages]
+    about: str
+
+
+ALWAYS_THERE = {
+    "digits": Drawn(
+        {"train": lambda *_: digits_split()[0], "test": lambda *_: digits_split()[1]},
+        "Handwritten digits, 1 x 8 x 8, 1,437 to train and 360 to test; shipped inside scikit-learn, no files needed",
+    ),
+    "font-digits": Drawn(
+        {"train": lambda count, seed, size: font_digits(count, seed, 8 if size is None else size)},
+        "Digits of Matplotlib's fonts, 1 x 8 x 8 or another size, as many as are asked for; no files needed",
+    ),
+    "colour-digits": Drawn(
+        {"train": lambda *_: colour_digits_split()[0], "test": lambda *_: colour_digits_split()[1]},
+        f"The handwritten digits in colours, 3 x {COLOUR_SIZE} x {COLOUR_SIZE}, 1,437 to train and 360 to test; no files needed",
+    ),
+    "colour-font-digits": Drawn(
+        {"train": lambda count, seed, _: colour_font_digits(count, seed)},
+        f"The digits of fonts in colours, 3 x {COLOUR_SIZE} x {COLOUR_SIZE}, as many as are asked for; no files needed",
+    ),
+}
+FROM_FOLDER = {
+    "mnist": Published(
+        lambda root, split, size: mnist(root, split, size=max(size or MNIST_SIDE, MNIST_SIDE)), MNIST_FILES
+    ),
+    "cifar10": Published(lambda root, split, _: cifar10(root, split), CIFAR10_FILES),
+    "svhn": Published(lambda root, split, _: svhn(root, split), SVHN_FILES),
+    "imagenet32": Published(lambda root, split, _: imagenet32(root, split), IMAGENET32_FILES),
+    "imagenet10": Published(
+        lambda root, split, _: imagenet10(root, split),
+        f"The ten classes of ImageNet32 that match CIFAR-10's. {IMAGENET32_FILES}",
+    ),
+}
+NAMES = (*ALWAYS_THERE, *FROM_FOLDER)
+PUBLIC_PARTNERS = {  # of private data sets, as the paper pairs them; the digits in the same way
+    "cifar10": "imagenet32",
+    "mnist": "svhn",
+    "digits": "font-digits",
+    "colour-digits": "colour-font-digits",
+}
+
+NPZ_FILES = (
+    "An npz file: `images` (uint8, or floats in [-1, 1]; NCHW or NHWC) and `labels` (integers), perhaps `num_classes`"
+)
+_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
+
+
+def open_dataset(
+    name: str | Path,
+    root: str | Path | None = None,
+    split: Split = "train",
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    num_classes: int | None = None,
+    count: int = 20_000,
+    seed: int = 0,
+) -> LabelledImages:
+    """A data set by one of `NAMES`, or a folder of images, or an npz file. Nothing is downloaded.
+
+    >>> public, private = open_dataset("imagenet10", "/data/imagenet32"), open_dataset("cifar10", "/data")
+
+    Args:
+        name: one of `NAMES`; or the path of a folder of images or of an npz file, which are one split.
+        root: the folder that a published data set lies in; `describe(name)` says which files it must hold.
+        split: "train" or "test".
+        size: wanted side of the images, where the data set can have it: font-digits are drawn at it, MNIST is padded to it,
+            images of a folder are cut and resized to it; the others stay as they are.
+        channels: 1 makes colours grey (their luma), 3 repeats grey.
+        num_classes: how many there may be; an npz is read as having just so many.
+        count: of images, for font-digits and colour-font-digits.
+        seed: of those.
+
+    Raises:
+        FileNotFoundError: a file is not there; says which files to put where.
+        ValueError: a file is not what it should be, there is no such name or split, no root is given for a name that
+            needs one, there are no images, or more classes than num_classes.
+    """
+    check_split(split)
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1, not {size}")
+    if channels is not None and channels not in CHANNELS:
+        raise ValueError(f"channels must be 1 or 3, not {channels}")
+    if name in NAMES:
+        data = _open_named(name, root, split, size, count, seed)
+    else:
+        data = _open_path(str(name), root, split, size, num_classes)
+    if not len(data):
+        raise ValueError(f"{name} holds no images")
+    if num_classes is not None and data.num_classes > num_classes:
+        raise ValueError(f"{name} has {data.num_classes} classes, more than the {num_classes} expected")
+    return data if channels in (None, data.images.shape[1]) else _with_channels(data, channels)
+
+
+def describe(name: str | None = None) -> str:
+    """What a data set is, and which files belong where; without a name, of all of them, a line each."""
+    if name is None:
+        return "\n".join(
+            [*(f"{each}: {describe(each)}" for each in NAMES), f"FOLDER: {FOLDER_FILES}", f"FILE.npz: {NPZ_FILES}"]
+        )
+    if name not in NAMES:
+        raise ValueError(f"no data set {name!r}: {', '.join(NAMES)}")
+    return (ALWAYS_THERE | FROM_FOLDER)[name].about
+
+
+def _open_named(
+    name: str, root: str | Path | None, split: Split, size: int | None, count: int, seed: int
+) -> LabelledImages:
+    if name in FROM_FOLDER:
+        if root is None:
+            raise ValueError(f"{name} is read from a local folder: say which. {describe(name)}")
+        return FROM_FOLDER[name].open(Path(root), split, size)
+    if root is not None:
+        raise ValueError(f"{name} needs no folder, but {root} is given")
+    if split not in ALWAYS_THERE[name].splits:
+        raise ValueError(f"{name} has no {split} part: draw another set with another seed")
+    return ALWAYS_THERE[name].splits[split](count, seed, size)
+
+
+def _open_path(
+    name: str, root: str | Path | None, split: Split, size: int | None, num_classes: int | None
+) -> LabelledImages:
+    path = Path(name)
+    if not path.exists() and path.suffix != ".npz":
+        raise ValueError(f"data must be one of {', '.join(NAMES)}, a folder of images or an npz file, got {name!r}")
+    if root is not None or split != "train":
+        raise ValueError(f"{name} is one split in one place: give the path of the {split} images alone, and no root")
+    return image_folder(path, size=size) if path.is_dir() else load_npz(path, num_classes=num_classes)
+
+
+def _with_channels(data: LabelledImages, channels: int) -> LabelledImages:
+    images = data.images
+    if channels == 1:
+        images = images[:] if isinstance(images, ByteImages) else images
+        # clamp: of rounding errors
+        grey = torch.einsum("nchw,c->nhw", images, torch.tensor(_LUMA))[:, None].clamp(-1, 1)
+        return LabelledImages(grey, data.labels, data.num_classes)
+    return LabelledImages(images.repeat(1, 3, 1, 1), data.labels, data.num_classes)

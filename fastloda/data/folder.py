@@ -1,0 +1,102 @@
+"""A folder of images, a subfolder for each class."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .byte_images import to_floats
+from .images import LabelledImages
+from .published import naming
+
+WHERE = "A folder of images: one subfolder for each class, which holds its images as png, jpg, webp, bmp, gif, tif, ppm or pgm"
+ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+
+_GREY = frozenset(("1", "L", "LA"))
+_COLOUR = frozenset(("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr"))
+_SEE_THROUGH = frozenset(("LA", "RGBA", "PA"))
+_SHOWN = 3
+
+
+def class_names(root: str | Path) -> list[str]:
+    """The subfolders of a folder of images, sorted: the name of class 0, of class 1 and so on.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it has no subfolders; says what to put where.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder. {WHERE}")
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise FileNotFoundError(f"{root}: no subfolders. {WHERE}")
+    return names
+
+
+def image_folder(root: str | Path, *, size: int | None = None) -> LabelledImages:
+    """The images of `class_names(root)`, [n, C, H, W]: C is 1 if all of them are grey, else 3. Floats: 4 bytes a value.
+
+    Subfolders of a class belong to it; hidden files do not. What is transparent becomes white, a turned photograph is
+    turned back, and of an animation the first image counts. PIL's limit against decompression bombs holds.
+
+    Args:
+        root: the folder.
+        size: cut out the central square and resize it to size x size. Default: all must be of one size.
+
+    Raises:
+        FileNotFoundError: there are no classes, or one has no images; says what to put where.
+        ValueError: an image cannot be read, or is of another size than the first; begins with its path.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1, not {size}")
+    files = [_images_in(Path(root) / name) for name in class_names(root)]
+    images = [_open(path, size) for paths in files for path in paths]
+    _check_sizes([path for paths in files for path in paths], images)
+    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
+    pixels = np.stack([np.asarray(image.convert(mode)).reshape(image.height, image.width, -1) for image in images])
+    labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(paths) for paths in files]))
+    return LabelledImages(to_floats(torch.from_numpy(pixels).movedim(3, 1).contiguous()), labels, len(files))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    images = [path for path in files if path.suffix.lower() in ENDINGS]
+    if not images:
+        raise FileNotFoundError(f"{folder}: no images. {WHERE}")
+    if others := [path.name for path in files if path.suffix.lower() not in ENDINGS]:
+        shown = ", ".join(others[:_SHOWN]) + (" ..." if len(others) > _SHOWN else "")
+        warnings.warn(
+            f"{folder}: left out {len(others)} files that are no images by their names: {shown}", stacklevel=3
+        )
+    return images
+
+
+def _open(path: Path, size: int | None) -> Image.Image:
+    """In mode L or RGB."""
+    with naming(path, Exception), Image.open(path) as file:  # PIL's decoders raise nearly anything for a damaged file
+        image = _plain(ImageOps.exif_transpose(file))
+        return image if size is None else _square(image).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    if image.mode not in _GREY | _COLOUR:
+        raise ValueError(f"of mode {image.mode}: only images of 8 bits a channel are read")
+    mode = "L" if image.mode in _GREY else "RGB"
+    if image.mode in _SEE_THROUGH or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert(mode)
+
+
+def _square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _check_sizes(paths: list[Path], images: list[Image.Image]) -> None:
+    for path, image in zip(paths, images, strict=True):
+        if image.size != images[0].size:
+            found, first = (f"{each.width} x {each.height}" for each in (image, images[0]))
+            raise ValueError(f"{path}: {found} pixels, but {paths[0]} has {first}; give a size to resize them all to")

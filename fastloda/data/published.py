@@ -1,0 +1,65 @@
+"""Files of published data sets: found in a local folder, or named in one clear line; nothing is ever downloaded."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "test"]
+
+_SHOWN = 6  # names of what a folder holds instead
+
+
+def find_file(root: str | Path, names: Sequence[str], folders: Sequence[str], where: str) -> Path:
+    """The first of `names` in `root` or in one of its `folders`.
+
+    Raises:
+        FileNotFoundError: none is there: says which, what the folder holds instead, and `where` the files belong.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder. {where}")
+    for folder in (root, *(root / name for name in folders)):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    held = sorted(path.name for path in root.iterdir())
+    shown = ", ".join(held[:_SHOWN]) + (f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else "")
+    raise FileNotFoundError(f"{root}: no {' or '.join(names)}; it holds {shown or 'nothing'}. {where}")
+
+
+def warn_if_changed(path: Path, published: str | None) -> None:
+    """Warn unless the file's MD5 is the published one; None: no checksum is published."""
+    if published is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != published:
+        warnings.warn(
+            f"{path}: MD5 {found}, not the published {published}: the file is another one, or damaged", stacklevel=3
+        )
+
+
+def check_split(split: str) -> None:
+    """ValueError unless there is such a part."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be train or test, not {split!r}")
+
+
+def check_count(found: int, published: int) -> None:
+    """ValueError unless there are as many images as were published."""
+    if found != published:
+        raise ValueError(f"{found} images, not the {published} published")
+
+
+@contextmanager
+def naming(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """A ValueError inside, or one of `errors`, becomes a ValueError that begins with the path."""
+    try:
+        yield
+    except (ValueError, *errors) as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,20 @@
+"""What numbers were measured on, to stand beside them."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+
+def environment(device: torch.device) -> dict:
+    """What the numbers were measured on."""
+    return {
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn", "prv-accountant")},
+    }

@@ -1,0 +1,302 @@
+"""Exact per-sample gradients of any layer through `torch.func`: one forward and backward of it for each row, vectorised.
+
+Slower than a rule, and it keeps all per-row gradients. `cover(model)` puts it on the layers whose operations have no rule.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastloda.coverage import parting
+from fastloda.errors import PrivacyError
+from fastloda.graph import Use, trace
+from fastloda.layers import LoDAConv2d, LoDALinear
+from fastloda.plan import chunk_samples
+from fastloda.recorded import Recorded, is_recording, recorded_call, tensors, trainable
+from fastloda.rules import may_be_covered
+
+KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
+KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
+KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, LoDAConv2d, LoDALinear}  # never need looking into
+
+_left_alone: WeakKeyDictionary[nn.Module, tuple[str, ...]] = (
+    WeakKeyDictionary()
+)  # with the parameters that trained then
+
+
+class Covered:
+    """What `cover` did. `layers`: the names of those that turned out to need torch.func, known after a forward pass."""
+
+    def __init__(self, chosen: dict[str, nn.Module]):
+        self._chosen = chosen
+
+    @property
+    def layers(self) -> list[str]:
+        return [name for name, layer in self._chosen.items() if isinstance(_installed(layer), FunctionalRule)]
+
+    def remove(self) -> None:
+        """The layers as they were."""
+        for layer in self._chosen.values():
+            layer.__dict__.pop("forward", None)
+
+
+def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
+    """Give layers without a per-sample rule an exact one through torch.func. Call it before the forward pass; again is harmless.
+
+    >>> fastloda.cover(model)
+    >>> fastloda.ghost_dp_step(losses(model(x)), model, optimizer, ...)
+
+    Each layer with trainable parameters of its own that is no layer FastLoDA knows is looked into at its first call. If its
+    operations have rules, it is left alone from then on; otherwise it warns once, by name, and its own parameters (and those
+    of its parametrizations) get per-row gradients by vmap over one forward and backward of a row. Those of layers inside it keep
+    their rules. Without a private step it trains as before, at the cost of one more forward pass. nn.RNN, nn.LSTM and nn.GRU run
+    without their fused kernels instead, as linear maps, which have rules.
+
+    Guarantees: the gradients are exact, or the step refuses by name before anything changes. In every step the layer is
+    computed once more, row by row, and must give what it gave; and at first, and for larger batches, torch.func must agree with
+    autograd on the sum, and no output of a row may depend on another row. So layers that mix samples, draw random numbers,
+    change a state, or branch on values are refused, and so are inputs whose batch is not the first dimension.
+
+    Args:
+        layers: names of the layers to take through torch.func in any case, whole: with the parameters of all layers inside them.
+            Default: those that need it.
+
+    Raises:
+        ValueError: no layer has the name, or none of its parameters trains.
+    """
+    modules = dict(model.named_modules())
+    if layers is not None:
+        chosen = {name: _checked(modules, name) for name in layers}
+        for name, layer in chosen.items():
+            _install(layer, FunctionalRule(name), trainable(layer))
+        return Covered(chosen)
+    chosen = {name: layer for name, layer in modules.items() if _may_need_it(name, layer)}
+    for name, layer in chosen.items():
+        _install(layer, Undecided(name), own_parameters(layer))
+    covered = {name: layer for name, layer in modules.items() if _installed(layer) is not None}
+    return Covered(covered)
+
+
+def own_parameters(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the trainable parameters that the layer holds itself, or through parametrizations."""
+    return tuple(n for n in trainable(layer) if "." not in n or n.startswith("parametrizations."))
+
+
+@dataclass
+class FunctionalRule:
+    """Per-row gradients by vmap; see `cover` for what is checked."""
+
+    name: str
+    verified: int = 0  # rows
+    dims: dict[int, tuple[int, ...]] = field(default_factory=dict)  # number of outputs -> the batch dimension of each
+
+    def row_grads(self, call: Recorded, gys: list[Tensor]) -> dict[str, Tensor]:
+        try:
+            rows = len(_batched(call)[0])
+            if rows > 2 * self.verified:
+                self._verify(call, rows)
+            grads, outputs = self._by_row(call, gys)
+            call.check_same(outputs, "row by row")
+        except (PrivacyError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of any operation of a layer that is not ours
+            raise PrivacyError(f"{self._label(call)} can't be run row by row by torch.func: {error}") from error
+        return grads
+
+    def batch_dims(self, call: Recorded) -> tuple[int, ...]:
+        """Where two rows make another shape than one."""
+        found = self.dims.get(len(call.outputs))
+        if found is None:
+            one, two = ([y.shape for y in self._first_rows(call, count)] for count in (1, 2))
+            differ = [[d for d, (a, b) in enumerate(zip(s, t)) if (a, b) == (1, 2)] for s, t in zip(one, two)]
+            if any(len(s) != len(t) or len(d) != 1 for s, t, d in zip(one, two, differ)):
+                raise PrivacyError(
+                    f"{self._label(call)} gives outputs without one dimension for the batch: {one}, {two}"
+                )
+            found = self.dims[len(call.outputs)] = tuple(d for (d,) in differ)
+        return found
+
+    def _label(self, call: Recorded) -> str:
+        return f"layer {self.name or '(the model)'!r} ({type(call.layer).__name__})"
+
+    def _first_rows(self, call: Recorded, count: int) -> tuple[Tensor, ...]:
+        args, kwargs = _with_rows(call, [t[[0] * count] for t in _batched(call)])
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(call)):
+            return call.run({}, args, kwargs)
+
+    def _by_row(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """-> {name: [rows, *shape]}, and the outputs."""
+        dims = self.batch_dims(call)
+        own = {name: call.layer.get_parameter(name).detach() for name in call.names}
+
+        def of_row(row: list[Tensor], gys: list[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+            args, kwargs = _with_rows(call, [t[None] for t in row])
+            outputs, back = torch.func.vjp(lambda own: call.run(own, args, kwargs), own)
+            return back(tuple(gy.unsqueeze(dim) for gy, dim in zip(gys, dims)))[0], outputs
+
+        at_a_time = chunk_samples(sum(p.numel() for p in own.values()))
+        by_row = torch.func.vmap(of_row, randomness="error", chunk_size=at_a_time)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=".*batching rule.*"
+            )  # of speed; the layer's own warning says slow
+            grads, outputs = by_row(_batched(call), [gy.movedim(dim, 0) for gy, dim in zip(gys, dims)])
+        return grads, tuple(y.squeeze(dim + 1).movedim(0, dim) for y, dim in zip(outputs, dims))
+
+    def _verify(self, call: Recorded, rows: int) -> None:
+        """Once more by autograd: the gradients' sum, and that no row's output depends on another row."""
+        generator = torch.Generator().manual_seed(0)
+        gys = [torch.randn(y.shape, generator=generator).to(y) for y in call.outputs]
+        own = {name: call.layer.get_parameter(name).detach().requires_grad_() for name in call.names}
+        inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in _batched(call)]
+        args, kwargs = _with_rows(call, inputs)
+        with torch.enable_grad():
+            outputs = call.run(own, args, kwargs)
+        call.check_same(tuple(y.detach() for y in outputs), "when it is run again")
+        total = _grads(outputs, list(own.values()), gys)
+        grads, _ = self._by_row(call, gys)
+        for (name, by_row), summed in zip(grads.items(), total):
+            size = by_row.abs().sum(0).amax() if by_row.numel() else 0.0
+            if ((by_row.sum(0) - summed).abs() > call.tolerance(by_row.dtype) * size).any():
+                raise PrivacyError(f"{self._label(call)}: autograd and torch.func give {name!r} different gradients")
+        leaves = [t for t in inputs if t.requires_grad]
+        for chosen in parting(torch.ones(rows, dtype=torch.bool, device=gys[0].device)) if leaves else ():
+            only = [_rows_alone(gy, dim, chosen) for gy, dim in zip(gys, self.batch_dims(call))]
+            for gx in _grads(outputs, leaves, only):
+                others = gx[~chosen]
+                if ((others != 0) & ~others.isnan()).any():
+                    raise PrivacyError(
+                        f"{self._label(call)} mixes samples: the output of one depends on the input of another"
+                    )
+        self.verified = rows
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """At the first call that counts: leave the layer alone, or take it through torch.func."""
+
+    name: str
+
+
+class Composed:
+    """A recurrent layer without its fused kernels: PyTorch composes it of linear maps, which have rules."""
+
+
+Rule = FunctionalRule | Undecided | Composed
+
+
+def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwargs):
+    forward = _composed if isinstance(layer, nn.RNNBase) else type(layer).forward
+    if not is_recording() or not any(layer.get_parameter(name).requires_grad for name in names):
+        return type(layer).forward(layer, *args, **kwargs)
+    if isinstance(rule, Composed):
+        return forward(layer, *args, **kwargs)
+    if isinstance(rule, Undecided):
+        lacking = _lacking(layer, forward, names, args, kwargs)
+        layer.__dict__.pop("forward")
+        if not lacking:
+            if isinstance(layer, nn.RNNBase):
+                _install(layer, Composed(), names)
+            else:
+                _left_alone[layer] = names
+            return forward(layer, *args, **kwargs)
+        label = f"layer {rule.name or '(the model)'!r} ({type(layer).__name__})"
+        warnings.warn(
+            f"{label} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through torch.func, exact but "
+            "slower. fastloda.register_rule gives it a faster one",
+            stacklevel=4,
+        )
+        rule = FunctionalRule(rule.name)
+        _install(layer, rule, names)
+    return recorded_call(layer, forward, rule, names, args, kwargs)
+
+
+def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Use]:
+    """The uses of the layer's parameters that have no rule, by a call that nothing else sees."""
+    devices = {t.device for t in tensors((args, kwargs)) if t.is_cuda}
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not those of a checkpoint around it
+    with torch.random.fork_rng(devices=devices), as_it_is:
+        outputs = [t for t in tensors(forward(layer, *args, **kwargs)) if t.requires_grad]
+    parameters = {name: layer.get_parameter(name) for name in names}
+    uses = trace(outputs, parameters).uses.values() if outputs else ()
+    return [use for of_node in uses for use in of_node if not may_be_covered(use)]
+
+
+def _composed(layer: nn.RNNBase, *args, **kwargs):
+    on = torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags would set tf32 too
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        with torch.backends.cudnn.flags(enabled=False):
+            return type(layer).forward(layer, *args, **kwargs)
+    finally:
+        torch._C._set_mkldnn_enabled(on)
+
+
+def _install(layer: nn.Module, rule: Rule, names: tuple[str, ...]) -> None:
+    """An attribute of the layer itself, in place of its class's method: copies and pickles take it along."""
+    layer.forward = functools.partial(_forward, layer, rule, names)
+
+
+def _installed(layer: nn.Module) -> Rule | None:
+    forward = layer.__dict__.get("forward")
+    return forward.args[1] if isinstance(forward, functools.partial) and forward.func is _forward else None
+
+
+def _may_need_it(name: str, layer: nn.Module) -> bool:
+    if type(layer) in KNOWN or "forward" in layer.__dict__ or hasattr(type(layer).forward, "row_rule_of"):
+        return False
+    inside = isinstance(layer, parametrize.ParametrizationList) or ".parametrizations." in f".{name}."
+    names = own_parameters(layer)
+    return not inside and bool(names) and _left_alone.get(layer) != names
+
+
+def _checked(modules: dict[str, nn.Module], name: str) -> nn.Module:
+    if name not in modules:
+        raise ValueError(f"the model has no layer {name!r}; it has {list(modules)[1:20]}")
+    if not trainable(modules[name]):
+        raise ValueError(f"no parameter of layer {name!r} trains")
+    return modules[name]
+
+
+def _rows(call: Recorded) -> int:
+    given = [t for t in tensors((call.args, call.kwargs)) if t.dim()]
+    if not given:
+        raise PrivacyError("it is called without a tensor that has a batch dimension")
+    return len(given[0])
+
+
+def _batched(call: Recorded) -> list[Tensor]:
+    """The inputs with as many rows as the first; all others are the same for every sample."""
+    rows = _rows(call)
+    return [t for t in tensors((call.args, call.kwargs)) if t.dim() and len(t) == rows]
+
+
+def _with_rows(call: Recorded, rows: Sequence[Tensor]) -> tuple[tuple, dict]:
+    leaves, tree = tree_flatten((call.args, call.kwargs))
+    given, own = iter(rows), {id(t) for t in _batched(call)}
+    return tree_unflatten([next(given) if id(leaf) in own else leaf for leaf in leaves], tree)
+
+
+def _grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Tensor]) -> list[Tensor]:
+    used = [(y, gy) for y, gy in zip(outputs, gys) if y.requires_grad]
+    if not used:
+        return [torch.zeros_like(t) for t in inputs]
+    ys, gys = zip(*used)
+    found = torch.autograd.grad(ys, inputs, gys, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found)]
+
+
+def _rows_alone(gy: Tensor, dim: int, chosen: Tensor) -> Tensor:
+    """Zero but for the chosen rows."""
+    return gy * chosen.view(-1, *[1] * (gy.dim() - dim - 1))
+
+
+def _cuda(call: Recorded) -> list[torch.device]:
+    return [t.device for t in _batched(call) if t.is_cuda][:1]

@@ -1,0 +1,1 @@
+"""FastLoDA in other libraries' pipelines. Each module needs only the library that it is named after."""

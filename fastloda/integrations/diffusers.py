@@ -1,0 +1,100 @@
+"""Diffusers: one loss per sample for its U-Nets and schedulers.
+
+`attach_loda`, `save_loda`, `load_loda` and the private step take diffusers' models as they are, and the adapted model stays
+what a pipeline expects. `attach_loda(unet)` adapts every convolution; `attach_loda(unet, targets=ATTENTION)` the
+attention's projections. Diffusers checkpoints activations without reentrance, as the private step needs it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fastloda.diffusion.schedule import Diffusion
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers' own LoRA training targets them
+
+
+def diffusion_losses(
+    unet: nn.Module,
+    scheduler: Any,
+    x0: Tensor,
+    *,
+    views: int = 1,
+    generator: Generator | None = None,
+    timesteps: Tensor | None = None,
+    noise: Tensor | None = None,
+    **conditions: Any,
+) -> Tensor:
+    """Mean squared error of what the U-Net predicts, one number per sample and view: [n * views].
+
+    Rows i * views .. (i + 1) * views - 1 belong to sample i, as `ghost_dp_step(..., views=views)` takes them. View k's
+    timestep comes from the k-th of `views` equal ranges; its noise is its own.
+
+    Args:
+        unet: UNet2DModel, UNet2DConditionModel, or any model called alike: unet(x_t, t, return_dict=False, **conditions)[0].
+        scheduler: any with `alphas_cumprod` (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...): it gives x_t = sqrt(abar_t) x0 +
+            sqrt(1 - abar_t) noise, and by its `prediction_type` what is predicted: the noise ("epsilon"), x0 ("sample"), or
+            sqrt(abar_t) noise - sqrt(1 - abar_t) x0 ("v_prediction"; Salimans & Ho 2022).
+        x0: [n, C, H, W], images in [-1, 1] or latents.
+        generator: of the timesteps and the noise; PyTorch's global one if None.
+        timesteps [n * views], noise [n * views, C, H, W]: given instead of drawn.
+        conditions: class_labels, encoder_hidden_states, added_cond_kwargs, ... for the U-Net. Every tensor in them, also inside
+            a dictionary, has one row per sample, which all of its views share.
+
+    Raises:
+        ValueError: the scheduler or a shape does not fit, with the value.
+    """
+    samples = len(x0)
+    if not isinstance(views, int) or isinstance(views, bool) or views < 1:
+        raise ValueError(f"views must be an integer >= 1, got {views!r}")
+    conditions = {name: _per_view(name, value, samples, views) for name, value in conditions.items()}
+    process, predicted_kind = _process(scheduler), _prediction_type(scheduler)
+    x0 = x0.repeat_interleave(views, dim=0)
+    if timesteps is None:
+        timesteps = process.draw_timesteps(samples, views=views, generator=generator, device=x0.device)
+    if noise is None:
+        device = x0.device if generator is None else generator.device
+        noise = torch.randn(x0.shape, generator=generator, device=device).to(x0)
+    if timesteps.shape != (len(x0),) or noise.shape != x0.shape:
+        got = f"{tuple(timesteps.shape)} and {tuple(noise.shape)}"
+        raise ValueError(f"expected timesteps ({len(x0)},) and noise {tuple(x0.shape)}, got {got}")
+    targets = {
+        "epsilon": lambda: noise,
+        "sample": lambda: x0,
+        "v_prediction": lambda: process.add_noise(noise, timesteps, -x0),
+    }
+    predicted = unet(process.add_noise(x0, timesteps, noise), timesteps, return_dict=False, **conditions)[0]
+    if predicted.shape != x0.shape:  # a learned variance, which a simple loss leaves untrained
+        raise ValueError(f"the U-Net predicts {tuple(predicted.shape)} for images of {tuple(x0.shape)}")
+    precise = torch.promote_types(predicted.dtype, torch.float32)
+    return (predicted.to(precise) - targets[predicted_kind]().to(precise)).square().flatten(1).mean(1)
+
+
+def _process(scheduler: Any) -> Diffusion:
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None:
+        raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod: flow matching and EDM are not covered")
+    process = Diffusion(len(alphas_cumprod))
+    process.alphas_cumprod = alphas_cumprod.double()
+    return process
+
+
+def _prediction_type(scheduler: Any) -> str:
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has prediction_type {kind!r}, not epsilon, sample or v_prediction"
+        )
+    return kind
+
+
+def _per_view(name: str, value: Any, samples: int, views: int) -> Any:
+    """Each sample's row of a condition, once per view."""
+    if isinstance(value, dict):
+        return {key: _per_view(f"{name}[{key!r}]", inner, samples, views) for key, inner in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 0 or len(value) != samples:
+        raise ValueError(f"{name} must have one row for each of {samples} samples, got shape {tuple(value.shape)}")
+    return value.repeat_interleave(views, dim=0)

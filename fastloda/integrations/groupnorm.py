@@ -1,0 +1,56 @@
+"""GroupNorm in place of BatchNorm, which takes its statistics over the batch and so has no per-sample gradient."""
+
+import math
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class GroupNormAct(nn.GroupNorm):
+    """GroupNorm, then dropout and activation, as timm's BatchNormAct2d has them in one layer."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def replace_batch_norm(model: nn.Module, groups: int = 32) -> list[str]:
+    """Replace every BatchNorm in place by GroupNorm (Wu & He 2018) with the same scale and shift; returns their names.
+
+    The model must be trained or fine-tuned afterwards: pretrained weights expect other statistics. The number of groups is the
+    greatest common divisor of `groups` and the channels. timm's BatchNormAct2d keeps its dropout and activation.
+
+    Raises:
+        ValueError: groups < 1; the model is itself a BatchNorm; a subclass of BatchNorm may compute something else; or every
+            group would hold a single number, which normalises to zero (BatchNorm1d on features, with one channel a group).
+    """
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise ValueError(f"groups must be an integer >= 1, got {groups!r}")
+    found = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    replacements = {layer: _group_norm(name, layer, groups) for name, layer in found.items()}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return list(found)
+
+
+def _group_norm(name: str, layer: _BatchNorm, groups: int) -> nn.GroupNorm:
+    if not name:
+        raise ValueError(f"the model is a single {type(layer).__name__}: make a GroupNorm instead")
+    with_act = hasattr(layer, "drop") and hasattr(layer, "act")
+    if type(layer) not in BATCH_NORMS and not with_act:
+        raise ValueError(f"{name!r} is a {type(layer).__name__}, which may compute something else than BatchNorm")
+    channels = layer.num_features
+    divisor = math.gcd(groups, channels)
+    if isinstance(layer, nn.BatchNorm1d) and divisor == channels:
+        raise ValueError(f"{name!r}: {divisor} groups of {channels} features leave one number each: use fewer groups")
+    norm = (GroupNormAct if with_act else nn.GroupNorm)(divisor, channels, layer.eps, affine=False)
+    norm.affine, norm.weight, norm.bias = layer.affine, layer.weight, layer.bias
+    if with_act:
+        norm.drop, norm.act = layer.drop, layer.act
+    return norm.train(layer.training)

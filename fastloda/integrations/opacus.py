@@ -1,0 +1,100 @@
+"""LoDA layers in Opacus: importing this module teaches Opacus's "hooks" and "ghost" modes their per-sample gradients.
+
+>>> import fastloda.integrations.opacus        # the same as register(), which may be called again
+
+Opacus keeps a layer's input x and its output gradient gy. From them, with z = A * x computed again (r of C_out channels),
+
+    gz = phi'(z) . (s B^T gy),   gA[n] = gz[n] against x[n],   gB[n] = s gy[n] against phi(z[n])
+
+come as in FastLoDA's own step: without im2col, for any geometry and memory layout. Norms are those of these gradients, never
+an underestimate. Frozen weights get nothing. The "functorch" mode needs no registration (and fails on an empty batch, as it does
+for any layer); for "ew" PyTorch raises, for its expanded weights do not know these layers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    from opacus.grad_sample import register_grad_sampler, register_norm_sampler
+except ImportError as error:
+    raise ImportError("Opacus is not installed: pip install 'fastloda[opacus]'") from error
+
+from fastloda.kernels.conv import Conv
+from fastloda.layers import LoDAConv2d, LoDALinear
+from fastloda.ops import ConvOp, LinearOp, channel_sum, sample_rows
+from fastloda.pieces import PerSampleGrad, Piece, squared_norms
+
+LoDALayer = LoDAConv2d | LoDALinear
+
+
+def register() -> None:
+    """Register the gradient and norm samplers of LoDAConv2d and LoDALinear with Opacus."""
+    register_grad_sampler([LoDAConv2d, LoDALinear])(grad_samples)
+    register_norm_sampler([LoDAConv2d, LoDALinear])(norm_samples)
+
+
+def grad_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Trainable parameter -> its gradient for each of n samples: [n, *parameter.shape], float32 (or float64).
+
+    activations: [x], with x [n, C, H, W] for a convolution, [n, ..., C] for a linear layer; backprops: the gradient of the
+    samples' own losses by the output. n may be 0.
+    """
+    n = len(backprops)
+    if not n:
+        return {p: p.new_zeros(0, *p.shape) for p in layer.parameters() if p.requires_grad}
+    return {p: piece.compute(n, slice(0, n)) for p, piece in _pieces(layer, *activations, backprops).items()}
+
+
+def norm_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Trainable parameter -> the norm of its gradient for each of n samples: [n]; arguments as for `grad_samples`."""
+    n = len(backprops)
+    if not n:
+        return {p: p.new_zeros(0) for p in layer.parameters() if p.requires_grad}
+    norms = {}
+    for p, piece in _pieces(layer, *activations, backprops).items():
+        grad = PerSampleGrad(p.shape, n)
+        grad.add(piece)
+        norms[p] = squared_norms([grad], n, backprops.device).sqrt().to(p.dtype)
+    return norms
+
+
+def _pieces(layer: LoDALayer, x: Tensor, gy: Tensor) -> dict[nn.Parameter, Piece]:
+    """The recipes of the trainable parameters' per-sample gradients."""
+    with torch.no_grad(), torch.autocast(gy.device.type, enabled=False):
+        x, A, B = (t.to(gy.dtype) for t in (x, layer.loda_A, layer.loda_B))
+        op, x, z = _again(layer, x, A)
+        gz, piece_B = op.backward_up(gy, z, B)
+    groups = getattr(layer, "groups", 1)
+
+    def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
+        """W's is as A's, with gy for gz, group by group."""
+        x, gy = (t.reshape(len(t) * groups, -1, *t.shape[2:]) if groups > 1 else t for t in (x, gy))
+        return op.grad_A(x, gy, samples * groups).reshape(samples, *layer.weight.shape)
+
+    def bias_grad(gy: Tensor, samples: int) -> Tensor:
+        return channel_sum(gy, samples) if isinstance(op, ConvOp) else sample_rows(gy, samples).sum(1)
+
+    pieces = {
+        layer.loda_A: op.piece_A(x, gz),
+        layer.loda_B: piece_B,
+        layer.weight: Piece(weight_grad, (x, gy)),
+        layer.bias: Piece(bias_grad, (gy,)),
+    }
+    return {p: piece for p, piece in pieces.items() if p is not None and p.requires_grad}
+
+
+def _again(layer: LoDALayer, x: Tensor, A: Tensor) -> tuple[ConvOp | LinearOp, Tensor, Tensor]:
+    """-> the layer's operation, its input with any padding in it, and z = A * x."""
+    if isinstance(layer, LoDALinear):
+        return LinearOp(layer.slope, layer.scale), x, F.linear(x, A)
+    if x.dim() != 4:
+        raise ValueError(f"per-sample gradients need inputs [n, C, H, W], got {tuple(x.shape)}")
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    conv = Conv(layer.kernel_size, layer.stride, (0, 0), layer.dilation)
+    z = F.conv2d(x, A, None, conv.stride, 0, conv.dilation).contiguous()
+    return ConvOp(conv, layer.groups, layer.slope, layer.scale), x, z
+
+
+register()

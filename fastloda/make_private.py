@@ -1,0 +1,309 @@
+"""Opacus's front door: `make_private` takes an ordinary training loop's three objects and returns private ones.
+
+    model, optimizer, loader = fastloda.make_private(model, optimizer, loader, noise_multiplier=1.1, max_grad_norm=1.0)
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+
+The names and their meaning are those of `opacus.PrivacyEngine` (https://opacus.ai/api/privacy_engine.html), so that its import
+is all that changes. What differs, differs for privacy: batches are Poisson batches and no others, the sampling and the noise
+can't be foreseen unless generators are given, a sample that is not finite contributes zero, and a step without a batch of its
+own is refused.
+"""
+
+import io
+import os
+from typing import Any
+
+import torch
+from torch import Generator, nn
+from torch.utils.data import DataLoader
+
+from fastloda.accountant import PrivacyAccountant, calibrate_noise
+from fastloda.coverage import check_optimizer, trainable_parameters
+from fastloda.distributed import World
+from fastloda.errors import PrivacyError
+from fastloda.files import write_atomically
+from fastloda.private_accountant import HistoryAccountant
+from fastloda.private_loader import PoissonLoader
+from fastloda.private_module import PrivateModule, Tape
+from fastloda.private_optimizer import PrivateOptimizer
+from fastloda.secure import SecureGenerator
+from fastloda.step import GhostClipper
+from fastloda.styles import Clipping
+
+REDUCTIONS = ("mean", "sum")
+MODES = ("hooks", "functorch", "ew", "ghost")  # of Opacus on one device: for us one and the same, exact gradient
+Private = tuple[PrivateModule, PrivateOptimizer, PoissonLoader]
+PrivateGhost = tuple[PrivateModule, PrivateOptimizer, Any, PoissonLoader]
+
+
+class PrivacyEngine:
+    """Makes training private, and keeps the account of what it spends, over all that it has made private.
+
+    Args:
+        accountant: "prv", or "rdp" (looser). "gdp" is refused: it can lie below the true epsilon.
+        secure_mode: draw the noise from the operating system's cryptographically secure generator (`SecureGenerator`).
+    """
+
+    def __init__(self, *, accountant: str = "prv", secure_mode: bool = False):
+        self.accountant = HistoryAccountant(accountant)
+        self.secure_mode = secure_mode
+
+    def make_private(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        criterion: Any = None,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: Clipping = "flat",
+        noise_generator: Generator | None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
+        **unknown: Any,
+    ) -> Private | PrivateGhost:
+        """Private counterparts of a training loop's module, optimizer and data loader; the three given ones stay as they are.
+
+        Args:
+            module: with some trainable parameters, each covered by a rule; the rest frozen. It may be in eval mode.
+            optimizer: any first-order one over exactly the trainable parameters (frozen ones may be listed).
+            data_loader: over a map-style data set, with a batch_size. Each step then draws every record with probability
+                1 / len(data_loader). The size of the data set is taken to be public.
+            noise_multiplier: the noise's standard deviation on the sum of clipped gradients, over max_grad_norm.
+            max_grad_norm: the largest L2 norm of what one record contributes.
+            loss_reduction: "mean" or "sum": what the loss is of the samples' own losses. The gradient is the noisy sum of
+                clipped gradients, for "mean" over the expected batch size.
+            clipping: "flat", "automatic", "per_layer", "adaptive", or a style with settings (`fastloda.clip`).
+            noise_generator: for experiments that must repeat; the data loader's own generator then draws the batches.
+            grad_sample_mode: any of Opacus's for one device; the gradient is the same, and exact. "ghost" makes the return
+                value (module, optimizer, criterion, data_loader), with criterion (default: CrossEntropyLoss) as it is.
+            batch_first, poisson_sampling, wrap_model, rand_on_empty: of Opacus, at their defaults only.
+
+        The loss must be the mean (or sum) of one loss per sample, each of which depends on its own sample only. A loss that
+        visibly does not is refused by `loss.backward()` (`fastloda.private_loss`).
+
+        Raises:
+            ValueError, TypeError: an argument that can't be honoured, and what to do instead.
+            PrivacyError: a model or an optimizer that would void the guarantee. Nothing has changed in either case.
+        """
+        _check_opacus_arguments(
+            batch_first, poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, max_grad_norm, unknown
+        )
+        if loss_reduction not in REDUCTIONS:
+            raise ValueError(f"loss_reduction must be one of {REDUCTIONS}, got {loss_reduction!r}")
+        if World.of().size > 1:
+            raise PrivacyError("make_private is for one process; DPTrainer trains on several ranks")
+        module = module._module if isinstance(module, PrivateModule) else module
+        optimizer = optimizer.original_optimizer if isinstance(optimizer, PrivateOptimizer) else optimizer
+        loader = PoissonLoader.like(data_loader)
+        expected_batch_size = loader.sample_rate * len(loader.dataset)
+        PrivacyAccountant(loader.sample_rate, noise_multiplier)  # checks both
+        clipper = GhostClipper(module, max_grad_norm, clipping=clipping)
+        clipper.clipping.gradient_noise(noise_multiplier, expected_batch_size)
+        check_optimizer(optimizer, clipper.parameters)
+
+        tape = Tape(loss_reduction)
+        private = PrivateOptimizer(
+            optimizer,
+            module,
+            tape,
+            loader.tally,
+            self.accountant,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=clipper.max_grad_norm,
+            clipping=clipper.clipping,
+            sample_rate=loader.sample_rate,
+            expected_batch_size=expected_batch_size,
+            generator=self._noise_source(noise_generator),
+        )
+        if grad_sample_mode == "ghost":
+            return PrivateModule(module, tape), private, criterion or nn.CrossEntropyLoss(), loader
+        return PrivateModule(module, tape), private, loader
+
+    def make_private_with_epsilon(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader,
+        *,
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        **options: Any,
+    ) -> Private | PrivateGhost:
+        """`make_private` with the least noise for which `epochs` passes cost at most (target_epsilon, target_delta).
+
+        The steps of those passes are all that the budget pays for: the optimizer refuses to take another. Finding the noise
+        takes 1 to 60 s the first time (`calibrate_noise`). Further arguments as for `make_private`.
+
+        Raises:
+            ValueError, TypeError, PrivacyError: as make_private; and if this engine has spent privacy already.
+        """
+        if len(self.accountant):
+            raise PrivacyError(
+                f"this engine has taken {len(self.accountant)} private steps, so that the whole would cost more than "
+                f"target_epsilon={target_epsilon}: make a new PrivacyEngine, and see compose_epsilon for what both cost together"
+            )
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+            raise ValueError(f"epochs must be an integer >= 1, got {epochs!r}")
+        # everything but the noise is checked before the search for it
+        made = self.make_private(
+            module, optimizer, data_loader, noise_multiplier=1.0, max_grad_norm=max_grad_norm, **options
+        )
+        private, steps = made[1], epochs * len(made[-1])
+        noise = calibrate_noise(target_epsilon, target_delta, private.sample_rate, steps)
+        private.clipping.gradient_noise(noise, private.expected_batch_size)
+        private.noise_multiplier, private.last_step = noise, steps
+        return made
+
+    def get_epsilon(self, delta: float) -> float:
+        """What has been spent so far: an upper bound, for adding or removing one record."""
+        return self.accountant.get_epsilon(delta)
+
+    def is_compatible(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> bool:
+        """Whether `validate` finds nothing."""
+        try:
+            self.validate(module=module, optimizer=optimizer, data_loader=data_loader)
+        except (PrivacyError, ValueError, TypeError):
+            return False
+        return True
+
+    def validate(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> None:
+        """Raise what make_private would; a trainable layer without a rule shows at the first step only."""
+        parameters = trainable_parameters(module)
+        if optimizer is not None:
+            check_optimizer(optimizer, parameters)
+        if data_loader is not None:
+            PoissonLoader.like(data_loader)
+
+    def save_checkpoint(
+        self,
+        *,
+        path: str | os.PathLike | io.IOBase,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        module_state_dict_kwargs: dict[str, Any] | None = None,
+        torch_save_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Module, optimizer and account in one file, in Opacus's form; a file's name is written atomically.
+
+        The random generators are not in it: a resumed run draws anew. Raises OSError.
+        """
+        document = dict(checkpoint_dict or {})
+        document["module_state_dict"] = module.state_dict(**(module_state_dict_kwargs or {}))
+        document["privacy_accountant_state_dict"] = self.accountant.state_dict()
+        if optimizer is not None:
+            document["optimizer_state_dict"] = optimizer.state_dict()
+        content = io.BytesIO()
+        torch.save(document, content, **(torch_save_kwargs or {}))
+        if isinstance(path, (str, os.PathLike)):
+            write_atomically(path, content.getvalue())
+        else:
+            path.write(content.getvalue())
+
+    def load_checkpoint(
+        self,
+        *,
+        path: str | os.PathLike | io.IOBase,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Undo `save_checkpoint`, into what make_private returned. The account is added to: what was spent stays spent.
+
+        The file can't run code (weights_only). Returns what it holds besides. Raises ValueError, RuntimeError, OSError.
+        """
+        document = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
+        absent = {"module_state_dict", "privacy_accountant_state_dict"} - set(document)
+        if optimizer is not None and "optimizer_state_dict" not in document:
+            absent.add("optimizer_state_dict")
+        if absent:
+            raise ValueError(f"{path} lacks {sorted(absent)}")
+        self.accountant.load_state_dict(document["privacy_accountant_state_dict"])  # first: it refuses a malformed one
+        module.load_state_dict(document["module_state_dict"], **(module_load_dict_kwargs or {}))
+        if optimizer is not None:
+            optimizer.load_state_dict(document["optimizer_state_dict"])
+        return document
+
+    def _noise_source(self, generator: Generator | None) -> Generator | SecureGenerator | None:
+        if not self.secure_mode:
+            return generator
+        if generator is not None:
+            raise ValueError("noise_generator and secure_mode=True exclude each other: secure noise can't be seeded")
+        return SecureGenerator()
+
+
+def make_private(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data_loader: DataLoader,
+    *,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    **options: Any,
+) -> Private | PrivateGhost:
+    """`PrivacyEngine().make_private`; the returned optimizer's `epsilon(delta)` tells what has been spent."""
+    return PrivacyEngine().make_private(
+        module, optimizer, data_loader, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, **options
+    )
+
+
+def make_private_with_epsilon(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data_loader: DataLoader,
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    epochs: int,
+    max_grad_norm: float,
+    **options: Any,
+) -> Private | PrivateGhost:
+    """`PrivacyEngine().make_private_with_epsilon`; see there."""
+    budget = {"target_epsilon": target_epsilon, "target_delta": target_delta, "epochs": epochs}
+    return PrivacyEngine().make_private_with_epsilon(
+        module, optimizer, data_loader, **budget, max_grad_norm=max_grad_norm, **options
+    )
+
+
+def _check_opacus_arguments(
+    batch_first, poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, max_grad_norm, unknown
+) -> None:
+    """Arguments of Opacus that would mean something else here: refused, with what to do."""
+    if not poisson_sampling:
+        raise ValueError(
+            "poisson_sampling=False is refused: for shuffled batches the reported epsilon does not hold; leave it out"
+        )
+    if not batch_first:
+        raise ValueError(
+            "batch_first=False is refused: let the module take and return the batch in the first dimension"
+        )
+    if grad_sample_mode not in MODES:
+        raise ValueError(
+            f"grad_sample_mode must be one of {MODES} (all give the same gradient), got {grad_sample_mode!r}"
+        )
+    if not wrap_model:
+        raise ValueError("wrap_model=False is refused: train the module that is returned; it shares the parameters")
+    if rand_on_empty:
+        raise ValueError("rand_on_empty=True is refused: the private module handles empty batches; leave it out")
+    if isinstance(max_grad_norm, (list, tuple)):
+        raise ValueError(
+            f"max_grad_norm={max_grad_norm!r}: pass one number, and clipping=fastloda.clip.PerLayer(bounds) for one per layer"
+        )
+    if unknown:
+        raise TypeError(
+            f"make_private does not know {sorted(unknown)}: the accountant chooses its own orders and errors, and clipping's "
+            "settings come in its style (fastloda.clip, fastloda.adaptive)"
+        )

@@ -1,0 +1,27 @@
+"""The most memory that a computation allocates at a time."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that run() allocates at most at a time, beyond what is there before: CUDA's allocator, or the profiler's events."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    return allocation_peak(profile)
+
+
+def allocation_peak(profile: torch.profiler.profile) -> int:
+    """The same, of a finished profile with memory."""
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

@@ -1,0 +1,158 @@
+"""What the diffusion methods share: the public model, private tuning of whatever trains, and sampling."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastloda.average import copy_into
+from fastloda.budget import CHECKPOINT, Privacy, private_training
+from fastloda.data import LabelledImages
+from fastloda.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.diffusion import sample as draw_samples
+from fastloda.diffusion.pretrain import PublicTraining, pretrain
+from fastloda.models import load_unet, save_unet
+from fastloda.settings import FineTuning
+from fastloda.trainer import DPTrainer
+
+from .base import Budget, Release, Sampler, Spent, Work
+from .cost import step_cost
+
+
+@dataclass(frozen=True)
+class PublicModel:
+    """How a diffusion model is trained on public images: unconditionally, then with classes, or with classes at once.
+
+    Attributes:
+        unet: its shape.
+        conditional: training on labelled images.
+        unconditional: training without labels before it, on all public images; None leaves it out.
+    """
+
+    unet: UNetConfig
+    conditional: PublicTraining
+    unconditional: PublicTraining | None = None
+
+    def fit(self, public: LabelledImages, work: Work, everything: LabelledImages | None = None) -> UNet:
+        """Train it, or load it if work.public_folder has it; interrupted, it continues.
+
+        public: images of the private classes. everything: more public images for the unconditional part, of any classes.
+        """
+        path = work.public_folder / f"unet-{self._key(public, everything, work.seed)}.safetensors"
+        if path.exists():
+            return load_unet(path, work.device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(work.seed)
+            model = UNet(self.unet).to(work.device, memory_format=torch.channels_last)
+        parts = [("conditional", self.conditional, public)]
+        if self.unconditional is not None:
+            parts.insert(
+                0, ("unconditional", replace(self.unconditional, label_dropout=1.0), _unlabelled(everything or public))
+            )
+        checkpoints = [path.with_suffix(f".{name}.pt") for name, _, _ in parts]
+        for checkpoint, (_, training, images) in zip(checkpoints, parts):
+            settings = replace(training, seed=work.seed)
+            pretrain(model, Diffusion(), images, settings, checkpoint=checkpoint, progress=work.progress)
+        save_unet(model, path)
+        for checkpoint in checkpoints:
+            checkpoint.unlink()
+        return load_unet(path, work.device)
+
+    def _key(self, public: LabelledImages, everything: LabelledImages | None, seed: int) -> str:
+        digest = hashlib.sha256(json.dumps([asdict(self), seed], sort_keys=True, default=str).encode())
+        for data in (public, everything):
+            if data is not None:
+                digest.update(data.images.numpy().tobytes())
+                digest.update(data.labels.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _unlabelled(data: LabelledImages) -> LabelledImages:
+    """Labels that any model has: all are dropped."""
+    return LabelledImages(data.images, torch.zeros_like(data.labels), 1)
+
+
+@dataclass(frozen=True)
+class PrivateTuning:
+    """One private run of a diffusion model.
+
+    Attributes:
+        steps, batch_size: of DP training.
+        views: noise draws a record and step, averaged before clipping.
+        max_grad_norm: the clipping bound.
+        training: optimizer, schedule, timesteps, averaging.
+        guidance, sampler_steps: of the samples.
+        time_weights: (first, end, share) of timestep ranges, instead of training.timesteps: a mixture of uniform
+            distributions (Ghalebikesabi et al. 2023, section 3.2).
+    """
+
+    steps: int = 400
+    batch_size: int = 256
+    views: int = 2
+    max_grad_norm: float = 1e-3
+    training: FineTuning = field(default_factory=FineTuning)
+    guidance: float = 0.0
+    sampler_steps: int = 50
+    time_weights: tuple[tuple[int, int, float], ...] = ()
+
+    def privacy(self, budget: Budget) -> Privacy:
+        epochs = self.steps * self.batch_size / budget.records
+        return Privacy(
+            budget.epsilon, budget.delta, epochs, self.batch_size, budget.records, self.max_grad_norm, self.views
+        )
+
+    def diffusion(self) -> Diffusion:
+        if self.time_weights:
+            return Diffusion.mixture(self.time_weights)
+        return Diffusion.between(*self.training.timesteps)
+
+
+@dataclass(frozen=True)
+class Coder:
+    """What lies between images and the space that the diffusion model is a model of; public maps, image by image."""
+
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+
+
+IDENTITY = Coder(lambda images: images, lambda images: images)
+
+
+def tune(
+    model: UNet, private: LabelledImages, budget: Budget, tuning: PrivateTuning, work: Work, coder: Coder = IDENTITY
+) -> Sampler:
+    """Train what trains in `model` by DP-SGD on the diffusion loss; the averaged parameters sample."""
+    options = replace(tuning.training, seed=work.seed).optimization()
+    settings = private_training(tuning.privacy(budget), fixed_shape=work.device.type != "cpu", **options)
+    diffusion, flips = tuning.diffusion(), tuning.training.flips
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+        dropout = tuning.training.label_dropout
+        return diffusion.losses(
+            model, *batch, views=tuning.views, label_dropout=dropout, flips=flips, generator=generator
+        )
+
+    records = (coder.encode(private.images), private.labels)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = work.folder / CHECKPOINT
+    trainer = DPTrainer(model, records, losses, settings, checkpoint=checkpoint, progress=work.progress).fit()
+    copy_into(trainer.parameters, trainer.average.values)
+    release = Release("clipped gradients", settings.sample_rate, settings.noise_multiplier, trainer.step)
+    found = sampler(model, tuning, private.num_classes, Spent(budget.delta, (release,)), work, coder)
+    return replace(found, cost=step_cost(trainer, records))
+
+
+def sampler(
+    model: UNet, tuning: PrivateTuning, num_classes: int, spent: Spent, work: Work, coder: Coder = IDENTITY
+) -> Sampler:
+    """Samples of the model as it stands."""
+
+    def draw(labels: Tensor, seed: int) -> Tensor:
+        options = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "progress": work.progress}
+        return coder.decode(draw_samples(model, Diffusion(), labels, seed=seed, **options))
+
+    return Sampler(draw, num_classes, spent)

@@ -1,0 +1,58 @@
+"""DP-LDM (Lyu et al. 2023, https://arxiv.org/abs/2305.15759): a latent diffusion model with privately tuned attention.
+
+Autoencoder and latent U-Net are trained on public images. The attention blocks and the class embedding, and nothing else, then
+train on the latents of the private ones. With adapters instead, it is LoDA on a latent diffusion model: the paper's future work.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from fastloda.adapt import attach_loda
+from fastloda.data import LabelledImages
+from fastloda.diffusion.unet import Attention, UNet
+from fastloda.settings import Adapter
+
+from .autoencoder import AutoencoderTraining
+from .base import Budget, ByEpsilon, Sampler, Work
+from .diffusion_model import Coder, PrivateTuning, PublicModel, tune
+
+
+@dataclass(frozen=True)
+class DPLDM:
+    """Attributes.
+
+    autoencoder, public: the training of both on public images; public is a model of latents.
+    tunings: the private training of each budget.
+    adapter: LoDA instead of tuning attention and class embedding.
+    """
+
+    autoencoder: AutoencoderTraining
+    public: PublicModel
+    tunings: ByEpsilon[PrivateTuning]
+    adapter: Adapter | None = None
+    name: str = "DP-LDM"
+    trained_on: str = "its samples"
+    has_budget: bool = True
+
+    def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
+        coder = self.autoencoder.fit(public, work)
+        latents = LabelledImages(coder.encode(public.images), public.labels, public.num_classes)
+        model = self.public.fit(latents, work)
+        if self.adapter is None:
+            tune_attention_alone(model)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(work.seed)
+                attach_loda(model, **asdict(self.adapter))
+        tuning = self.tunings.at(budget.epsilon)
+        return tune(model, private, budget, tuning, work, Coder(coder.encode, coder.decode))
+
+
+def tune_attention_alone(model: UNet) -> None:
+    """Freeze all but the attention blocks and the class embedding."""
+    model.requires_grad_(False)
+    model.cemb_layer.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.requires_grad_(True)

@@ -1,0 +1,19 @@
+"""How close generated images are to real ones: FID, KID, precision and recall, on features of your choice.
+
+They are computed from real images without noise. On private images they are not private: for the operator, or on public ones.
+"""
+
+from .distances import Scores, fid, kid, precision_recall, scores
+from .features import Extractor, classifier_features, public_extractor, torchscript_features
+
+__all__ = [
+    "Extractor",
+    "Scores",
+    "classifier_features",
+    "fid",
+    "kid",
+    "precision_recall",
+    "public_extractor",
+    "scores",
+    "torchscript_features",
+]

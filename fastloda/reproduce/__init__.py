@@ -1,0 +1,6 @@
+"""The paper's tables, cell by cell."""
+
+from .command import reproduce
+from .recipes import TableName
+
+__all__ = ["TableName", "reproduce"]

@@ -1,0 +1,30 @@
+"""Every script in examples/ runs, as a user would run it, and says something."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS = {"opacus": "opacus", "diffusers": "diffusers", "peft": "peft", "timm": "timm"}
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(script, tmp_path):
+    for module in [
+        name for name in NEEDS if f"import {name}" in script.read_text() or f"from {name}" in script.read_text()
+    ]:
+        pytest.importorskip(module, reason=f"{script.name} needs {module}")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) > 5
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 8

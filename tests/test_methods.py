@@ -1,0 +1,256 @@
+"""The compared methods: what each releases, that it stays within its budget, and that its result is of the right kind."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastloda.accountant import compose_epsilon
+from fastloda.baselines import DPSGD
+from fastloda.classify import train_classifier
+from fastloda.data import LabelledImages, font_digits
+from fastloda.diffusion import Diffusion, digits_unet
+from fastloda.diffusion.pretrain import PublicTraining
+from fastloda.methods import (
+    DPLDM,
+    DPMEPF,
+    DPMERF,
+    AutoencoderTraining,
+    Budget,
+    ByEpsilon,
+    Direct,
+    DirectDPSGD,
+    DPDiffusion,
+    DPLoDA,
+    NoDP,
+    PrivateClassifier,
+    PrivateTuning,
+    PublicModel,
+    PublicOnly,
+    Release,
+    Sampler,
+    Spent,
+    Work,
+)
+from fastloda.methods.autoencoder import LATENT_CHANNELS
+from fastloda.methods.dp_diffusion import TIME_WEIGHTS
+from fastloda.methods.dp_ldm import tune_attention_alone
+from fastloda.methods.dp_mepf import Perceptual
+from fastloda.methods.dp_merf import fourier_features
+from fastloda.methods.gaussian_release import noise_multipliers, noise_stream, release_class_sums
+from fastloda.methods.generator import class_means
+from fastloda.settings import Adapter, Classifier, FineTuning
+
+with torch.device("meta"):
+    UNET = digits_unet(width=8, norm_groups=4).config
+    LATENT = digits_unet(width=8, norm_groups=4, image_size=4, in_channels=LATENT_CHANNELS, attention=True).config
+MODEL = PublicModel(UNET, PublicTraining(steps=2, batch_size=8, warmup=1))
+TUNING = PrivateTuning(steps=2, batch_size=10, views=2, training=FineTuning(learning_rate=1e-3), sampler_steps=2)
+LDM = DPLDM(AutoencoderTraining(width=8, steps=2, batch_size=8), replace(MODEL, unet=LATENT), ByEpsilon({1.0: TUNING}))
+METHODS = {
+    "public only": PublicOnly(MODEL, TUNING),
+    "loda": DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
+    "diffusion": DPDiffusion(MODEL, ByEpsilon({1.0: replace(TUNING, time_weights=TIME_WEIGHTS)})),
+    "ldm": DPLDM(
+        AutoencoderTraining(width=8, steps=2, batch_size=8), replace(MODEL, unet=LATENT), ByEpsilon({1.0: TUNING})
+    ),
+    "loda on latents": DPLDM(
+        AutoencoderTraining(width=8, steps=2, batch_size=8),
+        replace(MODEL, unet=LATENT),
+        ByEpsilon({1.0: TUNING}),
+        Adapter(rank=2),
+    ),
+    "merf": DPMERF(features=40, steps=3),
+    "mepf": DPMEPF(encoder_steps=2, steps=3),
+    "dpsgd": DirectDPSGD(ByEpsilon({1.0: Direct(DPSGD(width=8), steps=2, batch_size=10, views=2)})),
+    "no dp": NoDP(Classifier(steps=3, width=8)),
+}
+
+
+@pytest.fixture(scope="module")
+def public() -> LabelledImages:
+    return font_digits(60, seed=0)
+
+
+@pytest.fixture(scope="module")
+def private() -> LabelledImages:
+    return font_digits(40, seed=1)
+
+
+def work_in(folder, seed=0) -> Work:
+    return Work(folder / "fit", folder / "public", seed, torch.device("cpu"), progress=False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_keeps_its_budget_and_gives_what_it_says(name, public, private, tmp_path):
+    method, budget = METHODS[name], Budget(2.0, 1e-5, len(private))
+    fitted = method.fit(private, public, budget, work_in(tmp_path))
+    spent = fitted.spent.to_dict()
+    if not method.has_budget:
+        assert spent["epsilon"] == (0.0 if name == "public only" else None)
+    else:
+        assert 1.9 < spent["epsilon"] <= 2.0 and spent["releases"]
+    if isinstance(fitted, Sampler):
+        images = fitted.images(20, seed=3)
+        assert images.images.shape == (20, 1, 8, 8) and images.labels.bincount(minlength=10).tolist() == [2] * 10
+        assert torch.equal(images.images, fitted.images(20, seed=3).images)
+        assert not torch.equal(images.images, fitted.images(20, seed=4).images)
+    else:
+        assert isinstance(fitted, PrivateClassifier) and fitted.network(private.images).shape == (40, 10)
+    if fitted.cost is not None:
+        assert fitted.cost.seconds > 0 and fitted.cost.peak_bytes > 0 and fitted.cost.samples <= 40
+
+
+@pytest.mark.parametrize("name", ["merf", "mepf", "loda"])
+def test_only_the_release_carries_private_records(name, public, private, tmp_path, monkeypatch):
+    """With the released sums, or gradients, replaced by constants, two private sets give the same samples."""
+    sums = lambda what, features, labels, classes, noise, stream: (  # noqa: E731
+        torch.ones(classes, features.shape[1], dtype=torch.float64),
+        Release(what, 1.0, noise, 1),
+    )
+    for module in ("dp_merf", "dp_mepf"):
+        monkeypatch.setattr(f"fastloda.methods.{module}.release_class_sums", sums)
+    monkeypatch.setattr("fastloda.step.group_sums", lambda grads, groups, factors: dict.fromkeys(grads))
+    other = LabelledImages(-private.images, private.labels.flip(0), 10)
+    budget = Budget(2.0, 1e-5, 40)
+    drawn = [
+        METHODS[name].fit(data, public, budget, work_in(tmp_path / str(i))).images(10, seed=0).images
+        for i, data in enumerate((private, other))
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_methods_share_the_public_model(public, private, tmp_path):
+    first = MODEL.fit(public, work_in(tmp_path))
+    files = list((tmp_path / "public").iterdir())
+    assert len(files) == 1 and files[0].suffix == ".safetensors"  # no checkpoint stays
+    again = MODEL.fit(public, work_in(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    MODEL.fit(public, work_in(tmp_path, seed=1))
+    MODEL.fit(private, work_in(tmp_path))
+    assert len(list((tmp_path / "public").iterdir())) == 3  # another seed, other images: other models
+
+
+def test_pretraining_in_two_steps_starts_without_labels(public, tmp_path, monkeypatch):
+    seen = []
+    losses = Diffusion.losses
+
+    def spy(self, model, x, y, **options):
+        seen.append((len(x), options["label_dropout"]))
+        return losses(self, model, x, y, **options)
+
+    monkeypatch.setattr(Diffusion, "losses", spy)
+    two = replace(MODEL, unconditional=PublicTraining(steps=3, batch_size=4, warmup=1))
+    two.fit(public, work_in(tmp_path), everything=font_digits(90, seed=5))
+    assert seen == [(4, 1.0)] * 3 + [(8, 0.1)] * 2
+
+
+def test_a_killed_pretraining_continues_bit_for_bit(public, tmp_path, monkeypatch):
+    two = replace(MODEL, unconditional=PublicTraining(steps=2, batch_size=4, warmup=1))
+    whole = two.fit(public, work_in(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr("fastloda.methods.diffusion_model.save_unet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            two.fit(public, work_in(tmp_path / "killed"))
+    resumed = two.fit(public, work_in(tmp_path / "killed"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_dp_ldm_trains_attention_and_class_embedding_alone():
+    model = digits_unet(width=8, norm_groups=4)
+    tune_attention_alone(model)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any(name.startswith("cemb_layer") for name in names)
+    rest = {name for name in names if not name.startswith("cemb_layer")}
+    assert rest and all(any(part in name for part in (".proj", ".norm.")) for name in rest)
+    assert not any(name.startswith(("temb_layer", "out", "downblocks.0.")) for name in names)
+
+
+# ---- one-shot releases
+
+
+def test_a_record_moves_the_released_sums_by_at_most_one():
+    torch.manual_seed(0)
+    stream = lambda: noise_stream(0)  # noqa: E731, the same noise cancels
+    for scale in (1e-3, 1.0, 1e6, math.inf, math.nan):
+        features, labels = torch.randn(6, 5) * scale, torch.arange(6) % 3
+        with_all, _ = release_class_sums("x", features, labels, 3, 0.7, stream())
+        without, _ = release_class_sums("x", features[1:], labels[1:], 3, 0.7, stream())
+        assert (with_all - without).norm() <= 1 + 1e-9 and with_all.isfinite().all()
+
+
+def test_released_sums_are_the_sums_and_carry_the_stated_noise():
+    features, labels = torch.nn.functional.normalize(torch.randn(500, 4)), torch.arange(500) % 2
+    exact, _ = release_class_sums("x", features, labels, 2, 1e-12, noise_stream(0))
+    expected = torch.stack([features[labels == c].double().sum(0) for c in range(2)])
+    torch.testing.assert_close(exact, expected, rtol=1e-6, atol=1e-6)
+    draws = torch.stack(
+        [release_class_sums("x", features[:2], labels[:2], 50, 3.0, noise_stream(s))[0] for s in range(100)]
+    )
+    assert draws[:, 2:].std() == pytest.approx(3.0, rel=0.02)
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (0.6, 0.3, 0.1), (0.5, 0.5)])
+def test_shares_of_a_budget_compose_to_it(shares):
+    noises = noise_multipliers(Budget(3.0, 1e-5, 100), shares)
+    assert 2.98 < compose_epsilon([(1.0, noise, 1) for noise in noises], 1e-5) <= 3.0
+    with pytest.raises(ValueError, match="sum to 1"):
+        noise_multipliers(Budget(3.0, 1e-5, 100), (0.5, 0.6))
+
+
+def test_features_have_norm_one_whatever_the_image(public):
+    extreme = torch.cat([public.images[:3], torch.ones(1, 1, 8, 8), -torch.ones(1, 1, 8, 8)])
+    phi = fourier_features(extreme, torch.randn(64, 50))
+    torch.testing.assert_close(phi.norm(dim=1), torch.ones(5))
+    kernel = torch.exp(-(extreme[0] - extreme[1]).square().sum() / 2 / 9)
+    wide = fourier_features(extreme, torch.randn(64, 20_000, generator=torch.Generator().manual_seed(0)) / 3)
+    assert (wide[0] @ wide[1]).item() == pytest.approx(kernel.item(), abs=0.03)  # they are a Gaussian kernel's
+    encoder = Perceptual(train_classifier(public, steps=2, width=8, progress=False).features)
+    for moment in encoder(extreme):
+        assert (moment.norm(dim=1) <= 1 + 1e-6).all()
+
+
+def test_class_means_are_means_of_classes():
+    features, labels = torch.randn(7, 3), torch.tensor([0, 0, 2, 2, 2, 0, 3])
+    means = class_means(features, labels, 5)
+    torch.testing.assert_close(means[2], features[2:5].mean(0))
+    assert means[1].abs().sum() == 0
+
+
+def test_a_matched_mean_embedding_gives_images_of_the_right_classes(tmp_path):
+    """Without much noise DP-MERF's samples teach a classifier more than chance does."""
+    data = font_digits(600, seed=0)
+    fitted = DPMERF(features=400, steps=120).fit(data, data, Budget(1e5, 1e-5, 600), work_in(tmp_path))
+    judge = train_classifier(data, steps=120, progress=False)
+    images = fitted.images(200, seed=0)
+    assert (judge(images.images).argmax(1) == images.labels).double().mean() > 0.4
+
+
+# ---- budgets and settings
+
+
+def test_spent_composes_all_releases():
+    releases = (Release("a", 1.0, 2.0, 1), Release("b", 0.1, 1.5, 10))
+    spent = Spent(1e-5, releases)
+    assert spent.epsilon == compose_epsilon([(1.0, 2.0, 1), (0.1, 1.5, 10)], 1e-5)
+    assert Spent(1e-5).epsilon == 0 and Spent(1e-5, (Release("raw", 1.0, 0.0, 1),)).to_dict()["epsilon"] is None
+
+
+@pytest.mark.parametrize("bad", [(0.0, 1e-5, 10), (math.inf, 1e-5, 10), (1.0, 0.1, 10), (1.0, 1e-5, 0)])
+def test_impossible_budgets_are_refused(bad):
+    with pytest.raises(ValueError):
+        Budget(*bad)
+
+
+def test_settings_are_those_of_the_largest_smaller_budget():
+    settings = ByEpsilon({1.0: "strict", 5.0: "usual"})
+    assert [settings.at(e) for e in (0.5, 1.0, 4.9, 5.0, 10.0)] == ["strict", "strict", "strict", "usual", "usual"]
+
+
+def test_timesteps_follow_the_mixture():
+    t = Diffusion.mixture(TIME_WEIGHTS).draw_timesteps(40_000, generator=torch.Generator().manual_seed(0))
+    shares = [((t >= first) & (t < end)).double().mean().item() for first, end, _ in TIME_WEIGHTS]
+    assert shares == pytest.approx([0.015, 0.785, 0.2], abs=0.01)
+    with pytest.raises(ValueError, match="500 and 400"):
+        Diffusion.mixture([(500, 400, 1.0)])
