@@ -14,7 +14,7 @@ Shapes: rows N (samples x views), positions T = H W, channels C in and O out, ra
 consecutive rows; its gradient is the sum over them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,13 +40,20 @@ def on_triton(t: Tensor) -> bool:
     return t.is_cuda and sample_grad is not None and t.dtype in KERNEL_DTYPES and t.numel() > 0
 
 
-def conv_piece(grad: Callable[..., Tensor], x: Tensor, g: Tensor, conv: Conv | None, scratch_bytes: int) -> Piece:
+def conv_piece(
+    grad: Callable[..., Tensor],
+    lay_out: Callable[[Tensor], Tensor],
+    x: Tensor,
+    g: Tensor,
+    conv: Conv | None,
+    scratch_bytes: int,
+) -> Piece:
     """The recipe of a convolution weight's per-sample gradients, from its input and the gradient of its output.
 
-    grad(x, g, samples) is PyTorch's way. conv is None where the kernels have no way (groups, other than two dimensions).
+    grad(x, g, samples) and lay_out are PyTorch's way. conv is None where the kernels have no way (groups, other than two dimensions).
     """
     if conv is None or not on_triton(x) or x.dtype != g.dtype:
-        return Piece(grad, (x, g), scratch_bytes)
+        return Piece(grad, (x, g), scratch_bytes, lay_out=lay_out)
     return _kernel_piece(x, g, conv, lambda t, samples: t, lambda grads: grads)
 
 
@@ -138,7 +145,7 @@ class ConvOp:
             gz, parts = adapter_backward.adapter_backward(gy, z, B, self.slope, self.scale)
             return gz, Piece(adapter_backward.add_parts_reference, (parts,), with_squares=adapter_backward.add_parts)
         gh = torch.matmul(B.flatten(1).t() * self.scale, positions(gy))
-        return activation_grad(gh.view(z.shape), z, self.slope), Piece(self.grad_B, (gy, z))
+        return activation_grad(gh.view(z.shape), z, self.slope), Piece(self.grad_B, (gy, z), lay_out=lay_out_B)
 
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
         """dx = W^T * gy + A^T * gz, [N, C, H, W]."""
@@ -164,20 +171,23 @@ class ConvOp:
 
     def piece_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Piece:
         """The recipe of A's per-sample gradients. taps: of gz, if they are at hand."""
-        piece = conv_piece(self.grad_A, x, gz, self.conv, self.taps_bytes(gz, x))
-        return piece if taps is None else replace(piece, at_hand=lambda samples: self.grad_A(x, gz, samples, taps))
+        lay_out = lambda grads: lay_out_taps(grads, self.conv.kernel)  # noqa: E731
+        piece = conv_piece(self.grad_A, lay_out, x, gz, self.conv, self.taps_bytes(gz, x))
+        return (
+            piece
+            if taps is None or piece.fused
+            else replace(piece, at_hand=lambda samples: self.grad_A(x, gz, samples, taps))
+        )
 
     def grad_A(self, x: Tensor, gz: Tensor, samples: int, taps: Tensor | None = None) -> Tensor:
-        """Gradient of A for each sample: [samples, r, C, kh, kw]."""
+        """Gradient of A for each sample, as `lay_out_taps` takes it: [samples, r k^2, C]."""
         taps = self._taps(gz, x) if taps is None else taps
-        grad = sum_rows(torch.bmm(accumulable(taps), accumulable(positions(x)).mT), samples)
-        return grad.view(samples, gz.shape[1], *self.conv.kernel, x.shape[1]).flip(2, 3).permute(0, 1, 4, 2, 3)
+        return sum_rows(torch.bmm(accumulable(taps), accumulable(positions(x)).mT), samples)
 
     def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
-        """Gradient of B for each sample: [samples, O, r, 1, 1]."""
+        """Gradient of B for each sample, transposed: [samples, r, O]; row-major operands in both layouts."""
         h = accumulable(activation(z, self.slope).flatten(2))
-        grad = torch.bmm(h, accumulable(positions(gy)).mT).mul_(self.scale)  # B^T: row-major operands in both layouts
-        return sum_rows(grad, samples).mT[..., None, None]
+        return sum_rows(torch.bmm(h, accumulable(positions(gy)).mT).mul_(self.scale), samples)
 
     def taps_bytes(self, gz: Tensor, x: Tensor) -> int:
         """Size of the taps of gz for all rows: r k^2 / C of x."""
@@ -241,6 +251,17 @@ class LinearOp:
         """Gradient of B for each sample: [samples, O, r]."""
         h = sample_rows(activation(z, self.slope), samples)
         return torch.bmm(sample_rows(gy, samples).mT, h).mul_(self.scale)
+
+
+def lay_out_taps(grads: Tensor, kernel: Sequence[int]) -> Tensor:
+    """[n, O prod(kernel), C], the taps reversed as `gather_taps` has them -> [n, O, C, *kernel]."""
+    taps_dims = range(2, 2 + len(kernel))
+    return grads.unflatten(1, (-1, *kernel)).flip(*taps_dims).movedim(-1, 2)
+
+
+def lay_out_B(grads: Tensor) -> Tensor:
+    """[n, r, O] -> [n, O, r, 1, 1]."""
+    return grads.mT[..., None, None]
 
 
 def sum_rows(grad: Tensor, samples: int) -> Tensor:

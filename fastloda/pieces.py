@@ -28,11 +28,16 @@ class Fused(NamedTuple):
     weighted_sum: Callable[..., Tensor]
 
 
+def as_it_is(grads: Tensor) -> Tensor:
+    return grads
+
+
 @dataclass(frozen=True)
 class Piece:
-    """`grad(*tensors, samples) -> [samples, *parameter.shape]`; each tensor has samples x k rows, sample-major.
+    """`lay_out(grad(*tensors, samples)) -> [samples, *parameter.shape]`; each tensor has samples x k rows, sample-major.
 
-    with_squares: as `grad`, and also returns the squares of `Fused`, from the same kernel.
+    lay_out: only moves each sample's numbers. Norms are taken before it, and a sum over samples is laid out instead of each.
+    with_squares: laid out, and also returns the squares of `Fused`, from the same kernel.
     at_hand: samples -> as `grad` for all of them, from temporaries that the call still has and that are not kept.
     ghost: the Gram's way, which the planner may choose in place of `grad`.
     product: einsum's equation and shapes of the gradients' one large product, over all rows; None: element by element.
@@ -46,9 +51,14 @@ class Piece:
     at_hand: Callable[[int], Tensor] | None = None
     ghost: Fused | None = None
     product: tuple[str, tuple] | None = None
+    lay_out: Callable[[Tensor], Tensor] = as_it_is
 
     def compute(self, samples: int, chosen: slice) -> Tensor:
-        """The gradients of the chosen of all `samples`, a few at a time if the temporaries are large."""
+        """The gradients of the chosen of all `samples`: [chosen, *parameter.shape]."""
+        return self.lay_out(self.compute_raw(samples, chosen))
+
+    def compute_raw(self, samples: int, chosen: slice) -> Tensor:
+        """The same as `grad` gives them, a few at a time if the temporaries are large."""
         per_sample = [len(t) // samples for t in self.tensors]
         count = chosen.stop - chosen.start
         parts = []
@@ -57,6 +67,10 @@ class Piece:
             parts.append(self.grad(*(t[start * k : stop * k] for t, k in zip(self.tensors, per_sample)), stop - start))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def raw_of_all(self, samples: int) -> Tensor:
+        """As `compute_raw`, of all samples, from what is at hand."""
+        return self.at_hand(samples) if self.at_hand else self.compute_raw(samples, slice(0, samples))
+
     def through(self, back: Callable[[Tensor], Tensor], keeps_norm: bool) -> "Piece":
         """The same for a parameter of which this one is made; back: [samples, *shape here] -> [samples, *shape there]."""
 
@@ -64,8 +78,11 @@ class Piece:
             summed = lambda *arguments: back(fused.weighted_sum(*arguments)[None])[0]  # noqa: E731
             return Fused(fused.squares, summed) if fused and keeps_norm else None
 
-        grad = lambda *arguments: back(self.grad(*arguments))  # noqa: E731
-        return replace(self, grad=grad, with_squares=None, at_hand=None, fused=of(self.fused), ghost=of(self.ghost))
+        grad, lay_out = self.grad, lambda grads: back(self.lay_out(grads))
+        if not keeps_norm:
+            grad, lay_out = (lambda *arguments: back(self.lay_out(self.grad(*arguments)))), as_it_is
+        changed = {"grad": grad, "lay_out": lay_out, "fused": of(self.fused), "ghost": of(self.ghost)}
+        return replace(self, **changed, with_squares=None, at_hand=None)
 
     def batch_first(self, move: Callable[[Tensor], Tensor]) -> "Piece":
         """The same from tensors whose batch `move` brings first."""
@@ -73,7 +90,7 @@ class Piece:
 
     def total(self) -> Tensor:
         """The ordinary gradient: summed over all rows."""
-        return self.grad(*self.tensors, 1)[0]
+        return self.lay_out(self.grad(*self.tensors, 1))[0]
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +104,7 @@ class PerSampleGrad:
     shape: torch.Size
     samples: int
     kept: Tensor | None = None
+    lay_out: Callable[[Tensor], Tensor] = as_it_is  # of `kept`
     again: list[Piece] = field(default_factory=list)
     squares: Tensor | None = None  # of `kept`, where a kernel has told them
 
@@ -100,17 +118,20 @@ class PerSampleGrad:
         way = choose(self.sizes(piece))
         if way is not Way.KEPT:
             self.again.append(replace(piece, at_hand=None, fused=piece.ghost if way is Way.GHOST else piece.fused))
-            return
-        if self.kept is None and piece.with_squares is not None:
+        elif self.kept is None and piece.with_squares is not None:
             grads, self.squares = piece.with_squares(*piece.tensors, self.samples)
-            self.kept = self._checked(grads)
-            return
-        grads = (
-            self._checked(piece.at_hand(self.samples))
-            if piece.at_hand
-            else self._compute(piece, slice(0, self.samples))
-        )
-        self.kept = grads if self.kept is None else self.kept.add_(grads)
+            self._check(grads, as_it_is)
+            self.kept, self.lay_out = grads, as_it_is
+        else:
+            self._keep(piece)
+
+    def _keep(self, piece: Piece) -> None:
+        grads = piece.raw_of_all(self.samples)
+        self._check(grads, piece.lay_out)
+        if self.kept is None:
+            self.kept, self.lay_out = grads, piece.lay_out
+        else:  # a further call may have other ideas of the order
+            self.kept, self.lay_out = self.lay_out(self.kept).add_(piece.lay_out(grads)), as_it_is
         self.squares = None
 
     def sizes(self, piece: Piece) -> Sizes:
@@ -119,25 +140,40 @@ class PerSampleGrad:
         return Sizes(self.samples, self.shape.numel(), piece.nbytes, piece.product, fused, ghost)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(samples, their gradients [chunk, *shape]) piece by piece, the same numbers each time."""
+        """(samples, their gradients in the order of `_order`) piece by piece, the same numbers each time."""
         size = chunk_samples(self.shape.numel()) if self.again else self.samples
+        laid_out = self._sources > 1
         for start in range(0, self.samples, size):
             chosen = slice(start, min(start + size, self.samples))
-            parts = [self._compute(piece, chosen) for piece in self.again]
+            parts = [
+                self._part(piece.compute_raw(self.samples, chosen), piece.lay_out, laid_out) for piece in self.again
+            ]
             if self.kept is not None:
-                parts.append(self.kept[chosen])
+                parts.append(self._part(self.kept[chosen], self.lay_out, laid_out))
             if parts:
                 yield chosen, sum(parts[1:], parts[0])
 
-    def _compute(self, piece: Piece, chosen: slice) -> Tensor:
-        return self._checked(piece.compute(self.samples, chosen))
+    def _part(self, grads: Tensor, lay_out: Callable[[Tensor], Tensor], laid_out: bool) -> Tensor:
+        self._check(grads, lay_out)
+        return lay_out(grads) if laid_out else grads
 
-    def _checked(self, grads: Tensor) -> Tensor:
-        if grads.shape[1:] != self.shape:
+    def _check(self, grads: Tensor, lay_out: Callable[[Tensor], Tensor]) -> None:
+        shape = lay_out(grads[:1]).shape[1:]
+        if shape != self.shape:
             raise PrivacyError(
-                f"a parameter of shape {tuple(self.shape)} entered an operation as {tuple(grads.shape[1:])}: no exact rule"
+                f"a parameter of shape {tuple(self.shape)} entered an operation as {tuple(shape)}: no exact rule"
             )
-        return grads
+
+    @property
+    def _sources(self) -> int:
+        return len(self.again) + (self.kept is not None)
+
+    @property
+    def _order(self) -> Callable[[Tensor], Tensor]:
+        """How the gradients in `chunks` are laid out: as the only source of them has it, if there is but one."""
+        if self._sources != 1:
+            return as_it_is
+        return self.again[0].lay_out if self.again else self.lay_out
 
     @property
     def _lone(self) -> Piece | None:
@@ -160,11 +196,12 @@ class PerSampleGrad:
             return piece.fused.weighted_sum(*piece.tensors, factors.to(accumulated_in))
         total = None
         for chosen, grads in self.chunks():
-            finite = grads.nan_to_num(0.0, 0.0, 0.0)  # a refused sample has factor 0, and 0 * inf is no zero
-            weights = factors[chosen].to(grads.dtype).view(-1, *[1] * len(self.shape))
-            part = finite.mul_(weights).sum(0)  # no matrix product: tf32 would round here what the norm did not
+            weights = factors[chosen].to(grads.dtype).view(-1, *[1] * (grads.dim() - 1))
+            if grads.is_cuda or not weights.all():  # a refused sample has factor 0, and 0 * inf is no zero
+                grads = grads.nan_to_num(0.0, 0.0, 0.0)
+            part = (grads * weights).sum(0)  # no matrix product: tf32 would round here what the norm did not
             total = part if total is None else total.add_(part)
-        return total
+        return None if total is None else self._order(total[None])[0]
 
 
 def squared_norms(grads: Collection[PerSampleGrad], samples: int, device: torch.device) -> Tensor:

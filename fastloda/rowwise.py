@@ -93,8 +93,7 @@ def _row_grads(piece: Piece, seen: int, rows: int) -> Tensor:
             f"a LoDA layer saw {seen} rows in a compiled model whose first input has {rows}: the batch must come first"
         )
     owners = min(seen, rows)
-    grads = piece.at_hand(owners) if piece.at_hand else piece.compute(owners, slice(0, owners))
-    grads = grads.contiguous()
+    grads = piece.lay_out(piece.raw_of_all(owners)).contiguous()
     if owners == rows:
         return grads
     spread = grads.new_zeros(rows, *grads.shape[1:])

@@ -19,7 +19,7 @@ from test_exact import KINDS, check_float32
 
 from fastloda import clip, ops, per_sample_grad_norms, plan
 from fastloda.kernels.conv import Conv
-from fastloda.pieces import PerSampleGrad, squared_norms
+from fastloda.pieces import PerSampleGrad, as_it_is, squared_norms
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad, tiles  # noqa: E402
@@ -308,7 +308,7 @@ def test_a_parameter_that_is_kept_in_part_is_summed_before_its_norm(first_kept, 
     """Two calls of a layer, one's gradients kept, with the kernel's squares, the other's made again."""
     t = Tensors(SHAPES["3 x 3"], torch.float32, torch.channels_last)
     grad = PerSampleGrad(torch.Size([4, 20, 3, 3]), 3)
-    pieces = [ops.conv_piece(None, x, t.gz, SAME, 0) for x in (t.x, t.x.flip(0))]
+    pieces = [ops.conv_piece(None, as_it_is, x, t.gz, SAME, 0) for x in (t.x, t.x.flip(0))]
     for piece, kept in zip(pieces, (first_kept, not first_kept)):
         monkeypatch.setattr(plan, "FUSED_KEEP_FACTOR", math.inf if kept else 0.0)
         grad.add(piece)

@@ -70,7 +70,8 @@ def _pieces(layer: LoDALayer, x: Tensor, gy: Tensor) -> dict[nn.Parameter, Piece
     def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
         """W's is as A's, with gy for gz, group by group."""
         x, gy = (t.reshape(len(t) * groups, -1, *t.shape[2:]) if groups > 1 else t for t in (x, gy))
-        return op.grad_A(x, gy, samples * groups).reshape(samples, *layer.weight.shape)
+        whole = slice(0, samples * groups)
+        return op.piece_A(x, gy).compute(whole.stop, whole).reshape(samples, *layer.weight.shape)
 
     def bias_grad(gy: Tensor, samples: int) -> Tensor:
         return channel_sum(gy, samples) if isinstance(op, ConvOp) else sample_rows(gy, samples).sum(1)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fastloda.kernels.conv import Conv
-from fastloda.ops import accumulable, channel_sum, conv_piece
+from fastloda.ops import accumulable, channel_sum, conv_piece, lay_out_taps, sum_rows
 from fastloda.pieces import Piece
 from fastloda.rules.call import Call
 from fastloda.taps import gather_taps
@@ -32,18 +32,17 @@ def _weight(x: Tensor, gy: Tensor, kernel: tuple[int, ...], node) -> Piece:
     groups = node._saved_groups
 
     def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
-        """[samples, O, C / groups, *kernel]: the k^d taps of gy against x in place, group by group."""
+        """[samples, O k^d, C / groups], as `lay_out_taps` takes it: the k^d taps of gy against x in place, group by group."""
         taps = accumulable(gather_taps(gy, x.shape[2:], *geometry))
         rows, size = len(x), taps.shape[-1]
         taps = taps.reshape(rows * groups, -1, size)
         grad = taps @ accumulable(x).reshape(rows * groups, -1, size).mT  # [N groups, O / groups k^d, C / groups]
-        grad = grad.view(samples, rows // samples, gy.shape[1], *kernel, -1).sum(1)
-        taps_dims = range(2, 2 + len(kernel))
-        return grad.flip(*taps_dims).movedim(-1, 2)
+        return sum_rows(grad.view(rows, -1, grad.shape[-1]), samples)
 
-    positions = x[0, 0].numel()
+    positions = x.shape[2:].numel()
     taps = gy.shape[:2].numel() * kernel.numel() * positions
     flat = Conv(*geometry) if len(kernel) == 2 and groups == 1 else None
     shapes = (gy.shape[1] // groups * kernel.numel(), x.shape[1] // groups)
     product = ("gkq,gcq->gkc", tuple((groups, width, len(x) * positions) for width in shapes))
-    return replace(conv_piece(weight_grad, x, gy, flat, taps * gy.element_size()), product=product)
+    lay_out = lambda grads: lay_out_taps(grads, kernel)  # noqa: E731
+    return replace(conv_piece(weight_grad, lay_out, x, gy, flat, taps * gy.element_size()), product=product)
