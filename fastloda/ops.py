@@ -50,7 +50,7 @@ def conv_piece(
 ) -> Piece:
     """The recipe of a convolution weight's per-sample gradients, from its input and the gradient of its output.
 
-    grad(x, g, samples) and lay_out are PyTorch's way. conv is None where the kernels have no way (groups, other than two dimensions).
+    grad(x, g, samples) and lay_out are PyTorch's way. conv is None where the kernels have none (groups, one or three dimensions).
     """
     if conv is None or not on_triton(x) or x.dtype != g.dtype:
         return Piece(grad, (x, g), scratch_bytes, lay_out=lay_out)

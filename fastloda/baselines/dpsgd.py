@@ -108,7 +108,8 @@ def train_dpsgd(
 ) -> tuple[nn.Module, DPTrainer]:
     """Train a network under DP, on `settings.views` augmented copies a record; its averaged weights, in eval mode.
 
-    training: the network and its augmentation; the optimization is `settings`'. Also returns the trainer, which knows what was spent. Resumes from `checkpoint`.
+    training: the network and its augmentation; the optimization is `settings`'. Also returns the trainer, which knows what was
+    spent. Resumes from `checkpoint`.
 
     Raises:
         ValueError: `data` is empty or not square.

@@ -1,0 +1,202 @@
+"""`fastloda reproduce`: cells are done once, measured and published values stay apart, every table's recipe holds together."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastloda.classify import SmallCNN
+from fastloda.cli import main
+from fastloda.data import LabelledImages, font_digits
+from fastloda.methods import Budget, Method, NoDP, PrivateClassifier, Release, Sampler, Spent
+from fastloda.reproduce import recipes
+from fastloda.reproduce.cells import all_cells
+from fastloda.reproduce.published import CIFAR10, CIFAR10_1PCT, MNIST
+from fastloda.reproduce.recipes import RECIPES, Recipe, recipe
+from fastloda.settings import Classifier
+
+FITS: list[tuple] = []
+
+
+class Redraw:
+    """Stands for a method that draws: fonts again, spending what it is given."""
+
+    name, trained_on, has_budget = "DP-LoDA", "its samples", True
+
+    def fit(self, private, public, budget: Budget, work) -> Sampler:
+        FITS.append((self.name, budget.epsilon, work.seed))
+        draw = lambda labels, seed: font_digits(len(labels), seed).images  # noqa: E731
+        return Sampler(draw, 10, Spent(budget.delta, (Release("sum", 1.0, 5.0 / budget.epsilon, 1),)))
+
+    def __repr__(self) -> str:
+        return "Redraw()"
+
+
+class Direct:
+    name, trained_on, has_budget = "DP-SGD", "the private images", True
+
+    def fit(self, private, public, budget: Budget, work) -> PrivateClassifier:
+        FITS.append((self.name, budget.epsilon, work.seed))
+        return PrivateClassifier(SmallCNN(width=8), Spent(budget.delta, (Release("gradients", 0.1, 2.0, 10),)))
+
+    def __repr__(self) -> str:
+        return "Direct()"
+
+
+def small(root: Path | None = None, quick: bool = False, **changes) -> Recipe:
+    data: dict[str, LabelledImages] = {
+        name: font_digits(40, seed=i) for i, name in enumerate(("private", "test", "public"))
+    }
+    judge = Classifier(steps=3, width=8)
+    methods: list[Method] = [Redraw(), Direct(), NoDP(judge)]
+    made = Recipe(
+        name="digits",
+        title="A small table",
+        lead="Fonts against fonts.",
+        **{name: lambda images=images: images for name, images in data.items()},
+        methods=methods,
+        classifiers={"cnn": judge},
+        synthetic_images=20,
+        how_chosen={"all": "for the test"},
+        epsilons=(1.0, 10.0),
+        published={("DP-LoDA", 1.0): 60.2, ("No privacy", None): 90.7},
+        extractor_steps=2,
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    FITS.clear()
+    monkeypatch.setitem(RECIPES, "digits", small)
+
+
+def reproduce(run: Path, *options: str) -> int:
+    return main(["reproduce", "digits", "--run", str(run), "--device", "cpu", "--progress", "false", *options])
+
+
+def test_cells_are_done_once_and_reported(table, tmp_path, monkeypatch, capsys):
+    assert reproduce(tmp_path, "--seeds", "2") == 0
+    assert len(FITS) == 2 * 2 * 2
+    shown = capsys.readouterr().out
+    assert "DP-LoDA" in shown and "(60.2)" in shown
+    for name in ("results.json", "results.md", "report.html"):
+        assert (tmp_path / name).stat().st_size > 500
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert reproduce(tmp_path, "--seeds", "3") == 0  # only the third seed is new
+    assert len(FITS) == 3 * 2 * 2
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert [cell for cell in again["measured"] if cell["seed"] < 2] == first["measured"]
+
+
+def test_measured_and_published_never_mix(table, tmp_path):
+    reproduce(tmp_path, "--seeds", "1")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["published"] == [
+        {"method": "DP-LoDA", "epsilon": 1.0, "accuracy_percent": 60.2},
+        {"method": "No privacy", "epsilon": None, "accuracy_percent": 90.7},
+    ]
+    cells = {(cell["method"], cell["epsilon"]): cell for cell in found["measured"]}
+    assert set(cells) == {("DP-LoDA", 1.0), ("DP-LoDA", 10.0), ("DP-SGD", 1.0), ("DP-SGD", 10.0), ("No privacy", None)}
+    assert cells["No privacy", None]["spent"]["epsilon"] is None
+    assert cells["DP-LoDA", 1.0]["scores"]["fid"] >= 0 and cells["DP-SGD", 1.0]["scores"] is None
+    text = (tmp_path / "results.md").read_text()
+    measured = 100 * cells["DP-LoDA", 1.0]["accuracy"]["cnn"]
+    assert f"| {measured:.1f} (60.2) |" in text and "quoted, not measured" in text
+    spent = [cell["spent"]["releases"] for cell in found["measured"] if cell["spent"]["epsilon"]]
+    assert found["epsilon_of_all_releases_together"] > max(cell["spent"]["epsilon"] or 0 for cell in cells.values())
+    assert len(spent) == 4
+
+
+def test_an_interrupted_table_keeps_its_finished_cells(table, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Direct, "fit", stop)
+        assert reproduce(tmp_path, "--seeds", "1") == 130
+    done = len(FITS)
+    assert done == 2 and not (tmp_path / "results.json").exists()
+    assert reproduce(tmp_path, "--seeds", "1") == 0
+    assert FITS[:done] == [("DP-LoDA", 1.0, 0), ("DP-LoDA", 10.0, 0)] and len(FITS) == 4
+
+
+def test_rows_can_be_chosen(table, tmp_path, capsys):
+    assert reproduce(tmp_path, "--seeds", "1", "--methods", "DP-SGD") == 0
+    assert {name for name, *_ in FITS} == {"DP-SGD"}
+    assert reproduce(tmp_path, "--methods", "DP-Magic") == 2
+    assert "no row DP-Magic; it has DP-LoDA, DP-SGD, No privacy" in capsys.readouterr().err
+
+
+def test_a_cell_of_other_settings_is_not_taken(table, tmp_path, monkeypatch, capsys):
+    reproduce(tmp_path, "--seeds", "1")
+    monkeypatch.setitem(RECIPES, "digits", lambda *_: small(synthetic_images=30))
+    assert reproduce(tmp_path, "--seeds", "1") == 2
+    assert "made with other settings: synthetic_images is 20 there and 30 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table2"], "table2 reads published files: give their folder with --data"),
+        (["table7"], "table"),
+        (["digits", "--seeds", "0"], "seeds must be at least 1"),
+        (["table4", "--data", "/nowhere"], "/nowhere"),
+        (["digits", "--features", "/no/file.pt", "--quick"], "no feature extractor /no/file.pt"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    assert main(["reproduce", *arguments, "--run", str(tmp_path / "run"), "--progress", "false"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and not (tmp_path / "run" / "cells").exists()
+
+
+def test_built_in_tables_have_the_papers_rows():
+    for name in ("digits", "digits-1pct"):
+        made = recipe(name, None, quick=True)
+        assert [m.name for m in made.methods] == [
+            "Public only",
+            "DP-LoDA",
+            "DP-Diffusion",
+            "DP-LDM",
+            "DP-MEPF",
+            "DP-MERF",
+            "DP-SGD",
+            "No privacy",
+        ]
+        assert made.epsilons == (1.0, 5.0, 10.0) and made.delta == 1e-5
+    assert len(recipe("digits-1pct", None).private()) == 14
+    cells = all_cells(recipe("digits", None).methods, (1.0, 5.0, 10.0), seeds=3)
+    assert len(cells) == 3 * (6 * 3 + 2)
+
+
+def test_published_values_are_those_of_the_paper():
+    assert CIFAR10["DP-LoDA", 10.0] == 63.5 and CIFAR10["DP-MERF", 1.0] == 13.8 and CIFAR10["No privacy", None] == 90.7
+    assert CIFAR10_1PCT["DP-SGD", 10.0] == 21.2 and MNIST["DP-Diffusion", 10.0] == 95.9
+    names = {name for accuracies in (CIFAR10, CIFAR10_1PCT, MNIST) for name, _ in accuracies}
+    rows = {method.name for method in recipe("digits", None, quick=True).methods}
+    assert names <= rows
+
+
+def test_paper_tables_take_their_files(monkeypatch, tmp_path):
+    """The recipes of the paper's tables, on images that stand for their files."""
+    opened = []
+
+    def stand_in(name, root, split, *, size, channels):
+        opened.append((name, split, size, channels))
+        fonts = font_digits(20, seed=len(opened), size=8)
+        return LabelledImages(fonts.images.repeat(1, 3, 4, 4), fonts.labels, 10)
+
+    monkeypatch.setattr(recipes, "open_dataset", stand_in)
+    monkeypatch.setattr(recipes, "stratified_subset", lambda data, fraction, seed: data[:10])
+    for name, private in (("table2", "cifar10"), ("table3", "cifar10"), ("table4", "mnist")):
+        made = recipe(name, tmp_path, quick=True)
+        assert {entry[0] for entry in opened} >= {private} and made.published
+        names = [method.name for method in made.methods]
+        assert names[:3] == ["DP-LoDA", "DP-Diffusion", "DP-LDM"] and "DP-LoDA on latents" in names
+        full = recipe(name, tmp_path)
+        assert full.methods[0].public.unet.width == 64 and set(full.classifiers) == {"resnet9", "wrn-40-4"}
+    assert all(entry[2:] == (32, 3) for entry in opened)
+    torch.manual_seed(0)
