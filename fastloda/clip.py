@@ -145,7 +145,8 @@ def clipped_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[st
     if flat:
         total = flat_clip_sum(torch.cat(list(flat.values()), dim=1), factors)
         parts = total.split([tensor.shape[1] for tensor in flat.values()])
-        sums |= {name: part.view(grads[name].shape) for name, part in zip(flat, parts)}
+        as_kept = {name: part.view(1, *kept[name].shape[1:]) for name, part in zip(flat, parts)}
+        sums |= {name: grads[name].order(part)[0] for name, part in as_kept.items()}
     return sums
 
 

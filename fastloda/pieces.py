@@ -140,7 +140,7 @@ class PerSampleGrad:
         return Sizes(self.samples, self.shape.numel(), piece.nbytes, piece.product, fused, ghost)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(samples, their gradients in the order of `_order`) piece by piece, the same numbers each time."""
+        """(samples, their gradients in the order of `order`) piece by piece, the same numbers each time."""
         size = chunk_samples(self.shape.numel()) if self.again else self.samples
         laid_out = self._sources > 1
         for start in range(0, self.samples, size):
@@ -169,7 +169,7 @@ class PerSampleGrad:
         return len(self.again) + (self.kept is not None)
 
     @property
-    def _order(self) -> Callable[[Tensor], Tensor]:
+    def order(self) -> Callable[[Tensor], Tensor]:
         """How the gradients in `chunks` are laid out: as the only source of them has it, if there is but one."""
         if self._sources != 1:
             return as_it_is
@@ -201,7 +201,7 @@ class PerSampleGrad:
                 grads = grads.nan_to_num(0.0, 0.0, 0.0)
             part = (grads * weights).sum(0)  # no matrix product: tf32 would round here what the norm did not
             total = part if total is None else total.add_(part)
-        return None if total is None else self._order(total[None])[0]
+        return None if total is None else self.order(total[None])[0]
 
 
 def squared_norms(grads: Collection[PerSampleGrad], samples: int, device: torch.device) -> Tensor:

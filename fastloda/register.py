@@ -169,7 +169,7 @@ def _losses(layer: nn.Module, inputs: tuple, chosen: Tensor, rows: int) -> Tenso
 
 def _all(grad: PerSampleGrad) -> Tensor | None:
     chunks = [grads for _, grads in grad.chunks()]
-    return torch.cat(chunks) if chunks else None
+    return grad.order(torch.cat(chunks)) if chunks else None
 
 
 def _largest(t: Tensor) -> float:
