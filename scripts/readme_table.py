@@ -46,7 +46,7 @@ def demo_table() -> str:
     return (
         "Accuracy on 360 real handwritten digits ([`docs/results/demo.md`](docs/results/demo.md): `fastloda demo --seeds 3 "
         "--epsilon 1,10`; font digits are public, 1,437 real digits private):\n\n" + table + "\n\n"
-        "On these small images DP-SGD, tuned with as much care, is level with DP-LoDA or a little ahead. It gives one "
+        "On these small images DP-SGD, tuned with as much care, is within a standard deviation of DP-LoDA. It gives one "
         "classifier; DP-LoDA gives images, for any later use."
     )
 
