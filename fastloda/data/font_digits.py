@@ -1,6 +1,6 @@
 """The public data: digits from fonts, drawn as signed distance fields so that pen width is only a threshold.
 
-No private image plays a part. What is imitated is the published description of the digits data set: the
+No private image is read. What is imitated is the published description of the digits data set: the
 digit fills a 32 x 32 bitmap, which is cut into 4 x 4 blocks, and the on-pixels of each block are counted.
 """
 
@@ -32,8 +32,8 @@ BLOCK = 4  # a pixel of the image is the mean of BLOCK x BLOCK bits
 _GLYPH, _CANVAS = 64, 128  # pixels: height of the glyph's ink, side of the field around it
 _BATCH = 512
 
-# Uniform ranges of what varies between images: wider than any one hand, so that an unknown one lies within. Chosen without
-# looking at anyone's.
+# Uniform ranges of what varies between images: wider than any one hand, so that an unknown one lies within. They were widened
+# after a look at the published picture of the real digits, and fitted to none of them.
 _ANGLE = (-0.2, 0.2)  # rad
 _SLANT = (-0.35, 0.35)  # x per unit of y, on top of the font's own: half of them are italic
 _STRETCH = (0.65, 1.3)  # width

@@ -194,7 +194,7 @@ class Findings:
         if together:
             everything = f"({rounded_up(together)}, {delta:g})-private"
             lines.append(f"Were all private cells of this page released, they would be {everything} together.")
-        return [*lines, "No setting was chosen by looking at the test images."]
+        return [*lines, "No setting was chosen by how well it does on the private or the test images."]
 
     def _curves(self) -> dict[str, list[tuple[float, list[float]]]]:
         private = [method for method in self.recipe.methods if method.has_budget]
