@@ -48,7 +48,7 @@ def main() -> None:
     model = nn.Sequential(
         nn.Linear(20, 256), nn.GELU(), nn.LayerNorm(256), Gated(256), nn.Linear(256, 16), LowPass(16), nn.Linear(16, 2)
     )
-    print(fastloda.explain(model, x[:64]))
+    fastloda.explain(model, x[:64])
 
     fastloda.cover(model)  # before the first forward pass: LowPass has no rule
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

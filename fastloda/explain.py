@@ -1,6 +1,6 @@
 """What a private step would do with each layer, at what cost, and what it would refuse.
 
-    print(fastloda.explain(model, x))
+    fastloda.explain(model, x)
 
 The costs are those that the planner counts: bytes held until the clip factors are known, and flops by opt_einsum.
 """
@@ -99,8 +99,10 @@ class Explanation:
         )
 
 
-def explain(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None) -> Explanation:
-    """How a private step would handle each trainable layer, at what cost, and what it would refuse, by name.
+def explain(
+    model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, show: bool = True
+) -> Explanation:
+    """Print how a private step would handle each trainable layer, at what cost, and what it would refuse, by name.
 
     Runs one forward pass on inputs and several backward passes. Leaves the model as it is: parameters, `.grad`, buffers, and the
     default random number generators.
@@ -108,6 +110,7 @@ def explain(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None
     Args:
         inputs: as the model takes them; the batch is the first dimension of the first tensor among them.
         loss: what the model returns -> one number per sample. Default: the sum of squares of all that it returns.
+        show: print the table; it is returned in any case, as an object whose `str` it is.
 
     Raises:
         ValueError: no input has a batch, nothing trains, or loss does not give one number per sample.
@@ -125,7 +128,10 @@ def explain(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None
             raise ValueError(
                 f"loss must give one number for each of {samples} samples, got shape {tuple(losses.shape)}"
             )
-        return _explanation(model, losses, parameters, samples)
+        found = _explanation(model, losses, parameters, samples)
+    if show:
+        print(found)
+    return found
 
 
 @contextmanager

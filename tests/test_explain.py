@@ -69,6 +69,13 @@ def test_the_text_names_layers_ways_costs_total_and_why_not_ghost():
     )
 
 
+def test_it_prints_the_table_unless_told_not_to(capsys):
+    found = explain(Classifier(), torch.randn(5, 3, 8, 8), torch.randn(5, 256))
+    assert capsys.readouterr().out == f"{found}\n"
+    explain(Classifier(), torch.randn(5, 3, 8, 8), torch.randn(5, 256), show=False)
+    assert not capsys.readouterr().out
+
+
 def test_it_follows_the_planner(monkeypatch):
     monkeypatch.setattr(plan, "GHOST_FACTOR", 0.0)
     monkeypatch.setattr(plan, "KEEP_FACTOR", 0.0)
