@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from cases import Case
-from machine import CUDA, seconds
+from machine import CUDA, DEVICE, seconds
 from providers import PROVIDERS, Privacy
 
-from fastloda.memory import allocation_peak
+from fastloda.memory import peak_allocation
 
 
 class Race:
@@ -75,10 +75,7 @@ def _cuda_memory(case: Case, provider: str) -> Memory:
     torch.cuda.empty_cache()
     step = PROVIDERS[provider](case, Privacy()).step
     step()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return Memory(torch.cuda.max_memory_allocated() - before)
+    return Memory(peak_allocation(step, DEVICE))
 
 
 def _cpu_memory(case: Case, provider: str, threads: int) -> Memory:
@@ -86,10 +83,8 @@ def _cpu_memory(case: Case, provider: str, threads: int) -> Memory:
     before = _status_bytes("VmRSS")
     step = PROVIDERS[provider](case, Privacy()).step
     step()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    peak = _status_bytes("VmHWM")
-    return Memory(allocation_peak(profile), None if before is None else peak - before)
+    allocated, peak = peak_allocation(step, DEVICE), _status_bytes("VmHWM")
+    return Memory(allocated, None if before is None else peak - before)
 
 
 def _status_bytes(field: str) -> int | None:

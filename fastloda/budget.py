@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
 from fastloda.accountant import calibrate_noise
 from fastloda.files import write_atomically
@@ -82,6 +83,11 @@ class Privacy:
             raise ValueError(
                 f"privacy.epochs {self.epochs} over {self.records} records are less than a step of {self.batch_size}"
             )
+
+    @classmethod
+    def for_steps(cls, steps: int, batch_size: int, records: int, **promise) -> Self:
+        """A promise that is spent in so many steps; promise: the other fields but epochs."""
+        return cls(epochs=steps * batch_size / records, batch_size=batch_size, records=records, **promise)
 
     def with_records(self, count: int) -> "Privacy":
         """`records` filled in by the data's own count, if it was left open."""

@@ -179,8 +179,8 @@ class DemoSettings:
         )
 
     def _promise(self, epsilon: float, batch_size: int, steps: int, max_grad_norm: float, views: int) -> Privacy:
-        epochs = steps * batch_size / PRIVATE_RECORDS
-        return Privacy(epsilon, self.delta, epochs, batch_size, PRIVATE_RECORDS, max_grad_norm, views)
+        promise = {"target_epsilon": epsilon, "delta": self.delta, "max_grad_norm": max_grad_norm, "views": views}
+        return Privacy.for_steps(steps, batch_size, PRIVATE_RECORDS, **promise)
 
     def reasons(self) -> dict[str, str]:
         """How each was chosen: the docstring above, or that it was set for this run."""

@@ -14,11 +14,6 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(profile_memory=True) as profile:
         run()
-    return allocation_peak(profile)
-
-
-def allocation_peak(profile: torch.profiler.profile) -> int:
-    """The same, of a finished profile with memory."""
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -8,8 +8,6 @@ evaluate    evaluation.json
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from fastloda.diffusion.pretrain import pretrain as train_on_public
 from fastloda.files import write_atomically
 from fastloda.inputs import NAMED, files_of, full_name, open_for_unet, open_images, open_tests
 from fastloda.models import load_unet, save_unet
+from fastloda.randomness import seeded
 from fastloda.report.plots import sample_grid
 from fastloda.runs import DONE, Stage, digest, make_folder, read_json, write_json
 from fastloda.settings import Adapter, Classifier, FineTuning
@@ -85,7 +84,7 @@ def pretrain(
     if not _reuse(stage):
         images = open_for_unet(data, unet, count=count, seed=training.seed)
         with stage.work():
-            with _seeded(training.seed):
+            with seeded(training.seed):
                 model = UNet(unet).to(place, memory_format=torch.channels_last)
             checkpoint = stage.folder / CHECKPOINT
             train_on_public(model, Diffusion(), images, training, checkpoint=checkpoint, progress=progress)
@@ -130,7 +129,7 @@ def finetune(
     network = load_unet(public / MODEL, place)
     images = open_for_unet(data, network.config)
     privacy = privacy.with_records(len(images))
-    with _seeded(training.seed or 0):  # only where A starts: public, and independent of the noise
+    with seeded(training.seed or 0):  # only where A starts: public, and independent of the noise
         attach_loda(network, **asdict(adapter))
     settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter)}
     settings |= {"training": asdict(training), "device": place.type}
@@ -139,7 +138,7 @@ def finetune(
     if not _reuse(stage):
         private = private_training(privacy, fixed_shape=place.type != "cpu", **training.optimization())
         # [:] of a tensor is that tensor, and of bytes floats
-        records, losses = (images.images[:], images.labels), _diffusion_losses(privacy.views, training)
+        records, losses = (images.images[:], images.labels), training.losses(privacy.views)
         checkpoint = stage.folder / CHECKPOINT
         trainer = DPTrainer(network, records, losses, private, checkpoint=checkpoint, progress=progress)
         with stage.work():
@@ -288,26 +287,7 @@ def _attach_trained(network: UNet, private: Path, public: Path) -> Path:
     return private / ADAPTER
 
 
-def _diffusion_losses(views: int, training: FineTuning):
-    diffusion = Diffusion.between(*training.timesteps)
-
-    def losses(model, batch, generator):
-        x, y = batch
-        options = {"label_dropout": training.label_dropout, "flips": training.flips, "generator": generator}
-        return diffusion.losses(model, x, y, views=views, **options)
-
-    return losses
-
-
 def _reuse(stage: Stage) -> bool:
     if done := stage.is_done():
         logger.info("%s: already there, with these settings", stage.folder)
     return done
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """PyTorch's global CPU generator starts from `seed` inside, and is as it was after."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -1,7 +1,8 @@
 """Random streams: unpredictable or repeatable, and held by a checkpoint."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Generator, Tensor
@@ -45,3 +46,11 @@ def restore_generators(generators: Mapping[str, Generator], states: Mapping[str,
     for i in range(torch.cuda.device_count()):
         if f"cuda:{i}" in states:
             torch.cuda.set_rng_state(states[f"cuda:{i}"], i)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """PyTorch's global CPU generator starts from `seed` inside, and is as it was after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+        yield

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 
 from fastloda.classify import AugmentName, NetworkName, Norm, OptimizerName, make_network
-from fastloda.diffusion import TIMESTEPS
+from fastloda.diffusion import TIMESTEPS, Diffusion
 from fastloda.schedules import Schedule
+from fastloda.trainer import Losses
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ class FineTuning:
             raise ValueError(
                 f"training needs learning_rate > 0, 0 <= ema_decay < 1, micro_batch_size >= 1, warmup >= 0; got {self}"
             )
+
+    def losses(self, views: int, diffusion: Diffusion | None = None) -> Losses:
+        """The diffusion loss, one number per sample and view, for a trainer; on `timesteps`, unless a process is given."""
+        diffusion = Diffusion.between(*self.timesteps) if diffusion is None else diffusion
+        options = {"views": views, "label_dropout": self.label_dropout, "flips": self.flips}
+        return lambda model, batch, generator: diffusion.losses(model, *batch, **options, generator=generator)
 
     def optimization(self) -> dict:
         """The fields that `PrivateTraining` has too."""

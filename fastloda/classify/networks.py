@@ -4,8 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
-import torch
 from torch import nn
+
+from fastloda.randomness import seeded
 
 from .cnn import SmallCNN
 from .norms import Norm
@@ -61,6 +62,5 @@ def make_network(
 
 def seeded_network(name: NetworkName, seed: int, **config) -> nn.Module:
     """As `make_network`, with the weights that `seed` gives, on the CPU; global generators stay as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+    with seeded(seed):
         return make_network(name, **config)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from fastloda.data import LabelledImages
 from fastloda.files import write_atomically
+from fastloda.randomness import seeded
 
 from .base import Work
 
@@ -82,6 +83,5 @@ class AutoencoderTraining:
         return network
 
     def _network(self, channels: int, work: Work) -> Autoencoder:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(work.seed)
+        with seeded(work.seed):
             return Autoencoder(channels, self.halvings, self.width).to(work.device)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastloda.average import copy_into
 from fastloda.budget import CHECKPOINT, Privacy, private_training
@@ -15,6 +15,7 @@ from fastloda.diffusion import Diffusion, UNet, UNetConfig
 from fastloda.diffusion import sample as draw_samples
 from fastloda.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.models import load_unet, save_unet
+from fastloda.randomness import seeded
 from fastloda.settings import FineTuning
 from fastloda.trainer import DPTrainer
 
@@ -45,8 +46,7 @@ class PublicModel:
         if path.exists():
             return load_unet(path, work.device)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(work.seed)
+        with seeded(work.seed):
             model = UNet(self.unet).to(work.device, memory_format=torch.channels_last)
         parts = [("conditional", self.conditional, public)]
         if self.unconditional is not None:
@@ -100,15 +100,11 @@ class PrivateTuning:
     time_weights: tuple[tuple[int, int, float], ...] = ()
 
     def privacy(self, budget: Budget) -> Privacy:
-        epochs = self.steps * self.batch_size / budget.records
-        return Privacy(
-            budget.epsilon, budget.delta, epochs, self.batch_size, budget.records, self.max_grad_norm, self.views
-        )
+        return budget.in_steps(self.steps, self.batch_size, max_grad_norm=self.max_grad_norm, views=self.views)
 
-    def diffusion(self) -> Diffusion:
-        if self.time_weights:
-            return Diffusion.mixture(self.time_weights)
-        return Diffusion.between(*self.training.timesteps)
+    def diffusion(self) -> Diffusion | None:
+        """The process with `time_weights`, if there are any."""
+        return Diffusion.mixture(self.time_weights) if self.time_weights else None
 
 
 @dataclass(frozen=True)
@@ -128,14 +124,7 @@ def tune(
     """Train what trains in `model` by DP-SGD on the diffusion loss; the averaged parameters sample."""
     options = replace(tuning.training, seed=work.seed).optimization()
     settings = private_training(tuning.privacy(budget), fixed_shape=work.device.type != "cpu", **options)
-    diffusion, flips = tuning.diffusion(), tuning.training.flips
-
-    def losses(model: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
-        dropout = tuning.training.label_dropout
-        return diffusion.losses(
-            model, *batch, views=tuning.views, label_dropout=dropout, flips=flips, generator=generator
-        )
-
+    losses = tuning.training.losses(tuning.views, tuning.diffusion())
     records = (coder.encode(private.images), private.labels)
     work.folder.mkdir(parents=True, exist_ok=True)
     checkpoint = work.folder / CHECKPOINT

@@ -6,11 +6,10 @@ train on the latents of the private ones. With adapters instead, it is LoDA on a
 
 from dataclasses import asdict, dataclass
 
-import torch
-
 from fastloda.adapt import attach_loda
 from fastloda.data import LabelledImages
 from fastloda.diffusion.unet import Attention, UNet
+from fastloda.randomness import seeded
 from fastloda.settings import Adapter
 
 from .autoencoder import AutoencoderTraining
@@ -42,8 +41,7 @@ class DPLDM:
         if self.adapter is None:
             tune_attention_alone(model)
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(work.seed)
+            with seeded(work.seed):
                 attach_loda(model, **asdict(self.adapter))
         tuning = self.tunings.at(budget.epsilon)
         return tune(model, private, budget, tuning, work, Coder(coder.encode, coder.decode))

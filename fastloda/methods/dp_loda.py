@@ -2,10 +2,9 @@
 
 from dataclasses import asdict, dataclass
 
-import torch
-
 from fastloda.adapt import attach_loda
 from fastloda.data import LabelledImages
+from fastloda.randomness import seeded
 from fastloda.settings import Adapter
 
 from .base import Budget, ByEpsilon, Sampler, Work
@@ -25,7 +24,6 @@ class DPLoDA:
 
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
         model = self.public.fit(public, work)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(work.seed)  # where A starts: public, and independent of the noise
+        with seeded(work.seed):  # where A starts: public, and independent of the noise
             attach_loda(model, **asdict(self.adapter))
         return tune(model, private, budget, self.tunings.at(budget.epsilon), work)

@@ -28,10 +28,7 @@ class Direct:
     max_grad_norm: float = 1.0
 
     def privacy(self, budget: Budget) -> Privacy:
-        epochs = self.steps * self.batch_size / budget.records
-        return Privacy(
-            budget.epsilon, budget.delta, epochs, self.batch_size, budget.records, self.max_grad_norm, self.views
-        )
+        return budget.in_steps(self.steps, self.batch_size, max_grad_norm=self.max_grad_norm, views=self.views)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastloda.randomness import seeded
+
 from .base import Sampler, Spent, Work
 
 _NOISE, _BATCH = 16, 200
@@ -60,8 +62,7 @@ def fit_generator(
     All randomness comes from work.seed.
     """
     generator = torch.Generator().manual_seed(work.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(work.seed)
+    with seeded(work.seed):
         network = SmallGenerator(image_shape[0], image_shape[1], num_classes).to(work.device).train()
     optimizer = torch.optim.Adam(network.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
