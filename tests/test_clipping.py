@@ -25,7 +25,6 @@ from fastloda.budget import Privacy, privacy_statement, private_training
 from fastloda.cli import build_parser
 from fastloda.clip import Automatic, Flat, PerLayer, clip_factors
 from fastloda.diffusion import Diffusion
-from fastloda.pipeline import _diffusion_losses
 from fastloda.settings import FineTuning
 from fastloda.styles import STYLES, clipping_style
 from fastloda.trainer import DPTrainer, PrivateTraining
@@ -615,7 +614,7 @@ def test_fine_tuning_passes_flips_on(flips, monkeypatch):
     seen = {}
     monkeypatch.setattr(Diffusion, "losses", lambda self, *arguments, **options: seen.update(options))
     training = FineTuning(flips=flips)
-    _diffusion_losses(3, training)(Sees(), (torch.zeros(2, 1, 4, 4), torch.zeros(2).long()), None)
+    training.losses(3)(Sees(), (torch.zeros(2, 1, 4, 4), torch.zeros(2).long()), None)
     assert seen["flips"] is flips and seen["views"] == 3
     assert "flips" not in training.optimization()
 
