@@ -30,6 +30,7 @@ setup(
         "docstring-parser>=0.15",
         "pillow>=10",
         "rich>=13",
+        "filelock>=3.12",
     ],
     extras_require={
         "triton": ["triton>=3.4"],  # comes with PyTorch's builds for GPUs

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from fastloda.classify import accuracy, train_classifier
+from fastloda.cli import main
 from fastloda.data import (
     MATCHES,
     NAMES,
@@ -879,6 +880,16 @@ def test_the_colours_say_nothing_of_the_digit():
 def write_everything(root: Path) -> None:
     write_mnist(root / "mnist"), write_cifar10(root / "cifar10"), write_svhn(root / "svhn")
     write_imagenet32(root / "imagenet32"), write_imagenet32(root / "imagenet10")
+
+
+def test_the_papers_table_runs_on_published_files(tmp_path):
+    """CIFAR-10's pickles and ImageNet32's npz batches, as they lie in one folder, to a finished table."""
+    root = tmp_path / "data"
+    write_cifar10(root / "cifar-10-batches-py"), write_imagenet32(root / "Imagenet32_train_npz")
+    command = f"reproduce table2 --data {root} --run {tmp_path / 'run'} --quick --seeds 1 --jobs 1 --device cpu --progress false"
+    assert main([*command.split(), "--methods", "DP-LoDA,DP-LDM,DP-MEPF"]) == 0
+    text = (tmp_path / "run" / "results.md").read_text()
+    assert "| DP-LoDA | its samples | " in text and "60 images" in text and "(63.5)" in text
 
 
 SHAPES = {

@@ -74,7 +74,9 @@ def table(monkeypatch):
 
 
 def reproduce(run: Path, *options: str) -> int:
-    return main(["reproduce", "digits", "--run", str(run), "--device", "cpu", "--progress", "false", *options])
+    """In this process, where a test can change the table."""
+    options = ["--device", "cpu", "--progress", "false", "--jobs", "1", *options]
+    return main(["reproduce", "digits", "--run", str(run), *options])
 
 
 def test_cells_are_done_once_and_reported(table, tmp_path, monkeypatch, capsys):
@@ -123,6 +125,23 @@ def test_an_interrupted_table_keeps_its_finished_cells(table, tmp_path, monkeypa
     assert FITS[:done] == [("DP-LoDA", 1.0, 0), ("DP-LoDA", 10.0, 0)] and len(FITS) == 4
 
 
+def test_cells_side_by_side_give_what_they_give_alone(tmp_path):
+    options = ["--quick", "--seeds", "1", "--methods", "DP-SGD,No privacy"]
+    assert reproduce(tmp_path / "alone", *options) == reproduce(tmp_path / "beside", *options, "--jobs", "2") == 0
+    alone, beside = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("alone", "beside"))
+    assert len(alone["measured"]) == 4 and beside["environment"]["cells at a time"] == 2
+    for one, other in zip(alone["measured"], beside["measured"], strict=True):
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.05) and one["spent"] == other["spent"]
+
+
+def test_a_cell_that_fails_in_its_process_is_told_in_a_line(tmp_path, capsys):
+    folder = tmp_path / "cells" / "dp-sgd" / "epsilon-1" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "fit").write_text("in the way")
+    assert reproduce(tmp_path, "--quick", "--seeds", "1", "--methods", "DP-SGD", "--jobs", "2") == 2
+    assert "fit" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_rows_can_be_chosen(table, tmp_path, capsys):
     assert reproduce(tmp_path, "--seeds", "1", "--methods", "DP-SGD") == 0
     assert {name for name, *_ in FITS} == {"DP-SGD"}
@@ -143,6 +162,7 @@ def test_a_cell_of_other_settings_is_not_taken(table, tmp_path, monkeypatch, cap
         (["table2"], "table2 reads published files: give their folder with --data"),
         (["table7"], "table"),
         (["digits", "--seeds", "0"], "seeds must be at least 1"),
+        (["digits", "--jobs", "0"], "jobs must be at least 1"),
         (["table4", "--data", "/nowhere"], "/nowhere"),
         (["digits", "--features", "/no/file.pt", "--quick"], "no feature extractor /no/file.pt"),
     ],

@@ -115,7 +115,7 @@ def train_dpsgd(
         ValueError: `data` is empty or not square.
         CheckpointError: the checkpoint is damaged, or of other settings.
     """
-    model, records = _network(data, training, settings.seed or 0).to(device), (data.images, data.labels)
+    model, records = _network(data, training, settings.seed or 0).to(device), (data.images[:], data.labels)
     losses = _augmented_losses(settings.views, training.augment)
     trainer = DPTrainer(model, records, losses, settings, checkpoint=checkpoint, progress=progress).fit()
     copy_into(trainer.parameters, trainer.average.values)

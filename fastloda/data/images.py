@@ -1,5 +1,6 @@
 """Labelled images as one checked, immutable value: no later step has to ask about range, layout or dtype."""
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -60,6 +61,13 @@ class LabelledImages:
         images = self.images
         picked = ByteImages(images.pixels[index]) if isinstance(images, ByteImages) else images[index]
         return LabelledImages(picked, self.labels[index], self.num_classes)
+
+    def digest(self) -> str:
+        """sha256 of pixels and labels: equal for equal images, kept alike."""
+        pixels = self.images.pixels if isinstance(self.images, ByteImages) else self.images
+        digest = hashlib.sha256(pixels.cpu().contiguous().numpy())
+        digest.update(self.labels.cpu().numpy())
+        return digest.hexdigest()
 
     def save_npz(self, path: str | Path, *, uint8: bool = False) -> None:
         """Write `images` (NCHW), `labels` and `num_classes` to exactly `path`: all of the file or none of it.

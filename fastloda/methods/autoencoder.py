@@ -15,6 +15,7 @@ from fastloda.files import write_atomically
 from fastloda.randomness import seeded
 
 from .base import Work
+from .shared_file import only_one
 
 LATENT_CHANNELS = 3  # as images have, so that latents are images of their own
 
@@ -62,13 +63,18 @@ class AutoencoderTraining:
 
     def fit(self, public: LabelledImages, work: Work) -> Autoencoder:
         """Train it on public images by mean squared error, or load it if work.public_folder has it."""
+        about = [asdict(self), work.seed, public.digest()]
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        path = work.public_folder / f"autoencoder-{key}.safetensors"
         network = self._network(public.images.shape[1], work)
-        digest = hashlib.sha256(json.dumps([asdict(self), work.seed]).encode() + public.images.numpy().tobytes())
-        path = work.public_folder / f"autoencoder-{digest.hexdigest()[:16]}.safetensors"
-        if path.exists():
-            network.load_state_dict(load_file(path))
-            return network
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with only_one(path):
+            if not path.exists():
+                self._train(network, public, work)
+                write_atomically(path, lambda temporary: save_file(network.state_dict(), temporary))
+        network.load_state_dict(load_file(path))
+        return network
+
+    def _train(self, network: Autoencoder, public: LabelledImages, work: Work) -> None:
         optimizer = torch.optim.Adam(network.parameters(), self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         generator = torch.Generator().manual_seed(work.seed)
@@ -79,8 +85,6 @@ class AutoencoderTraining:
             F.mse_loss(network.decoder(network.encoder(images)), images).backward()
             optimizer.step()
             schedule.step()
-        write_atomically(path, lambda temporary: save_file(network.state_dict(), temporary))
-        return network
 
     def _network(self, channels: int, work: Work) -> Autoencoder:
         with seeded(work.seed):

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fastloda.trainer import DPTrainer
 
 from .base import Budget, Release, Sampler, Spent, Work
 from .cost import step_cost
+from .shared_file import only_one
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,31 @@ class PublicModel:
     Attributes:
         unet: its shape.
         conditional: training on labelled images.
-        unconditional: training without labels before it, on all public images; None leaves it out.
+        unconditional: training without labels before it; None leaves it out.
+        everything: gives the images of that, of whatever classes; None: those of the conditional training.
     """
 
     unet: UNetConfig
     conditional: PublicTraining
     unconditional: PublicTraining | None = None
+    everything: Callable[[], LabelledImages] | None = field(default=None, repr=False)
 
-    def fit(self, public: LabelledImages, work: Work, everything: LabelledImages | None = None) -> UNet:
-        """Train it, or load it if work.public_folder has it; interrupted, it continues.
+    def fit(self, public: LabelledImages, work: Work) -> UNet:
+        """Train it on images of the private classes, or load it if work.public_folder has it; interrupted, it continues."""
+        path = work.public_folder / f"unet-{self._key(public, work.seed)}.safetensors"
+        with only_one(path):
+            if not path.exists():
+                self._train(path, public, work)
+        return load_unet(path, work.device)
 
-        public: images of the private classes. everything: more public images for the unconditional part, of any classes.
-        """
-        path = work.public_folder / f"unet-{self._key(public, everything, work.seed)}.safetensors"
-        if path.exists():
-            return load_unet(path, work.device)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _train(self, path: Path, public: LabelledImages, work: Work) -> None:
         with seeded(work.seed):
             model = UNet(self.unet).to(work.device, memory_format=torch.channels_last)
         parts = [("conditional", self.conditional, public)]
         if self.unconditional is not None:
-            parts.insert(
-                0, ("unconditional", replace(self.unconditional, label_dropout=1.0), _unlabelled(everything or public))
-            )
+            everything = self.everything() if self.everything else public
+            without_labels = replace(self.unconditional, label_dropout=1.0)
+            parts.insert(0, ("unconditional", without_labels, _unlabelled(everything)))
         checkpoints = [path.with_suffix(f".{name}.pt") for name, _, _ in parts]
         for checkpoint, (_, training, images) in zip(checkpoints, parts):
             settings = replace(training, seed=work.seed)
@@ -60,15 +64,10 @@ class PublicModel:
         save_unet(model, path)
         for checkpoint in checkpoints:
             checkpoint.unlink()
-        return load_unet(path, work.device)
 
-    def _key(self, public: LabelledImages, everything: LabelledImages | None, seed: int) -> str:
-        digest = hashlib.sha256(json.dumps([asdict(self), seed], sort_keys=True, default=str).encode())
-        for data in (public, everything):
-            if data is not None:
-                digest.update(data.images.numpy().tobytes())
-                digest.update(data.labels.numpy().tobytes())
-        return digest.hexdigest()[:16]
+    def _key(self, public: LabelledImages, seed: int) -> str:
+        about = [asdict(replace(self, everything=None)), seed, public.digest()]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _unlabelled(data: LabelledImages) -> LabelledImages:
@@ -125,7 +124,7 @@ def tune(
     options = replace(tuning.training, seed=work.seed).optimization()
     settings = private_training(tuning.privacy(budget), fixed_shape=work.device.type != "cpu", **options)
     losses = tuning.training.losses(tuning.views, tuning.diffusion())
-    records = (coder.encode(private.images), private.labels)
+    records = (coder.encode(private.images)[:], private.labels)
     work.folder.mkdir(parents=True, exist_ok=True)
     checkpoint = work.folder / CHECKPOINT
     trainer = DPTrainer(model, records, losses, settings, checkpoint=checkpoint, progress=work.progress).fit()

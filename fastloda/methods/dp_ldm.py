@@ -4,7 +4,7 @@ Autoencoder and latent U-Net are trained on public images. The attention blocks 
 train on the latents of the private ones. With adapters instead, it is LoDA on a latent diffusion model: the paper's future work.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from fastloda.adapt import attach_loda
 from fastloda.data import LabelledImages
@@ -12,7 +12,7 @@ from fastloda.diffusion.unet import Attention, UNet
 from fastloda.randomness import seeded
 from fastloda.settings import Adapter
 
-from .autoencoder import AutoencoderTraining
+from .autoencoder import Autoencoder, AutoencoderTraining
 from .base import Budget, ByEpsilon, Sampler, Work
 from .diffusion_model import Coder, PrivateTuning, PublicModel, tune
 
@@ -36,8 +36,7 @@ class DPLDM:
 
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
         coder = self.autoencoder.fit(public, work)
-        latents = LabelledImages(coder.encode(public.images), public.labels, public.num_classes)
-        model = self.public.fit(latents, work)
+        model = self._latent_model(coder).fit(_encoded(public, coder), work)
         if self.adapter is None:
             tune_attention_alone(model)
         else:
@@ -45,6 +44,15 @@ class DPLDM:
                 attach_loda(model, **asdict(self.adapter))
         tuning = self.tunings.at(budget.epsilon)
         return tune(model, private, budget, tuning, work, Coder(coder.encode, coder.decode))
+
+    def _latent_model(self, coder: Autoencoder) -> PublicModel:
+        """The public model, whose unconditional part is to learn latents too."""
+        everything = self.public.everything
+        return replace(self.public, everything=everything and (lambda: _encoded(everything(), coder)))
+
+
+def _encoded(data: LabelledImages, coder: Autoencoder) -> LabelledImages:
+    return LabelledImages(coder.encode(data.images), data.labels, data.num_classes)
 
 
 def tune_attention_alone(model: UNet) -> None:

@@ -49,5 +49,5 @@ class DirectDPSGD:
         options = {"device": work.device, "checkpoint": work.folder / CHECKPOINT, "progress": work.progress}
         network, trainer = train_dpsgd(private, settings, training, **options)
         release = Release("clipped gradients", settings.sample_rate, settings.noise_multiplier, trainer.step)
-        cost = step_cost(trainer, (private.images, private.labels))
+        cost = step_cost(trainer, (private.images[:], private.labels))
         return PrivateClassifier(network, Spent(budget.delta, (release,)), cost)

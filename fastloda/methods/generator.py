@@ -63,7 +63,11 @@ def fit_generator(
     """
     generator = torch.Generator().manual_seed(work.seed)
     with seeded(work.seed):
-        network = SmallGenerator(image_shape[0], image_shape[1], num_classes).to(work.device).train()
+        network = (
+            SmallGenerator(image_shape[0], image_shape[1], num_classes)
+            .to(work.device, memory_format=torch.channels_last)
+            .train()
+        )
     optimizer = torch.optim.Adam(network.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     labels = (torch.arange(_BATCH) % num_classes).to(work.device)

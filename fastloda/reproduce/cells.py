@@ -1,7 +1,7 @@
 """One cell of a table: fit a method at a budget with a seed, and judge what it gives. Its result is a file: it is done once."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Problem:
         delta: of every budget.
         classifiers: name -> settings, each trained on the synthetic images.
         synthetic_images: how many are drawn.
-        extractor: of the features for FID and the other scores; they are taken against `test`.
+        extractor: gives that of the features for FID and the other scores; they are taken against `test`.
     """
 
     private: LabelledImages
@@ -37,7 +37,7 @@ class Problem:
     delta: float
     classifiers: dict[str, Classifier]
     synthetic_images: int
-    extractor: Extractor
+    extractor: Callable[[], Extractor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,16 +60,20 @@ class Cell:
         ]
         return run.joinpath("cells", *parts, f"seed-{self.seed}")
 
+    def stage(self, run: Path, problem: Problem, device: torch.device) -> Stage:
+        """Where its result lies, and what it depends on."""
+        settings = {"method": repr(self.method), "epsilon": self.epsilon, "seed": self.seed, "device": device.type}
+        settings |= {"classifiers": repr(problem.classifiers), "synthetic_images": problem.synthetic_images}
+        settings |= {"records": len(problem.private), "delta": problem.delta}
+        return Stage(self.folder(run), settings, outputs=(RESULT,), private=True)
+
     def result(self, run: Path, problem: Problem, device: torch.device) -> dict:
         """What came out, as JSON values; computed unless it is there. Interrupted, it continues where its method can.
 
         Raises:
             RunError: the folder holds the cell of other settings.
         """
-        settings = {"method": repr(self.method), "epsilon": self.epsilon, "seed": self.seed, "device": device.type}
-        settings |= {"classifiers": repr(problem.classifiers), "synthetic_images": problem.synthetic_images}
-        settings |= {"records": len(problem.private), "delta": problem.delta}
-        stage = Stage(self.folder(run), settings, outputs=(RESULT,), private=True)
+        stage = self.stage(run, problem, device)
         if not stage.is_done():
             with stage.work():
                 work = Work(stage.folder / "fit", run / "public", self.seed, device, progress=False)
@@ -86,7 +90,7 @@ class Cell:
             seconds["sample"] = clock.lap()
             write_atomically(work.folder.parent / GRID, sample_grid(images.images, images.labels))
             accuracies = judge(images, problem, self.seed, work.device)
-            image_scores = asdict(scores(problem.test.images, images.images, problem.extractor))
+            image_scores = asdict(scores(problem.test.images, images.images, problem.extractor()))
         else:
             accuracies, image_scores = {"itself": accuracy(fitted.network, problem.test)}, None
         seconds["judge"] = clock.lap()

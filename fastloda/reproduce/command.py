@@ -4,15 +4,13 @@ import logging
 from pathlib import Path
 
 import rich
-from tqdm import tqdm
 
 from fastloda.arguments import Device, Names, resolve_device
 from fastloda.environment import environment
-from fastloda.metrics import public_extractor, torchscript_features
 
-from .cells import Problem, all_cells
-from .recipes import TableName, recipe
+from .recipes import TableName
 from .report import Findings
+from .workers import Order, Table, compute_cells, default_jobs
 
 logger = logging.getLogger("fastloda")
 
@@ -28,6 +26,7 @@ def reproduce(
     methods: Names = NO_NAMES,
     features: Path | None = None,
     quick: bool = False,
+    jobs: int | None = None,
     device: Device = "auto",
     progress: bool = True,
 ) -> None:
@@ -47,26 +46,20 @@ def reproduce(
         features: TorchScript file of an Inception network for FID and the other scores; default: a small classifier trained on
             the public images.
         quick: minutes instead of hours, with steps and counts that show the machinery and no more.
+        jobs: cells at a time, each in a process with its share of the cores. Default: one on a GPU, on a CPU one a core.
         device: where to compute.
-        progress: show a bar over the cells.
+        progress: show a bar over the cells, and those that run.
     """
-    chosen = recipe(table, data, quick).only(methods)
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     place, folder = resolve_device(device), Path(run or f"runs/{table}{'-quick' * quick}")
-    private, test, public = chosen.private(), chosen.test(), chosen.public()
-    extractor = (
-        public_extractor(public, steps=chosen.extractor_steps, device=place, progress=False)
-        if features is None
-        else torchscript_features(features, device=place)
-    )
-    problem = Problem(private, public, test, chosen.delta, chosen.classifiers, chosen.synthetic_images, extractor)
-    results = {}
-    with tqdm(all_cells(chosen.methods, chosen.epsilons, seeds), unit="cell", disable=not progress) as bar:
-        for cell in bar:
-            bar.set_description(cell.name)
-            results[cell] = cell.result(folder, problem, place)
-    findings = Findings(chosen, results, folder, environment(place))
+    jobs = jobs or default_jobs(place)
+    made = Table(Order(table, data, folder, seeds, tuple(methods), features, quick, place))
+    compute_cells(made, jobs, progress)
+    results = {cell: made.result(cell) for cell in made.cells}
+    findings = Findings(made.recipe, results, folder, environment(place) | {"cells at a time": jobs})
     findings.write()
     rich.print(findings.accuracy_table.for_terminal())
     logger.info("report: %s", folder / "report.html")
