@@ -1,6 +1,7 @@
 """`fastloda reproduce`: cells are done once, measured and published values stay apart, every table's recipe holds together."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,9 @@ def test_cells_are_done_once_and_reported(table, tmp_path, monkeypatch, capsys):
     assert "DP-LoDA" in shown and "(60.2)" in shown
     for name in ("results.json", "results.md", "report.html"):
         assert (tmp_path / name).stat().st_size > 500
+    pictures = re.findall(r"\]\((.+\.png)\)", (tmp_path / "results.md").read_text())
+    assert pictures[0] == "digits-accuracy-on-real-test-images-by-epsilon.png" and len(pictures) == 2
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     first = json.loads((tmp_path / "results.json").read_text())
     assert reproduce(tmp_path, "--seeds", "3") == 0  # only the third seed is new
     assert len(FITS) == 3 * 2 * 2

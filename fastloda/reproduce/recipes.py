@@ -146,8 +146,8 @@ def _of_digits(name: TableName, title: str, private: Callable[[], LabelledImages
         how_chosen={
             "public model": PRE_TRAINED,
             "DP-LoDA": ON_THE_STAND_IN,
-            "samples": f"as many as in the demo, in {SAMPLER_STEPS} of the sampler's steps instead of 50: as good on the stand-in "
-            "(96.3% both, one trial)",
+            "samples": f"as many as in the demo, in {SAMPLER_STEPS} of the sampler's steps instead of 50: as good on the "
+            "stand-in (96.3% both, one trial)",
             "DP-Diffusion, DP-LDM": f"set beforehand, not tuned: as DP-LoDA, with DP-Diffusion's timesteps for it, and at most "
             f"{FULL_STEPS} steps, of such a size that they could go as far together as at a tenth of DP-LoDA's learning rate",
             "DP-MEPF, DP-MERF": "set beforehand, after the methods' papers, but for the generators' steps, as many as the hour "

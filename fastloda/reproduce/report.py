@@ -1,5 +1,6 @@
 """A table's results as JSON, Markdown and a page: what was measured, in the paper's order, and beside it what was published."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,8 +33,10 @@ class Findings:
     environment: Mapping[str, object]
 
     def write(self) -> None:
-        """results.json, results.md, report.html in the run's folder."""
+        """results.json, results.md with its pictures, and report.html in the run's folder."""
         write_json(self.run / "results.json", self.to_dict())
+        for figure in self._pictures():
+            write_atomically(self.run / self._file(figure), figure.png)
         write_atomically(self.run / "results.md", self.to_markdown().encode())
         write_atomically(self.run / "report.html", render(self._page()).encode())
 
@@ -96,6 +99,7 @@ class Findings:
         parts += [
             f"## {table.title}\n\n{table.to_markdown()}" if i else table.to_markdown() for i, table in enumerate(tables)
         ]
+        parts += [f"## {figure.caption}\n\n![{figure.caption}]({self._file(figure)})" for figure in self._pictures()]
         chosen = "\n".join(f"- {name}: {how}" for name, how in self.recipe.how_chosen.items())
         parts += ["## Privacy", *self._statement(), "## How hyper-parameters were chosen", chosen]
         parts += ["Measured on " + "; ".join(f"{name} {value}" for name, value in self.environment.items()) + "."]
@@ -107,7 +111,7 @@ class Findings:
             lead=self.recipe.lead,
             results=self.accuracy_table,
             more=[self.score_table, self.cost_table],
-            chart=Figure("Accuracy on real test images by epsilon", accuracy_curves(self._curves(), self._levels())),
+            chart=self._chart,
             samples=list(self._grids()),
             statement=self._statement(),
             spent=self._spent_facts(),
@@ -195,6 +199,22 @@ class Findings:
             everything = f"({rounded_up(together)}, {delta:g})-private"
             lines.append(f"Were all private cells of this page released, they would be {everything} together.")
         return [*lines, "No setting was chosen by how well it does on the private or the test images."]
+
+    @cached_property
+    def _chart(self) -> Figure:
+        return Figure("Accuracy on real test images by epsilon", accuracy_curves(self._curves(), self._levels()))
+
+    def _pictures(self) -> list[Figure]:
+        """The accuracies, and samples of each method at the largest epsilon."""
+        largest = {None, max(self.recipe.epsilons)}
+        grids = [
+            (cell, cell.folder(self.run) / GRID) for cell in self.results if cell.seed == 0 and cell.epsilon in largest
+        ]
+        samples = [Figure(f"Samples of {cell.name}", grid.read_bytes(), True) for cell, grid in grids if grid.exists()]
+        return [self._chart, *samples]
+
+    def _file(self, figure: Figure) -> str:
+        return f"{self.recipe.name}-{re.sub('[^a-z0-9]+', '-', figure.caption.lower())}.png"
 
     def _curves(self) -> dict[str, list[tuple[float, list[float]]]]:
         private = [method for method in self.recipe.methods if method.has_budget]

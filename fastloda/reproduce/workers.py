@@ -3,6 +3,7 @@
 Small convolutions don't fill several cores: cells on one core each are done sooner than one after another on all of them.
 """
 
+import logging
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
@@ -147,6 +148,7 @@ def _start_worker(order: Order, threads: int) -> None:
     global _workers_order
     _workers_order = order
     torch.set_num_threads(threads)
+    logging.getLogger("fastloda").setLevel(logging.ERROR)  # the display is the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
 
 
