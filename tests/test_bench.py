@@ -94,6 +94,21 @@ def test_gpu_check_says_that_there_is_no_gpu():
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "no GPU" in done.stderr
 
 
+def test_gpu_check_installs_all_that_the_benches_import():
+    """A machine with a GPU has nothing but PyTorch and what gpu_check names."""
+    script = """
+import runpy, sys
+needed = runpy.run_path("scripts/gpu_check", run_name="checked")["NEEDED"]
+sys.path[:0] = ["bench", "tests", "scripts"]
+for name in {"sklearn", "yaml", "jsonargparse", "docstring_parser", "filelock", "platformdirs", "jinja2"} - set(needed):
+    if name not in ("filelock", "yaml"):  # PyTorch's own
+        sys.modules[name] = None  # importing it fails
+import cases, compare, gpu_step_check, machine, measure, operations, providers, results_file, scales, truth
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- report
 
 SECONDS = {"min": 0.9, "max": 1.2, "mean": 1.0, "stddev": 0.1, "median": 1.0, "iqr": 0.1, "rounds": 3}

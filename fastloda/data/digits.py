@@ -1,8 +1,6 @@
 """The private data: 1,797 real handwritten digits, split once and for all."""
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from .images import LabelledImages
 
@@ -16,6 +14,9 @@ def digits_split() -> tuple[LabelledImages, LabelledImages]:
     The counts 0 .. 16 become -1 .. 1. Source: `sklearn.datasets.load_digits`, the test part of UCI's "Optical
     Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998), shipped inside scikit-learn: no download.
     """
+    from sklearn.datasets import load_digits  # here: half a second of every import of the package, else
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / (_ON_PIXELS / 2) - 1
     labels = torch.tensor(digits.target, dtype=torch.int64)
