@@ -30,7 +30,7 @@ class Table:
             title=self.title or None, caption="\n".join(self.notes) or None, caption_justify="left", box=SIMPLE
         )
         for i, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if i < self.left else "right", no_wrap=True)
+            table.add_column(name, justify="left" if i < self.left else "right", no_wrap=i >= self.left)
         for row in self.rows:
             table.add_row(*row)
         return table
