@@ -152,6 +152,8 @@ def test_pretraining_in_two_steps_starts_without_labels(public, tmp_path, monkey
     two = replace(MODEL, unconditional=PublicTraining(steps=3, batch_size=4, warmup=1), everything=everything)
     two.fit(as_bytes(public), work_in(tmp_path))
     assert seen == [(4, 1.0)] * 3 + [(8, 0.1)] * 2
+    replace(two, everything=None).fit(as_bytes(public), work_in(tmp_path))  # other images: another model
+    assert len(seen) == 10
 
 
 def test_a_killed_pretraining_continues_bit_for_bit(public, tmp_path, monkeypatch):

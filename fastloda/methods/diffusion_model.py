@@ -33,7 +33,8 @@ class PublicModel:
         unet: its shape.
         conditional: training on labelled images.
         unconditional: training without labels before it; None leaves it out.
-        everything: gives the images of that, of whatever classes; None: those of the conditional training.
+        everything: gives the images of that, of whatever classes; None: those of the conditional training. A model that lies
+            in work.public_folder is taken whatever images it gives now.
     """
 
     unet: UNetConfig
@@ -66,7 +67,13 @@ class PublicModel:
             checkpoint.unlink()
 
     def _key(self, public: LabelledImages, seed: int) -> str:
-        about = [asdict(replace(self, everything=None)), seed, public.digest()]
+        plain = asdict(replace(self, everything=None))
+        about = [
+            plain,
+            self.everything is not None,
+            seed,
+            public.digest(),
+        ]  # to hash all of ImageNet would be to load it
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 

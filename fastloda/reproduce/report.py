@@ -207,11 +207,14 @@ class Findings:
     def _pictures(self) -> list[Figure]:
         """The accuracies, and samples of each method at the largest epsilon."""
         largest = {None, max(self.recipe.epsilons)}
-        grids = [
-            (cell, cell.folder(self.run) / GRID) for cell in self.results if cell.seed == 0 and cell.epsilon in largest
-        ]
-        samples = [Figure(f"Samples of {cell.name}", grid.read_bytes(), True) for cell, grid in grids if grid.exists()]
-        return [self._chart, *samples]
+        return [self._chart, *(figure for cell, figure in self._samples() if cell.epsilon in largest)]
+
+    def _samples(self) -> Iterator[tuple[Cell, Figure]]:
+        """Of the first seed's cells that draw images."""
+        for cell in self.results:
+            grid = cell.folder(self.run) / GRID
+            if cell.seed == 0 and grid.exists():
+                yield cell, Figure(f"Samples of {cell.name}", grid.read_bytes(), True)
 
     def _file(self, figure: Figure) -> str:
         return f"{self.recipe.name}-{re.sub('[^a-z0-9]+', '-', figure.caption.lower())}.png"
@@ -227,10 +230,7 @@ class Findings:
     def _grids(self) -> Iterator[Figure]:
         public = self.recipe.public()[:400]
         yield Figure("Public images", sample_grid(public.images, public.labels), True)
-        for cell in self.results:
-            grid = cell.folder(self.run) / GRID
-            if cell.seed == 0 and grid.exists():
-                yield Figure(cell.name, grid.read_bytes(), True)
+        yield from (figure for _, figure in self._samples())
 
     def _spent_facts(self) -> dict[str, dict]:
         spent = {cell.name: result["spent"] for cell, result in self.results.items() if result["spent"]["epsilon"]}

@@ -154,6 +154,7 @@ def _start_worker(order: Order, threads: int) -> None:
 
 @cache
 def _workers_table() -> Table:
+    """Made by the first cell, not at the start: what goes wrong then would be told as a broken pool."""
     return Table(_workers_order)
 
 
