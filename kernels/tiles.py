@@ -4,6 +4,8 @@ in place.
 Each entry compiles without a spill for sm_80, sm_90 and sm_100 at the shapes of the paper's U-Net (`scripts/compile_check.py`).
 None is measured on a GPU yet.
 
+Where `maxnreg` stands, ptxas left alone would spill a few bytes to fit one more block on a multiprocessor (65,536 registers).
+
 float32 products run without tensor cores (no tf32) and are unrolled over the inner axis: it stays at 16, with more warps.
 """
 
@@ -18,14 +20,16 @@ CLIP_SUM = {"BN": 8, "BJ": 512, "num_warps": 4}
 def gradient(conv: Conv, outputs: int, channels: int, positions: int, itemsize: int) -> dict[str, int]:
     """sample_grad: BM rows (tap, output channel) by BC input channels, summed over BP positions at a time.
 
-    Eight warps where four spill 8 bytes: full layers, of more rows than a tile, and strides.
+    Eight warps where four spill: full layers, of more rows than a tile, and strides.
     """
     rows = outputs * conv.taps
-    sizes = {"BM": min(64, power_of_2(rows)), "BC": min(64, power_of_2(channels)), "STAGES": 3}
+    sizes = {"BM": min(64, power_of_2(rows)), "STAGES": 3}
     if itemsize == 4:
-        return sizes | {"BP": 16, "num_warps": 8}
-    easy = rows <= 64 and conv.stride == (1, 1)
-    return sizes | {"BP": min(64, power_of_2(positions)), "num_warps": 4 if easy else 8}
+        return sizes | {"BC": min(32, power_of_2(channels)), "BP": 16, "num_warps": 8, "maxnreg": 128}
+    sizes |= {"BC": min(64, power_of_2(channels)), "BP": min(64, power_of_2(positions))}
+    if rows <= 64 and conv.stride == (1, 1):
+        return sizes | {"num_warps": 4, "maxnreg": 168}
+    return sizes | {"num_warps": 8, "maxnreg": 255}
 
 
 def chunk(samples: int, tiles: int) -> int:
@@ -35,7 +39,7 @@ def chunk(samples: int, tiles: int) -> int:
 
 def project(conv: Conv, rank: int, channels: int, width: int, out_height: int, out_width: int, itemsize: int):
     """adapter_forward: strips of whole rows whose input is at most `held` positions; None where that does not fit."""
-    columns, held = power_of_2(rank, at_least=1), 256
+    columns, held = power_of_2(rank, at_least=1), 128 if itemsize == 4 else 256
     in_all = power_of_2(columns * conv.taps)
     if in_all > 64 or _rows_held(conv, 1) * width > held:
         return None
@@ -43,8 +47,10 @@ def project(conv: Conv, rank: int, channels: int, width: int, out_height: int, o
     while rows < out_height and _rows_held(conv, rows + 1) * width <= held:
         rows += 1
     sizes = {"ROWS": rows, "RP": columns, "BM": in_all, "BI": power_of_2(_rows_held(conv, rows) * width)}
-    inner = {"BC": 16, "STAGES": 2} if itemsize == 4 else {"BC": min(64, power_of_2(channels)), "STAGES": 3}
-    return sizes | inner | {"BO": power_of_2(rows * out_width), "num_warps": 8}
+    sizes |= {"BO": power_of_2(rows * out_width), "num_warps": 8}
+    if itemsize == 4:
+        return sizes | {"BC": 16, "STAGES": 2, "maxnreg": 128}
+    return sizes | {"BC": min(64, power_of_2(channels)), "STAGES": 3}
 
 
 def _rows_held(conv: Conv, rows: int) -> int:

@@ -1,7 +1,7 @@
 """Compile every kernel ahead of time, without a GPU, at every layer shape of the paper's U-Net.
 
-    python scripts/compile_check.py                       bfloat16, channels_last, for sm_80, sm_90 and sm_100
-    python scripts/compile_check.py --dtypes bfloat16 float16 float32 --layouts channels_last contiguous --json compile.json
+    python scripts/compile_check.py                      bfloat16 and float32, both layouts, for sm_80, sm_90 and sm_100
+    python scripts/compile_check.py --dtypes bfloat16 float16 float32 --json compile.json
 
 The launchers themselves are run on tensors without memory, and what they would launch is compiled as a launch would compile it.
 Fails on an error, a register spill, or more shared memory than the card has.
@@ -176,8 +176,10 @@ def check(
 def main(show: Callable[[str], None] = print) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--layouts", nargs="+", default=["channels_last"], choices=list(LAYOUTS))
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"]
+    )
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     parser.add_argument("--json", type=Path, help="write a report of each compilation here")
     arguments = parser.parse_args()
