@@ -31,7 +31,7 @@ def account(
         steps: optimizer steps.
         target_epsilon: give this instead of noise_multiplier to get the noise.
         composition: several runs on the same records instead of all these: their folders, or privacy.json files, with
-            commas between.
+            commas between. What `choose` released before a run is counted with the run.
     """
     one = {"sample_rate": sample_rate, "steps": steps}
     if composition:
@@ -64,6 +64,12 @@ def read_statement(path: Path) -> dict:
     return statement
 
 
+def releases(statement: dict) -> list[tuple]:
+    """All that a statement's epsilon covers, as `compose_epsilon` takes it."""
+    own = (statement["sample_rate"], statement["noise_multiplier"], statement["steps"])
+    return [*map(tuple, statement.get("earlier", ())), own]
+
+
 def _compose(statements: list[dict], delta: float) -> dict:
-    runs = [(s["sample_rate"], s["noise_multiplier"], s["steps"]) for s in statements]
+    runs = [run for statement in statements for run in releases(statement)]
     return {"epsilon": compose_epsilon(runs, delta), "delta": delta, "each": [s["epsilon"] for s in statements]}

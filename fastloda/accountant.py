@@ -89,16 +89,20 @@ class PrivacyAccountant:
     `sample_rate` q in (0, 1] is the probability with which each record enters a batch, independently (Poisson
     sampling); `noise_multiplier` is the noise's standard deviation on the sum of clipped gradients, in units
     of `max_grad_norm`. Noise 0 is allowed and costs an infinite epsilon. `method` is "prv" (tight) or "rdp".
+    `earlier` are releases about the same records, as `compose_epsilon` takes them: every epsilon covers them too.
 
     Every epsilon returned is an upper bound for add/remove adjacency. With "prv" it is at most 0.5% loose for
     epsilon >= 1 where PRV works; where it does not, RDP answers and one `PrivacyAccountingWarning` per
     accountant says why.
     """
 
-    def __init__(self, sample_rate: float, noise_multiplier: float, method: str = "prv"):
+    def __init__(
+        self, sample_rate: float, noise_multiplier: float, method: str = "prv", earlier: Sequence[Sequence] = ()
+    ):
         self.sample_rate = _check_rate(sample_rate)
         self.noise_multiplier = _check_noise(noise_multiplier)
         self.method = _check_method(method)
+        self.earlier = _merged(earlier)
         self._steps = 0
         self._warned = False
 
@@ -134,8 +138,9 @@ class PrivacyAccountant:
         """
         delta, counts = _check_delta(delta), [_check_steps(count) for count in step_counts]
         distinct = sorted({count for count in counts if count > 0})
+        start = self.epsilon(delta, 0)
         if not distinct:
-            return [0.0] * len(counts)
+            return [start] * len(counts)
         whole, final = self._spent(distinct[-1]), self.epsilon(delta, distinct[-1])
         knots = [distinct[i] for i in _spread(len(distinct))]
         runs = [self._spent(count) for count in knots[:-1]]
@@ -144,17 +149,18 @@ class PrivacyAccountant:
         else:
             bounds = [_epsilon(run, delta, COARSE, whole)[0] for run in runs]
         bounds = list(accumulate([*(min(bound, final) for bound in bounds), final], max))
-        return [bounds[bisect_left(knots, count)] if count else 0.0 for count in counts]
+        return [bounds[bisect_left(knots, count)] if count else start for count in counts]
 
     def state_dict(self) -> dict[str, int | float | str]:
         """The record that belongs into a checkpoint: plain JSON types."""
+        earlier = {"earlier": [list(mechanism) for mechanism in self.earlier]} if self.earlier else {}
         return {
             "version": VERSION,
             "sample_rate": self.sample_rate,
             "noise_multiplier": self.noise_multiplier,
             "steps": self.steps,
             "method": self.method,
-        }
+        } | earlier
 
     def load_state_dict(self, state: dict) -> None:
         """Continue a record. What was spent stays spent: the larger of the two step counts is kept.
@@ -170,12 +176,13 @@ class PrivacyAccountant:
         try:
             rate, noise = _check_rate(state["sample_rate"]), _check_noise(state["noise_multiplier"])
             steps, _ = _check_steps(state["steps"]), _check_method(state["method"])
+            earlier = _merged(state.get("earlier", ()))
         except (TypeError, ValueError) as error:
             raise ValueError(f"malformed privacy record: {error}") from error
-        if (rate, noise) != (self.sample_rate, self.noise_multiplier):
+        if (rate, noise, earlier) != (self.sample_rate, self.noise_multiplier, self.earlier):
             raise ValueError(
-                f"the record is of sample_rate={rate}, noise_multiplier={noise}; this run has "
-                f"sample_rate={self.sample_rate}, noise_multiplier={self.noise_multiplier}"
+                f"the record is of sample_rate={rate}, noise_multiplier={noise}, earlier={[*earlier]}; this run has "
+                f"sample_rate={self.sample_rate}, noise_multiplier={self.noise_multiplier}, earlier={[*self.earlier]}"
             )
         self._steps = max(self._steps, steps)
 
@@ -187,7 +194,7 @@ class PrivacyAccountant:
 
     def _spent(self, steps: int | None) -> tuple[Mechanism, ...]:
         steps = self.steps if steps is None else _check_steps(steps)
-        return (Mechanism(self.sample_rate, self.noise_multiplier, steps),) if steps else ()
+        return _merged([*self.earlier, (self.sample_rate, self.noise_multiplier, steps)])
 
     def _warn(self, trouble: str | None) -> None:
         if trouble and not self._warned:
@@ -201,33 +208,50 @@ def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float
     Each is `(sample_rate, noise_multiplier, steps)`. They are composed jointly, which gives much less than
     the sum of the runs' epsilons, and one delta covers all.
     """
-    delta, steps = _check_delta(delta), Counter()
-    for item in mechanisms:
-        if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 3:
-            raise ValueError(f"each mechanism is (sample_rate, noise_multiplier, steps), got {item!r}")
-        steps[_check_rate(item[0]), _check_noise(item[1])] += _check_steps(item[2])
-    spent = tuple(Mechanism(*key, _check_steps(count)) for key, count in sorted(steps.items()) if count)
+    delta, spent = _check_delta(delta), _merged(mechanisms)
     epsilon, trouble = _epsilon(spent, delta)
     if trouble:
         _warn(trouble)
     return epsilon
 
 
-def calibrate_noise(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+def _merged(mechanisms: Iterable[Sequence]) -> tuple[Mechanism, ...]:
+    """Checked; those of one rate and noise are one, those without steps none."""
+    steps = Counter()
+    for item in mechanisms:
+        if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 3:
+            raise ValueError(f"each mechanism is (sample_rate, noise_multiplier, steps), got {item!r}")
+        steps[_check_rate(item[0]), _check_noise(item[1])] += _check_steps(item[2])
+    return tuple(Mechanism(*key, _check_steps(count)) for key, count in sorted(steps.items()) if count)
+
+
+def calibrate_noise(
+    target_epsilon: float, delta: float, sample_rate: float, steps: int, earlier: Sequence[Sequence] = ()
+) -> float:
     """The smallest noise multiplier whose reported epsilon after `steps` is at most `target_epsilon`.
 
     Never over it, and at most 0.5% under it where PRV works: `PrivacyAccountant(sample_rate,
     sigma).epsilon(delta, steps)` is <= target to the last bit, on the same machine. 1 to 60 s. The answer is
     kept in the user's cache directory, but only as a first guess: it is verified like any other, so a wrong
     file costs time, not privacy.
+
+    `earlier` releases about the same records, as `compose_epsilon` takes them, are paid from the same target; ValueError where
+    they leave less than a twentieth of it.
     """
     target, delta = _check_real(target_epsilon, "target_epsilon"), _check_delta(delta)
     rate, steps = _check_rate(sample_rate), _check_steps(steps, least=1)
     if not 0 < target <= MAX_EPSILON:
         raise ValueError(f"target_epsilon must be in (0, {MAX_EPSILON}], got {target_epsilon!r}")
 
+    before = _merged(earlier)
+    # Infinite noise is as good as this: what it adds to epsilon is rounding.
+    if before and _cheap_epsilon(_merged([*before, (rate, 1e4 * math.sqrt(steps), steps)]), delta) > 0.95 * target:
+        raise ValueError(
+            f"earlier releases cost epsilon {_epsilon(before, delta)[0]:.3g} of the {target:g}: too little is left to train with"
+        )
+
     def run(sigma: float) -> tuple[Mechanism, ...]:
-        return (Mechanism(rate, sigma, steps),)
+        return _merged([*before, (rate, sigma, steps)])
 
     def cheap(sigma: float) -> float:
         return _cheap_epsilon(run(sigma), delta)
@@ -241,6 +265,8 @@ def calibrate_noise(target_epsilon: float, delta: float, sample_rate: float, ste
     # From here on `best` is feasible: what is reported is never above the cheap bound. The coarse grid is the
     # ruler by which a sigma is chosen, since its ratio to the fine one hardly moves with sigma.
     question = {"target_epsilon": target, "delta": delta, "sample_rate": rate, "steps": steps}
+    if before:
+        question["earlier"] = [list(mechanism) for mechanism in before]
     sigma = _recall(question)
     if sigma is None or not 0.99 * target < cheap(sigma) < math.inf:
         sigma = _solve_noise(coarse, target * (NEARLY + COARSE.precision - FINE.precision), start=best)

@@ -1,12 +1,13 @@
 """A privacy budget: from a promise (epsilon, delta) to a private run's settings, and the statement of what it spent."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self
 
-from fastloda.accountant import calibrate_noise
+from fastloda.accountant import calibrate_noise, compose_epsilon
 from fastloda.files import write_atomically
 from fastloda.intent import intent_path
 from fastloda.noise import describe_randomness
@@ -72,11 +73,7 @@ class Privacy:
     def _check_records(self):
         if self.records < 1:
             raise ValueError(f"privacy.records must be at least 1, got {self.records}")
-        if self.delta >= 1 / self.records:
-            raise ValueError(
-                f"privacy.delta must be below 1 / records = {1 / self.records:.3g}, got {self.delta}: with a larger "
-                "one, publishing a random record would count as private"
-            )
+        check_delta("privacy.delta", self.delta, self.records)
         if self.batch_size > self.records:
             raise ValueError(f"privacy.batch_size {self.batch_size} exceeds the {self.records} records")
         if self.steps < 1:
@@ -91,10 +88,7 @@ class Privacy:
 
     def with_records(self, count: int) -> "Privacy":
         """`records` filled in by the data's own count, if it was left open."""
-        if self.records is not None:
-            return self
-        logger.info("note: the number of records, %d, is treated as public; or give --privacy.records", count)
-        return replace(self, records=count)
+        return replace(self, records=nominal_records(self.records, count, "--privacy.records"))
 
     @property
     def sample_rate(self) -> float:
@@ -107,9 +101,27 @@ class Privacy:
         return round(self.epochs / self.sample_rate)
 
 
-def private_training(privacy: Privacy, **optimization) -> PrivateTraining:
+def nominal_records(given: int | None, count: int, option: str) -> int:
+    """The public number of records: the one given, or else the data's own, which is thereby made public."""
+    if given is None:
+        logger.info("note: the number of records, %d, is treated as public; or give %s", count, option)
+        return count
+    return given
+
+
+def check_delta(name: str, delta: float, records: int) -> None:
+    """ValueError unless 0 < delta < 1 / records."""
+    if records < 1 or not 0 < delta < 1 / records:
+        raise ValueError(
+            f"{name} must be above 0 and below 1 / records = {1 / max(1, records):.3g}, got {delta}: with a larger one, "
+            "publishing a random record would count as private"
+        )
+
+
+def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optimization) -> PrivateTraining:
     """The trainer's settings, with the least noise that keeps the promise. Takes 1 to 60 s, less if asked before.
 
+    earlier: releases about the same records, as `compose_epsilon` takes them, that the promise covers too.
     optimization: the other fields of `PrivateTraining`.
     """
     settings = PrivateTraining(  # checked before the noise is sought, which takes a while
@@ -122,10 +134,11 @@ def private_training(privacy: Privacy, **optimization) -> PrivateTraining:
         max_grad_norm=privacy.max_grad_norm,
         views=privacy.views,
         clipping=privacy.clipping,
+        earlier=tuple(tuple(release) for release in earlier),
         **optimization,
     )
     logger.info("calibrating the noise for epsilon %g over %d steps", privacy.target_epsilon, privacy.steps)
-    noise = calibrate_noise(privacy.target_epsilon, privacy.delta, privacy.sample_rate, privacy.steps)
+    noise = calibrate_noise(privacy.target_epsilon, privacy.delta, privacy.sample_rate, privacy.steps, earlier)
     logger.info("noise multiplier %.3f at sample rate %.3g", noise, privacy.sample_rate)
     return replace(settings, noise_multiplier=noise)
 
@@ -151,15 +164,39 @@ def privacy_statement(trainer: DPTrainer, privacy: Privacy) -> dict:
         "sample_rate": settings.sample_rate,
         "noise_multiplier": settings.noise_multiplier,
         "steps": trainer.step,
+        "earlier": [list(release) for release in settings.earlier],
         "max_grad_norm": settings.max_grad_norm,
         "views": settings.views,
         "records": privacy.records,
         "expected_batch_size": settings.expected_batch_size,
-        "accountant": f"upper bound by prv-accountant {version('prv-accountant')}, or RDP's where that is smaller",
+        "accountant": _accountant(),
         "seed_was_fixed": settings.seed is not None,
         "secure_noise": settings.secure_noise,
         "randomness": describe_randomness(settings.seed, settings.secure_noise),
     } | clipping_style(settings.clipping).statement(settings.noise_multiplier, settings.expected_batch_size)
+
+
+def release_statement(what: str, mechanism: Sequence, delta: float, records: int, seed: int | None) -> dict:
+    """The same of the single release of a sum over the records; mechanism: as `compose_epsilon` takes it."""
+    sample_rate, noise_multiplier, steps = mechanism
+    return {
+        "epsilon": compose_epsilon([mechanism], delta),
+        "delta": delta,
+        "adjacency": ADJACENCY,
+        "mechanism": f"Gaussian noise on the {what}, of sensitivity 1",
+        "sampler": SAMPLER,
+        "sample_rate": sample_rate,
+        "noise_multiplier": noise_multiplier,
+        "steps": steps,
+        "records": records,
+        "accountant": _accountant(),
+        "seed_was_fixed": seed is not None,
+        "randomness": describe_randomness(seed, secure=False),
+    }
+
+
+def _accountant() -> str:
+    return f"upper bound by prv-accountant {version('prv-accountant')}, or RDP's where that is smaller"
 
 
 def _epsilon_curve(trainer: DPTrainer) -> bytes:

@@ -23,10 +23,10 @@ from fastloda import __version__
 from fastloda.account import account
 from fastloda.bench_report import bench_report
 from fastloda.demo import demo
-from fastloda.pipeline import evaluate, finetune, pretrain, sample
+from fastloda.pipeline import choose, evaluate, finetune, pretrain, sample
 from fastloda.reproduce import TableName, reproduce
 
-FUNCTIONS = (pretrain, finetune, sample, evaluate, account, demo, reproduce, bench_report)
+FUNCTIONS = (pretrain, choose, finetune, sample, evaluate, account, demo, reproduce, bench_report)
 POSITIONAL = {"files": {"nargs": "+", "type": Path}, "table": {"type": TableName}}
 COMMANDS: dict[str, Callable] = {f.__name__.replace("_", "-"): f for f in FUNCTIONS}
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -38,6 +38,7 @@ Fine-tune a diffusion model on private images under differential privacy, and dr
   fastloda demo --run runs/demo                        all of it, on digits, with a report: the place to start
 
   fastloda pretrain --run runs/a                       a model of public images
+  fastloda choose   --run runs/a --delta 1e-5          nearer to the private images; may be left out
   fastloda finetune --run runs/a --privacy.target_epsilon 10 --privacy.delta 1e-5
   fastloda sample   --run runs/a --count 2000          private synthetic images
   fastloda evaluate --run runs/a                       what a classifier learns from them

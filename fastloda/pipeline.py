@@ -1,6 +1,7 @@
 """The stages from public images to private synthetic ones: functions on a run's folder; `runs.py` lets them resume.
 
 pretrain    public/model.safetensors, samples.png
+choose      chosen/model.safetensors, samples.png, sums.safetensors, privacy.json: the public model, moved nearer
 finetune    private/adapter.safetensors, privacy.json, epsilon.png, checkpoint.pt (the one file that must stay private)
 sample      samples/samples.npz, grid.png; of the public model alone: samples-public/
 evaluate    evaluation.json
@@ -12,11 +13,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from fastloda.account import read_statement
+from fastloda.account import read_statement, releases
 from fastloda.adapt import attach_loda, load_loda, save_loda
 from fastloda.arguments import Device, resolve_device
-from fastloda.budget import CHECKPOINT, EPSILON_CURVE, STATEMENT, Privacy, private_training, publish
+from fastloda.budget import (
+    CHECKPOINT,
+    EPSILON_CURVE,
+    STATEMENT,
+    Privacy,
+    check_delta,
+    nominal_records,
+    private_training,
+    publish,
+    release_statement,
+)
 from fastloda.classify import accuracy, train_classifier
 from fastloda.data import LabelledImages
 from fastloda.diffusion import Diffusion, UNet, UNetConfig, class_balanced_labels, digits_unet
@@ -25,6 +38,8 @@ from fastloda.diffusion.pretrain import PublicTraining
 from fastloda.diffusion.pretrain import pretrain as train_on_public
 from fastloda.files import write_atomically
 from fastloda.inputs import NAMED, files_of, full_name, open_for_unet, open_images, open_tests
+from fastloda.methods.gaussian_release import noise_stream
+from fastloda.methods.public_choice import PublicChoice
 from fastloda.models import load_unet, save_unet
 from fastloda.randomness import seeded
 from fastloda.report.plots import sample_grid
@@ -41,14 +56,15 @@ MODEL, ADAPTER, SAMPLES, GRID, EVALUATION = (
     "grid.png",
     "evaluation.json",
 )
-PREVIEW_COLUMNS = 10  # images of each class in public/samples.png
+CHOSEN, SUMS, PREVIEW = "chosen", "sums.safetensors", "samples.png"
+PREVIEW_COLUMNS = 10  # images of each class in it
 
 with torch.device("meta"):  # for its configuration alone: no weights are drawn
     DIGITS_UNET = digits_unet().config
 
 
 PUBLIC_TRAINING = PublicTraining(steps=2000, ema_decay=0.998)
-ADAPTERS, FINE_TUNING, CLASSIFIER = Adapter(), FineTuning(), Classifier()
+ADAPTERS, FINE_TUNING, CLASSIFIER, CHOICE = Adapter(), FineTuning(), Classifier(), PublicChoice()
 
 
 def pretrain(
@@ -80,7 +96,7 @@ def pretrain(
     place = resolve_device(device)
     settings = {"data": full_name(data), "count": count, "unet": asdict(unet), "training": asdict(training)}
     settings |= {"device": place.type}
-    stage = Stage(Path(run) / "public", settings, files_of(data), outputs=(MODEL, "samples.png"))
+    stage = Stage(Path(run) / "public", settings, files_of(data), outputs=(MODEL, PREVIEW))
     if not _reuse(stage):
         images = open_for_unet(data, unet, count=count, seed=training.seed)
         with stage.work():
@@ -88,12 +104,91 @@ def pretrain(
                 model = UNet(unet).to(place, memory_format=torch.channels_last)
             checkpoint = stage.folder / CHECKPOINT
             train_on_public(model, Diffusion(), images, training, checkpoint=checkpoint, progress=progress)
-            save_unet(model, stage.folder / MODEL)
-            labels = class_balanced_labels(PREVIEW_COLUMNS * unet.num_classes, unet.num_classes)
-            preview = draw_samples(model, Diffusion(), labels, seed=training.seed, progress=progress)
-            write_atomically(stage.folder / "samples.png", sample_grid(preview, labels))
+            _save_with_preview(model, stage.folder, training.seed, progress)
         checkpoint.unlink(missing_ok=True)  # its work is done
     return {"model": str(stage.folder / MODEL)}
+
+
+def choose(
+    run: Path,
+    *,
+    delta: float,
+    choice: PublicChoice = CHOICE,
+    records: int | None = None,
+    data: str = "digits",
+    public: str = "font-digits",
+    count: int = 100_000,
+    model: Path | None = None,
+    seed: int | None = None,
+    device: Device = "auto",
+    progress: bool = True,
+) -> dict:
+    """Train the public model a little further, on those public images that resemble the private ones.
+
+    Optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public images
+    those are (`fastloda.methods.public_choice`). Writes chosen/ in the run's folder; `finetune` and `sample` then take its
+    model, and the target epsilon of `finetune` covers this release too. All of chosen/ may be released, on the terms in its
+    privacy.json. Interrupted, it continues; the sum is drawn once.
+
+    Args:
+        run: the run's folder.
+        delta: at which epsilon is reported; that of `finetune`, below 1 / records.
+        choice: the release, and the training that follows it; noise_multiplier alone sets its price, 0.7 for 5, 0.4 for 8 at
+            delta 1e-5.
+        records: the public, nominal number of private records. Default: the count of the data, which is thereby made public.
+            Classes are taken to be as frequent as one another.
+        data: private images, as in `fastloda finetune`.
+        public: public images to choose from, as in `fastloda pretrain`; more different ones are better.
+        count: of images to draw for font-digits and colour-font-digits.
+        model: folder of the public model; default: public/ in the run's folder.
+        seed: of the noise and all else. Default: the operating system's randomness; a number makes an experiment that can be
+            repeated, and whose noise can be foreseen.
+        device: where to compute.
+        progress: show a bar.
+    """
+    place = resolve_device(device)
+    base = Path(run) / "public" if model is None else Path(model)
+    network = load_unet(base / MODEL, place)
+    private = open_for_unet(data, network.config)
+    nominal = nominal_records(records, len(private), "--records")
+    check_delta("delta", delta, nominal)
+    settings = {
+        "delta": delta,
+        "choice": asdict(choice),
+        "records": nominal,
+        "data": full_name(data),
+        "device": place.type,
+    }
+    settings |= {"public": full_name(public), "count": count, "seed": seed}
+    outputs = (MODEL, PREVIEW, SUMS, STATEMENT)
+    stage = Stage(Path(run) / CHOSEN, settings, (base / MODEL, *files_of(public)), outputs, private=True)
+    if not _reuse(stage):
+        pool = open_for_unet(public, network.config, count=count, seed=seed or 0)
+        with stage.work():
+            sums = _released_once(stage.folder, choice, private, pool, delta, nominal, seed)
+            checkpoint = stage.folder / CHECKPOINT
+            options = {"checkpoint": checkpoint, "progress": progress}
+            choice.train_further(network, pool, sums, nominal, seed or 0, **options)
+            _save_with_preview(network, stage.folder, seed or 0, progress)
+        checkpoint.unlink(missing_ok=True)
+    return read_statement(stage.folder) | {"model": str(stage.folder / MODEL)}
+
+
+def _released_once(
+    folder: Path,
+    choice: PublicChoice,
+    private: LabelledImages,
+    pool: LabelledImages,
+    delta: float,
+    records: int,
+    seed: int | None,
+) -> Tensor:
+    """The noisy sums, written down before anything is made of them: an interrupted stage does not release them again."""
+    if not (folder / SUMS).exists():
+        sums, release = choice.release(private, pool, seed or 0, noise_stream(seed))
+        write_json(folder / STATEMENT, release_statement(release.what, release[1:], delta, records, seed))
+        write_atomically(folder / SUMS, lambda temporary: save_file({"sums": sums}, temporary))
+    return load_file(folder / SUMS)["sums"]
 
 
 def finetune(
@@ -118,7 +213,7 @@ def finetune(
         privacy: the promise, from which the noise is computed.
         data: private images with labels: digits or colour-digits; mnist:FOLDER or cifar10:FOLDER; or a folder of images or
             an npz file as in `fastloda pretrain`. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class.
-        model: folder of the public model; default: public/ in the run's folder.
+        model: folder of the public model; default: chosen/ in the run's folder, or else public/.
         adapter: what is trained.
         training: the optimization.
         device: where to compute.
@@ -129,6 +224,7 @@ def finetune(
     network = load_unet(public / MODEL, place)
     images = open_for_unet(data, network.config)
     privacy = privacy.with_records(len(images))
+    earlier = _releases_of(public)
     with seeded(training.seed or 0):  # only where A starts: public, and independent of the noise
         attach_loda(network, **asdict(adapter))
     settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter)}
@@ -136,7 +232,7 @@ def finetune(
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
     stage = Stage(Path(run) / "private", settings, (public / MODEL,), outputs, private=True)
     if not _reuse(stage):
-        private = private_training(privacy, fixed_shape=place.type != "cpu", **training.optimization())
+        private = private_training(privacy, earlier, fixed_shape=place.type != "cpu", **training.optimization())
         # [:] of a tensor is that tensor, and of bytes floats
         records, losses = (images.images[:], images.labels), training.losses(privacy.views)
         checkpoint = stage.folder / CHECKPOINT
@@ -173,7 +269,7 @@ def sample(
         guidance: weight of classifier-free guidance; above 0 it doubles the time.
         seed: of the images; it is independent of training, and need not be secret.
         public: draw from the public model without the adapter, into samples-public/.
-        model: folder of the public model; default: public/ in the run's folder.
+        model: folder of the public model; default: chosen/ in the run's folder, or else public/.
         batch_size: images at a time; the result does not depend on it.
         device: where to compute.
         progress: show a bar.
@@ -272,7 +368,21 @@ def evaluate(
 
 
 def _public_folder(run: Path, model: Path | None) -> Path:
-    return Path(run) / "public" if model is None else Path(model)
+    if model is not None:
+        return Path(model)
+    return next((f for f in (Path(run) / CHOSEN, Path(run) / "public") if (f / DONE).is_file()), Path(run) / "public")
+
+
+def _releases_of(folder: Path) -> list[tuple]:
+    """What a public model that `choose` has trained further released about the private records; none of any other."""
+    return releases(read_statement(folder)) if (folder / SUMS).exists() else []
+
+
+def _save_with_preview(model: UNet, folder: Path, seed: int, progress: bool) -> None:
+    save_unet(model, folder / MODEL)
+    labels = class_balanced_labels(PREVIEW_COLUMNS * model.config.num_classes, model.config.num_classes)
+    preview = draw_samples(model, Diffusion(), labels, seed=seed, progress=progress)
+    write_atomically(folder / PREVIEW, sample_grid(preview, labels))
 
 
 def _attach_trained(network: UNet, private: Path, public: Path) -> Path:

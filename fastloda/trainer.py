@@ -62,6 +62,8 @@ class PrivateTraining:
             repeated, and whose noise can be foreseen: for experiments only.
         secure_noise: noise from a cryptographically secure generator (`SecureGenerator`, which also says what it costs). It can't
             be repeated, so seed must be None, and steps that a crash took after the last checkpoint are charged and lost.
+        earlier: releases about the same records before this run, as `compose_epsilon` takes them; epsilon and target_epsilon
+            cover them too.
     """
 
     sample_rate: float
@@ -85,6 +87,7 @@ class PrivateTraining:
     seed: int | None = None
     clipping: Clipping = "flat"
     secure_noise: bool = False
+    earlier: tuple[tuple[float, float, int], ...] = ()
 
     def __post_init__(self):
         check_max_grad_norm(self.max_grad_norm)
@@ -105,8 +108,12 @@ class PrivateTraining:
             raise ValueError(f"target_epsilon must be positive, got {self.target_epsilon!r}")
         if self.secure_noise and self.seed is not None:
             raise ValueError(f"secure_noise can't be seeded: seed must be None, got {self.seed!r}")
-        PrivacyAccountant(self.sample_rate, self.noise_multiplier).epsilon_rdp(self.delta, 1)  # checks all three
+        self.accountant().epsilon_rdp(self.delta, 1)  # checks all that it takes
         clipping_style(self.clipping).gradient_noise(self.noise_multiplier, self.expected_batch_size)
+
+    def accountant(self) -> PrivacyAccountant:
+        """Of a run with these settings, at its start."""
+        return PrivacyAccountant(self.sample_rate, self.noise_multiplier, earlier=self.earlier)
 
 
 OPTIMIZERS = {
@@ -177,7 +184,7 @@ class DPTrainer:
         check_optimizer(self.optimizer, self.parameters)
         self.schedule = warmup_then(self.optimizer, settings.schedule, settings.steps, settings.warmup)
         self.average = Average(self.parameters, settings.ema_decay)
-        self.accountant = PrivacyAccountant(settings.sample_rate, settings.noise_multiplier)
+        self.accountant = settings.accountant()
         self._device = next(iter(self.parameters.values())).device
         self._generators = _rank_generators(self.world, self._device, settings.seed)
         self._noise = SecureGenerator() if settings.secure_noise else self._generators["noise"]
@@ -418,5 +425,6 @@ _FREE_TO_CHANGE = {"target_epsilon", "fixed_shape"}
 
 def _differences(saved: dict, settings: PrivateTraining, records: int) -> str:
     now = asdict(settings) | {"records": records}
+    saved = {"earlier": ()} | saved  # of a checkpoint from before there was such a setting
     changed = [name for name in now if name not in _FREE_TO_CHANGE and saved.get(name) != now[name]]
     return ", ".join(f"{name} is {saved.get(name)!r} there and {now[name]!r} here" for name in changed)

@@ -2,6 +2,7 @@
 
 from .autoencoder import AutoencoderTraining
 from .base import Budget, ByEpsilon, Method, PrivateClassifier, Release, Sampler, Spent, Work
+from .chosen_loda import ChosenLoDA
 from .diffusion_model import PrivateTuning, PublicModel
 from .dp_diffusion import DPDiffusion
 from .dp_ldm import DPLDM
@@ -10,12 +11,14 @@ from .dp_mepf import DPMEPF
 from .dp_merf import DPMERF
 from .dp_sgd import Direct, DirectDPSGD
 from .no_dp import NoDP
+from .public_choice import PublicChoice
 from .public_only import PublicOnly
 
 __all__ = [
     "AutoencoderTraining",
     "Budget",
     "ByEpsilon",
+    "ChosenLoDA",
     "DPDiffusion",
     "DPLDM",
     "DPLoDA",
@@ -27,6 +30,7 @@ __all__ = [
     "NoDP",
     "PrivateClassifier",
     "PrivateTuning",
+    "PublicChoice",
     "PublicModel",
     "PublicOnly",
     "Release",

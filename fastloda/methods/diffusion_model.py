@@ -125,11 +125,21 @@ IDENTITY = Coder(lambda images: images, lambda images: images)
 
 
 def tune(
-    model: UNet, private: LabelledImages, budget: Budget, tuning: PrivateTuning, work: Work, coder: Coder = IDENTITY
+    model: UNet,
+    private: LabelledImages,
+    budget: Budget,
+    tuning: PrivateTuning,
+    work: Work,
+    coder: Coder = IDENTITY,
+    earlier: tuple[Release, ...] = (),
 ) -> Sampler:
-    """Train what trains in `model` by DP-SGD on the diffusion loss; the averaged parameters sample."""
+    """Train what trains in `model` by DP-SGD on the diffusion loss; the averaged parameters sample.
+
+    earlier: what was released before about the same records; the budget covers it too.
+    """
     options = replace(tuning.training, seed=work.seed).optimization()
-    settings = private_training(tuning.privacy(budget), fixed_shape=work.device.type != "cpu", **options)
+    before = [release[1:] for release in earlier]
+    settings = private_training(tuning.privacy(budget), before, fixed_shape=work.device.type != "cpu", **options)
     losses = tuning.training.losses(tuning.views, tuning.diffusion())
     records = (coder.encode(private.images)[:], private.labels)
     work.folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +147,7 @@ def tune(
     trainer = DPTrainer(model, records, losses, settings, checkpoint=checkpoint, progress=work.progress).fit()
     copy_into(trainer.parameters, trainer.average.values)
     release = Release("clipped gradients", settings.sample_rate, settings.noise_multiplier, trainer.step)
-    found = sampler(model, tuning, private.num_classes, Spent(budget.delta, (release,)), work, coder)
+    found = sampler(model, tuning, private.num_classes, Spent(budget.delta, (*earlier, release)), work, coder)
     return replace(found, cost=step_cost(trainer, records))
 
 

@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass
 
 from fastloda.adapt import attach_loda
 from fastloda.data import LabelledImages
+from fastloda.diffusion import UNet
 from fastloda.randomness import seeded
 from fastloda.settings import Adapter
 
-from .base import Budget, ByEpsilon, Sampler, Work
+from .base import Budget, ByEpsilon, Release, Sampler, Work
 from .diffusion_model import PrivateTuning, PublicModel, tune
 
 
@@ -23,7 +24,12 @@ class DPLoDA:
     has_budget: bool = True
 
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
-        model = self.public.fit(public, work)
+        return self.adapt(self.public.fit(public, work), private, budget, work)
+
+    def adapt(
+        self, model: UNet, private: LabelledImages, budget: Budget, work: Work, earlier: tuple[Release, ...] = ()
+    ) -> Sampler:
+        """Attach adapters to a public model and train them; earlier: releases that the budget covers too."""
         with seeded(work.seed):  # where A starts: public, and independent of the noise
             attach_loda(model, **asdict(self.adapter))
-        return tune(model, private, budget, self.tunings.at(budget.epsilon), work)
+        return tune(model, private, budget, self.tunings.at(budget.epsilon), work, earlier=earlier)

@@ -35,7 +35,7 @@ class DPMERF:
     has_budget: bool = True
 
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
-        frequencies = self._frequencies(public, work).to(work.device)
+        frequencies = random_frequencies(public, self.features, self.scale, work.seed).to(work.device)
         (noise,) = noise_multipliers(budget, [1.0])
         embeddings = fourier_features(private.images.to(work.device), frequencies).cpu()
         what = ("sum of joint embeddings", embeddings, private.labels, private.num_classes)
@@ -51,12 +51,13 @@ class DPMERF:
         shape = tuple(private.images.shape[1:])
         return fit_generator(loss_of, shape, private.num_classes, Spent(budget.delta, (release,)), work, **options)
 
-    def _frequencies(self, public: LabelledImages, work: Work) -> Tensor:
-        """[pixels, features / 2] of a Gaussian kernel, whose length scale is taken from public images."""
-        generator = torch.Generator().manual_seed(work.seed)
-        some = public.images[:500].flatten(1)
-        length = self.scale * torch.pdist(some).median()
-        return torch.randn(some.shape[1], self.features // 2, generator=generator) / length
+
+def random_frequencies(public: LabelledImages, features: int, scale: float, seed: int) -> Tensor:
+    """[pixels, features / 2] of a Gaussian kernel, whose length is `scale` median distances between public images."""
+    generator = torch.Generator().manual_seed(seed)
+    some = public.images[:500].flatten(1)
+    length = scale * torch.pdist(some).median()
+    return torch.randn(some.shape[1], features // 2, generator=generator) / length
 
 
 def fourier_features(images: Tensor, frequencies: Tensor) -> Tensor:

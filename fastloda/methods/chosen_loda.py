@@ -1,0 +1,35 @@
+"""DP-LoDA from a public model that was trained further on public images chosen privately; see `public_choice`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastloda.data import LabelledImages
+
+from .base import Budget, ByEpsilon, Sampler, Work
+from .dp_loda import DPLoDA
+from .gaussian_release import noise_stream
+from .public_choice import PublicChoice
+
+
+@dataclass(frozen=True)
+class ChosenLoDA:
+    """Attributes: DP-LoDA's, and the choice, which the budget pays first.
+
+    pool: gives the public images to choose from; None: those that the public model was trained on.
+    """
+
+    loda: DPLoDA
+    choice: ByEpsilon[PublicChoice]
+    pool: Callable[[], LabelledImages] | None = field(default=None, repr=False)
+    name: str = "DP-LoDA, chosen public"
+    trained_on: str = "its samples"
+    has_budget: bool = True
+
+    def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
+        model, choice = self.loda.public.fit(public, work), self.choice.at(budget.epsilon)
+        pool = self.pool() if self.pool else public
+        sums, release = choice.release(private, pool, work.seed, noise_stream(work.seed))
+        work.folder.mkdir(parents=True, exist_ok=True)
+        options = {"checkpoint": work.folder / "further.pt", "progress": work.progress}
+        choice.train_further(model, pool, sums, budget.records, work.seed, **options)
+        return self.loda.adapt(model, private, budget, work, earlier=(release,))

@@ -1,0 +1,132 @@
+"""Public images chosen by a private statistic: which of them resemble the private ones, class by class, from one noisy release.
+
+The release is that of DP-MERF: each class's sum of the records' embeddings phi(x), of norm 1, plus noise. Each public image of
+the class then has a weight, such that the weighted mean of phi agrees with the released one as far as its noise lets it be known,
+and the weights are otherwise as even as can be:
+
+    minimise over w  KL(w || even) + |sum_i w_i phi(x_i) - m|^2 / (2 tau^2)
+
+which is convex, and solved in its dual, w_i = exp(theta . phi(x_i)) / Z (maximum entropy with relaxed constraints: Dudik et al.
+2007, https://jmlr.org/papers/v8/dudik07a.html).  A public model that is trained a little further on images drawn by their weights
+starts private fine-tuning nearer to the private images.  To spend a part of the budget on choosing public data is the idea of
+PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which asks for classes of public images instead.
+
+Whatever follows the release is a function of it and of public data: it costs nothing more.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fastloda.data import LabelledImages
+from fastloda.diffusion import Diffusion
+from fastloda.diffusion.pretrain import PublicTraining, pretrain
+
+from .base import Release
+from .dp_merf import fourier_features, random_frequencies
+from .gaussian_release import release_class_sums
+
+FURTHER = PublicTraining(steps=600, learning_rate=1e-3, ema_decay=0.99)
+
+
+@dataclass(frozen=True)
+class PublicChoice:
+    """How public images are chosen.
+
+    Attributes:
+        noise_multiplier: standard deviation of the released sums' noise; their sensitivity is 1.
+        features: random Fourier features, half of them cosines, half sines.
+        scale: the kernel's length scale in median distances between public images.
+        tolerance: tau, in standard deviations of the released means' noise. A larger one keeps more different images.
+        drawn: images drawn by their weights, with replacement, to train the public model further on.
+        training: that training.
+    """
+
+    noise_multiplier: float = 5.0
+    features: int = 2000
+    scale: float = 0.5
+    tolerance: float = 2.0
+    drawn: int = 20_000
+    training: PublicTraining = field(default_factory=lambda: FURTHER)
+
+    def __post_init__(self):
+        if not 0 < self.noise_multiplier < float("inf"):
+            raise ValueError(f"choice.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
+        if self.features < 2 or self.drawn < 1 or not self.scale > 0 or not self.tolerance > 0:
+            raise ValueError(f"choice needs features >= 2, drawn >= 1, scale > 0 and tolerance > 0; got {self}")
+
+    def embedding(self, public: LabelledImages, seed: int) -> Callable[[Tensor], Tensor]:
+        """phi: images [n, C, H, W] -> [n, features], of norm 1. It depends on public images and the seed alone."""
+        frequencies = random_frequencies(public, self.features, self.scale, seed)
+        return lambda images: fourier_features(images, frequencies)
+
+    def release(
+        self, private: LabelledImages, public: LabelledImages, seed: int, noise: Generator
+    ) -> tuple[Tensor, Release]:
+        """The noisy sum of each class's embeddings, [classes, features] float64; seed: of the embedding."""
+        embeddings = self.embedding(public, seed)(private.images[:])
+        what = ("sum of joint embeddings", embeddings, private.labels, private.num_classes)
+        return release_class_sums(*what, self.noise_multiplier, noise)
+
+    def weights(self, public: LabelledImages, sums: Tensor, records: int, seed: int) -> Tensor:
+        """A weight for each public image, [n] float64; each class's weights have the same sum, and all together 1.
+
+        records: the public, nominal number of private ones; classes are taken to be as frequent as one another.
+
+        Raises:
+            ValueError: a class without public images.
+        """
+        phi, each = self.embedding(public, seed), records / len(sums)
+        weights = torch.zeros(len(public), dtype=torch.float64)
+        for label, total in enumerate(sums):
+            members = (public.labels == label).nonzero()[:, 0]
+            if not len(members):
+                raise ValueError(f"there is no public image of class {label} to choose")
+            features = phi(public.images[members]).double()
+            weights[members] = tilted(features, total / each, self.tolerance * self.noise_multiplier / each) / len(sums)
+        return weights
+
+    def draw(self, public: LabelledImages, weights: Tensor, seed: int) -> LabelledImages:
+        """`drawn` images, with replacement."""
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.multinomial(weights, self.drawn, replacement=True, generator=generator)
+        return LabelledImages(public.images[index], public.labels[index], public.num_classes)
+
+    def train_further(
+        self,
+        model: nn.Module,
+        public: LabelledImages,
+        sums: Tensor,
+        records: int,
+        seed: int,
+        *,
+        checkpoint: Path | None = None,
+        progress: bool = True,
+    ) -> nn.Module:
+        """Train the public model on public images that are chosen by `sums`; interrupted, it continues from the checkpoint."""
+        chosen = self.draw(public, self.weights(public, sums, records, seed), seed)
+        settings = replace(self.training, seed=seed)
+        return pretrain(model, Diffusion(), chosen, settings, checkpoint=checkpoint, progress=progress)
+
+
+def tilted(features: Tensor, target: Tensor, tau: float) -> Tensor:
+    """The weights w [n], of sum 1, that minimise KL(w || even) + |features^T w - target|^2 / (2 tau^2); features [n, d]."""
+    theta = torch.zeros_like(target, requires_grad=True)
+    optimizer = torch.optim.LBFGS([theta], max_iter=60, line_search_fn="strong_wolfe")
+
+    def negative_dual() -> Tensor:
+        optimizer.zero_grad()
+        loss = (features @ theta).logsumexp(0) - theta @ target + tau**2 / 2 * theta @ theta
+        loss.backward()
+        return loss
+
+    optimizer.step(negative_dual)
+    return (features @ theta.detach()).softmax(0)
+
+
+def effective_number(weights: Tensor) -> float:
+    """Of how many images the weights make use: 1 / sum w^2, for weights of sum 1 (Kish)."""
+    return float(1 / weights.square().sum())
