@@ -57,8 +57,14 @@ class Case:
 
     def inputs(self) -> Batch:
         torch.manual_seed(1)
-        batch = (t.to(DEVICE) for t in WORKLOADS[self.model].inputs(self, self.batch * self.views))
-        return tuple(t.contiguous(memory_format=self.memory_format) if t.dim() == 4 else t for t in batch)
+        return tuple(self._placed(t) for t in WORKLOADS[self.model].inputs(self, self.batch * self.views))
+
+    def _placed(self, t: Tensor) -> Tensor:
+        """On the device, in the layout; a leaf, or every backward pass would copy its gradient back."""
+        placed = t.detach().to(DEVICE)
+        if t.dim() == 4:
+            placed = placed.contiguous(memory_format=self.memory_format)
+        return placed.requires_grad_(t.requires_grad)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """One number for each row, in float32."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import truth
-from measure import Memory, Race, describe, largest_batch, ratio, step_memory
+from measure import Memory, Race, describe, free_memory, largest_batch, ratio, step_memory
 from providers import PEER, PLAIN, PROVIDERS, Privacy
 from pytest_benchmark.stats import Stats
 from scales import Timed
@@ -21,14 +21,13 @@ def compare(timed: Timed, rounds: int, run_rounds: Callable[..., object]) -> dic
         WrongAnswer: some provider's gradient is wrong. Nothing has been timed then.
     """
     figures: Figures = {name: {} for name in timed.providers}
-    steps = _keeping_errors(figures, lambda name: _checked_step(timed, name))
-    race = Race(steps)
+    race = Race(_keeping_errors(figures, lambda name: _checked_step(timed, name)))
     run_rounds(race.round, rounds=rounds, warmup_rounds=WARMUP)
     for name, error in race.errors.items():
         figures[name]["error"] = error
     row = {"case": timed.name, **timed.case.to_dict(), "providers": figures}
     row |= _add_times(figures, race.paired(rounds), timed.case.batch)
-    del steps, race  # the contenders' memory
+    del race  # the contenders' memory
     if timed.memory:
         _add_memory(figures, timed)
     return row
@@ -49,6 +48,8 @@ def _keeping_errors(figures: Figures, make: Callable[[str], object], key: str = 
             raise
         except Exception as error:  # whatever a provider raises is its result
             figures[name][key] = describe(error)
+        if name not in made:  # not above, where the traceback still holds the provider's tensors
+            free_memory()
     return made
 
 

@@ -1,5 +1,6 @@
 """Fair figures on a drifting machine: interleaved rounds, and the memory of a step in a process of its own."""
 
+import gc
 import multiprocessing
 import re
 import statistics
@@ -33,12 +34,21 @@ class Race:
                 self.times[name].append(seconds(self.steps[name]))
             except Exception as error:  # whatever a contender raises is its result
                 self.errors[name] = describe(error)
+            if name in self.errors:  # not above, where the traceback still holds the step's tensors
                 del self.steps[name]
+                free_memory()
         self._rounds += 1
 
     def paired(self, rounds: int) -> dict[str, list[float]]:
         """The times of the last `rounds` rounds, of those who finished."""
         return {name: self.times[name][-rounds:] for name in self.steps}
+
+
+def free_memory() -> None:
+    """Of contenders that are gone: Opacus leaves activations in reference cycles, CUDA's allocator keeps what it had."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
 
 
 def ratio(times: list[float], baseline: list[float]) -> float:
@@ -72,7 +82,7 @@ def step_memory(case: Case, provider: str) -> Memory:
 
 
 def _cuda_memory(case: Case, provider: str) -> Memory:
-    torch.cuda.empty_cache()
+    free_memory()
     step = PROVIDERS[provider](case, Privacy()).step
     step()
     return Memory(peak_allocation(step, DEVICE))
@@ -111,4 +121,6 @@ def _fits(peak: Callable[[int], int], batch: int, memory: int) -> bool:
     try:
         return peak(batch) <= memory
     except RuntimeError:
-        return False
+        pass
+    free_memory()  # not above, where the traceback still holds the step's tensors
+    return False

@@ -6,11 +6,12 @@ kernels run; on a CPU the same operations in PyTorch, where forward and input gr
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from machine import DEVICE
+from providers import captured
 from torch import Tensor, nn
 
 from fastloda.clip import clipped_sums
@@ -78,12 +79,20 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Operation:
-    """run() does it once; bytes and flops are the least it takes."""
+    """run() does it once; bytes and flops are the least it takes. in_graph: run() replays a CUDA graph."""
 
     name: str
     run: Callable[[], object]
     bytes: int
     flops: int
+    in_graph: bool = False
+
+    def captured(self) -> "Operation":
+        """In a graph, if it can be: several launches would be timed at the pace at which Python makes them."""
+        try:
+            return replace(self, run=captured(self.run), in_graph=True)
+        except Exception:  # whatever capture raises: the row says that there was none
+            return self
 
 
 def layer_operations(t: Tensors) -> list[Operation]:

@@ -74,15 +74,16 @@ def fastloda_graph(case: Case, privacy: Privacy) -> Contender:
     optimizer, clipper = _sgd(model), GhostClipper(model, privacy.max_grad_norm, case.views)
 
     def clipped_mean() -> None:
+        clipper.reset()  # in the graph, so that every replay zeroes the sums it adds to
         clipper.accumulate(case.losses(model, batch))
         clipper.privatize(noise_multiplier=0.0, expected_batch_size=case.batch)
 
-    graph = _captured(clipped_mean)
+    replay = captured(clipped_mean)
     static = [p.grad for p in trainable(model)]  # the graph writes here at every replay
     std = privacy.noise_multiplier * privacy.max_grad_norm
 
     def step() -> None:
-        graph.replay()
+        replay()
         for p, grad in zip(trainable(model), static):
             p.grad = grad + gaussian(grad.shape, std / case.batch, grad.device).to(grad.dtype) if std else grad
         optimizer.step()
@@ -90,7 +91,18 @@ def fastloda_graph(case: Case, privacy: Privacy) -> Contender:
     return Contender(step, optimizer)
 
 
-def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+@dataclass(frozen=True)
+class Replay:
+    """A captured run, as one launch."""
+
+    graph: torch.cuda.CUDAGraph
+    run: Callable[[], object]  # kept, for the graph reads tensors that perhaps nothing else holds
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def captured(run: Callable[[], object]) -> Replay:
     stream = torch.cuda.Stream()  # what is done once (compiling, probing) comes before the capture
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -100,7 +112,7 @@ def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph
+    return Replay(graph, run)
 
 
 def opacus(case: Case, privacy: Privacy, mode: str) -> Contender:

@@ -36,8 +36,7 @@ def pytest_generate_tests(metafunc):
 
 def test_layer(layer, dtype, scale, benchmark, peaks, results):
     memory_format = torch.channels_last if CUDA else torch.contiguous_format
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        operations.check(layer, dtype, memory_format)
+    operations.check(layer, dtype, memory_format)
     tensors = Tensors(layer, scale.kernel_batch, dtype, memory_format)
     times = _times(operations.layer_operations(tensors), scale.kernel_rounds, benchmark)
     for operation, values in times.items():
@@ -49,12 +48,13 @@ def test_clip_and_sum(dtype, scale, benchmark, peaks, results):
     if dtype != torch.float32:
         pytest.skip("stored gradients are float32")
     operation = operations.clip_and_sum(operations.unet_layers(), scale.kernel_batch)
-    values = _times([operation], scale.kernel_rounds, benchmark)[operation]
-    results.add("kernels", row(operation, values, peaks, dtype, "all of the U-Net", 1, scale))
+    for operation, values in _times([operation], scale.kernel_rounds, benchmark).items():
+        results.add("kernels", row(operation, values, peaks, dtype, "all of the U-Net", 1, scale))
 
 
 def _times(chosen: list[Operation], rounds: int, benchmark) -> dict[Operation, list[float]]:
-    """Seconds of each, in interleaved rounds; on a GPU by its own clock, its cache emptied before each run."""
+    """Seconds of each, in interleaved rounds; on a GPU in a graph, by its own clock, its cache emptied before each run."""
+    chosen = [operation.captured() for operation in chosen] if CUDA else chosen
     times: dict[Operation, list[float]] = {operation: [] for operation in chosen}
 
     def one_round() -> None:
@@ -83,6 +83,7 @@ def row(operation: Operation, values, peaks, dtype, layer: str, count: int, scal
         "samples": scale.kernel_batch,
         "bytes": operation.bytes,
         "flops": operation.flops,
+        "in_graph": operation.in_graph,
         "seconds": statistics,
         "floor_seconds": floor,
         "fraction_of_floor": floor / statistics["median"],

@@ -10,6 +10,7 @@ import copy
 import itertools
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle  # noqa: E402
 
-from fastloda import GhostClipper, attach_loda  # noqa: E402
+from fastloda import GhostClipper, attach_loda, ops  # noqa: E402
 from fastloda.diffusion import digits_unet  # noqa: E402
 
 SAMPLES, VIEWS = 6, 2
@@ -49,8 +50,9 @@ def truth(model: nn.Module, x: Tensor) -> tuple[float, Tensor]:
 
 
 def by_pytorch(model: nn.Module, x: Tensor, bound: float, loss_of: oracle.LossOf) -> Tensor:
-    """The same on the device and in the dtype of the private step, one backward pass per sample."""
-    return _flat(oracle.clipped_sum(oracle.sample_grads(model, loss_of, x, VIEWS, torch.float32), bound))
+    """The same on the device and in the dtype of the private step, one backward pass per sample, without our kernels."""
+    with patch.object(ops, "on_triton", lambda t: False):
+        return _flat(oracle.clipped_sum(oracle.sample_grads(model, loss_of, x, VIEWS, torch.float32), bound))
 
 
 def by_fastloda(model: nn.Module, x: Tensor, bound: float, loss_of: oracle.LossOf) -> Tensor:

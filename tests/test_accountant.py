@@ -318,6 +318,54 @@ def test_a_cache_that_cannot_be_written_is_no_cache(cache):
     assert 0.995 * 4 <= PrivacyAccountant(0.02, sigma).epsilon(1e-5, 300) <= 4
 
 
+# -- releases before a run ------------------------------------------------------------------------------------
+
+EARLIER = ((1.0, 5.0, 1), (0.01, 1.0, 100))
+
+
+def test_a_run_counts_what_was_released_before_it():
+    run = PrivacyAccountant(**RUN, earlier=EARLIER)
+    own = (RUN["sample_rate"], RUN["noise_multiplier"], 300)
+    assert (
+        run.epsilon(1e-5, 300) == compose_epsilon([*EARLIER, own], 1e-5) > PrivacyAccountant(**RUN).epsilon(1e-5, 300)
+    )
+    assert run.epsilon(1e-5) == compose_epsilon(EARLIER, 1e-5) > 0
+    curve = run.epsilon_curve(1e-5, [0, 100, 300])
+    assert curve == sorted(curve) and (curve[0], curve[2]) == (run.epsilon(1e-5), run.epsilon(1e-5, 300))
+    assert run.epsilon_rdp(1e-5, 300) > run.epsilon(1e-5, 300)
+
+
+def test_a_plain_gaussian_and_a_sampled_one_compose_to_what_google_says():
+    mechanisms = [(1.0, 5.3, 1), (0.178, 9.54, 100)]
+    theirs = pld_epsilon(mechanisms, 1e-5, 1e-4, pessimistic=True)
+    assert theirs * 0.999 <= compose_epsilon(mechanisms, 1e-5) <= theirs * 1.01
+
+
+def test_noise_is_calibrated_for_what_is_left(cache):
+    sigma = calibrate_noise(*QUESTION, earlier=EARLIER)
+    assert sigma > calibrate_noise(*QUESTION)
+    assert 0.99 * 4 <= PrivacyAccountant(0.02, sigma, earlier=EARLIER).epsilon(1e-5, 300) <= 4
+    assert calibrate_noise(*QUESTION, earlier=EARLIER) == sigma  # recalled
+
+
+@pytest.mark.parametrize("earlier", [((1.0, 0.5, 1),), ((1.0, 0.0, 1),), ((1.0, 1.12, 1),)])
+def test_nothing_is_left_to_train_with(earlier):
+    with pytest.raises(ValueError, match="too little is left"):
+        calibrate_noise(*QUESTION, earlier=earlier)
+
+
+def test_a_record_of_other_earlier_releases_is_refused():
+    run, other = PrivacyAccountant(**RUN, earlier=EARLIER), PrivacyAccountant(**RUN, earlier=EARLIER[:1])
+    run.step(5)
+    again = PrivacyAccountant(**RUN, earlier=EARLIER)
+    again.load_state_dict(json.loads(json.dumps(run.state_dict())))
+    assert again.steps == 5
+    for wrong in (other, PrivacyAccountant(**RUN)):
+        with pytest.raises(ValueError, match="record"):
+            wrong.load_state_dict(run.state_dict())
+        assert wrong.steps == 0
+
+
 # -- hostile input -------------------------------------------------------------------------------------------
 
 VALID = {"target_epsilon": 4.0, "delta": 1e-5, "sample_rate": 0.02, "noise_multiplier": 1.1, "steps": 300}

@@ -19,6 +19,7 @@ from fastloda.methods import (
     AutoencoderTraining,
     Budget,
     ByEpsilon,
+    ChosenLoDA,
     Direct,
     DirectDPSGD,
     DPDiffusion,
@@ -26,6 +27,7 @@ from fastloda.methods import (
     NoDP,
     PrivateClassifier,
     PrivateTuning,
+    PublicChoice,
     PublicModel,
     PublicOnly,
     Release,
@@ -51,6 +53,10 @@ LDM = DPLDM(AutoencoderTraining(width=8, steps=2, batch_size=8), replace(MODEL, 
 METHODS = {
     "public only": PublicOnly(MODEL, TUNING),
     "loda": DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
+    "chosen": ChosenLoDA(
+        DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
+        ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, training=MODEL.conditional)}),
+    ),
     "diffusion": DPDiffusion(MODEL, ByEpsilon({1.0: replace(TUNING, time_weights=TIME_WEIGHTS)})),
     "ldm": DPLDM(
         AutoencoderTraining(width=8, steps=2, batch_size=8), replace(MODEL, unet=LATENT), ByEpsilon({1.0: TUNING})
@@ -109,14 +115,14 @@ def test_each_method_keeps_its_budget_and_gives_what_it_says(name, public, priva
         assert fitted.cost.seconds > 0 and fitted.cost.peak_bytes > 0 and fitted.cost.samples <= 40
 
 
-@pytest.mark.parametrize("name", ["merf", "mepf", "loda"])
+@pytest.mark.parametrize("name", ["merf", "mepf", "loda", "chosen"])
 def test_only_the_release_carries_private_records(name, public, private, tmp_path, monkeypatch):
     """With the released sums, or gradients, replaced by constants, two private sets give the same samples."""
     sums = lambda what, features, labels, classes, noise, stream: (  # noqa: E731
         torch.ones(classes, features.shape[1], dtype=torch.float64),
         Release(what, 1.0, noise, 1),
     )
-    for module in ("dp_merf", "dp_mepf"):
+    for module in ("dp_merf", "dp_mepf", "public_choice"):
         monkeypatch.setattr(f"fastloda.methods.{module}.release_class_sums", sums)
     monkeypatch.setattr("fastloda.step.group_sums", lambda grads, groups, factors: dict.fromkeys(grads))
     other = LabelledImages(-private.images, private.labels.flip(0), 10)
@@ -126,6 +132,22 @@ def test_only_the_release_carries_private_records(name, public, private, tmp_pat
         for i, data in enumerate((private, other))
     ]
     assert torch.equal(*drawn)
+
+
+def test_the_choice_is_paid_from_the_same_budget(public, private, tmp_path):
+    budget = Budget(2.0, 1e-5, len(private))
+    alone, chosen = (
+        METHODS[name].fit(private, public, budget, work_in(tmp_path / name)).spent for name in ("loda", "chosen")
+    )
+    (plain,), (choice, tuning) = alone.releases, chosen.releases
+    assert choice == Release("sum of joint embeddings", 1.0, 10.0, 1)
+    assert tuning.noise_multiplier > plain.noise_multiplier and tuning.steps == plain.steps
+    assert (
+        compose_epsilon([choice[1:], tuning[1:]], 1e-5)
+        == chosen.epsilon
+        <= 2.0
+        < compose_epsilon([choice[1:], plain[1:]], 1e-5)
+    )
 
 
 def test_methods_share_the_public_model(public, private, tmp_path):

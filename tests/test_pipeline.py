@@ -21,8 +21,9 @@ from fastloda.classify import AUGMENTS, seeded_network
 from fastloda.data import LabelledImages, digits_split, font_digits, load_npz
 from fastloda.diffusion import UNetConfig
 from fastloda.diffusion.pretrain import PublicTraining
+from fastloda.methods import PublicChoice, Release
 from fastloda.models import load_unet
-from fastloda.pipeline import evaluate, finetune, pretrain, sample
+from fastloda.pipeline import choose, evaluate, finetune, pretrain, sample
 from fastloda.runs import RunError, Stage
 from fastloda.settings import Adapter, Classifier, FineTuning
 
@@ -261,6 +262,74 @@ def _interrupt(patch, name: str, call: int) -> None:
         return real(self)
 
     patch.setattr(owner, attribute, interrupted)
+
+
+# -- choosing public images ------------------------------------------------------------------------------------------
+
+CHOICE = PublicChoice(20.0, features=20, drawn=16, training=dataclasses.replace(PUBLIC, steps=2))
+CHOOSING = {"delta": 1e-5, "choice": CHOICE, "count": 40} | QUIET
+
+
+def test_what_the_choice_released_counts_with_the_run(public_run):
+    found = choose(public_run, seed=3, **CHOOSING)
+    assert found["epsilon"] == compose_epsilon([(1.0, 20.0, 1)], 1e-5) and found["records"] == 1437
+    statement = finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)  # of the chosen model
+    own = (statement["sample_rate"], statement["noise_multiplier"], statement["steps"])
+    assert statement["earlier"] == [[1.0, 20.0, 1]]
+    assert statement["epsilon"] == compose_epsilon([(1.0, 20.0, 1), own], 1e-5) <= 10
+    assert account(1e-5, composition=(str(public_run),))["epsilon"] == statement["epsilon"]
+    sample(public_run, count=10, steps=2, **QUIET)
+    inputs = json.loads((public_run / "private" / "done.json").read_text())["inputs"]
+    assert inputs["model.safetensors"] == pipeline.digest(public_run / "chosen" / "model.safetensors")
+
+
+def test_the_sum_is_released_once(public_run, monkeypatch):
+    """Without a seed, so that a second release would differ."""
+    with monkeypatch.context() as patch:
+        _interrupt(patch, "fastloda.diffusion.pretrain._Run.train_step", 1)
+        with pytest.raises(KeyboardInterrupt):
+            choose(public_run, **CHOOSING)
+    released = (public_run / "chosen" / "sums.safetensors").read_bytes()
+    assert not (public_run / "chosen" / "model.safetensors").exists()
+    choose(public_run, **CHOOSING)
+    assert (public_run / "chosen" / "sums.safetensors").read_bytes() == released
+    assert not (public_run / "chosen" / "checkpoint.pt").exists()
+    assert "operating system" in read_statement(public_run / "chosen")["randomness"]
+
+
+def test_everything_chosen_is_made_from_the_sum(public_run, tmp_path, monkeypatch):
+    """With the released sums replaced by constants, other records give the same files."""
+    constant = lambda self, private, public, seed, noise: (  # noqa: E731
+        torch.ones(10, 20, dtype=torch.float64),
+        Release("sums", 1.0, self.noise_multiplier, 1),
+    )
+    monkeypatch.setattr(PublicChoice, "release", constant)
+    records, _ = digits_split()
+    LabelledImages(-records.images, records.labels.flip(0), 10).save_npz(tmp_path / "other.npz")
+    files = []
+    for name, data in (("a", "digits"), ("b", str(tmp_path / "other.npz"))):
+        choose(tmp_path / name, data=data, model=public_run / "public", **CHOOSING)
+        files.append(
+            {k: v for k, v in snapshot(tmp_path / name / "chosen").items() if k not in ("config.yaml", "done.json")}
+        )
+    assert files[0] == files[1] and len(files[0]) == 4
+
+
+def test_a_chosen_model_without_its_statement_is_refused(public_run):
+    choose(public_run, seed=3, **CHOOSING)
+    (public_run / "chosen" / "privacy.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no privacy.json"):
+        finetune(public_run, PRIVACY, **QUIET)
+    assert not (public_run / "private").exists()
+
+
+def test_a_choice_that_is_no_privacy_is_refused(public_run):
+    with pytest.raises(ValueError, match="delta must be above 0 and below 1 / records"):
+        choose(public_run, **(CHOOSING | {"delta": 0.01}))
+    choose(public_run, seed=3, **(CHOOSING | {"choice": dataclasses.replace(CHOICE, noise_multiplier=0.4)}))
+    with pytest.raises(ValueError, match="too little is left"):
+        finetune(public_run, PRIVACY, **QUIET)
+    assert not (public_run / "private").exists()
 
 
 # -- refusing --------------------------------------------------------------------------------------------------------

@@ -183,6 +183,7 @@ def test_built_in_tables_have_the_papers_rows():
         assert [m.name for m in made.methods] == [
             "Public only",
             "DP-LoDA",
+            "DP-LoDA on chosen data",
             "DP-Diffusion",
             "DP-LDM",
             "DP-MEPF",
@@ -193,7 +194,7 @@ def test_built_in_tables_have_the_papers_rows():
         assert made.epsilons == (1.0, 5.0, 10.0) and made.delta == 1e-5
     assert len(recipe("digits-1pct", None).private()) == 14
     cells = all_cells(recipe("digits", None).methods, (1.0, 5.0, 10.0), seeds=3)
-    assert len(cells) == 3 * (6 * 3 + 2)
+    assert len(cells) == 3 * (7 * 3 + 2)
 
 
 def test_published_values_are_those_of_the_paper():

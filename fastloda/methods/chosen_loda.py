@@ -21,7 +21,7 @@ class ChosenLoDA:
     loda: DPLoDA
     choice: ByEpsilon[PublicChoice]
     pool: Callable[[], LabelledImages] | None = field(default=None, repr=False)
-    name: str = "DP-LoDA, chosen public"
+    name: str = "DP-LoDA on chosen data"
     trained_on: str = "its samples"
     has_budget: bool = True
 

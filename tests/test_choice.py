@@ -1,0 +1,92 @@
+"""Public images chosen by a noisy statistic: the weights are as stated, and point at images like the private ones."""
+
+import pytest
+import torch
+
+from fastloda.data import LabelledImages, font_digits
+from fastloda.methods import PublicChoice
+from fastloda.methods.gaussian_release import noise_stream
+from fastloda.methods.public_choice import effective_number, tilted
+
+
+@pytest.fixture(scope="module")
+def pool() -> LabelledImages:
+    """Every second image is a negative."""
+    digits = font_digits(600, seed=0)
+    sign = torch.tensor([1.0, -1.0]).repeat(300)
+    return LabelledImages(digits.images * sign[:, None, None, None], digits.labels, 10)
+
+
+def features_and_target(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.nn.functional.normalize(torch.randn(80, 6, generator=generator, dtype=torch.float64))
+    return features, features[:10].mean(0) + 0.05 * torch.randn(6, generator=generator, dtype=torch.float64)
+
+
+def objective(w: torch.Tensor, features: torch.Tensor, target: torch.Tensor, tau: float) -> float:
+    """Of the module's docstring."""
+    divergence = torch.special.xlogy(w, w * len(w)).sum()
+    return float(divergence + (features.T @ w - target).square().sum() / (2 * tau**2))
+
+
+@pytest.mark.parametrize("tau", [0.03, 0.1, 1.0])
+def test_no_other_weights_do_better(tau):
+    features, target = features_and_target()
+    w = tilted(features, target, tau)
+    assert w.sum() == pytest.approx(1) and w.min() > 0
+    best = objective(w, features, target, tau)
+    generator = torch.Generator().manual_seed(1)
+    for size in (1e-3, 0.1, 1.0):
+        for _ in range(20):
+            other = (w.log() + size * torch.randn(80, generator=generator, dtype=torch.float64)).softmax(0)
+            assert objective(other, features, target, tau) > best
+    even = torch.full_like(w, 1 / 80)
+    assert objective(even, features, target, tau) > best
+
+
+def test_the_less_is_known_the_more_even_the_weights():
+    features, target = features_and_target()
+    numbers = [effective_number(tilted(features, target, tau)) for tau in (0.03, 0.1, 0.3, 1.0, 100.0)]
+    assert numbers == sorted(numbers) and numbers[0] < 70 and numbers[-1] == pytest.approx(80)
+
+
+@pytest.mark.parametrize("noise, least", [(0.3, 0.95), (3.0, 0.8)])
+def test_images_like_the_private_ones_weigh_more(pool, noise, least):
+    private = font_digits(500, seed=7)
+    choice = PublicChoice(noise, features=200)
+    sums, _ = choice.release(private, pool, 0, noise_stream(0))
+    weights = choice.weights(pool, sums, records=500, seed=0)
+    assert float(weights[0::2].sum()) > least  # the positives
+    by_class = torch.zeros(10, dtype=torch.float64).index_add_(0, pool.labels, weights)
+    torch.testing.assert_close(by_class, torch.full((10,), 0.1, dtype=torch.float64))
+    drawn = choice.draw(pool, weights, seed=0)
+    assert len(drawn) == choice.drawn and float((drawn.images.mean((1, 2, 3)) < 0).float().mean()) > least - 0.1
+
+
+def test_noise_alone_chooses_almost_nothing(pool):
+    choice = PublicChoice(1000.0, features=200)
+    sums, _ = choice.release(font_digits(500, seed=7), pool, 0, noise_stream(0))
+    assert effective_number(choice.weights(pool, sums, records=500, seed=0)) > 0.8 * len(pool)
+
+
+def test_the_embedding_depends_on_public_images_alone(pool):
+    phi = PublicChoice(features=40).embedding(pool, seed=0)
+    images = font_digits(30, seed=3).images
+    assert torch.equal(phi(images), PublicChoice(features=40).embedding(pool, seed=0)(images))
+    torch.testing.assert_close(phi(images * 50).norm(dim=1), torch.ones(30))
+
+
+def test_a_class_without_public_images_is_named(pool):
+    some = pool.labels != 4
+    rest = LabelledImages(pool.images[some], pool.labels[some], 10)
+    with pytest.raises(ValueError, match="no public image of class 4"):
+        PublicChoice(features=4).weights(rest, torch.zeros(10, 4, dtype=torch.float64), records=100, seed=0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"noise_multiplier": 0.0}, {"noise_multiplier": float("inf")}, {"features": 1}, {"tolerance": 0.0}, {"drawn": 0}],
+)
+def test_impossible_choices_are_refused(bad):
+    with pytest.raises(ValueError, match="choice"):
+        PublicChoice(**bad)
