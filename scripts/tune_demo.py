@@ -20,10 +20,14 @@ from fastloda.classify import accuracy, train_classifier
 from fastloda.data import LabelledImages, font_digits
 from fastloda.diffusion import Diffusion, class_balanced_labels, digits_unet, sample
 from fastloda.diffusion.pretrain import PublicTraining, pretrain
+from fastloda.methods import PublicChoice
+from fastloda.methods.gaussian_release import noise_stream
 
 RECORDS, DELTA = 1437, 1e-5
 DEFAULTS = {
     "epsilon": 10.0,
+    "choice_noise": None,  # a number: the public model is first trained further on chosen font digits
+    "choice_tolerance": 2.0,
     "steps": 250,
     "batch_size": 256,
     "views": 2,
@@ -81,7 +85,12 @@ def trial(changes: dict) -> str:
     s = DEFAULTS | changes
     began, diffusion = time.monotonic(), Diffusion.between(*s["timesteps"])
     train, test = stand_in(RECORDS, 0), stand_in(2000, 7)
-    model = public_model()
+    model, earlier = public_model(), ()
+    if s["choice_noise"]:
+        pool, choice = font_digits(100_000, 0), PublicChoice(s["choice_noise"], tolerance=s["choice_tolerance"])
+        sums, release = choice.release(train, pool, 0, noise_stream(0))
+        choice.train_further(model, pool, sums, RECORDS, seed=0)
+        earlier = (release[1:],)
     torch.manual_seed(0)
     attach_loda(model, **{name: s[name] for name in ("rank", "scale", "targets")})
     for _, layer in loda_layers(model):
@@ -90,7 +99,8 @@ def trial(changes: dict) -> str:
     settings = PrivateTraining(
         sample_rate=rate,
         expected_batch_size=s["batch_size"],
-        noise_multiplier=calibrate_noise(s["epsilon"], DELTA, rate, s["steps"]),
+        noise_multiplier=calibrate_noise(s["epsilon"], DELTA, rate, s["steps"], earlier),
+        earlier=earlier,
         delta=DELTA,
         micro_batch_size=512 // s["views"],
         fixed_shape=False,

@@ -1,13 +1,22 @@
 """The bench's own instruments, and its report: a bench that measures wrongly is worse than none."""
 
+import gc
 import importlib
+import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
+import weakref
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastloda.cli import main
 from fastloda.report import bench
@@ -20,7 +29,7 @@ def instruments():
     """bench/'s modules, which are no package."""
     pytest.importorskip("pytest_benchmark")
     sys.path.insert(0, str(ROOT / "bench"))
-    names = ("cases", "measure", "providers", "results_file", "truth")
+    names = ("cases", "compare", "machine", "measure", "operations", "providers", "results_file", "truth")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path.remove(str(ROOT / "bench"))
 
@@ -42,6 +51,46 @@ def test_rounds_are_interleaved_and_a_failure_is_a_result(instruments):
     assert "".join(calls) == "abbaaba"  # another one starts each time; b leaves in its third round
     assert {name: len(times) for name, times in race.paired(3).items()} == {"a": 3}
     assert race.errors == {"b": "RuntimeError: no room in (path)"}
+
+
+@pytest.mark.parametrize("leaves", ["the race", "before the race", "the largest batch"])
+def test_who_fails_leaves_its_memory_to_the_next(instruments, leaves):
+    """Opacus's hooks and activations hold each other; and a traceback holds the frames of what failed."""
+    activations = []
+
+    class Activation:
+        def __init__(self):
+            self.itself = self
+            activations.append(weakref.ref(self))
+
+    def fails(*_):
+        activation = Activation()
+        raise RuntimeError(f"out of memory with {activation}")
+
+    seen, see = [], lambda *_: seen.append(activations[0]())
+    gc.disable()  # of its own accord
+    try:
+        if leaves == "the race":
+            instruments.measure.Race({"fails": fails, "next": see}).round()
+        elif leaves == "before the race":
+            make = {"fails": fails, "next": see}
+            instruments.compare._keeping_errors({name: {} for name in make}, lambda name: make[name]())
+        else:
+            assert not instruments.measure._fits(fails, 1, 1)
+            see()
+    finally:
+        gc.enable()
+    assert seen == [None]
+
+
+def test_no_time_counts_what_is_done_between_contenders(instruments, monkeypatch):
+    def fails():
+        raise RuntimeError
+
+    monkeypatch.setattr(instruments.measure, "free_memory", lambda: time.sleep(0.3))
+    race = instruments.measure.Race({"fails": fails, "next": lambda: None})
+    race.round()
+    assert race.times["fails"] == [] and race.times["next"][0] < 0.3
 
 
 def test_ratios_are_of_the_same_round(instruments):
@@ -71,6 +120,66 @@ def test_a_wrong_gradient_fails_before_anything_is_timed(instruments, monkeypatc
     monkeypatch.setitem(instruments.providers.PROVIDERS, "FastLoDA", unclipped)
     with pytest.raises(instruments.truth.WrongAnswer, match="FastLoDA, stack-n4-c8-8x8-2layers-r4"):
         instruments.truth.check(case, "FastLoDA")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gradient_that_grows_from_step_to_step_fails(instruments, monkeypatch):
+    case = instruments.cases.Case("stack", 4, channels=8, size=8, layers=2)
+    instruments.truth.check(case, "plain PyTorch")
+    monkeypatch.setattr(instruments.providers, "_clear", lambda *_: None)
+    with pytest.raises(instruments.truth.WrongAnswer, match="second step"):
+        instruments.truth.check(case, "plain PyTorch")
+
+
+class Recorded(TorchDispatchMode):
+    """A CUDA graph without a GPU: a replay does every operation again, from and into the tensors of the capture."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.calls, self.run = [], run
+        with self:
+            run()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, made))
+        return made
+
+    @torch.no_grad()
+    def __call__(self):
+        for operation, args, kwargs, made in self.calls:
+            for old, new in zip(tree_leaves(made), tree_leaves(operation(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_replay_of_the_graph_starts_from_nothing(instruments, monkeypatch):
+    monkeypatch.setattr(instruments.providers, "captured", Recorded)
+    case = instruments.cases.Case("stack", 4, channels=8, size=8, layers=2)
+    instruments.truth.check(case, instruments.providers.GRAPH)
+
+
+def test_an_operation_that_cannot_be_captured_is_timed_without_a_graph(instruments, monkeypatch):
+    def refuses(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    operation = instruments.operations.Operation("add", lambda: None, 1, 1)
+    monkeypatch.setattr(instruments.operations, "captured", refuses)
+    assert operation.captured() == operation and not operation.in_graph
+    monkeypatch.setattr(instruments.operations, "captured", lambda run: "replay")
+    assert operation.captured().run == "replay" and operation.captured().in_graph
+
+
+def test_the_layers_input_is_a_leaf(instruments):
+    """Wherever it lies: to a copy, everyone's backward pass but ours would add one."""
+    case = instruments.cases.Case("layer", 2, channels=4, size=4, layout="channels_last")
+    (x,) = case.inputs()
+    assert x.is_leaf and x.requires_grad and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_bench_is_without_tf32(instruments):
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_a_run_goes_on_with_the_rows_of_the_same_day(instruments, tmp_path):
@@ -107,6 +216,55 @@ import cases, compare, gpu_step_check, machine, measure, operations, providers, 
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def gpu_check(monkeypatch, tmp_path):
+    """The script as a module, with results in tmp_path."""
+    loader = SourceFileLoader("gpu_check", str(ROOT / "scripts" / "gpu_check"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
+    loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+@pytest.mark.parametrize("pip", ["fails", "waits"])
+def test_gpu_check_without_a_registry_says_what_to_bring(pip, gpu_check, monkeypatch, tmp_path, capsys):
+    commands = []
+
+    def run(command, timeout):
+        commands.append(command)
+        if pip == "waits":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    monkeypatch.setattr(gpu_check, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu_check, "INDISPENSABLE", {"no_such_module": "no-such-package"})
+    monkeypatch.setattr(gpu_check, "WHEELS", tmp_path)
+    monkeypatch.setitem(sys.modules, "machine", None)  # show_versions cannot import it
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    assert gpu_check.main() == 1
+    assert "--only-binary :all: -d .whl no-such-package" in capsys.readouterr().out
+    assert "--retries 0 --timeout 10 --find-links" in " ".join(commands[0])
+
+
+def test_gpu_check_brings_back_what_it_wrote_and_nothing_older(gpu_check, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setenv("OUT", str(out))
+    (tmp_path / "old.json").write_text("{}")
+    os.utime(tmp_path / "old.json", (0, 0))
+    (tmp_path / "new.json").write_text("{}")
+    gpu_check.bring_back(time.time() - 60)
+    assert [path.name for path in out.iterdir()] == ["new.json"]
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_bench_that_runs_out_of_time_is_enough_only_with_a_result(writes, gpu_check, tmp_path):
+    write = f"open({str(tmp_path / 'x.json')!r}, 'w').close()" if writes else ""
+    command = [sys.executable, "-c", f"import time; {write}\ntime.sleep(60)"]
+    assert gpu_check.run(command, 2, enough=True) == writes
 
 
 # ---- report
