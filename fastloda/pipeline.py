@@ -268,7 +268,7 @@ def sample(
         steps: of the DDIM sampler.
         guidance: weight of classifier-free guidance; above 0 it doubles the time.
         seed: of the images; it is independent of training, and need not be secret.
-        public: draw from the public model without the adapter, into samples-public/.
+        public: draw from the model without the adapter, into samples-public/; that of chosen/ has its own privacy.json.
         model: folder of the public model; default: chosen/ in the run's folder, or else public/.
         batch_size: images at a time; the result does not depend on it.
         device: where to compute.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, chi2
 from torch import nn
 
-from fastloda import PrivacyError, attach_loda
+from fastloda import PrivacyError, attach_loda, compose_epsilon
 from fastloda.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.files import write_atomically
 from fastloda.sampling import micro_batches, poisson_sample
@@ -225,6 +225,27 @@ def test_bad_data_and_models_are_refused():
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_released_before_counts_and_a_run_resumes_with_it_alone(tmp_path):
+    before = dataclasses.replace(SETTINGS, earlier=((1.0, 5.0, 1),), target_epsilon=30.0)
+    first = trainer(before, checkpoint=tmp_path / "c.pt", checkpoint_every=1)
+    assert first.epsilon() == compose_epsilon([(1.0, 5.0, 1)], 1e-5) > 0
+    for _ in range(3):
+        first.train_step()
+        first.save()
+    assert first.epsilon() == compose_epsilon([(1.0, 5.0, 1), (0.2, 1.0, 3)], 1e-5)
+    again = trainer(before, checkpoint=tmp_path / "c.pt")
+    assert_same(first, again)
+    assert again.epsilon() == first.epsilon()
+    with pytest.raises(CheckpointError, match="earlier is"):
+        trainer(checkpoint=tmp_path / "c.pt")
+    poor = dataclasses.replace(SETTINGS, earlier=((1.0, 1.0, 1),), target_epsilon=first.epsilon())
+    with (
+        pytest.warns(UserWarning, match="training stops after 0"),
+        pytest.raises(PrivacyError, match="no step is left"),
+    ):
+        trainer(poor).train_step()
 
 
 def test_resume_is_bitwise_equal(tmp_path, counts, proof):
