@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fastloda.account import releases
+from fastloda.accountant import compose_epsilon
 from fastloda.report import Figure, Page, Result, accuracy_plot, epsilon_plot, render, result_table, sample_grid
 from fastloda.report.tables import rounded_up
 
@@ -180,7 +182,14 @@ def _tiny(**changes):
     from fastloda.demo import DemoSettings
 
     small = {"public_images": 64, "public_steps": 2, "public_batch_size": 8, "batch_size": 32, "steps": 2, "views": 1}
-    small |= {"synthetic_images": 20, "sampler_steps": 2, "classifier_steps": 2, "classifier_width": 8}
+    small |= {
+        "choice_images": 80,
+        "choice_steps": 2,
+        "synthetic_images": 20,
+        "sampler_steps": 2,
+        "classifier_steps": 2,
+        "classifier_width": 8,
+    }
     small |= {"dpsgd_batch_size": 32, "dpsgd_steps": 2, "dpsgd_views": 2, "dpsgd_width": 8}
     return DemoSettings(**small | changes)
 
@@ -196,16 +205,22 @@ def test_every_setting_says_how_it_was_chosen():
 
 def test_results_are_complete(demo_run):
     document = json.loads((demo_run / "results.json").read_text())
-    methods = ["Public only", "DP-LoDA (ours)", "DP-SGD", "No privacy"]
+    methods = ["Public only", "Public, chosen privately", "DP-LoDA (ours)", "DP-SGD", "No privacy"]
     assert [row["method"] for row in document["results"]] == methods
     for row in document["results"]:
         assert len(row["accuracy_by_seed"]) == 2 and 0 <= row["accuracy_mean"] <= 1 and row["accuracy_std"] >= 0
     epsilons = [row["epsilon"] for row in document["results"]]
-    assert epsilons[0] == 0 and epsilons[3] is None and all(0 < e <= 10 for e in epsilons[1:3])
-    assert len(document["privacy"]) == 4 and all(s["seed_was_fixed"] for s in document["privacy"].values())
-    assert 10 < document["epsilon_of_all_private_runs_together"] < 40
+    assert (
+        epsilons[0] == 0 and epsilons[4] is None and 0 < epsilons[1] < 1 and all(9.9 < e <= 10 for e in epsilons[2:4])
+    )
+    assert len(document["privacy"]) == 6 and all(s["seed_was_fixed"] for s in document["privacy"].values())
+    runs = [s for name, s in document["privacy"].items() if "chosen" not in name]
+    assert len(runs) == 4 and sum(bool(s["earlier"]) for s in runs) == 2
+    assert document["epsilon_of_all_private_runs_together"] == compose_epsilon(
+        [m for s in runs for m in releases(s)], 1e-5
+    )
     assert "experiment" in document["randomness"]
-    assert len(document["seconds"]) == 16 and document["settings"]["steps"] == 2
+    assert len(document["seconds"]) == 22 and document["settings"]["steps"] == 2
     table = (demo_run / "results.md").read_text()
     assert all(f"| {method} |" in table for method in methods)
 
@@ -215,14 +230,15 @@ def test_the_report_shows_no_private_image(demo_run):
 
     html = (demo_run / "report.html").read_text()
     images = check_page(html)
-    assert [image["alt"].split(":")[0] for image in images[1:4]] == [
+    assert [image["alt"].split(":")[0] for image in images[1:5]] == [
         "Public training images",
         "Before",
+        "Of the public model trained on digits chosen for epsilon 10",
         "After private fine-tuning",
     ]
     private, test = (part.images for part in digits_split())
     real = {image.numpy().tobytes() for image in ((torch.cat([private, test]) + 1) * 127.5).round().byte()}
-    for image in images[1:4]:
+    for image in images[1:5]:
         grid = _png(base64.b64decode(image["src"].split(",")[1]))
         step = 34
         for row in range(0, grid.shape[0], step):
@@ -236,6 +252,7 @@ def test_the_report_shows_no_private_image(demo_run):
 def test_seeds_repeat_every_stage(demo_run):
     for name in (
         "public/model.safetensors",
+        "epsilon-10/chosen/sums.safetensors",
         "epsilon-10/samples/samples.npz",
         "epsilon-10/dpsgd/classifier.safetensors",
     ):
