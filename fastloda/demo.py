@@ -264,7 +264,7 @@ def demo(
         run: the folder for everything.
         epsilon: privacy budgets, with commas between.
         seeds: repetitions of all stages; the table has their mean and standard deviation.
-        quick: about a minute instead of ten on two cores, with steps and counts that show the machinery and no more.
+        quick: about a minute on two cores instead of several, with steps and counts that show the machinery and no more.
         settings: all hyper-parameters.
         device: where to compute.
         progress: show bars.
