@@ -113,7 +113,7 @@ def check_delta(name: str, delta: float, records: int) -> None:
     """ValueError unless 0 < delta < 1 / records."""
     if records < 1 or not 0 < delta < 1 / records:
         raise ValueError(
-            f"{name} must be above 0 and below 1 / records = {1 / max(1, records):.3g}, got {delta}: with a larger one, "
+            f"{name} must be below 1 / records = {1 / max(1, records):.3g} and positive, got {delta}: with a larger one, "
             "publishing a random record would count as private"
         )
 

@@ -324,7 +324,7 @@ def test_a_chosen_model_without_its_statement_is_refused(public_run):
 
 
 def test_a_choice_that_is_no_privacy_is_refused(public_run):
-    with pytest.raises(ValueError, match="delta must be above 0 and below 1 / records"):
+    with pytest.raises(ValueError, match="delta must be below 1 / records"):
         choose(public_run, **(CHOOSING | {"delta": 0.01}))
     choose(public_run, seed=3, **(CHOOSING | {"choice": dataclasses.replace(CHOICE, noise_multiplier=0.4)}))
     with pytest.raises(ValueError, match="too little is left"):
