@@ -40,7 +40,7 @@ from fastloda.files import write_atomically
 from fastloda.inputs import NAMED, files_of, full_name, open_for_unet, open_images, open_tests
 from fastloda.methods.gaussian_release import noise_stream
 from fastloda.methods.public_choice import PublicChoice
-from fastloda.models import load_unet, save_unet
+from fastloda.models import load_unet, save_unet, was_chosen_privately
 from fastloda.randomness import seeded
 from fastloda.report.plots import sample_grid
 from fastloda.runs import DONE, Stage, digest, make_folder, read_json, write_json
@@ -104,7 +104,8 @@ def pretrain(
                 model = UNet(unet).to(place, memory_format=torch.channels_last)
             checkpoint = stage.folder / CHECKPOINT
             train_on_public(model, Diffusion(), images, training, checkpoint=checkpoint, progress=progress)
-            _save_with_preview(model, stage.folder, training.seed, progress)
+            save_unet(model, stage.folder / MODEL)
+            _draw_preview(model, stage.folder, training.seed, progress)
         checkpoint.unlink(missing_ok=True)  # its work is done
     return {"model": str(stage.folder / MODEL)}
 
@@ -149,6 +150,8 @@ def choose(
     place = resolve_device(device)
     base = Path(run) / "public" if model is None else Path(model)
     network = load_unet(base / MODEL, place)
+    if was_chosen_privately(base / MODEL):  # what made it would not be counted
+        raise ValueError(f"{base} holds a model of chosen images already: choose for the public model, once")
     private = open_for_unet(data, network.config)
     nominal = nominal_records(records, len(private), "--records")
     check_delta("delta", delta, nominal)
@@ -169,7 +172,8 @@ def choose(
             checkpoint = stage.folder / CHECKPOINT
             options = {"checkpoint": checkpoint, "progress": progress}
             choice.train_further(network, pool, sums, nominal, seed or 0, **options)
-            _save_with_preview(network, stage.folder, seed or 0, progress)
+            save_unet(network, stage.folder / MODEL, chosen_privately=True)
+            _draw_preview(network, stage.folder, seed or 0, progress)
         checkpoint.unlink(missing_ok=True)
     return read_statement(stage.folder) | {"model": str(stage.folder / MODEL)}
 
@@ -370,16 +374,16 @@ def evaluate(
 def _public_folder(run: Path, model: Path | None) -> Path:
     if model is not None:
         return Path(model)
-    return next((f for f in (Path(run) / CHOSEN, Path(run) / "public") if (f / DONE).is_file()), Path(run) / "public")
+    chosen = Path(run) / CHOSEN
+    return chosen if (chosen / DONE).is_file() else Path(run) / "public"
 
 
 def _releases_of(folder: Path) -> list[tuple]:
     """What a public model that `choose` has trained further released about the private records; none of any other."""
-    return releases(read_statement(folder)) if (folder / SUMS).exists() else []
+    return releases(read_statement(folder)) if was_chosen_privately(folder / MODEL) else []
 
 
-def _save_with_preview(model: UNet, folder: Path, seed: int, progress: bool) -> None:
-    save_unet(model, folder / MODEL)
+def _draw_preview(model: UNet, folder: Path, seed: int, progress: bool) -> None:
     labels = class_balanced_labels(PREVIEW_COLUMNS * model.config.num_classes, model.config.num_classes)
     preview = draw_samples(model, Diffusion(), labels, seed=seed, progress=progress)
     write_atomically(folder / PREVIEW, sample_grid(preview, labels))

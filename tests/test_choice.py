@@ -6,7 +6,7 @@ import torch
 from fastloda.data import LabelledImages, font_digits
 from fastloda.methods import PublicChoice
 from fastloda.methods.gaussian_release import noise_stream
-from fastloda.methods.public_choice import effective_number, tilted
+from fastloda.methods.public_choice import tilted
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,11 @@ def features_and_target(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     features = torch.nn.functional.normalize(torch.randn(80, 6, generator=generator, dtype=torch.float64))
     return features, features[:10].mean(0) + 0.05 * torch.randn(6, generator=generator, dtype=torch.float64)
+
+
+def effective_number(weights: torch.Tensor) -> float:
+    """Of how many images the weights make use: 1 / sum w^2, for weights of sum 1 (Kish)."""
+    return float(1 / weights.square().sum())
 
 
 def objective(w: torch.Tensor, features: torch.Tensor, target: torch.Tensor, tau: float) -> float:

@@ -22,7 +22,7 @@ from fastloda.data import LabelledImages, digits_split, font_digits, load_npz
 from fastloda.diffusion import UNetConfig
 from fastloda.diffusion.pretrain import PublicTraining
 from fastloda.methods import PublicChoice, Release
-from fastloda.models import load_unet
+from fastloda.models import load_unet, was_chosen_privately
 from fastloda.pipeline import choose, evaluate, finetune, pretrain, sample
 from fastloda.runs import RunError, Stage
 from fastloda.settings import Adapter, Classifier, FineTuning
@@ -321,6 +321,27 @@ def test_a_chosen_model_without_its_statement_is_refused(public_run):
     with pytest.raises(FileNotFoundError, match="no privacy.json"):
         finetune(public_run, PRIVACY, **QUIET)
     assert not (public_run / "private").exists()
+
+
+def test_a_chosen_model_is_known_wherever_it_goes(public_run, tmp_path):
+    """Its file alone, without the folder that says what it released."""
+    choose(public_run, seed=3, **CHOOSING)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    model = elsewhere / "model.safetensors"
+    model.write_bytes((public_run / "chosen" / "model.safetensors").read_bytes())
+    assert load_unet(model).config == UNET and was_chosen_privately(model)
+    assert not was_chosen_privately(public_run / "public" / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="no privacy.json"):
+        finetune(public_run, PRIVACY, model=elsewhere, **QUIET)
+    assert not (public_run / "private").exists()
+
+
+def test_a_second_choice_on_top_of_the_first_is_refused(public_run, tmp_path):
+    choose(public_run, seed=3, **CHOOSING)
+    with pytest.raises(ValueError, match="chosen images already"):
+        choose(tmp_path / "again", model=public_run / "chosen", **CHOOSING)
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_choice_that_is_no_privacy_is_refused(public_run):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastloda.accountant import compose_epsilon
-from fastloda.budget import Privacy
+from fastloda.budget import Privacy, check_delta
 from fastloda.data import LabelledImages
 from fastloda.diffusion import class_balanced_labels
 
@@ -40,8 +40,7 @@ class Budget:
     def __post_init__(self):
         if not 0 < self.epsilon < float("inf"):
             raise ValueError(f"epsilon must be positive and finite, got {self.epsilon}")
-        if self.records < 1 or not 0 < self.delta < 1 / self.records:
-            raise ValueError(f"need records >= 1 and 0 < delta < 1 / records, got {self.records} and {self.delta}")
+        check_delta("delta", self.delta, self.records)
 
     def in_steps(self, steps: int, batch_size: int, **clipping) -> Privacy:
         """The promise of a run of DP-SGD that spends all of it; clipping: max_grad_norm and views."""

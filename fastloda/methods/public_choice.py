@@ -125,8 +125,3 @@ def tilted(features: Tensor, target: Tensor, tau: float) -> Tensor:
 
     optimizer.step(negative_dual)
     return (features @ theta.detach()).softmax(0)
-
-
-def effective_number(weights: Tensor) -> float:
-    """Of how many images the weights make use: 1 / sum w^2, for weights of sum 1 (Kish)."""
-    return float(1 / weights.square().sum())
