@@ -16,6 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fastloda.errors import PrivacyError
 from fastloda.graph import LossGraph
+from fastloda.members import Members
 from fastloda.records import run_backward
 from fastloda.regions import COMPILED
 from fastloda.rules import uncovered
@@ -39,14 +40,14 @@ COMPILED_REMEDY = (
 _probed: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(members: Members) -> dict[str, nn.Parameter]:
     """Name -> parameter with requires_grad; tied parameters once, under their first name.
 
     Raises:
         PrivacyError: nothing trains, or a layer mixes samples.
     """
-    check_layers(model)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    check_layers(members)
+    parameters = {name: p for name, p in members.parameters.items() if p.requires_grad}
     if not parameters:
         raise PrivacyError(
             "the model has no parameter with requires_grad: attach adapters first (fastloda.attach_loda)"
@@ -54,9 +55,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def check_layers(model: nn.Module) -> None:
+def check_layers(members: Members) -> None:
     """Refuse batch statistics: in the output (BatchNorm) or in a buffer (running statistics of InstanceNorm)."""
-    for name, module in model.named_modules():
+    for name, module in members.modules.items():
         if getattr(module, "max_norm", None) is not None:
             raise PrivacyError(
                 f"layer {name or '(the model)'!r} ({type(module).__name__}) has max_norm: its forward pass rescales the "
@@ -176,11 +177,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
 class FrozenWatch:
     """Refuses buffers and frozen parameters that a forward pass wrote to: they would hold private statistics, unnoised."""
 
-    def __init__(self, model: nn.Module):
-        self._model, self._seen = model, _versions(model)
+    def __init__(self, members: Members):
+        self._seen = _versions(members)
 
-    def check(self) -> None:
-        for name, (tensor, version) in _versions(self._model).items():
+    def check(self, members: Members) -> None:
+        """members: of the same model, now."""
+        for name, (tensor, version) in _versions(members).items():
             seen, seen_version = self._seen.get(name, (tensor, version))
             if tensor is not seen or version != seen_version:
                 raise PrivacyError(
@@ -188,7 +190,7 @@ class FrozenWatch:
                 )
 
 
-def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+def _versions(members: Members) -> dict[str, tuple[Tensor, int]]:
     """Tensors, not their ids: the id of a tensor that was replaced may come back."""
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: (tensor, tensor._version) for name, tensor in {**frozen, **dict(model.named_buffers())}.items()}
+    frozen = {name: p for name, p in members.parameters.items() if not p.requires_grad}
+    return {name: (tensor, tensor._version) for name, tensor in (frozen | members.buffers).items()}

@@ -43,7 +43,7 @@ from fastloda.errors import PrivacyError
 
 # Who takes part: a process group; None, the default one if it is initialised; "alone", this process whatever runs beside it.
 Group = ProcessGroup | Literal["alone"] | None
-T = TypeVar("T")
+T, Key = TypeVar("T"), TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class World:
         """Whether this is rank 0: it draws the noise, writes the checkpoint and shows the progress."""
         return self.rank == 0
 
-    def sum_to_first(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def sum_to_first(self, tensors: Mapping[Key, Tensor]) -> Mapping[Key, Tensor]:
         """On rank 0 the sums over the ranks, by one flat buffer; on the others what they gave."""
         if self.size == 1:
             return tensors

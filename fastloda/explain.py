@@ -20,6 +20,7 @@ from fastloda.errors import PrivacyError
 from fastloda.functional import FunctionalRule, cover
 from fastloda.graph import LossGraph, Use, trace
 from fastloda.layout import RECORDED, output_shape
+from fastloda.members import Members
 from fastloda.pieces import PerSampleGrad, Piece
 from fastloda.plan import Sizes, Way, choose, costs
 from fastloda.recorded import tensors
@@ -163,7 +164,7 @@ def _explanation(model: nn.Module, losses: Tensor, parameters: Mapping[str, nn.P
     graph = trace(losses, sound)
     refused, found = [], {}
     for check in (
-        lambda: check_layers(model),
+        lambda: check_layers(Members.of(model)),
         lambda: check_graph(whole),
         lambda: check_independence(losses, graph, model, sound, samples),
         lambda: found.update(_sizes(losses, graph, sound, samples)),

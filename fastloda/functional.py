@@ -5,7 +5,7 @@ Slower than a rule, and it keeps all per-row gradients. `cover(model)` puts it o
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -72,11 +72,16 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
         ValueError: no layer has the name, or none of its parameters trains.
     """
     modules = dict(model.named_modules())
-    if layers is not None:
-        chosen = {name: _checked(modules, name) for name in layers}
-        for name, layer in chosen.items():
-            _install(layer, FunctionalRule(name), trainable(layer))
-        return Covered(chosen)
+    if layers is None:
+        return cover_modules(modules)
+    chosen = {name: _checked(modules, name) for name in layers}
+    for name, layer in chosen.items():
+        _install(layer, FunctionalRule(name), trainable(layer))
+    return Covered(chosen)
+
+
+def cover_modules(modules: Mapping[str, nn.Module]) -> Covered:
+    """`cover` for those that need it, of a model's modules by name."""
     chosen = {name: layer for name, layer in modules.items() if _may_need_it(name, layer)}
     for name, layer in chosen.items():
         _install(layer, Undecided(name), own_parameters(layer))
@@ -86,7 +91,10 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
 
 def own_parameters(layer: nn.Module) -> tuple[str, ...]:
     """Names of the trainable parameters that the layer holds itself, or through parametrizations."""
-    return tuple(n for n in trainable(layer) if "." not in n or n.startswith("parametrizations."))
+    names = trainable(layer, recurse=False)
+    if "parametrizations" not in layer._modules:
+        return names
+    return (*names, *(f"parametrizations.{name}" for name in trainable(layer.parametrizations)))
 
 
 @dataclass
@@ -252,9 +260,9 @@ def _installed(layer: nn.Module) -> Rule | None:
 def _may_need_it(name: str, layer: nn.Module) -> bool:
     if type(layer) in KNOWN or "forward" in layer.__dict__ or hasattr(type(layer).forward, "row_rule_of"):
         return False
-    inside = isinstance(layer, parametrize.ParametrizationList) or ".parametrizations." in f".{name}."
     names = own_parameters(layer)
-    return not inside and bool(names) and _left_alone.get(layer) != names
+    inside = isinstance(layer, parametrize.ParametrizationList) or ".parametrizations." in f".{name}."
+    return bool(names) and not inside and _left_alone.get(layer) != names
 
 
 def _checked(modules: dict[str, nn.Module], name: str) -> nn.Module:

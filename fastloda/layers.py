@@ -6,6 +6,7 @@ Without a private step they are ordinary differentiable layers. For one, `record
 node, and the layer's only backward pass hands it what per-sample gradients are made of, instead of summing them.
 """
 
+import contextlib
 import math
 from typing import Self
 
@@ -27,7 +28,7 @@ class LoDAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, A, B, bias, op, dtype):
         ctx.op, ctx.dtype, ctx.x_dtype, ctx.recorder = op, dtype, x.dtype, None
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             x, w, b, a, up = (None if t is None else t.to(dtype) for t in (x, weight, bias, A, B))
             y, z = op.forward(x, w, b, a, up)
         ctx.save_for_backward(x, z, weight, A, B)
@@ -38,7 +39,7 @@ class LoDAFunction(torch.autograd.Function):
     def backward(ctx, gy):
         x, z, weight, A, B = ctx.saved_tensors
         op, gx, taps, gA, gB = ctx.op, None, None, None, None
-        with torch.autocast(gy.device.type, enabled=False):
+        with _without_autocast(gy.device.type):
             gz, piece_B = op.backward_up(gy, z, B.to(ctx.dtype))
             if ctx.needs_input_grad[0]:
                 gx, taps = op.backward_down(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype))
@@ -49,6 +50,11 @@ class LoDAFunction(torch.autograd.Function):
                 gA = op.weight_grad(x, gz, A.to(ctx.dtype)).to(A.dtype)
                 gB = piece_B.total().to(B.dtype)
         return gx, None, gA, gB, None, None, None
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Nothing where it is off already: to enter and leave `torch.autocast` takes as long as a small product."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def apply_adapter(

@@ -26,6 +26,7 @@ from fastloda.coverage import check_optimizer, trainable_parameters
 from fastloda.distributed import World
 from fastloda.errors import PrivacyError
 from fastloda.files import write_atomically
+from fastloda.members import Members
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import PoissonLoader
 from fastloda.private_module import PrivateModule, Tape
@@ -180,7 +181,7 @@ class PrivacyEngine:
 
     def validate(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> None:
         """Raise what make_private would; a trainable layer without a rule shows at the first step only."""
-        parameters = trainable_parameters(module)
+        parameters = trainable_parameters(Members.of(module))
         if optimizer is not None:
             check_optimizer(optimizer, parameters)
         if data_loader is not None:

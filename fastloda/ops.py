@@ -15,7 +15,8 @@ consecutive rows; its gradient is the sum over them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +48,15 @@ def conv_piece(
     g: Tensor,
     conv: Conv | None,
     scratch_bytes: int,
+    at_hand: Callable[[int], Tensor] | None = None,
 ) -> Piece:
     """The recipe of a convolution weight's per-sample gradients, from its input and the gradient of its output.
 
-    grad(x, g, samples) and lay_out are PyTorch's way. conv is None where the kernels have none (groups, one or three dimensions).
+    grad(x, g, samples), lay_out and at_hand are PyTorch's way. conv is None where the kernels have none (groups, one or three
+    dimensions).
     """
     if conv is None or not on_triton(x) or x.dtype != g.dtype:
-        return Piece(grad, (x, g), scratch_bytes, lay_out=lay_out)
+        return Piece(grad, (x, g), scratch_bytes, lay_out=lay_out, at_hand=at_hand)
     return _kernel_piece(x, g, conv, lambda t, samples: t, lambda grads: grads)
 
 
@@ -144,7 +147,7 @@ class ConvOp:
         if on_triton(gy):  # one read of gy gives both
             gz, parts = adapter_backward.adapter_backward(gy, z, B, self.slope, self.scale)
             return gz, Piece(adapter_backward.add_parts_reference, (parts,), with_squares=adapter_backward.add_parts)
-        gh = torch.matmul(B.flatten(1).t() * self.scale, positions(gy))
+        gh = torch.matmul(self._scaled(B.flatten(1).t()), positions(gy))
         return activation_grad(gh.view(z.shape), z, self.slope), Piece(self.grad_B, (gy, z), lay_out=lay_out_B)
 
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
@@ -159,7 +162,7 @@ class ConvOp:
         if on_triton(gx):
             return input_grad.add_input_grad_(gx, gz, A, self.conv), None
         flat, taps = positions(gx), None
-        A_taps = A.flip(2, 3).transpose(0, 1).flatten(1)  # [C, r k^2], taps as gather_taps has them
+        A_taps = A.take(_reversed_taps(A.shape, A.device))
         for rows in split_rows(len(x), self.taps_bytes(gz, x), x.device):
             taps = self._taps(gz[rows], x)
             add_product_(flat[rows], A_taps, taps)
@@ -172,12 +175,8 @@ class ConvOp:
     def piece_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Piece:
         """The recipe of A's per-sample gradients. taps: of gz, if they are at hand."""
         lay_out = lambda grads: lay_out_taps(grads, self.conv.kernel)  # noqa: E731
-        piece = conv_piece(self.grad_A, lay_out, x, gz, self.conv, self.taps_bytes(gz, x))
-        return (
-            piece
-            if taps is None or piece.fused
-            else replace(piece, at_hand=lambda samples: self.grad_A(x, gz, samples, taps))
-        )
+        at_hand = None if taps is None else lambda samples: self.grad_A(x, gz, samples, taps)
+        return conv_piece(self.grad_A, lay_out, x, gz, self.conv, self.taps_bytes(gz, x), at_hand)
 
     def grad_A(self, x: Tensor, gz: Tensor, samples: int, taps: Tensor | None = None) -> Tensor:
         """Gradient of A for each sample, as `lay_out_taps` takes it: [samples, r k^2, C]."""
@@ -187,7 +186,10 @@ class ConvOp:
     def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
         """Gradient of B for each sample, transposed: [samples, r, O]; row-major operands in both layouts."""
         h = accumulable(activation(z, self.slope).flatten(2))
-        return sum_rows(torch.bmm(h, accumulable(positions(gy)).mT).mul_(self.scale), samples)
+        return sum_rows(self._scaled(torch.bmm(h, accumulable(positions(gy)).mT)), samples)
+
+    def _scaled(self, t: Tensor) -> Tensor:
+        return t if self.scale == 1.0 else t * self.scale
 
     def taps_bytes(self, gz: Tensor, x: Tensor) -> int:
         """Size of the taps of gz for all rows: r k^2 / C of x."""
@@ -253,6 +255,12 @@ class LinearOp:
         return torch.bmm(sample_rows(gy, samples).mT, h).mul_(self.scale)
 
 
+@lru_cache
+def _reversed_taps(shape: torch.Size, device: torch.device) -> Tensor:
+    """Where the numbers of A [r, C, *kernel] go in [C, r k^2], with the taps as `gather_taps` has them."""
+    return torch.arange(shape.numel(), device=device).view(shape).flip(2, 3).transpose(0, 1).flatten(1)
+
+
 def lay_out_taps(grads: Tensor, kernel: Sequence[int]) -> Tensor:
     """[n, O prod(kernel), C], the taps reversed as `gather_taps` has them -> [n, O, C, *kernel]."""
     taps_dims = range(2, 2 + len(kernel))
@@ -266,7 +274,7 @@ def lay_out_B(grads: Tensor) -> Tensor:
 
 def sum_rows(grad: Tensor, samples: int) -> Tensor:
     """[N, ...] -> [samples, ...]: summed over each sample's rows."""
-    return grad if len(grad) == samples else grad.view(samples, -1, *grad.shape[1:]).sum(1)
+    return grad if grad.shape[0] == samples else grad.view(samples, -1, *grad.shape[1:]).sum(1)
 
 
 def sample_rows(t: Tensor, samples: int) -> Tensor:

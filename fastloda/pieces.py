@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastloda.errors import PrivacyError
 from fastloda.plan import Sizes, Way, choose, chunk_samples, split_rows
+from fastloda.row_sums import row_squares, weighted_row_sum
 
 
 class Fused(NamedTuple):
@@ -59,7 +60,7 @@ class Piece:
 
     def compute_raw(self, samples: int, chosen: slice) -> Tensor:
         """The same as `grad` gives them, a few at a time if the temporaries are large."""
-        per_sample = [len(t) // samples for t in self.tensors]
+        per_sample = [t.shape[0] // samples for t in self.tensors]  # `len` of a tensor is slow
         count = chosen.stop - chosen.start
         parts = []
         for part in split_rows(count, self.scratch_bytes * count // samples, self.tensors[0].device):
@@ -110,24 +111,23 @@ class PerSampleGrad:
 
     def add(self, piece: Piece) -> None:
         """Take in one layer call: as gradients if they are small, else as the recipe."""
-        if any(len(t) % self.samples for t in piece.tensors):
-            rows = sorted({len(t) for t in piece.tensors})
+        rows = {t.shape[0] for t in piece.tensors}
+        if any(count % self.samples for count in rows):
             raise PrivacyError(
-                f"an operation saw {rows} rows, no multiple of the {self.samples} samples in losses: the batch must come first"
+                f"an operation saw {sorted(rows)} rows, no multiple of the {self.samples} samples in losses: the batch must come "
+                "first"
             )
         way = choose(self.sizes(piece))
         if way is not Way.KEPT:
             self.again.append(replace(piece, at_hand=None, fused=piece.ghost if way is Way.GHOST else piece.fused))
         elif self.kept is None and piece.with_squares is not None:
-            grads, self.squares = piece.with_squares(*piece.tensors, self.samples)
-            self._check(grads, as_it_is)
-            self.kept, self.lay_out = grads, as_it_is
+            self.kept, self.squares = piece.with_squares(*piece.tensors, self.samples)
+            self.lay_out = as_it_is
         else:
             self._keep(piece)
 
     def _keep(self, piece: Piece) -> None:
         grads = piece.raw_of_all(self.samples)
-        self._check(grads, piece.lay_out)
         if self.kept is None:
             self.kept, self.lay_out = grads, piece.lay_out
         else:  # a further call may have other ideas of the order
@@ -145,24 +145,12 @@ class PerSampleGrad:
         laid_out = self._sources > 1
         for start in range(0, self.samples, size):
             chosen = slice(start, min(start + size, self.samples))
-            parts = [
-                self._part(piece.compute_raw(self.samples, chosen), piece.lay_out, laid_out) for piece in self.again
-            ]
+            parts = [(piece.compute_raw(self.samples, chosen), piece.lay_out) for piece in self.again]
             if self.kept is not None:
-                parts.append(self._part(self.kept[chosen], self.lay_out, laid_out))
-            if parts:
-                yield chosen, sum(parts[1:], parts[0])
-
-    def _part(self, grads: Tensor, lay_out: Callable[[Tensor], Tensor], laid_out: bool) -> Tensor:
-        self._check(grads, lay_out)
-        return lay_out(grads) if laid_out else grads
-
-    def _check(self, grads: Tensor, lay_out: Callable[[Tensor], Tensor]) -> None:
-        shape = lay_out(grads[:1]).shape[1:]
-        if shape != self.shape:
-            raise PrivacyError(
-                f"a parameter of shape {tuple(self.shape)} entered an operation as {tuple(shape)}: no exact rule"
-            )
+                parts.append((self.kept[chosen], self.lay_out))
+            grads = [lay_out(part) if laid_out else part for part, lay_out in parts]
+            if grads:
+                yield chosen, sum(grads[1:], grads[0])
 
     @property
     def _sources(self) -> int:
@@ -187,21 +175,29 @@ class PerSampleGrad:
             out += piece.fused.squares(*piece.tensors, self.samples).sum(1)
             return
         for chosen, grads in self.chunks():
-            out[chosen] += torch.linalg.vector_norm(grads.reshape(len(grads), -1), dim=1, dtype=torch.float64).square_()
+            out[chosen].add_(row_squares(grads.reshape(grads.shape[0], -1)))
 
-    def weighted_sum(self, factors: Tensor) -> Tensor | None:
-        """sum_n factors[n] g_n, of `shape`; None if no layer call used the parameter."""
+    def weighted_sum(self, factors: Tensor, some_are_zero: bool = True) -> Tensor | None:
+        """sum_n factors[n] g_n, of `shape`; None if no layer call used the parameter. some_are_zero: of the factors, perhaps.
+
+        Raises:
+            PrivacyError: the parameter entered an operation in another shape.
+        """
         if piece := self._lone:
             accumulated_in = torch.promote_types(piece.tensors[0].dtype, torch.float32)
-            return piece.fused.weighted_sum(*piece.tensors, factors.to(accumulated_in))
+            return self._checked(piece.fused.weighted_sum(*piece.tensors, factors.to(accumulated_in)))
         total = None
         for chosen, grads in self.chunks():
-            weights = factors[chosen].to(grads.dtype).view(-1, *[1] * (grads.dim() - 1))
-            if grads.is_cuda or not weights.all():  # a refused sample has factor 0, and 0 * inf is no zero
-                grads = grads.nan_to_num(0.0, 0.0, 0.0)
-            part = (grads * weights).sum(0)  # no matrix product: tf32 would round here what the norm did not
+            part = weighted_row_sum(grads, factors[chosen], some_are_zero)
             total = part if total is None else total.add_(part)
-        return None if total is None else self.order(total[None])[0]
+        return None if total is None else self._checked(self.order(total[None])[0])
+
+    def _checked(self, total: Tensor) -> Tensor:
+        if total.shape != self.shape:
+            raise PrivacyError(
+                f"a parameter of shape {tuple(self.shape)} entered an operation as {tuple(total.shape)}: no exact rule"
+            )
+        return total
 
 
 def squared_norms(grads: Collection[PerSampleGrad], samples: int, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastloda.coverage import FrozenWatch
 from fastloda.errors import PrivacyError
+from fastloda.members import Members
 from fastloda.ops import accumulable
 from fastloda.private_loss import PrivateOutput
 
@@ -120,12 +121,12 @@ class PrivateModule(nn.Module):
                 "an input of the private module requires grad, but gradients end at its outputs: put everything that "
                 "trains into the module, or detach the input"
             )
-        watch = FrozenWatch(self._module)
+        watch = FrozenWatch(Members.of(self._module))
         if any(t.dim() and not len(t) for t in inputs):
             outputs = self._without_samples(args, kwargs)
         else:
             outputs = self._module(*args, **kwargs)
-        watch.check()
+        watch.check(Members.of(self._module))
         return self._cut(outputs) if torch.is_grad_enabled() else outputs
 
     def _without_samples(self, args: tuple, kwargs: dict) -> Any:

@@ -14,6 +14,7 @@ from fastloda.coverage import check_graph, check_independence, trainable_paramet
 from fastloda.errors import PrivacyError
 from fastloda.functional import own_parameters
 from fastloda.graph import trace
+from fastloda.members import Members
 from fastloda.pieces import PerSampleGrad
 from fastloda.recorded import Recorded, is_recording, of_rows, recorded_call, tensors
 from fastloda.records import per_sample_grads
@@ -75,7 +76,7 @@ def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
     if not given or len(given[0]) < 2:
         raise ValueError(f"check_rule needs an input with at least two rows, got {[tuple(t.shape) for t in given]}")
     rows = len(given[0])
-    parameters = trainable_parameters(layer)
+    parameters = trainable_parameters(Members.of(layer))
     losses = _losses(layer, inputs, torch.arange(rows), rows)
     graph = trace(losses, parameters)
     check_graph(graph)

@@ -15,12 +15,16 @@ from fastloda.adaptive import AdaptiveClipping
 from fastloda.clip import check_max_grad_norm, clip_factors, group_norms, group_sums
 from fastloda.coverage import FrozenWatch, check_graph, check_independence, check_optimizer, trainable_parameters
 from fastloda.distributed import Group, World, check_wrappers, hand_back_shards, parameter_facts, value_facts
-from fastloda.functional import cover
+from fastloda.flat_sums import FlatSums
+from fastloda.functional import cover_modules
 from fastloda.graph import trace
+from fastloda.members import Members
 from fastloda.noise import NoiseSource, gaussian
 from fastloda.pieces import PerSampleGrad, squared_norms
 from fastloda.records import per_sample_grads
 from fastloda.styles import Clipping, clipping_style
+
+NOISE_NUMBERS = 1 << 22  # drawn at a time: 32 MiB
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,9 +112,10 @@ class GhostClipper:
         self.group = group
         hand_back_shards(model)
         check_wrappers(model, self.world)
-        self.parameters = trainable_parameters(model)
-        cover(model)  # what has no rule gets the slower one, from the next forward pass on
-        self._frozen = FrozenWatch(model)
+        members = Members.of(model)
+        self.parameters = trainable_parameters(members)
+        cover_modules(members.modules)  # what has no rule gets the slower one, from the next forward pass on
+        self._frozen = FrozenWatch(members)
         self._groups = self.clipping.groups(self.parameters)
         shares = self.clipping.shares(self._groups, self.max_grad_norm)
         device = next(iter(self.parameters.values())).device
@@ -118,6 +123,7 @@ class GhostClipper:
         self._adaptive = self.clipping if isinstance(self.clipping, AdaptiveClipping) else None
         if self._adaptive:
             self.max_grad_norm = self._adaptive.initial or self.max_grad_norm
+        self._sums = FlatSums(self.parameters)
         self.reset()
 
     @property
@@ -127,7 +133,7 @@ class GhostClipper:
 
     def reset(self) -> None:
         """Forget what was accumulated."""
-        self._sums = {name: _zeros_to_accumulate(p) for name, p in self.parameters.items()}
+        self._sums.zero_()
         self._count = self._shares.new_zeros(())  # of adaptive clipping; private, as the sums are
 
     def accumulate(self, losses: Tensor, mask: Tensor | None = None) -> StepStats:
@@ -143,10 +149,11 @@ class GhostClipper:
         """
         samples, mask = _check_losses(losses, self.views, mask)
         sharded = hand_back_shards(self.model)
-        now = trainable_parameters(self.model)
+        members = Members.of(self.model)
+        now = trainable_parameters(members)
         if now.keys() != self.parameters.keys() or any(now[name] is not p for name, p in self.parameters.items()):
             raise ValueError("the model's trainable parameters changed since GhostClipper was made: make a new one")
-        self._frozen.check()
+        self._frozen.check(members)
         if not samples:  # an empty Poisson batch adds nothing; its noise comes in privatize
             _check_not_sharded(sharded)
             return StepStats(torch.zeros(4, dtype=torch.float64, device=losses.device))
@@ -155,10 +162,7 @@ class GhostClipper:
             grads = _per_sample_grads(losses, self.model, self.parameters, samples, world)
             norms, bounds = group_norms(grads, self._groups, samples, losses.device), self._shares * self.max_grad_norm
             factors = clip_factors(norms, bounds, mask, self.clipping)
-            sums = group_sums(grads, self._groups, factors)
-        for name, part in sums.items():
-            if part is not None:
-                self._sums[name] += part
+            self._sums.add_(group_sums(grads, self._groups, factors))
         if self._adaptive:
             self._count += self._adaptive.centred_count(norms[0], self.max_grad_norm, mask)
         return _stats(losses, norms, mask, bounds)
@@ -185,16 +189,14 @@ class GhostClipper:
             world.check_same(self._facts(noise_multiplier, expected_batch_size))
         _check_privatize(noise_multiplier, expected_batch_size)
         std = self.clipping.gradient_noise(noise_multiplier, expected_batch_size) * self.max_grad_norm
-        grads = {}
-        for name, total in world.sum_to_first(self._sums).items():
-            if std > 0 and world.first:
-                total = total.double() + gaussian(total.shape, std, total.device, generator)
-            grads[name] = (total / expected_batch_size).to(self.parameters[name].dtype)
-        world.copy_from_first(list(grads.values()))
+        sums = world.sum_to_first(self._sums.buffers)
+        noise = std if world.first else 0.0
+        means = {alike: _noisy_mean(sums[alike], noise, expected_batch_size, alike[1], generator) for alike in sums}
+        world.copy_from_first(list(means.values()))
         if self._adaptive:
             step = (self.max_grad_norm, self._count, noise_multiplier, expected_batch_size)
             self.max_grad_norm = self._adaptive.moved_bound(*step, world, generator)
-        for name, grad in grads.items():
+        for name, grad in self._sums.parted(means).items():
             self.parameters[name].grad = grad
         self.reset()
 
@@ -250,7 +252,7 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
     """
     samples, _ = _check_losses(losses, _check_views(views), None)
     world = World.of() if hand_back_shards(model) else World()
-    parameters = trainable_parameters(model)
+    parameters = trainable_parameters(Members.of(model))
     if not samples:
         _check_not_sharded(world.size > 1)
         return losses.detach().double()
@@ -274,9 +276,14 @@ def _stats(losses: Tensor, norms: Tensor, mask: Tensor, bounds: Tensor) -> StepS
     return StepStats(torch.stack([count.sum(dtype=torch.float64) for count in counts]))
 
 
-def _zeros_to_accumulate(parameter: nn.Parameter) -> Tensor:
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+def _noisy_mean(total: Tensor, std: float, count: float, dtype: torch.dtype, generator: NoiseSource | None) -> Tensor:
+    """(total [numbers] + N(0, std^2)) / count in `dtype`; with noise computed in float64, a part at a time."""
+    if not std:
+        return (total / count).to(dtype)
+    mean = torch.empty_like(total, dtype=dtype)
+    for into, part in zip(mean.split(NOISE_NUMBERS), total.split(NOISE_NUMBERS)):
+        into.copy_(gaussian(part.shape, std, part.device, generator).add_(part).div_(count))
+    return mean
 
 
 def _check_views(views: int) -> int:

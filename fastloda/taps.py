@@ -7,7 +7,6 @@ Shifting g by the tap, instead of expanding x (im2col), costs nothing where g ha
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,12 +44,10 @@ def _spread(g, in_size, kernel, stride, padding, dilation) -> tuple[Tensor, list
         margins.append(margin)
         sizes.append(margin + max(size + p, (out - 1) * s + 1))
         starts.append(margin + p - reach)
-    if all(s == 1 for s in stride):
-        around = [(m, size - m - out) for m, size, out in zip(margins, sizes, g.shape[2:])]
-        return F.pad(g.contiguous(), [side for pair in reversed(around) for side in pair]), starts
     buffer = g.new_zeros(*g.shape[:2], *sizes)
-    inner = tuple(slice(m, m + (out - 1) * s + 1, s) for m, out, s in zip(margins, g.shape[2:], stride))
-    buffer[(..., *inner)] = g
+    rows, rank, *spatial = buffer.stride()
+    offset = sum(margin * step for margin, step in zip(margins, spatial))
+    buffer.as_strided(g.shape, (rows, rank, *(s * step for s, step in zip(stride, spatial))), offset).copy_(g)
     return buffer, starts
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastloda import DPTrainer, PrivateTraining, attach_loda, calibrate_noise
 from fastloda.adapt import loda_layers
 from fastloda.classify import accuracy, train_classifier
-from fastloda.data import LabelledImages, font_digits
+from fastloda.data import Hands, LabelledImages, font_digits
 from fastloda.diffusion import Diffusion, class_balanced_labels, digits_unet, sample
 from fastloda.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.methods import PublicChoice
@@ -43,6 +43,7 @@ DEFAULTS = {
     "samples": 1000,
     "guidance": 0.0,
 }
+ONE_HAND = Hands(angle=(-0.15, 0.15), slant=(-0.2, 0.2), stretch=(0.8, 1.3), pen=(0.05, 0.09), bend=0.0)
 SWIRL, SLANT, WOBBLE = (
     0.33,
     -0.45,
@@ -51,8 +52,8 @@ SWIRL, SLANT, WOBBLE = (
 
 
 def stand_in(count: int, seed: int) -> LabelledImages:
-    """Font digits, swirled and slanted alike, each wobbling a little on its own."""
-    digits = font_digits(count, seed + 12345, size=32)
+    """Font digits that vary little, swirled and slanted alike, each wobbling a little on its own."""
+    digits = font_digits(count, seed + 12345, size=32, hands=ONE_HAND)
     generator = torch.Generator().manual_seed(seed)
     wobble = F.interpolate(
         WOBBLE * torch.randn(count, 2, 5, 5, generator=generator), size=(32, 32), mode="bicubic", align_corners=True

@@ -82,7 +82,7 @@ def flat(sums: dict[str, Tensor]) -> Tensor:
 def sums_of(model, losses, bound, clipping, mask=None, views=1):
     clipper = GhostClipper(model, bound, views, clipping=clipping)
     stats = clipper.accumulate(losses, mask)
-    return clipper._sums, stats
+    return clipper._sums.by_name, stats
 
 
 # ---- exact
@@ -437,11 +437,13 @@ def test_a_count_with_too_little_noise_is_refused_before_anything_changes():
     clipper = GhostClipper(layer, 1.0, clipping=AdaptiveClipping(count_noise=0.5))
     losses = layer(torch.randn(3, 2)).flatten()
     clipper.accumulate(losses)
-    before = {name: total.clone() for name, total in clipper._sums.items()}
+    before = {name: total.clone() for name, total in clipper._sums.by_name.items()}
     for noise in (1.0, 1.5):
         with pytest.raises(ValueError, match=f"count_noise must be at least .*noise_multiplier={noise:.4g}, got 0.5"):
             clipper.privatize(noise, 8.0)
-    assert layer.weight.grad is None and all(torch.equal(before[n], total) for n, total in clipper._sums.items())
+    assert layer.weight.grad is None and all(
+        torch.equal(before[n], total) for n, total in clipper._sums.by_name.items()
+    )
     clipper.privatize(0.9, 8.0)
     with pytest.raises(ValueError, match=r"got 0.4 \(expected_batch_size / 20, the default\)"):
         dataclasses.replace(SETTINGS, clipping="adaptive", expected_batch_size=8.0)

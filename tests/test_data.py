@@ -272,7 +272,9 @@ def test_the_written_digit_fills_the_box_and_stays_in_it(seed):
     writing = torch.eye(2) + 0.4 * (torch.rand(20, 2, 2, generator=generator) - 0.5)
     hull = torch.randn(20, 7, 2, generator=generator)
     pen = torch.rand(20, generator=generator)
-    place = torch.rand(20, 3, generator=generator)
+    unit = torch.rand(20, 3, generator=generator)
+    fill, shift = 0.9 + 0.1 * unit[:, 0], 0.3 * unit[:, 1:] - 0.15
+    place = torch.cat([fill[:, None], shift], dim=1)
     to_glyph = _box_to_glyph(writing, hull, pen, place)
 
     # The obvious way: a round pen at every point of the hull, each of its edge points taken to the box.
@@ -282,7 +284,6 @@ def test_the_written_digit_fills_the_box_and_stays_in_it(seed):
     box = (edge.flatten(1, 2) - to_glyph[:, None, :, 2]) @ inverse.mT
     low, high = box.amin(dim=1), box.amax(dim=1)
     assert torch.maximum(-low, high).max() < 1.0001
-    fill, shift = 0.9 + 0.1 * place[:, 0], 0.3 * place[:, 1:] - 0.15
     torch.testing.assert_close((high - low).amax(dim=1) / 2, fill, rtol=1e-4, atol=1e-4)
     room = 1 - (high - low) / 2
     torch.testing.assert_close((low + high) / 2, shift.clamp(-room, room), rtol=1e-4, atol=1e-4)

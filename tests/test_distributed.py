@@ -329,10 +329,10 @@ def disagreements(rank, folder):
     left = {}
     for what in DISAGREEMENTS:
         clipper, noise_multiplier, expected = disagreeing(what, rank)
-        before = {name: total.clone() for name, total in clipper._sums.items()}
+        before = {name: total.clone() for name, total in clipper._sums.by_name.items()}
         error = error_of(clipper.privatize, noise_multiplier, expected)
         untouched = all(p.grad is None for p in clipper.parameters.values())
-        untouched &= all(torch.equal(before[name], total) for name, total in clipper._sums.items())
+        untouched &= all(torch.equal(before[name], total) for name, total in clipper._sums.by_name.items())
         left[what] = error, untouched
     return left
 

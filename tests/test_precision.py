@@ -35,7 +35,7 @@ def clipped_sum(case, bound=1e30, mask=None):
     """-> the sum in the precision that it is accumulated in, and the counts."""
     clipper = GhostClipper(case.model, bound, case.views)
     stats = clipper.accumulate(case.losses(), mask)
-    return {name: total.clone() for name, total in clipper._sums.items()}, stats
+    return {name: total.clone() for name, total in clipper._sums.by_name.items()}, stats
 
 
 def only(case, i):
@@ -168,7 +168,7 @@ def test_a_scaled_loss_alone_keeps_the_bound():
     case = case_of(image_model)
     clipper = GhostClipper(case.model, 0.3)
     stats = clipper.accumulate(case.losses() * 2**16, only(case, 1))
-    assert stats.clipped == 1 and abs(oracle.norm(clipper._sums) / 0.3 - 1) <= 1e-5
+    assert stats.clipped == 1 and abs(oracle.norm(clipper._sums.by_name) / 0.3 - 1) <= 1e-5
 
 
 # ---- checkpointing
@@ -195,7 +195,7 @@ def test_checkpointing_under_autocast_changes_nothing(make, dtype):
         with torch.autocast("cpu", dtype):
             losses = case.loss_of(model, case.x)
         clipper.accumulate(losses)
-        norms.append(torch.stack([total.norm() for total in clipper._sums.values()]))
+        norms.append(torch.stack([total.norm() for total in clipper._sums.by_name.values()]))
     torch.testing.assert_close(norms[:2], norms[2:], rtol=1e-6, atol=1e-7)
 
 

@@ -30,7 +30,7 @@ def clipped_sum(model, losses, max_grad_norm, mask=None, views=1):
 
 
 def flat(clipper) -> Tensor:
-    return torch.cat([total.double().flatten() for total in clipper._sums.values()])
+    return torch.cat([total.double().flatten() for total in clipper._sums.by_name.values()])
 
 
 # ---- records of every kind

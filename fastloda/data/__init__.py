@@ -6,7 +6,7 @@ from .cifar10 import cifar10
 from .colour_digits import colour_digits_split, colour_font_digits
 from .digits import digits_split
 from .folder import class_names, image_folder
-from .font_digits import font_digits
+from .font_digits import Hands, font_digits
 from .imagenet32 import MATCHES, as_imagenet32, imagenet10, imagenet32
 from .images import LabelledImages, load_npz
 from .mnist import mnist
@@ -18,6 +18,7 @@ __all__ = [
     "NAMES",
     "PUBLIC_PARTNERS",
     "ByteImages",
+    "Hands",
     "LabelledImages",
     "as_imagenet32",
     "cifar10",

@@ -32,17 +32,29 @@ BLOCK = 4  # a pixel of the image is the mean of BLOCK x BLOCK bits
 _GLYPH, _CANVAS = 64, 128  # pixels: height of the glyph's ink, side of the field around it
 _BATCH = 512
 
-# Uniform ranges of what varies between images: wider than any one hand, so that an unknown one lies within. They were widened
-# after a look at the published picture of the real digits, and fitted to none of them.
-_ANGLE = (-0.2, 0.2)  # rad
-_SLANT = (-0.35, 0.35)  # x per unit of y, on top of the font's own: half of them are italic
-_STRETCH = (0.65, 1.3)  # width
-_PEN = (0.05, 0.1)  # half the stroke, in heights of the glyph
-_BEND = 0.1  # standard deviation of an elastic distortion (Simard et al. 2003), in half sides of the box
 _BEND_POINTS = 4  # a side of the grid of points that it moves
 _FILL = (0.9, 1.0)  # share of the box, top to bottom
 _SHIFT = (-0.15, 0.15)  # in half sides of the box, as far as there is room
 _MAX_EROSION = 0.005  # in heights of the glyph: more would break the hairlines of bold fonts
+
+Range = tuple[float, float]
+
+
+class Hands(NamedTuple):
+    """How digits differ beside their font: uniformly within these ranges.
+
+    The defaults are wider than any one hand, so that an unknown one lies within. They were widened after a look at the published
+    picture of the real digits, and fitted to none of them.
+    """
+
+    angle: Range = (-0.2, 0.2)  # rad
+    slant: Range = (-0.35, 0.35)  # x per unit of y, on top of the font's own: half of them are italic
+    stretch: Range = (0.65, 1.3)  # width
+    pen: Range = (0.05, 0.1)  # half the stroke, in heights of the glyph
+    bend: float = 0.1  # standard deviation of an elastic distortion (Simard et al. 2003), in half sides of the box
+
+
+MANY_HANDS = Hands()
 
 
 class _Glyphs(NamedTuple):
@@ -53,12 +65,15 @@ class _Glyphs(NamedTuple):
     stroke: Tensor  # [g], half the typical stroke
 
 
-def font_digits(count: int, seed: int, size: int = 8) -> LabelledImages:
+def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS) -> LabelledImages:
     """`count` digits from `FONTS`, [count, 1, size, size], ink 1 on -1, classes balanced to within one image.
 
     Every image has its own font, slant, rotation, width, pen, size, position and bend. The same arguments give the
     same images (on one machine: rounding decides a bit now and then). 10,000 images of size 8 take about 1 s
     on one core; the time grows with size^2.
+
+    Args:
+        hands: the ranges of slant, rotation, width, pen and bend.
 
     Raises:
         ValueError: count or size is less than 1.
@@ -68,17 +83,22 @@ def font_digits(count: int, seed: int, size: int = 8) -> LabelledImages:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count)[torch.randperm(count, generator=generator)] % len(DIGITS)
     glyph = torch.randint(len(FONTS), (count,), generator=generator) * len(DIGITS) + labels
-    hand = torch.rand(count, 7, generator=generator)
-    bend = _BEND * torch.randn(count, 2, _BEND_POINTS, _BEND_POINTS, generator=generator)
+    unit = torch.rand(count, 7, generator=generator)
+    varied = [_spread(column, bounds) for column, bounds in zip(unit.T, (*hands[:4], _FILL, _SHIFT, _SHIFT))]
+    hand = torch.stack(varied, dim=1)
+    bend = hands.bend * torch.randn(count, 2, _BEND_POINTS, _BEND_POINTS, generator=generator)
     parts = zip(glyph.split(_BATCH), hand.split(_BATCH), bend.split(_BATCH), strict=True)
     images = [_draw(*part, size) for part in parts]
     return LabelledImages(torch.cat(images), labels, num_classes=len(DIGITS))
 
 
 def _draw(glyph: Tensor, hand: Tensor, bend: Tensor, size: int) -> Tensor:
-    """Images [n, 1, size, size] of the glyphs [n], written by the hands [n, 7] (uniform in 0 .. 1), bent by bend [n, 2, k, k]."""
+    """Images [n, 1, size, size] of the glyphs [n], bent by bend [n, 2, k, k].
+
+    hand [n, 7]: angle, slant, stretch, pen, share of the box, shift in x and y.
+    """
     glyphs = _glyphs()
-    angle, slant, stretch, pen = map(_spread, hand[:, :4].T, (_ANGLE, _SLANT, _STRETCH, _PEN))
+    angle, slant, stretch, pen = hand[:, :4].unbind(1)
     grow = (2 * pen - glyphs.stroke[glyph]).clamp(min=-2 * _MAX_EROSION)  # 2: half heights in a height
     to_glyph = _box_to_glyph(_writing(angle, slant, stretch), glyphs.hull[glyph], grow, hand[:, 4:])
     side = size * BLOCK
@@ -91,7 +111,7 @@ def _draw(glyph: Tensor, hand: Tensor, bend: Tensor, size: int) -> Tensor:
     return 2 * F.avg_pool2d(bits, BLOCK) - 1
 
 
-def _spread(unit: Tensor, bounds: tuple[float, float]) -> Tensor:
+def _spread(unit: Tensor, bounds: Range) -> Tensor:
     return bounds[0] + (bounds[1] - bounds[0]) * unit
 
 
@@ -110,9 +130,9 @@ def _box_to_glyph(writing: Tensor, hull: Tensor, grow: Tensor, place: Tensor) ->
     written = hull @ writing.mT
     low, high = written.amin(dim=1), written.amax(dim=1)
     half = (high - low) / 2 + grow[:, None] * writing.norm(dim=2)
-    scale = _spread(place[:, 0], _FILL) / half.amax(dim=1)
+    scale = place[:, 0] / half.amax(dim=1)
     room = 1 - scale[:, None] * half
-    shift = _spread(place[:, 1:], _SHIFT).clamp(-room, room)
+    shift = place[:, 1:].clamp(-room, room)
     inverse = torch.linalg.inv(writing)
     matrix = inverse / scale[:, None, None]
     offset = inverse @ ((low + high) / 2)[:, :, None] - matrix @ shift[:, :, None]

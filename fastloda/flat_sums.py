@@ -1,0 +1,50 @@
+"""Sums for many parameters in one buffer, so that noise is drawn, scaled and cast once and not for each.
+
+An adapted U-Net has hundreds of small parameters: a few operations for each would cost a small step more than their arithmetic.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+Alike = tuple[torch.device, torch.dtype]  # of parameters that share a buffer
+
+
+class FlatSums:
+    """Zeros to add to: float64 for float64 parameters, float32 for all others.
+
+    Attributes:
+        buffers: 1-d, for the parameters of each device and dtype.
+        by_name: the same numbers, as the parameters' shapes have them.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+        self._shapes: dict[Alike, dict[str, torch.Size]] = defaultdict(dict)
+        for name, p in parameters.items():
+            self._shapes[p.device, p.dtype][name] = p.shape
+        self.buffers = {(device, dtype): self._zeros(device, dtype) for device, dtype in self._shapes}
+        self.by_name = self.parted(self.buffers)
+
+    def _zeros(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        numbers = sum(shape.numel() for shape in self._shapes[device, dtype].values())
+        return torch.zeros(numbers, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+    def zero_(self) -> None:
+        for buffer in self.buffers.values():
+            buffer.zero_()
+
+    def add_(self, parts: Mapping[str, Tensor | None]) -> None:
+        """Add to the parameters named; None adds nothing."""
+        given = {name: part for name, part in parts.items() if part is not None}
+        if given:
+            torch._foreach_add_([self.by_name[name] for name in given], list(given.values()))
+
+    def parted(self, buffers: Mapping[Alike, Tensor]) -> dict[str, Tensor]:
+        """Views of such buffers by parameter, in their shapes."""
+        views = {}
+        for alike, shapes in self._shapes.items():
+            parts = buffers[alike].split([shape.numel() for shape in shapes.values()])
+            views |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
+        return views

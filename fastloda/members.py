@@ -1,0 +1,30 @@
+"""All that a model holds, by one walk over its modules.
+
+`nn.Module`'s own methods walk once for each question. A private step asks several of them every time, which on a small U-Net was
+a tenth of the step.
+"""
+
+from typing import NamedTuple, Self
+
+from torch import Tensor, nn
+
+
+class Members(NamedTuple):
+    """By name; what is held in several places once, under its first name, as `nn.Module.named_parameters` has it."""
+
+    modules: dict[str, nn.Module]
+    parameters: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        found = cls(dict(model.named_modules()), {}, {})
+        seen: set[int] = set()
+        for name, module in found.modules.items():
+            prefix = f"{name}." if name else ""
+            for held, into in ((module._parameters, found.parameters), (module._buffers, found.buffers)):
+                for key, tensor in held.items():
+                    if tensor is not None and id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        into[prefix + key] = tensor
+        return found

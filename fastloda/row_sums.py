@@ -1,0 +1,53 @@
+"""Squared norms and weighted sums of the rows of a matrix: the two reductions that per-sample gradients go through.
+
+The norm must not be shorter than what is summed by more than the promise allows, 1e-5, whatever the numbers are:
+
+- Squares of float32 overflow from 1.8e19 and vanish below 1e-19. They are added up in float32 only where neither happened, and in
+  runs of 128 numbers, whose sum rounds by at most 128 2^-24 = 7.6e-6 (a norm by half of it) in any order of addition; the runs in
+  float64. (For long rows PyTorch's own float64 norm of float32 numbers took 10 to 20 times as long as that.)
+- The weighted sum is no product in a lower precision, tf32 or bfloat16, that PyTorch may be set to: it would round here what
+  the norm did not.
+"""
+
+import torch
+from torch import Tensor
+
+RUN = 128
+LONG = 4096  # numbers from which on runs are faster
+EXACT_BELOW = 1e-20  # of a squared norm: 10^7 squares that vanished are 1e-31
+FULL_PRECISION = ("none", "ieee")
+
+
+def row_squares(rows: Tensor) -> Tensor:
+    """|row|^2 of rows [n, numbers]: float64 [n]. No float32 number overflows or vanishes in it."""
+    if rows.dtype != torch.float32 or rows.is_cuda or rows.shape[1] < LONG:
+        return _exact_squares(rows)
+    whole = rows.shape[1] // RUN * RUN
+    runs = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, RUN)), dim=2)
+    squares = _exact_squares(runs) + _exact_squares(rows[:, whole:])
+    doubtful = ~((squares > EXACT_BELOW) & squares.isfinite())
+    if doubtful.any():
+        squares[doubtful] = _exact_squares(rows[doubtful])
+    return squares
+
+
+def _exact_squares(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_()
+
+
+def weighted_row_sum(rows: Tensor, weights: Tensor, some_are_zero: bool = True) -> Tensor:
+    """sum_n weights[n] rows[n] of rows [n, *shape]: [*shape]. A row whose weight is 0 may be NaN, if some_are_zero."""
+    weights = weights.to(rows.dtype)
+    if some_are_zero:  # 0 * inf is no zero
+        rows = rows.nan_to_num(0.0, 0.0, 0.0)
+    if rows.device.type == "cpu" and _products_are_exact():
+        return torch.mv(rows.reshape(rows.shape[0], -1).t(), weights).view(rows.shape[1:])
+    return (rows * weights.view(-1, *[1] * (rows.dim() - 1))).sum(0)
+
+
+def _products_are_exact() -> bool:
+    """Whether float32 matrix products on the CPU are computed in float32."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+    if matmul is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return matmul.fp32_precision in FULL_PRECISION

@@ -1,0 +1,80 @@
+"""Norms and weighted sums of rows, and the small parts that a private step goes through once instead of for each parameter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fastloda.flat_sums import FlatSums
+from fastloda.members import Members
+from fastloda.row_sums import LONG, RUN, row_squares, weighted_row_sum
+
+LENGTHS = st.sampled_from([1, 5, LONG - 1, LONG, LONG + 1, LONG + RUN - 1, 3 * LONG + 7])
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(-40, 36), st.integers(0, 1000))
+def test_squares_are_those_of_float64_whatever_the_numbers_size(length, power, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(3, length, generator=generator, dtype=torch.float64) * 10.0**power
+    rows[1] *= torch.rand(length, generator=generator, dtype=torch.float64) < 0.01  # nearly all zero
+    rows = rows.float()
+    truth = rows.double().square().sum(1)
+    assert ((row_squares(rows) - truth).abs() <= 1e-6 * truth).all()
+
+
+def test_rows_that_overflow_or_are_not_finite_do_not_spoil_the_others():
+    rows = torch.ones(5, LONG)
+    rows[0, 7], rows[1, 7], rows[2, 7], rows[3] = 1e30, torch.nan, torch.inf, 0.0
+    squares = row_squares(rows)
+    assert squares[0].item() == pytest.approx(1e60)
+    assert not squares[1:3].isfinite().any()
+    assert squares[3:].tolist() == [0.0, LONG]
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_the_weighted_sum_rounds_as_float32_does_at_any_precision_of_products(precision):
+    rows, weights = torch.randn(64, 30, 200), torch.rand(64)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = weighted_row_sum(rows, weights)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    truth = torch.einsum("n,nij->ij", weights.double(), rows.double())
+    assert (found - truth).abs().max() <= 64 * 2.0**-24 * (rows.abs() * weights[:, None, None]).sum(0).max()
+
+
+def test_a_row_of_weight_zero_may_be_anything():
+    rows = torch.tensor([[1.0, 2.0], [torch.nan, torch.inf]])
+    assert weighted_row_sum(rows, torch.tensor([0.5, 0.0])).tolist() == [0.5, 1.0]
+    assert weighted_row_sum(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])).item() == 3.0  # numbers, not rows
+
+
+def test_members_are_what_the_model_itself_lists():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 3)))
+    model[2][0].weight = model[0].weight
+    model.register_parameter("none", None)
+    found = Members.of(model)
+    assert found.modules == dict(model.named_modules())
+    for mine, theirs in ((found.parameters, model.named_parameters()), (found.buffers, model.named_buffers())):
+        assert [(name, id(t)) for name, t in mine.items()] == [(name, id(t)) for name, t in theirs]
+
+
+def test_flat_sums_keep_shapes_and_precision():
+    parameters = {
+        "a": nn.Parameter(torch.zeros(2, 3)),
+        "half": nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)),
+        "scalar": nn.Parameter(torch.zeros(())),
+        "double": nn.Parameter(torch.zeros(4, dtype=torch.float64)),
+    }
+    sums = FlatSums(parameters)
+    assert {name: t.shape for name, t in sums.by_name.items()} == {name: p.shape for name, p in parameters.items()}
+    assert {name: t.dtype for name, t in sums.by_name.items() if t.dtype != torch.float32} == {"double": torch.float64}
+    sums.add_({"a": torch.ones(3, 2).t(), "scalar": torch.tensor(2.0), "half": None})
+    sums.add_({"a": torch.ones(2, 3)})
+    assert sum(buffer.sum().item() for buffer in sums.buffers.values()) == 14.0
+    assert sums.by_name["a"].tolist() == [[2.0] * 3] * 2
+    sums.zero_()
+    assert not any(t.any() for t in sums.by_name.values())
