@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.plan import Sizes, Way, choose, chunk_samples, split_rows
+from fastloda.plan import Sizes, Way, choose, chunk_samples, rows_at_a_time, split_rows
 from fastloda.row_sums import row_squares, weighted_row_sum
 
 
@@ -141,7 +141,9 @@ class PerSampleGrad:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(samples, their gradients in the order of `order`) piece by piece, the same numbers each time."""
-        size = chunk_samples(self.shape.numel()) if self.again else self.samples
+        # made again in parts that need not be joined: that would be one more pass, over memory fresh from the system
+        sizes = [rows_at_a_time(self.samples, piece.scratch_bytes, piece.tensors[0].device) for piece in self.again]
+        size = min(sizes + [chunk_samples(self.shape.numel())]) if sizes else self.samples
         laid_out = self._sources > 1
         for start in range(0, self.samples, size):
             chosen = slice(start, min(start + size, self.samples))

@@ -110,7 +110,12 @@ def chunk_samples(parameter_numbers: int) -> int:
     return max(1, CHUNK_NUMBERS // parameter_numbers)
 
 
+def rows_at_a_time(count: int, scratch_bytes: int, device: torch.device) -> int:
+    """Of `count` rows, where all of them at once would need `scratch_bytes` of temporaries."""
+    return max(1, count * SCRATCH_BYTES.get(device.type, DEVICE_SCRATCH_BYTES) // max(1, scratch_bytes))
+
+
 def split_rows(count: int, scratch_bytes: int, device: torch.device) -> Iterator[slice]:
-    """0..count in slices, where all of it at once would need `scratch_bytes` of temporaries."""
-    step = max(1, count * SCRATCH_BYTES.get(device.type, DEVICE_SCRATCH_BYTES) // max(1, scratch_bytes))
+    """0..count in slices of so many rows."""
+    step = rows_at_a_time(count, scratch_bytes, device)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
