@@ -189,7 +189,7 @@ def test_noise_comes_from_it_in_training(monkeypatch):
     )
     t.train_step()
     moved = torch.cat([p.detach().flatten() for p in t.parameters.values()]) - before
-    assert len(drawn) == 4 * 4  # four numbers averaged, for each of four parameters
+    assert len(drawn) == 4  # four numbers averaged, in one draw for all parameters
     assert len((moved * 1e4).round().unique()) == 2  # u = v = 1/2: -r and 0 only
     drawn.clear()
     trainer(dataclasses.replace(SETTINGS, secure_noise=False)).train_step()
