@@ -141,9 +141,7 @@ def clipped_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[st
     """sum_n factors[n] g_n of each parameter (None: unused). What is kept on a GPU is summed in one launch."""
     kept = {name: grad.kept for name, grad in grads.items() if grad.kept is not None and not grad.again}
     flat = {name: tensor.reshape(len(tensor), -1) for name, tensor in kept.items() if on_triton(tensor)}
-    some_are_zero = (
-        factors.is_cuda or not factors.all()
-    )  # a GPU is not asked, for the answer would have to be waited for
+    some_are_zero = factors.is_cuda or not factors.all()  # a GPU is not asked: the step would wait for its answer
     sums = {name: grad.weighted_sum(factors, some_are_zero) for name, grad in grads.items() if name not in flat}
     if flat:
         total = flat_clip_sum(torch.cat(list(flat.values()), dim=1), factors)

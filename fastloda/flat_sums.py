@@ -31,10 +31,6 @@ class FlatSums:
         numbers = sum(shape.numel() for shape in self._shapes[device, dtype].values())
         return torch.zeros(numbers, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
-    def zero_(self) -> None:
-        for buffer in self.buffers.values():
-            buffer.zero_()
-
     def add_(self, parts: Mapping[str, Tensor | None]) -> None:
         """Add to the parameters named; None adds nothing."""
         given = {name: part for name, part in parts.items() if part is not None}

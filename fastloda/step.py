@@ -123,7 +123,6 @@ class GhostClipper:
         self._adaptive = self.clipping if isinstance(self.clipping, AdaptiveClipping) else None
         if self._adaptive:
             self.max_grad_norm = self._adaptive.initial or self.max_grad_norm
-        self._sums = FlatSums(self.parameters)
         self.reset()
 
     @property
@@ -133,7 +132,7 @@ class GhostClipper:
 
     def reset(self) -> None:
         """Forget what was accumulated."""
-        self._sums.zero_()
+        self._sums = FlatSums(self.parameters)  # anew, for the model may have been moved or cast
         self._count = self._shares.new_zeros(())  # of adaptive clipping; private, as the sums are
 
     def accumulate(self, losses: Tensor, mask: Tensor | None = None) -> StepStats:

@@ -78,8 +78,16 @@ def test_flat_sums_keep_shapes_and_precision():
     sums.add_({"a": torch.ones(2, 3)})
     assert sum(buffer.sum().item() for buffer in sums.buffers.values()) == 14.0
     assert sums.by_name["a"].tolist() == [[2.0] * 3] * 2
-    sums.zero_()
-    assert not any(t.any() for t in sums.by_name.values())
+
+
+def test_a_model_may_be_cast_between_steps():
+    model = nn.Linear(3, 1)
+    clipper = GhostClipper(model, max_grad_norm=1.0)
+    model.bfloat16()
+    clipper.reset()
+    clipper.accumulate(model(torch.ones(2, 3, dtype=torch.bfloat16)).flatten())
+    clipper.privatize(noise_multiplier=1.0, expected_batch_size=2.0)
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
 
 
 def test_noise_drawn_in_parts_is_of_one_piece(monkeypatch):
