@@ -6,13 +6,13 @@ parameter only if a rule covers every one of those edges.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Size, Tensor, nn
 from torch.autograd.graph import Node
 
-from fastloda.layout import carries_batch, outer_blocks, output_shape
+from fastloda.layout import Edges, carries_batch, outer_blocks, output_shape
 from fastloda.regions import COMPILED, code_number
 from fastloda.relaid import RELAYING, TILING, Step
 
@@ -43,14 +43,15 @@ class LossGraph:
 def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> LossGraph:
     """Walk the graph below `losses` (or several outputs) once."""
     roots = [losses] if isinstance(losses, Tensor) else list(losses)
-    order = _inputs_first([root.grad_fn for root in roots if root.grad_fn is not None])
+    edges = _edges([root.grad_fn for root in roots if root.grad_fn is not None])
+    order = list(edges)
     consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
-    for node in order:
-        for index, (child, number) in enumerate(node.next_functions):
+    for node, below in edges.items():
+        for index, (child, number) in enumerate(below):
             if child is not None:
                 consumers[child].append((node, index, number))
 
-    outer = outer_blocks(order[::-1], len(roots[0]) if roots[0].dim() else 1)
+    outer = outer_blocks(edges, len(roots[0]) if roots[0].dim() else 1)
     names = {id(parameter): name for name, parameter in parameters.items()}
     found: dict[Node, list[Use]] = defaultdict(list)
     for leaf in order:
@@ -64,28 +65,34 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
     compiled = tuple(node for node, kind in zip(order, kinds) if kind == COMPILED)
     signature = hash((*kinds, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
     places = {node: outer[node] for node in uses}
-    return LossGraph(uses, places, _with_uses_below(order, uses), signature, frozenset(kinds), compiled)
+    return LossGraph(uses, places, _with_uses_below(edges, uses), signature, frozenset(kinds), compiled)
 
 
-def _inputs_first(roots: Iterable[Node]) -> list[Node]:
-    """All nodes below the roots (and these), each after the nodes it leads to."""
-    order, seen = [], set()
+def _edges(roots: Iterable[Node]) -> dict[Node, Edges]:
+    """What each node below the roots (and these) leads to, each after the nodes it leads to; PyTorch is asked once."""
+    found: dict[Node, Edges] = {}
+    seen: set[Node] = set()
     for root in roots:
         if root in seen:
             continue
         seen.add(root)
-        stack = [(root, iter(root.next_functions))]
+        stack = [_entered(root)]
         while stack:
-            node, edges = stack[-1]
-            for child, _ in edges:
+            node, edges, waiting = stack[-1]
+            for child, _ in waiting:
                 if child is not None and child not in seen:
                     seen.add(child)
-                    stack.append((child, iter(child.next_functions)))
+                    stack.append(_entered(child))
                     break
             else:
-                order.append(node)
+                found[node] = edges
                 stack.pop()
-    return order
+    return found
+
+
+def _entered(node: Node) -> tuple[Node, Edges, Iterator[tuple[Node | None, int]]]:
+    edges = node.next_functions
+    return node, edges, iter(edges)
 
 
 def _uses(
@@ -103,11 +110,11 @@ def _uses(
     return uses
 
 
-def _with_uses_below(order: list[Node], uses: Mapping[Node, list[Use]]) -> frozenset[Node]:
+def _with_uses_below(edges: Mapping[Node, Edges], uses: Mapping[Node, list[Use]]) -> frozenset[Node]:
     leads_to_use: set[Node] = set()
     deeper: set[Node] = set()
-    for node in order:
-        if any(child in leads_to_use for child, _ in node.next_functions):
+    for node, below in edges.items():
+        if any(child in leads_to_use for child, _ in below):
             leads_to_use.add(node)
             if node in uses:
                 deeper.add(node)

@@ -15,6 +15,8 @@ from math import prod
 from torch import Size, Tensor
 from torch.autograd.graph import Node
 
+Edges = tuple[tuple[Node | None, int], ...]  # to the nodes that gradients go to, and which of their outputs each is
+
 
 def _kinds(names: str, number: int = 0) -> set[str]:
     return {f"{name}Backward{number}" for name in names.split()}
@@ -30,16 +32,16 @@ RECORDED = "RecordedFunctionBackward"  # tells where the batch is in each of its
 BATCH_FIRST = _kinds("Convolution NativeBatchNorm NativeGroupNorm") | {RECORDED}  # by definition
 
 
-def outer_blocks(loss_first: Sequence[Node], rows: int) -> dict[Node, int]:
-    """Node -> blocks before the batch coordinate in its output; every node comes after the ones that read it."""
+def outer_blocks(edges: Mapping[Node, Edges], rows: int) -> dict[Node, int]:
+    """Node -> blocks before the batch coordinate in its output. edges: of each node, which comes before the ones that read it."""
     if rows == 1:
-        return dict.fromkeys(loss_first, 0)
+        return dict.fromkeys(edges, 0)
     outer: dict[Node, int] = {}
-    for node in loss_first:
+    for node, below_it in reversed(edges.items()):
         kind = node.name()
         outer[node] = found = 1 if kind in BATCH_FIRST else outer.get(node, 1)
         told = node.call.outer_blocks() if kind == RECORDED else ()
-        for index, (child, number) in enumerate(node.next_functions):
+        for index, (child, number) in enumerate(below_it):
             if child is not None and child not in outer:
                 moved = found != 1 or kind in MOVING
                 below = _below(node, kind, found, child, number) if moved else 1

@@ -147,7 +147,8 @@ class ConvOp:
         if on_triton(gy):  # one read of gy gives both
             gz, parts = adapter_backward.adapter_backward(gy, z, B, self.slope, self.scale)
             return gz, Piece(adapter_backward.add_parts_reference, (parts,), with_squares=adapter_backward.add_parts)
-        gh = torch.matmul(self._scaled(B.flatten(1).t()), positions(gy))
+        Bt = self._scaled(B.flatten(1).t())
+        gh = torch.bmm(Bt.expand(len(gy), *Bt.shape), positions(gy))
         return activation_grad(gh.view(z.shape), z, self.slope), Piece(self.grad_B, (gy, z), lay_out=lay_out_B)
 
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
@@ -269,7 +270,7 @@ def lay_out_taps(grads: Tensor, kernel: Sequence[int]) -> Tensor:
 
 def lay_out_B(grads: Tensor) -> Tensor:
     """[n, r, O] -> [n, O, r, 1, 1]."""
-    return grads.mT[..., None, None]
+    return grads.mT.unsqueeze(-1).unsqueeze(-1)
 
 
 def sum_rows(grad: Tensor, samples: int) -> Tensor:

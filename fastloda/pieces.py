@@ -8,6 +8,7 @@ sample cancel: from `chunks()`, or from kernels that accumulate alike.
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,11 @@ class Piece:
 
     def raw_of_all(self, samples: int) -> Tensor:
         """As `compute_raw`, of all samples, from what is at hand."""
-        return self.at_hand(samples) if self.at_hand else self.compute_raw(samples, slice(0, samples))
+        if self.at_hand:
+            return self.at_hand(samples)
+        if rows_at_a_time(samples, self.scratch_bytes, self.tensors[0].device) >= samples:
+            return self.grad(*self.tensors, samples)
+        return self.compute_raw(samples, slice(0, samples))
 
     def through(self, back: Callable[[Tensor], Tensor], keeps_norm: bool) -> "Piece":
         """The same for a parameter of which this one is made; back: [samples, *shape here] -> [samples, *shape there]."""
@@ -107,7 +112,7 @@ class PerSampleGrad:
     kept: Tensor | None = None
     lay_out: Callable[[Tensor], Tensor] = as_it_is  # of `kept`
     again: list[Piece] = field(default_factory=list)
-    squares: Tensor | None = None  # of `kept`, where a kernel has told them
+    squares: Tensor | None = None  # of `kept`, if its only call: [samples, parts], float64
 
     def add(self, piece: Piece) -> None:
         """Take in one layer call: as gradients if they are small, else as the recipe."""
@@ -130,9 +135,12 @@ class PerSampleGrad:
         grads = piece.raw_of_all(self.samples)
         if self.kept is None:
             self.kept, self.lay_out = grads, piece.lay_out
+            self.squares = row_squares(grads.reshape(grads.shape[0], -1))[
+                :, None
+            ]  # now, while the gradients are in the cache
         else:  # a further call may have other ideas of the order
             self.kept, self.lay_out = self.lay_out(self.kept).add_(piece.lay_out(grads)), as_it_is
-        self.squares = None
+            self.squares = None
 
     def sizes(self, piece: Piece) -> Sizes:
         """What the planner chooses by."""
@@ -141,9 +149,13 @@ class PerSampleGrad:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(samples, their gradients in the order of `order`) piece by piece, the same numbers each time."""
+        if not self.again:
+            if self.kept is not None:
+                yield slice(0, self.samples), self.kept
+            return
         # made again in parts that need not be joined: that would be one more pass, over memory fresh from the system
         sizes = [rows_at_a_time(self.samples, piece.scratch_bytes, piece.tensors[0].device) for piece in self.again]
-        size = min(sizes + [chunk_samples(self.shape.numel())]) if sizes else self.samples
+        size = min(*sizes, chunk_samples(self.shape.numel()))
         laid_out = self._sources > 1
         for start in range(0, self.samples, size):
             chosen = slice(start, min(start + size, self.samples))
@@ -151,8 +163,7 @@ class PerSampleGrad:
             if self.kept is not None:
                 parts.append((self.kept[chosen], self.lay_out))
             grads = [lay_out(part) if laid_out else part for part, lay_out in parts]
-            if grads:
-                yield chosen, sum(grads[1:], grads[0])
+            yield chosen, sum(grads[1:], grads[0])
 
     @property
     def _sources(self) -> int:
@@ -171,13 +182,17 @@ class PerSampleGrad:
         alone = self.kept is None and len(self.again) == 1 and self.again[0].fused is not None
         return self.again[0] if alone else None
 
-    def add_squared_norms(self, out: Tensor) -> None:
-        """out [samples] += |g_n|^2, in float64: no float32 gradient overflows or vanishes in it."""
+    def squared_norms(self) -> Tensor | None:
+        """float64 [samples, parts], whose rows sum to |g_n|^2: no float32 gradient overflows or vanishes in it.
+
+        None if no layer call used the parameter.
+        """
+        if self.squares is not None and not self.again:
+            return self.squares
         if piece := self._lone:
-            out += piece.fused.squares(*piece.tensors, self.samples).sum(1)
-            return
-        for chosen, grads in self.chunks():
-            out[chosen].add_(row_squares(grads.reshape(grads.shape[0], -1)))
+            return piece.fused.squares(*piece.tensors, self.samples)
+        parts = [row_squares(grads.reshape(grads.shape[0], -1)) for _, grads in self.chunks()]
+        return torch.cat(parts)[:, None] if parts else None
 
     def weighted_sum(self, factors: Tensor, some_are_zero: bool = True) -> Tensor | None:
         """sum_n factors[n] g_n, of `shape`; None if no layer call used the parameter. some_are_zero: of the factors, perhaps.
@@ -188,11 +203,14 @@ class PerSampleGrad:
         if piece := self._lone:
             accumulated_in = torch.promote_types(piece.tensors[0].dtype, torch.float32)
             return self._checked(piece.fused.weighted_sum(*piece.tensors, factors.to(accumulated_in)))
-        total = None
-        for chosen, grads in self.chunks():
-            part = weighted_row_sum(grads, factors[chosen], some_are_zero)
-            total = part if total is None else total.add_(part)
-        return None if total is None else self._checked(self.order(total[None])[0])
+        if not self._sources:
+            return None
+        if self.again:
+            parts = (weighted_row_sum(grads, factors[chosen], some_are_zero) for chosen, grads in self.chunks())
+            total = reduce(Tensor.add_, parts)
+        else:
+            total = weighted_row_sum(self.kept, factors, some_are_zero)
+        return self._checked(self.order(total.unsqueeze(0)).squeeze(0))
 
     def _checked(self, total: Tensor) -> Tensor:
         if total.shape != self.shape:
@@ -204,9 +222,5 @@ class PerSampleGrad:
 
 def squared_norms(grads: Collection[PerSampleGrad], samples: int, device: torch.device) -> Tensor:
     """float64 [samples]: |g_n|^2 over all parameters."""
-    told = [grad.squares for grad in grads if grad.squares is not None and not grad.again]
-    out = torch.cat(told, dim=1).sum(1) if told else torch.zeros(samples, dtype=torch.float64, device=device)
-    for grad in grads:
-        if grad.squares is None or grad.again:
-            grad.add_squared_norms(out)
-    return out
+    parts = [squares for grad in grads if (squares := grad.squared_norms()) is not None]
+    return torch.cat(parts, dim=1).sum(1) if parts else torch.zeros(samples, dtype=torch.float64, device=device)

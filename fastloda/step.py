@@ -148,11 +148,17 @@ class GhostClipper:
         """
         samples, mask = _check_losses(losses, self.views, mask)
         sharded = hand_back_shards(self.model)
-        members = Members.of(self.model)
+        self._check_same_model(Members.of(self.model))
+        return self._add(losses, samples, mask, sharded)
+
+    def _check_same_model(self, members: Members) -> None:
         now = trainable_parameters(members)
         if now.keys() != self.parameters.keys() or any(now[name] is not p for name, p in self.parameters.items()):
             raise ValueError("the model's trainable parameters changed since GhostClipper was made: make a new one")
         self._frozen.check(members)
+
+    def _add(self, losses: Tensor, samples: int, mask: Tensor, sharded: bool) -> StepStats:
+        """`accumulate`, for a model that is known to be the one that the clipper was made for."""
         if not samples:  # an empty Poisson batch adds nothing; its noise comes in privatize
             _check_not_sharded(sharded)
             return StepStats(torch.zeros(4, dtype=torch.float64, device=losses.device))
@@ -238,7 +244,8 @@ def ghost_dp_step(
         )
     check_optimizer(optimizer, clipper.parameters)
     _check_privatize(noise_multiplier, expected_batch_size)
-    stats = clipper.accumulate(losses, mask)
+    samples, mask = _check_losses(losses, clipper.views, mask)
+    stats = clipper._add(losses, samples, mask, hand_back_shards(model))  # made just now: not to be looked at once more
     clipper.privatize(noise_multiplier, expected_batch_size, generator)
     optimizer.step()
     return stats

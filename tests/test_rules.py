@@ -104,7 +104,7 @@ def test_a_wrong_reading_of_the_layout_is_refused(wrong, monkeypatch):
     model = nn.MultiheadAttention(4, 2, batch_first=True)
     x = torch.randn(3, 5, 4)
     losses = model(x, x, x)[0].sin().sum((1, 2))
-    monkeypatch.setattr(graph, "outer_blocks", lambda order, rows: dict.fromkeys(order, wrong))
+    monkeypatch.setattr(graph, "outer_blocks", lambda edges, rows: dict.fromkeys(edges, wrong))
     if wrong == 5:
         per_sample_grad_norms(losses, model)  # that is where it is
     else:
