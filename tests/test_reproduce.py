@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +139,15 @@ def test_cells_side_by_side_give_what_they_give_alone(tmp_path):
     assert len(alone["measured"]) == 4 and beside["environment"]["cells at a time"] == 2
     for one, other in zip(alone["measured"], beside["measured"], strict=True):
         assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.05) and one["spent"] == other["spent"]
+
+
+def test_a_killed_run_leaves_no_process_behind(tmp_path):
+    command = ["reproduce", "digits", "--run", str(tmp_path), "--jobs", "2", "--methods", "DP-LoDA", "--device", "cpu"]
+    run = subprocess.Popen([sys.executable, "-m", "fastloda", *command], stderr=subprocess.PIPE)
+    while run.poll() is None and not list(tmp_path.rglob("*.lock")):  # of a cell's public model, which takes minutes
+        time.sleep(0.2)
+    run.kill()
+    run.communicate(timeout=30)  # its processes hold the pipe as long as they live
 
 
 def test_a_cell_that_fails_in_its_process_is_told_in_a_line(tmp_path, capsys):

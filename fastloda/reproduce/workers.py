@@ -5,7 +5,9 @@ Small convolutions don't fill several cores: cells on one core each are done soo
 
 import logging
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -150,6 +152,13 @@ def _start_worker(order: Order, threads: int) -> None:
     torch.set_num_threads(threads)
     logging.getLogger("fastloda").setLevel(logging.ERROR)  # the display is the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent ends no worker, and the run that is started next would compute the same cell beside it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @cache
