@@ -1,5 +1,6 @@
 # make demo: from nothing to private synthetic digits and a report.  make test: from nothing to all tests.
 VENV ?= .venv
+JOBS ?= 2
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
@@ -10,7 +11,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) compile
 	$(PYTHON) -m pytest bench -q --bench-scale smoke --benchmark-disable
-	$(PYTHON) -m pytest tests -q
+	$(PYTHON) -m pytest tests -q -n $(JOBS) --dist loadfile  # each on one thread: see tests/conftest.py
 
 # Every Triton kernel, ahead of time and without a GPU, for three generations of cards.
 compile: $(INSTALLED)

@@ -44,6 +44,7 @@ setup(
             "hypothesis>=6.100",
             "dp-accounting>=0.6",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
             "triton>=3.4",
             "opacus>=1.6",
             "diffusers>=0.35",
