@@ -6,11 +6,14 @@ Shifting g by the tap, instead of expanding x (im2col), costs nothing where g ha
 
 from functools import lru_cache
 from math import prod
+from operator import mul
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Sizes = tuple[int, ...]
+SHORT_RUN = 8  # numbers; bench/NOTES.md, 12
 
 
 def gather_taps(
@@ -29,22 +32,30 @@ def gather_taps(
     spread = _spread(g.shape[2:], in_size, kernel, stride, padding, dilation)
     if spread is None:
         return g.flatten(2)
-    buffer = g.new_zeros(*g.shape[:2], *spread.sizes)
-    outer = buffer.stride()[:2]
-    buffer.as_strided(g.shape, (*outer, *spread.between), spread.first).copy_(g)
-    shape, steps = (*g.shape[:2], *kernel, *in_size), (*outer, *spread.taps, *spread.positions)
-    return buffer.as_strided(shape, steps, spread.start).reshape(g.shape[0], g.shape[1] * prod(kernel), prod(in_size))
+    rows, channels = g.shape[:2]
+    t = g.new_zeros(rows, channels, *spread.sizes)
+    t.as_strided(g.shape, (*t.stride()[:2], *spread.between), spread.first).copy_(g)
+    for view in spread.views:
+        shape, steps = (rows, channels, *view.sizes), (*t.stride()[:2], *view.steps)
+        t = t.as_strided(shape, steps, view.start).clone(memory_format=torch.contiguous_format)
+    return t.view(rows, channels * prod(kernel), prod(in_size))
+
+
+class _View(NamedTuple):
+    """Of the dimensions after the first two, counted in numbers."""
+
+    sizes: Sizes
+    steps: Sizes
+    start: int
 
 
 class _Spread(NamedTuple):
-    """g with stride - 1 zeros between its positions and zeros around, in a buffer of `sizes`; all else counts its numbers."""
+    """g with stride - 1 zeros between its positions and zeros around, in a buffer of `sizes`, and the views to copy in turn."""
 
     sizes: Sizes
     between: Sizes  # from one position of g to the next
     first: int  # where g begins
-    taps: Sizes  # from one tap to the next
-    positions: Sizes  # from one input position to the next
-    start: int  # what tap k' = 0 reads at q = 0
+    views: tuple[_View, ...]
 
 
 @lru_cache(4096)
@@ -57,14 +68,24 @@ def _spread(
     reaches = [d * (k - 1) for k, d in zip(kernel, dilation)]
     margins = [max(0, reach - p) for reach, p in zip(reaches, padding)]
     ends = [max(size + p, (out - 1) * s + 1) for size, out, s, p in zip(in_size, out_size, stride, padding)]
+    starts = [
+        margin + p - reach for margin, p, reach in zip(margins, padding, reaches)
+    ]  # what tap k' = 0 reads at q = 0
     sizes = tuple(map(sum, zip(margins, ends)))
-    steps = tuple(prod(sizes[d + 1 :]) for d in range(len(sizes)))
-    count = lambda places: sum(place * step for place, step in zip(places, steps))  # noqa: E731
-    return _Spread(
-        sizes,
-        between=tuple(s * step for s, step in zip(stride, steps)),
-        first=count(margins),
-        taps=tuple(d * step for d, step in zip(dilation, steps)),
-        positions=steps,
-        start=count(margin + p - reach for margin, p, reach in zip(margins, padding, reaches)),
-    )
+    steps = _steps(sizes)
+    between, first = tuple(map(mul, stride, steps)), sum(map(mul, margins, steps))
+    if len(kernel) == 1 or in_size[-1] > SHORT_RUN:
+        taps = tuple(map(mul, dilation, steps))
+        return _Spread(sizes, between, first, (_View(kernel + in_size, taps + steps, sum(map(mul, starts, steps))),))
+    # Copied a row of the image at a time, a small image takes as long as a large one. So the taps along the last dimension are
+    # made first: those along the others are then copies of many rows at a time.
+    along = _View((kernel[-1], *sizes[:-1], in_size[-1]), (dilation[-1], *steps[:-1], 1), starts[-1])
+    steps = _steps(along.sizes)
+    taps = (*map(mul, dilation[:-1], steps[1:-1]), steps[0])
+    across = _View(kernel + in_size, taps + steps[1:], sum(map(mul, starts[:-1], steps[1:-1])))
+    return _Spread(sizes, between, first, (along, across))
+
+
+def _steps(sizes: Sizes) -> Sizes:
+    """From one to the next along each dimension of contiguous memory."""
+    return tuple(prod(sizes[d + 1 :]) for d in range(len(sizes)))
