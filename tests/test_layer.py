@@ -470,7 +470,6 @@ def assert_same_state(model, state):
         dict(targets="["),
         dict(targets=[]),
     ],
-    ids=str,
 )
 def test_a_refused_attach_changes_nothing(bad):
     model = small_model()
