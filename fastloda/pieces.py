@@ -135,9 +135,7 @@ class PerSampleGrad:
         grads = piece.raw_of_all(self.samples)
         if self.kept is None:
             self.kept, self.lay_out = grads, piece.lay_out
-            self.squares = row_squares(grads.reshape(grads.shape[0], -1))[
-                :, None
-            ]  # now, while the gradients are in the cache
+            self.squares = row_squares(grads)[:, None]  # now, while the gradients are in the cache
         else:  # a further call may have other ideas of the order
             self.kept, self.lay_out = self.lay_out(self.kept).add_(piece.lay_out(grads)), as_it_is
             self.squares = None
@@ -191,7 +189,7 @@ class PerSampleGrad:
             return self.squares
         if piece := self._lone:
             return piece.fused.squares(*piece.tensors, self.samples)
-        parts = [row_squares(grads.reshape(grads.shape[0], -1)) for _, grads in self.chunks()]
+        parts = [row_squares(grads) for _, grads in self.chunks()]
         return torch.cat(parts)[:, None] if parts else None
 
     def weighted_sum(self, factors: Tensor, some_are_zero: bool = True) -> Tensor | None:

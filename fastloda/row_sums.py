@@ -19,7 +19,8 @@ FULL_PRECISION = ("none", "ieee")
 
 
 def row_squares(rows: Tensor) -> Tensor:
-    """|row|^2 of rows [n, numbers]: float64 [n]. No float32 number overflows or vanishes in it."""
+    """|row|^2 of rows [n, *shape]: float64 [n]. No float32 number overflows or vanishes in it."""
+    rows = rows.reshape(rows.shape[0], -1)
     if rows.dtype != torch.float32 or rows.is_cuda or rows.shape[1] < LONG:
         return _exact_squares(rows)
     whole = rows.shape[1] // RUN * RUN

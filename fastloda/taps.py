@@ -68,9 +68,8 @@ def _spread(
     reaches = [d * (k - 1) for k, d in zip(kernel, dilation)]
     margins = [max(0, reach - p) for reach, p in zip(reaches, padding)]
     ends = [max(size + p, (out - 1) * s + 1) for size, out, s, p in zip(in_size, out_size, stride, padding)]
-    starts = [
-        margin + p - reach for margin, p, reach in zip(margins, padding, reaches)
-    ]  # what tap k' = 0 reads at q = 0
+    # what tap k' = 0 reads at q = 0
+    starts = [margin + p - reach for margin, p, reach in zip(margins, padding, reaches)]
     sizes = tuple(map(sum, zip(margins, ends)))
     steps = _steps(sizes)
     between, first = tuple(map(mul, stride, steps)), sum(map(mul, margins, steps))
