@@ -6,6 +6,8 @@ import torch
 from fastloda.data import LabelledImages, font_digits
 from fastloda.methods import PublicChoice
 from fastloda.methods.gaussian_release import noise_stream
+from fastloda.methods.generator import class_means
+from fastloda.methods.moved import moved
 from fastloda.methods.public_choice import tilted
 
 
@@ -90,8 +92,56 @@ def test_a_class_without_public_images_is_named(pool):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"noise_multiplier": 0.0}, {"noise_multiplier": float("inf")}, {"features": 1}, {"tolerance": 0.0}, {"drawn": 0}],
+    [
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": float("inf")},
+        {"features": 1},
+        {"tolerance": 0.0},
+        {"drawn": 0},
+        {"reach": -0.1},
+    ],
 )
 def test_impossible_choices_are_refused(bad):
     with pytest.raises(ValueError, match="choice"):
         PublicChoice(**bad)
+
+
+def mean_distance(images: LabelledImages, phi, means: torch.Tensor) -> float:
+    return float((class_means(phi(images.images), images.labels, 10) - means).norm())
+
+
+@pytest.mark.parametrize(
+    "noise, reach, least, most", [(0.3, 0.25, 0.0, 0.5), (0.3, 1e-3, 0.99, 1.01), (1e4, 0.25, 0.99, 1.01)]
+)
+def test_images_move_as_far_as_the_release_is_known_and_no_further(noise, reach, least, most):
+    """most, least: of the distance from the private means that is left."""
+    private, public = font_digits(500, seed=7), font_digits(400, seed=0)
+    public = LabelledImages((public.images + 0.5).clamp(-1, 1), public.labels, 10)  # as no private one is
+    choice = PublicChoice(noise, features=200)
+    phi = choice.embedding(public, seed=0)
+    exact = class_means(phi(private.images), private.labels, 10)
+    sums, _ = choice.release(private, public, 0, noise_stream(0))
+    found = moved(public, phi, sums / 50, noise / 50, reach, progress=False)
+    left = mean_distance(found, phi, exact) / mean_distance(public, phi, exact)
+    assert least <= left <= most
+    assert found.images.abs().max() <= 1 and torch.equal(found.labels, public.labels)
+
+
+def test_a_choice_trains_on_moved_images_or_on_public_ones(pool):
+    private = font_digits(500, seed=7)
+    for reach in (0.25, 0.0):
+        choice = PublicChoice(0.5, features=200, drawn=300, reach=reach)
+        sums, _ = choice.release(private, pool, 0, noise_stream(0))
+        images = choice.training_images(pool, sums, records=500, seed=0, progress=False)
+        known = {image.numpy().tobytes() for image in pool.images}
+        assert all(image.numpy().tobytes() in known for image in images.images) == (reach == 0)
+        assert len(images) == 300
+
+
+def test_images_are_moved_part_by_part(monkeypatch):
+    images = font_digits(60, seed=0)
+    phi = PublicChoice(features=20).embedding(images, seed=0)
+    means = torch.zeros(10, 20)
+    monkeypatch.setattr("fastloda.methods.moved._TOGETHER", 30)
+    halves = [moved(images[part], phi, means, 0.1, 0.25, progress=False).images for part in (slice(30), slice(30, 60))]
+    assert torch.equal(moved(images, phi, means, 0.1, 0.25, progress=False).images, torch.cat(halves))

@@ -7,7 +7,8 @@ and the weights are otherwise as even as can be:
     minimise over w  KL(w || even) + |sum_i w_i phi(x_i) - m|^2 / (2 tau^2)
 
 which is convex, and solved in its dual, w_i = exp(theta . phi(x_i)) / Z (maximum entropy with relaxed constraints: Dudik et al.
-2007, https://jmlr.org/papers/v8/dudik07a.html).  A public model that is trained a little further on images drawn by their weights
+2007, https://jmlr.org/papers/v8/dudik07a.html).  Images drawn by their weights are then moved a little, pixel by pixel, to where
+their means agree better (`moved`): what no public image has, no weight can give.  A public model that is trained further on them
 starts private fine-tuning nearer to the private images.  To spend a part of the budget on choosing public data is the idea of
 PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which asks for classes of public images instead.
 
@@ -28,6 +29,7 @@ from fastloda.diffusion.pretrain import PublicTraining, pretrain
 from .base import Release
 from .dp_merf import fourier_features, random_frequencies
 from .gaussian_release import release_class_sums
+from .moved import moved
 
 FURTHER = PublicTraining(steps=600, learning_rate=1e-3, ema_decay=0.99)
 
@@ -42,14 +44,16 @@ class PublicChoice:
         scale: the kernel's length scale in median distances between public images.
         tolerance: tau, in standard deviations of the released means' noise. A larger one keeps more different images.
         drawn: images drawn by their weights, with replacement, to train the public model further on.
+        reach: how far a pixel of theirs, in [-1, 1], may easily be moved; 0 leaves them as they are.
         training: that training.
     """
 
     noise_multiplier: float = 5.0
     features: int = 2000
     scale: float = 0.5
-    tolerance: float = 2.0
+    tolerance: float = 4.0
     drawn: int = 20_000
+    reach: float = 0.3
     training: PublicTraining = field(default_factory=lambda: FURTHER)
 
     def __post_init__(self):
@@ -57,6 +61,8 @@ class PublicChoice:
             raise ValueError(f"choice.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
         if self.features < 2 or self.drawn < 1 or not self.scale > 0 or not self.tolerance > 0:
             raise ValueError(f"choice needs features >= 2, drawn >= 1, scale > 0 and tolerance > 0; got {self}")
+        if not 0 <= self.reach < float("inf"):
+            raise ValueError(f"choice.reach must be finite and not negative, got {self.reach}")
 
     def embedding(self, public: LabelledImages, seed: int) -> Callable[[Tensor], Tensor]:
         """phi: images [n, C, H, W] -> [n, features], of norm 1. It depends on public images and the seed alone."""
@@ -79,14 +85,15 @@ class PublicChoice:
         Raises:
             ValueError: a class without public images.
         """
-        phi, each = self.embedding(public, seed), records / len(sums)
+        phi = self.embedding(public, seed)
+        means, noise = self._means(sums, records)
         weights = torch.zeros(len(public), dtype=torch.float64)
-        for label, total in enumerate(sums):
+        for label, mean in enumerate(means):
             members = (public.labels == label).nonzero()[:, 0]
             if not len(members):
                 raise ValueError(f"there is no public image of class {label} to choose")
             features = phi(public.images[members]).double()
-            weights[members] = tilted(features, total / each, self.tolerance * self.noise_multiplier / each) / len(sums)
+            weights[members] = tilted(features, mean, self.tolerance * noise) / len(means)
         return weights
 
     def draw(self, public: LabelledImages, weights: Tensor, seed: int) -> LabelledImages:
@@ -94,6 +101,21 @@ class PublicChoice:
         generator = torch.Generator().manual_seed(seed)
         index = torch.multinomial(weights, self.drawn, replacement=True, generator=generator)
         return LabelledImages(public.images[index], public.labels[index], public.num_classes)
+
+    def training_images(
+        self, public: LabelledImages, sums: Tensor, records: int, seed: int, progress: bool = True
+    ) -> LabelledImages:
+        """`drawn` public images, chosen by `sums` and moved."""
+        chosen = self.draw(public, self.weights(public, sums, records, seed), seed)
+        if not self.reach:
+            return chosen
+        means, noise = self._means(sums, records)
+        return moved(chosen, self.embedding(public, seed), means, noise, self.reach, progress)
+
+    def _means(self, sums: Tensor, records: int) -> tuple[Tensor, float]:
+        """Of each class, and their noise: with the public count as divisor, and classes taken to be equally frequent."""
+        each = records / len(sums)
+        return sums / each, self.noise_multiplier / each
 
     def train_further(
         self,
@@ -106,10 +128,10 @@ class PublicChoice:
         checkpoint: Path | None = None,
         progress: bool = True,
     ) -> nn.Module:
-        """Train the public model on public images that are chosen by `sums`; interrupted, it continues from the checkpoint."""
-        chosen = self.draw(public, self.weights(public, sums, records, seed), seed)
+        """Train the public model on `training_images`; interrupted, it continues from the checkpoint."""
+        images = self.training_images(public, sums, records, seed, progress)
         settings = replace(self.training, seed=seed)
-        return pretrain(model, Diffusion(), chosen, settings, checkpoint=checkpoint, progress=progress)
+        return pretrain(model, Diffusion(), images, settings, checkpoint=checkpoint, progress=progress)
 
 
 def tilted(features: Tensor, target: Tensor, tau: float) -> Tensor:
