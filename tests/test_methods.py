@@ -55,7 +55,7 @@ METHODS = {
     "loda": DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
     "chosen": ChosenLoDA(
         DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
-        ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, training=MODEL.conditional)}),
+        ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, samples_reach=0.2, training=MODEL.conditional)}),
     ),
     "diffusion": DPDiffusion(MODEL, ByEpsilon({1.0: replace(TUNING, time_weights=TIME_WEIGHTS)})),
     "ldm": DPLDM(
@@ -148,6 +148,15 @@ def test_the_choice_is_paid_from_the_same_budget(public, private, tmp_path):
         <= 2.0
         < compose_epsilon([choice[1:], plain[1:]], 1e-5)
     )
+
+
+def test_the_choice_moves_the_samples_too(public, private, tmp_path):
+    method, budget = METHODS["chosen"], Budget(2.0, 1e-5, len(private))
+    resting = replace(method, choice=ByEpsilon({1.0: replace(method.choice.at(2.0), samples_reach=0.0)}))
+    fits = [each.fit(private, public, budget, work_in(tmp_path / str(i))) for i, each in enumerate((method, resting))]
+    moved, rest = (fitted.images(100, seed=0) for fitted in fits)
+    distance = (moved.images - rest.images).square().mean().sqrt()
+    assert 1e-3 < distance < 0.3 and fits[0].spent == fits[1].spent
 
 
 def test_methods_share_the_public_model(public, private, tmp_path):

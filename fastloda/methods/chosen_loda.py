@@ -1,7 +1,12 @@
-"""DP-LoDA from a public model that was trained further on public images chosen privately; see `public_choice`."""
+"""DP-LoDA from a public model that was trained further on public images chosen privately; see `public_choice`.
+
+What was released for the choice can serve once more: the private model's images can be moved until their means agree with it.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from fastloda.data import LabelledImages
 
@@ -32,4 +37,11 @@ class ChosenLoDA:
         work.folder.mkdir(parents=True, exist_ok=True)
         options = {"checkpoint": work.folder / "further.pt", "progress": work.progress}
         choice.train_further(model, pool, sums, budget.records, work.seed, **options)
-        return self.loda.adapt(model, private, budget, work, earlier=(release,))
+        sampler = self.loda.adapt(model, private, budget, work, earlier=(release,))
+
+        def draw(labels: Tensor, seed: int) -> Tensor:
+            images = LabelledImages(sampler.draw(labels, seed).clamp(-1, 1), labels, private.num_classes)
+            reach, about = choice.samples_reach, (pool, sums, budget.records, work.seed, work.progress)
+            return choice.moved(images, reach, *about).images
+
+        return replace(sampler, draw=draw)
