@@ -127,9 +127,9 @@ def choose(
     """Train the public model a little further, on those public images that resemble the private ones.
 
     Optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public images
-    those are (`fastloda.methods.public_choice`). Writes chosen/ in the run's folder; `finetune` and `sample` then take its
-    model, and the target epsilon of `finetune` covers this release too. All of chosen/ may be released, on the terms in its
-    privacy.json. Interrupted, it continues; the sum is drawn once.
+    those are, and how they are moved to be more like them (`fastloda.methods.public_choice`). Writes chosen/ in the run's folder;
+    `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too. All of chosen/ may
+    be released, on the terms in its privacy.json. Interrupted, it continues; the sum is drawn once.
 
     Args:
         run: the run's folder.

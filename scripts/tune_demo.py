@@ -93,9 +93,8 @@ def mnist(slant: float = 0.0, width: float = 1.0) -> LabelledImages:
     images = torch.tensor(table[:, :-1] / 255, dtype=torch.float32).view(-1, 28, 28)
     fitted = torch.stack([_fitted(image) for image in images])[:, None]
     hand = torch.tensor([[1 / width, slant, 0.0], [0.0, 1.0, 0.0]]).repeat(len(fitted), 1, 1)
-    bits = (
-        F.grid_sample(fitted, F.affine_grid(hand, list(fitted.shape), align_corners=False), align_corners=False) > 0.5
-    )
+    grid = F.affine_grid(hand, list(fitted.shape), align_corners=False)
+    bits = F.grid_sample(fitted, grid, align_corners=False) > 0.5
     blocks = F.avg_pool2d(bits.float(), 4)
     return LabelledImages(2 * blocks - 1, torch.tensor(table[:, -1], dtype=torch.int64), 10)
 
@@ -126,7 +125,7 @@ def stand_in(name: str, seed: int) -> tuple[LabelledImages, LabelledImages]:
     if name == "swirled":
         return swirled(RECORDS, seed), swirled(2000, seed + 7)
     everything = {
-        "mnist": lambda: mnist(),
+        "mnist": mnist,
         "mnist-typical": lambda: typical(mnist()),
         "mnist-hand": lambda: typical(mnist(slant=0.4, width=0.8)),
     }[name]()

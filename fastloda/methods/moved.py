@@ -19,9 +19,8 @@ from fastloda.data import LabelledImages
 from .generator import class_means
 
 _STEPS, _LEARNING_RATE = 40, 0.06  # of Adam, for pixels in [-1, 1]
-_TOGETHER = (
-    4000  # images whose means are matched at once: so much that their own scatter is small beside the release's noise
-)
+# Images whose means are matched at once: so many that their own scatter is small beside the release's noise.
+_TOGETHER = 4000
 
 
 def moved(

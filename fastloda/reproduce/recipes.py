@@ -94,9 +94,8 @@ def recipe(name: TableName, root: Path | None, quick: bool = False) -> Recipe:
 
 with torch.device("meta"):  # for its configuration alone
     LATENT_DIGITS = digits_unet(image_size=4, in_channels=LATENT_CHANNELS, attention=True).config
-MOVING_NOISE = ByEpsilon(
-    {1.0: 4.2, 5.0: 1.3, 10.0: 1.0}
-)  # of the release; on stand-ins, see docs/results/demo-tuning.md
+# Of the release that images are moved toward; set on stand-ins (docs/results/demo-tuning.md).
+MOVING_NOISE = ByEpsilon({1.0: 4.2, 5.0: 1.3, 10.0: 1.0})
 FULL_STEPS = 150  # of training all weights, whose steps take twice the time of adapters'
 PRE_TRAINED = "the public model's training as in the demo, set on public images"
 ON_THE_STAND_IN = (
