@@ -31,6 +31,7 @@ from fastloda.diffusion import Diffusion, class_balanced_labels, digits_unet, sa
 from fastloda.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.methods import PublicChoice
 from fastloda.methods.gaussian_release import noise_stream
+from fastloda.methods.moved import moved
 
 RECORDS, DELTA = 1437, 1e-5
 DEFAULTS = {
@@ -154,9 +155,9 @@ def trial(changes: dict) -> str:
     if s["choice_noise"]:
         pool = font_digits(100_000, 0)
         choice = PublicChoice(s["choice_noise"], tolerance=s["choice_tolerance"], reach=s["choice_reach"])
-        sums, release = choice.release(train, pool, seed, noise_stream(seed))
-        choice.train_further(model, pool, sums, RECORDS, seed)
-        move = lambda images: choice.moved(images, s["samples_reach"], pool, sums, RECORDS, seed)  # noqa: E731
+        released, release = choice.release(train, pool, RECORDS, seed, noise_stream(seed))
+        choice.train_further(model, pool, released, seed)
+        move = lambda images: moved(images, released, s["samples_reach"])  # noqa: E731
         earlier = (release[1:],)
     torch.manual_seed(seed)
     attach_loda(model, **{name: s[name] for name in ("rank", "scale", "targets")})

@@ -5,6 +5,7 @@ import torch
 
 from fastloda.data import LabelledImages, font_digits
 from fastloda.methods import PublicChoice
+from fastloda.methods.class_embeddings import ClassEmbeddings
 from fastloda.methods.gaussian_release import noise_stream
 from fastloda.methods.generator import class_means
 from fastloda.methods.moved import moved
@@ -23,6 +24,12 @@ def features_and_target(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     features = torch.nn.functional.normalize(torch.randn(80, 6, generator=generator, dtype=torch.float64))
     return features, features[:10].mean(0) + 0.05 * torch.randn(6, generator=generator, dtype=torch.float64)
+
+
+def of_means(means: torch.Tensor, noise: float) -> ClassEmbeddings:
+    """Of 8 x 8 images, one record a class."""
+    frequencies = torch.randn(64, means.shape[1] // 2, generator=torch.Generator().manual_seed(0))
+    return ClassEmbeddings(frequencies, means, noise, records=len(means))
 
 
 def effective_number(weights: torch.Tensor) -> float:
@@ -61,8 +68,8 @@ def test_the_less_is_known_the_more_even_the_weights():
 def test_images_like_the_private_ones_weigh_more(pool, noise, least):
     private = font_digits(500, seed=7)
     choice = PublicChoice(noise, features=200)
-    sums, _ = choice.release(private, pool, 0, noise_stream(0))
-    weights = choice.weights(pool, sums, records=500, seed=0)
+    released, _ = choice.release(private, pool, 500, 0, noise_stream(0))
+    weights = choice.weights(pool, released)
     assert float(weights[0::2].sum()) > least  # the positives
     by_class = torch.zeros(10, dtype=torch.float64).index_add_(0, pool.labels, weights)
     torch.testing.assert_close(by_class, torch.full((10,), 0.1, dtype=torch.float64))
@@ -72,22 +79,24 @@ def test_images_like_the_private_ones_weigh_more(pool, noise, least):
 
 def test_noise_alone_chooses_almost_nothing(pool):
     choice = PublicChoice(1000.0, features=200)
-    sums, _ = choice.release(font_digits(500, seed=7), pool, 0, noise_stream(0))
-    assert effective_number(choice.weights(pool, sums, records=500, seed=0)) > 0.8 * len(pool)
+    released, _ = choice.release(font_digits(500, seed=7), pool, 500, 0, noise_stream(0))
+    assert effective_number(choice.weights(pool, released)) > 0.8 * len(pool)
 
 
 def test_the_embedding_depends_on_public_images_alone(pool):
-    phi = PublicChoice(features=40).embedding(pool, seed=0)
-    images = font_digits(30, seed=3).images
-    assert torch.equal(phi(images), PublicChoice(features=40).embedding(pool, seed=0)(images))
-    torch.testing.assert_close(phi(images * 50).norm(dim=1), torch.ones(30))
+    choice, images = PublicChoice(features=40), font_digits(30, seed=3)
+    first, second = (
+        choice.release(private, pool, 30, 0, noise_stream(0))[0] for private in (images, font_digits(30, seed=4))
+    )
+    assert torch.equal(first.embed(images.images), second.embed(images.images))
+    torch.testing.assert_close(first.embed(images.images * 50).norm(dim=1), torch.ones(30))
 
 
 def test_a_class_without_public_images_is_named(pool):
     some = pool.labels != 4
     rest = LabelledImages(pool.images[some], pool.labels[some], 10)
     with pytest.raises(ValueError, match="no public image of class 4"):
-        PublicChoice(features=4).weights(rest, torch.zeros(10, 4, dtype=torch.float64), records=100, seed=0)
+        PublicChoice(features=4).weights(rest, of_means(torch.zeros(10, 4, dtype=torch.float64), noise=1.0))
 
 
 @pytest.mark.parametrize(
@@ -119,11 +128,10 @@ def test_images_move_as_far_as_the_release_is_known_and_no_further(noise, reach,
     private, public = font_digits(500, seed=7), font_digits(400, seed=0)
     public = LabelledImages((public.images + 0.5).clamp(-1, 1), public.labels, 10)  # as no private one is
     choice = PublicChoice(noise, features=200)
-    phi = choice.embedding(public, seed=0)
-    exact = class_means(phi(private.images), private.labels, 10)
-    sums, _ = choice.release(private, public, 0, noise_stream(0))
-    found = moved(public, phi, sums / 50, noise / 50, reach, progress=False)
-    left = mean_distance(found, phi, exact) / mean_distance(public, phi, exact)
+    released, _ = choice.release(private, public, 500, 0, noise_stream(0))
+    exact = class_means(released.embed(private.images), private.labels, 10)
+    found = moved(public, released, reach, progress=False)
+    left = mean_distance(found, released.embed, exact) / mean_distance(public, released.embed, exact)
     assert least <= left <= most
     assert found.images.abs().max() <= 1 and torch.equal(found.labels, public.labels)
 
@@ -132,8 +140,8 @@ def test_a_choice_trains_on_moved_images_or_on_public_ones(pool):
     private = font_digits(500, seed=7)
     for reach in (0.25, 0.0):
         choice = PublicChoice(0.5, features=200, drawn=300, reach=reach)
-        sums, _ = choice.release(private, pool, 0, noise_stream(0))
-        images = choice.training_images(pool, sums, records=500, seed=0, progress=False)
+        released, _ = choice.release(private, pool, 500, 0, noise_stream(0))
+        images = choice.training_images(pool, released, seed=0, progress=False)
         known = {image.numpy().tobytes() for image in pool.images}
         assert all(image.numpy().tobytes() in known for image in images.images) == (reach == 0)
         assert len(images) == 300
@@ -141,8 +149,7 @@ def test_a_choice_trains_on_moved_images_or_on_public_ones(pool):
 
 def test_images_are_moved_part_by_part(monkeypatch):
     images = font_digits(60, seed=0)
-    phi = PublicChoice(features=20).embedding(images, seed=0)
-    means = torch.zeros(10, 20)
+    released = of_means(torch.zeros(10, 20), noise=0.1)
     monkeypatch.setattr("fastloda.methods.moved._TOGETHER", 30)
-    halves = [moved(images[part], phi, means, 0.1, 0.25, progress=False).images for part in (slice(30), slice(30, 60))]
-    assert torch.equal(moved(images, phi, means, 0.1, 0.25, progress=False).images, torch.cat(halves))
+    halves = [moved(images[part], released, 0.25, progress=False).images for part in (slice(30), slice(30, 60))]
+    assert torch.equal(moved(images, released, 0.25, progress=False).images, torch.cat(halves))

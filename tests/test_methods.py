@@ -36,10 +36,10 @@ from fastloda.methods import (
     Work,
 )
 from fastloda.methods.autoencoder import LATENT_CHANNELS
+from fastloda.methods.class_embeddings import fourier_features
 from fastloda.methods.dp_diffusion import TIME_WEIGHTS
 from fastloda.methods.dp_ldm import tune_attention_alone
 from fastloda.methods.dp_mepf import Perceptual
-from fastloda.methods.dp_merf import fourier_features
 from fastloda.methods.gaussian_release import noise_multipliers, noise_stream, release_class_sums
 from fastloda.methods.generator import class_means
 from fastloda.settings import Adapter, Classifier, FineTuning
@@ -123,7 +123,7 @@ def test_only_the_release_carries_private_records(name, public, private, tmp_pat
         torch.ones(classes, features.shape[1], dtype=torch.float64),
         Release(what, 1.0, noise, 1),
     )
-    for module in ("dp_merf", "dp_mepf", "public_choice"):
+    for module in ("class_embeddings", "dp_mepf"):
         monkeypatch.setattr(f"fastloda.methods.{module}.release_class_sums", sums)
     monkeypatch.setattr("fastloda.step.group_sums", lambda grads, groups, factors: dict.fromkeys(grads))
     other = LabelledImages(-private.images, private.labels.flip(0), 10)

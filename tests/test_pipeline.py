@@ -22,6 +22,8 @@ from fastloda.data import LabelledImages, digits_split, font_digits, load_npz
 from fastloda.diffusion import UNetConfig
 from fastloda.diffusion.pretrain import PublicTraining
 from fastloda.methods import PublicChoice, Release
+from fastloda.methods.class_embeddings import ClassEmbeddings
+from fastloda.methods.generator import class_means
 from fastloda.models import load_unet, was_chosen_privately
 from fastloda.pipeline import choose, evaluate, finetune, pretrain, sample
 from fastloda.runs import RunError, Stage
@@ -299,8 +301,8 @@ def test_the_sum_is_released_once(public_run, monkeypatch):
 
 def test_everything_chosen_is_made_from_the_sum(public_run, tmp_path, monkeypatch):
     """With the released sums replaced by constants, other records give the same files."""
-    constant = lambda self, private, public, seed, noise: (  # noqa: E731
-        torch.ones(10, 20, dtype=torch.float64),
+    constant = lambda self, private, public, records, seed, noise: (  # noqa: E731
+        ClassEmbeddings(torch.ones(64, 10), torch.ones(10, 20, dtype=torch.float64), 20.0, records),
         Release("sums", 1.0, self.noise_multiplier, 1),
     )
     monkeypatch.setattr(PublicChoice, "release", constant)
@@ -313,6 +315,41 @@ def test_everything_chosen_is_made_from_the_sum(public_run, tmp_path, monkeypatc
             {k: v for k, v in snapshot(tmp_path / name / "chosen").items() if k not in ("config.yaml", "done.json")}
         )
     assert files[0] == files[1] and len(files[0]) == 4
+
+
+def test_samples_are_moved_toward_the_release(public_run):
+    choose(public_run, seed=3, **(CHOOSING | {"choice": dataclasses.replace(CHOICE, noise_multiplier=2.0)}))
+    options = {"count": 200, "steps": 2, "public": True} | QUIET
+    drawn = []
+    for reach in (0.0, 0.3):
+        drawn.append(load_npz(Path(sample(public_run, reach=reach, **options)["samples"])))
+        (public_run / "samples-public").rename(public_run / f"reach-{reach}")
+    released = ClassEmbeddings.load(public_run / "chosen" / "sums.safetensors")
+    means = [class_means(released.embed(images.images), images.labels, 10) for images in drawn]
+    before, after = ((mean - released.means).norm() for mean in means)
+    assert after < 0.95 * before and torch.equal(drawn[0].labels, drawn[1].labels)
+    done = json.loads((public_run / "reach-0.3" / "done.json").read_text())
+    assert set(done["inputs"]) == {"model.safetensors", "sums.safetensors"}
+
+
+def test_samples_without_a_release_are_not_moved(run, public_run):
+    """Nor with one that no model's budget covers."""
+    before = snapshot(run)
+    with pytest.raises(ValueError, match="no model of `fastloda choose`"):
+        sample(run, count=25, steps=2, reach=0.1, **QUIET)
+    choose(public_run, seed=3, **CHOOSING)
+    strange = public_run / "strange"
+    strange.mkdir()
+    for folder, name in (("public", "model.safetensors"), ("chosen", "sums.safetensors")):
+        (strange / name).symlink_to(public_run / folder / name)
+    with pytest.raises(ValueError, match="no model of `fastloda choose`"):
+        sample(public_run, count=10, steps=2, public=True, reach=0.1, model=strange, **QUIET)
+    with pytest.raises(ValueError, match="reach must be finite and not negative"):
+        sample(public_run, count=10, steps=2, public=True, reach=-0.1, **QUIET)
+    (public_run / "chosen" / "sums.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no release of `fastloda choose`, or is damaged"):
+        sample(public_run, count=10, steps=2, public=True, reach=0.1, **QUIET)
+    assert snapshot(run) == before and not (public_run / "samples-public").exists()
 
 
 def test_a_chosen_model_without_its_statement_is_refused(public_run):

@@ -13,6 +13,7 @@ from fastloda.data import LabelledImages
 from .base import Budget, ByEpsilon, Sampler, Work
 from .dp_loda import DPLoDA
 from .gaussian_release import noise_stream
+from .moved import moved
 from .public_choice import PublicChoice
 
 
@@ -35,15 +36,14 @@ class ChosenLoDA:
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
         model, choice = self.loda.public.fit(public, work), self.choice.at(budget.epsilon)
         pool = self.pool() if self.pool else public
-        sums, release = choice.release(private, pool, work.seed, noise_stream(work.seed))
+        released, release = choice.release(private, pool, budget.records, work.seed, noise_stream(work.seed))
         work.folder.mkdir(parents=True, exist_ok=True)
         options = {"checkpoint": work.folder / "further.pt", "progress": work.progress}
-        choice.train_further(model, pool, sums, budget.records, work.seed, **options)
+        choice.train_further(model, pool, released, work.seed, **options)
         sampler = self.loda.adapt(model, private, budget, work, earlier=(release,))
 
         def draw(labels: Tensor, seed: int) -> Tensor:
             images = LabelledImages(sampler.draw(labels, seed).clamp(-1, 1), labels, private.num_classes)
-            about = (pool, sums, budget.records, work.seed, work.progress)
-            return choice.moved(images, self.samples_reach, *about).images
+            return moved(images, released, self.samples_reach, work.progress).images
 
         return replace(sampler, draw=draw)

@@ -8,14 +8,13 @@ A gradient flow of the maximum mean discrepancy (Arbel et al. 2019, https://arxi
 It follows a release, and reads no private image: it costs nothing.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fastloda.data import LabelledImages
 
+from .class_embeddings import ClassEmbeddings
 from .generator import class_means
 
 _STEPS, _LEARNING_RATE = 40, 0.06  # of Adam, for pixels in [-1, 1]
@@ -23,35 +22,29 @@ _STEPS, _LEARNING_RATE = 40, 0.06  # of Adam, for pixels in [-1, 1]
 _TOGETHER = 4000
 
 
-def moved(
-    images: LabelledImages,
-    embed: Callable[[Tensor], Tensor],
-    means: Tensor,
-    tau: float,
-    reach: float,
-    progress: bool = True,
-) -> LabelledImages:
-    """The images where the sum above is small, within [-1, 1].
+def moved(images: LabelledImages, released: ClassEmbeddings, reach: float, progress: bool = True) -> LabelledImages:
+    """The images, public or synthetic, where the sum above is small, within [-1, 1].
 
-    embed: phi, images [n, C, H, W] -> [n, d], differentiable. means: [classes, d], released; tau: of their noise.
-    reach: how far a pixel may easily move, in the units of [-1, 1].
+    reach: how far a pixel may easily move, in the units of [-1, 1]; 0: not at all.
     """
+    if not reach:
+        return images
     parts = torch.arange(len(images)).split(_TOGETHER)
     with tqdm(total=len(parts) * _STEPS, desc="moved", unit="step", disable=not progress) as bar:
-        found = [_moved(images[part], embed, means.float(), tau, reach, bar) for part in parts]
+        found = [_moved(images[part], released, reach, bar) for part in parts]
     return LabelledImages(torch.cat(found), images.labels, images.num_classes)
 
 
-def _moved(images: LabelledImages, embed, means: Tensor, tau: float, reach: float, bar: tqdm) -> Tensor:
-    start, labels = images.images[:], images.labels
+def _moved(images: LabelledImages, released: ClassEmbeddings, reach: float, bar: tqdm) -> Tensor:
+    start, labels, means = images.images[:], images.labels, released.means.float()
     pixels = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([pixels], _LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
     for _ in range(_STEPS):
         optimizer.zero_grad()
         distance = class_means((pixels - start).square().flatten(1), labels, images.num_classes).sum()
-        misfit = (class_means(embed(pixels), labels, images.num_classes) - means).square().sum()
-        (distance / (2 * reach**2) + misfit / (2 * tau**2)).backward()
+        misfit = (class_means(released.embed(pixels), labels, images.num_classes) - means).square().sum()
+        (distance / (2 * reach**2) + misfit / (2 * released.noise**2)).backward()
         optimizer.step()
         schedule.step()
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """Public images chosen by a private statistic: which of them resemble the private ones, class by class, from one noisy release.
 
-The release is that of DP-MERF: each class's sum of the records' embeddings phi(x), of norm 1, plus noise. Each public image of
-the class then has a weight, such that the weighted mean of phi agrees with the released one as far as its noise lets it be known,
-and the weights are otherwise as even as can be:
+The release is that of DP-MERF: each class's sum of the records' embeddings phi(x), plus noise (`class_embeddings`). Each public
+image of the class then has a weight, such that the weighted mean of phi agrees with the released one as far as its noise lets it
+be known, and the weights are otherwise as even as can be:
 
     minimise over w  KL(w || even) + |sum_i w_i phi(x_i) - m|^2 / (2 tau^2)
 
@@ -15,7 +15,6 @@ PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which asks for cla
 Whatever follows the release is a function of it and of public data: it costs nothing more.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,8 +26,7 @@ from fastloda.diffusion import Diffusion
 from fastloda.diffusion.pretrain import PublicTraining, pretrain
 
 from .base import Release
-from .dp_merf import fourier_features, random_frequencies
-from .gaussian_release import release_class_sums
+from .class_embeddings import ClassEmbeddings, random_frequencies, release_class_embeddings
 from .moved import moved
 
 FURTHER = PublicTraining(steps=600, learning_rate=1e-3, ema_decay=0.99)
@@ -64,36 +62,29 @@ class PublicChoice:
         if not 0 <= self.reach < float("inf"):
             raise ValueError(f"choice.reach must be finite and not negative, got {self.reach}")
 
-    def embedding(self, public: LabelledImages, seed: int) -> Callable[[Tensor], Tensor]:
-        """phi: images [n, C, H, W] -> [n, features], of norm 1. It depends on public images and the seed alone."""
-        frequencies = random_frequencies(public, self.features, self.scale, seed)
-        return lambda images: fourier_features(images, frequencies)
-
     def release(
-        self, private: LabelledImages, public: LabelledImages, seed: int, noise: Generator
-    ) -> tuple[Tensor, Release]:
-        """The noisy sum of each class's embeddings, [classes, features] float64; seed: of the embedding."""
-        embeddings = self.embedding(public, seed)(private.images[:])
-        what = ("sum of joint embeddings", embeddings, private.labels, private.num_classes)
-        return release_class_sums(*what, self.noise_multiplier, noise)
+        self, private: LabelledImages, public: LabelledImages, records: int, seed: int, noise: Generator
+    ) -> tuple[ClassEmbeddings, Release]:
+        """The noisy sum of each class's embeddings.
 
-    def weights(self, public: LabelledImages, sums: Tensor, records: int, seed: int) -> Tensor:
+        records: the public, nominal number of private ones. seed: of the embedding, which depends on public images and it alone.
+        """
+        frequencies = random_frequencies(public, self.features, self.scale, seed)
+        return release_class_embeddings(private, frequencies, self.noise_multiplier, records, noise)
+
+    def weights(self, public: LabelledImages, released: ClassEmbeddings) -> Tensor:
         """A weight for each public image, [n] float64; each class's weights have the same sum, and all together 1.
-
-        records: the public, nominal number of private ones; classes are taken to be as frequent as one another.
 
         Raises:
             ValueError: a class without public images.
         """
-        phi = self.embedding(public, seed)
-        means, noise = self._means(sums, records)
         weights = torch.zeros(len(public), dtype=torch.float64)
-        for label, mean in enumerate(means):
+        for label, mean in enumerate(released.means):
             members = (public.labels == label).nonzero()[:, 0]
             if not len(members):
                 raise ValueError(f"there is no public image of class {label} to choose")
-            features = phi(public.images[members]).double()
-            weights[members] = tilted(features, mean, self.tolerance * noise) / len(means)
+            features = released.embed(public.images[members]).double()
+            weights[members] = tilted(features, mean, self.tolerance * released.noise) / len(released.means)
         return weights
 
     def draw(self, public: LabelledImages, weights: Tensor, seed: int) -> LabelledImages:
@@ -103,46 +94,23 @@ class PublicChoice:
         return LabelledImages(public.images[index], public.labels[index], public.num_classes)
 
     def training_images(
-        self, public: LabelledImages, sums: Tensor, records: int, seed: int, progress: bool = True
+        self, public: LabelledImages, released: ClassEmbeddings, seed: int, progress: bool = True
     ) -> LabelledImages:
-        """`drawn` public images, chosen by `sums` and moved."""
-        chosen = self.draw(public, self.weights(public, sums, records, seed), seed)
-        return self.moved(chosen, self.reach, public, sums, records, seed, progress)
-
-    def moved(
-        self,
-        images: LabelledImages,
-        reach: float,
-        public: LabelledImages,
-        sums: Tensor,
-        records: int,
-        seed: int,
-        progress: bool = True,
-    ) -> LabelledImages:
-        """The images, public or synthetic, moved to where their classes' means agree with `sums`; reach 0: as they are."""
-        if not reach:
-            return images
-        means, noise = self._means(sums, records)
-        return moved(images, self.embedding(public, seed), means, noise, reach, progress)
-
-    def _means(self, sums: Tensor, records: int) -> tuple[Tensor, float]:
-        """Of each class, and their noise: with the public count as divisor, and classes taken to be equally frequent."""
-        each = records / len(sums)
-        return sums / each, self.noise_multiplier / each
+        """`drawn` public images, chosen and moved."""
+        return moved(self.draw(public, self.weights(public, released), seed), released, self.reach, progress)
 
     def train_further(
         self,
         model: nn.Module,
         public: LabelledImages,
-        sums: Tensor,
-        records: int,
+        released: ClassEmbeddings,
         seed: int,
         *,
         checkpoint: Path | None = None,
         progress: bool = True,
     ) -> nn.Module:
         """Train the public model on `training_images`; interrupted, it continues from the checkpoint."""
-        images = self.training_images(public, sums, records, seed, progress)
+        images = self.training_images(public, released, seed, progress)
         settings = replace(self.training, seed=seed)
         return pretrain(model, Diffusion(), images, settings, checkpoint=checkpoint, progress=progress)
 

@@ -81,7 +81,7 @@ def accuracy_curves(
 
     curves: name -> (epsilon, accuracies) each. levels: name -> accuracy of what has no epsilon, dashed.
     """
-    with drawing(6.4, 4.0) as (axes, png):
+    with drawing(7.6, 4.0) as (axes, png):
         for name, points in curves.items():
             epsilons, values = [p[0] for p in points], [np.asarray(p[1]) for p in points]
             means, spread = np.array([v.mean() for v in values]), np.array([v.std() for v in values])
@@ -100,10 +100,12 @@ def accuracy_curves(
                 fontsize=8,
             )
         epsilons = sorted({epsilon for points in curves.values() for epsilon, _ in points})
-        axes.set(xlabel="epsilon", ylabel="accuracy on real test images, %", ylim=(0, 100), xscale="log")
+        lowest = min([*levels.values(), *(min(values) for points in curves.values() for _, values in points)])
+        bottom = 10 * math.floor(lowest / 10 - 0.2)  # so that curves near the top can be told apart
+        axes.set(xlabel="epsilon", ylabel="accuracy on real test images, %", ylim=(max(0, bottom), 100), xscale="log")
         axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
         axes.minorticks_off()
-        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
     return png.getvalue()
 
 
