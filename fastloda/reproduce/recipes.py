@@ -161,9 +161,10 @@ def _of_digits(name: TableName, title: str, private: Callable[[], LabelledImages
             "samples": f"{IMAGES:,}, for time: on the stand-in the demo's number did 0.4 points better",
             "DP-Diffusion, DP-LDM": f"set beforehand, not tuned: as DP-LoDA, with DP-Diffusion's timesteps for it, and at most "
             f"{FULL_STEPS} steps, of such a size that they could go as far together as at a tenth of DP-LoDA's learning rate",
-            "DP-MEPF, DP-MERF": "set beforehand, after the methods' papers, but for the generators' steps, as many as the hour "
-            "of this table allows: on the stand-in at epsilon 1, 600 gave 81% with either, 2,000 gave 79% with DP-MEPF and 83% "
-            "with DP-MERF (one trial each)",
+            "DP-MEPF, DP-MERF": "set beforehand, after the methods' papers, but for the generators' steps, 700 instead of "
+            "2,000 for time: on stand-ins DP-MERF's 2,000 gave 0.2 points more, within the trials' scatter. On the real digits, "
+            "tried once after this table was made, they do better at epsilon 5 and 10 (docs/results/demo-tuning.md, ninth "
+            "round)",
             "DP-SGD": ON_THE_STAND_IN,
             "classifier": "set beforehand; the same for every row but DP-SGD",
         },
