@@ -58,12 +58,17 @@ class ClassEmbeddings:
         return self.records / len(self.sums)
 
     def to(self, device: torch.device) -> "ClassEmbeddings":
+        """With its tensors there."""
         return replace(self, frequencies=self.frequencies.to(device), sums=self.sums.to(device))
 
     def save(self, path: Path) -> None:
         """Write it as safetensors, atomically."""
-        numbers = {"noise_multiplier": torch.tensor(self.noise_multiplier, dtype=torch.float64)}
-        tensors = {"frequencies": self.frequencies, "sums": self.sums, "records": torch.tensor(self.records), **numbers}
+        tensors = {
+            "frequencies": self.frequencies,
+            "sums": self.sums,
+            "noise_multiplier": torch.tensor(self.noise_multiplier, dtype=torch.float64),
+            "records": torch.tensor(self.records),
+        }
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
     @classmethod

@@ -35,8 +35,9 @@ class DPMERF:
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
         frequencies = random_frequencies(public, self.features, self.scale, work.seed)
         (noise,) = noise_multipliers(budget, [1.0])
-        about = (frequencies, noise, budget.records, noise_stream(work.seed))
-        released, release = release_class_embeddings(private, *about)
+        released, release = release_class_embeddings(
+            private, frequencies, noise, budget.records, noise_stream(work.seed)
+        )
         released = released.to(work.device)
         target = released.means.float()
 
