@@ -43,7 +43,7 @@ class LossGraph:
 def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> LossGraph:
     """Walk the graph below `losses` (or several outputs) once."""
     roots = [losses] if isinstance(losses, Tensor) else list(losses)
-    edges = _edges([root.grad_fn for root in roots if root.grad_fn is not None])
+    edges = nodes_below([root.grad_fn for root in roots if root.grad_fn is not None])
     order = list(edges)
     consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
     for node, below in edges.items():
@@ -68,7 +68,7 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
     return LossGraph(uses, places, _with_uses_below(edges, uses), signature, frozenset(kinds), compiled)
 
 
-def _edges(roots: Iterable[Node]) -> dict[Node, Edges]:
+def nodes_below(roots: Iterable[Node]) -> dict[Node, Edges]:
     """What each node below the roots (and these) leads to, each after the nodes it leads to; PyTorch is asked once."""
     found: dict[Node, Edges] = {}
     seen: set[Node] = set()

@@ -1,45 +1,89 @@
-"""What may stand between a private module's outputs and `loss.backward()`: a mean, or sum, of each sample's own loss.
+"""What may stand between a private module's outputs and the loss: a mean, or sum, of each sample's own loss.
 
 The private step sees the loss only as a gradient at the module's outputs. If that gradient of one sample depended on the
-others, a record could change more than its own clipped gradient. So `backward` looks at the loss's graph first. What it can't
-see is samples that meet through values without gradient, such as a division by a sum over the targets.
+others, a record could change more than its own clipped gradient. So no gradient enters the outputs before the loss's graph has
+been looked at (`fastloda.separable`). Every backward pass that Python starts goes through PyTorch's engine; `LookingEngine`
+takes its place, looks, and opens the outputs for this one pass. Outputs that were not opened refuse their gradient: so a pass
+that comes another way (from C++, from TorchScript) ends there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakSet
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd import Variable
+from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
+from fastloda.graph import nodes_below
 from fastloda.layout import signed
+from fastloda.separable import MEAN, REMEDY, SampleFlow
 
+SUM = 2  # as criterions save their reduction
 BOUNDARY = "PrivateOutputsBackward"  # how the autograd graph names a private module's outputs
-MEAN, SUM = 1, 2  # as criterions save their reduction
-REMEDY = "take the criterion with reduction='none', which gives one loss per sample, and then its .mean()"
+
+_waiting: WeakSet[object] = WeakSet()  # outputs that a backward pass may still reach
 
 
-class PrivateOutput(Tensor):
-    """An ordinary tensor, computed from a private module's outputs, whose `backward` checks the loss before it runs."""
+class LookingEngine(type(Variable._execution_engine)):
+    """PyTorch's engine for backward passes, which looks at a private loss before it runs."""
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is Tensor.backward:
-            check_loss(args[0])
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass():
-            detached = isinstance(result, PrivateOutput) and not result.requires_grad
-            return result.as_subclass(Tensor) if detached else result
+    def run_backward(self, tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs):
+        # with inputs the pass ends above the outputs of a private module, and without any of these there is nothing to look at
+        reached = _outputs_below(tensors) if _waiting and not inputs else []
+        with _opened(tensors, reached):
+            return super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
 
 
-def check_loss(loss: Tensor) -> None:
+def wait_for_backward(outputs: object) -> None:
+    """Let every backward pass that reaches these outputs be looked at; outputs: their node of the graph."""
+    if not isinstance(Variable._execution_engine, LookingEngine):
+        Variable._execution_engine = LookingEngine()
+    outputs.opened = 0
+    _waiting.add(outputs)
+
+
+def check_opened(outputs: object) -> None:
+    """Refuse a gradient for outputs whose loss was not looked at.
+
+    Raises:
+        PrivacyError: with what to do.
+    """
+    if not outputs.opened:
+        raise PrivacyError(
+            "this backward pass could not be looked at before it ran (it was started from C++ or TorchScript, or another library "
+            "has replaced PyTorch's engine): call loss.backward() or torch.autograd.backward(loss) from Python"
+        )
+
+
+@contextmanager
+def _opened(roots: Sequence[Tensor], reached: Sequence[Node]) -> Iterator[None]:
+    if reached:
+        check_loss(roots, reached)
+    for node in reached:
+        node.opened += 1
+    try:
+        yield
+    finally:
+        for node in reached:
+            node.opened -= 1
+
+
+def _outputs_below(roots: Sequence[Tensor]) -> list[Node]:
+    nodes = nodes_below([root.grad_fn for root in roots if isinstance(root, Tensor) and root.grad_fn is not None])
+    return [node for node in nodes if node.name() == BOUNDARY]
+
+
+def check_loss(roots: Sequence[Tensor], boundaries: Sequence[Node]) -> None:
     """Refuse a loss that couples samples, trains something outside the private module, or is reduced in another way.
+
+    roots: what backward starts from; boundaries: the outputs of private modules that it reaches.
 
     Raises:
         PrivacyError: with the reason; no gradient has been computed then.
     """
-    nodes = _nodes(loss)
-    boundaries = [node for node in nodes if node.name() == BOUNDARY]
+    nodes = list(nodes_below([root.grad_fn for root in roots]))
     anchors = {edge[0] for node in boundaries for edge in node.next_functions}
     for leaf in nodes:
         if hasattr(leaf, "variable") and leaf not in anchors:
@@ -48,11 +92,12 @@ def check_loss(loss: Tensor) -> None:
                 "module: its gradient would not be private. Penalties belong into the optimizer's weight_decay, and what "
                 "trains into the module"
             )
-    rows = max((node.rows for node in boundaries), default=0)
-    if rows < 2:
-        return
-    _check_reduction(nodes, rows, boundaries[0].tape.loss_reduction)
-    _check_separable(loss, nodes, boundaries, rows)
+    rows = {len(output) if output.dim() else 0 for node in boundaries for output in node.cut}
+    if len(rows) > 1 or 0 in rows or rows == {1}:
+        return  # a number for all samples, or rows that do not agree, are for the tape to refuse; one sample meets no other
+    tape = boundaries[0].tape
+    _check_reduction(nodes, samples := rows.pop(), tape.loss_reduction)
+    SampleFlow(samples, tape.grown).check(roots, {node: len(node.cut) for node in boundaries})
 
 
 def _check_reduction(nodes: Sequence[Node], rows: int, loss_reduction: str) -> None:
@@ -65,7 +110,7 @@ def _check_reduction(nodes: Sequence[Node], rows: int, loss_reduction: str) -> N
     if batchwide and any(_normalised_by_targets(node) for node in averages):
         raise PrivacyError(
             "the loss is divided by the class weights of the batch, or by the number of its targets that are not ignored: "
-            f"each sample's share depends on the other samples. Instead, {REMEDY}"
+            f"each sample's share depends on the other samples. {REMEDY}"
         )
     if loss_reduction == "sum" and means and batchwide:
         raise PrivacyError("the loss is a mean, but make_private was told loss_reduction='sum'")
@@ -85,45 +130,3 @@ def _normalised_by_targets(node: Node) -> bool:
         return True
     ignored = getattr(node, "_saved_ignore_index", None)
     return ignored is not None and bool((node._saved_target == signed(ignored)).any())
-
-
-def _check_separable(loss: Tensor, nodes: Sequence[Node], boundaries: Sequence[Node], rows: int) -> None:
-    """Differentiated twice, the loss must show no sample's gradient to depend on the outputs of another.
-
-    Once for each kind of loss, and again for a batch of more than twice the samples; it costs log2(rows) small backward passes.
-    A loss that can't be differentiated twice is not looked into.
-    """
-    probed, kind = boundaries[0].tape.probed, hash(tuple(node.name() for node in nodes))
-    if rows <= 2 * probed.get(kind, 0):
-        return
-    outputs = [GradientEdge(node, i) for node in boundaries for i in range(node.outputs)]
-    with torch.enable_grad():
-        grads = torch.autograd.grad(loss, outputs, torch.ones_like(loss), create_graph=True, allow_unused=True)
-        curved = [grad for grad in grads if grad is not None and grad.requires_grad and len(grad) == rows]
-        for bit in range((rows - 1).bit_length() if curved else 0):
-            chosen = (torch.arange(rows, device=loss.device) >> bit) % 2 == 1
-            probe = sum((grad[chosen] * torch.rand_like(grad[chosen])).sum() for grad in curved)
-            try:
-                reached = torch.autograd.grad(probe, outputs, retain_graph=True, allow_unused=True)
-            except RuntimeError:
-                break
-            for change in reached:
-                if change is not None and len(change) == rows:
-                    others = change[~chosen]
-                    if ((others != 0) & ~others.isnan()).any():
-                        raise PrivacyError(
-                            "samples mix in the loss: the gradient of some depends on the outputs of others. The loss must be "
-                            "the mean, or sum, of one loss per sample"
-                        )
-    probed[kind] = rows
-
-
-def _nodes(loss: Tensor) -> list[Node]:
-    """All nodes below the loss."""
-    found, stack = {}, [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in found:
-            found[node] = None
-            stack.extend(child for child, _ in node.next_functions)
-    return list(found)

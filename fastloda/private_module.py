@@ -21,7 +21,7 @@ from fastloda.coverage import FrozenWatch
 from fastloda.errors import PrivacyError
 from fastloda.members import Members
 from fastloda.ops import accumulable
-from fastloda.private_loss import PrivateOutput
+from fastloda.private_loss import check_opened, wait_for_backward
 
 _ANCHOR = torch.empty(0, requires_grad=True)  # what makes the cut-off outputs differentiable
 
@@ -31,7 +31,7 @@ class Tape:
 
     def __init__(self, loss_reduction: str):
         self.loss_reduction = loss_reduction
-        self.probed: dict[int, int] = {}  # kind of loss -> number of samples that were told apart
+        self.grown: dict[tuple, int] = {}  # of earlier losses: see `SampleFlow`
         self.clear()
 
     def clear(self) -> None:
@@ -82,14 +82,15 @@ class PrivateOutputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tape, outputs, anchor):
-        ctx.tape, ctx.cut, ctx.outputs = tape, outputs, len(outputs)
-        ctx.rows = max(len(output) if output.dim() else 0 for output in outputs)
+        ctx.tape, ctx.cut = tape, outputs
+        wait_for_backward(ctx)
         ctx.set_materialize_grads(False)
         return tuple(output.detach() for output in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
+        check_opened(ctx)
         ctx.tape.record(ctx.cut, grads)
         return None, None, None
 
@@ -149,7 +150,7 @@ class PrivateModule(nn.Module):
         if not places:
             return outputs
         for i, cut in zip(places, PrivateOutputs.apply(self._tape, tuple(leaves[i] for i in places), _ANCHOR)):
-            leaves[i] = cut.as_subclass(PrivateOutput)
+            leaves[i] = cut
         return tree_unflatten(leaves, structure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -1,0 +1,442 @@
+"""No loss that couples samples makes a private step, however backward is called; honest losses of every usual kind do."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastloda import PrivacyError
+from fastloda.private_module import PrivateModule, Tape
+
+N, C, T = 6, 5, 4
+Y = torch.tensor([0, 3, 1, 4, 2, 2])
+
+
+class Leaf(nn.Module):
+    """A model that gives back its parameter, so that a test chooses the outputs."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = nn.Parameter(values)
+
+    def forward(self, x):
+        return self.values + 0 * x.sum()
+
+
+def outputs(*shape, reduction="mean", seed=0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    module = PrivateModule(Leaf(values), Tape(reduction))
+    return module(torch.zeros(1)), module._tape
+
+
+class Contrast(torch.autograd.Function):
+    """A contrastive loss that does its own backward."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return _contrast(z)
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.enable_grad():
+            z = ctx.saved_tensors[0].detach().requires_grad_()
+            return torch.autograd.grad(_contrast(z), z, g)[0]
+
+
+class RowSquares(torch.autograd.Function):
+    """An honest operation that FastLoDA can't know: one loss per row."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.square().sum(1)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g[:, None]
+
+
+class NormalisedBackward(RowSquares):
+    """A backward pass that scales each sample's gradient by all of them."""
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.saved_tensors[0] * g[:, None] / g.norm()
+
+
+def _contrast(z):
+    return F.cross_entropy(z @ z.T, torch.arange(len(z), device=z.device))
+
+
+def contrast_by_vmap(z):
+    return torch.vmap(lambda row, i: F.cross_entropy((z * row).sum(1), i))(z, torch.arange(len(z))).mean()
+
+
+@torch.jit.script
+def scripted_contrast(z: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(z @ z.t(), torch.arange(z.shape[0]))
+
+
+def hinge_of_pairs(s):
+    positive, negative = s[Y > 1], s[Y <= 1]
+    return (1 - positive[:, None] + negative[None, :]).clamp_min(0).mean()
+
+
+def mixup(z):
+    return (0.7 * z + 0.3 * z[torch.tensor([1, 2, 3, 4, 5, 0])]).square().mean()
+
+
+MIXING = {  # name -> (shape of the outputs, loss)
+    "contrastive": ((N, C), _contrast),
+    "contrastive, own Function": ((N, C), Contrast.apply),
+    "contrastive, vmapped": ((N, C), contrast_by_vmap),
+    "contrastive, reentrant checkpoint": ((N, C), lambda z: checkpoint(_contrast, z, use_reentrant=True)),
+    "contrastive, checkpoint": ((N, C), lambda z: checkpoint(_contrast, z, use_reentrant=False)),
+    "contrastive, einsum": ((N, C), lambda z: torch.einsum("nc,mc->nm", z, z).softmax(1).diag().log().mean()),
+    "mean feature, piecewise linear": ((N, C), lambda s: (s.mean(0) - 0.3).abs().mean()),
+    "mean feature, relu": ((N, C), lambda s: F.relu(s.sum(0)).mean()),
+    "root of the mean": ((N, C), lambda s: s.square().mean().sqrt()),
+    "largest": ((N,), lambda s: s.max()),
+    "largest of each feature": ((N, C), lambda s: s.max(0).values.mean()),
+    "top four": ((N,), lambda s: s.topk(4).values.mean()),
+    "top four, by index": ((N,), lambda s: s[s.topk(4).indices].mean()),
+    "largest, by index": ((N,), lambda s: s[int(s.argmax())]),
+    "sorted": ((N,), lambda s: (s.sort().values * torch.arange(N)).mean()),
+    "sorted, by index": ((N,), lambda s: (s[s.argsort()] * torch.arange(N)).mean()),
+    "quantile": ((N,), lambda s: s.quantile(0.7)),
+    "median": ((N,), lambda s: s.median()),
+    "pairs": ((N,), lambda s: (s[:, None] - s[None, :]).abs().mean()),
+    "pairwise hinge": ((N,), hinge_of_pairs),
+    "neighbours in the batch": ((N, C), lambda s: (s[1:] - s[:-1]).abs().mean()),
+    "halves": ((N, C), lambda s: (s[: N // 2] - s[N // 2 :]).abs().mean()),
+    "halves by chunk": ((N, C), lambda s: F.l1_loss(*s.chunk(2))),
+    "pairs by view": ((N, C), lambda s: s.view(N // 2, 2, C).amax(1).mean()),
+    "flipped": ((N, C), lambda s: (s - s.flip(0)).abs().mean()),
+    "rolled": ((N, C), lambda s: (s * s.roll(1, 0)).mean()),
+    "mixup": ((N, C), mixup),
+    "softmax over the batch": ((N, C), lambda s: s.softmax(0).square().mean()),
+    "log-softmax over the batch": ((N, C), lambda s: s.log_softmax(0)[torch.arange(N), Y].mean()),
+    "logsumexp": ((N,), lambda s: s.logsumexp(0)),
+    "cumulative": ((N,), lambda s: s.cumsum(0).abs().mean()),
+    "product": ((N,), lambda s: s.sigmoid().prod()),
+    "deviation": ((N, C), lambda s: s.std(0).mean()),
+    "norm": ((N, C), lambda s: s.norm()),
+    "centred": ((N, C), lambda s: (s - s.mean(0)).abs().mean()),
+    "scaled by the largest": ((N, C), lambda s: (s / s.abs().max()).mean()),
+    "matrix product": ((N, C), lambda s: (s @ s.T).tanh().mean()),
+    "batch norm": ((N, C), lambda s: F.batch_norm(s, None, None, training=True).abs().mean()),
+    "broadcast mistake, mse": ((N, 1), lambda o: F.mse_loss(o, torch.randn(N))),
+    "broadcast mistake, l1": ((N,), lambda o: F.l1_loss(o, torch.randn(N, 1))),
+    "broadcast mistake, by hand": ((N, 1), lambda o: ((o - torch.randn(N)) ** 2).mean()),
+    "broadcast mistake, squeezed": ((N, 1), lambda o: (o.squeeze(1) * torch.randn(N, 1)).exp().mean()),
+    "broadcast mistake, expanded": ((N, 1), lambda o: (o.expand(N, N) - torch.randn(N)).abs().mean()),
+    "weighted by the batch": ((N,), lambda s: (s.square() * s / s.sum()).sum()),
+    "backward that normalises": ((N, C), lambda s: NormalisedBackward.apply(s).mean()),
+    "masked rows": ((N, C), lambda s: F.cross_entropy(s[Y > 1], Y[Y > 1])),
+    "distances": ((N, C), lambda s: torch.cdist(s, s).mean()),
+    "covariance": ((N, C), lambda s: torch.cov(s.T).abs().mean()),
+    "a sample's loss twice": ((N,), lambda s: s.mean() * s[0]),
+}
+
+
+def backward(loss):
+    loss.backward()
+
+
+def through_autograd(loss):
+    torch.autograd.backward(loss)
+
+
+def with_other_roots(loss):
+    torch.autograd.backward([loss, loss * 2])
+
+
+ROUTES = [backward, through_autograd, with_other_roots]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", MIXING)
+def test_coupling_is_refused_by_every_route(name, route):
+    shape, loss = MIXING[name]
+    out, tape = outputs(*shape)
+    with pytest.raises(PrivacyError, match="samples|loss"):
+        route(loss(out))
+    assert tape.empty  # nothing has reached the module
+
+
+def test_scripted_coupling_is_refused_at_every_call():
+    for call in range(4):  # TorchScript fuses from the third call on
+        out, tape = outputs(N, C, seed=call)
+        with pytest.raises(PrivacyError, match="samples mix"):
+            scripted_contrast(out).backward()
+        assert tape.empty
+
+
+def test_a_backward_pass_that_was_not_looked_at_is_refused(monkeypatch):
+    """Should another library replace the engine, or C++ start the pass."""
+    out, tape = outputs(N, C)
+    loss = _contrast(out)
+    monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", plain_engine())
+    with pytest.raises(PrivacyError, match="could not be looked at"):
+        loss.backward()
+    assert tape.empty
+
+
+def plain_engine():
+    return type(torch.autograd.Variable._execution_engine).__mro__[-2]()
+
+
+def smooth(z, **options):
+    return F.cross_entropy(z, Y, label_smoothing=0.1, **options)
+
+
+def ctc(z):
+    lengths = torch.full((N,), 7)
+    return F.ctc_loss(z.transpose(0, 1).log_softmax(-1), Y[:, None] % 4 + 1, lengths, torch.full((N,), 1))
+
+
+class Criterion(nn.Module):
+    """Several terms, some of them weighted."""
+
+    def forward(self, z):
+        of_each = F.cross_entropy(z, Y, reduction="none") * torch.rand(N)
+        return of_each.mean() + 0.1 * z.square().mean() - z.softmax(1).amax(1).log().mean() / 3
+
+
+def one_by_one(z):
+    return sum(F.cross_entropy(row, y) for row, y in zip(z, Y)) / N
+
+
+def stacked(z):
+    return torch.stack([F.cross_entropy(z[i : i + 1], Y[i : i + 1]) for i in range(N)]).mean()
+
+
+def kl(z):
+    target = torch.softmax(torch.randn(N, C), 1)
+    return F.kl_div(z.log_softmax(1), target, reduction="batchmean")
+
+
+def quantiles(z):
+    error = torch.randn(N, 1) - z
+    levels = torch.linspace(0.1, 0.9, C)
+    return torch.maximum(levels * error, (levels - 1) * error).mean()
+
+
+tokens = torch.randint(0, C, (N, T), generator=torch.Generator().manual_seed(3))
+HONEST = {
+    "cross entropy": ((N, C), lambda z: F.cross_entropy(z, Y)),
+    "cross entropy, soft targets": ((N, C), lambda z: F.cross_entropy(z, torch.rand(N, C).softmax(1))),
+    "cross entropy, label smoothing": ((N, C), smooth),
+    "cross entropy, smoothing, none": ((N, C), lambda z: smooth(z, reduction="none").mean()),
+    "cross entropy of sequences": ((N, C, T), lambda z: F.cross_entropy(z, tokens)),
+    "cross entropy of images": ((N, C, T, T), lambda z: F.cross_entropy(z, tokens[:, None].expand(N, T, T))),
+    "cross entropy of flattened tokens": ((N, T, C), lambda z: F.cross_entropy(z.view(-1, C), tokens.view(-1))),
+    "shifted tokens": ((N, T, C), lambda z: F.cross_entropy(z[:, :-1].reshape(-1, C), tokens[:, 1:].reshape(-1))),
+    "tokens, sequence first": (
+        (N, T, C),
+        lambda z: F.cross_entropy(z.transpose(0, 1).flatten(0, 1), tokens.T.flatten()),
+    ),
+    "own weights": ((N, C), lambda z: (F.cross_entropy(z, Y, reduction="none") * torch.rand(N)).mean()),
+    "mask of tokens": ((N, T), lambda z: (z.square() * (tokens > 1)).sum(1).div((tokens > 1).sum(1) + 1).mean()),
+    "likelihood by index": ((N, C), lambda z: -z.log_softmax(1)[torch.arange(N), Y].mean()),
+    "likelihood by gather": ((N, C), lambda z: -z.log_softmax(1).gather(1, Y[:, None]).mean()),
+    "multi margin": ((N, C), lambda z: F.multi_margin_loss(z, Y)),
+    "bce": ((N,), lambda z: F.binary_cross_entropy(z.sigmoid(), torch.rand(N))),
+    "bce with logits": ((N, C), lambda z: F.binary_cross_entropy_with_logits(z, torch.rand(N, C))),
+    "bce, weights": ((N,), lambda z: F.binary_cross_entropy_with_logits(z, torch.rand(N), torch.rand(N))),
+    "mse": ((N, C), lambda z: F.mse_loss(z, torch.randn(N, C))),
+    "mse of a column": ((N, 1), lambda z: F.mse_loss(z.squeeze(1), torch.randn(N))),
+    "huber": ((N,), lambda z: F.huber_loss(z, torch.randn(N))),
+    "smooth l1": ((N, C), lambda z: F.smooth_l1_loss(z, torch.randn(N, C))),
+    "poisson": ((N,), lambda z: F.poisson_nll_loss(z, torch.rand(N))),
+    "gaussian": ((N, 2), lambda z: F.gaussian_nll_loss(z[:, 0], torch.randn(N), z[:, 1].exp())),
+    "kl, batchmean": ((N, C), kl),
+    "ctc": ((N, 7, C), ctc),
+    "triplet": ((N, 3, C), lambda z: F.triplet_margin_loss(z[:, 0], z[:, 1], z[:, 2])),
+    "cosine": ((N, C), lambda z: 1 - F.cosine_similarity(z, torch.randn(N, C)).mean()),
+    "quantiles": ((N, 1), quantiles),
+    "several terms": ((N, C), Criterion()),
+    "norms of samples": ((N, C, T), lambda z: z.flatten(1).norm(dim=1).mean()),
+    "diffusion": (
+        (N, 2, T, T),
+        lambda z: (z - torch.randn(N, 2, T, T)).square().mean((1, 2, 3)).mul(torch.rand(N)).mean(),
+    ),
+    "total variation": ((N, 1, T, T), lambda z: (z[..., 1:] - z[..., :-1]).abs().mean() + z.diff(dim=2).abs().mean()),
+    "convolved": ((N, 1, T, T), lambda z: F.conv2d(z, torch.randn(2, 1, 3, 3)).square().mean()),
+    "pooled": ((N, 1, T, T), lambda z: F.max_pool2d(z, 2).mean() + F.avg_pool2d(z, 2).square().mean()),
+    "linear map": ((N, C), lambda z: (z @ torch.randn(C, 3)).abs().mean()),
+    "each sample's own product": ((N, T, C), lambda z: torch.bmm(z, z.mT).abs().mean()),
+    "attention": ((N, T, C), lambda z: F.scaled_dot_product_attention(z, z, z).abs().mean()),
+    "spectrum": ((N, T), lambda z: torch.fft.rfft(z, dim=1).abs().mean()),
+    "layer norm": ((N, C), lambda z: F.layer_norm(z, (C,)).abs().mean()),
+    "one by one": ((N, C), one_by_one),
+    "stacked one by one": ((N, C), stacked),
+    "by unbind": ((N, C), lambda z: torch.stack([row.logsumexp(0) for row in z.unbind()]).mean()),
+    "own Function by row": ((N, C), lambda z: RowSquares.apply(z).mean()),
+    "checkpointed": ((N, C), lambda z: checkpoint(lambda z: F.cross_entropy(z, Y), z, use_reentrant=False)),
+    "vmapped": ((N, C), lambda z: torch.vmap(F.cross_entropy)(z, Y).mean()),
+    "losses of the model": ((N,), lambda z: z.mean()),
+    "two calls in one batch": ((N, C), lambda z: F.mse_loss(torch.cat([z, 2 * z]), torch.randn(2 * N, C))),
+    "divided by a constant": ((N,), lambda z: z.square().sum() / N),
+    "dot": ((N,), lambda z: z @ torch.rand(N) / N),
+    "second moments": ((N, C), lambda z: (z.T @ z).sum() / N),
+    "compiled, by row": ((N, C), lambda z: compiled(z).mean()),
+}
+
+
+@torch.compile(backend="aot_eager")
+def compiled(z):
+    return F.cross_entropy(z, Y, reduction="none")
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_losses_pass(name):
+    shape, loss = HONEST[name]
+    out, tape = outputs(*shape)
+    through_autograd(loss(out))
+    assert not tape.empty and tape.rows == N
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_losses_are_honest(name):
+    """What passes must be what the promise needs: the outputs of one sample change no other's gradient."""
+    shape, loss = HONEST[name]
+    assert others_move(loss, shape) < 1e-4
+
+
+# Couplings that `others_move` does not see: through targets, through grad_output, or of pairs that the first sample is rarely in;
+# reentrant checkpointing can't be asked for gradients.
+UNSEEN = {name for name in MIXING if "mistake" in name} | {
+    "contrastive, reentrant checkpoint",
+    "backward that normalises",
+}
+UNSEEN |= {"masked rows", "neighbours in the batch", "halves", "halves by chunk", "flipped", "pairs"}
+UNSEEN |= {"largest, by index", "weighted by the batch"}
+
+
+@pytest.mark.parametrize("name", sorted(set(MIXING) - UNSEEN))
+def test_mixing_losses_mix(name):
+    """What is refused is refused for a reason: other outputs of one sample change another's gradient."""
+    shape, loss = MIXING[name]
+    assert others_move(loss, shape) > 1e-4
+
+
+def others_move(loss, shape):
+    """How far the gradients of the other samples move when the first one's outputs are other ones, of many tries."""
+    largest = 0.0
+    for seed in range(12):
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        other = z.clone()
+        other[0] = 3 * torch.randn(shape[1:], generator=torch.Generator().manual_seed(100 + seed))
+        grads = []
+        for values in (z, other):
+            values = values.requires_grad_()
+            torch.manual_seed(0)
+            (grad,) = torch.autograd.grad(loss(values), values)
+            grads.append(grad[1:])
+        largest = max(largest, (grads[0] - grads[1]).abs().max().item() / (grads[0].abs().max().item() + 1e-12))
+    return largest
+
+
+def test_losses_that_are_a_vector():
+    """losses.backward(ones) is the backward pass of their sum."""
+    out, tape = outputs(N, C, reduction="sum")
+    F.cross_entropy(out, Y, reduction="none").backward(torch.ones(N))
+    assert tape.rows == N
+
+
+def test_a_grid_that_happens_to_have_as_many_entries_as_there_are_samples():
+    """Told from targets of other samples by an earlier batch of another size."""
+    tape = Tape("mean")
+    grid = torch.linspace(0, 1, 4)
+    for rows in (5, 4, 7):
+        out = PrivateModule(Leaf(torch.randn(rows, 1)), tape)(torch.zeros(1))
+        (out - grid).abs().mean().backward()
+        tape.clear()
+    for rows in (5, 4):  # while targets grow with the batch
+        out = PrivateModule(Leaf(torch.randn(rows, 1)), Tape("mean"))(torch.zeros(1))
+        with pytest.raises(PrivacyError, match="broadcasts"):
+            (out - torch.randn(rows)).abs().mean().backward()
+
+
+def test_criterions_that_are_compiled():
+    """A compiled mean can't be looked into; losses of samples can."""
+    mean = torch.compile(F.cross_entropy, backend="aot_eager")
+    out, tape = outputs(N, C)
+    with pytest.raises(PrivacyError, match="can't be looked into"):
+        mean(out, Y).backward()
+    out, tape = outputs(N, C)
+    mean(out, Y, reduction="none").mean().backward()
+    assert tape.rows == N
+
+
+def test_ordinary_backward_passes_are_left_alone():
+    """What has nothing to do with a private module's outputs, or only looks at their gradients."""
+    outputs(N, C)
+    x = torch.randn(N, C, requires_grad=True)
+    _contrast(x).backward()
+    assert x.grad is not None
+    out, tape = outputs(N, C)
+    assert torch.autograd.grad(_contrast(out), out)[0].shape == out.shape
+    assert tape.empty
+
+
+# ---- drawn losses: what the graph lets pass never couples samples
+
+UNARY = {
+    "tanh": torch.tanh,
+    "abs": torch.abs,
+    "relu": torch.relu,
+    "softmax 0": lambda t: t.softmax(0),
+    "softmax -1": lambda t: t.softmax(-1),
+    "transpose": lambda t: t.mT,
+    "flip": lambda t: t.flip(0),
+    "cumsum": lambda t: t.cumsum(-1),
+    "sort": lambda t: t.sort(0).values,
+    "sum 0": lambda t: t.sum(0, keepdim=True).expand_as(t),
+    "mean -1": lambda t: t.mean(-1, keepdim=True) + 0 * t,
+    "max 0": lambda t: t.amax(0, keepdim=True),
+    "max -1": lambda t: t.amax(-1, keepdim=True).expand_as(t),
+    "product": lambda t: t @ t.mT,
+    "constant": lambda t: t * torch.linspace(-1, 1, t.shape[-1]),
+    "slice 0": lambda t: t[1:],
+    "slice -1": lambda t: t[..., 1:] if t.shape[-1] > 1 else t,
+    "view": lambda t: t.reshape(-1, 2) if t.numel() % 2 == 0 else t,
+    "norm": lambda t: t / (1 + t.norm(dim=-1, keepdim=True)),
+    "own function": lambda t: RowSquares.apply(t.flatten(1))[:, None] if t.dim() > 1 else t,
+}
+REDUCE = {
+    "mean": torch.mean,
+    "max": torch.max,
+    "norm": torch.norm,
+    "rows, then mean": lambda t: t.flatten(1).logsumexp(1).mean() if t.dim() > 1 else t.mean(),
+    "columns, then mean": lambda t: t.logsumexp(0).mean(),
+    "mean, then square": lambda t: t.mean().square(),
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from(sorted(UNARY)), max_size=4), st.sampled_from(sorted(REDUCE)), st.integers(0, 9))
+@example(["transpose", "softmax 0"], "mean", 0)
+def test_drawn_losses_that_pass_do_not_couple(names, last, seed):
+    def loss(t):
+        for name in names:
+            t = UNARY[name](t)
+        return REDUCE[last](t)
+
+    shape = (N, C)
+    out, _ = outputs(*shape, seed=seed)
+    drawn = loss(out)
+    if not math.isfinite(float(drawn)):
+        return
+    try:
+        drawn.backward()
+    except PrivacyError:
+        return
+    assert others_move(loss, shape) < 1e-3, (names, last)
