@@ -5,8 +5,10 @@ probe (backward from some samples must leave the others' gradients exactly zero)
 through values without gradient, such as a batch mean under `detach()`.
 """
 
+import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +38,27 @@ COMPILED_REMEDY = (
     "attached since), and leave other trainable layers out of the compiled part, or freeze them"
 )
 
-# Model -> signature of the computation -> number of samples that the probe parted.
-_probed: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
+LOOK_AGAIN = 1 / 200  # the probability with which an accumulated batch is looked at though its kind was before
+_chance = random.SystemRandom()  # public, and no generator that a run draws from
+
+
+@dataclass
+class Looks:
+    """What the probe has seen of one kind of computation."""
+
+    parted: int = 0  # samples with a finite loss that it told apart
+    batches: int = 0  # in which the computation was made
+
+    def due(self) -> bool:
+        """Whether to look again at what was found independent: at batches 1, 2, 4, 8, ... and at some others by chance.
+
+        Records decide neither, so that the schedule is public.
+        """
+        return self.batches & (self.batches - 1) == 0 or _chance.random() < LOOK_AGAIN
+
+
+# Model -> signature of the computation -> what was seen of it.
+_looks: weakref.WeakKeyDictionary[nn.Module, dict[int, Looks]] = weakref.WeakKeyDictionary()
 
 
 def trainable_parameters(members: Members) -> dict[str, nn.Parameter]:
@@ -78,6 +99,16 @@ def check_graph(graph: LossGraph) -> None:
         raise PrivacyError(
             "reentrant activation checkpointing hides its parameters: pass use_reentrant=False to checkpoint"
         )
+    if graph.crossings:
+        raise PrivacyError(
+            f"samples mix: {graph.crossings[0]} hands a sample the rows of others, by an index along the batch"
+        )
+    for node, kind in graph.picked.items():
+        raise PrivacyError(
+            f"parameter {graph.uses[node][0].name!r} is used by {node.name()} on rows that {kind} picks by data (a mask, an "
+            "index, lengths), so that whose each row is changes from batch to batch. Compute that layer at all positions, "
+            "and weigh the losses of those that do not count by 0"
+        )
     for use in uncovered(graph):
         kind = use.node.name()
         remedy = COMPILED_REMEDY if kind == COMPILED else UNCOVERED_REMEDY
@@ -94,24 +125,30 @@ def check_independence(
     samples: int,
     agree: Callable[[int], int] = lambda passes: passes,
 ) -> None:
-    """Backward from some samples must leave every gradient of the others exactly zero, for enough choices to part any two.
+    """Backward from some samples must leave every gradient of the others zero, and bring their own as beside the others.
 
-    Done once for each kind of computation that the model does (again for a batch of more than twice the samples, or where a
-    gradient was zero anyway and showed nothing); it then costs 2 log2(samples) backward passes.
+    When a kind of computation is new (or its batch has more than twice the samples, or a gradient was zero and showed
+    nothing), enough choices are made to part any two samples: 2 log2(samples) + 1 backward passes. After that a random half is
+    looked at on a public schedule (`Looks`): two passes.
 
     agree: the passes wanted here -> those to be made, where all ranks must make the same number; the rest choose no sample.
     """
-    probed = _probed.setdefault(model, {})
-    finite, parts = torch.zeros(samples, dtype=torch.bool, device=losses.device), []
-    if samples > 2 * probed.get(graph.signature, 0):  # first: what follows waits for the GPU
+    looks = _looks.setdefault(model, {}).setdefault(graph.signature, Looks())
+    looks.batches += 1
+    parts: list[Tensor] = []
+    finite, anew = (
+        torch.zeros(samples, dtype=torch.bool, device=losses.device),
+        graph.unsure or samples > 2 * looks.parted,
+    )
+    if anew or looks.due():  # first: what follows waits for the GPU
         finite = losses.detach().view(samples, -1).isfinite().all(1)
-        parts = list(parting(finite))
+        parts = [finite, *(parting(finite) if anew else _random_half(finite))]
     parts += [torch.zeros_like(finite)] * (agree(len(parts)) - len(parts))
-    shown: set[Node] = set()
+    probe = _Probe(losses, graph, parameters, finite)
     for chosen in parts:
-        shown |= _probe(losses, graph, parameters, chosen, others=finite & ~chosen)
-    if parts and shown == set(graph.uses):
-        probed[graph.signature] = samples
+        probe.look(chosen)
+    if anew and parts and probe.shown == set(graph.uses):
+        looks.parted = int(finite.sum())
 
 
 def parting(candidates: Tensor) -> Iterator[Tensor]:
@@ -124,30 +161,62 @@ def parting(candidates: Tensor) -> Iterator[Tensor]:
         yield candidates & ~has_bit
 
 
-def _probe(
-    losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], chosen: Tensor, others: Tensor
-) -> set[Node]:
-    """Backward from the losses of the chosen samples alone. Returns the operations that some gradient reached."""
-    samples, reached = len(chosen), set()
-    weights = chosen.repeat_interleave(len(losses) // samples).to(losses.dtype)
+def _random_half(candidates: Tensor) -> Iterator[Tensor]:
+    bits = [_chance.random() < 0.5 for _ in range(len(candidates))]
+    yield candidates & torch.tensor(bits, device=candidates.device)
 
-    def on_record(node: Node, gy: Tensor, _) -> None:
-        names = ", ".join(repr(use.name) for use in graph.uses[node])
-        if gy.numel() % samples:
-            raise PrivacyError(
-                f"{names}: gradient of shape {tuple(gy.shape)} for {samples} samples: the batch must come first"
-            )
-        nonzero = ((gy != 0) & ~gy.isnan()).reshape(samples, -1).any(1)
-        if nonzero[others].any():
-            raise PrivacyError(
-                f"samples mix: the loss of some depends on the features of others at {names}. Every loss must depend on "
-                "its own sample only, and the batch must come first in every layer (batch_first=True)"
-            )
-        if nonzero.any():
-            reached.add(node)
 
-    run_backward(losses, weights, graph, parameters, on_record, retain_graph=True)
-    return reached
+class _Probe:
+    """Backward passes from some samples' losses, of which the first, from all, tells what each one's gradients are.
+
+    Attributes:
+        shown: the operations that some gradient reached.
+    """
+
+    def __init__(self, losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], finite: Tensor):
+        self._losses, self._graph, self._parameters, self._finite = losses, graph, parameters, finite
+        self._sizes: dict[Node, Tensor] = {}  # of each sample's gradient, beside all others
+        self.shown: set[Node] = set()
+
+    def look(self, chosen: Tensor) -> None:
+        """Backward from the losses of the chosen samples alone.
+
+        Raises:
+            PrivacyError: another sample's gradient is not zero, or the others change what a chosen one's gradient is.
+        """
+        samples = len(chosen)
+        weights = chosen.repeat_interleave(len(self._losses) // samples).to(self._losses.dtype)
+
+        def on_record(node: Node, gy: Tensor, _) -> None:
+            names = ", ".join(repr(use.name) for use in self._graph.uses[node])
+            if gy.numel() % samples:
+                raise PrivacyError(
+                    f"{names}: gradient of shape {tuple(gy.shape)} for {samples} samples: the batch must come first"
+                )
+            rows = gy.reshape(samples, -1)
+            nonzero = ((rows != 0) & ~rows.isnan()).any(1)
+            if nonzero[self._finite & ~chosen].any():
+                raise PrivacyError(
+                    f"samples mix: the loss of some depends on the features of others at {names}. Every loss must depend on "
+                    "its own sample only, and the batch must come first in every layer (batch_first=True)"
+                )
+            sizes = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(gy.dtype, torch.float32))
+            whole = self._sizes.setdefault(node, sizes)
+            if (_differ(sizes, whole, gy.dtype) & chosen).any():
+                raise PrivacyError(
+                    f"samples mix in the backward pass: what some samples' gradient at {names} is depends on which others are in "
+                    "the batch. A hook or an autograd.Function above it may scale gradients by all of them"
+                )
+            if nonzero.any():
+                self.shown.add(node)
+
+        run_backward(self._losses, weights, self._graph, self._parameters, on_record, retain_graph=True)
+
+
+def _differ(sizes: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where two finite sizes are further apart than rounding in `dtype` would bring them."""
+    allowed = torch.finfo(dtype).eps ** 0.5 * whole + 1e-6 * whole.nan_to_num(0, 0, 0).amax()
+    return ((sizes - whole).abs() > allowed) & sizes.isfinite() & whole.isfinite()
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -172,25 +241,3 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
     missing = [name for name, p in parameters.items() if id(p) not in listed]
     if missing:
         raise PrivacyError(f"the optimizer lacks trainable parameters {missing[:5]}: add them, or freeze them")
-
-
-class FrozenWatch:
-    """Refuses buffers and frozen parameters that a forward pass wrote to: they would hold private statistics, unnoised."""
-
-    def __init__(self, members: Members):
-        self._seen = _versions(members)
-
-    def check(self, members: Members) -> None:
-        """members: of the same model, now."""
-        for name, (tensor, version) in _versions(members).items():
-            seen, seen_version = self._seen.get(name, (tensor, version))
-            if tensor is not seen or version != seen_version:
-                raise PrivacyError(
-                    f"{name!r} changed since the last step: it would release private statistics, unnoised"
-                )
-
-
-def _versions(members: Members) -> dict[str, tuple[Tensor, int]]:
-    """Tensors, not their ids: the id of a tensor that was replaced may come back."""
-    frozen = {name: p for name, p in members.parameters.items() if not p.requires_grad}
-    return {name: (tensor, tensor._version) for name, tensor in (frozen | members.buffers).items()}

@@ -28,7 +28,6 @@ weights are sharded: they are then in the middle of a pass that can't be left.
 """
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, TypeVar
@@ -40,6 +39,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from fastloda.errors import PrivacyError
+from fastloda.watch import bits
 
 # Who takes part: a process group; None, the default one if it is initialised; "alone", this process whatever runs beside it.
 Group = ProcessGroup | Literal["alone"] | None
@@ -232,12 +232,7 @@ def parameter_facts(parameters: Mapping[str, nn.Parameter]) -> dict[str, object]
 
 def value_facts(parameters: Mapping[str, nn.Parameter]) -> dict[str, object]:
     """The sum of the parameters' bits, for replicas must be equal: one pass over them."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    alike = defaultdict(list)
-    for p in parameters.values():
-        alike[p.device, p.dtype].append(p.detach().reshape(-1))
-    bits = [torch.cat(flat).view(integers[flat[0].element_size()]) for flat in alike.values()]
-    total = sum(int(b.sum(dtype=torch.int64)) for b in bits)
+    total = int(bits(parameters.values()))
     return {"the checksum of the trainable parameters (fastloda.distributed.replicate makes them equal)": total}
 
 

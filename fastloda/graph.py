@@ -8,11 +8,12 @@ parameter only if a rule covers every one of those edges.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Size, Tensor, nn
 from torch.autograd.graph import Node
 
-from fastloda.layout import Edges, carries_batch, outer_blocks, output_shape
+from fastloda.layout import Edges, carries_batch, follow_batch, output_shape
 from fastloda.regions import COMPILED, code_number
 from fastloda.relaid import RELAYING, TILING, Step
 
@@ -35,8 +36,11 @@ class LossGraph:
     uses: Mapping[Node, list[Use]]  # in an order in which inputs come before the operations that read them
     outer: Mapping[Node, int]  # blocks before the batch coordinate in the output of each: see `layout.py`
     deeper: frozenset[Node]  # operations with other uses below them, which backward must pass through
-    signature: int  # of the kinds of operations: equal for equal computations, whatever the batch size
+    signature: int  # of the operations, their dimensions and whether a factor is 0 or 1; whatever the batch size
     operations: frozenset[str]
+    picked: Mapping[Node, str]  # operations whose rows are a sample's as the data says, by what picks them
+    crossings: list[str]  # kinds of operations that hand a sample the rows of others
+    unsure: bool  # whether rows may have been laid by data where the graph does not tell
     compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
 
 
@@ -51,7 +55,8 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
             if child is not None:
                 consumers[child].append((node, index, number))
 
-    outer = outer_blocks(edges, len(roots[0]) if roots[0].dim() else 1)
+    places = follow_batch(edges, len(roots[0]) if roots[0].dim() else 1)
+    outer = places.outer
     names = {id(parameter): name for name, parameter in parameters.items()}
     found: dict[Node, list[Use]] = defaultdict(list)
     for leaf in order:
@@ -63,9 +68,53 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
     uses = {node: found[node] for node in order if node in found}
     kinds = [node.name() for node in order]
     compiled = tuple(node for node, kind in zip(order, kinds) if kind == COMPILED)
-    signature = hash((*kinds, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
-    places = {node: outer[node] for node in uses}
-    return LossGraph(uses, places, _with_uses_below(edges, uses), signature, frozenset(kinds), compiled)
+    settings = (setting for node in order for setting in _settings(node))
+    signature = hash((*kinds, *settings, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
+    return LossGraph(
+        uses=uses,
+        outer={node: outer[node] for node in uses},
+        deeper=_with_uses_below(edges, uses),
+        signature=signature,
+        operations=frozenset(kinds),
+        picked={node: places.picked[node] for node in uses if node in places.picked},
+        crossings=places.crossings,
+        unsure=places.unsure,
+        compiled=compiled,
+    )
+
+
+DIMENSIONS = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1")
+FACTORS = ("_saved_alpha", "_saved_value")
+FACTOR_TENSORS = {"MulBackward0": ("_raw_saved_self", "_raw_saved_other"), "DivBackward0": ("_raw_saved_self",)}
+
+
+@cache
+def _setting_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The dimensions and the factors that operations of this type save."""
+    known = set(dir(kind))
+    return tuple(known.intersection(DIMENSIONS)), tuple(known.intersection(FACTORS))
+
+
+def _settings(node: Node) -> Iterator[object]:
+    """What an operation does besides its kind: the dimensions it works along, and which of its factors are 0 or 1.
+
+    A factor that leaves 0 or 1 starts to show what was hidden, a ramped-up term or a mixture; other values show the same.
+    """
+    dims, factors = _setting_names(type(node))
+    for name in dims:
+        yield getattr(node, name)
+    for name in factors:
+        yield _zero_or_one(getattr(node, name))
+    if node.name() == "LerpBackward0":
+        yield _zero_or_one(node._saved_weight)
+    for name in FACTOR_TENSORS.get(node.name(), ()):
+        factor = getattr(getattr(node, name), "data", None)
+        if isinstance(factor, Tensor) and not factor.dim() and not factor.is_cuda:  # a GPU would be waited for
+            yield _zero_or_one(factor.item())
+
+
+def _zero_or_one(factor: object) -> object:
+    return factor if isinstance(factor, (int, float)) and factor in (0, 1) else None
 
 
 def nodes_below(roots: Iterable[Node]) -> dict[Node, Edges]:

@@ -7,13 +7,22 @@ to follow. 0 stands for a lone row, which owns every tensor, wherever its batch 
 
 What is read here is a proposal. The probe in `coverage.py` checks it: backward from some samples must leave the rows that
 belong to the others exactly zero. A wrong proposal is refused, never used.
+
+Rows that are picked by an index or a mask are whose the data says, another time otherwise. So the indices are read at every step:
+if each sample finds its own rows, they are followed; else what lies below is marked as picked, which no parameter may be.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
+import torch
 from torch import Size, Tensor
 from torch.autograd.graph import Node
+
+from fastloda.errors import PrivacyError
+from fastloda.regions import COMPILED
 
 Edges = tuple[tuple[Node | None, int], ...]  # to the nodes that gradients go to, and which of their outputs each is
 
@@ -28,25 +37,196 @@ MOVING = REDUCING | _kinds("Permute Select Stack T Transpose Unbind") | _kinds("
 VIEWING = _kinds("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View")
 VIEWING |= _kinds("Squeeze", 1) | _kinds("Squeeze", 2)
 ELEMENTWISE = _kinds("Add Addcmul Div Mul Sub")
+BROADCASTING = ELEMENTWISE | _kinds("Expand")
 RECORDED = "RecordedFunctionBackward"  # tells where the batch is in each of its outputs: see `recorded.py`
+OURS = {RECORDED, COMPILED, "LoDAFunctionBackward"}
 BATCH_FIRST = _kinds("Convolution NativeBatchNorm NativeGroupNorm") | {RECORDED}  # by definition
+PARTING = _kinds("Slice Split SplitWithSizes Cat")  # may leave some of the samples
+PICKING = _kinds(
+    "Index IndexSelect MaskedSelect PackPaddedSequence SegmentReduce Take"
+)  # the output's rows, of the input's
+PLACING = _kinds(
+    "IndexAdd IndexCopy IndexPut MaskedScatter Scatter ScatterAdd SelectScatter SliceScatter"
+)  # the second's
+WRITING = "torch::autograd::CopySlices"  # into a view of the first input: where, the graph does not say
+WEIGHTS = {"AddmmBackward0": (2,), "ConvolutionBackward0": (1, 2), "MmBackward0": (1,)}  # inputs that all rows share
 
 
-def outer_blocks(edges: Mapping[Node, Edges], rows: int) -> dict[Node, int]:
-    """Node -> blocks before the batch coordinate in its output. edges: of each node, which comes before the ones that read it."""
+@dataclass(frozen=True)
+class Picked:
+    """Rows of which the data says whose they are, by an operation of this kind."""
+
+    kind: str
+
+
+class Shared:
+    """No rows: the same for all samples."""
+
+
+SHARED = Shared()
+Claim = int | Shared | Picked  # of an operation's output; a number is `outer`
+
+
+class BatchPlaces(NamedTuple):
+    """Where the batch lies, by node.
+
+    Attributes:
+        outer: blocks before the batch coordinate in its output.
+        picked: the kind of operation that picks or lays its rows as the data says.
+        crossings: kinds of operations that hand a sample the rows of others.
+        unsure: whether rows may have been laid by data where the graph does not tell.
+    """
+
+    outer: dict[Node, int]
+    picked: dict[Node, str]
+    crossings: list[str]
+    unsure: bool = False
+
+
+def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
+    """Follow a batch of `rows` samples downwards. edges: of each node, which comes before the ones that read it."""
     if rows == 1:
-        return dict.fromkeys(edges, 0)
-    outer: dict[Node, int] = {}
+        return BatchPlaces(dict.fromkeys(edges, 0), {}, [])
+    claims: dict[Node, Claim] = {}
+    taken = []  # (kind of operation, its input, the input's dimension by which rows of other samples are taken)
     for node, below_it in reversed(edges.items()):
-        kind = node.name()
-        outer[node] = found = 1 if kind in BATCH_FIRST else outer.get(node, 1)
-        told = node.call.outer_blocks() if kind == RECORDED else ()
+        kind, claim = node.name(), claims.get(node, 1)
+        claims[node] = claim = 1 if kind in BATCH_FIRST and isinstance(claim, int) else claim
+        told = node.call.outer_blocks() if kind == RECORDED and isinstance(claim, int) else ()
         for index, (child, number) in enumerate(below_it):
-            if child is not None and child not in outer:
-                moved = found != 1 or kind in MOVING
-                below = _below(node, kind, found, child, number) if moved else 1
-                outer[child] = told[index] if index < len(told) else below
-    return outer
+            if child is None:
+                continue
+            below = told[index] if index < len(told) else _claim_below(node, kind, claim, index, child, number, rows)
+            if isinstance(below, Picked) and isinstance(claim, int) and kind in PICKING:
+                taken.append((kind, child, number, _indexed_dims(node, kind, output_shape(child, number))))
+            claims[child] = _stronger(claims.get(child), below)
+    crossings = [
+        kind for kind, child, number, dims in taken if _lies_in(claims[child], output_shape(child, number), dims)
+    ]
+    outer = {node: claim if isinstance(claim, int) else 1 for node, claim in claims.items()}
+    picked = {node: claim.kind for node, claim in claims.items() if isinstance(claim, Picked)}
+    return BatchPlaces(outer, picked, crossings, unsure=any(map(_writes_rows, edges.items())))
+
+
+def _writes_rows(entry: tuple[Node, Edges]) -> bool:
+    node, below = entry
+    return node.name() == WRITING and any(child is not None for child, _ in below[1:])
+
+
+def _stronger(known: Claim | None, new: Claim) -> Claim:
+    """Of two readers' claims: one that knows the place, before one that shares it, before one that picks."""
+    rank = lambda claim: (isinstance(claim, int), isinstance(claim, Shared))  # noqa: E731
+    return new if known is None or rank(new) > rank(known) else known
+
+
+def _claim_below(node: Node, kind: str, claim: Claim, index: int, child: Node, number: int, rows: int) -> Claim:
+    """What an operation with this claim says of its input."""
+    below = output_shape(child, number)
+    if isinstance(claim, Shared):
+        return SHARED
+    if isinstance(claim, Picked):
+        first = min(_indexed_dims(node, kind, below), default=None) if kind in PICKING else None
+        return claim if first is None else prod(below[:first])
+    shape = output_shape(node)
+    if index in WEIGHTS.get(kind, ()) and locate(shape, claim) == (0, 1):
+        return SHARED
+    if kind in PICKING:
+        return _picked_from(node, kind, claim, below, rows)
+    if kind in PLACING and index == 1:
+        return _placed_into(node, kind, claim, below, rows)
+    if kind in PARTING:
+        dim, blocks = locate(shape, claim)
+        if blocks == 1 and dim < len(below) and len(below) == len(shape) and below[dim] != shape[dim]:
+            return Picked(kind)
+    if kind == "StackBackward0" and locate(shape, claim) == (wrapped(node._saved_dim, len(shape)), 1):
+        return Picked(kind)  # one sample's numbers each
+    if (kind == WRITING and index or _is_python(node)) and shape and below and shape[0] != below[0] and claim == 1:
+        return Picked(kind)
+    moved = claim != 1 or kind in MOVING or kind in BROADCASTING
+    return _below(node, kind, claim, child, number) if moved else 1
+
+
+def _is_python(node: Node) -> bool:
+    """Whether somebody's autograd.Function made the node, whose rows may be anybody's."""
+    return hasattr(type(node), "_forward_cls") and node.name() not in OURS
+
+
+def _picked_from(node: Node, kind: str, outer: int, below: Size, rows: int) -> Claim:
+    """Of the input whose rows an operation picks: its own place if every sample picks rows of its own."""
+    if kind not in ("IndexBackward0", "IndexSelectBackward0"):
+        return Picked(kind)
+    if not output_shape(node):
+        return Picked(kind)
+    by_dim = indices_by_dim(node, kind, below)
+    advanced = [d for d, index in enumerate(by_dim) if index is not None]
+    indices = dict(zip(advanced, torch.broadcast_tensors(*(by_dim[d] for d in advanced))))
+    count = indices[advanced[0]].dim()
+    first = advanced[0] if advanced == list(range(advanced[0], advanced[-1] + 1)) else 0
+    dim, blocks = locate(output_shape(node), outer)
+    if not first <= dim < first + count:
+        kept = [d for d in range(len(below)) if d not in indices]
+        place = kept[dim if dim < first else dim - count]
+        return prod(below[:place]) * blocks
+    for d, index in indices.items():
+        if blocks == 1 and own_rows(index, dim - first, below[d], rows):
+            return prod(below[:d])
+    return Picked(kind)
+
+
+def _placed_into(node: Node, kind: str, outer: int, values: Size, rows: int) -> Claim:
+    """Of the values that an operation lays into rows: their own place if every sample lays rows of its own."""
+    shape = output_shape(node)
+    dim, blocks = locate(shape, outer)
+    dims = _indexed_dims(node, kind, shape)
+    if dim not in dims:
+        return 1 if (dim, blocks) == (0, 1) else _aligned_below(shape, values, dim, blocks)
+    if kind == "IndexPutBackward0" and values and blocks == 1:
+        index = torch.broadcast_tensors(*(i for i in indices_by_dim(node, kind, shape) if i is not None))[
+            dims.index(dim)
+        ]
+        if values[0] == index.shape[0] and own_rows(index, 0, shape[dim], rows):
+            return 1
+    return Picked(kind)
+
+
+def _aligned_below(shape: Size, below: Size, dim: int, blocks: int) -> int:
+    dim -= len(shape) - len(below)
+    return prod(below[:dim]) * blocks if dim >= 0 else 1
+
+
+def own_rows(index: Tensor, dim: int, size: int, rows: int) -> bool:
+    """Whether `index`, into a dimension of `size` numbers, finds only its own sample's; both are sample-major along `dim`."""
+    if index.shape[dim] % rows or size % rows:
+        return False
+    owners = torch.arange(rows, device=index.device).repeat_interleave(index.shape[dim] // rows)
+    return bool((index // (size // rows) == owners.view(-1, *[1] * (index.dim() - dim - 1))).all())
+
+
+def indices_by_dim(node: Node, kind: str, shape: Sequence[int]) -> list[Tensor | None]:
+    """The index into each dimension of the indexed tensor; a mask over several dimensions is one for each."""
+    if kind == "IndexSelectBackward0":
+        indices = [None] * len(shape)
+        indices[wrapped(node._saved_dim, len(shape))] = node._saved_index
+        return indices
+    indices = []
+    for index in node._saved_indices:
+        indices += index.nonzero(as_tuple=True) if index is not None and index.dtype == torch.bool else [index]
+    indices = [index if index is None else index % size for index, size in zip(indices, shape)]
+    return indices + [None] * (len(shape) - len(indices))
+
+
+def _indexed_dims(node: Node, kind: str, shape: Sequence[int]) -> list[int]:
+    """The dimensions of the tensor that the rows are picked from, or laid into, by which they are."""
+    if kind in ("IndexBackward0", "IndexPutBackward0", "IndexSelectBackward0"):
+        return [d for d, index in enumerate(indices_by_dim(node, kind, shape)) if index is not None]
+    if kind == "PackPaddedSequenceBackward0":
+        return [0 if node._saved_batch_first else 1]
+    dim = getattr(node, "_saved_dim", None)
+    return list(range(len(shape))) if dim is None else [wrapped(dim, len(shape))]
+
+
+def _lies_in(claim: Claim, shape: Size, dims: Sequence[int]) -> bool:
+    return isinstance(claim, int) and bool(shape) and locate(shape, claim)[0] in dims
 
 
 def output_shape(node: Node, number: int = 0) -> Size:
@@ -65,6 +245,8 @@ def locate(shape: Sequence[int], outer: int) -> tuple[int, int]:
 
 def batch_apart(t: Tensor, dim: int, blocks: int) -> Tensor:
     """[..., blocks x batch, ...] -> [batch, ..., blocks, ...]: a view."""
+    if t.shape[dim] % blocks:
+        raise PrivacyError(f"a tensor of shape {tuple(t.shape)} has no batch in dimension {dim}: it must come first")
     return t.unflatten(dim, (blocks, t.shape[dim] // blocks)).movedim(dim + 1, 0)
 
 
@@ -77,13 +259,15 @@ def wrapped(dim: int, dims: int) -> int:
     return signed(dim) % dims if dims else 0
 
 
-def _below(node: Node, kind: str, outer: int, child: Node, number: int) -> int:
-    """`outer` of the input that is output `number` of child."""
+def _below(node: Node, kind: str, outer: int, child: Node, number: int) -> Claim:
+    """What a reader that knows its own place says of its input, output `number` of child."""
     shape, below = output_shape(node), output_shape(child, number)
     if kind in VIEWING or not shape:
         return outer
-    dim, blocks = locate(shape, outer)
-    dim = _dim_below(node, kind, dim, len(shape), len(below))
+    at, blocks = locate(shape, outer)
+    dim = _dim_below(node, kind, at, len(shape), len(below))
+    if kind in BROADCASTING and (dim < 0 or below[dim] == 1 < shape[at]):
+        return SHARED
     return prod(below[:dim]) * blocks if 0 <= dim < len(below) else 1
 
 

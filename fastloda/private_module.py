@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastloda.coverage import FrozenWatch
 from fastloda.errors import PrivacyError
 from fastloda.members import Members
 from fastloda.ops import accumulable
 from fastloda.private_loss import check_opened, wait_for_backward
+from fastloda.watch import Watch
 
 _ANCHOR = torch.empty(0, requires_grad=True)  # what makes the cut-off outputs differentiable
 
@@ -36,6 +36,7 @@ class Tape:
 
     def clear(self) -> None:
         self._backward, self._reached = None, []
+        self.watch: Watch | None = None  # over the module, from the first forward pass that a step may use
 
     def record(self, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
         """Take in the outputs of one forward pass. Raises PrivacyError, and changes nothing, for a second backward pass."""
@@ -122,7 +123,9 @@ class PrivateModule(nn.Module):
                 "an input of the private module requires grad, but gradients end at its outputs: put everything that "
                 "trains into the module, or detach the input"
             )
-        watch = FrozenWatch(Members.of(self._module))
+        watch = self._tape.watch or Watch(Members.of(self._module))
+        if torch.is_grad_enabled():
+            self._tape.watch = watch  # until the step: backward may write, too
         if any(t.dim() and not len(t) for t in inputs):
             outputs = self._without_samples(args, kwargs)
         else:

@@ -6,14 +6,17 @@ clipping a count as well, which is accounted for (`fastloda.adaptive`).
 """
 
 import math
+import weakref
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastloda.adaptive import AdaptiveClipping
 from fastloda.clip import check_max_grad_norm, clip_factors, group_norms, group_sums
-from fastloda.coverage import FrozenWatch, check_graph, check_independence, check_optimizer, trainable_parameters
+from fastloda.coverage import check_graph, check_independence, check_optimizer, trainable_parameters
 from fastloda.distributed import Group, World, check_wrappers, hand_back_shards, parameter_facts, value_facts
 from fastloda.flat_sums import FlatSums
 from fastloda.functional import cover_modules
@@ -23,6 +26,7 @@ from fastloda.noise import NoiseSource, gaussian
 from fastloda.pieces import PerSampleGrad, squared_norms
 from fastloda.records import per_sample_grads
 from fastloda.styles import Clipping, clipping_style
+from fastloda.watch import Watch, forget_update, watch_from_update, watched_since_update
 
 NOISE_NUMBERS = 1 << 22  # drawn at a time: 32 MiB
 
@@ -115,7 +119,8 @@ class GhostClipper:
         members = Members.of(model)
         self.parameters = trainable_parameters(members)
         cover_modules(members.modules)  # what has no rule gets the slower one, from the next forward pass on
-        self._frozen = FrozenWatch(members)
+        self._watch: Watch | None = Watch(members)  # None from the noise to the end of the update
+        forget_update(model)
         self._groups = self.clipping.groups(self.parameters)
         shares = self.clipping.shares(self._groups, self.max_grad_norm)
         device = next(iter(self.parameters.values())).device
@@ -155,7 +160,8 @@ class GhostClipper:
         now = trainable_parameters(members)
         if now.keys() != self.parameters.keys() or any(now[name] is not p for name, p in self.parameters.items()):
             raise ValueError("the model's trainable parameters changed since GhostClipper was made: make a new one")
-        self._frozen.check(members)
+        self._watch = self._watch or Watch(members)  # an update without an optimizer of PyTorch's ends unseen
+        self._watch.check(members)
 
     def _add(self, losses: Tensor, samples: int, mask: Tensor, sharded: bool) -> StepStats:
         """`accumulate`, for a model that is known to be the one that the clipper was made for."""
@@ -193,6 +199,8 @@ class GhostClipper:
         if world.size > 1:  # first, for what one rank refuses all must refuse
             world.check_same(self._facts(noise_multiplier, expected_batch_size))
         _check_privatize(noise_multiplier, expected_batch_size)
+        if self._watch:
+            self._watch.check(Members.of(self.model))  # backward may have written, too
         std = self.clipping.gradient_noise(noise_multiplier, expected_batch_size) * self.max_grad_norm
         sums = world.sum_to_first(self._sums.buffers)
         noise = std if world.first else 0.0
@@ -204,6 +212,14 @@ class GhostClipper:
         for name, grad in self._sums.parted(means).items():
             self.parameters[name].grad = grad
         self.reset()
+        self._watch = None
+        _released.add(self)
+        _follow_optimizers()
+
+    def watch(self) -> None:
+        """Take the model as it is now: from here to the noise nothing may change."""
+        self._watch = Watch(Members.of(self.model))
+        _released.discard(self)
 
     def _facts(self, noise_multiplier: float, expected_batch_size: float) -> dict[str, object]:
         """What all ranks must agree on."""
@@ -237,6 +253,7 @@ def ghost_dp_step(
     every check comes before anything changes. On several ranks the statistics are of this rank's samples. Adaptive clipping
     is refused: its bound goes on from step to step, in a `GhostClipper` that is kept.
     """
+    watched_since_update(model, Members.of(model))
     clipper = GhostClipper(model, max_grad_norm, views, clipping=clipping, group=group)
     if isinstance(clipper.clipping, AdaptiveClipping):
         raise ValueError(
@@ -247,7 +264,9 @@ def ghost_dp_step(
     samples, mask = _check_losses(losses, clipper.views, mask)
     stats = clipper._add(losses, samples, mask, hand_back_shards(model))  # made just now: not to be looked at once more
     clipper.privatize(noise_multiplier, expected_batch_size, generator)
+    del clipper  # which would watch the model from here on by itself
     optimizer.step()
+    watch_from_update(model)
     return stats
 
 
@@ -273,6 +292,22 @@ def _per_sample_grads(losses, model, parameters, samples, world, retain_graph=Fa
     check_graph(graph)
     check_independence(losses, graph, model, parameters, samples, world.most)
     return per_sample_grads(losses, graph, parameters, samples, retain_graph)
+
+
+_released: weakref.WeakSet[GhostClipper] = weakref.WeakSet()  # those whose parameters an optimizer has yet to move
+
+
+@cache
+def _follow_optimizers() -> None:
+    """Once in a process: let every clipper watch its model again when an optimizer has moved its parameters."""
+
+    def after_step(optimizer: torch.optim.Optimizer, *_) -> None:
+        for clipper in list(_released):
+            own = {id(p) for p in clipper.parameters.values()}
+            if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+                clipper.watch()
+
+    register_optimizer_step_post_hook(after_step)
 
 
 def _stats(losses: Tensor, norms: Tensor, mask: Tensor, bounds: Tensor) -> StepStats:

@@ -196,6 +196,7 @@ class DPTrainer:
             self._resume()
         if self.checkpoint:
             self._charge_intended()
+        self.clipper.watch()  # resuming has written to the parameters
         if self.world.size > 1:
             self.last_step  # noqa: B018, computed by rank 0 while all are here
 

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations
 from fastloda import GhostClipper, LoDALinear, PrivacyError, ghost_dp_step, graph, per_sample_grad_norms, plan
 from fastloda.functional import cover
 from fastloda.graph import trace
+from fastloda.layout import BatchPlaces
 from fastloda.register import check_rule, register_rule
 from fastloda.rules import Call, gram
 from fastloda.rules.norm import rms_norm
@@ -104,7 +105,7 @@ def test_a_wrong_reading_of_the_layout_is_refused(wrong, monkeypatch):
     model = nn.MultiheadAttention(4, 2, batch_first=True)
     x = torch.randn(3, 5, 4)
     losses = model(x, x, x)[0].sin().sum((1, 2))
-    monkeypatch.setattr(graph, "outer_blocks", lambda edges, rows: dict.fromkeys(edges, wrong))
+    monkeypatch.setattr(graph, "follow_batch", lambda edges, rows: BatchPlaces(dict.fromkeys(edges, wrong), {}, []))
     if wrong == 5:
         per_sample_grad_norms(losses, model)  # that is where it is
     else:

@@ -1,0 +1,91 @@
+"""Nothing of a model may change with the records but by the noisy update.
+
+A forward or backward pass that writes to a buffer (running statistics, the largest gradient that FP8 scaling keeps), to a frozen
+parameter, or to a trainable one (`F.embedding` with max_norm) would release what it wrote without noise. So a model is
+watched from the end of one update to the noise of the next.
+"""
+
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastloda.errors import PrivacyError
+from fastloda.members import Members
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Watch:
+    """All parameters and buffers of a model as they are now.
+
+    PyTorch counts the writes to each tensor. Trainable parameters may also be written to if they then hold what they held, as
+    when an average is swapped in for an evaluation and out again.
+    """
+
+    def __init__(self, members: Members):
+        self._seen = _versions(members)
+        self._trainable = {name: p for name, p in members.parameters.items() if p.requires_grad}
+        self._bits = bits(self._trainable.values())
+
+    def check(self, members: Members) -> None:
+        """Refuse members, of the same model now, that are not what they were.
+
+        Raises:
+            PrivacyError: names the first that changed.
+        """
+        rewritten = False
+        for name, (tensor, version) in _versions(members).items():
+            seen, seen_version = self._seen.get(name, (tensor, version))
+            if tensor is seen and version == seen_version:
+                continue
+            if name not in self._trainable:
+                raise PrivacyError(
+                    f"{name!r} changed since the last step: it would release private statistics, unnoised. {OWN_CHANGES}"
+                )
+            rewritten = rewritten or name
+        if rewritten and bool(bits(self._trainable.values()) != self._bits):
+            raise PrivacyError(
+                f"{rewritten!r} changed outside the private step: a forward or backward pass that writes to a parameter "
+                f"releases private values, unnoised. {OWN_CHANGES}"
+            )
+
+
+OWN_CHANGES = (
+    "(Changes of your own that no record has to do with belong into optimizer.register_step_post_hook, or before a new "
+    "GhostClipper, make_private or DPTrainer is made)"
+)
+
+_after_update: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()  # of models that `ghost_dp_step` moved last
+
+
+def watched_since_update(model: nn.Module, members: Members) -> None:
+    """Check a model against what it was after the last `ghost_dp_step`, if there was one."""
+    if model in _after_update:
+        _after_update[model].check(members)
+
+
+def watch_from_update(model: nn.Module) -> None:
+    """Let the next `ghost_dp_step` check the model against what it is now."""
+    _after_update[model] = Watch(Members.of(model))
+
+
+def forget_update(model: nn.Module) -> None:
+    """Let whatever was done to the model since its last `ghost_dp_step` be."""
+    _after_update.pop(model, None)
+
+
+def bits(parameters: Iterable[Tensor]) -> Tensor:
+    """The sum of all the bits, as integers: int64, on the device of the first. One pass over them."""
+    alike: dict[tuple, list[Tensor]] = {}
+    for p in parameters:
+        alike.setdefault((p.device, p.dtype), []).append(p.detach().reshape(-1))
+    flat = [torch.cat(tensors).contiguous() for tensors in alike.values()]
+    totals = [t.view(INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in flat]
+    return torch.stack([total.to(totals[0].device) for total in totals]).sum() if totals else torch.zeros(())
+
+
+def _versions(members: Members) -> dict[str, tuple[Tensor, int]]:
+    """Tensors, not their ids: the id of a tensor that was replaced may come back."""
+    return {name: (t, t._version) for name, t in (members.parameters | members.buffers).items()}

@@ -1,0 +1,395 @@
+"""What was found independent is looked at again, rows that data picks are never guessed, and nothing changes unseen."""
+
+import math
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fastloda import GhostClipper, PrivacyError, coverage, ghost_dp_step
+from fastloda.make_private import make_private
+
+N, D = 6, 4
+STEP = dict(max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=N)
+
+
+def batch(*shape):
+    return torch.randn(N, *shape)
+
+
+class Between(nn.Module):
+    """Something between two layers, which may be changed from step to step."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.last, self.middle = nn.Linear(D, D), nn.Linear(D, D), middle
+
+    def forward(self, x):
+        return self.last(self.middle(torch.tanh(self.first(x))))
+
+
+class Steps:
+    """Private steps with a clipper that is kept."""
+
+    def __init__(self, model):
+        self.model, self.clipper = model, GhostClipper(model, 1.0)
+        self.optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+    def take(self, count=1, losses=lambda y: y.square().sum(1)):
+        for _ in range(count):
+            self.clipper.accumulate(losses(self.model(batch(D))))
+            self.clipper.privatize(1.0, N)
+            self.optimizer.step()
+
+
+def clipped_sum(model, losses):
+    """The truth: one backward pass for each sample."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = [torch.autograd.grad(losses()[n], list(parameters.values()), allow_unused=True) for n in range(N)]
+    by_sample = [
+        {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), of_sample)}
+        for of_sample in grads
+    ]
+    return oracle.clipped_sum(by_sample, 0.5)
+
+
+# ---- nothing is trusted for ever
+
+ORDER = torch.tensor([1, 2, 3, 4, 5, 0])
+LATER = {  # name -> what lies between the layers as a function of a weight that is 0 at first
+    "mixup": lambda x, w: (1 - w) * x + w * x[ORDER],
+    "mixup by roll": lambda x, w: (1 - w) * x + w * x.roll(1, 0),
+    "mixup by flip, alpha": lambda x, w: torch.add(x, x.flip(0), alpha=w),
+    "mixup by lerp": lambda x, w: torch.lerp(x, x.flip(0), w),
+    "a consistency term": lambda x, w: x + w * x.mean(0),
+    "softmax along another dimension": lambda x, w: x.softmax(0 if w else 1),
+    "a transposed product": lambda x, w: (x @ x.T @ x) * w + x,
+    "sorted": lambda x, w: x.sort(0 if w else 1).values,
+    "a cumulative sum": lambda x, w: x.cumsum(0 if w else 1),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_begins_to_mix_is_refused_at_once(name, monkeypatch):
+    """At a step that the schedule would not look at by itself."""
+    monkeypatch.setattr(coverage, "LOOK_AGAIN", 0)
+    model = Between(lambda x: LATER[name](x, model.weight))
+    model.weight = 0.0
+    steps = Steps(model)
+    try:
+        steps.take(5)
+    except PrivacyError as error:
+        assert "hands a sample the rows of others" in str(
+            error
+        )  # an index along the batch needs no gradient to be seen
+        return
+    model.weight = 0.3
+    with pytest.raises(PrivacyError, match="samples mix"):
+        steps.take()
+
+
+def test_what_the_graph_does_not_show_is_found_on_the_schedule(monkeypatch):
+    """A weight that is a tensor: its value is not read."""
+    monkeypatch.setattr(coverage, "LOOK_AGAIN", 0)
+    model = Between(lambda x: x + model.weight[:, None] * x.mean(0))
+    model.weight = torch.zeros(N)
+    steps = Steps(model)
+    steps.take(3)
+    model.weight = torch.full((N,), 0.3)
+    with pytest.raises(PrivacyError, match="samples mix"):  # the fourth batch
+        steps.take()
+
+
+def test_chance_looks_too(monkeypatch):
+    monkeypatch.setattr(coverage, "LOOK_AGAIN", 1.0)
+    model = Between(lambda x: x + model.weight[:, None] * x.mean(0))
+    model.weight = torch.zeros(N)
+    steps = Steps(model)
+    steps.take(6)  # the seventh batch is on no schedule
+    model.weight = torch.full((N,), 0.3)
+    with pytest.raises(PrivacyError, match="samples mix"):
+        steps.take()
+
+
+def test_looking_again_costs_little(monkeypatch):
+    """Backward passes beside the steps' own, in a run of 512 steps: 2% of a forward and backward pass each."""
+    passes = []
+    of = coverage.run_backward
+    monkeypatch.setattr(coverage, "run_backward", lambda *args, **kw: passes.append(1) or of(*args, **kw))
+    steps = Steps(Between(torch.tanh))
+    steps.take(1)
+    first = len(passes)
+    assert first == 2 * math.ceil(math.log2(N)) + 1
+    steps.take(511)
+    assert (len(passes) - first) * 2 / 3 <= 0.05 * 512  # 9 scheduled looks and about 2.5 by chance, of two passes each
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_first_batch_that_overflowed_has_not_been_seen(bad):
+    """Three samples are told apart; a batch in which all are finite is looked at anew."""
+    model = Between(lambda x: x + model.weight[:, None] * x.mean(0))
+    model.weight = torch.zeros(N)
+    steps = Steps(model)
+    steps.take(losses=lambda y: torch.where(torch.arange(N) < 2, y.square().sum(1), bad))
+    model.weight = torch.full((N,), 0.3)
+    with pytest.raises(PrivacyError, match="samples mix"):
+        steps.take()
+
+
+class Gate(torch.autograd.Function):
+    """The identity, whose backward does something to the gradients of all samples."""
+
+    @staticmethod
+    def forward(ctx, x, change):
+        ctx.change = change
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.change(g), None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda g: g / g.norm(), lambda g: g / g.abs().max(), lambda g: g * g.count_nonzero()],
+    ids=["norm", "largest", "count"],
+)
+def test_a_backward_pass_that_scales_by_all_samples(change):
+    with pytest.raises(PrivacyError, match="depends on which others are in the batch"):
+        Steps(Between(lambda x: Gate.apply(x, change))).take()
+
+
+def test_a_backward_pass_that_treats_each_sample_alike():
+    Steps(Between(lambda x: Gate.apply(x, lambda g: 0.5 * g / (1 + g.norm(dim=1, keepdim=True))))).take(3)
+
+
+# ---- rows that data picks
+
+
+def marked(h, out, mask, head):
+    out[mask] = head(h[mask])
+    return out
+
+
+def laid_flat(h, out, mask, head):
+    index = mask.flatten().nonzero().flatten()
+    return out.flatten(0, 1).index_put((index,), head(h.flatten(0, 1)[index])).view_as(out)
+
+
+def added(h, out, mask, head):
+    index = mask.flatten().nonzero().flatten()
+    return out.flatten(0, 1).index_add(0, index, head(h.flatten(0, 1).index_select(0, index))).view_as(out)
+
+
+def scattered(h, out, mask, head):
+    return out.masked_scatter(mask[..., None].expand_as(out), head(h[mask]))
+
+
+def in_pieces(h, out, mask, head):
+    parts = head(h[mask]).split(mask.sum(1).tolist())
+    return torch.stack([part.square().sum(0) for part in parts])[:, None]
+
+
+def packed(h, out, mask, head):
+    lengths = mask.sum(1)
+    rows = nn.utils.rnn.pack_padded_sequence(h, lengths, batch_first=True, enforce_sorted=False)
+    rows = rows._replace(data=head(rows.data))
+    return nn.utils.rnn.pad_packed_sequence(rows, batch_first=True)[0]
+
+
+def written(h, out, mask, head):
+    index = mask.flatten().nonzero().flatten()
+    out.view(-1, out.shape[-1])[index] = head(h.flatten(0, 1)[index])
+    return out
+
+
+class Unpadded(torch.autograd.Function):
+    """As libraries for sequences without padding lay their rows back."""
+
+    @staticmethod
+    def forward(ctx, rows, index, size):
+        ctx.save_for_backward(index)
+        return rows.new_zeros(size, rows.shape[1]).index_put((index,), rows)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g[ctx.saved_tensors[0]], None, None
+
+
+def unpadded(h, out, mask, head):
+    index = mask.flatten().nonzero().flatten()
+    return Unpadded.apply(head(h.flatten(0, 1)[index]), index, mask.numel()).view_as(out)
+
+
+WAYS = [marked, laid_flat, written, unpadded, added, scattered, in_pieces, packed]
+
+
+class Marked(nn.Module):
+    """A head that is computed at marked positions only."""
+
+    def __init__(self, way, frozen):
+        super().__init__()
+        self.body, self.head, self.way = nn.Linear(D, D).requires_grad_(not frozen), nn.Linear(D, 3), way
+
+    def forward(self, x, mask):
+        return self.way(self.body(x), x.new_zeros(*mask.shape, 3), mask, self.head)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(st.permutations([1, 1, 1, 2, 2, 5]) | st.permutations([1, 1, 1, 1, 1, 1]), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_a_layer_at_marked_positions_is_exact_or_refused(way, marks, frozen):
+    """First as many marks in each sample, which looks right, then as many in all, or other numbers."""
+    model = Marked(way, frozen).double()
+    clipper = GhostClipper(model, 0.5)
+    for counts in ([2] * N, *marks):
+        x, mask = torch.randn(N, 5, D, dtype=torch.float64), torch.arange(5) < torch.tensor(counts)[:, None]
+        losses = lambda: model(x, mask).square().flatten(1).sum(1)  # noqa: E731, B023
+        try:
+            clipper.accumulate(losses())
+        except PrivacyError as error:
+            assert "picks by data" in str(error) or "samples mix" in str(error)
+            continue
+        truth = clipped_sum(model, losses)
+        for name, total in clipper._sums.by_name.items():
+            assert torch.allclose(total, truth[name], atol=1e-9)
+        clipper.reset()
+
+
+HONEST = {
+    "the last of each sequence": lambda h, lengths: h[torch.arange(N), lengths],
+    "the last, by gather": lambda h, lengths: h.gather(1, lengths[:, None, None].expand(N, 1, D))[:, 0],
+    "some of each sequence": lambda h, lengths: h[torch.arange(N)[:, None], (lengths[:, None] + torch.arange(2)) % 5],
+    "some of each, flattened": lambda h, lengths: h[torch.arange(N).repeat_interleave(2), lengths.repeat_interleave(2)],
+    "laid into each": lambda h, lengths: h.new_zeros(N, 5, D).index_put((torch.arange(N), lengths), h[:, 0]),
+    "an order of positions": lambda h, lengths: h[:, torch.randperm(5)],
+    "weighed": lambda h, lengths: h * (torch.arange(5) < lengths[:, None])[..., None],
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_each_sample_may_pick_its_own_rows(name):
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)).double()
+    x, lengths = torch.randn(N, 5, D, dtype=torch.float64), torch.randint(0, 5, (N,))
+
+    def losses():
+        torch.manual_seed(0)
+        return HONEST[name](model(x), lengths).flatten(1).square().sum(1) if "flattened" not in name else flat()
+
+    def flat():
+        return HONEST[name](model(x), lengths).view(N, -1).square().sum(1)
+
+    clipper = GhostClipper(model, 0.5)
+    clipper.accumulate(losses())
+    truth = clipped_sum(model, losses)
+    for parameter, total in clipper._sums.by_name.items():
+        assert torch.allclose(total, truth[parameter], atol=1e-9)
+
+
+# ---- one watch over all parameters and buffers
+
+
+class Table(nn.Module):
+    """A plain parameter that a lookup shortens."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(3 * torch.randn(50, D))
+
+    def forward(self, x):
+        return F.embedding((97 * x.sum(1).abs()).long() % 50, self.table, max_norm=1.0)
+
+
+class Largest(nn.Module):
+    """Keeps the largest gradient, as FP8 scaling does."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.linear, self.where = nn.Linear(D, D), where
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.where == "replaced in backward":
+            y.register_hook(lambda g: setattr(self, "largest", g.abs().max()))
+        elif self.where == "written in backward":
+            y.register_hook(lambda g: self.largest.copy_(g.abs().max()) and None)
+        else:
+            self.largest.copy_(y.detach().abs().max())
+        return y
+
+
+class Normalised(nn.Module):
+    """A weight that its forward pass rewrites."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D, D))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.mul_(0.9 + 0.01 * x.abs().mean())
+        return x @ self.weight
+
+
+WRITES = {
+    "a lookup with max_norm": Table,
+    "a buffer in forward": lambda: Largest("written in forward"),
+    "a buffer in backward": lambda: Largest("written in backward"),
+    "a buffer replaced in backward": lambda: Largest("replaced in backward"),
+    "a weight in forward": Normalised,
+}
+
+
+def one_call_steps(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):
+        ghost_dp_step(model(batch(D)).square().sum(1), model, optimizer, **STEP)
+
+
+def ordinary_loop(model):
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4 * N, D)), batch_size=2 * N)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    model, optimizer, data = make_private(model, optimizer, data, noise_multiplier=1.0, max_grad_norm=1.0)
+    for (x,) in data:
+        optimizer.zero_grad()
+        model(x).square().sum(1).mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "loop", [lambda model: Steps(model).take(2), one_call_steps, ordinary_loop], ids=["clipper", "step", "loop"]
+)
+@pytest.mark.parametrize("name", WRITES)
+def test_a_pass_that_writes_is_refused(name, loop):
+    with pytest.raises(PrivacyError, match="changed"):
+        loop(WRITES[name]())
+
+
+def test_changes_that_no_record_has_to_do_with():
+    """An average that is swapped in and out, weights that are bounded after each update, a new start from other weights."""
+    model = Between(torch.tanh)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = Steps(model)
+    steps.optimizer.register_step_post_hook(lambda *_: [p.data.clamp_(-1, 1) for p in model.parameters()])
+    steps.optimizer.register_step_post_hook(lambda *_: model.first.weight.requires_grad_())
+    for _ in range(2):
+        steps.take()
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(start)
+        model.load_state_dict(kept)
+    model.load_state_dict(start)
+    Steps(model).take(2)
+    one_call_steps(model)
+    model.load_state_dict(start)
+    with pytest.raises(PrivacyError, match="changed"):
+        one_call_steps(model)
+    GhostClipper(model, 1.0)
+    one_call_steps(model)
