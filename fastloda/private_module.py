@@ -36,7 +36,6 @@ class Tape:
 
     def clear(self) -> None:
         self._backward, self._reached = None, []
-        self.watch: Watch | None = None  # over the module, from the first forward pass that a step may use
 
     def record(self, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
         """Take in the outputs of one forward pass. Raises PrivacyError, and changes nothing, for a second backward pass."""
@@ -123,9 +122,7 @@ class PrivateModule(nn.Module):
                 "an input of the private module requires grad, but gradients end at its outputs: put everything that "
                 "trains into the module, or detach the input"
             )
-        watch = self._tape.watch or Watch(Members.of(self._module))
-        if torch.is_grad_enabled():
-            self._tape.watch = watch  # until the step: backward may write, too
+        watch = Watch(Members.of(self._module))
         if any(t.dim() and not len(t) for t in inputs):
             outputs = self._without_samples(args, kwargs)
         else:

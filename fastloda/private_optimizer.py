@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fastloda.coverage import check_optimizer
 from fastloda.errors import PrivacyError
-from fastloda.members import Members
 from fastloda.noise import NoiseSource
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import Tally
@@ -81,8 +80,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_ready()
-        if self._tape.watch:
-            self._tape.watch.check(Members.of(self._module))
         part = self.tally.take(self._tape.rows)
         if part.batch != self._batch:  # also drops the parts of a batch that was left before its end
             self._batch, self._clipper, self.stats = part.batch, self._new_clipper(), None
