@@ -101,6 +101,9 @@ class Operation(NamedTuple):
     def refuse(self, why: str) -> NoReturn:
         raise PrivacyError(f"samples mix in the loss: {self.kind} {why}. {REMEDY}")
 
+    def refuse_unseen(self, why: str) -> NoReturn:
+        raise PrivacyError(f"whether samples mix in the loss can't be seen: {self.kind} {why}. {REMEDY}")
+
     def dims(self, name: str = "_saved_dim") -> set[int]:
         """The dimensions of the first input that the operation works along; all, if it does not say."""
         count = len(self.inputs[0].shape)
@@ -508,7 +511,7 @@ def _saved(op: Operation, name: str):
     try:
         return getattr(op.node, name)
     except Exception as error:  # of whoever packed it: checkpointing, hooks
-        op.refuse(f"can't be looked into ({error}): leave the criterion out of torch.utils.checkpoint")
+        op.refuse_unseen(f"can't be read ({error}): leave the criterion out of torch.utils.checkpoint")
 
 
 def _opaque(flow: SampleFlow, op: Operation, place: int) -> State:
@@ -516,9 +519,9 @@ def _opaque(flow: SampleFlow, op: Operation, place: int) -> State:
     node, samples = op.node, flow.samples
     rows = Rows(1, flow.whole)
     if not op.shape or op.shape[0] != samples or any(given.state != rows for given in op.inputs):
-        op.refuse(
-            "can't be looked into (it comes from torch.jit.script, torch.compile or an autograd.Function, or FastLoDA does not "
-            "know it), and does not give each sample a row of its own"
+        op.refuse_unseen(
+            "is not known (it comes from torch.jit.script, torch.compile, an autograd.Function, or a part of PyTorch that "
+            "FastLoDA does not know), and does not give each sample a row of its own"
         )
     numbers = torch.arange(samples)
     choices = [(numbers >> bit) % 2 == value for bit in range((samples - 1).bit_length()) for value in (0, 1)]
@@ -533,7 +536,7 @@ def _opaque(flow: SampleFlow, op: Operation, place: int) -> State:
                 if not _apart(alone, beside, chosen):
                     op.refuse("takes outputs of different samples together")
     except (RuntimeError, NotImplementedError) as error:
-        op.refuse(f"can't be looked into: its backward does not run twice ({error})")
+        op.refuse_unseen(f"has a backward pass that does not run twice ({error})")
     return rows
 
 
