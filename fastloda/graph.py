@@ -16,6 +16,8 @@ from fastloda.layout import Edges, carries_batch, outer_blocks, output_shape
 from fastloda.regions import COMPILED, code_number
 from fastloda.relaid import RELAYING, TILING, Step
 
+CONVOLUTION = "ConvolutionBackward0"
+
 
 @dataclass(frozen=True)
 class Use:
@@ -38,6 +40,7 @@ class LossGraph:
     signature: int  # of the kinds of operations: equal for equal computations, whatever the batch size
     operations: frozenset[str]
     compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
+    convolutions: tuple[Node, ...]  # of frozen weights too
 
 
 def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> LossGraph:
@@ -62,10 +65,12 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
 
     uses = {node: found[node] for node in order if node in found}
     kinds = [node.name() for node in order]
-    compiled = tuple(node for node, kind in zip(order, kinds) if kind == COMPILED)
+    compiled, convolutions = (
+        tuple(node for node, kind in zip(order, kinds) if kind == wanted) for wanted in (COMPILED, CONVOLUTION)
+    )
     signature = hash((*kinds, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
     places = {node: outer[node] for node in uses}
-    return LossGraph(uses, places, _with_uses_below(edges, uses), signature, frozenset(kinds), compiled)
+    return LossGraph(uses, places, _with_uses_below(edges, uses), signature, frozenset(kinds), compiled, convolutions)
 
 
 def _edges(roots: Iterable[Node]) -> dict[Node, Edges]:

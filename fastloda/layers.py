@@ -6,7 +6,6 @@ Without a private step they are ordinary differentiable layers. For one, `record
 node, and the layer's only backward pass hands it what per-sample gradients are made of, instead of summing them.
 """
 
-import contextlib
 import math
 from typing import Self
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastloda.amx import compute_dtype, without_autocast
 from fastloda.kernels.conv import Conv
 from fastloda.ops import A_INPUT, B_INPUT, ConvOp, LinearOp
 from fastloda.rowwise import rowwise_adapter
@@ -28,7 +28,7 @@ class LoDAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, A, B, bias, op, dtype):
         ctx.op, ctx.dtype, ctx.x_dtype, ctx.recorder = op, dtype, x.dtype, None
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             x, w, b, a, up = (None if t is None else t.to(dtype) for t in (x, weight, bias, A, B))
             y, z = op.forward(x, w, b, a, up)
         ctx.save_for_backward(x, z, weight, A, B)
@@ -39,7 +39,7 @@ class LoDAFunction(torch.autograd.Function):
     def backward(ctx, gy):
         x, z, weight, A, B = ctx.saved_tensors
         op, gx, taps, gA, gB = ctx.op, None, None, None, None
-        with _without_autocast(gy.device.type):
+        with without_autocast(gy.device.type):
             gz, piece_B = op.backward_up(gy, z, B.to(ctx.dtype))
             if ctx.needs_input_grad[0]:
                 gx, taps = op.backward_down(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype))
@@ -50,11 +50,6 @@ class LoDAFunction(torch.autograd.Function):
                 gA = op.weight_grad(x, gz, A.to(ctx.dtype)).to(A.dtype)
                 gB = piece_B.total().to(B.dtype)
         return gx, None, gA, gB, None, None, None
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Nothing where it is off already: to enter and leave `torch.autocast` takes as long as a small product."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def apply_adapter(
@@ -78,19 +73,11 @@ def apply_adapter(
         raise TypeError(f"the input is {x.dtype}, the layer's weight {weight.dtype}")
     base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if by_row is not None and not base_trains:
-        x, weight, bias = (None if t is None else t.to(_compute_dtype(x)) for t in (x, weight, bias))
+        x, weight, bias = (None if t is None else t.to(compute_dtype(x)) for t in (x, weight, bias))
         return rowwise_adapter(op, x, weight, bias, *by_row)
     if base_trains or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op.reference(x, weight, bias, A.to(x.dtype), B.to(x.dtype))
-    return LoDAFunction.apply(x, weight, A, B, bias, op, _compute_dtype(x))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would compute a convolution in."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return LoDAFunction.apply(x, weight, A, B, bias, op, compute_dtype(x))
 
 
 def check_settings(rank: int, activation: str, negative_slope: float, scale: float) -> None:

@@ -94,8 +94,8 @@ def _again(layer: LoDALayer, x: Tensor, A: Tensor) -> tuple[ConvOp | LinearOp, T
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     conv = Conv(layer.kernel_size, layer.stride, (0, 0), layer.dilation)
-    z = F.conv2d(x, A, None, conv.stride, 0, conv.dilation).contiguous()
-    return ConvOp(conv, layer.groups, layer.slope, layer.scale), x, z
+    op = ConvOp(conv, layer.groups, layer.slope, layer.scale)
+    return op, x, op.convolve(x, A).contiguous()
 
 
 register()
