@@ -10,7 +10,6 @@ import torch
 from drawn import Case, Checkpointed, randomise
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint_sequential
 
 from fastloda import GhostClipper, LoDAConv2d, LoDALinear, PrivacyError, cover, ghost_dp_step, per_sample_grad_norms
@@ -234,24 +233,6 @@ def test_reentrant_checkpoint_sequential_is_refused(trains):
 # ---- convolutions with stride and dilation, which oneDNN gets wrong in half precision where the processor has AMX
 
 
-class UnwrittenMemory(TorchDispatchMode):
-    """What such a processor does: wherever PyTorch convolves so, forward or backward, the outcome is anything."""
-
-    CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in self.CONVOLUTIONS and args[0].dtype in HALVES.values():
-            stride, dilation = (args[3], args[5]) if func is self.CONVOLUTIONS[0] else (args[4], args[6])
-            if max(stride) > 1 and max(dilation) > 1:
-                tree_map(lambda t: t.fill_(torch.rand(()) * 1e3), result)
-        return result
-
-
-def strided_and_dilated(case):
-    return max(case.model.stride) > 1 and max(case.model.dilation) > 1
-
-
 def gradients(case, dtype, way):
     """Per-sample norms, and the ordinary gradients of the inputs and of what trains."""
     x = case.x.detach().requires_grad_()
@@ -270,10 +251,10 @@ def test_no_adapted_convolution_is_computed_where_memory_may_be_unwritten(dtype,
     def check(case):
         case = case.to(torch.float32 if way == "autocast" else dtype)
         sound = gradients(case, dtype, way)
-        with UnwrittenMemory():
+        with drawn.UnwrittenMemory():
             torch.testing.assert_close(gradients(case, dtype, way), sound, rtol=0, atol=0, equal_nan=True)
 
-    drawn.hold_for(drawn.adapted_convs().filter(strided_and_dilated), counts(20, 500), check)
+    drawn.hold_for(drawn.adapted_convs().filter(drawn.strided_and_dilated), counts(20, 500), check)
 
 
 def test_float32_that_may_be_computed_in_bfloat16_is_computed_in_float64():
@@ -298,7 +279,7 @@ class Watching(TorchDispatchMode):
         self.dtypes = dtypes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in UnwrittenMemory.CONVOLUTIONS:
+        if func in drawn.UnwrittenMemory.CONVOLUTIONS:
             self.dtypes.append(args[0].dtype)
         return func(*args, **(kwargs or {}))
 

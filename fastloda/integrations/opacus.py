@@ -47,15 +47,17 @@ def grad_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor)
 
 
 def norm_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Trainable parameter -> the norm of its gradient for each of n samples: [n]; arguments as for `grad_samples`."""
+    """Trainable parameter -> the norm of its gradient for each of n samples: [n], float64, for in a parameter's own bfloat16 it
+    would be rounded, perhaps down; arguments as for `grad_samples`.
+    """
     n = len(backprops)
     if not n:
-        return {p: p.new_zeros(0) for p in layer.parameters() if p.requires_grad}
+        return {p: p.new_zeros(0, dtype=torch.float64) for p in layer.parameters() if p.requires_grad}
     norms = {}
     for p, piece in _pieces(layer, *activations, backprops).items():
         grad = PerSampleGrad(p.shape, n)
         grad.add(piece)
-        norms[p] = squared_norms([grad], n, backprops.device).sqrt().to(p.dtype)
+        norms[p] = squared_norms([grad], n, backprops.device).sqrt()
     return norms
 
 
