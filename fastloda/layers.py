@@ -96,12 +96,13 @@ class _Adapted:
 
     by_row: tuple[Tensor, Tensor] | None = None  # A and B for each row, while a compiled model runs (compiled.py)
 
-    def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device, dtype):
+    def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device):
         check_settings(rank, activation, negative_slope, scale)
         self.rank, self.activation, self.negative_slope, self.scale = rank, activation, negative_slope, scale
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self.loda_A = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
         self.loda_B = nn.Parameter(torch.zeros(b_shape, device=device, dtype=dtype))
         self.reset_adapter()
@@ -133,9 +134,8 @@ class _Adapted:
             )
         merged = self._plain()
         update = self.loda_B.detach().flatten(1) @ self.loda_A.detach().flatten(1)
-        merged.weight = nn.Parameter(
-            self.weight.detach() + self.scale * update.view_as(self.weight), requires_grad=False
-        )
+        weight = self.weight.detach() + self.scale * update.view_as(self.weight)
+        merged.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
         merged.bias = self.bias
         return merged.train(self.training)
 
@@ -150,8 +150,23 @@ class _Adapted:
         self.reset_adapter()
         return self.train(base.training)
 
+    def _apply(self, fn, recurse=True):
+        """`half()`, `bfloat16()` and `to` leave the adapter in float32: what the base computes in is too coarse to train in."""
+        adapter = [t for p in (self.loda_A, self.loda_B) for t in (p, p.grad) if t is not None]
+
+        def apart(t: Tensor) -> Tensor:
+            moved = fn(t)
+            if any(t is own for own in adapter) and moved.dtype in (torch.float16, torch.bfloat16):
+                return torch.empty_like(moved, dtype=torch.float32).copy_(t)
+            return moved
+
+        return super()._apply(apart, recurse)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
-        """A `state_dict` of the unadapted layer loads too: the adapter then keeps its values."""
+        """A `state_dict` of the unadapted layer loads too: the adapter then keeps its values, and in any case its dtype."""
+        for key in (prefix + "loda_A", prefix + "loda_B"):
+            if key in state_dict:
+                state_dict[key] = state_dict[key].to(self.loda_A.dtype)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         adapter = {prefix + "loda_A", prefix + "loda_B"}
         if prefix + "weight" in state_dict and adapter.isdisjoint(state_dict):
@@ -167,7 +182,8 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
 
     Parameters: `weight`, `bias` as in nn.Conv2d, frozen; `loda_A` (rank, in_channels, kh, kw), with the convolution's stride,
     padding and dilation; `loda_B` (out_channels, rank, 1, 1), zero at the start, so that the output starts unchanged.
-    The adapter is dense also where the frozen convolution is grouped.
+    The adapter is dense also where the frozen convolution is grouped, and float32 where that is float16 or bfloat16, which is
+    too coarse to train in; it is then cast as autocast would.
 
     Args:
         in_channels, ..., dtype: as nn.Conv2d.
@@ -203,7 +219,7 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         shapes = (rank, in_channels, *self.kernel_size), (out_channels, rank, 1, 1)
-        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device, dtype)
+        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **adapter) -> Self:
@@ -249,7 +265,7 @@ class LoDALinear(_Adapted, nn.Linear):
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         shapes = (rank, in_features), (out_features, rank)
-        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device, dtype)
+        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **adapter) -> Self:

@@ -489,7 +489,9 @@ def test_a_replay_that_rounding_hides_holds_nothing(rounded, clips):
     clipped_to, *rounding = ROUNDED[rounded]
     check, report = replayed(ManyNumbers(clipped_to if clips == "wrong" else 1.0, *rounding))
     assert (check.verdict, check.holds) == ("not run", None) and check.meaning.startswith("Too coarse"), report
-    assert "let the step release" in check.meaning and "no violation found; not run: neighbour replay" in report.summary()
+    assert (
+        "let the step release" in check.meaning and "no violation found; not run: neighbour replay" in report.summary()
+    )
     assert "the claim holds" not in str(report) and report.passed
 
 

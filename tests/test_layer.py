@@ -29,6 +29,7 @@ from fastloda import (
     per_sample_grad_norms,
     save_loda,
 )
+from fastloda.integrations.peft import load_peft, save_peft
 
 
 def adapted_conv(**settings):
@@ -181,7 +182,73 @@ def test_half_precision_models(dtype):
     layer = adapted_conv().to(dtype)
     y = layer(images(dtype=dtype))
     y.float().square().sum().backward()
-    assert y.dtype == layer.loda_A.grad.dtype == dtype and layer.loda_A.grad.isfinite().all()
+    assert y.dtype == layer.weight.dtype == dtype and layer.loda_A.grad.isfinite().all()
+    assert layer.loda_A.dtype == layer.loda_A.grad.dtype == torch.float32
+
+
+HALVES = [torch.bfloat16, torch.float16]
+MADE = {
+    "the constructor": lambda dtype: nn.Sequential(LoDAConv2d(3, 4, 3, dtype=dtype), LoDAConv2d(4, 2, 1, dtype=dtype)),
+    "attach_loda": lambda dtype: attached(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)).to(dtype)),
+    "attach_loda, then a cast": lambda dtype: attached(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))).to(dtype),
+    "attach_loda, then casts": lambda dtype: attached(nn.Sequential(nn.Conv2d(3, 4, 3))).double().half().to(dtype),
+    "from_linear": lambda dtype: nn.Sequential(nn.Flatten(), LoDALinear.from_linear(nn.Linear(75, 3, dtype=dtype))),
+    "a copy": lambda dtype: copy.deepcopy(attached(nn.Sequential(nn.Conv2d(3, 4, 3)))).to(dtype),
+}
+
+
+def attached(model, **settings):
+    attach_loda(model, rank=1, **settings)
+    return model
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("way", MADE)
+def test_adapters_of_a_half_precision_base_are_float32_and_train(way, dtype):
+    """Adam's epsilon and small moments vanish in float16, and a step of 1e-3 of a weight does in bfloat16."""
+    torch.manual_seed(0)
+    model = MADE[way](dtype)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+    optimizer = torch.optim.Adam(loda_parameters(model), 1e-3)
+    settings = dict(max_grad_norm=1.0, noise_multiplier=0.5, expected_batch_size=8)
+    x, before = torch.randn(8, 3, 5, 5, dtype=dtype), [p.detach().clone() for p in loda_parameters(model)]
+    for _ in range(5):
+        y = model(x)
+        assert y.dtype == dtype
+        stats = ghost_dp_step(y.float().flatten(1).square().mean(1), model, optimizer, **settings)
+        assert stats.nonfinite == 0
+    for p, was in zip(loda_parameters(model), before, strict=True):
+        assert p.dtype == p.grad.dtype == torch.float32
+        assert p.isfinite().all() and (p != was).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_files_of_adapters_are_float32_whatever_the_base(tmp_path, dtype):
+    model = drawn.randomise(attached(small_model().to(dtype)))
+    save_loda(model, tmp_path / "a.safetensors")
+    assert {t.dtype for t in safetensors.torch.load_file(tmp_path / "a.safetensors").values()} == {torch.float32}
+    other = small_model().to(dtype)
+    load_loda(other, tmp_path / "a.safetensors")
+    for name, tensor in loda_state_dict(other).items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, loda_state_dict(model)[name])
+    model, other = (
+        drawn.randomise(attached(small_model().to(dtype), activation="identity", targets=nn.Linear)),
+        small_model().to(dtype),
+    )
+    save_peft(model, tmp_path / "peft")
+    load_peft(other, tmp_path / "peft")
+    assert all(torch.equal(tensor, loda_state_dict(model)[name]) for name, tensor in loda_state_dict(other).items())
+    halved = {name: t.to(dtype) for name, t in model.state_dict().items()}
+    other.load_state_dict(halved, assign=True)
+    assert {p.dtype for p in loda_parameters(other)} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
+def test_a_merged_layer_has_the_bases_dtype(dtype):
+    layer = drawn.randomise(LoDALinear(4, 6, dtype=dtype, activation="identity"))
+    merged, x = layer.merge(), torch.randn(3, 4, dtype=dtype)
+    assert merged.weight.dtype == dtype
+    torch.testing.assert_close(merged(x), layer(x), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("activation", ["identity", "leaky_relu"])

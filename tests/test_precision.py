@@ -120,7 +120,7 @@ def test_a_sample_that_overflows_float16_contributes_nothing(way):
 
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_half_precision_weights_accumulate_in_float32(dtype):
-    """The sum is no half-precision number; only the private gradient is rounded, after the noise."""
+    """The sum is no half-precision number; only the private gradient of a half-precision weight is rounded, after the noise."""
     case = case_of(image_model, dtype)
     bound = 0.1
     total, stats = clipped_sum(case, bound)
@@ -131,7 +131,8 @@ def test_half_precision_weights_accumulate_in_float32(dtype):
     clipper = GhostClipper(case.model, bound)
     clipper.accumulate(case.losses())
     clipper.privatize(0, 1)
-    assert all(p.grad.dtype == dtype for p in clipper.parameters.values())
+    for name, p in clipper.parameters.items():  # adapters stay float32
+        assert p.grad.dtype == p.dtype == (torch.float32 if "loda" in name else dtype)
 
 
 # ---- loss scaling: a constant factor that the bound and the divisor share, in place of torch.amp.GradScaler
