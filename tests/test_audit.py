@@ -502,6 +502,11 @@ def test_the_way_out_of_a_coarse_replay(dtype, clipped_to, verdict):
     assert check.verdict == verdict
 
 
+def test_what_is_far_below_the_bound_holds_through_rounding():
+    check, _ = replayed(ManyNumbers(0.05, torch.float16))
+    assert check.verdict == "holds"
+
+
 def test_what_is_far_over_the_bound_is_seen_through_rounding():
     check, _ = replayed(ManyNumbers(1e3, torch.bfloat16))
     assert check.verdict == "violated"

@@ -384,8 +384,12 @@ def test_what_is_right_is_not_refused(amx, monkeypatch):
         private_step(Around(layer, "below", False), x)
     model = Around(CONVOLUTIONS["grouped"](), "below", False)
     cover(model)
+    losses = model(x).flatten(1).square().mean(1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(x)
-    private_step(model, x, autocast=False)
+    assert per_sample_grad_norms(losses, model).isfinite().all()
+    kept_out = Around(InFloat32(CONVOLUTIONS["grouped"]()), "below", False)
+    cover(kept_out)
+    private_step(kept_out, x)  # the first step too, for it was watched
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     private_step(model, x)
