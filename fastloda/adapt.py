@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from fastloda.layers import LoDAConv2d, LoDALinear, check_settings, unfilled
 logger = logging.getLogger("fastloda")
 
 ADAPTED = (LoDAConv2d, LoDALinear)
+ADAPTABLE = (nn.Conv2d, nn.Linear)
+NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # though their weights may have two dimensions
 Targets = type | str | Iterable[str] | Callable[[str, nn.Module], bool]
 SETTINGS = ("rank", "activation", "negative_slope", "scale")
 
@@ -52,8 +55,9 @@ def attach_loda(
 
     Returns:
         The adapted names. `.skipped`, also logged, says which matching layers were left alone and why: rank > min(C_in, C_out),
-        so that an adapter would be larger than the layer, or a subclass or a layer with hooks or a forward of its own, which may
-        compute something else.
+        so that an adapter would be larger than the layer; a subclass or a layer with hooks or a forward of its own, which may
+        compute something else; or another kind of layer with weights (transformers' Conv1D, say), where targets are names or
+        the default. Warns if those hold most of the weights.
 
     Raises:
         ValueError: nothing matches, the model already has adapters, or it is a single layer (use `from_conv`, `from_linear`).
@@ -76,29 +80,58 @@ def attach_loda(
     replacements = {layer: _adapter(layer, settings) for layer in chosen.values()}
     model.requires_grad_(False)
     _replace(model, replacements)
-    for name, reason in skipped.items():
-        logger.warning("not adapted: %s (%s)", name, reason)
+    _say_what_is_left(skipped, chosen, matching)
     return Adapted(chosen, skipped)
 
 
+def _say_what_is_left(skipped: dict[str, str], chosen: dict[str, nn.Module], matching: dict[str, nn.Module]) -> None:
+    left = []
+    for reason in dict.fromkeys(skipped.values()):
+        left.append((_listed([name for name in skipped if skipped[name] == reason]), reason))
+        logger.warning("not adapted: %s (%s)", *left[-1])
+    share = sum(map(_weights, chosen.values())) / sum(map(_weights, matching.values()))
+    if share < 0.5:
+        warnings.warn(
+            f"attach_loda adapted only {_listed(list(chosen))}, with {share:.0%} of the weights of the layers that match; left "
+            f"as they are: {'; '.join(f'{names} ({reason})' for names, reason in left)}",
+            stacklevel=3,
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _weights(layer: nn.Module) -> int:
+    """Numbers in what the layer itself multiplies with, as far as can be told: no tables, scales and positions."""
+    if isinstance(layer, ADAPTABLE):
+        own = list(layer.parameters())
+    else:
+        named = {} if isinstance(layer, NO_PRODUCT) else layer._parameters
+        own = [p for name, p in named.items() if p is not None and ("weight" in name or not layer._modules)]
+    return sum(p.numel() for p in own if p.dim() > 1)
+
+
 def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]:
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    modules = dict(model.named_modules())
+    layers = {name: m for name, m in modules.items() if isinstance(m, ADAPTABLE)}
+    others = {name: m for name, m in modules.items() if name and name not in layers and _weights(m)}
     if targets is None:
         convolutions = {name: m for name, m in layers.items() if isinstance(m, nn.Conv2d)}
-        return convolutions or layers
+        return (convolutions or layers) | others
     if isinstance(targets, (type, tuple)) and all(isinstance(t, type) for t in _as_tuple(targets)):
         matches = lambda name, layer: isinstance(layer, targets)  # noqa: E731
     elif callable(targets):
-        matches = targets
+        matches, others = targets, {}  # it is asked about Conv2d and Linear alone
     elif isinstance(targets, str):
         matches = lambda name, layer: re.fullmatch(targets, name)  # noqa: E731
     else:
         endings = tuple(targets)
-        unknown = [e for e in endings if not any(name == e or name.endswith("." + e) for name in layers)]
+        unknown = [e for e in endings if not any(name == e or name.endswith("." + e) for name in layers | others)]
         if unknown:
             raise ValueError(f"targets {unknown} match no Conv2d or Linear; the model has {list(layers)[:8]}...")
         matches = lambda name, layer: any(name == e or name.endswith("." + e) for e in endings)  # noqa: E731
-    return {name: layer for name, layer in layers.items() if matches(name, layer)}
+    return {name: layer for name, layer in (layers | others).items() if matches(name, layer)}
 
 
 def _as_tuple(value) -> tuple:
@@ -114,7 +147,9 @@ def _reason_to_skip(layer: nn.Module, rank: int) -> str | None:
 
 def _reason_to_keep(layer: nn.Module) -> str | None:
     """Why replacing the layer would change what the model computes, if it would."""
-    if type(layer) not in (nn.Conv2d, nn.Linear):
+    if not isinstance(layer, ADAPTABLE):
+        return f"{type(layer).__name__} is no nn.Conv2d and no nn.Linear: replace it by one, or wrap the model by PEFT's LoRA"
+    if type(layer) not in ADAPTABLE:
         return f"{type(layer).__name__} is a subclass that may compute something else"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         return "it has hooks, which the replacement would lose"
@@ -201,14 +236,18 @@ def install_adapters(
 
 
 def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no adapter file {path}")
+    if reason := _no_safetensors(path):
+        raise ValueError(f"{path} is {reason}")
     try:
         with safetensors.safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get("loda", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+        raise ValueError(f"{path} is no safetensors file, or is cut short: {error}") from error
+    if settings is None:
+        raise ValueError(f"{path} holds no LoDA adapters, but {_foreign(tensors)}")
     try:
         for chosen in settings.values():
             check_settings(**chosen)
@@ -222,6 +261,45 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
         if (rank := chosen["rank"]) != (found := next(iter(tensors[f"{name}.loda_A"].shape), 0)):
             raise ValueError(f"{path} is damaged: {name} has rank {rank} in the metadata, {found} in its tensors")
     return settings, tensors
+
+
+def _no_safetensors(path: Path) -> str | None:
+    """What a file or folder is that can't be one, with what loads it."""
+    if path.is_dir():
+        peft = (path / "adapter_config.json").is_file()
+        return (
+            "a folder with PEFT's LoRA: fastloda.integrations.peft.load_peft loads it" if peft else "a folder, no file"
+        )
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        return "empty"
+    if start == b"PK\x03\x04" or start[:1] == b"\x80":  # torch.save's archives, and older pickles
+        return (
+            "a pickle, as torch.save writes them, which could run code: look into it with torch.load(..., weights_only=True), "
+            "and save adapters by save_loda"
+        )
+    return None
+
+
+def _foreign(tensors: dict[str, Tensor]) -> str:
+    """What tensors are that save_loda did not write, by their names, and what loads them."""
+    for pattern, what in FOREIGN.items():
+        if any(re.search(pattern, name) for name in tensors):
+            return what
+    return f"{len(tensors)} tensors of something else ({_listed(sorted(tensors))})" if tensors else "no tensors at all"
+
+
+FOREIGN = {  # a part of a tensor's name -> what the file is
+    r"^base_model\.model\..*lora_": "PEFT's LoRA: fastloda.integrations.peft.load_peft(model, folder) loads it, from the folder "
+    "that holds adapter_config.json too",
+    r"lora_(up|down)\.|^lora_(unet|te\d?)_": "a LoRA as webui and kohya write them: diffusers' "
+    "pipeline.load_lora_weights loads it",
+    r"\.lora_[AB]\.|\.lora\.(up|down)\.": "a LoRA of diffusers: its load_lora_weights or load_lora_adapter loads it",
+    r"(^|\.)loda_[AB]$": "a state dict with adapters but not their settings: attach_loda the same ones, and then "
+    "model.load_state_dict(safetensors.torch.load_file(path), strict=False)",
+    r"(^|\.)(weight|bias)$": "a state dict: model.load_state_dict(safetensors.torch.load_file(path)) loads it",
+}
 
 
 def _bases(model: nn.Module, settings: dict[str, dict], path: str | os.PathLike) -> dict[str, nn.Module]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastloda.amx import watch_convolutions
 from fastloda.coverage import parting
 from fastloda.errors import PrivacyError
 from fastloda.graph import Use, trace
@@ -82,6 +83,7 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
 
 def cover_modules(modules: Mapping[str, nn.Module]) -> Covered:
     """`cover` for those that need it, of a model's modules by name."""
+    watch_convolutions(modules.values())
     chosen = {name: layer for name, layer in modules.items() if _may_need_it(name, layer)}
     for name, layer in chosen.items():
         _install(layer, Undecided(name), own_parameters(layer))

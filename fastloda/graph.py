@@ -17,6 +17,8 @@ from fastloda.layout import Edges, carries_batch, follow_batch, output_shape
 from fastloda.regions import COMPILED, code_number
 from fastloda.relaid import RELAYING, TILING, Step
 
+CONVOLUTION = "ConvolutionBackward0"
+
 
 @dataclass(frozen=True)
 class Use:
@@ -42,6 +44,7 @@ class LossGraph:
     crossings: list[str]  # kinds of operations that hand a sample the rows of others
     unsure: bool  # whether rows may have been laid by data where the graph does not tell
     compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
+    convolutions: tuple[Node, ...]  # of frozen weights too
 
 
 def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> LossGraph:
@@ -67,7 +70,9 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
 
     uses = {node: found[node] for node in order if node in found}
     kinds = [node.name() for node in order]
-    compiled = tuple(node for node, kind in zip(order, kinds) if kind == COMPILED)
+    compiled, convolutions = (
+        tuple(node for node, kind in zip(order, kinds) if kind == wanted) for wanted in (COMPILED, CONVOLUTION)
+    )
     settings = (setting for node in order for setting in _settings(node))
     signature = hash((*kinds, *settings, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
     return LossGraph(
@@ -80,6 +85,7 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
         crossings=places.crossings,
         unsure=places.unsure,
         compiled=compiled,
+        convolutions=convolutions,
     )
 
 

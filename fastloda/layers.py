@@ -6,7 +6,6 @@ Without a private step they are ordinary differentiable layers. For one, `record
 node, and the layer's only backward pass hands it what per-sample gradients are made of, instead of summing them.
 """
 
-import contextlib
 import math
 from typing import Self
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastloda.amx import compute_dtype, without_autocast
 from fastloda.kernels.conv import Conv
 from fastloda.ops import A_INPUT, B_INPUT, ConvOp, LinearOp
 from fastloda.rowwise import rowwise_adapter
@@ -28,7 +28,7 @@ class LoDAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, A, B, bias, op, dtype):
         ctx.op, ctx.dtype, ctx.x_dtype, ctx.recorder = op, dtype, x.dtype, None
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             x, w, b, a, up = (None if t is None else t.to(dtype) for t in (x, weight, bias, A, B))
             y, z = op.forward(x, w, b, a, up)
         ctx.save_for_backward(x, z, weight, A, B)
@@ -39,7 +39,7 @@ class LoDAFunction(torch.autograd.Function):
     def backward(ctx, gy):
         x, z, weight, A, B = ctx.saved_tensors
         op, gx, taps, gA, gB = ctx.op, None, None, None, None
-        with _without_autocast(gy.device.type):
+        with without_autocast(gy.device.type):
             gz, piece_B = op.backward_up(gy, z, B.to(ctx.dtype))
             if ctx.needs_input_grad[0]:
                 gx, taps = op.backward_down(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype))
@@ -50,11 +50,6 @@ class LoDAFunction(torch.autograd.Function):
                 gA = op.weight_grad(x, gz, A.to(ctx.dtype)).to(A.dtype)
                 gB = piece_B.total().to(B.dtype)
         return gx, None, gA, gB, None, None, None
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Nothing where it is off already: to enter and leave `torch.autocast` takes as long as a small product."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def apply_adapter(
@@ -78,19 +73,11 @@ def apply_adapter(
         raise TypeError(f"the input is {x.dtype}, the layer's weight {weight.dtype}")
     base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if by_row is not None and not base_trains:
-        x, weight, bias = (None if t is None else t.to(_compute_dtype(x)) for t in (x, weight, bias))
+        x, weight, bias = (None if t is None else t.to(compute_dtype(x)) for t in (x, weight, bias))
         return rowwise_adapter(op, x, weight, bias, *by_row)
     if base_trains or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op.reference(x, weight, bias, A.to(x.dtype), B.to(x.dtype))
-    return LoDAFunction.apply(x, weight, A, B, bias, op, _compute_dtype(x))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would compute a convolution in."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return LoDAFunction.apply(x, weight, A, B, bias, op, compute_dtype(x))
 
 
 def check_settings(rank: int, activation: str, negative_slope: float, scale: float) -> None:
@@ -109,12 +96,13 @@ class _Adapted:
 
     by_row: tuple[Tensor, Tensor] | None = None  # A and B for each row, while a compiled model runs (compiled.py)
 
-    def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device, dtype):
+    def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device):
         check_settings(rank, activation, negative_slope, scale)
         self.rank, self.activation, self.negative_slope, self.scale = rank, activation, negative_slope, scale
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         self.loda_A = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
         self.loda_B = nn.Parameter(torch.zeros(b_shape, device=device, dtype=dtype))
         self.reset_adapter()
@@ -146,9 +134,8 @@ class _Adapted:
             )
         merged = self._plain()
         update = self.loda_B.detach().flatten(1) @ self.loda_A.detach().flatten(1)
-        merged.weight = nn.Parameter(
-            self.weight.detach() + self.scale * update.view_as(self.weight), requires_grad=False
-        )
+        weight = self.weight.detach() + self.scale * update.view_as(self.weight)
+        merged.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
         merged.bias = self.bias
         return merged.train(self.training)
 
@@ -163,8 +150,23 @@ class _Adapted:
         self.reset_adapter()
         return self.train(base.training)
 
+    def _apply(self, fn, recurse=True):
+        """`half()`, `bfloat16()` and `to` leave the adapter in float32: what the base computes in is too coarse to train in."""
+        adapter = [t for p in (self.loda_A, self.loda_B) for t in (p, p.grad) if t is not None]
+
+        def apart(t: Tensor) -> Tensor:
+            moved = fn(t)
+            if any(t is own for own in adapter) and moved.dtype in (torch.float16, torch.bfloat16):
+                return torch.empty_like(moved, dtype=torch.float32).copy_(t)
+            return moved
+
+        return super()._apply(apart, recurse)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
-        """A `state_dict` of the unadapted layer loads too: the adapter then keeps its values."""
+        """A `state_dict` of the unadapted layer loads too: the adapter then keeps its values, and in any case its dtype."""
+        for key in (prefix + "loda_A", prefix + "loda_B"):
+            if key in state_dict:
+                state_dict[key] = state_dict[key].to(self.loda_A.dtype)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         adapter = {prefix + "loda_A", prefix + "loda_B"}
         if prefix + "weight" in state_dict and adapter.isdisjoint(state_dict):
@@ -180,7 +182,8 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
 
     Parameters: `weight`, `bias` as in nn.Conv2d, frozen; `loda_A` (rank, in_channels, kh, kw), with the convolution's stride,
     padding and dilation; `loda_B` (out_channels, rank, 1, 1), zero at the start, so that the output starts unchanged.
-    The adapter is dense also where the frozen convolution is grouped.
+    The adapter is dense also where the frozen convolution is grouped, and float32 where that is float16 or bfloat16, which is
+    too coarse to train in; it is then cast as autocast would.
 
     Args:
         in_channels, ..., dtype: as nn.Conv2d.
@@ -216,7 +219,7 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         shapes = (rank, in_channels, *self.kernel_size), (out_channels, rank, 1, 1)
-        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device, dtype)
+        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **adapter) -> Self:
@@ -262,7 +265,7 @@ class LoDALinear(_Adapted, nn.Linear):
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         shapes = (rank, in_features), (out_features, rank)
-        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device, dtype)
+        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **adapter) -> Self:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastloda.amx import compute_dtype, sound_dtype, without_autocast
 from fastloda.kernels.conv import Conv
 from fastloda.pieces import Fused, Piece
 from fastloda.plan import split_rows
@@ -128,17 +129,17 @@ class ConvOp:
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
         """The definition, in ordinary differentiable operations."""
-        h = activation(F.conv2d(x, A, None, *self._steps), self.slope)
-        y = F.conv2d(x, weight, bias, *self._steps, self.groups)
+        h = activation(self.convolve(x, A), self.slope)
+        y = self.convolve(x, weight, bias, self.groups)
         return y + self.scale * F.conv2d(h, B)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """-> y, z."""
-        y = F.conv2d(x, weight, bias, *self._steps, self.groups)
+        y = self.convolve(x, weight, bias, self.groups)
         if on_triton(x):
             z = adapter_forward.project(x, A, self.conv)
             return adapter_forward.add_(y, z, B, self.slope, self.scale), z
-        z = F.conv2d(x, A, None, *self._steps).contiguous()  # as backward's products want it
+        z = self.convolve(x, A).contiguous()  # as backward's products want it
         add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
         return y, z
 
@@ -203,8 +204,24 @@ class ConvOp:
     def _taps(self, gz: Tensor, x: Tensor) -> Tensor:
         return gather_taps(gz, x.shape[2:], *self.conv)
 
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+        """weight * x + bias, in the dtype that autocast has it in; computed in a wider one where that could go wrong."""
+        dtype = compute_dtype(x)
+        computed_in = self._sound_dtype(dtype, x)
+        if computed_in == dtype:
+            return F.conv2d(x, weight, bias, *self._steps, groups)
+        with without_autocast(x.device.type):
+            x, weight, bias = (None if t is None else t.to(computed_in) for t in (x, weight, bias))
+            return F.conv2d(x, weight, bias, *self._steps, groups).to(dtype)
+
     def _convolution_backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool, bool]):
-        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._steps, False, (0, 0), groups, wanted)
+        dtype, computed_in = x.dtype, self._sound_dtype(x.dtype, x)
+        g, x, weight = (t.to(computed_in) for t in (g, x, weight))
+        grads = torch.ops.aten.convolution_backward(g, x, weight, None, *self._steps, False, (0, 0), groups, wanted)
+        return tuple(None if grad is None else grad.to(dtype) for grad in grads)
+
+    def _sound_dtype(self, dtype: torch.dtype, x: Tensor) -> torch.dtype:
+        return sound_dtype(dtype, x.device, self.conv.stride, self.conv.dilation)
 
 
 @dataclass(frozen=True)

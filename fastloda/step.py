@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastloda.adaptive import AdaptiveClipping
+from fastloda.amx import check_convolutions
 from fastloda.clip import check_max_grad_norm, clip_factors, group_norms, group_sums
 from fastloda.coverage import check_graph, check_independence, check_optimizer, trainable_parameters
 from fastloda.distributed import Group, World, check_wrappers, hand_back_shards, parameter_facts, value_facts
@@ -290,6 +291,7 @@ def _per_sample_grads(losses, model, parameters, samples, world, retain_graph=Fa
     """world: of the ranks that must make each backward pass together."""
     graph = trace(losses, parameters)
     check_graph(graph)
+    check_convolutions(dict(model.named_modules()), graph)
     check_independence(losses, graph, model, parameters, samples, world.most)
     return per_sample_grads(losses, graph, parameters, samples, retain_graph)
 

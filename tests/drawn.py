@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from fastloda import LoDAConv2d, LoDALinear
@@ -240,6 +242,27 @@ def adapted_linears(draw, samples: int | None = None) -> Case:
 def leading() -> st.SearchStrategy[tuple[int, ...]]:
     """Dimensions between the batch and the features."""
     return st.lists(st.integers(1, 4), max_size=2).map(tuple)
+
+
+# ---- a fault of some processors
+
+
+class UnwrittenMemory(TorchDispatchMode):
+    """What oneDNN does on processors with AMX: half-precision convolutions with stride and dilation may give anything."""
+
+    CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in self.CONVOLUTIONS and args[0].dtype in (torch.bfloat16, torch.float16):
+            stride, dilation = (args[3], args[5]) if func is self.CONVOLUTIONS[0] else (args[4], args[6])
+            if max(stride) > 1 and max(dilation) > 1:
+                tree_map(lambda t: t.fill_(torch.rand(()) * 1e3), result)
+        return result
+
+
+def strided_and_dilated(case: Case) -> bool:
+    return max(case.model.stride) > 1 and max(case.model.dilation) > 1
 
 
 # ---- plain layers

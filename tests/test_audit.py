@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, norm
 from torch import nn
 
@@ -441,6 +444,99 @@ def test_planted_faults_in_the_sampler_are_found(fault):
     make, wanted = SAMPLING_FAULTS[fault]
     report = audit(Textbook(), claim=SAMPLED, sampler=Sampler(make(), POPULATION), checks=["sampler"])
     assert wanted <= violated(report), report
+
+
+# ---- what rounding hides
+
+
+NUMBERS = 20_000
+
+
+class ManyNumbers(Textbook):
+    """A record's gradient is a few numbers of many, clipped to `clipped_to` C, and released in `dtype`."""
+
+    def __init__(self, clipped_to, dtype, batch=BATCH, parameter=0.0):
+        self.clipped_to, self.dtype, self.batch, self.parameter = clipped_to, dtype, batch, parameter
+
+    def __call__(self, batch, generator):
+        g = F.pad(batch[0].flatten(1), (0, NUMBERS - VIEWS * FEATURES))
+        finite = g.isfinite().all(1, keepdim=True)
+        shares = torch.where(finite, g * (self.clipped_to * C / g.norm(dim=1, keepdim=True)).clamp(max=1.0), 0.0)
+        noise = SIGMA * C * torch.randn(NUMBERS + 2, generator=generator, dtype=torch.float64)
+        many = (shares.sum(0) + noise[2:]) / self.batch
+        moved = (self.parameter + many).to(self.dtype) - self.parameter  # a step read off the parameters that it moved
+        return {"many": moved, "few": noise[:2] / self.batch}
+
+
+ROUNDED = {
+    "bfloat16": (1.6, torch.bfloat16, BATCH),
+    "float16": (1.2, torch.float16, BATCH),
+    "float16, a large divisor": (1.6, torch.float16, 1e6),
+    "float16, all of it vanishes": (1.6, torch.float16, 1e12),
+    "float32, differences of large parameters": (1.6, torch.float32, BATCH, 1e4),
+    "float64, differences of huge parameters": (1.6, torch.float64, BATCH, 1e14),
+}
+
+
+def replayed(step):
+    report = audit(step, claim=Claim(SIGMA, C, step.batch), checks=["replay"])
+    return report.checks[0], report
+
+
+@pytest.mark.parametrize("rounded", ROUNDED)
+@pytest.mark.parametrize("clips", ["right", "wrong"])
+def test_a_replay_that_rounding_hides_holds_nothing(rounded, clips):
+    clipped_to, *rounding = ROUNDED[rounded]
+    check, report = replayed(ManyNumbers(clipped_to if clips == "wrong" else 1.0, *rounding))
+    assert (check.verdict, check.holds) == ("not run", None) and check.meaning.startswith("Too coarse"), report
+    assert (
+        "let the step release" in check.meaning and "no violation found; not run: neighbour replay" in report.summary()
+    )
+    assert "the claim holds" not in str(report) and report.passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clipped_to, verdict", [(1.0, "holds"), (1.6, "violated"), (1.05, "violated")])
+def test_the_way_out_of_a_coarse_replay(dtype, clipped_to, verdict):
+    check, _ = replayed(ManyNumbers(clipped_to, dtype))
+    assert check.verdict == verdict
+
+
+def test_what_is_far_below_the_bound_holds_through_rounding():
+    check, _ = replayed(ManyNumbers(0.05, torch.float16))
+    assert check.verdict == "holds"
+
+
+def test_what_is_far_over_the_bound_is_seen_through_rounding():
+    check, _ = replayed(ManyNumbers(1e3, torch.bfloat16))
+    assert check.verdict == "violated"
+
+
+@given(st.integers(0, 99), st.floats(-6, 6), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+@hypothesis_settings(max_examples=100, deadline=None, derandomize=True)
+def test_rounding_is_never_more_than_is_allowed_for(seed, magnitude, dtype):
+    exact = 10**magnitude * torch.randn(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rounded = exact.to(dtype)
+    if rounded.isfinite().all():
+        allowed = Released({"one": rounded[:50], "other": rounded[50:]}).rounding()
+        assert (rounded.double() - exact).norm() <= allowed
+
+
+def test_no_canary_of_rounding():
+    """A share that is all rounding is nothing to tell apart: no bound on epsilon comes of it."""
+    report = audit(ManyNumbers(1.0, torch.bfloat16), observations=100)
+    checks = {check.name: check for check in report.checks}
+    assert checks["canary"].verdict == "not run" and "rounding" in checks["canary"].meaning
+    assert report.epsilon_lower is None and "canary" in report.summary()
+
+
+def test_a_buffer_that_turns_from_zero_to_nan_is_seen():
+    def step(batch, generator):
+        released = Textbook()(batch, generator)
+        return Released(released, {"mean": torch.zeros(3) if batch[0].isfinite().all() else torch.full((3,), math.nan)})
+
+    report = audit(PrivateStep(step, shows_state=True), checks=["replay"])
+    assert "nothing unnoised" in violated(report)
 
 
 # ---- faults in the loop around the step, as PyTorch users make them

@@ -2,14 +2,20 @@
 
 import copy
 import os
+from collections import OrderedDict
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import drawn
+import hypothesis
+import numpy as np
 import oracle
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from fastloda import (
     GhostClipper,
@@ -253,7 +259,86 @@ def test_views_are_sample_major_and_share_the_conditions():
     assert not torch.equal(call(), losses)
 
 
+def rows_of(samples):
+    """Tensors with one row a sample, whose numbers tell whose it is."""
+    sizes = st.lists(st.integers(1, 3), max_size=2)
+    return sizes.map(lambda size: torch.arange(samples).view(-1, *[1] * len(size)).expand(samples, *size).clone())
+
+
+class Pair(NamedTuple):
+    one: object
+    other: object
+
+
+def nested(leaves):
+    """Any nesting that a U-Net may be given."""
+
+    def deeper(inner):
+        several = st.lists(inner, max_size=3)
+        pairs = st.tuples(inner, inner).map(lambda pair: Pair(*pair))
+        dicts = st.dictionaries(st.sampled_from(["a", "b", "c"]), inner, max_size=3)
+        return st.one_of(several, several.map(tuple), pairs, dicts, dicts.map(OrderedDict))
+
+    return st.recursive(leaves, deeper, max_leaves=6)
+
+
+@hypothesis.given(st.data(), st.integers(0, 4), st.integers(1, 3))
+@hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
+def test_conditions_are_repeated_in_any_nesting(data, samples, views):
+    plain = st.sampled_from([None, True, 2, 0.5, "text", torch.float32, nn.Identity()])
+    condition = data.draw(nested(st.one_of(plain, rows_of(samples))))
+    model = Recorder()
+    diffusion_losses(model, DDPMScheduler(), torch.zeros(samples, 1, 2, 2), views=views, condition=condition)
+    (before, tree), (after, tree_after) = tree_flatten(condition), tree_flatten(model.given["condition"])
+    assert tree == tree_after
+    for was, now in zip(before, after, strict=True):
+        if isinstance(was, torch.Tensor):
+            assert now.shape == (samples * views, *was.shape[1:])
+            assert all(torch.equal(now[i], was[i // views]) for i in range(len(now)))
+        else:
+            assert now is was
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_residuals_as_a_controlnet_gives_them(views):
+    """A tuple for the blocks on the way down, and a tensor for the middle: by views as by hand."""
+    model = conditional().double()
+    x0, words = torch.randn(3, 2, 8, 8).double(), torch.randn(3, WORDS, WIDTH).double()
+    shapes = [(8, 8, 8), (8, 8, 8), (8, 4, 4), (16, 4, 4)]
+    down, middle = [torch.randn(3, *shape).double() for shape in shapes], torch.randn(3, 16, 4, 4).double()
+    given = dict(down_block_additional_residuals=tuple(down), mid_block_additional_residual=middle)
+    draws = dict(timesteps=torch.arange(3 * views), noise=torch.randn(3 * views, 2, 8, 8).double())
+    losses = diffusion_losses(model, DDPMScheduler(), x0, views=views, encoder_hidden_states=words, **given, **draws)
+    for i in range(3):
+        own = slice(i * views, (i + 1) * views)
+        alone = diffusion_losses(
+            model,
+            DDPMScheduler(),
+            x0[i : i + 1],
+            views=views,
+            encoder_hidden_states=words[i : i + 1],
+            down_block_additional_residuals=[t[i : i + 1] for t in down],
+            mid_block_additional_residual=middle[i : i + 1],
+            **{name: value[own] for name, value in draws.items()},
+        )
+        torch.testing.assert_close(alone, losses[own], rtol=1e-10, atol=1e-12)
+
+
+@dataclass
+class Held:
+    rows: torch.Tensor
+
+
 BAD_CALLS = {
+    "listed": (
+        dict(added_cond_kwargs={"image": [torch.zeros(4), torch.zeros(3)]}),
+        r"kwargs\['image'\]\[1\] must have",
+    ),
+    "an array": (
+        dict(views=2, down=(np.zeros(4),)),
+        r"down\[0\] is a ndarray, whose rows can't be repeated for 2 views",
+    ),
+    "an object": (dict(views=2, held={"a": Held(torch.zeros(4))}), r"held\['a'\] is a Held.* give tensors"),
     "views": (dict(views=0), "views must be an integer >= 1, got 0"),
     "labels": (dict(class_labels=torch.zeros(5, dtype=torch.long)), r"class_labels must have one row .* 4 .* \(5,\)"),
     "nested": (dict(added_cond_kwargs={"text": torch.zeros(())}), r"added_cond_kwargs\['text'\] must have one row"),

@@ -5,6 +5,7 @@ of a layer, and under every plan that the planner may choose.
 """
 
 import math
+import warnings
 
 import drawn
 import oracle
@@ -148,10 +149,22 @@ def check_bf16(case):
 
 
 def bf16_errors(case):
-    """PyTorch's own error on each sample under autocast; where a kink of LeakyReLU is near, chance decides its size."""
-    with torch.autocast("cpu", torch.bfloat16):
-        found = case.truth(torch.float32)
-    return [distance(f, t) for f, t in zip(found, case.truth())]
+    """PyTorch's own error on each sample under autocast; where a kink of LeakyReLU is near, chance decides its size.
+
+    On processors with AMX oneDNN gets some convolutions wrong (`fastloda/amx.py`); PyTorch without oneDNN then stands in for it.
+    """
+    truth = case.truth()
+
+    def errors():
+        with torch.autocast("cpu", torch.bfloat16):
+            return [distance(f, t) for f, t in zip(case.truth(torch.float32), truth)]
+
+    found, largest = errors(), float(oracle.norms(truth).max())
+    if isinstance(case.model, LoDAConv2d) and not max(found) <= 2**-3 * largest:
+        warnings.warn(f"left out oneDNN's bf16, off by {max(found):.3g} of {largest:.3g}: {case}", stacklevel=2)
+        with torch.backends.mkldnn.flags(enabled=False):
+            found = errors()
+    return found
 
 
 @pytest.mark.parametrize(

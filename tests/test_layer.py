@@ -29,6 +29,7 @@ from fastloda import (
     per_sample_grad_norms,
     save_loda,
 )
+from fastloda.integrations.peft import load_peft, save_peft
 
 
 def adapted_conv(**settings):
@@ -181,7 +182,73 @@ def test_half_precision_models(dtype):
     layer = adapted_conv().to(dtype)
     y = layer(images(dtype=dtype))
     y.float().square().sum().backward()
-    assert y.dtype == layer.loda_A.grad.dtype == dtype and layer.loda_A.grad.isfinite().all()
+    assert y.dtype == layer.weight.dtype == dtype and layer.loda_A.grad.isfinite().all()
+    assert layer.loda_A.dtype == layer.loda_A.grad.dtype == torch.float32
+
+
+HALVES = [torch.bfloat16, torch.float16]
+MADE = {
+    "the constructor": lambda dtype: nn.Sequential(LoDAConv2d(3, 4, 3, dtype=dtype), LoDAConv2d(4, 2, 1, dtype=dtype)),
+    "attach_loda": lambda dtype: attached(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)).to(dtype)),
+    "attach_loda, then a cast": lambda dtype: attached(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))).to(dtype),
+    "attach_loda, then casts": lambda dtype: attached(nn.Sequential(nn.Conv2d(3, 4, 3))).double().half().to(dtype),
+    "from_linear": lambda dtype: nn.Sequential(nn.Flatten(), LoDALinear.from_linear(nn.Linear(75, 3, dtype=dtype))),
+    "a copy": lambda dtype: copy.deepcopy(attached(nn.Sequential(nn.Conv2d(3, 4, 3)))).to(dtype),
+}
+
+
+def attached(model, **settings):
+    attach_loda(model, rank=1, **settings)
+    return model
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("way", MADE)
+def test_adapters_of_a_half_precision_base_are_float32_and_train(way, dtype):
+    """Adam's epsilon and small moments vanish in float16, and a step of 1e-3 of a weight does in bfloat16."""
+    torch.manual_seed(0)
+    model = MADE[way](dtype)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+    optimizer = torch.optim.Adam(loda_parameters(model), 1e-3)
+    settings = dict(max_grad_norm=1.0, noise_multiplier=0.5, expected_batch_size=8)
+    x, before = torch.randn(8, 3, 5, 5, dtype=dtype), [p.detach().clone() for p in loda_parameters(model)]
+    for _ in range(5):
+        y = model(x)
+        assert y.dtype == dtype
+        stats = ghost_dp_step(y.float().flatten(1).square().mean(1), model, optimizer, **settings)
+        assert stats.nonfinite == 0
+    for p, was in zip(loda_parameters(model), before, strict=True):
+        assert p.dtype == p.grad.dtype == torch.float32
+        assert p.isfinite().all() and (p != was).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_files_of_adapters_are_float32_whatever_the_base(tmp_path, dtype):
+    model = drawn.randomise(attached(small_model().to(dtype)))
+    save_loda(model, tmp_path / "a.safetensors")
+    assert {t.dtype for t in safetensors.torch.load_file(tmp_path / "a.safetensors").values()} == {torch.float32}
+    other = small_model().to(dtype)
+    load_loda(other, tmp_path / "a.safetensors")
+    for name, tensor in loda_state_dict(other).items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, loda_state_dict(model)[name])
+    model, other = (
+        drawn.randomise(attached(small_model().to(dtype), activation="identity", targets=nn.Linear)),
+        small_model().to(dtype),
+    )
+    save_peft(model, tmp_path / "peft")
+    load_peft(other, tmp_path / "peft")
+    assert all(torch.equal(tensor, loda_state_dict(model)[name]) for name, tensor in loda_state_dict(other).items())
+    halved = {name: t.to(dtype) for name, t in model.state_dict().items()}
+    other.load_state_dict(halved, assign=True)
+    assert {p.dtype for p in loda_parameters(other)} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
+def test_a_merged_layer_has_the_bases_dtype(dtype):
+    layer = drawn.randomise(LoDALinear(4, 6, dtype=dtype, activation="identity"))
+    merged, x = layer.merge(), torch.randn(3, 4, dtype=dtype)
+    assert merged.weight.dtype == dtype
+    torch.testing.assert_close(merged(x), layer(x), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("activation", ["identity", "leaky_relu"])
@@ -421,12 +488,101 @@ def test_skipped_layers_say_why(caplog):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Odd(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     model[2].register_forward_hook(lambda *_: None)
     torch.nn.utils.parametrizations.weight_norm(model[3])
-    with caplog.at_level(logging.WARNING, "fastloda"):
+    with caplog.at_level(logging.WARNING, "fastloda"), pytest.warns(UserWarning, match="only 4, with 23%"):
         adapted = attach_loda(model, rank=4)
     assert adapted == ["4"] and set(adapted.skipped) == {"0", "1", "2", "3"}
     for name, reason in {"0": "rank 4 > min", "1": "subclass", "2": "hooks", "3": "subclass"}.items():
         assert reason in adapted.skipped[name]
         assert any(record.args[0] == name for record in caplog.records)
+
+
+class Conv1D(nn.Module):
+    """A linear map as transformers' GPT-2 has them: the weight is [in, out]."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c_attn, self.c_proj, self.norm = Conv1D(24, 8), Conv1D(8, 24), nn.LayerNorm((3, 8))
+
+    def forward(self, x):
+        return self.norm(x + self.c_proj(self.c_attn(x).relu()))
+
+
+def language_model():
+    return nn.Sequential(nn.Embedding(11, 8), Block(), Block(), nn.Linear(8, 11))
+
+
+def test_layers_of_another_kind_are_named_where_little_else_is_adapted(caplog):
+    model = language_model()
+    with pytest.warns(UserWarning, match=r"only 3, with 10% .* 1.c_attn, .* and 1 more \(Conv1D is no"):
+        adapted = attach_loda(model)
+    assert adapted == ["3"] and set(adapted.skipped) == {"1.c_attn", "1.c_proj", "2.c_attn", "2.c_proj"}
+    assert "not adapted: 1.c_attn, 1.c_proj, 2.c_attn and 1 more (Conv1D" in caplog.text
+
+
+@pytest.mark.parametrize("targets", [r"1\.c_.*", ["c_attn"], [Conv1D], Conv1D])
+def test_layers_of_another_kind_alone_are_refused_by_name(targets):
+    model = language_model()
+    state = state_of(model)
+    if targets == [Conv1D]:
+        targets = (Conv1D,)
+    with pytest.raises(ValueError, match="1.c_attn: Conv1D is no nn.Conv2d and no nn.Linear"):
+        attach_loda(model, targets=targets)
+    assert_same_state(model, state)
+
+
+OTHERS = {
+    "transposed": lambda: nn.ConvTranspose2d(8, 8, 2),
+    "one dimension": lambda: nn.Conv1d(8, 8, 2),
+    "recurrent": lambda: nn.LSTM(8, 8),
+    "attention": lambda: nn.MultiheadAttention(8, 2),
+    "bilinear": lambda: nn.Bilinear(8, 8, 2),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_no_kind_of_layer_with_weights_is_passed_over_silently(kind):
+    model = nn.ModuleDict({"head": nn.Linear(8, 8), "other": OTHERS[kind]()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = attach_loda(model)
+    assert adapted == ["head"] and "other" in adapted.skipped
+
+
+def test_tables_scales_and_positions_are_no_layers_to_adapt():
+    class WithPositions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions = nn.Parameter(torch.zeros(1, 99, 8))
+            self.parts = nn.Sequential(nn.Embedding(99, 8), nn.LayerNorm((99, 8)), nn.Linear(8, 8), nn.PReLU(8))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (WithPositions(), nn.Sequential(WithPositions())):
+            assert not attach_loda(model).skipped
+
+
+def test_the_way_out_of_another_kind_of_layer():
+    """An nn.Linear on the transposed weight computes the same, and is adapted."""
+    model, x = language_model(), torch.randint(11, (4, 3))
+    before = model(x)
+    for block in (model[1], model[2]):
+        for name, layer in block.named_children():
+            if isinstance(layer, Conv1D):
+                linear = nn.Linear(*layer.weight.shape)
+                linear.weight, linear.bias = nn.Parameter(layer.weight.detach().t()), layer.bias
+                setattr(block, name, linear)
+    assert len(attach_loda(model)) == 5
+    torch.testing.assert_close(model(x), before)
 
 
 def test_a_shared_module_stays_shared():
@@ -595,13 +751,90 @@ def test_what_is_no_adapter_file_changes_nothing(tmp_path, content, adapted):
     assert_load_refused(trained_model() if adapted else small_model(), path)
 
 
-def assert_load_refused(model, path):
+def assert_load_refused(model, path, message=""):
     for p in model["head"].parameters():
         p.requires_grad_(True)  # a mark that a half-done load would lose
     state = state_of(model)
-    with pytest.raises(ValueError, match="a.safetensors"):
+    with pytest.raises(ValueError, match=f"a.safetensors.*{message}"):
         load_loda(model, path)
     assert_same_state(model, state)
+
+
+def lora_head():
+    return drawn.randomise(attached(small_model(), activation="identity", targets=nn.Linear))
+
+
+def tensors_named(*names):
+    return {name: torch.ones(2, 2) for name in names}
+
+
+KOHYA = ("lora_unet_down_blocks_0_attn.lora_down.weight", "lora_unet_down_blocks_0_attn.lora_up.weight")
+FOREIGN = {
+    "PEFT": (
+        tensors_named("base_model.model.head.lora_A.weight", "base_model.model.head.lora_B.weight"),
+        r"PEFT's LoRA: .*load_peft\(model, folder\)",
+    ),
+    "webui": (tensors_named(*KOHYA, "lora_unet_down_blocks_0_attn.alpha"), "webui and kohya .*load_lora_weights"),
+    "diffusers": (tensors_named("unet.head.lora_A.weight", "unet.head.lora_B.weight"), "a LoRA of diffusers"),
+    "diffusers, older": (tensors_named("unet.mid.to_q.lora.down.weight"), "a LoRA of diffusers"),
+    "a state dict": (tensors_named("body.0.weight", "body.0.bias"), r"a state dict: model.load_state_dict\("),
+    "an adapted model's state dict": (
+        tensors_named("body.0.weight", "body.0.loda_A"),
+        "adapters but not their settings",
+    ),
+    "something else": (tensors_named("x_embeddings"), r"1 tensors of something else \(x_embeddings\)"),
+    "nothing": ({}, "no tensors at all"),
+}
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["into adapters", "into a plain model"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_file_says_what_it_is_and_what_loads_it(tmp_path, kind, adapted):
+    tensors, message = FOREIGN[kind]
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    assert_load_refused(trained_model() if adapted else small_model(), tmp_path / "a.safetensors", message)
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["into adapters", "into a plain model"])
+@pytest.mark.parametrize(
+    "kind", ["pickle", "old pickle", "plain pickle", "empty", "cut short", "folder", "PEFT's folder"]
+)
+def test_what_can_be_no_safetensors_file_says_what_it_is(tmp_path, kind, adapted):
+    path = tmp_path / "a.safetensors"
+    message = {
+        "empty": "is empty",
+        "cut short": "cut short",
+        "folder": "is a folder",
+        "PEFT's folder": "load_peft loads it",
+    }
+    if "folder" in kind.lower():
+        save_peft(lora_head(), path)
+        if kind == "folder":
+            (path / "adapter_config.json").unlink()
+    elif "pickle" in kind:
+        write_pickle = dict(_use_new_zipfile_serialization=kind == "pickle")
+        torch.save({"a": torch.ones(2)}, path, **write_pickle) if kind != "plain pickle" else path.write_bytes(
+            pickle.dumps({"a": [1]})
+        )
+    else:
+        save_loda(trained_model(), path)
+        path.write_bytes(path.read_bytes()[: 0 if kind == "empty" else -1])
+    wanted = message.get(kind, "a pickle, .* could run code")
+    assert_load_refused(trained_model() if adapted else small_model(), path, wanted)
+
+
+def test_the_ways_out_of_a_foreign_file_load_it(tmp_path):
+    model = lora_head()
+    save_peft(model, tmp_path / "peft")
+    with pytest.raises(ValueError, match="load_peft"):
+        load_loda(small_model(), tmp_path / "peft" / "adapter_model.safetensors")
+    other = small_model()
+    load_peft(other, tmp_path / "peft")
+    assert all(torch.equal(t, loda_state_dict(model)[name]) for name, t in loda_state_dict(other).items())
+    safetensors.torch.save_file(loda_state_dict(model), tmp_path / "state")
+    again = lora_head()
+    again.load_state_dict(safetensors.torch.load_file(tmp_path / "state"), strict=False)
+    assert all(torch.equal(t, loda_state_dict(model)[name]) for name, t in loda_state_dict(again).items())
 
 
 def test_a_missing_file(tmp_path):

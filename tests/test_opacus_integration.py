@@ -84,7 +84,7 @@ def small_model(dtype=torch.float64):
     )
     model = nn.Sequential(*layers)
     attach_loda(model, rank=2, targets=["0", "2", "4"])
-    return drawn.randomise(model.to(dtype))
+    return drawn.randomise(model.double()).to(dtype)
 
 
 def loss_of(model, x):
@@ -141,6 +141,34 @@ def test_norms_do_not_underestimate_where_positions_cancel(kind, counts):
             assert (norms[p].double() >= g.double().flatten(1).norm(dim=1) * (1 - 1e-6)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", CANCELLING)
+def test_norms_are_not_rounded_down_in_any_dtype(kind, dtype):
+    make, _, shape = CANCELLING[kind]
+    torch.manual_seed(0)
+    layer = drawn.randomise(make().to(dtype))
+    x = torch.randn(32, *shape[1:], dtype=dtype)
+    gy = torch.randn_like(layer(x))
+    grads, norms = (sampler(layer, [x], gy) for sampler in (loda_in_opacus.grad_samples, loda_in_opacus.norm_samples))
+    for p, g in grads.items():
+        assert (norms[p] >= g.double().flatten(1).norm(dim=1) * (1 - 1e-12)).all()
+
+
+def test_nothing_is_computed_where_memory_may_be_unwritten(counts):
+    """z is computed again, as the layer computed it."""
+
+    def check(case):
+        layer, x = case.model.to(torch.bfloat16), case.x.to(torch.bfloat16)
+        gy = torch.ones_like(layer(x))
+        sound = loda_in_opacus.grad_samples(layer, [x], gy)
+        with drawn.UnwrittenMemory():
+            torch.testing.assert_close(
+                loda_in_opacus.grad_samples(layer, [x], gy), sound, rtol=0, atol=0, equal_nan=True
+            )
+
+    drawn.hold_for(drawn.adapted_convs().filter(drawn.strided_and_dilated), counts(10, 200), check)
+
+
 # ---- Opacus's engine
 
 
@@ -151,7 +179,7 @@ def data(records=24):
 
 def opacus_step(mode, x, y, bound, criterion=None):
     """One step of Opacus's engine on the batch x, y, without noise. Returns name -> gradient x expected batch size."""
-    model = small_model()
+    model = small_model(x.dtype)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     made = opacus.PrivacyEngine().make_private(
         module=model,
@@ -180,6 +208,16 @@ def test_a_step_of_opacus_is_the_clipped_sum(mode):
     got = opacus_step(mode, x, y, bound)
     for name, grad in got.items():
         torch.testing.assert_close(grad, sum(c * grads[name] for c, grads in zip(factors, truth)))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_a_lower_precision_clips_too(dtype, mode):
+    """To what Opacus's own arithmetic in that dtype allows."""
+    x, y = data(7)
+    exact, got = (opacus_step(mode, t, y, bound := 0.1) for t in (x, x.to(dtype)))
+    for name, grad in got.items():
+        assert (grad.double() - exact[name]).norm() <= 4 * torch.finfo(dtype).eps * len(x) * bound
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])

@@ -1,5 +1,6 @@
 """Mixed precision and activation checkpointing: the norm is that of the very sum, accumulated in float32."""
 
+import copy
 from contextlib import nullcontext
 
 import drawn
@@ -8,9 +9,10 @@ import pytest
 import torch
 from drawn import Case, Checkpointed, randomise
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint_sequential
 
-from fastloda import GhostClipper, LoDAConv2d, LoDALinear, PrivacyError, ghost_dp_step, per_sample_grad_norms
+from fastloda import GhostClipper, LoDAConv2d, LoDALinear, PrivacyError, cover, ghost_dp_step, per_sample_grad_norms
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -118,7 +120,7 @@ def test_a_sample_that_overflows_float16_contributes_nothing(way):
 
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_half_precision_weights_accumulate_in_float32(dtype):
-    """The sum is no half-precision number; only the private gradient is rounded, after the noise."""
+    """The sum is no half-precision number; only the private gradient of a half-precision weight is rounded, after the noise."""
     case = case_of(image_model, dtype)
     bound = 0.1
     total, stats = clipped_sum(case, bound)
@@ -129,7 +131,8 @@ def test_half_precision_weights_accumulate_in_float32(dtype):
     clipper = GhostClipper(case.model, bound)
     clipper.accumulate(case.losses())
     clipper.privatize(0, 1)
-    assert all(p.grad.dtype == dtype for p in clipper.parameters.values())
+    for name, p in clipper.parameters.items():  # adapters stay float32
+        assert p.grad.dtype == p.dtype == (torch.float32 if "loda" in name else dtype)
 
 
 # ---- loss scaling: a constant factor that the bound and the divisor share, in place of torch.amp.GradScaler
@@ -226,3 +229,167 @@ def test_reentrant_checkpoint_sequential_is_refused(trains):
     with pytest.raises(PrivacyError, match="use_reentrant=False"):
         GhostClipper(case.model, 1.0).accumulate(case.losses())
     assert all(p.grad is None for p in case.model.parameters())
+
+
+# ---- convolutions with stride and dilation, which oneDNN gets wrong in half precision where the processor has AMX
+
+
+def gradients(case, dtype, way):
+    """Per-sample norms, and the ordinary gradients of the inputs and of what trains."""
+    x = case.x.detach().requires_grad_()
+    parameters = [p for p in case.model.parameters() if p.requires_grad]
+    with torch.autocast("cpu", dtype, enabled=way == "autocast"):
+        losses = case.loss_of(case.model, x)
+    norms = per_sample_grad_norms(losses, case.model, views=case.views)
+    return [losses.detach(), norms, *torch.autograd.grad(losses.sum(), [x, *parameters])]
+
+
+@pytest.mark.parametrize("way", ["autocast", "model"])
+@pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+def test_no_adapted_convolution_is_computed_where_memory_may_be_unwritten(dtype, way, counts):
+    """Whatever trains: the same numbers with and without that fault of the processor, and near those of float64."""
+
+    def check(case):
+        case = case.to(torch.float32 if way == "autocast" else dtype)
+        sound = gradients(case, dtype, way)
+        with drawn.UnwrittenMemory():
+            torch.testing.assert_close(gradients(case, dtype, way), sound, rtol=0, atol=0, equal_nan=True)
+
+    drawn.hold_for(drawn.adapted_convs().filter(drawn.strided_and_dilated), counts(20, 500), check)
+
+
+def test_float32_that_may_be_computed_in_bfloat16_is_computed_in_float64():
+    """torch.backends.mkldnn.conv.fp32_precision lets oneDNN do so."""
+    layer = randomise(LoDAConv2d(3, 4, 3, stride=2, dilation=2, rank=2))
+    x = torch.randn(2, 3, 9, 9)
+    plain = layer(x)
+    computed_in, before = [], torch.backends.mkldnn.conv.fp32_precision
+    try:
+        torch.backends.mkldnn.conv.fp32_precision = "bf16"
+        with Watching(computed_in):
+            found = layer(x)
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = before
+    assert set(computed_in) == {torch.float64} and found.dtype == torch.float32
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self, dtypes):
+        super().__init__()
+        self.dtypes = dtypes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in drawn.UnwrittenMemory.CONVOLUTIONS:
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+class InFloat32(nn.Module):
+    """The way out that the refusal names."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.layer(x.float())
+
+
+DILATED = dict(kernel_size=3, padding=2, stride=2, dilation=2)
+CONVOLUTIONS = {
+    1: lambda: nn.Conv1d(4, 4, **DILATED),
+    2: lambda: nn.Conv2d(4, 4, **DILATED | dict(stride=(1, 3), dilation=(2, 1))),
+    3: lambda: nn.Conv3d(4, 4, **DILATED),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, **DILATED),
+    "grouped": lambda: nn.Conv2d(4, 4, groups=2, **DILATED),
+}
+
+
+class Around(nn.Module):
+    """A plain convolution below or above what trains."""
+
+    def __init__(self, layer, place, trains):
+        super().__init__()
+        self.layer, self.place = layer.requires_grad_(trains), place
+        self.head = LoDALinear(4, 4, rank=2)
+
+    def forward(self, x):
+        if self.place == "below":
+            x = self.layer(x)
+        x = self.head(x.movedim(1, -1)).movedim(-1, 1)
+        return self.layer(x) if self.place == "above" else x
+
+
+def private_step(model, x, autocast=True):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = model(x).float().flatten(1).square().mean(1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    settings = dict(max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=len(x))
+    return ghost_dp_step(losses, model, optimizer, **settings)
+
+
+@pytest.fixture
+def amx(monkeypatch):
+    """A processor that has it, as far as PyTorch says."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("place, trains", [("below", False), ("above", False), ("above", True)])
+def test_a_plain_convolution_of_that_kind_is_refused_by_name_and_the_way_out_works(amx, kind, place, trains):
+    model = randomise(Around(CONVOLUTIONS[kind](), place, trains))
+    dims = kind if isinstance(kind, int) else 2
+    x = torch.randn(3, 4, *[9] * dims)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):  # before anything watched the layer, and then
+        with pytest.raises(PrivacyError, match=r"layer 'layer' \(Conv.*autocast disabled.*"):
+            private_step(model, x)
+    assert all(map(torch.equal, model.parameters(), before))
+    private_step(model, x, autocast=False)
+    private_step(copy.deepcopy(model), x, autocast=False)
+    model.layer = InFloat32(model.layer)
+    cover(model)
+    private_step(model, x)
+
+
+def test_an_adapter_is_a_way_out_too(amx):
+    model = Around(CONVOLUTIONS["grouped"](), "below", False)
+    with pytest.raises(PrivacyError, match="LoDAConv2d.from_conv"):
+        private_step(model, x := torch.randn(3, 4, 9, 9))
+    model.layer = LoDAConv2d.from_conv(model.layer)
+    private_step(model, x)
+
+
+def test_a_function_of_that_kind_is_refused_by_its_geometry(amx):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.below, self.kernel = LoDAConv2d(4, 4, 1), torch.randn(2, 4, 3, 3)
+
+        def forward(self, x):
+            return nn.functional.conv2d(self.below(x), self.kernel, stride=2, dilation=(1, 2))
+
+    model, x = randomise(Functional()), torch.randn(3, 4, 9, 9)
+    with pytest.raises(PrivacyError, match=r"a convolution with stride \(2, 2\) and dilation \(1, 2\)"):
+        private_step(model, x)
+    private_step(model, x, autocast=False)
+
+
+def test_what_is_right_is_not_refused(amx, monkeypatch):
+    """Other geometries, what ran without gradients, and every geometry on processors without AMX."""
+    x = torch.randn(3, 4, 9, 9)
+    for layer in (nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 1)):
+        private_step(Around(layer, "below", False), x)
+    model = Around(CONVOLUTIONS["grouped"](), "below", False)
+    cover(model)
+    losses = model(x).flatten(1).square().mean(1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert per_sample_grad_norms(losses, model).isfinite().all()
+    kept_out = Around(InFloat32(CONVOLUTIONS["grouped"]()), "below", False)
+    cover(kept_out)
+    private_step(kept_out, x)  # the first step too, for it was watched
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    private_step(model, x)

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.data import Dataset
 
-from fastloda.audit.step import PrivateStep, Records, Released, Sampler, count, split
+from fastloda.audit.step import PrivateStep, Records, Released, Sampler, count, same, split
 from fastloda.step import GhostClipper, StepStats
 from fastloda.trainer import DPTrainer, PrivateTraining
 
@@ -37,7 +37,7 @@ def of_loop(
             try:
                 take_step()
                 after = _state(model)
-                changed = {name for name, t in after.items() if name not in kept or not _same(t, kept[name])}
+                changed = {name for name, t in after.items() if name not in kept or not same(t, kept[name])}
                 unnoised = {name: after[name].detach().clone() for name in changed if name not in gradient}
             finally:
                 _put_back(model, before, kept)
@@ -149,15 +149,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
 @torch.no_grad()
 def _put_back(model: nn.Module, before: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
     """Writes only what changed: FastLoDA's steps refuse frozen tensors that were written to."""
     for name, tensor in before.items():
-        if not _same(tensor, kept[name]):
+        if not same(tensor, kept[name]):
             tensor.copy_(kept[name])
     for name, buffer in model.named_buffers():  # one that the step replaced
         if name in before and buffer is not before[name]:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fastloda.audit.claim import Claim
 from fastloda.audit.report import Finding
-from fastloda.audit.step import PrivateStep, Records, Released, count, each, join, rows, seed_for
+from fastloda.audit.step import PrivateStep, Records, Released, count, each, join, rows, same, seed_for
 
 SLACK = 1e-5  # what DP-SGD's bound is allowed for rounding
+COARSE = 0.01  # of max_grad_norm: rounding up to here is taken for no more than the bound's last digits
+FINER = "The released numbers are rounded too much: let the step release its gradient, in float32 or float64"
 ORDINARY = 8  # records used as they are
 
 
@@ -143,9 +145,8 @@ def _replay_beside(
             error = f"it released {len(after)} numbers instead of {len(before)}"
             yield Neighbours(name, what, company, record, None, 0.0, error)
             continue
-        eps = max(torch.finfo(g.dtype).eps for g in without.gradient.values() if g.is_floating_point())
         share = (after - before) * claim.expected_batch_size
-        rounding = 2 * eps * (before.norm() + after.norm()).item() * claim.expected_batch_size
+        rounding = 2 * (without.rounding() + together.rounding()) * claim.expected_batch_size
         tolerance = rounding if share.isfinite().all() else 0.0
         yield Neighbours(name, what, company, record, share, tolerance, "", _different(without, together))
 
@@ -162,34 +163,38 @@ def _different(a: Released, b: Released) -> tuple[str, ...]:
     """Names of what the two steps left different although no noise covers it."""
     names = dict.fromkeys([*a.unnoised, *b.unnoised])
     return tuple(
-        n for n in names if n not in a.unnoised or n not in b.unnoised or not _same(a.unnoised[n], b.unnoised[n])
+        n for n in names if n not in a.unnoised or n not in b.unnoised or not same(a.unnoised[n], b.unnoised[n])
     )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 # ---- what it shows
 
 
 def sensitivity(neighbours: list[Neighbours], claim: Claim) -> Finding:
-    """The largest share of any one record."""
+    """The largest share of any one record; no verdict where rounding may hide one over the bound."""
+    bound = claim.max_grad_norm * (1 + SLACK)
 
     def excess(n: Neighbours) -> float:
-        return n.contribution - n.tolerance
+        return n.contribution - n.tolerance - bound
+
+    def hidden(n: Neighbours) -> bool:
+        return n.tolerance > COARSE * claim.max_grad_norm and n.contribution + n.tolerance > bound
 
     worst = max(neighbours, key=excess)
-    ratio = worst.contribution / claim.max_grad_norm
-    holds = excess(worst) <= claim.max_grad_norm * (1 + SLACK)
-    bad = sum(excess(n) > claim.max_grad_norm * (1 + SLACK) for n in neighbours)
-    over = "" if holds else f"; {bad} pairs over the bound"
+    bad = sum(excess(n) > 0 for n in neighbours)
+    over = f"; {bad} pairs over the bound" if bad else ""
+    measured = (
+        f"largest share {worst.contribution / claim.max_grad_norm:.6g} C ({worst}), {len(neighbours)} pairs{over}"
+    )
+    doubtful = max((n.tolerance for n in neighbours if hidden(n)), default=0.0) / claim.max_grad_norm
+    if doubtful and not bad:
+        return Finding("neighbour replay", measured, f"Too coarse: shares are known to {doubtful:.3g} C only. {FINER}")
     return Finding(
         "neighbour replay",
-        f"largest share {ratio:.6g} C ({worst}), {len(neighbours)} pairs{over}",
+        measured,
         "One record, added under the same seed, moves the noiseless sum by more than C: no or wrong clipping, views clipped "
         "apart, a divisor that counts the batch, samples that mix, or a record that shifts the random stream",
-        holds=holds,
+        holds=not bad,
     )
 
 
@@ -207,7 +212,7 @@ def coverage(step: PrivateStep, neighbours: list[Neighbours]) -> Finding:
 
 
 def choose_canary(neighbours: list[Neighbours], records: Records) -> Neighbours | None:
-    """The record whose finite share beside the usual batch is the largest."""
+    """The record whose finite share beside the usual batch is the largest, of those that are more than rounding."""
     usual = next(iter(companies(records)))
-    able = [n for n in neighbours if n.company == usual and 0 < n.contribution < math.inf]
+    able = [n for n in neighbours if n.company == usual and n.tolerance < n.contribution < math.inf]
     return max(able, key=lambda n: n.contribution, default=None)

@@ -93,7 +93,10 @@ class AuditReport:
 
     def summary(self) -> str:
         """One line."""
-        verdict = "the claim holds" if self.passed else f"{len(self.violations)} of {len(self.checks)} checks VIOLATED"
+        idle = [check.name for check in self.checks if check.verdict == "not run"]
+        verdict = f"no violation found; not run: {', '.join(idle)}" if idle else "the claim holds"
+        if not self.passed:
+            verdict = f"{len(self.violations)} of {len(self.checks)} checks VIOLATED"
         bound = "" if self.epsilon_lower is None else f", lower bound {self.epsilon_lower:.2f} at {self.confidence:.3%}"
         return f"Claimed epsilon {self.epsilon_claimed:.2f} at delta {self.claim.delta:g}{bound}: {verdict}"
 

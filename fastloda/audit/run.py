@@ -12,7 +12,7 @@ from tqdm import tqdm
 from fastloda.audit.canary import GaussianMu, findings, guess
 from fastloda.audit.claim import Claim
 from fastloda.audit.noise import NoiseRecord, Scale, Spread, at_empty_batch, at_other_batches
-from fastloda.audit.replay import Neighbours, choose_canary, coverage, hostile, replay, sensitivity, usual_batch
+from fastloda.audit.replay import FINER, Neighbours, choose_canary, coverage, hostile, replay, sensitivity, usual_batch
 from fastloda.audit.report import AuditReport, Finding, judge, share
 from fastloda.audit.sampler import audit_sampler
 from fastloda.audit.step import (
@@ -150,7 +150,8 @@ def _observe(step, records, claim, canary: Neighbours | None, observations, gene
 
 def _canary(gaussian, counted, claim: Claim, canary: Neighbours | None, observations: int) -> list[Finding]:
     if canary is None:
-        return [Finding("canary", "", "No record has a finite share in the release: there is nothing to tell apart")]
+        nothing = f"No record has a finite share in the release that is more than its rounding: nothing to tell apart. {FINER}"
+        return [Finding("canary", "", nothing)]
     share = canary.contribution / claim.max_grad_norm
     return findings(gaussian, counted, claim, f"{canary.record} of share {share:.3g} C", observations)
 

@@ -1,5 +1,6 @@
 """The step under audit: a function of the records and of the randomness, which may be called again and again."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,30 @@ class Released:
     def flat(self) -> Tensor:
         """[d], float64, on the CPU."""
         return torch.cat([g.detach().flatten().double().cpu() for g in self.gradient.values()])
+
+    def rounding(self) -> float:
+        """Norm of what rounding may have changed, twice over: to the tensors' own dtypes, or in numbers that they came from."""
+        return math.hypot(*(_rounding(g.detach()) for g in self.gradient.values()))
+
+
+def _rounding(g: Tensor) -> float:
+    if not g.is_floating_point() or not g.numel():
+        return 0.0
+    limits = torch.finfo(g.dtype)  # below the smallest normal number the steps are all of the same size
+    step = max(limits.smallest_normal * limits.eps, _common_step(g.double()))
+    return limits.eps * g.double().norm().item() + step * math.sqrt(g.numel())
+
+
+def _common_step(g: Tensor) -> float:
+    """The largest power of 2 of which all numbers are multiples, as differences of much larger numbers are; 0 if all are 0."""
+    mantissa, exponent = torch.frexp(g[g.isfinite() & (g != 0)])
+    whole = (mantissa * 2.0**53).long()
+    return torch.ldexp((whole & -whole).double(), exponent - 53).min().item() if len(whole) else 0.0
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN is the same as NaN only."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import keystr, tree_map_with_path
 
 from fastloda.diffusion.schedule import Diffusion
 
@@ -40,7 +41,7 @@ def diffusion_losses(
         generator: of the timesteps and the noise; PyTorch's global one if None.
         timesteps [n * views], noise [n * views, C, H, W]: given instead of drawn.
         conditions: class_labels, encoder_hidden_states, added_cond_kwargs, ... for the U-Net. Every tensor in them, also inside
-            a dictionary, has one row per sample, which all of its views share.
+            dictionaries, lists and tuples (IP-Adapter, ControlNet), has one row per sample, which all of its views share.
 
     Raises:
         ValueError: the scheduler or a shape does not fit, with the value.
@@ -89,12 +90,31 @@ def _prediction_type(scheduler: Any) -> str:
     return kind
 
 
-def _per_view(name: str, value: Any, samples: int, views: int) -> Any:
-    """Each sample's row of a condition, once per view."""
-    if isinstance(value, dict):
-        return {key: _per_view(f"{name}[{key!r}]", inner, samples, views) for key, inner in value.items()}
-    if not isinstance(value, Tensor):
+def _per_view(name: str, condition: Any, samples: int, views: int) -> Any:
+    """Each sample's row of every tensor in a condition, once per view, however the tensors are nested."""
+
+    def repeated(path: tuple, value: Any) -> Any:
+        place = f"{name}{keystr(path)}"
+        if isinstance(value, Tensor):
+            if value.dim() == 0 or len(value) != samples:
+                raise ValueError(
+                    f"{place} must have one row for each of {samples} samples, got shape {tuple(value.shape)}"
+                )
+            return value.repeat_interleave(views, dim=0)
+        if views > 1 and _may_hold_rows(value):
+            raise ValueError(
+                f"{place} is a {type(value).__name__}, whose rows can't be repeated for {views} views: give tensors, in "
+                "dictionaries, lists or tuples"
+            )
         return value
-    if value.dim() == 0 or len(value) != samples:
-        raise ValueError(f"{name} must have one row for each of {samples} samples, got shape {tuple(value.shape)}")
-    return value.repeat_interleave(views, dim=0)
+
+    return tree_map_with_path(repeated, condition)
+
+
+def _may_hold_rows(value: Any) -> bool:
+    """Arrays and objects; not numbers, words and functions."""
+    return (
+        not isinstance(value, (str, bytes))
+        and not callable(value)
+        and (hasattr(value, "__len__") or hasattr(value, "__dict__"))
+    )

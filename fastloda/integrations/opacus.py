@@ -47,15 +47,17 @@ def grad_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor)
 
 
 def norm_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Trainable parameter -> the norm of its gradient for each of n samples: [n]; arguments as for `grad_samples`."""
+    """Trainable parameter -> the norm of its gradient for each of n samples: [n], float64, for in a parameter's own bfloat16 it
+    would be rounded, perhaps down; arguments as for `grad_samples`.
+    """
     n = len(backprops)
     if not n:
-        return {p: p.new_zeros(0) for p in layer.parameters() if p.requires_grad}
+        return {p: p.new_zeros(0, dtype=torch.float64) for p in layer.parameters() if p.requires_grad}
     norms = {}
     for p, piece in _pieces(layer, *activations, backprops).items():
         grad = PerSampleGrad(p.shape, n)
         grad.add(piece)
-        norms[p] = squared_norms([grad], n, backprops.device).sqrt().to(p.dtype)
+        norms[p] = squared_norms([grad], n, backprops.device).sqrt()
     return norms
 
 
@@ -94,8 +96,8 @@ def _again(layer: LoDALayer, x: Tensor, A: Tensor) -> tuple[ConvOp | LinearOp, T
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     conv = Conv(layer.kernel_size, layer.stride, (0, 0), layer.dilation)
-    z = F.conv2d(x, A, None, conv.stride, 0, conv.dilation).contiguous()
-    return ConvOp(conv, layer.groups, layer.slope, layer.scale), x, z
+    op = ConvOp(conv, layer.groups, layer.slope, layer.scale)
+    return op, x, op.convolve(x, A).contiguous()
 
 
 register()
