@@ -529,7 +529,8 @@ def test_record_round_trip():
     run = PrivacyAccountant(0.1, 1.0, method="rdp")
     run.step(17)
     state = json.loads(json.dumps(run.state_dict()))
-    assert state == {"version": 1, "sample_rate": 0.1, "noise_multiplier": 1.0, "steps": 17, "method": "rdp"}
+    mechanism = {"version": 1, "sample_rate": 0.1, "noise_multiplier": 1.0, "steps": 17, "method": "rdp"}
+    assert state == mechanism | {"earlier": [], "id": state["id"], "loaded": {}}
     fresh = PrivacyAccountant(np.float64(0.1), 1)
     fresh.load_state_dict(state)
     assert (fresh.steps, fresh.method) == (17, "prv")
@@ -560,6 +561,12 @@ def test_loading_never_lowers_what_was_spent():
         {"method": "none"},
         {"method": []},
         {"extra": 1},
+        {"id": 7},
+        {"id": None},
+        {"loaded": None},
+        {"loaded": {"a": -1}},
+        {"loaded": {"a": 10}},  # more than all steps
+        {"loaded": {7: 1}},
     ],
     ids=repr,
 )
