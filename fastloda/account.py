@@ -21,8 +21,8 @@ def account(
 ) -> dict:
     """Compute epsilon for given noise, the noise for a given epsilon, or the epsilon of several runs together.
 
-    Epsilon is an upper bound for Poisson-sampled DP-SGD and add/remove adjacency, by the PRV accountant; that of Renyi
-    DP stands beside it.
+    Epsilon is an upper bound for Poisson-sampled DP-SGD and add/remove adjacency (`fastloda.accountant`); that of
+    Renyi DP stands beside it.
 
     Args:
         delta: probability with which the bound may fail.

@@ -119,7 +119,7 @@ def check_delta(name: str, delta: float, records: int) -> None:
 
 
 def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optimization) -> PrivateTraining:
-    """The trainer's settings, with the least noise that keeps the promise. Takes 1 to 60 s, less if asked before.
+    """The trainer's settings, with the least noise that keeps the promise. Takes 1 to 20 s, less if asked before.
 
     earlier: releases about the same records, as `compose_epsilon` takes them, that the promise covers too.
     optimization: the other fields of `PrivateTraining`.
@@ -196,7 +196,8 @@ def release_statement(what: str, mechanism: Sequence, delta: float, records: int
 
 
 def _accountant() -> str:
-    return f"upper bound by prv-accountant {version('prv-accountant')}, or RDP's where that is smaller"
+    names = [f"{name} {version(name)}" for name in ("dp-accounting", "prv-accountant")]
+    return f"the smallest of the upper bounds by {' and '.join(names)}, and of RDP's"
 
 
 def _epsilon_curve(trainer: DPTrainer) -> bytes:
