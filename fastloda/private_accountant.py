@@ -46,6 +46,10 @@ class HistoryAccountant:
         checked = check_mechanism(sample_rate, noise_multiplier, 1)
         self._ledger.count((checked.noise_multiplier, checked.sample_rate), checked.steps)
 
+    def costs_more_than(self, *, noise_multiplier: float, sample_rate: float) -> bool:
+        """Whether a step here had less noise, or a larger sample rate: more than a budget of such steps pays for."""
+        return any(noise < noise_multiplier or rate > sample_rate for noise, rate, _ in self.history)
+
     def get_epsilon(self, delta: float) -> float:
         """Upper bound on epsilon for all steps together; 0 before the first, infinite without noise.
 
