@@ -18,6 +18,7 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "opt_einsum>=3.3",
+        "dp-accounting>=0.6",
         "prv-accountant>=0.2.0",
         "safetensors>=0.4",
         "platformdirs>=4",
@@ -42,7 +43,6 @@ setup(
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
-            "dp-accounting>=0.6",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
             "triton>=3.4",

@@ -4,10 +4,12 @@ from pathlib import Path
 
 from fastloda.accountant import PrivacyAccountant, calibrate_noise, compose_epsilon
 from fastloda.arguments import Names
-from fastloda.budget import ADJACENCY, SAMPLER, STATEMENT
+from fastloda.budget import ADJACENCY, SAMPLER, STATEMENT, unrecorded_release
+from fastloda.noise import describe_together
 from fastloda.runs import read_json
 
 NO_RUNS = Names()
+MECHANISM = ("sample_rate", "noise_multiplier", "steps")
 
 
 def account(
@@ -21,8 +23,8 @@ def account(
 ) -> dict:
     """Compute epsilon for given noise, the noise for a given epsilon, or the epsilon of several runs together.
 
-    Epsilon is an upper bound for Poisson-sampled DP-SGD and add/remove adjacency, by the PRV accountant; that of Renyi
-    DP stands beside it.
+    Epsilon is an upper bound for Poisson-sampled DP-SGD and add/remove adjacency (`fastloda.accountant`); that of
+    Renyi DP stands beside it.
 
     Args:
         delta: probability with which the bound may fail.
@@ -66,10 +68,23 @@ def read_statement(path: Path) -> dict:
 
 def releases(statement: dict) -> list[tuple]:
     """All that a statement's epsilon covers, as `compose_epsilon` takes it."""
-    own = (statement["sample_rate"], statement["noise_multiplier"], statement["steps"])
+    own = tuple(statement[name] for name in MECHANISM)
     return [*map(tuple, statement.get("earlier", ())), own]
 
 
+def known_releases(statement: dict) -> list[dict]:
+    """The same with what is known of how the noise of each was drawn."""
+    if "releases" in statement:
+        return statement["releases"]
+    *earlier, own = map(unrecorded_release, releases(statement))
+    return [*earlier, own | {name: statement[name] for name in ("seed_was_fixed", "randomness") if name in statement}]
+
+
 def _compose(statements: list[dict], delta: float) -> dict:
-    runs = [run for statement in statements for run in releases(statement)]
-    return {"epsilon": compose_epsilon(runs, delta), "delta": delta, "each": [s["epsilon"] for s in statements]}
+    known = [release for statement in statements for release in known_releases(statement)]
+    return {
+        "epsilon": compose_epsilon([tuple(release[name] for name in MECHANISM) for release in known], delta),
+        "delta": delta,
+        "each": [s["epsilon"] for s in statements],
+        "randomness": describe_together(release["randomness"] for release in known),
+    }

@@ -1,19 +1,19 @@
 """How much privacy a training run has spent.
 
-One idea: *two upper bounds, the smaller one is reported*. A cheap one (Renyi DP, or the plain Gaussian
-mechanism where that is smaller) exists for every input; a tight one, Microsoft's PRV accountant, is run on a
-grid whose cost the cheap bound has estimated beforehand. So nothing hangs, and where PRV cannot work the
-cheap bound stands, with a warning.
+One idea: *several upper bounds, the smallest one is reported*. A cheap one (Renyi DP, or the plain Gaussian mechanism where
+that is smaller) exists for every input; a tight one, by Google's dp-accounting, composes distributions of the privacy loss
+(PLD) on a grid whose size the cheap bound has estimated beforehand. So nothing hangs, or fills the memory, and where no grid
+will do the cheap bound stands, with a warning. Microsoft's prv-accountant bounds runs of equal steps from both sides: its
+upper bound counts where it is the smallest one, and its lower one would show a tight bound that is too low.
 
-The mechanism is DP-SGD's: sum the clipped gradients of a Poisson sample (rate q, clip 1), add N(0, sigma^2).
-Adjacency is adding or removing one record. PRV composes the removal, q N(1, sigma^2) + (1 - q) N(0, sigma^2)
-against N(0, sigma^2). That it is the worse direction is proved for RDP (Mironov et al. 2019); for the
-composed hockey-stick divergence the tests check it, against an accountant that takes the maximum of both
-directions.
+The mechanism is DP-SGD's: sum the clipped gradients of a Poisson sample (rate q, clip 1), add N(0, sigma^2). Adjacency is adding
+or removing one record. PLD composes both directions; PRV the worse one, the removal: q N(1, sigma^2) + (1 - q) N(0, sigma^2)
+against N(0, sigma^2).
 
     RDP of the subsampled Gaussian   Mironov, Talwar, Zhang, https://arxiv.org/abs/1908.10530
     RDP to (epsilon, delta)          Canonne, Kamath, Steinke, https://arxiv.org/abs/2004.00010 (Prop. 12)
     the Gaussian mechanism, exactly  Balle, Wang, https://arxiv.org/abs/1805.06530 (Theorem 8)
+    PLD, connecting the dots         Doroshenko, Ghazi, Kamath, Kumar, Manurangsi, https://arxiv.org/abs/2207.04380
     PRV                              Gopi, Lee, Wutschitz, https://arxiv.org/abs/2106.02848
 """
 
@@ -22,7 +22,7 @@ import json
 import math
 import warnings
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -31,33 +31,40 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism, identity
 from platformdirs import user_cache_path
 from prv_accountant import PoissonSubsampledGaussianMechanism
 from prv_accountant.composers import Heterogeneous
 from prv_accountant.discretisers import CellCentred
 from prv_accountant.domain import Domain
 from prv_accountant.privacy_random_variables import PrivacyRandomVariableTruncated
-from scipy.fft import next_fast_len
 from scipy.optimize import brentq
 from scipy.special import gammaln, log_ndtr, logsumexp
 from scipy.stats import norm
 
 from fastloda.files import write_atomically
+from fastloda.ledger import Ledger, new_id
 
 __all__ = ["PrivacyAccountant", "PrivacyAccountingWarning", "calibrate_noise", "compose_epsilon"]
 
 METHODS = ("prv", "rdp")
 VERSION = 1  # of the record in checkpoints and of the cache's files
+STEPS = "steps"  # all that a PrivacyAccountant counts
+REQUIRED = {"version", "sample_rate", "noise_multiplier", "steps", "method"}  # of its record
 MIN_DELTA = 1e-14  # below it the tail of a composed distribution is rounding
 MAX_STEPS = 10**12
 MAX_EPSILON = 10**6  # a target beyond it asks for no privacy at all
 CURVE_POINTS = 64
-MAX_TRIES = 8  # of a calibration, 2 to 4 are usual
-NEARLY = 0.998  # the share of the target at which calibration aims; it accepts 0.996 to 1
+MAX_MECHANISMS = 256  # that are told apart
+GRID = 2**20  # points of a PLD's grid at the most: some seconds, 300 MB
+QUICK_GRID = 2**16  # of PRV's: a tenth of a second
+# of dp-accounting and prv-accountant: raised where they can't compute
+FAILURES = (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, ValueError)
+NEARLY = 0.996  # the share of its target that calibration spends at least
 
 
 class PrivacyAccountingWarning(UserWarning):
-    """The reported epsilon is valid, but looser than the PRV accountant's would have been."""
+    """The reported epsilon is valid, but looser than a tight bound would have been."""
 
 
 class Mechanism(NamedTuple):
@@ -66,18 +73,6 @@ class Mechanism(NamedTuple):
     sample_rate: float
     noise_multiplier: float
     steps: int
-
-
-class Effort(NamedTuple):
-    """What PRV may cost: its error as a share of epsilon, and its grid's points (1 us and 100 bytes each)."""
-
-    precision: float
-    max_points: int
-
-
-FINE = Effort(precision=1 / 400, max_points=2**22)
-COARSE = Effort(precision=1 / 100, max_points=2**17)
-WORST_PRECISION = 1 / 20  # a PRV bound looser than this is not worth having beside RDP
 
 
 # -- the public face -----------------------------------------------------------------------------------------
@@ -92,8 +87,8 @@ class PrivacyAccountant:
     `earlier` are releases about the same records, as `compose_epsilon` takes them: every epsilon covers them too.
 
     Every epsilon returned is an upper bound for add/remove adjacency. With "prv" it is at most 0.5% loose for
-    epsilon >= 1 where PRV works; where it does not, RDP answers and one `PrivacyAccountingWarning` per
-    accountant says why.
+    epsilon >= 1 where a tight bound can be computed; where it can't, RDP answers and one
+    `PrivacyAccountingWarning` per accountant says why.
     """
 
     def __init__(
@@ -103,20 +98,21 @@ class PrivacyAccountant:
         self.noise_multiplier = _check_noise(noise_multiplier)
         self.method = _check_method(method)
         self.earlier = _merged(earlier)
-        self._steps = 0
+        self._ledger = Ledger()
         self._warned = False
 
     @property
     def steps(self) -> int:
         """Steps taken so far."""
-        return self._steps
+        return self._ledger.total.get(STEPS, 0)
 
     def step(self, count: int = 1) -> None:
         """Record `count` steps more. Raises TypeError or ValueError unless `count` is an integer >= 1."""
-        self._steps = _check_steps(self._steps + _check_steps(count, "count", least=1))
+        _check_steps(self.steps + _check_steps(count, "count", least=1))
+        self._ledger.count(STEPS, int(count))
 
     def epsilon(self, delta: float, steps: int | None = None) -> float:
-        """Upper bound on epsilon after `steps` (default: those taken); a new count takes 0.05 to 10 s."""
+        """Upper bound on epsilon after `steps` (default: those taken); a new count takes 0.05 to 5 s."""
         delta, spent = _check_delta(delta), self._spent(steps)
         if self.method == "rdp":
             return _cheap_epsilon(spent, delta)
@@ -125,66 +121,74 @@ class PrivacyAccountant:
         return epsilon
 
     def epsilon_rdp(self, delta: float, steps: int | None = None) -> float:
-        """The RDP bound (exact Gaussian at `sample_rate` 1): instant, typically 5 to 15% looser than PRV."""
+        """The RDP bound (exact Gaussian at `sample_rate` 1): instant, typically 5 to 15% looser."""
         return _cheap_epsilon(self._spent(steps), _check_delta(delta))
 
     def epsilon_curve(self, delta: float, step_counts: Iterable[int]) -> list[float]:
         """Upper bounds on epsilon at `step_counts`, in their order: for plots and progress bars.
 
-        They never decrease with the count. One coarse discretisation serves all, about 2% above `epsilon`,
-        with which the last value agrees. Beyond 64 distinct counts, 64 are computed (denser where epsilon
-        rises fast) and each of the others gets the value of the next larger one. Some seconds: ask once, for
-        the whole range.
+        They never decrease with the count, and the last one agrees with `epsilon`. Beyond 64 distinct counts, 64
+        are computed (denser where epsilon rises fast) and each of the others gets the value of the next larger
+        one. Some seconds: ask once, for the whole range.
         """
         delta, counts = _check_delta(delta), [_check_steps(count) for count in step_counts]
         distinct = sorted({count for count in counts if count > 0})
         start = self.epsilon(delta, 0)
         if not distinct:
             return [start] * len(counts)
-        whole, final = self._spent(distinct[-1]), self.epsilon(delta, distinct[-1])
+        final = self.epsilon(delta, distinct[-1])
         knots = [distinct[i] for i in _spread(len(distinct))]
         runs = [self._spent(count) for count in knots[:-1]]
         if self.method == "rdp":
             bounds = [_cheap_epsilon(run, delta) for run in runs]
         else:
-            bounds = [_epsilon(run, delta, COARSE, whole)[0] for run in runs]
+            bounds = [_epsilon(run, delta, compare=False)[0] for run in runs]
         bounds = list(accumulate([*(min(bound, final) for bound in bounds), final], max))
         return [bounds[bisect_left(knots, count)] if count else start for count in counts]
 
-    def state_dict(self) -> dict[str, int | float | str]:
-        """The record that belongs into a checkpoint: plain JSON types."""
-        earlier = {"earlier": [list(mechanism) for mechanism in self.earlier]} if self.earlier else {}
+    def state_dict(self) -> dict[str, int | float | str | dict | list]:
+        """The record that belongs into a checkpoint: plain JSON types.
+
+        `steps` are all those taken; `loaded` are the ones among them that other accountants have counted, by their ids.
+        """
+        own = self._ledger.id
         return {
             "version": VERSION,
             "sample_rate": self.sample_rate,
             "noise_multiplier": self.noise_multiplier,
             "steps": self.steps,
             "method": self.method,
-        } | earlier
+            "earlier": [list(mechanism) for mechanism in self.earlier],
+            "id": own,
+            "loaded": {id: counts[STEPS] for id, counts in self._ledger.entries.items() if id != own},
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue a record. What was spent stays spent: the larger of the two step counts is kept.
+        """Add a record's steps to those taken. What was spent stays spent, and steps that are here already count once.
+
+        Those are known by the accountant that counted them: a record loaded twice, an earlier one of this accountant, what two
+        accountants had in common. A record that says no `id` is added whole.
 
         Raises ValueError, and changes nothing, if the record is malformed or is of another mechanism.
         `method` may differ: it is a way of looking at the record, and this accountant keeps its own.
         """
-        if not isinstance(state, dict) or set(state) != set(self.state_dict()):
+        if not isinstance(state, dict) or not REQUIRED <= set(state) <= set(self.state_dict()):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"a privacy record holds {sorted(self.state_dict())}, got {keys}")
         if type(state["version"]) is not int or state["version"] != VERSION:
             raise ValueError(f"privacy record of version {state['version']!r}, this is version {VERSION}")
         try:
             rate, noise = _check_rate(state["sample_rate"]), _check_noise(state["noise_multiplier"])
-            steps, _ = _check_steps(state["steps"]), _check_method(state["method"])
-            earlier = _merged(state.get("earlier", ()))
-        except (TypeError, ValueError) as error:
+            _check_method(state["method"])
+            earlier, entries = _merged(state.get("earlier", ())), _entries(state)
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"malformed privacy record: {error}") from error
         if (rate, noise, earlier) != (self.sample_rate, self.noise_multiplier, self.earlier):
             raise ValueError(
                 f"the record is of sample_rate={rate}, noise_multiplier={noise}, earlier={[*earlier]}; this run has "
                 f"sample_rate={self.sample_rate}, noise_multiplier={self.noise_multiplier}, earlier={[*self.earlier]}"
             )
-        self._steps = max(self._steps, steps)
+        self._ledger.merge(entries)
 
     def __repr__(self) -> str:
         return (
@@ -202,6 +206,14 @@ class PrivacyAccountant:
             _warn(trouble, stacklevel=4)
 
 
+def _entries(state: dict) -> dict[str, dict[str, int]]:
+    """Who counted how many of a record's steps."""
+    own, loaded = _check_id(state.get("id", new_id())), state.get("loaded", {})
+    counts = {_check_id(id): _check_steps(steps) for id, steps in loaded.items() if id != own}
+    counts[own] = _check_steps(_check_steps(state["steps"]) - sum(counts.values()), "steps beyond those of `loaded`")
+    return {id: {STEPS: steps} for id, steps in counts.items()}
+
+
 def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float) -> float:
     """Upper bound on epsilon of several runs on the same records.
 
@@ -215,13 +227,24 @@ def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float
     return epsilon
 
 
+def rdp_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float) -> float:
+    """The same by Renyi DP alone (exact Gaussian at rate 1): instant, looser."""
+    return _cheap_epsilon(_merged(mechanisms), _check_delta(delta))
+
+
+def check_mechanism(sample_rate: float, noise_multiplier: float, steps: int) -> Mechanism:
+    """A mechanism of checked numbers. Raises TypeError or ValueError."""
+    return Mechanism(_check_rate(sample_rate), _check_noise(noise_multiplier), _check_steps(steps))
+
+
 def _merged(mechanisms: Iterable[Sequence]) -> tuple[Mechanism, ...]:
     """Checked; those of one rate and noise are one, those without steps none."""
     steps = Counter()
     for item in mechanisms:
         if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 3:
             raise ValueError(f"each mechanism is (sample_rate, noise_multiplier, steps), got {item!r}")
-        steps[_check_rate(item[0]), _check_noise(item[1])] += _check_steps(item[2])
+        checked = check_mechanism(*item)
+        steps[checked[:2]] += checked.steps
     return tuple(Mechanism(*key, _check_steps(count)) for key, count in sorted(steps.items()) if count)
 
 
@@ -230,8 +253,8 @@ def calibrate_noise(
 ) -> float:
     """The smallest noise multiplier whose reported epsilon after `steps` is at most `target_epsilon`.
 
-    Never over it, and at most 0.5% under it where PRV works: `PrivacyAccountant(sample_rate,
-    sigma).epsilon(delta, steps)` is <= target to the last bit, on the same machine. 1 to 60 s. The answer is
+    Never over it, and at most 0.5% under it where a tight bound can be computed: `PrivacyAccountant(sample_rate,
+    sigma).epsilon(delta, steps)` is <= target to the last bit, on the same machine. 1 to 20 s. The answer is
     kept in the user's cache directory, but only as a first guess: it is verified like any other, so a wrong
     file costs time, not privacy.
 
@@ -242,46 +265,27 @@ def calibrate_noise(
     rate, steps = _check_rate(sample_rate), _check_steps(steps, least=1)
     if not 0 < target <= MAX_EPSILON:
         raise ValueError(f"target_epsilon must be in (0, {MAX_EPSILON}], got {target_epsilon!r}")
-
     before = _merged(earlier)
-    # Infinite noise is as good as this: what it adds to epsilon is rounding.
-    if before and _cheap_epsilon(_merged([*before, (rate, 1e4 * math.sqrt(steps), steps)]), delta) > 0.95 * target:
+    if before and (spent := _epsilon(before, delta)[0]) > 0.95 * target:
         raise ValueError(
-            f"earlier releases cost epsilon {_epsilon(before, delta)[0]:.3g} of the {target:g}: too little is left to train with"
+            f"earlier releases cost epsilon {spent:.3g} of the {target:g}: too little is left to train with"
         )
-
-    def run(sigma: float) -> tuple[Mechanism, ...]:
-        return _merged([*before, (rate, sigma, steps)])
-
-    def cheap(sigma: float) -> float:
-        return _cheap_epsilon(run(sigma), delta)
-
-    def coarse(sigma: float) -> float:
-        return _epsilon(run(sigma), delta, COARSE)[0]
-
-    low, best = 0.0, _solve_noise(cheap, target)
-    while cheap(best) > target:  # within the solver's tolerance
-        best *= 1.001
-    # From here on `best` is feasible: what is reported is never above the cheap bound. The coarse grid is the
-    # ruler by which a sigma is chosen, since its ratio to the fine one hardly moves with sigma.
     question = {"target_epsilon": target, "delta": delta, "sample_rate": rate, "steps": steps}
     if before:
         question["earlier"] = [list(mechanism) for mechanism in before]
-    sigma = _recall(question)
-    if sigma is None or not 0.99 * target < cheap(sigma) < math.inf:
-        sigma = _solve_noise(coarse, target * (NEARLY + COARSE.precision - FINE.precision), start=best)
-    for _ in range(MAX_TRIES):
-        epsilon, trouble = _epsilon(run(sigma), delta)
-        if epsilon > target:
-            low = max(low, sigma)
-        else:
-            best = min(best, sigma)
-            if epsilon > target * (2 * NEARLY - 1):
-                break
-        ratio = max(epsilon / coarse(sigma), 1e-3)
-        sigma = _solve_noise(coarse, target * NEARLY / ratio, start=sigma)
-        if not low < sigma < best:
-            sigma = math.sqrt(max(low, best / 2) * best)
+
+    best, trouble = math.inf, None
+
+    def bound(sigma: float) -> float:
+        nonlocal best, trouble
+        epsilon, why = _epsilon(_merged([*before, (rate, sigma, steps)]), delta)
+        if epsilon <= target and sigma < best:
+            best, trouble = sigma, why
+        return epsilon
+
+    if (known := _recall(question)) is None or not NEARLY * target < bound(known) <= target:
+        guess = _solve_noise(lambda sigma: _cheap_epsilon((Mechanism(rate, sigma, steps),), delta), target)
+        _solve_noise(bound, target, guess)
     if trouble:
         _warn(trouble)
     _remember(question, best)
@@ -302,14 +306,45 @@ def _cheap_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
         return 0.0
     if any(m.noise_multiplier == 0 for m in mechanisms):
         return math.inf
-    rdp = sum(m.steps * _rdp(m.sample_rate, m.noise_multiplier) for m in mechanisms)
+    few = _rounded(mechanisms)
+    rdp = sum(m.steps * _rdp(m.sample_rate, m.noise_multiplier) for m in few)
     by_order = rdp + np.log1p(-1 / ORDERS) - np.log(delta * ORDERS) / (ORDERS - 1)
-    # Not sampling at all is a worse mechanism, and Gaussians compose to one with mu^2 = sum of 1 / sigma^2.
-    mu = math.hypot(*(math.sqrt(m.steps) / m.noise_multiplier for m in mechanisms))
-    return max(0.0, min(float(by_order.min()), _gaussian_epsilon(mu, delta)))
+    # Not sampling at all is a worse mechanism.
+    return max(0.0, min(float(by_order.min()), _gaussian_epsilon(_gaussian_mu(few), delta)))
 
 
-@lru_cache(maxsize=256)
+def _gaussian_mu(mechanisms: Iterable[Mechanism]) -> float:
+    """Gaussians, not sampled, compose to one, of mean mu and standard deviation 1: mu^2 = sum of 1 / sigma^2."""
+    return math.hypot(*(math.sqrt(m.steps) / m.noise_multiplier for m in mechanisms))
+
+
+def _rounded(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
+    """Few mechanisms that cost at least as much: of similar ones, all have the largest rate and the least noise.
+
+    Less noise, or a larger rate, is a worse mechanism, for the better one can be made from its output. Similar are those whose
+    epsilons differ by about 0.1%, or more where there are too many. What is not sampled is one Gaussian.
+    """
+    plain = [m for m in mechanisms if m.sample_rate == 1]
+    sampled = [m for m in mechanisms if m.sample_rate < 1]
+    width = 1e-3
+    while len(cells := _cells(sampled, width)) > MAX_MECHANISMS:
+        width *= 2
+    columns = (zip(*cell, strict=True) for cell in cells)
+    worst = [Mechanism(max(rates), min(noises), sum(steps)) for rates, noises, steps in columns]
+    return (*worst, Mechanism(1.0, 1 / _gaussian_mu(plain), 1)) if plain else tuple(worst)
+
+
+def _cells(mechanisms: list[Mechanism], width: float) -> list[list[Mechanism]]:
+    """The mechanisms by cells of a grid, from one to the next of which epsilon changes by about `width`."""
+    cells = defaultdict(list)
+    for m in mechanisms:
+        # The less noise there is, the more it matters.
+        noise = math.log(m.noise_multiplier) - min(0.5 / m.noise_multiplier / m.noise_multiplier, 1e9)
+        cells[math.floor(math.log(m.sample_rate) / width), math.floor(noise / width)].append(m)
+    return list(cells.values())
+
+
+@lru_cache(maxsize=2 * MAX_MECHANISMS)
 def _rdp(q: float, sigma: float) -> np.ndarray:
     """Renyi divergence of one step at ORDERS a, x ~ N(0, sigma^2):
 
@@ -325,16 +360,23 @@ def _rdp(q: float, sigma: float) -> np.ndarray:
     x = np.arange(-10 * sigma, FRACTIONAL[-1] + 10 * sigma, h)
     ratio = np.logaddexp(math.log1p(-q), math.log(q) + (2 * x - 1) / (2 * sigma * sigma))
     fractional = logsumexp(norm.logpdf(x, scale=sigma) + FRACTIONAL[:, None] * ratio, axis=1) + math.log(h)
-    moments = np.concatenate([fractional, [_log_moment(int(a), q, sigma) for a in INTEGER]])
+    moments = np.concatenate([fractional, _log_moments(q, sigma)])
     return (moments + 1e-14 * ORDERS) / (ORDERS - 1)  # the summand covers rounding
 
 
-def _log_moment(a: int, q: float, sigma: float) -> float:
-    """The same expectation by the binomial theorem, for an integer order."""
-    k = np.arange(a + 1)
-    log_binomial = gammaln(a + 1) - gammaln(k + 1) - gammaln(a - k + 1)
-    log_weight = k * math.log(q) + (a - k) * math.log1p(-q)
-    return logsumexp(log_binomial + log_weight + k * (k - 1) / (2 * sigma * sigma))
+# of the binomial theorem, for all INTEGER orders, one after another: order, k, log(order over k), and where each begins
+_N = np.repeat(INTEGER, INTEGER.astype(int) + 1)
+_K = np.concatenate([np.arange(order + 1) for order in INTEGER])
+_LOG_BINOMIAL = gammaln(_N + 1) - gammaln(_K + 1) - gammaln(_N - _K + 1)
+_STARTS = np.flatnonzero(_K == 0)
+
+
+def _log_moments(q: float, sigma: float) -> np.ndarray:
+    """The same expectation for integer orders."""
+    terms = _LOG_BINOMIAL + _K * math.log(q) + (_N - _K) * math.log1p(-q) + _K * (_K - 1) / (2 * sigma * sigma)
+    largest = np.maximum.reduceat(terms, _STARTS)
+    terms -= np.repeat(largest, INTEGER.astype(int) + 1)
+    return largest + np.log(np.add.reduceat(np.exp(terms), _STARTS))
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
@@ -357,10 +399,11 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def _solve_noise(bound: Callable[[float], float], target: float, start: float = 1.0) -> float:
-    """The noise multiplier at which `bound` falls to `target`, to 1e-5."""
+    """A noise multiplier at which `bound`, which falls with it, is at the target or a little below."""
 
     def excess(log_sigma: float) -> float:
-        return math.log(max(bound(math.exp(log_sigma)), 1e-300) / target)
+        share = bound(math.exp(log_sigma)) / target
+        return 0.0 if NEARLY < share <= 1 else math.log(min(max(share, 1e-3), 1e3))
 
     low = high = math.log(start)
     step = 0.05
@@ -368,10 +411,90 @@ def _solve_noise(bound: Callable[[float], float], target: float, start: float = 
         low, high, step = high, high + step, 2 * step
     while excess(low) < 0:
         low, high, step = low - step, low, 2 * step
-    return math.exp(brentq(excess, low, high, xtol=1e-5))
+    return math.exp(brentq(excess, low, high, xtol=1e-6))
 
 
-# -- the tight bound: PRV ------------------------------------------------------------------------------------
+# -- the tight bounds: PLD, and PRV beside it ------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _epsilon(mechanisms: tuple[Mechanism, ...], delta: float, compare: bool = True) -> tuple[float, str | None]:
+    """The smallest of the bounds, and what kept a tight one from being there (None: nothing did).
+
+    compare: with prv-accountant, where that is quick.
+    """
+    cheap = _cheap_epsilon(mechanisms, delta)
+    if cheap in (0.0, math.inf) or all(m.sample_rate == 1 for m in mechanisms):
+        return cheap, None
+    try:
+        few = _rounded(mechanisms)
+        tight = _pld_epsilon(few, delta)
+        lower, upper = _prv_epsilons(few[0], delta) if compare and len(few) == 1 else (0.0, math.inf)
+        if tight < lower:
+            raise ValueError(f"dp-accounting says {tight:.6g} at most, and prv-accountant {lower:.6g} at least")
+        return min(cheap, tight, upper), None
+    except FAILURES as error:
+        return cheap, str(error) or type(error).__name__
+
+
+def _pld_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
+    """PLD's upper bound. Raises ValueError, before any work, where the grid would be too large."""
+    total = sum(m.steps for m in mechanisms)
+    lost = delta / 1e5  # what the tails that are cut off may hold, in all; it counts as infinite losses
+    spans = sum(_span(m, lost / total) for m in mechanisms)
+    reach = _cheap_epsilon(mechanisms, 1e-15)
+    # Connecting the dots errs by the square of the interval over a step's usual loss.
+    wanted = min(_cheap_epsilon(mechanisms, min(delta, 1e-5)) / 64 / math.sqrt(total), 0.5)
+    least = (2 * spans + reach) / GRID
+    if least > 4 * wanted:
+        raise ValueError(f"a grid of {(2 * spans + reach) / wanted:.1g} points would be needed, more than {4 * GRID}")
+    interval = 2.0 ** math.floor(math.log2(max(wanted, 2 * least)))  # few different ones, so that PLDs are found again
+    rounding = (total + (2 * spans + reach) / interval) * 2.0**-52  # of a Fourier transform and its powers
+    if rounding > delta / 2:
+        raise ValueError(f"delta {delta:.3g} is within rounding, {rounding:.1g}, of so many steps")
+    log_lost, lost = math.floor(math.log(lost / total)), lost / len(mechanisms)
+    with np.errstate(all="ignore"):
+        nothing = identity(interval)
+        parts = [_power(_pld(*m[:2], interval, log_lost), m.steps, nothing, lost) for m in mechanisms]
+        while len(parts) > 1:  # by twos: short ones with short ones
+            pairs = zip(parts[::2], parts[1::2], strict=False)
+            parts = [a.compose(b, lost) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
+        epsilon = parts[0].get_epsilon_for_delta(delta - rounding)
+    if not math.isfinite(epsilon):
+        raise ValueError(f"it returned {epsilon}")
+    return epsilon
+
+
+def _span(m: Mechanism, lost: float) -> float:
+    """How far a step's privacy losses reach, but for a probability of `lost`."""
+    q, sigma = m[:2]
+    largest = (0.5 - norm.ppf(lost / 10) * sigma) / sigma / sigma
+    return largest if q == 1 else float(np.logaddexp(math.log1p(-q), math.log(q) + largest)) - math.log1p(-q)
+
+
+@lru_cache(maxsize=8)
+def _pld(q: float, sigma: float, interval: float, log_lost: int) -> PrivacyLossDistribution:
+    return from_gaussian_mechanism(
+        sigma,
+        sampling_prob=q,
+        value_discretization_interval=interval,
+        log_mass_truncation_bound=log_lost,
+    )
+
+
+def _power(
+    pld: PrivacyLossDistribution, steps: int, nothing: PrivacyLossDistribution, lost: float
+) -> PrivacyLossDistribution:
+    """Equal steps composed; many in stages, for dp-accounting's bound on the length of the result is loose for many.
+
+    nothing: no step at all; composed with it, a result loses its empty ends.
+    """
+    if steps <= 2048:
+        return pld.self_compose(steps, lost) if steps > 1 else pld
+    many, rest = divmod(steps, 1024)
+    stage = pld.self_compose(1024, lost / many).compose(nothing, lost / many)
+    composed = _power(stage, many, nothing, lost).compose(nothing, lost)
+    return composed.compose(_power(pld, rest, nothing, lost), lost) if rest else composed
 
 
 class _Truncated(PrivacyRandomVariableTruncated):
@@ -397,87 +520,32 @@ class _Truncated(PrivacyRandomVariableTruncated):
         return np.sum(half * weights * density * loss) / self.remaining_mass
 
 
-class _Grid(NamedTuple):
-    composer: Heterogeneous
-    eps_error: float
-    delta_error: float
-    rounding: float
-
-
-@lru_cache(maxsize=4)
-def _discretise(capacity: tuple[Mechanism, ...], delta: float, effort: Effort) -> _Grid:
-    """A grid good for any counts up to those in `capacity`.
-
-    Raises ValueError, before any work, where that is unsafe or too costly.
-    """
-    total, delta_error = sum(m.steps for m in capacity), delta / 1000
-    # The steps asked for may be half of the capacity, and the error should be small against their epsilon
-    # too. Where the cheap bound is far too high, the fine grid's error would be as well: so a coarse grid
-    # estimates first.
-    half_way = tuple(m._replace(steps=max(1, m.steps // 2)) for m in capacity)
-    epsilon = _epsilon(half_way, delta, COARSE)[0] if effort == FINE else _cheap_epsilon(half_way, delta)
-    # The domain [-L, L] of Remark 5.6 in Gopi et al.: beyond it lies too little mass to matter, in sum or in
-    # any one step.
-    spread = [_cheap_epsilon(capacity, delta_error / 4)]
-    spread += [_cheap_epsilon((m._replace(steps=1),), delta_error / 8 / total) for m in capacity]
-    limit = max(spread) + 3
-    if limit > 0.4 * math.log(np.finfo(np.longdouble).max):
-        raise ValueError(f"privacy losses of up to {limit:.3g} are possible")
-    per_error = math.sqrt(total / 2 * math.log(12 / delta_error))  # mesh = eps_error / per_error: Theorem 5.5
-    wanted = effort.precision * max(epsilon, math.sqrt(epsilon))  # relative precision below 1 would cost too much
-    useless = WORST_PRECISION * _cheap_epsilon(capacity, delta)
-    points = 2 * limit * per_error / useless
-    if points > effort.max_points:
-        raise ValueError(f"a grid of {points:.1g} points would be needed, more than {effort.max_points}")
-    eps_error = max(min(wanted, useless), 2 * limit * per_error / effort.max_points)
-
-    half = next_fast_len(math.ceil(limit * per_error / eps_error) + 1, real=True)
+def _prv_epsilons(m: Mechanism, delta: float) -> tuple[float, float]:
+    """PRV's lower and upper bound of equal steps; 0 and infinity where it has none, or not at once."""
+    delta_error = delta / 1000
+    # The domain [-L, L] of Remark 5.6 in Gopi et al.: beyond it lies too little mass to matter, in sum or in any one step.
+    one = m._replace(steps=1)
+    limit = 3 + max(_cheap_epsilon((m,), delta_error / 4), _cheap_epsilon((one,), delta_error / 8 / m.steps))
+    per_error = math.sqrt(m.steps / 2 * math.log(12 / delta_error))  # eps_error / mesh: Theorem 5.5
+    mesh = 2 * limit / (QUICK_GRID - 2)
+    eps_error = mesh * per_error
     # Each step's CDF is good to about 2^-53, and the tails are sums over the grid.
-    rounding = total * 2.0**-52 + 2 * half * float(np.finfo(np.longdouble).eps)
-    if rounding > delta / 2:
-        raise ValueError(f"delta {delta:.3g} is within rounding, {rounding:.1g}, of so many steps")
-    mesh = limit / (half - 1)
-    domain = Domain(-limit, limit + mesh, 2 * half)  # as `Domain.create_aligned`, but of a size that FFTs like
-    steps = [PoissonSubsampledGaussianMechanism(m.sample_rate, m.noise_multiplier) for m in capacity]
-    cut = [_Truncated(step, domain.t_min(), domain.t_max()) for step in steps]
-    composer = Heterogeneous([CellCentred().discretise(loss, domain) for loss in cut])
-    return _Grid(composer, eps_error, delta_error, rounding)
-
-
-def _prv_epsilon(
-    mechanisms: tuple[Mechanism, ...], delta: float, effort: Effort, capacity: tuple[Mechanism, ...]
-) -> float:
-    """PRV's upper bound. Raises where there is none."""
-    # Room for the next power of two: a run that asks at every step builds few grids, and asks the same one.
-    room = tuple(m._replace(steps=1 << (m.steps - 1).bit_length()) for m in capacity)
-    with np.errstate(all="ignore"):
-        grid = _discretise(room, delta, effort)
-        composed = grid.composer.compute_composition([m.steps for m in mechanisms])
-        _, _, upper = composed.compute_epsilon(delta - grid.rounding, grid.delta_error, grid.eps_error)
-    if not math.isfinite(upper):
-        raise ValueError(f"it returned {upper}")
-    return max(0.0, upper)
-
-
-@lru_cache(maxsize=1024)
-def _epsilon(
-    mechanisms: tuple[Mechanism, ...],
-    delta: float,
-    effort: Effort = FINE,
-    capacity: tuple[Mechanism, ...] | None = None,
-) -> tuple[float, str | None]:
-    """The smaller of both bounds, and what kept PRV from giving one (None: nothing did)."""
-    cheap = _cheap_epsilon(mechanisms, delta)
-    if cheap in (0.0, math.inf) or all(m.sample_rate == 1 for m in mechanisms):
-        return cheap, None
+    rounding = m.steps * 2.0**-52 + QUICK_GRID * float(np.finfo(np.longdouble).eps)
+    if eps_error > 0.05 * _cheap_epsilon((m,), delta) or limit > 4000 or rounding > delta / 1000:
+        return 0.0, math.inf
+    domain = Domain(-limit, limit + mesh, QUICK_GRID)
     try:
-        return min(cheap, _prv_epsilon(mechanisms, delta, effort, capacity or mechanisms)), None
-    except (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, ValueError) as error:
-        return cheap, str(error) or type(error).__name__
+        with np.errstate(all="ignore"):
+            loss = _Truncated(PoissonSubsampledGaussianMechanism(*m[:2]), domain.t_min(), domain.t_max())
+            composed = Heterogeneous([CellCentred().discretise(loss, domain)]).compute_composition([m.steps])
+            lower, _, upper = composed.compute_epsilon(delta - rounding, delta_error, eps_error)
+    except FAILURES:
+        return 0.0, math.inf
+    return (lower, max(0.0, upper)) if lower <= upper < math.inf else (0.0, math.inf)
 
 
 def _warn(trouble: str, stacklevel: int = 3) -> None:
-    text = f"the PRV accountant cannot be used here ({trouble}); epsilon is the RDP bound: valid, but looser"
+    text = f"there is no tight bound here ({trouble}); epsilon is the RDP bound: valid, but looser"
     warnings.warn(text, PrivacyAccountingWarning, stacklevel)
 
 
@@ -556,6 +624,12 @@ def _check_steps(value: int, name: str = "steps", least: int = 0) -> int:
     if not least <= value <= MAX_STEPS:
         raise ValueError(f"{name} must be from {least} to {MAX_STEPS}, got {value!r}")
     return int(value)
+
+
+def _check_id(value: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"id must be a string, got {value!r}")
+    return value
 
 
 def _check_method(value: str) -> str:

@@ -10,7 +10,7 @@ from typing import Self
 from fastloda.accountant import calibrate_noise, compose_epsilon
 from fastloda.files import write_atomically
 from fastloda.intent import intent_path
-from fastloda.noise import describe_randomness
+from fastloda.noise import UNRECORDED, describe_randomness, describe_together
 from fastloda.report.plots import epsilon_plot
 from fastloda.runs import CONFIG, DONE, write_json
 from fastloda.styles import ClippingName, clipping_style
@@ -119,7 +119,7 @@ def check_delta(name: str, delta: float, records: int) -> None:
 
 
 def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optimization) -> PrivateTraining:
-    """The trainer's settings, with the least noise that keeps the promise. Takes 1 to 60 s, less if asked before.
+    """The trainer's settings, with the least noise that keeps the promise. Takes 1 to 20 s, less if asked before.
 
     earlier: releases about the same records, as `compose_epsilon` takes them, that the promise covers too.
     optimization: the other fields of `PrivateTraining`.
@@ -143,37 +143,49 @@ def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optim
     return replace(settings, noise_multiplier=noise)
 
 
-def publish(trainer: DPTrainer, privacy: Privacy, folder: Path) -> None:
-    """What a private run says about itself: privacy.json, epsilon.png, and README.txt on what may leave the folder."""
+def publish(trainer: DPTrainer, privacy: Privacy, folder: Path, earlier: Sequence[dict] = ()) -> None:
+    """What a private run says about itself: privacy.json, epsilon.png, and README.txt on what may leave the folder.
+
+    earlier: as in `privacy_statement`.
+    """
     write_atomically(folder / "README.txt", README.encode())
     write_atomically(folder / EPSILON_CURVE, _epsilon_curve(trainer))
-    write_json(folder / STATEMENT, privacy_statement(trainer, privacy))
+    write_json(folder / STATEMENT, privacy_statement(trainer, privacy, earlier))
 
 
-def privacy_statement(trainer: DPTrainer, privacy: Privacy) -> dict:
-    """What was spent, and on what terms: JSON values, all of them public."""
+def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[dict] = ()) -> dict:
+    """What was spent, and on what terms: JSON values, all of them public.
+
+    earlier: what is known of the releases in the settings' `earlier`, as a statement's own "releases" say it.
+    """
     settings, accountant = trainer.settings, trainer.accountant
-    return {
-        "epsilon": trainer.epsilon(),
-        "epsilon_rdp": accountant.epsilon_rdp(settings.delta),
-        "delta": settings.delta,
-        "target_epsilon": settings.target_epsilon,
-        "adjacency": ADJACENCY,
-        "mechanism": "Gaussian noise on the sum of clipped per-record gradients, divided by the expected batch size",
-        "sampler": SAMPLER,
-        "sample_rate": settings.sample_rate,
-        "noise_multiplier": settings.noise_multiplier,
-        "steps": trainer.step,
-        "earlier": [list(release) for release in settings.earlier],
-        "max_grad_norm": settings.max_grad_norm,
-        "views": settings.views,
-        "records": privacy.records,
-        "expected_batch_size": settings.expected_batch_size,
-        "accountant": _accountant(),
-        "seed_was_fixed": settings.seed is not None,
-        "secure_noise": settings.secure_noise,
-        "randomness": describe_randomness(settings.seed, settings.secure_noise),
-    } | clipping_style(settings.clipping).statement(settings.noise_multiplier, settings.expected_batch_size)
+    own = (settings.sample_rate, settings.noise_multiplier, trainer.step)
+    before = earlier or [unrecorded_release(release) for release in settings.earlier]
+    text = describe_randomness(settings.seed, settings.secure_noise)
+    all_releases = [*before, _release(own, settings.seed is not None, text)]
+    return (
+        {
+            "epsilon": trainer.epsilon(),
+            "epsilon_rdp": accountant.epsilon_rdp(settings.delta),
+            "delta": settings.delta,
+            "target_epsilon": settings.target_epsilon,
+            "adjacency": ADJACENCY,
+            "mechanism": "Gaussian noise on the sum of clipped per-record gradients, divided by the expected batch size",
+            "sampler": SAMPLER,
+            "sample_rate": settings.sample_rate,
+            "noise_multiplier": settings.noise_multiplier,
+            "steps": trainer.step,
+            "earlier": [list(release) for release in settings.earlier],
+            "max_grad_norm": settings.max_grad_norm,
+            "views": settings.views,
+            "records": privacy.records,
+            "expected_batch_size": settings.expected_batch_size,
+            "accountant": _accountant(),
+            "secure_noise": settings.secure_noise,
+        }
+        | _randomness(all_releases)
+        | clipping_style(settings.clipping).statement(settings.noise_multiplier, settings.expected_batch_size)
+    )
 
 
 def release_statement(what: str, mechanism: Sequence, delta: float, records: int, seed: int | None) -> dict:
@@ -190,13 +202,31 @@ def release_statement(what: str, mechanism: Sequence, delta: float, records: int
         "steps": steps,
         "records": records,
         "accountant": _accountant(),
-        "seed_was_fixed": seed is not None,
-        "randomness": describe_randomness(seed, secure=False),
+    } | _randomness([_release(mechanism, seed is not None, describe_randomness(seed, secure=False))])
+
+
+def unrecorded_release(mechanism: Sequence) -> dict:
+    """A release of which nobody has written down how its noise was drawn."""
+    return _release(mechanism, None, UNRECORDED)
+
+
+def _release(mechanism: Sequence, seed_was_fixed: bool | None, randomness: str) -> dict:
+    numbers = dict(zip(("sample_rate", "noise_multiplier", "steps"), mechanism, strict=True))
+    return {**numbers, "seed_was_fixed": seed_was_fixed, "randomness": randomness}
+
+
+def _randomness(all_releases: Sequence[dict]) -> dict:
+    """How the noise of each release was drawn, and of all together: foreseeable as soon as one is, or may be."""
+    return {
+        "seed_was_fixed": any(release["seed_was_fixed"] is not False for release in all_releases),
+        "randomness": describe_together(release["randomness"] for release in all_releases),
+        "releases": list(all_releases),
     }
 
 
 def _accountant() -> str:
-    return f"upper bound by prv-accountant {version('prv-accountant')}, or RDP's where that is smaller"
+    names = [f"{name} {version(name)}" for name in ("dp-accounting", "prv-accountant")]
+    return f"the smallest of the upper bounds by {' and '.join(names)}, and of RDP's"
 
 
 def _epsilon_curve(trainer: DPTrainer) -> bytes:

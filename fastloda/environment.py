@@ -16,5 +16,8 @@ def environment(device: torch.device) -> dict:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads",
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn", "prv-accountant")},
+        **{
+            name: version(name)
+            for name in ("torch", "numpy", "scipy", "scikit-learn", "dp-accounting", "prv-accountant")
+        },
     }

@@ -164,7 +164,8 @@ class PrivacyEngine:
         private, steps = made[1], epochs * len(made[-1])
         noise = calibrate_noise(target_epsilon, target_delta, private.sample_rate, steps)
         private.clipping.gradient_noise(noise, private.expected_batch_size)
-        private.noise_multiplier, private.last_step = noise, steps
+        private.noise_multiplier = private.budget_noise = noise
+        private.last_step = steps
         return made
 
     def get_epsilon(self, delta: float) -> float:

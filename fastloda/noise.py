@@ -4,6 +4,7 @@ float32 `torch.randn` ends at 5.77 sigma on a CPU, which alone can cost a delta 
 """
 
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Generator, Tensor
@@ -14,6 +15,7 @@ from fastloda.secure import SecureGenerator
 NoiseSource = Generator | SecureGenerator
 
 FORESEEABLE = "fixed seed: an experiment; whoever knows the seed can foresee the noise, so it is no private release"
+UNRECORDED = "not on record for every release: take the noise for foreseeable"
 UNFORESEEABLE = "seeded by the operating system"
 SECURE = "noise from the operating system's cryptographically secure generator; sampling seeded by the operating system"
 
@@ -27,6 +29,13 @@ def describe_randomness(seed: int | None, secure: bool) -> str:
     if seed is not None:
         return FORESEEABLE
     return SECURE if secure else UNFORESEEABLE
+
+
+def describe_together(each: Iterable[str]) -> str:
+    """The same of several releases: whoever foresees the noise of one of them has seen through them all."""
+    texts = dict.fromkeys(each)
+    worst = [text for text in (FORESEEABLE, UNRECORDED) if text in texts]
+    return "; ".join(worst or texts)
 
 
 def noise_generator(device: torch.device | str = "cpu") -> Generator:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastloda.account import read_statement, releases
+from fastloda.account import known_releases, read_statement, releases
 from fastloda.adapt import attach_loda, load_loda, save_loda
 from fastloda.arguments import Device, resolve_device
 from fastloda.budget import (
@@ -228,7 +228,7 @@ def finetune(
     network = load_unet(public / MODEL, place)
     images = open_for_unet(data, network.config)
     privacy = privacy.with_records(len(images))
-    earlier = _releases_of(public)
+    statement = _statement_of(public)
     with seeded(training.seed or 0):  # only where A starts: public, and independent of the noise
         attach_loda(network, **asdict(adapter))
     settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter)}
@@ -236,7 +236,12 @@ def finetune(
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
     stage = Stage(Path(run) / "private", settings, (public / MODEL,), outputs, private=True)
     if not _reuse(stage):
-        private = private_training(privacy, earlier, fixed_shape=place.type != "cpu", **training.optimization())
+        private = private_training(
+            privacy,
+            releases(statement) if statement else (),
+            fixed_shape=place.type != "cpu",
+            **training.optimization(),
+        )
         # [:] of a tensor is that tensor, and of bytes floats
         records, losses = (images.images[:], images.labels), training.losses(privacy.views)
         checkpoint = stage.folder / CHECKPOINT
@@ -245,7 +250,7 @@ def finetune(
             trainer.fit()
             with trainer.average.in_place():
                 save_loda(network, stage.folder / ADAPTER)
-            publish(trainer, privacy, stage.folder)
+            publish(trainer, privacy, stage.folder, known_releases(statement) if statement else ())
     return read_statement(stage.folder)
 
 
@@ -388,9 +393,9 @@ def _public_folder(run: Path, model: Path | None) -> Path:
     return chosen if (chosen / DONE).is_file() else Path(run) / "public"
 
 
-def _releases_of(folder: Path) -> list[tuple]:
-    """What a public model that `choose` has trained further released about the private records; none of any other."""
-    return releases(read_statement(folder)) if was_chosen_privately(folder / MODEL) else []
+def _statement_of(folder: Path) -> dict | None:
+    """What a public model that `choose` has trained further released about the private records; None of any other."""
+    return read_statement(folder) if was_chosen_privately(folder / MODEL) else None
 
 
 def _released_with(folder: Path) -> ClassEmbeddings:

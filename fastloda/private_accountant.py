@@ -1,6 +1,9 @@
 """The history of private steps, of any noise and any sample rate, with the interface of Opacus's accountants."""
 
-from fastloda.accountant import Mechanism, PrivacyAccountant, _cheap_epsilon, compose_epsilon
+from collections import Counter, defaultdict
+
+from fastloda.accountant import Mechanism, check_mechanism, compose_epsilon, rdp_epsilon
+from fastloda.ledger import Counts, Ledger, new_id
 
 METHODS = ("prv", "rdp")
 
@@ -20,24 +23,32 @@ class HistoryAccountant:
             why = ": it is an approximation that can lie below the true epsilon" if method == "gdp" else ""
             raise ValueError(f"accountant must be one of {METHODS}, got {method!r}{why}")
         self.method = method
-        self._steps: dict[tuple[float, float], int] = {}
+        self._ledger = Ledger()
 
     @property
     def history(self) -> list[tuple[float, float, int]]:
         """(noise_multiplier, sample_rate, steps), as in Opacus."""
-        return [(*key, steps) for key, steps in self._steps.items()]
+        return [(*mechanism, steps) for mechanism, steps in self._ledger.total.items()]
 
     def __len__(self) -> int:
         """Steps taken."""
-        return sum(self._steps.values())
+        return sum(self._ledger.total.values())
 
     def mechanism(self) -> str:
         return self.method
 
     def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
-        """Count one step."""
-        key = (noise_multiplier, sample_rate)
-        self._steps[key] = self._steps.get(key, 0) + 1
+        """Count one step.
+
+        Raises:
+            ValueError, TypeError: noise or rate that no step can have; nothing is counted then.
+        """
+        checked = check_mechanism(sample_rate, noise_multiplier, 1)
+        self._ledger.count((checked.noise_multiplier, checked.sample_rate), checked.steps)
+
+    def costs_more_than(self, *, noise_multiplier: float, sample_rate: float) -> bool:
+        """Whether a step here had less noise, or a larger sample rate: more than a budget of such steps pays for."""
+        return any(noise < noise_multiplier or rate > sample_rate for noise, rate, _ in self.history)
 
     def get_epsilon(self, delta: float) -> float:
         """Upper bound on epsilon for all steps together; 0 before the first, infinite without noise.
@@ -45,28 +56,38 @@ class HistoryAccountant:
         Raises:
             ValueError, TypeError: delta is not in (0, 1).
         """
-        spent = [(rate, noise, steps) for noise, rate, steps in self.history]
-        if self.method == "prv" or not spent:
-            return compose_epsilon(spent, delta)
-        PrivacyAccountant(*spent[0][:2], "rdp").epsilon(delta, 1)  # checks delta
-        return _cheap_epsilon(tuple(Mechanism(*item) for item in sorted(spent)), delta)
+        spent = [Mechanism(rate, noise, steps) for noise, rate, steps in self.history]
+        return compose_epsilon(spent, delta) if self.method == "prv" else rdp_epsilon(spent, delta)
 
     def state_dict(self) -> dict:
-        """Plain values, in Opacus's form."""
-        return {"history": [list(item) for item in self.history], "mechanism": self.method}
+        """Plain values, in Opacus's form, and beside each item of the history the id of the account that counted it."""
+        items = [(id, [*key, steps]) for id, counts in self._ledger.entries.items() for key, steps in counts.items()]
+        return {"history": [item for _, item in items], "ids": [id for id, _ in items], "mechanism": self.method}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue a record, Opacus's own too. What was spent stays spent: of equal steps the larger count is kept.
+        """Add a record to what was spent, Opacus's own too.
+
+        Steps are known by the account that counted them, so those that are here already count once: a record loaded twice, an
+        earlier one of this account, what two accounts had in common. Opacus's records don't say who counted: all of one is added.
 
         Raises:
             ValueError: the record is malformed; nothing has changed then.
         """
         try:
-            history = {(float(noise), float(rate)): int(steps) for noise, rate, steps in state["history"]}
-            compose_epsilon([(rate, noise, 0) for noise, rate in history], 0.5)  # checks noise and rate
-            if min(history.values(), default=0) < 0:
-                raise ValueError("a negative number of steps")
+            entries = _entries(state)
         except (TypeError, ValueError, LookupError) as error:
             raise ValueError(f"malformed privacy record: {error}") from error
-        for key, steps in history.items():
-            self._steps[key] = max(steps, self._steps.get(key, 0))
+        self._ledger.merge(entries)
+
+
+def _entries(state: dict) -> dict[str, Counts]:
+    """A record's counts by id; a new one where it has none."""
+    history = state["history"]
+    ids = state.get("ids", [new_id()] * len(history))
+    entries: dict[str, Counter] = defaultdict(Counter)
+    for id, (noise, rate, steps) in zip(ids, history, strict=True):
+        if not isinstance(id, str):
+            raise TypeError(f"an id must be a string, got {id!r}")
+        checked = check_mechanism(rate, noise, steps)
+        entries[id][checked.noise_multiplier, checked.sample_rate] += checked.steps
+    return entries

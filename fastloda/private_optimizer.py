@@ -55,6 +55,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.noise_multiplier, self.max_grad_norm, self.clipping = noise_multiplier, max_grad_norm, clipping
         self.sample_rate, self.expected_batch_size, self.generator = sample_rate, expected_batch_size, generator
         self.last_step = last_step
+        self.budget_noise = noise_multiplier  # of the steps that last_step counts
         self.stats: StepStats | None = None
         self._module, self._tape = module, tape
         self._batch: int | None = None  # the logical batch that the clipper holds parts of
@@ -105,6 +106,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self.last_step is not None and len(self.accountant) >= self.last_step:
             raise PrivacyError(
                 f"the {self.last_step} steps that the privacy budget pays for are taken: no step is left"
+            )
+        if self.last_step is not None and (
+            self.noise_multiplier < self.budget_noise
+            or self.accountant.costs_more_than(noise_multiplier=self.budget_noise, sample_rate=self.sample_rate)
+        ):
+            raise PrivacyError(
+                f"the budget pays for steps with noise_multiplier {self.budget_noise:.4g} at sample rate {self.sample_rate:.4g}, "
+                "and the account (or the next step) has steps that cost more, by other settings or from a checkpoint: go on with "
+                "make_private, and watch get_epsilon"
             )
         drawn = self.tally.drawn
         if self._tape.empty and not (drawn and drawn[-1].records == 0):

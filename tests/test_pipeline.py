@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from fastloda import pipeline
-from fastloda.account import account, read_statement
+from fastloda.account import account, read_statement, releases
 from fastloda.accountant import PrivacyAccountant, compose_epsilon
 from fastloda.baselines import DPSGD, run_dpsgd, train_dpsgd
 from fastloda.baselines.dpsgd import _augmented_losses
@@ -536,6 +536,31 @@ def test_account_refuses_half_a_question(tmp_path):
     (tmp_path / "privacy.json").write_text("{}")
     with pytest.raises(ValueError, match="no privacy statement"):
         account(1e-5, composition=(str(tmp_path),))
+
+
+@pytest.mark.parametrize(("chosen", "tuned"), [(0, None), (None, 0), (None, None)])
+def test_each_release_says_how_its_noise_was_drawn(public_run, chosen, tuned):
+    """The adapters of a model that a foreseeable release has moved are no private release."""
+    choose(public_run, seed=chosen, **CHOOSING)
+    statement = finetune(public_run, PRIVACY, training=FineTuning(seed=tuned), **QUIET)
+    first, own = statement["releases"]
+    assert [first["seed_was_fixed"], own["seed_was_fixed"]] == [chosen is not None, tuned is not None]
+    assert [[r[n] for n in ("sample_rate", "noise_multiplier", "steps")] for r in statement["releases"]] == [
+        *statement["earlier"],
+        [statement[n] for n in ("sample_rate", "noise_multiplier", "steps")],
+    ]
+    fixed = (chosen, tuned) != (None, None)
+    assert statement["seed_was_fixed"] == fixed and ("foresee" in statement["randomness"]) == fixed
+    assert ("operating system" in own["randomness"]) == (tuned is None)
+    together = account(1e-5, composition=(str(public_run),))
+    assert together["randomness"] == statement["randomness"]
+    assert together["epsilon"] == compose_epsilon(releases(statement), 1e-5)
+    # A choice made before statements said so of each release, and what it does not say, is not taken for unforeseeable.
+    (public_run / "old").mkdir()
+    old = {key: value for key, value in statement.items() if key != "releases"}
+    (public_run / "old" / "privacy.json").write_text(json.dumps(old))
+    found = account(1e-5, composition=(str(public_run / "old"),))
+    assert "foresee" in found["randomness"] and found["epsilon"] == together["epsilon"]
 
 
 # -- DP-SGD ----------------------------------------------------------------------------------------------------------

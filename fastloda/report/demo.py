@@ -145,7 +145,7 @@ class Outcome:
         return [
             f"Each DP row is (epsilon, {delta:g})-differentially private for adding or removing one record: gradients "
             "are clipped record by record, records sampled by Poisson, noise is added once a step, and epsilon is an "
-            "upper bound by the PRV accountant. It covers the choice of public digits, the adapters and everything made "
+            "upper bound by numerical accountants. It covers the choice of public digits, the adapters and everything made "
             "from them: samples, and classifiers trained on those.",
             f"Randomness: {self._randomness()}. The digits are a public data set that stands for private data; none is shown.",
             "Not covered: the row without privacy, and the test accuracies, which are statistics of the 360 test "
