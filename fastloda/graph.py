@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import Size, Tensor, nn
 from torch.autograd.graph import Node
 
@@ -115,8 +116,9 @@ def _settings(node: Node) -> Iterator[object]:
         yield _zero_or_one(node._saved_weight)
     for name in FACTOR_TENSORS.get(node.name(), ()):
         factor = getattr(getattr(node, name), "data", None)
-        if isinstance(factor, Tensor) and not factor.dim() and not factor.is_cuda:  # a GPU would be waited for
-            yield _zero_or_one(factor.item())
+        readable = isinstance(factor, Tensor) and factor.device.type == "cpu" and not factor.requires_grad
+        if readable and not factor.dim() and factor.dtype != torch.bfloat16:  # a GPU would be waited for
+            yield _zero_or_one(factor.numpy().item())  # not by an operation, which modes of PyTorch would see
 
 
 def _zero_or_one(factor: object) -> object:
