@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import Size, Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloda.layout import Edges, carries_batch, follow_batch, output_shape
 from fastloda.regions import COMPILED, code_number
@@ -74,7 +74,8 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
     compiled, convolutions = (
         tuple(node for node, kind in zip(order, kinds) if kind == wanted) for wanted in (COMPILED, CONVOLUTION)
     )
-    settings = (setting for node in order for setting in _settings(node))
+    with _disable_current_modes():  # they see a saved number as a tensor, and PyTorch then fails
+        settings = [setting for node in order for setting in _settings(node)]
     signature = hash((*kinds, *settings, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
     return LossGraph(
         uses=uses,
@@ -116,9 +117,8 @@ def _settings(node: Node) -> Iterator[object]:
         yield _zero_or_one(node._saved_weight)
     for name in FACTOR_TENSORS.get(node.name(), ()):
         factor = getattr(getattr(node, name), "data", None)
-        readable = isinstance(factor, Tensor) and factor.device.type == "cpu" and not factor.requires_grad
-        if readable and not factor.dim() and factor.dtype != torch.bfloat16:  # a GPU would be waited for
-            yield _zero_or_one(factor.numpy().item())  # not by an operation, which modes of PyTorch would see
+        if type(factor) is Tensor and not factor.dim() and factor.device.type == "cpu":  # a GPU would be waited for
+            yield _zero_or_one(factor.item())
 
 
 def _zero_or_one(factor: object) -> object:
