@@ -71,6 +71,8 @@ def attach_loda(
             f"the model is a single {type(model).__name__}: use LoDAConv2d.from_conv or LoDALinear.from_linear"
         )
     skipped = {name: reason for name, layer in matching.items() if (reason := _reason_to_skip(layer, rank))}
+    if targets is None:
+        skipped |= _relatives(model)
     chosen = {name: layer for name, layer in matching.items() if name not in skipped}
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
@@ -101,6 +103,17 @@ def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]
             raise ValueError(f"targets {unknown} match no Conv2d or Linear; the model has {list(layers)[:8]}...")
         matches = lambda name, layer: any(name == e or name.endswith("." + e) for e in endings)  # noqa: E731
     return {name: layer for name, layer in layers.items() if matches(name, layer)}
+
+
+def _relatives(model: nn.Module) -> dict[str, str]:
+    """Layers that multiply by a matrix and are no Linear, as transformers' Conv1D: name -> why they are left alone."""
+    known = (nn.Linear, nn.Embedding, nn.EmbeddingBag)
+    matrices = {name: layer for name, layer in _layers(model, (nn.Module,)) if "weight" in layer._parameters}
+    return {
+        name: f"{type(layer).__name__} is no Conv2d or Linear"
+        for name, layer in matrices.items()
+        if not isinstance(layer, known) and layer.weight is not None and layer.weight.dim() == 2
+    }
 
 
 def _as_tuple(value) -> tuple:

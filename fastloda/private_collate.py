@@ -36,7 +36,7 @@ class CollateOrEmpty:
 
     Raises:
         PrivacyError: collate_fn mixes records.
-        TypeError: it returns values that can't be made empty.
+        TypeError: it returns values that can't be made empty, or the data set's __getitems__ no list of records.
     """
 
     def __init__(self, collate_fn: Callable, dataset: Dataset):
@@ -44,6 +44,10 @@ class CollateOrEmpty:
         self.empty, self.batches = None, 0
 
     def __call__(self, records: list) -> Any:
+        if not isinstance(records, (list, tuple)):
+            raise TypeError(
+                f"the data set's __getitems__ gave a {type(records).__name__}: it must return a list with one item a record"
+            )
         if self.empty is None:
             self.empty = self._make_empty(records)
         if not len(records):

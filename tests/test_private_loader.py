@@ -31,12 +31,10 @@ from fastloda.private_loader import BatchMemoryManager, PoissonLoader
 
 
 class LazyFile(Dataset):
-    """Records of a file that is opened at the first read, as h5py wants it; `getitems` reads them all at once."""
+    """Records of a file that is opened at the first read, as h5py wants it."""
 
-    def __init__(self, path, count, getitems=False):
+    def __init__(self, path, count):
         self.path, self.count, self.file = path, count, None
-        if getitems:
-            self.__getitems__ = lambda indices: [self[i] for i in indices]
 
     def __len__(self):
         return self.count
@@ -140,6 +138,24 @@ def test_values_that_cannot_be_made_empty_are_refused_with_the_first_batch():
     loader = DataLoader(TensorDataset(torch.arange(4)), batch_size=4, collate_fn=lambda rows: object())
     with pytest.raises(TypeError, match="cannot make an empty batch"):
         next(iter(PoissonLoader.like(loader)))
+
+
+class AtOnce(Untouchable):
+    """Reads a batch at once, into a list or not."""
+
+    def __init__(self, give):
+        self.ready, self.give = True, give
+
+    def __getitems__(self, indices):
+        return self.give([self[i] for i in indices])
+
+
+def test_records_that_are_read_at_once_are_a_list():
+    x, y = zip(*[next(iter(PoissonLoader.like(DataLoader(AtOnce(list), batch_size=3)))) for _ in range(9)])
+    assert {value.shape[1:] for value in x} == {(2,)}
+    loader = DataLoader(AtOnce(lambda rows: {"x": torch.stack([x for x, _ in rows])}), batch_size=3, collate_fn=list)
+    with pytest.raises(TypeError, match="__getitems__ gave a dict: it must return a list with one item a record"):
+        list(PoissonLoader.like(loader))
 
 
 # ---- who draws the batches
@@ -361,6 +377,7 @@ HONEST = {
     "nested": (lambda rows: torch.nested.as_nested_tensor([row[0] for row in rows]), "sequences"),
     "an object": (lambda rows: Batch(stacked(rows)[0], {"n": len(rows)}), "images"),
     "takes records apart": (popping, "dicts"),
+    "changes records in place": (lambda rows: torch.stack([row[0].mul_(2) for row in rows]), "images"),
     "numpy": (lambda rows: np.stack([row[0].numpy() for row in rows]), "images"),
 }
 
