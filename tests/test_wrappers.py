@@ -198,6 +198,11 @@ class Holder(nn.Module):
         return self.module(x) + (self.conv(x) if hasattr(self, "conv") else 0)
 
 
+def test_a_part_that_is_called_as_wrappers_call_theirs_keeps_its_name():
+    model = nn.ModuleDict({"_module": nn.Sequential(nn.Conv2d(2, 2, 1)), "conv": nn.Sequential(nn.Conv2d(2, 2, 1))})
+    assert attach_loda(model, rank=1) == ["_module.0", "conv.0"]
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_part_that_is_called_module_keeps_its_name(beside, tmp_path):
     torch.manual_seed(0)
