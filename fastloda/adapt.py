@@ -6,6 +6,7 @@ import math
 import os
 import re
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from fastloda.files import write_atomically
 from fastloda.layers import LoDAConv2d, LoDALinear, check_settings, unfilled
+from fastloda.wrappers import bare_modules, without_wrappers
 
 logger = logging.getLogger("fastloda")
 
@@ -63,7 +65,7 @@ def attach_loda(
         ValueError: nothing matches, the model already has adapters, or it is a single layer (use `from_conv`, `from_linear`).
     """
     settings = {"rank": rank, "activation": activation, "negative_slope": negative_slope, "scale": scale}
-    if adapted := [name for name, module in model.named_modules() if isinstance(module, ADAPTED)]:
+    if adapted := [name for name, _ in loda_layers(model)]:
         raise ValueError(
             f"the model already has adapters ({adapted[0]!r} and {len(adapted) - 1} more): load or train those"
         )
@@ -113,7 +115,7 @@ def _weights(layer: nn.Module) -> int:
 
 
 def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
+    modules = dict(_layers(model, (nn.Module,)))
     layers = {name: m for name, m in modules.items() if isinstance(m, ADAPTABLE)}
     others = {name: m for name, m in modules.items() if name and name not in layers and _weights(m)}
     if targets is None:
@@ -169,20 +171,31 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
+                if name == "_orig_mod":  # what torch.compile made of the old one is kept beside it
+                    parent.__setstate__(parent.__getstate__())
+
+
+def _layers(model: nn.Module, types: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of the layers of these types, each once, under its first name."""
+    seen = set()
+    for name, module in bare_modules(model):
+        if isinstance(module, types) and module not in seen:
+            seen.add(module)
+            yield name, module
 
 
 def loda_layers(model: nn.Module) -> Iterator[tuple[str, LoDAConv2d | LoDALinear]]:
-    """(name, layer) of each adapted layer."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, ADAPTED))
+    """(name, layer) of each adapted layer. Names are those of the bare model, without what wrappers put into them."""
+    return _layers(model, ADAPTED)
 
 
 def loda_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters' parameters, A and B of each layer."""
-    return [parameter for _, layer in loda_layers(model) for parameter in (layer.loda_A, layer.loda_B)]
+    """The adapters' parameters, A and B of each layer; those that layers share once."""
+    return list(dict.fromkeys(p for _, layer in loda_layers(model) for p in (layer.loda_A, layer.loda_B)))
 
 
 def loda_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor, of the adapters alone."""
+    """Name -> tensor, of the adapters alone: the same names for a model and for any wrapper around it or a part of it."""
     layers = loda_layers(model)
     return {f"{name}.{key}": getattr(layer, key).detach() for name, layer in layers for key in ("loda_A", "loda_B")}
 
@@ -197,9 +210,16 @@ def save_loda(model: nn.Module, path: str | os.PathLike) -> None:
     settings = {name: {key: getattr(layer, key) for key in SETTINGS} for name, layer in loda_layers(model)}
     if not settings:
         raise ValueError("the model has no adapters to save: call attach_loda first")
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in loda_state_dict(model).items()}
+    tensors = separate(loda_state_dict(model))
     metadata = {"loda": json.dumps(settings)}  # one key: equal adapters are equal files
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors take them: contiguous, on the CPU, and none in another's memory, as shared adapters are."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
 
 
 def load_loda(model: nn.Module, path: str | os.PathLike) -> list[str]:
@@ -220,6 +240,7 @@ def install_adapters(
     Raises:
         ValueError: naming `path`, as in `load_loda`; the model is as before.
     """
+    settings, tensors = _in_names_of(model, settings, tensors, path)
     layers = dict(loda_layers(model))
     bases = {} if layers else _bases(model, settings, path)
     blank = {name: unfilled(base, **settings[name]) for name, base in bases.items()}
@@ -302,12 +323,47 @@ FOREIGN = {  # a part of a tensor's name -> what the file is
 }
 
 
+def real_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Names in a file -> names of the model's layers, for those that it has: under any name, with or without wrappers."""
+    modules = {name: m for name, m in bare_modules(model) if isinstance(m, (nn.Conv2d, nn.Linear))}
+    first = {layer: name for name, layer in _layers(model, (nn.Conv2d, nn.Linear))}
+    stripped = defaultdict(dict)
+    for name, module in modules.items():
+        stripped[without_wrappers(name)][module] = None
+    found = {}
+    for name in names:
+        candidates = [modules[name]] if name in modules else list(stripped.get(without_wrappers(name), ()))
+        if len(candidates) == 1:
+            found[name] = first[candidates[0]]
+    return found
+
+
+def _in_names_of(
+    model: nn.Module, settings: dict[str, dict], tensors: dict[str, Tensor], path: str | os.PathLike
+) -> tuple[dict[str, dict], dict[str, Tensor]]:
+    real = real_names(model, settings)
+    twice = [name for name, count in Counter(real.values()).items() if count > 1]
+    if twice:
+        same = [name for name in settings if real.get(name) == twice[0]]
+        raise ValueError(f"{path} has adapters for {same}, which are one layer of this model: another model's adapters")
+    renamed = {name: real.get(name, name) for name in settings}
+    layers = {renamed[name]: chosen for name, chosen in settings.items()}
+    return layers, {
+        f"{renamed[name]}.{key}": tensors[f"{name}.{key}"] for name in settings for key in ("loda_A", "loda_B")
+    }
+
+
 def _bases(model: nn.Module, settings: dict[str, dict], path: str | os.PathLike) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
+    modules = dict(bare_modules(model))
     strangers = [name for name in settings if not isinstance(modules.get(name), (nn.Conv2d, nn.Linear))]
     if strangers:
         raise ValueError(
             f"{path} adapts {strangers[:5]}, no Conv2d or Linear of this model: these are another model's adapters"
+        )
+    if any(modules[name] is model for name in settings):
+        raise ValueError(
+            f"{path} adapts a single layer, which can't be replaced in place: load into LoDAConv2d.from_conv(layer, ...) or "
+            "LoDALinear.from_linear(layer, ...)"
         )
     for name in settings:
         if reason := _reason_to_keep(modules[name]):

@@ -13,7 +13,7 @@ import torch._functorch.config as autograd_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastloda.adapt import loda_layers
+from fastloda.adapt import ADAPTED, loda_layers
 from fastloda.errors import PrivacyError
 from fastloda.ops import accumulable
 
@@ -109,9 +109,12 @@ def _check_mode(mode: str | None = None, options: dict | None = None, **_) -> No
 
 
 def _check_trainable(model: nn.Module) -> None:
-    adapters = {f"{name}.{key}".lstrip(".") for name, _ in loda_layers(model) for key in ("loda_A", "loda_B")}
-    parameters = model.named_parameters(remove_duplicate=False)
-    others = [name for name, p in parameters if p.requires_grad and name not in adapters]
+    others = [
+        f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        for key, p in module._parameters.items()
+        if p is not None and p.requires_grad and not (isinstance(module, ADAPTED) and key in ("loda_A", "loda_B"))
+    ]
     if others:
         raise PrivacyError(
             f"{others[:5]} train in the model and are no adapters, so that a compiled step could not tell their gradients "

@@ -4,6 +4,7 @@ NAME is one of `fastloda.data.NAMES`, as in "mnist:/data/mnist", "cifar10-test:/
 published set lies in follows the colon, "-test" means its test part, and "@500" or "@1%" a stratified subset.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from typing import NamedTuple
 from fastloda.data import NAMES, LabelledImages, open_dataset, stratified_subset
 from fastloda.data.catalogue import ALWAYS_THERE
 from fastloda.diffusion import UNetConfig
+
+logger = logging.getLogger("fastloda")
 
 NAMED = frozenset(  # what is the same everywhere, and needs no file
     f"{name}-test" if split == "test" else name for name, drawn in ALWAYS_THERE.items() for split in drawn.splits
@@ -43,7 +46,7 @@ def open_images(
     """A data set as the command line names it; the options are those of `open_dataset`.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, it is damaged, or a label is not in 0 .. num_classes - 1.
+        FileNotFoundError, ValueError: there is none, it is damaged, or it has more classes than num_classes.
     """
     options = {"num_classes": num_classes, "count": count, "seed": seed, "size": size, "channels": channels}
     if (named := _parse(name)) is None:
@@ -81,6 +84,23 @@ def open_for_unet(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
         raise ValueError(
             f"{name} has images of {shape_text(images)}, the U-Net is for {wanted}: `fastloda pretrain` sets it by "
             "--unet.in_channels and --unet.image_size"
+        )
+    if unseen := (images.labels.bincount(minlength=images.num_classes) == 0).nonzero().flatten().tolist():
+        logger.warning("%s says that it has %d classes, but has no image of %s", name, images.num_classes, unseen[:10])
+    return images
+
+
+def open_to_pretrain(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
+    """`open_for_unet`, refused also if they have fewer classes: those that it never saw would be sampled.
+
+    Raises:
+        ValueError: they have, or what `open_for_unet` refuses.
+    """
+    images = open_for_unet(name, unet, **drawn)
+    if images.num_classes < unet.num_classes:
+        raise ValueError(
+            f"{name} has {images.num_classes} classes, the U-Net is for {unet.num_classes}, and would never see the others: "
+            f"set --unet.num_classes {images.num_classes}"
         )
     return images
 

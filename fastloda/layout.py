@@ -74,7 +74,7 @@ class BatchPlaces(NamedTuple):
         outer: blocks before the batch coordinate in its output.
         picked: the kind of operation that picks or lays its rows as the data says.
         crossings: kinds of operations that hand a sample the rows of others.
-        unsure: whether rows may have been laid by data where the graph does not tell.
+        unsure: whether rows may have been picked by data where the graph does not tell.
     """
 
     outer: dict[Node, int]
@@ -88,6 +88,7 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
     if rows == 1:
         return BatchPlaces(dict.fromkeys(edges, 0), {}, [])
     claims: dict[Node, Claim] = {}
+    unsure = any(map(_writes_rows, edges.items()))
     taken = []  # (kind of operation, its input, the input's dimension by which rows of other samples are taken)
     for node, below_it in reversed(edges.items()):
         kind, claim = node.name(), claims.get(node, 1)
@@ -97,6 +98,14 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
             if child is None:
                 continue
             below = told[index] if index < len(told) else _claim_below(node, kind, claim, index, child, number, rows)
+            if isinstance(claim, Picked) and isinstance(
+                below, int
+            ):  # taken for whole: more may have been picked before
+                unsure = (
+                    unsure
+                    or locate(output_shape(child, number), below)[0] != 0
+                    or output_shape(child, number)[0] != rows
+                )
             if isinstance(below, Picked) and isinstance(claim, int) and kind in PICKING:
                 taken.append((kind, child, number, _indexed_dims(node, kind, output_shape(child, number))))
             claims[child] = _stronger(claims.get(child), below)
@@ -105,7 +114,7 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
     ]
     outer = {node: claim if isinstance(claim, int) else 1 for node, claim in claims.items()}
     picked = {node: claim.kind for node, claim in claims.items() if isinstance(claim, Picked)}
-    return BatchPlaces(outer, picked, crossings, unsure=any(map(_writes_rows, edges.items())))
+    return BatchPlaces(outer, picked, crossings, unsure)
 
 
 def _writes_rows(entry: tuple[Node, Edges]) -> bool:
@@ -125,7 +134,11 @@ def _claim_below(node: Node, kind: str, claim: Claim, index: int, child: Node, n
     if isinstance(claim, Shared):
         return SHARED
     if isinstance(claim, Picked):
-        first = min(_indexed_dims(node, kind, below), default=None) if kind in PICKING else None
+        first = (
+            min(_indexed_dims(node, kind, below), default=None)
+            if kind in PICKING or _takes_rows(node, kind, below)
+            else None
+        )
         return claim if first is None else prod(below[:first])
     shape = output_shape(node)
     if index in WEIGHTS.get(kind, ()) and locate(shape, claim) == (0, 1):
@@ -223,6 +236,13 @@ def _indexed_dims(node: Node, kind: str, shape: Sequence[int]) -> list[int]:
         return [0 if node._saved_batch_first else 1]
     dim = getattr(node, "_saved_dim", None)
     return list(range(len(shape))) if dim is None else [wrapped(dim, len(shape))]
+
+
+def _takes_rows(node: Node, kind: str, below: Size) -> bool:
+    """Whether an operation takes some of its input's first dimension."""
+    if kind in ("SelectBackward0", "UnbindBackward0"):
+        return wrapped(node._saved_dim, len(below)) == 0
+    return kind in PARTING and kind != "CatBackward0" and bool(below) and output_shape(node)[0] != below[0]
 
 
 def _lies_in(claim: Claim, shape: Size, dims: Sequence[int]) -> bool:

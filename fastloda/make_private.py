@@ -84,7 +84,8 @@ class PrivacyEngine:
             loss_reduction: "mean" or "sum": what the loss is of the samples' own losses. The gradient is the noisy sum of
                 clipped gradients, for "mean" over the expected batch size.
             clipping: "flat", "automatic", "per_layer", "adaptive", or a style with settings (`fastloda.clip`).
-            noise_generator: for experiments that must repeat; the data loader's own generator then draws the batches.
+            noise_generator: for experiments that must repeat; the data loader's own generator then draws the batches, too.
+                Without it, neither can be foreseen, however the data loader or torch is seeded.
             grad_sample_mode: any of Opacus's for one device; the gradient is the same, and exact. "ghost" makes the return
                 value (module, optimizer, criterion, data_loader), with criterion (default: CrossEntropyLoss) as it is.
             batch_first, poisson_sampling, wrap_model, rand_on_empty: of Opacus, at their defaults only.
@@ -105,7 +106,7 @@ class PrivacyEngine:
             raise PrivacyError("make_private is for one process; DPTrainer trains on several ranks")
         module = module._module if isinstance(module, PrivateModule) else module
         optimizer = optimizer.original_optimizer if isinstance(optimizer, PrivateOptimizer) else optimizer
-        loader = PoissonLoader.like(data_loader)
+        loader = PoissonLoader.like(data_loader, repeatable=noise_generator is not None)
         expected_batch_size = loader.sample_rate * len(loader.dataset)
         PrivacyAccountant(loader.sample_rate, noise_multiplier)  # checks both
         clipper = GhostClipper(module, max_grad_norm, clipping=clipping)

@@ -35,7 +35,7 @@ from fastloda.diffusion import sample as draw_samples
 from fastloda.diffusion.pretrain import PublicTraining
 from fastloda.diffusion.pretrain import pretrain as train_on_public
 from fastloda.files import write_atomically
-from fastloda.inputs import NAMED, files_of, full_name, open_for_unet, open_images, open_tests
+from fastloda.inputs import NAMED, files_of, full_name, open_for_unet, open_images, open_tests, open_to_pretrain
 from fastloda.methods.class_embeddings import ClassEmbeddings
 from fastloda.methods.gaussian_release import noise_stream
 from fastloda.methods.moved import moved
@@ -85,8 +85,8 @@ def pretrain(
         run: the run's folder.
         data: public images with labels: font-digits or colour-font-digits; a published set in a folder, as in svhn:FOLDER,
             imagenet32:FOLDER or imagenet10:FOLDER (its ten classes that match CIFAR-10's); a folder of images, with a
-            subfolder for each class; or an npz file with arrays `images` (uint8, or floats in [-1, 1]; NCHW or NHWC) and
-            `labels`.
+            subfolder for each class; or an npz file with arrays `images` (uint8, or floats in [-1, 1], or else their `range`,
+            as [0, 1]; NCHW or NHWC) and `labels` (from 0), perhaps `num_classes`. It must have the U-Net's classes.
         count: of images to draw for font-digits and colour-font-digits.
         unet: shape of the U-Net; the default fits 8 x 8 digits.
         training: the optimization.
@@ -98,7 +98,7 @@ def pretrain(
     settings |= {"device": place.type}
     stage = Stage(Path(run) / "public", settings, files_of(data), outputs=(MODEL, PREVIEW))
     if not _reuse(stage):
-        images = open_for_unet(data, unet, count=count, seed=training.seed)
+        images = open_to_pretrain(data, unet, count=count, seed=training.seed)
         with stage.work():
             with seeded(training.seed):
                 model = UNet(unet).to(place, memory_format=torch.channels_last)
@@ -216,7 +216,8 @@ def finetune(
         run: the run's folder.
         privacy: the promise, from which the noise is computed.
         data: private images with labels: digits or colour-digits; mnist:FOLDER or cifar10:FOLDER; or a folder of images or
-            an npz file as in `fastloda pretrain`. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class.
+            an npz file as in `fastloda pretrain`. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class. They may
+            have fewer classes than the model; how many is taken to be public.
         model: folder of the public model; default: chosen/ in the run's folder, or else public/.
         adapter: what is trained.
         training: the optimization.
@@ -251,6 +252,7 @@ def finetune(
             with trainer.average.in_place():
                 save_loda(network, stage.folder / ADAPTER)
             publish(trainer, privacy, stage.folder, known_releases(statement) if statement else ())
+            write_json(stage.folder / STATEMENT, read_statement(stage.folder) | {"classes": images.num_classes})
     return read_statement(stage.folder)
 
 
@@ -268,7 +270,7 @@ def sample(
     device: Device = "auto",
     progress: bool = True,
 ) -> dict:
-    """Draw synthetic images, as many of each class, from the fine-tuned model.
+    """Draw synthetic images, as many of each class that it was trained on, from the fine-tuned model.
 
     Writes samples/ in the run's folder. They are as private as the adapter that they come from, however many are drawn.
 
@@ -293,6 +295,7 @@ def sample(
     released = _released_with(base) if reach else None
     inputs = (base / MODEL,) if public else (base / MODEL, _attach_trained(network, Path(run) / "private", base))
     inputs += (base / SUMS,) if reach else ()
+    classes = network.config.num_classes if public else _trained_classes(Path(run) / "private", network)
     settings = {
         "count": count,
         "steps": steps,
@@ -305,7 +308,7 @@ def sample(
     stage = Stage(Path(run) / ("samples-public" if public else "samples"), settings, inputs, (SAMPLES, GRID))
     if not _reuse(stage):
         with stage.work():
-            labels = class_balanced_labels(count, network.config.num_classes)
+            labels = class_balanced_labels(count, classes)
             options = {
                 "steps": steps,
                 "guidance": guidance,
@@ -314,7 +317,7 @@ def sample(
                 "progress": progress,
             }
             drawn = draw_samples(network, Diffusion(), labels, **options).clamp(-1, 1)
-            images = LabelledImages(drawn, labels, network.config.num_classes)
+            images = LabelledImages(drawn, labels, classes)
             images = moved(images, released, reach, progress) if released else images
             images.save_npz(stage.folder / SAMPLES, uint8=True)
             write_atomically(stage.folder / GRID, sample_grid(images.images, labels))
@@ -423,6 +426,11 @@ def _attach_trained(network: UNet, private: Path, public: Path) -> Path:
         raise ValueError(f"{private / ADAPTER} adapts another model than {public / MODEL}")
     load_loda(network, private / ADAPTER)
     return private / ADAPTER
+
+
+def _trained_classes(private: Path, network: UNet) -> int:
+    """How many classes the adapters were trained on: perhaps fewer than the public model has."""
+    return read_statement(private).get("classes", network.config.num_classes)
 
 
 def _reuse(stage: Stage) -> bool:

@@ -4,18 +4,18 @@ The accountant's amplification holds if each step uses one Poisson draw (Chua et
 sensitivity bound if each record is one row of it. The tally checks both: a step must match a batch that was drawn.
 """
 
-import copy
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from fastloda.errors import PrivacyError
+from fastloda.private_collate import CollateOrEmpty
 from fastloda.randomness import unpredictable_generator
 from fastloda.sampling import poisson_sample
 
@@ -75,6 +75,10 @@ class PoissonBatches(Sampler[list[int]]):
         self.generator, self.max_records = generator, max_records
         self.parts: deque[Part] = deque()
 
+    def drawn_by(self, generator: Generator, max_records: int | None = None) -> "PoissonBatches":
+        """As many batches at the same rate, from another generator or in other parts."""
+        return PoissonBatches(self.records, self.sample_rate, self.steps, generator, max_records)
+
     def __len__(self) -> int:
         """Steps; the expected number of physical batches where they are split."""
         parts = self.sample_rate * self.records / self.max_records if self.max_records else 1
@@ -113,24 +117,28 @@ class PoissonLoader(DataLoader):
         super().__init__(source.dataset, batch_sampler=batches, collate_fn=collate, **kept)
 
     @classmethod
-    def like(cls, source: DataLoader) -> "PoissonLoader":
-        """Of any DataLoader over a map-style data set that samples uniformly; its generator, if it has one, draws.
+    def like(cls, source: DataLoader, *, repeatable: bool = False) -> "PoissonLoader":
+        """Of any DataLoader over a map-style data set that samples uniformly. No record is read: that is for the workers.
+
+        Args:
+            repeatable: let the source's generator, if it has one, draw the batches, for an experiment whose batches can be
+                foreseen. Otherwise they can't be: the source's generator seeds the workers, and nothing else.
 
         Raises:
             TypeError, ValueError: it samples in a way that Poisson batches would silently replace, or can't.
         """
+        generator = getattr(source, "generator", None) if repeatable else None
+        generator = generator or unpredictable_generator()
         if isinstance(source, PoissonLoader):
-            return cls(source, source.batch_sampler, source.collate_fn, Tally())
+            return cls(source, source.batch_sampler.drawn_by(generator), source.collate_fn, Tally())
         _check_uniform(source)
-        generator = source.generator or unpredictable_generator()
         batches = PoissonBatches(len(source.dataset), 1 / len(source), len(source), generator)
-        return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset[0]), Tally())
+        return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset), Tally())
 
     def split(self, max_records: int) -> "PoissonLoader":
         """The same, each batch in parts of up to max_records."""
         whole = self.batch_sampler
-        batches = PoissonBatches(whole.records, whole.sample_rate, whole.steps, whole.generator, max_records)
-        return PoissonLoader(self, batches, self.collate_fn, self.tally)
+        return PoissonLoader(self, whole.drawn_by(whole.generator, max_records), self.collate_fn, self.tally)
 
     def __iter__(self) -> Iterator[Any]:
         self.tally.drawn.clear()  # what an earlier pass left unused
@@ -167,38 +175,6 @@ class BatchMemoryManager:
 
     def __exit__(self, *exception) -> None:
         self._loader.tally.drawn.clear()
-
-
-class CollateOrEmpty:
-    """`collate_fn`, which also makes a batch of no records: what it makes of one record, cut to 0 rows."""
-
-    def __init__(self, collate_fn: Callable, record: Any):
-        self.collate_fn = collate_fn
-        self.empty = _without_rows(collate_fn([record]), collate_fn([record, record]))
-
-    def __call__(self, records: list) -> Any:
-        return self.collate_fn(records) if len(records) else copy.deepcopy(self.empty)
-
-
-def _without_rows(one: Any, two: Any) -> Any:
-    """What one record gave, without what grew when there were two."""
-    if isinstance(one, Tensor) and isinstance(two, Tensor) and one.dim() == two.dim():
-        grew = [a != b for a, b in zip(one.shape, two.shape)]
-        if any(grew):
-            return one[tuple(slice(0) if g else slice(None) for g in grew)].clone()
-    elif isinstance(one, Mapping):
-        return type(one)({key: _without_rows(one[key], two[key]) for key in one})
-    elif isinstance(one, (list, tuple)):
-        if len(one) != len(two):
-            return type(one)()
-        fields = [_without_rows(a, b) for a, b in zip(one, two)]
-        return type(one)(*fields) if hasattr(one, "_fields") else type(one)(fields)
-    elif isinstance(one, (str, int, float, type(None))) and one == two:
-        return one
-    raise TypeError(
-        f"cannot make an empty batch: collate_fn gives {type(one).__name__} values that do not grow with the batch; it must "
-        "return tensors with one row a record, in lists, tuples or dicts"
-    )
 
 
 def _check_uniform(source: DataLoader) -> None:

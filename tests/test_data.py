@@ -110,8 +110,8 @@ def test_npz_of_no_images(tmp_path):
 def test_npz_uint8_in_both_layouts(tmp_path):
     nchw = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
     nchw[0, 0, 0, :2] = 0, 255
-    np.savez(tmp_path / "nchw.npz", images=nchw, labels=[0, 7])
-    np.savez(tmp_path / "nhwc.npz", images=nchw.transpose(0, 2, 3, 1), labels=[0, 7])
+    np.savez(tmp_path / "nchw.npz", images=nchw, labels=[0, 7], num_classes=8)
+    np.savez(tmp_path / "nhwc.npz", images=nchw.transpose(0, 2, 3, 1), labels=[0, 7], num_classes=8)
     first, last = load_npz(tmp_path / "nchw.npz"), load_npz(tmp_path / "nhwc.npz")
     assert torch.equal(first.images, last.images) and first.images.shape == (2, 3, 4, 5)
     assert first.images[0, 0, 0, :2].tolist() == [-1, 1]
@@ -119,7 +119,7 @@ def test_npz_uint8_in_both_layouts(tmp_path):
     assert load_npz(tmp_path / "nchw.npz", num_classes=10).num_classes == 10
 
 
-GOOD = {"images": np.zeros((2, 1, 4, 4)), "labels": np.array([0, 1])}
+GOOD = {"images": np.full((2, 1, 4, 4), -0.5), "labels": np.array([0, 1])}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,19 @@ GOOD = {"images": np.zeros((2, 1, 4, 4)), "labels": np.array([0, 1])}
         ({"images": np.zeros((2, 4, 4, 4))}, "[n, H, W, C] with C in (1, 3), not [2, 4, 4, 4]"),
         ({"images": np.zeros((2, 1, 4, 4), dtype=np.int32)}, "uint8 or floats, not int32"),
         ({"images": np.full((2, 1, 4, 4), np.nan)}, "finite; 32 of 32 values do not: nan"),
-        ({"images": np.full((2, 1, 4, 4), 255.0)}, "[-1, 1]; 32 of 32 values do not: 255"),
+        (
+            {"images": np.full((2, 1, 4, 4), 255.0)},
+            "must lie in [-1, 1], not from 255 to 255; or say what black and white",
+        ),
+        ({"range": np.array([0, 1])}, "must lie in range, [0, 1]; 32 of 32 values do not: -0.5"),
+        (
+            {"images": np.full((2, 1, 4, 4), np.nan), "range": np.array([0, 1])},
+            "range, [0, 1]; 32 of 32 values do not: nan",
+        ),
+        ({"range": np.array([1, 0])}, "the number of black, then the larger one of white, not [1, 0]"),
+        ({"range": np.array([0, np.inf])}, "the number of black, then the larger one of white, not [0, inf]"),
+        ({"range": np.array(1)}, "range must be two numbers"),
+        ({"range": np.array(["a", "b"])}, "range must be two numbers"),
         ({"labels": np.array([0, 1, 2])}, "labels must be of shape [2], one an image, not [3]"),
         ({"labels": np.array([[0], [1]])}, "labels must be of shape [2], one an image, not [2, 1]"),
         ({"labels": np.array([0.0, 1.0])}, "labels must be integers, not float64"),
@@ -147,6 +159,90 @@ def test_bad_npz_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load_npz(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+# --- npz files that fit the type, and may not mean what it means
+
+
+def saved(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def drawn_floats(seed, least, most):
+    """float [3, 1, 4, 4] that reaches both ends."""
+    images = np.random.default_rng(seed).uniform(least, most, (3, 1, 4, 4))
+    images[0, 0, 0, :2] = least, most
+    return images
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 99),
+    black=st.sampled_from([0.0, -1.0, -0.5, 0.25]),
+    width=st.sampled_from([1.0, 2.0, 255.0, 0.5, 1000.0]),
+    dtype=st.sampled_from(["float32", "float64", "float16"]),
+)
+def test_floats_of_any_range_are_refused_or_read_as_the_file_says(tmp_path_factory, seed, black, width, dtype):
+    """Without a negative one, nothing tells 0 .. 1 from -1 .. 1; beyond -1 .. 1 it is another range for sure."""
+    path = tmp_path_factory.mktemp("npz") / "a.npz"
+    images = drawn_floats(seed, black, black + width).astype(dtype)
+    labels = [0, 1, 2]
+    saved(path, images=images, labels=labels)
+    if -1 <= black < 0 and black + width <= 1:
+        assert torch.equal(load_npz(path).images, torch.from_numpy(images).float())
+    else:
+        with pytest.raises(ValueError, match=r"range=\[0, 1\]|range=\[0, 255\]"):
+            load_npz(path)
+    found = load_npz(saved(path, images=images, labels=labels, range=[black, black + width])).images
+    wanted = 2 * (images.astype(np.float64) - black) / width - 1
+    torch.testing.assert_close(found, torch.from_numpy(wanted).float(), rtol=0, atol=1e-6)
+    assert found.min() == -1 and found.max() == 1
+
+
+@pytest.mark.parametrize("white", [1, 2, 15, 127])
+@pytest.mark.parametrize("dtype", ["uint8", "bool"])
+def test_dark_bytes_are_refused_until_the_file_says_what_white_is(tmp_path, white, dtype):
+    images = np.arange(32).reshape(2, 1, 4, 4) % (white + 1)
+    images[0, 0, 0, :2] = 0, white
+    images = images.astype(dtype)
+    white = int(images.max())
+    path = saved(tmp_path / "a.npz", images=images, labels=[0, 1])
+    with pytest.raises(ValueError, match=rf"a\.npz: images are bytes of at most {white}, .* range=\[0, {white}\]"):
+        load_npz(path)
+    found = load_npz(saved(path, images=images, labels=[0, 1], range=[0, white])).images
+    assert found.min() == -1 and found.max() == 1
+    dark = load_npz(saved(path, images=images, labels=[0, 1], range=[0, 255])).images
+    assert torch.equal(dark, torch.from_numpy(images.astype(np.float32)) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("uint8", [True, False])
+def test_what_was_saved_here_comes_back_however_bright_it_is(tmp_path, value, uint8):
+    data = LabelledImages(torch.full((2, 1, 2, 2), value), torch.tensor([0, 0]), 3)
+    data.save_npz(tmp_path / "a.npz", uint8=uint8)
+    back = load_npz(tmp_path / "a.npz")
+    torch.testing.assert_close(back.images, data.images, rtol=0, atol=1 / 254 if uint8 else 0)
+    assert back.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, 2, 3, 4], "labels are 1 .. 4, but no image has label 0: subtract 1, so that they count from 0, or say"),
+        ([0, 2, 2, 3], "labels are 0 .. 3, but no image has label 1: say how many classes there are by num_classes=4"),
+        ([5, 5, 5, 5], "labels are 5 .. 5, but no image has label 0: subtract 5"),
+        ([0, 1, 2, 10**15], "no image has label 3: say how many"),
+    ],
+)
+def test_classes_that_no_image_has_are_refused_unless_the_file_counts_them(tmp_path, labels, message):
+    images = np.full((4, 1, 2, 2), -1.0)
+    path = saved(tmp_path / "a.npz", images=images, labels=labels)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_npz(path)
+    assert load_npz(path, num_classes=10**16).num_classes == 10**16
+    path = saved(path, images=images, labels=labels, num_classes=max(labels) + 1)
+    assert load_npz(path).labels.tolist() == labels
 
 
 def test_a_file_that_is_no_npz_is_refused(tmp_path):

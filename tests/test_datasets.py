@@ -749,7 +749,7 @@ def test_a_folder_that_is_none_says_what_to_put_there(tmp_path):
         image_folder(tmp_path / "none")
     with refuses("no subfolders. A folder of images", FileNotFoundError):
         image_folder(tmp_path)
-    write_folder(tmp_path, {"a/1.png": some_bytes(2, 2)})
+    write_folder(tmp_path, {"a/1.png": some_bytes(2, 2) | 128})
     (tmp_path / "b").mkdir()
     with refuses("b: no images. A folder of images", FileNotFoundError):
         image_folder(tmp_path)
@@ -757,6 +757,88 @@ def test_a_folder_that_is_none_says_what_to_put_there(tmp_path):
     (tmp_path / "b" / "photo.heic").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"b: left out 1 files that are no images by their names: photo\.heic"):
         assert len(image_folder(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.png"],
+        ["train/1.png", "test/1.png"],
+        ["Train/cat/1.png", "val/cat/1.png", "Test/cat/1.png"],
+        ["validation/cat/1.png"],
+        ["train/cat/1.png", "val/cat/1.png", "unlabelled/1.png"],
+    ],
+)
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path, files):
+    write_folder(tmp_path, {name: some_bytes(9, 9) for name in files})
+    first = sorted({name.split("/")[0] for name in files})[0]
+    with refuses(f"are parts of a data set by their names, not classes: give one of them, as .*{first}"):
+        image_folder(tmp_path)
+    if files[0].count("/") == 2:  # the way out
+        assert image_folder(tmp_path / first).num_classes == len(
+            {n.split("/")[1] for n in files if n.startswith(first)}
+        )
+
+
+@pytest.mark.parametrize(
+    "files", [["train/1.png", "bus/1.png"], ["a/test/1.png", "b/1.png"], ["a/1.png"], ["a/x/1.png", "b/y/1.png"]]
+)
+def test_classes_that_look_a_little_like_parts_are_classes(tmp_path, files):
+    write_folder(tmp_path, {name: some_bytes(9, 9) for name in files})
+    assert image_folder(tmp_path).num_classes == len(files)
+
+
+def test_a_folder_above_the_classes_is_not_the_only_class(tmp_path):
+    write_folder(tmp_path, {"images/cat/1.png": some_bytes(9, 9), "images/dog/1.png": some_bytes(9, 9)})
+    with refuses(
+        "images would be the only class, but it holds no images itself, and the folders cat, dog: give .*images if"
+    ):
+        image_folder(tmp_path)
+    assert class_names(tmp_path / "images") == ["cat", "dog"]
+
+
+def test_images_beside_the_classes_are_not_left_out_silently(tmp_path):
+    write_folder(
+        tmp_path, {"a/1.png": some_bytes(9, 9), "stray.png": some_bytes(9, 9), ".hidden.png": some_bytes(9, 9)}
+    )
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.warns(UserWarning, match=r"left out 2 images that are in no class's folder: gone\.png, stray\.png"):
+        assert len(image_folder(tmp_path)) == 1
+
+
+def test_linked_folders_and_files_are_read_like_others_but_nothing_twice(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    write_folder(elsewhere, {f"{name}/{i}.png": some_bytes(9, 9) for name in "ab" for i in range(2)})
+    write_folder(root, {"cat/own.png": some_bytes(9, 9)})
+    (root / "cat" / "linked").symlink_to(elsewhere / "a")
+    (root / "dog").symlink_to(elsewhere / "b")
+    assert image_folder(root).labels.tolist() == [0, 0, 0, 1, 1]
+    again = root / "dog" / "again"
+    for target in (elsewhere / "a" / "0.png", elsewhere / "a"):
+        again.unlink(missing_ok=True)
+        (again := root / "dog" / ("again.png" if target.suffix else "again")).symlink_to(target)
+        with refuses("are one file, by a link: a record may be there once"):
+            image_folder(root)
+    again.unlink()
+    again.symlink_to(root / "dog")
+    (root / "dog" / "again.png").unlink(missing_ok=True)
+    with refuses("is a link to a folder that it is in"):
+        image_folder(root)
+    again.unlink()
+    (root / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with refuses(r"gone\.png: "):
+        image_folder(root)
+
+
+def test_hidden_folders_inside_a_class_stay_hidden(tmp_path):
+    write_folder(tmp_path, {"a/1.png": some_bytes(9, 9), "a/.cache/2.png": some_bytes(9, 9)})
+    assert len(image_folder(tmp_path)) == 1
+
+
+def test_masks_in_a_folder_are_not_read_as_black(tmp_path):
+    write_folder(tmp_path, {"a/1.png": np.eye(4, dtype=np.uint8), "b/1.png": np.zeros((4, 4), np.uint8)})
+    with refuses(r"images are bytes of at most 1, .*Save white as 255, or give the images as an npz .* range=\[0, 1\]"):
+        image_folder(tmp_path)
 
 
 # --- subsets

@@ -78,7 +78,10 @@ def private(model=None, *, count=24, batch_size=8, lr=1.0, noise=0.0, bound=HUGE
     loader = DataLoader(
         TensorDataset(*records(count)), batch_size=batch_size, generator=torch.Generator().manual_seed(11)
     )
-    make = (engine or PrivacyEngine()).make_private
+    engine = engine or PrivacyEngine()
+    if not engine.secure_mode:  # an experiment: the loader's generator draws the batches
+        options.setdefault("noise_generator", torch.Generator().manual_seed(12))
+    make = engine.make_private
     return make(model, optimizer, loader, noise_multiplier=noise, max_grad_norm=bound, **options)
 
 
@@ -708,11 +711,6 @@ BAD_LOADERS = {
     ),
     "drops all": (lambda data: DataLoader(data, batch_size=99, drop_last=True), ValueError, "nothing to draw"),
     "no loader": (lambda data: data, TypeError, "TensorDataset"),
-    "strange batches": (
-        lambda data: DataLoader(data, batch_size=2, collate_fn=lambda rows: object()),
-        TypeError,
-        "cannot make an empty batch",
-    ),
 }
 
 

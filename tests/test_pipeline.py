@@ -207,6 +207,38 @@ def test_colour_images_from_files_go_through(tmp_path):
     assert (found["train_images"], found["test_images"]) == (6, 40)
 
 
+def two_classes(path: Path, **more) -> str:
+    digits = digits_split()[0]
+    few = digits[digits.labels < 2][:60]
+    np.savez(path, images=few.images.numpy(), labels=few.labels.numpy(), **more)
+    return str(path)
+
+
+def test_only_classes_that_the_adapter_saw_are_sampled(public_run, tmp_path):
+    few = two_classes(tmp_path / "few.npz")
+    statement = finetune(public_run, dataclasses.replace(PRIVACY, epochs=1, batch_size=30), data=few, **QUIET)
+    assert statement["classes"] == 2
+    drawn = load_npz(Path(sample(public_run, count=7, steps=2, **QUIET)["samples"]))
+    assert drawn.labels.tolist() == [0, 1, 0, 1, 0, 1, 0] and drawn.num_classes == 2
+    public = load_npz(Path(sample(public_run, count=12, steps=2, public=True, **QUIET)["samples"]))
+    assert public.labels.max() == 9  # the public model saw them all
+    found = evaluate(public_run, test=few, classifier=Classifier(steps=1, width=8), **QUIET)
+    assert found["test_images"] == 60
+
+
+def test_a_public_model_is_trained_on_all_its_classes(tmp_path, caplog):
+    few = two_classes(tmp_path / "few.npz")
+    with pytest.raises(ValueError, match=r"few.npz has 2 classes, the U-Net is for 10.*set --unet.num_classes 2"):
+        pretrain(tmp_path / "r", data=few, unet=UNET, training=PUBLIC, **QUIET)
+    assert not (tmp_path / "r").exists()
+    pretrain(tmp_path / "r", data=few, unet=dataclasses.replace(UNET, num_classes=2), training=PUBLIC, **QUIET)
+    assert not caplog.records or "no image of" not in caplog.text
+    counted = two_classes(tmp_path / "counted.npz", num_classes=10)  # who says so, has ten, and is told
+    with caplog.at_level("WARNING", logger="fastloda"):
+        pretrain(tmp_path / "s", data=counted, unet=UNET, training=PUBLIC, **QUIET)
+    assert "says that it has 10 classes, but has no image of [2, 3, 4, 5, 6, 7, 8, 9]" in caplog.text
+
+
 # -- continuing ------------------------------------------------------------------------------------------------------
 
 
@@ -486,7 +518,7 @@ def test_finetune_checks_everything_before_it_writes(public_run, tmp_path):
     labels.save_npz(tmp_path / "eleven.npz")
     cases = [
         ({"data": str(tmp_path / "nine.npz")}, "1 x 9 x 9, the U-Net is for 1 x 8 x 8"),
-        ({"data": str(tmp_path / "eleven.npz")}, "labels must lie in 0 .. 9"),
+        ({"data": str(tmp_path / "eleven.npz")}, "eleven.npz has 11 classes, more than the 10 expected"),
         ({"data": str(tmp_path / "none.npz")}, "no such file"),
         ({"data": "digitz"}, "data must be one of digits, "),
         ({"adapter": Adapter(rank=99)}, "no layer to adapt"),

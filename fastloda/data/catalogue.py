@@ -79,7 +79,8 @@ PUBLIC_PARTNERS = {  # of private data sets, as the paper pairs them; the digits
 }
 
 NPZ_FILES = (
-    "An npz file: `images` (uint8, or floats in [-1, 1]; NCHW or NHWC) and `labels` (integers), perhaps `num_classes`"
+    "An npz file: `images` (uint8, or floats in [-1, 1], or else their `range`, as [0, 1]; NCHW or NHWC) and `labels` "
+    "(integers from 0), perhaps `num_classes`"
 )
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 
@@ -106,7 +107,7 @@ def open_dataset(
         size: wanted side of the images, where the data set can have it: font-digits are drawn at it, MNIST is padded to it,
             images of a folder are cut and resized to it; the others stay as they are.
         channels: 1 makes colours grey (their luma), 3 repeats grey.
-        num_classes: how many there may be; an npz is read as having just so many.
+        num_classes: how many there may be at most.
         count: of images, for font-digits and colour-font-digits.
         seed: of those.
 
@@ -123,7 +124,7 @@ def open_dataset(
     if name in NAMES:
         data = _open_named(name, root, split, size, count, seed)
     else:
-        data = _open_path(str(name), root, split, size, num_classes)
+        data = _open_path(str(name), root, split, size)
     if not len(data):
         raise ValueError(f"{name} holds no images")
     if num_classes is not None and data.num_classes > num_classes:
@@ -156,15 +157,13 @@ def _open_named(
     return ALWAYS_THERE[name].splits[split](count, seed, size)
 
 
-def _open_path(
-    name: str, root: str | Path | None, split: Split, size: int | None, num_classes: int | None
-) -> LabelledImages:
+def _open_path(name: str, root: str | Path | None, split: Split, size: int | None) -> LabelledImages:
     path = Path(name)
     if not path.exists() and path.suffix != ".npz":
         raise ValueError(f"data must be one of {', '.join(NAMES)}, a folder of images or an npz file, got {name!r}")
     if root is not None or split != "train":
         raise ValueError(f"{name} is one split in one place: give the path of the {split} images alone, and no root")
-    return image_folder(path, size=size) if path.is_dir() else load_npz(path, num_classes=num_classes)
+    return image_folder(path, size=size) if path.is_dir() else load_npz(path)
 
 
 def _with_channels(data: LabelledImages, channels: int) -> LabelledImages:

@@ -1,6 +1,8 @@
 """A folder of images, a subfolder for each class."""
 
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .byte_images import to_floats
-from .images import LabelledImages
+from .images import LabelledImages, check_not_dark
 from .published import naming
 
 WHERE = "A folder of images: one subfolder for each class, which holds its images as png, jpg, webp, bmp, gif, tif, ppm or pgm"
@@ -18,6 +20,7 @@ _GREY = frozenset(("1", "L", "LA"))
 _COLOUR = frozenset(("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr"))
 _SEE_THROUGH = frozenset(("LA", "RGBA", "PA"))
 _SHOWN = 3
+_SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"))
 
 
 def class_names(root: str | Path) -> list[str]:
@@ -25,6 +28,7 @@ def class_names(root: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no subfolders; says what to put where.
+        ValueError: the subfolders are the parts of a data set, or a single one holds the classes' folders.
     """
     root = Path(root)
     if not root.is_dir():
@@ -32,14 +36,37 @@ def class_names(root: str | Path) -> list[str]:
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise FileNotFoundError(f"{root}: no subfolders. {WHERE}")
+    parts = [name for name in names if name.lower() in _SPLITS]
+    if len(parts) == len(names) or any(_classes_in(root / name) for name in parts):
+        raise ValueError(
+            f"{root}: {', '.join(parts)} are parts of a data set by their names, not classes: give one of them, as "
+            f"{root / parts[0]}. {WHERE}"
+        )
+    if len(names) == 1 and len(inner := _classes_in(root / names[0])) > 1:
+        raise ValueError(
+            f"{root}: {names[0]} would be the only class, but it holds no images itself, and the folders {_some(inner)}: give "
+            f"{root / names[0]} if those are the classes, or else put all images into {names[0]} itself"
+        )
     return names
+
+
+def _classes_in(folder: Path) -> list[str]:
+    """The folders in one that holds no images itself; else none."""
+    held = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    if any(path.suffix.lower() in ENDINGS for path in held if not path.is_dir()):
+        return []
+    return [path.name for path in held if path.is_dir()]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
 
 
 def image_folder(root: str | Path, *, size: int | None = None) -> LabelledImages:
     """The images of `class_names(root)`, [n, C, H, W]: C is 1 if all of them are grey, else 3. Floats: 4 bytes a value.
 
-    Subfolders of a class belong to it; hidden files do not. What is transparent becomes white, a turned photograph is
-    turned back, and of an animation the first image counts. PIL's limit against decompression bombs holds.
+    Subfolders of a class belong to it, linked ones too; hidden files do not. What is transparent becomes white, a turned
+    photograph is turned back, and of an animation the first image counts. PIL's limit against decompression bombs holds.
 
     Args:
         root: the folder.
@@ -47,30 +74,57 @@ def image_folder(root: str | Path, *, size: int | None = None) -> LabelledImages
 
     Raises:
         FileNotFoundError: there are no classes, or one has no images; says what to put where.
-        ValueError: an image cannot be read, or is of another size than the first; begins with its path.
+        ValueError: an image cannot be read, is of another size than the first, or is there twice by a link; begins with its
+            path. Or what `class_names` refuses; or all images are so dark that white may not be 255.
     """
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1, not {size}")
     files = [_images_in(Path(root) / name) for name in class_names(root)]
+    _check_once([path for paths in files for path in paths])
+    if strays := sorted(p.name for p in Path(root).glob("[!.]*") if not p.is_dir() and p.suffix.lower() in ENDINGS):
+        _warn_of_left_out(Path(root), strays, "images that are in no class's folder")
     images = [_open(path, size) for paths in files for path in paths]
     _check_sizes([path for paths in files for path in paths], images)
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     pixels = np.stack([np.asarray(image.convert(mode)).reshape(image.height, image.width, -1) for image in images])
+    with naming(Path(root)):
+        most = int(pixels.max())
+        check_not_dark(most, f"Save white as 255, or give the images as an npz file with an array range=[0, {most}]")
     labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(paths) for paths in files]))
     return LabelledImages(to_floats(torch.from_numpy(pixels).movedim(3, 1).contiguous()), labels, len(files))
 
 
 def _images_in(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    files = sorted(_files_in(folder))
     images = [path for path in files if path.suffix.lower() in ENDINGS]
     if not images:
         raise FileNotFoundError(f"{folder}: no images. {WHERE}")
     if others := [path.name for path in files if path.suffix.lower() not in ENDINGS]:
-        shown = ", ".join(others[:_SHOWN]) + (" ..." if len(others) > _SHOWN else "")
-        warnings.warn(
-            f"{folder}: left out {len(others)} files that are no images by their names: {shown}", stacklevel=3
-        )
+        _warn_of_left_out(folder, others, "files that are no images by their names")
     return images
+
+
+def _files_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All that are not hidden, those of linked folders as well."""
+    if (place := folder.resolve()) in above:
+        raise ValueError(f"{folder} is a link to a folder that it is in: remove it")
+    for path in folder.iterdir():
+        if not path.name.startswith("."):
+            yield from _files_in(path, (*above, place)) if path.is_dir() else (path,)
+
+
+def _check_once(paths: list[Path]) -> None:
+    """ValueError where links lead to one file twice: it would be two records, and its contribution twice the bound."""
+    first: dict[str, Path] = {}
+    for path in paths:
+        if (other := first.setdefault(os.path.realpath(path), path)) is not path:
+            raise ValueError(
+                f"{path} and {other} are one file, by a link: a record may be there once; remove one of them"
+            )
+
+
+def _warn_of_left_out(folder: Path, names: list[str], what: str) -> None:
+    warnings.warn(f"{folder}: left out {len(names)} {what}: {_some(names)}", stacklevel=4)
 
 
 def _open(path: Path, size: int | None) -> Image.Image:

@@ -70,23 +70,28 @@ class LabelledImages:
         return digest.hexdigest()
 
     def save_npz(self, path: str | Path, *, uint8: bool = False) -> None:
-        """Write `images` (NCHW), `labels` and `num_classes` to exactly `path`: all of the file or none of it.
+        """Write `images` (NCHW), their `range`, `labels` and `num_classes` to exactly `path`: all of the file or none of it.
 
         float32 comes back bit for bit from `load_npz`; `uint8` takes a quarter of the space: 256 levels. `ByteImages` are
         written as they are.
         """
         images = _to_array(self.images, uint8)
         labels = self.labels.cpu().numpy()
-        _write_npz(Path(path), images=images, labels=labels, num_classes=self.num_classes)
+        white = np.array([0, WHITE] if images.dtype == np.uint8 else [-1, 1])
+        _write_npz(Path(path), images=images, range=white, labels=labels, num_classes=self.num_classes)
 
 
 def load_npz(path: str | Path, *, num_classes: int | None = None) -> LabelledImages:
     """Read labelled images from an npz file, written by `LabelledImages.save_npz` or by anyone else.
 
-    `images`: uint8 0 .. 255 (mapped to [-1, 1]) or floats already in [-1, 1]; [n, C, H, W] or [n, H, W, C],
-    C = 1 or 3. Where both readings are possible, as for [n, 3, 8, 3], it is [n, C, H, W].
-    `labels`: integers [n].
-    `num_classes`: optional. The argument wins over the file; with neither it is the largest label + 1.
+    `images`: uint8 or floats; [n, C, H, W] or [n, H, W, C], C = 1 or 3. Where both readings are possible, as for
+    [n, 3, 8, 3], it is [n, C, H, W].
+    `range`: optional; the values of black and of white. Default: [0, 255] of uint8, [-1, 1] of floats. Images that look as if
+    others were meant (floats without a negative one; uint8 of the dark half alone) are refused without it: what one record
+    holds may not decide how all are read.
+    `labels`: integers [n], from 0.
+    `num_classes`: optional. The argument wins over the file; with neither it is the largest label + 1, and each class must
+    have an image.
     Nothing is ever unpickled.
 
     Raises:
@@ -95,15 +100,72 @@ def load_npz(path: str | Path, *, num_classes: int | None = None) -> LabelledIma
             Every message begins with the path.
     """
     path = Path(path)
-    arrays = read_npz(path, ("images", "labels"), optional=("num_classes",))
+    arrays = read_npz(path, ("images", "labels"), optional=("range", "num_classes"))
     try:
         images, labels = _to_nchw(arrays["images"]), to_labels(arrays["labels"])
+        images = _in_range(images, arrays.get("range"))
         if num_classes is None:
-            largest = int(labels.max()) if labels.numel() else 0
-            num_classes = int(arrays["num_classes"]) if "num_classes" in arrays else max(largest, 0) + 1
+            num_classes = int(arrays["num_classes"]) if "num_classes" in arrays else _classes_of(labels)
         return LabelledImages(images, labels, num_classes)
     except (ValueError, TypeError) as error:  # TypeError: a num_classes that is not one number
         raise ValueError(f"{path}: {error}") from error
+
+
+def _in_range(images: Tensor, black_and_white: np.ndarray | None) -> Tensor:
+    """uint8 or floats -> float32 in [-1, 1]."""
+    if black_and_white is None:
+        _refuse_other_ranges(images)
+        return to_floats(images) if images.dtype == torch.uint8 else images.float()
+    if black_and_white.shape != (2,) or black_and_white.dtype.kind not in "iuf":
+        raise ValueError(f"range must be two numbers, those of black and of white, not {black_and_white!r}")
+    black, white = map(float, black_and_white)
+    if not -float("inf") < black < white < float("inf"):
+        raise ValueError(f"range must be the number of black, then the larger one of white, not [{black:g}, {white:g}]")
+    if (black, white) == (0, WHITE) and images.dtype == torch.uint8:
+        return to_floats(images)
+    if (black, white) == (-1, 1):
+        return images.float()
+    _refuse(images, lambda x: ~((x >= black) & (x <= white)), f"images must lie in range, [{black:g}, {white:g}]")
+    return ((images.double() - black) * (2 / (white - black)) - 1).clamp(-1, 1).float()  # clamp: of rounding errors
+
+
+def _refuse_other_ranges(images: Tensor) -> None:
+    if not images.numel():
+        return
+    least, most = images.min().item(), images.max().item()
+    if images.dtype == torch.uint8:
+        way_out = f"Say what black and white are, by an array range=[0, {most}] in the file, or [0, {WHITE}] if they are so dark"
+        check_not_dark(most, way_out)
+    elif 0 <= least and most <= 1:
+        raise ValueError(
+            f"images are floats from {least:g} to {most:g}, where black may be 0 or -1: say which, by an array range=[0, 1] or "
+            "range=[-1, 1] in the file"
+        )
+    elif max(-least, most) > 1:
+        raise ValueError(
+            f"images must lie in [-1, 1], not from {least:g} to {most:g}; or say what black and white are, by an array as "
+            "range=[0, 255] in the file"
+        )
+
+
+def check_not_dark(most: int, way_out: str) -> None:
+    """ValueError where bytes use the dark half alone, as masks of 0 and 1 do; most: the largest of all images."""
+    if most <= WHITE // 2:
+        raise ValueError(f"images are bytes of at most {most}, dark to black if white is {WHITE}. {way_out}")
+
+
+def _classes_of(labels: Tensor) -> int:
+    """How many there are, of labels that nothing else is said of."""
+    if not labels.numel() or (least := int(labels.min())) < 0:
+        return 1  # negative ones are refused by their values
+    count = int(labels.max()) + 1
+    if unseen := sorted(set(range(min(count, len(labels) + 1))) - set(labels.flatten().tolist())):
+        counted = f"subtract {least}, so that they count from 0, or " if least else ""
+        raise ValueError(
+            f"labels are {least} .. {count - 1}, but no image has label {unseen[0]}: {counted}say how many classes there are by "
+            f"num_classes={count} in the file"
+        )
+    return count
 
 
 def check_labels(labels: Tensor, first: int, last: int) -> None:
@@ -149,6 +211,7 @@ def _to_array(images: Tensor | ByteImages, uint8: bool) -> np.ndarray:
 
 
 def _to_nchw(array: np.ndarray) -> Tensor:
+    array = array.astype(np.uint8) if array.dtype == np.bool_ else array
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"images must be uint8 or floats, not {array.dtype}")
     if array.ndim != 4 or not {array.shape[1], array.shape[3]} & set(CHANNELS):
@@ -156,9 +219,8 @@ def _to_nchw(array: np.ndarray) -> Tensor:
         raise ValueError(f"{rule}, not {list(array.shape)}")
     if array.shape[1] not in CHANNELS:
         array = array.transpose(0, 3, 1, 2)
-    if array.dtype == np.uint8:
-        return to_floats(torch.from_numpy(np.ascontiguousarray(array)))
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    kept = array.dtype if array.dtype in (np.uint8, np.float64) else np.float32
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=kept))
 
 
 def to_labels(array: np.ndarray) -> Tensor:

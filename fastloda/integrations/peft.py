@@ -19,9 +19,10 @@ import safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastloda.adapt import install_adapters, loda_layers
+from fastloda.adapt import install_adapters, loda_layers, real_names, separate
 from fastloda.files import write_atomically
 from fastloda.layers import LoDAConv2d, LoDALinear
+from fastloda.wrappers import bare_modules
 
 logger = logging.getLogger("fastloda")
 
@@ -87,15 +88,14 @@ def save_peft(model: nn.Module, folder: str | os.PathLike, *, base_model: str | 
             raise ValueError(f"{name}: {reason}, which PEFT's LoRA can't represent; save_loda can")
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.loda_A.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.loda_B.detach().cpu().contiguous()
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": layer.loda_A, f"{PREFIX}{name}.lora_B.weight": layer.loda_B}
     config = _config(layers)
     metadata = {DIFFUSERS_METADATA: json.dumps({PREFIX + key: value for key, value in config.items()})}
     peft_only = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model, "inference_mode": True}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    write_atomically(folder / TENSORS, lambda temporary: save_file(tensors, temporary, metadata))
+    write_atomically(folder / TENSORS, lambda temporary: save_file(separate(tensors), temporary, metadata))
     write_atomically(folder / CONFIG, json.dumps(peft_only | config, indent=2).encode())
 
 
@@ -118,8 +118,9 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> list[str]:
     settings = {}
     for name in dict.fromkeys(key.removesuffix(".loda_A").removesuffix(".loda_B") for key in tensors):
         settings[name] = _settings(name, config, tensors, folder)
-    for name, module in model.named_modules():
-        if name in settings and (reason := _differs_in_peft(module)):
+    modules = dict(bare_modules(model))
+    for name, own_name in real_names(model, settings).items():
+        if reason := _differs_in_peft(modules[own_name]):
             raise ValueError(
                 f"{folder} adapts {name}, a convolution with {reason}, where PEFT's adapter differs from LoDA's"
             )

@@ -1,0 +1,288 @@
+"""What stands between a data set and a private loop: a collate_fn that makes empty batches too, and may not mix records.
+
+One record moves the clipped sum by at most max_grad_norm if each row of a batch comes from one record. A collate_fn can break
+that (mixup, a mean over the batch) before any gradient is there to show it. So it is tried on other data, where the records are
+read: half of them are replaced, then the other half, and no value of the batch may change both times.
+"""
+
+import copy
+import functools
+import inspect
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastloda.errors import PrivacyError
+
+_halves = random.SystemRandom()  # draws from no generator that a training run uses
+_FEW, _DEEP = 64, 4  # containers and depths in which a collate_fn's own generators are sought
+RELATIVE, ABSOLUTE = 1e-5, 1e-8  # differences below are rounding
+_PLAIN = (np.generic, bool, int, float, complex, str, bytes)
+
+
+class CollateOrEmpty:
+    """`collate_fn`, which also makes a batch of no records: what it makes of one record, cut to 0 rows.
+
+    It reads no record before a batch is asked of it: in a worker, if there are any, where the data set may open its files. At a
+    worker's batches 1, 2, 4, 8, ... of two or more records it looks whether collate_fn mixes them. What it tries leaves all
+    random generators as they were.
+
+    Raises:
+        PrivacyError: collate_fn mixes records.
+        TypeError: it returns values that can't be made empty, or the data set's __getitems__ no list of records.
+    """
+
+    def __init__(self, collate_fn: Callable, dataset: Dataset):
+        self.collate_fn, self.dataset = collate_fn, dataset
+        self.empty, self.batches = None, 0
+
+    def __call__(self, records: list) -> Any:
+        if not isinstance(records, (list, tuple)):
+            raise TypeError(
+                f"the data set's __getitems__ gave a {type(records).__name__}: it must return a list with one item a record"
+            )
+        if self.empty is None:
+            self.empty = self._make_empty(records)
+        if not len(records):
+            return copy.deepcopy(self.empty)
+        if len(records) > 1:
+            self.batches += 1
+            if self.batches & (self.batches - 1) == 0:
+                self._refuse_mixing(records)
+        return self.collate_fn(records)
+
+    def _make_empty(self, records: list) -> Any:
+        with _nothing_drawn(self.collate_fn):
+            record = records[0] if len(records) else self.dataset[0]
+            one, two = (self.collate_fn([_like(record, record) for _ in range(count)]) for count in (1, 2))
+        return _without_rows(one, two)
+
+    def _refuse_mixing(self, records: list) -> None:
+        order = _halves.sample(range(len(records)), len(records))
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        plain = self._try(records, {})
+        try:
+            replaced = [
+                self._try(records, {i: _halves.choice(kept) for i in others}) for kept, others in (halves, halves[::-1])
+            ]
+        except Exception:  # the made-up records are none that it can take
+            return
+        if not _mixes(halves, plain, *replaced):
+            return
+        if _mixes(halves, plain, *[self._try(records, {})] * 2):
+            raise PrivacyError(
+                "collate_fn makes another batch of the same records each time, so that it can't be seen whether it mixes them: "
+                "let it draw from the global generators of torch, numpy or random, which PyTorch seeds in each worker"
+            )
+        raise PrivacyError(
+            "collate_fn mixes records: the rows of some changed when others of the batch were replaced (a statistic over the "
+            "batch, mixup, random numbers drawn by content?), so that one record would move the gradients of others. Compute "
+            "each row from its own record: in the data set's __getitem__, or in the model, with public constants for statistics"
+        )
+
+    def _try(self, records: list, sources: dict[int, int]) -> Any:
+        """The batch of copies of the records, where i is made up from sources[i], under the random numbers to come."""
+        with _nothing_drawn(self.collate_fn):
+            return self.collate_fn([_like(records[sources.get(i, i)], own) for i, own in enumerate(records)])
+
+
+def _like(values: Any, shape: Any) -> Any:
+    """A copy of `values` in the shapes of `shape`, cut or repeated: what is padded or drawn by length then stays as it is."""
+    if isinstance(values, Tensor) and isinstance(shape, Tensor) and values.numel():
+        values = values.detach()
+        if values.shape == shape.shape:
+            return values.clone()
+        return values.flatten()[torch.arange(shape.numel()) % values.numel()].view(shape.shape)
+    if isinstance(values, np.ndarray) and isinstance(shape, np.ndarray) and values.size:
+        return np.resize(values, shape.shape)
+    if isinstance(values, MutableMapping) and isinstance(shape, MutableMapping):
+        made = copy.copy(shape)
+        for key in values.keys() & shape.keys():
+            made[key] = _like(values[key], shape[key])
+        return made
+    if type(values) is type(shape) and (type(shape) in (list, tuple) or hasattr(shape, "_fields")) and len(values):
+        fields = [_like(values[i % len(values)], own) for i, own in enumerate(shape)]
+        return type(shape)(*fields) if hasattr(shape, "_fields") else type(shape)(fields)
+    try:
+        return copy.copy(values if type(values) is type(shape) else shape)
+    except Exception:  # an open file, say
+        return shape
+
+
+# ---- which values come from whom
+
+
+Halves = tuple[list[int], list[int]]
+
+
+def _mixes(halves: Halves, *batches: Any) -> bool:
+    """Whether a row of the first batch has changed in the second, where other records stand for one half, and in the third too.
+
+    What the fields of a batch hold at one row is one row. The same rows in another order, sorted by content, are no others.
+    A list of as many items as records may be the fields or the records: either reading may show that nothing is mixed.
+    """
+    return all(_mixes_as_read(halves, batches, items_are_rows) for items_are_rows in (False, True))
+
+
+def _mixes_as_read(halves: Halves, batches: tuple, items_are_rows: bool) -> bool:
+    count = len(halves[0]) + len(halves[1])
+    batches = [list(_leaves(batch, count if items_are_rows else None)) for batch in batches]
+    if len({len(leaves) for leaves in batches}) > 1:
+        return False  # the form of the batch depends on the records: there is nothing to compare
+    changed, by_row, mixed = np.zeros((2, count), bool), [], False
+    for leaves in zip(*batches):
+        same, in_rows = [leaf.values for leaf in leaves], leaves[0].in_rows
+        if len({(values.shape, values.dtype.kind) for values in same}) > 1:
+            continue
+        rows = _rows_of_one_half(_changed(*same), count)
+        if in_rows and len(same[0]) == count:
+            by_row.append(same)
+        elif rows is None:
+            return True
+        mixed |= rows is None
+        if in_rows and rows is not None and rows.shape[1] == count:
+            changed |= rows
+    return (mixed or changed.all(0).any()) and not _only_in_another_order(by_row, halves)
+
+
+def _rows_of_one_half(changed: np.ndarray, count: int) -> np.ndarray | None:
+    """[2, ...], what has changed in either half -> [2, rows] along a dimension whose rows changed in one half at most, if any.
+
+    One of `count` rows, if there is one: the batch's.
+    """
+    found = [changed.any(tuple(d for d in range(1, changed.ndim) if d != dim)) for dim in range(1, changed.ndim)]
+    found = [rows for rows in found if not rows.all(0).any()]
+    return max(found, key=lambda rows: rows.shape[1] == count, default=None)
+
+
+def _only_in_another_order(by_row: list[list[np.ndarray]], halves: Halves) -> bool:
+    """Whether the rows of the records that stayed are all there again, in each of the two batches."""
+    count = len(halves[0]) + len(halves[1])
+    rows = [Counter(tuple(_key(leaf[i]) for leaf in batch) for i in range(count)) for batch in zip(*by_row)]
+    return all((rows[0] & found).total() >= len(kept) for found, kept in zip(rows[1:], halves))
+
+
+def _key(row: np.ndarray | np.generic) -> bytes | str:
+    return str(row) if row.dtype.kind in "US" else row.tobytes()
+
+
+def _changed(plain: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """[2, ...]: what differs in each of the others, by more than rounding."""
+    changed = np.stack([plain != other for other in others])
+    if plain.dtype.kind in "fc" and changed.all(0).any():
+        changed &= ~np.stack([np.isclose(plain, other, RELATIVE, ABSOLUTE, equal_nan=True) for other in others])
+    return changed
+
+
+class _Leaf(NamedTuple):
+    """Numbers or strings of a batch; in_rows: they may have a row for each record (in a list of records they have none)."""
+
+    values: np.ndarray
+    in_rows: bool
+
+
+def _leaves(batch: Any, count: int | None, in_rows: bool = True, depth: int = 16) -> Iterator[_Leaf]:
+    """All that a batch holds, a plain list as one array; lists of `count` items have one for each record."""
+    if isinstance(batch, Tensor) and batch.is_nested:
+        yield from _leaves(batch.unbind(), count, in_rows, depth)
+    elif isinstance(batch, Tensor):
+        dense = batch.detach().to_dense().cpu()
+        dense = dense.float() if dense.dtype in (torch.bfloat16, torch.float16) else dense
+        yield _Leaf(np.atleast_1d(dense.numpy()), in_rows)
+    elif isinstance(batch, (np.ndarray, *_PLAIN)) or (isinstance(batch, (list, tuple)) and _is_plain(batch)):
+        if (values := np.atleast_1d(batch)).dtype.kind != "O":
+            yield _Leaf(values, in_rows)
+    elif depth:
+        in_rows = in_rows and not (isinstance(batch, (list, tuple)) and len(batch) == count)
+        held = batch if isinstance(batch, (list, tuple)) else getattr(batch, "__dict__", {}).values()
+        for value in batch.values() if isinstance(batch, Mapping) else held:
+            yield from _leaves(value, count, in_rows, depth - 1)
+
+
+def _is_plain(values: list | tuple) -> bool:
+    return len({type(value) for value in values}) == 1 and isinstance(values[0], _PLAIN)
+
+
+# ---- the same random numbers again
+
+
+@contextmanager
+def _nothing_drawn(collate_fn: Callable) -> Iterator[None]:
+    """Puts the global random generators, and those that collate_fn holds, back to where they were."""
+    with ExitStack() as after, torch.random.fork_rng(range(torch.cuda.device_count()) if _on_gpu() else []):
+        after.callback(random.setstate, random.getstate())
+        after.callback(np.random.set_state, np.random.get_state())
+        for generator in _generators(collate_fn, _DEEP):
+            if isinstance(generator, torch.Generator):
+                after.callback(generator.set_state, generator.get_state())
+            elif isinstance(generator, np.random.Generator):
+                after.callback(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+            elif isinstance(generator, np.random.RandomState):
+                after.callback(generator.set_state, generator.get_state())
+            else:
+                after.callback(generator.setstate, generator.getstate())
+        yield
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _generators(value: Any, depth: int) -> Iterator[Any]:
+    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+        if not isinstance(value, random.SystemRandom):  # which has no state
+            yield value
+    elif depth:
+        for held in _held_by(value):
+            yield from _generators(held, depth - 1)
+
+
+def _held_by(value: Any) -> list:
+    """What a function or an object refers to, as far as it is no data."""
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if inspect.ismethod(value):
+        return [value.__self__, value.__func__]
+    if inspect.isfunction(value):
+        try:
+            names = inspect.getclosurevars(value)
+        except ValueError:  # a variable that is not set yet
+            return []
+        return [*names.nonlocals.values(), *names.globals.values(), *(value.__defaults__ or ())]
+    if isinstance(value, (list, tuple, dict)):
+        held = list(value.values()) if isinstance(value, dict) else list(value)
+        return held if len(held) <= _FEW else []
+    if inspect.isclass(value) or inspect.ismodule(value) or not hasattr(value, "__dict__"):
+        return []
+    return [*vars(value).values(), type(value).__call__] if callable(value) else list(vars(value).values())
+
+
+# ---- the empty batch
+
+
+def _without_rows(one: Any, two: Any) -> Any:
+    """What one record gave, without what grew when there were two."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor) and one.dim() == two.dim():
+        grew = [a != b for a, b in zip(one.shape, two.shape)]
+        if any(grew):
+            return one[tuple(slice(0) if g else slice(None) for g in grew)].clone()
+    elif isinstance(one, Mapping):
+        return type(one)({key: _without_rows(one[key], two[key]) for key in one})
+    elif isinstance(one, (list, tuple)):
+        if len(one) != len(two):
+            return type(one)()
+        fields = [_without_rows(a, b) for a, b in zip(one, two)]
+        return type(one)(*fields) if hasattr(one, "_fields") else type(one)(fields)
+    elif isinstance(one, (str, int, float, type(None))) and one == two:
+        return one
+    raise TypeError(
+        f"cannot make an empty batch: collate_fn gives {type(one).__name__} values that do not grow with the batch; it must "
+        "return tensors with one row a record, in lists, tuples or dicts"
+    )
