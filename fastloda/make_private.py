@@ -15,6 +15,7 @@ own is refused.
 
 import io
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from fastloda.members import Members
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import PoissonLoader
 from fastloda.private_module import PrivateModule, Tape
-from fastloda.private_optimizer import PrivateOptimizer
+from fastloda.private_optimizer import PRIVACY, Budget, PrivateOptimizer
 from fastloda.secure import SecureGenerator
 from fastloda.step import GhostClipper
 from fastloda.styles import Clipping
@@ -164,7 +165,8 @@ class PrivacyEngine:
         private, steps = made[1], epochs * len(made[-1])
         noise = calibrate_noise(target_epsilon, target_delta, private.sample_rate, steps)
         private.clipping.gradient_noise(noise, private.expected_batch_size)
-        private.noise_multiplier, private.last_step = noise, steps
+        private.noise_multiplier = noise
+        private.budget = Budget(target_epsilon, target_delta, noise, private.sample_rate, steps)
         return made
 
     def get_epsilon(self, delta: float) -> float:
@@ -224,18 +226,23 @@ class PrivacyEngine:
     ) -> dict[str, Any]:
         """Undo `save_checkpoint`, into what make_private returned. The account is added to: what was spent stays spent.
 
-        The file can't run code (weights_only). Returns what it holds besides. Raises ValueError, RuntimeError, OSError.
+        The file can't run code (weights_only). A file without an optimizer's state leaves `optimizer` as it is, with a warning.
+        Returns what it holds besides. Raises ValueError, RuntimeError, OSError.
         """
         document = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
-        absent = {"module_state_dict", "privacy_accountant_state_dict"} - set(document)
-        if optimizer is not None and "optimizer_state_dict" not in document:
-            absent.add("optimizer_state_dict")
-        if absent:
+        if absent := {"module_state_dict", "privacy_accountant_state_dict"} - set(document):
             raise ValueError(f"{path} lacks {sorted(absent)}")
         self.accountant.load_state_dict(document["privacy_accountant_state_dict"])  # first: it refuses a malformed one
         module.load_state_dict(document["module_state_dict"], **(module_load_dict_kwargs or {}))
-        if optimizer is not None:
-            optimizer.load_state_dict(document["optimizer_state_dict"])
+        if optimizer is None:
+            return document
+        state = document.get("optimizer_state_dict")
+        if state is None:
+            warnings.warn(f"{path} has no optimizer's state: the optimizer stays as it is", stacklevel=2)
+        elif PRIVACY in state:
+            optimizer.load_state_dict(state)
+        else:  # Opacus's, whose account was loaded above
+            getattr(optimizer, "original_optimizer", optimizer).load_state_dict(state)
         return document
 
     def _noise_source(self, generator: Generator | None) -> Generator | SecureGenerator | None:

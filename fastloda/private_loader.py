@@ -37,6 +37,10 @@ class Tally:
     def __init__(self):
         self.drawn: deque[Part] = deque()
 
+    def __reduce__(self):
+        """A copy begins empty: a batch is for one step."""
+        return Tally, ()
+
     def take(self, rows: int) -> Part:
         """The part that a step over `rows` samples uses; it, and what was skipped before it, can't be used again.
 
@@ -74,6 +78,13 @@ class PoissonBatches(Sampler[list[int]]):
         self.records, self.sample_rate, self.steps = records, sample_rate, steps
         self.generator, self.max_records = generator, max_records
         self.parts: deque[Part] = deque()
+
+    def __getstate__(self) -> dict:
+        """A copy draws batches of its own: of equal ones two runs would tell more than the accountant counts."""
+        return self.__dict__ | {"generator": None, "parts": deque()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, generator=unpredictable_generator())
 
     def __len__(self) -> int:
         """Steps; the expected number of physical batches where they are split."""

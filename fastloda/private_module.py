@@ -34,6 +34,10 @@ class Tape:
         self.probed: dict[int, int] = {}  # kind of loss -> number of samples that were told apart
         self.clear()
 
+    def __reduce__(self):
+        """A copy begins empty: what backward left belongs to the original's step."""
+        return Tape, (self.loss_reduction,)
+
     def clear(self) -> None:
         self._backward, self._reached = None, []
 

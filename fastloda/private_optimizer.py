@@ -1,11 +1,15 @@
 """An optimizer whose `step()` is the private step: clip, sum, noise once, divide, count, and only then move."""
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastloda.accountant import compose_epsilon
+from fastloda.adaptive import AdaptiveClipping
+from fastloda.clip import check_max_grad_norm
 from fastloda.coverage import check_optimizer
 from fastloda.errors import PrivacyError
 from fastloda.noise import NoiseSource
@@ -13,7 +17,39 @@ from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import Tally
 from fastloda.private_module import Tape
 from fastloda.step import GhostClipper, StepStats
+from fastloda.secure import SecureGenerator
 from fastloda.styles import Clipping
+
+PRIVACY = "privacy"  # the key in state_dict()
+PASSING = ("step", "_opt_called", "grad_scale", "found_inf")  # what schedulers and scalers put on an optimizer
+SCHEDULE_REMEDY = "write `if not optimizer.accumulating: scheduler.step()`"
+
+
+class Budget(NamedTuple):
+    """What a run may spend: (epsilon, delta), calibrated for `steps` of one noise multiplier and sample rate."""
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    def check(self, spent: list[tuple[float, float, int]]) -> None:
+        """Refuse what costs more. Steps of more noise, or of a lower rate, cost no more than those planned: they are counted.
+
+        Raises:
+            PrivacyError: `spent`, (noise_multiplier, sample_rate, steps) each, exceeds the budget.
+        """
+        if all(noise >= self.noise_multiplier and rate <= self.sample_rate for noise, rate, _ in spent):
+            if sum(steps for *_, steps in spent) > self.steps:
+                raise PrivacyError(
+                    f"the {self.steps} steps that the privacy budget pays for are taken: no step is left"
+                )
+        elif compose_epsilon([(rate, noise, steps) for noise, rate, steps in spent], self.delta) > self.epsilon:
+            raise PrivacyError(
+                f"this step would exceed the privacy budget ({self.epsilon:.6g}, {self.delta:.6g}): the account has steps of less "
+                f"noise than the {self.noise_multiplier:.6g}, or of a higher rate than the {self.sample_rate:.6g}, that were planned"
+            )
 
 
 class PrivateOptimizer(torch.optim.Optimizer):
@@ -21,14 +57,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     `step()` takes what `loss.backward()` left at the private module's outputs. After a part of a batch (BatchMemoryManager) it
     only adds up the clipped gradients; the last part brings the noise, the accountant's count and the update. An empty batch is
-    noised and counted like any other. `zero_grad()` also drops a backward pass that no step has used.
+    noised and counted like any other. `zero_grad()` also drops a backward pass that no step has used. Until `step()` the parameters'
+    `.grad` is None.
+
+    `state_dict()` carries the account, and `load_state_dict` adds it to this one's: what was spent stays spent. A copy, or what was
+    unpickled, goes on with the same account and draws noise of its own, whatever generator was given: two runs with the same
+    noise would show the difference of their sums.
 
     Attributes:
         original_optimizer: the wrapped optimizer.
         noise_multiplier, max_grad_norm: may be changed between batches, by a rule that is public; the accountant is told the
             noise of each step. Adaptive clipping moves max_grad_norm by itself.
         expected_batch_size: sample_rate x records: the divisor, unless loss_reduction is "sum".
-        last_step: steps that the budget pays for, or None; `step` refuses beyond them.
+        budget: what the account may reach, or None; `step` refuses beyond it.
         stats: counts of the last logical batch (`StepStats`; its mean_loss is NaN, for the losses are not seen here). They are
             private: for the operator.
     """
@@ -49,20 +90,32 @@ class PrivateOptimizer(torch.optim.Optimizer):
         sample_rate: float,
         expected_batch_size: float,
         generator: NoiseSource | None = None,
-        last_step: int | None = None,
     ):
         self.original_optimizer, self.tally, self.accountant = optimizer, tally, accountant
         self.noise_multiplier, self.max_grad_norm, self.clipping = noise_multiplier, max_grad_norm, clipping
         self.sample_rate, self.expected_batch_size, self.generator = sample_rate, expected_batch_size, generator
-        self.last_step = last_step
+        self.budget: Budget | None = None
         self.stats: StepStats | None = None
         self._module, self._tape = module, tape
         self._batch: int | None = None  # the logical batch that the clipper holds parts of
         self._clipper: GhostClipper | None = None
+        self._settings: list[dict] = []  # of the parameter groups, at the last part of a batch
 
     @property
     def loss_reduction(self) -> str:
         return self._tape.loss_reduction
+
+    @property
+    def last_step(self) -> int | None:
+        """Steps that the budget pays for, or None."""
+        return self.budget and self.budget.steps
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether the last `step()` was but a part of a batch: added up, not yet noised, counted, or moved by."""
+        return self._batch is not None
+
+    _is_last_step_skipped = accumulating  # Opacus's name
 
     def epsilon(self, delta: float) -> float:
         """What all steps have cost, other optimizers' of the same engine included: an upper bound, add/remove adjacency."""
@@ -81,6 +134,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_ready()
         part = self.tally.take(self._tape.rows)
+        self._warn_of_schedules(part.batch)
         if part.batch != self._batch:  # also drops the parts of a batch that was left before its end
             self._batch, self._clipper, self.stats = part.batch, self._new_clipper(), None
         check_optimizer(self.original_optimizer, self._clipper.parameters)
@@ -90,6 +144,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._tape.clear()
         if part.last:
             self._release()
+        self._settings = self._group_settings()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -102,15 +157,25 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "GradScaler scales the loss, and so every gradient before it is clipped: train in bfloat16, which needs no "
                 "scaler (GradScaler(enabled=False) leaves the loop as it is)"
             )
-        if self.last_step is not None and len(self.accountant) >= self.last_step:
-            raise PrivacyError(
-                f"the {self.last_step} steps that the privacy budget pays for are taken: no step is left"
-            )
+        if self.budget:
+            self.budget.check([*self.accountant.history, (self.noise_multiplier, self.sample_rate, 1)])
         drawn = self.tally.drawn
         if self._tape.empty and not (drawn and drawn[-1].records == 0):
             raise PrivacyError(
                 "optimizer.step() needs one loss.backward() before it, through the module that make_private returned"
             )
+
+    def _warn_of_schedules(self, batch: int) -> None:
+        """Of a scheduler that counts the parts of a batch as steps."""
+        if batch == self._batch and self._settings != self._group_settings():
+            warnings.warn(
+                "the learning rate, or another setting of the optimizer, changed between two parts of one batch: a scheduler counts "
+                f"parts as steps. To count private steps, {SCHEDULE_REMEDY}",
+                stacklevel=3,
+            )
+
+    def _group_settings(self) -> list[dict]:
+        return [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
 
     def _new_clipper(self) -> GhostClipper:
         """Anew for each batch: in between, the module may have moved to another device or have been loaded."""
@@ -124,7 +189,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self.loss_reduction == "sum":
             for parameter in clipper.parameters.values():
                 parameter.grad.mul_(self.expected_batch_size)
-        self.max_grad_norm = clipper.max_grad_norm
+        if isinstance(self.clipping, AdaptiveClipping):  # otherwise it is the caller's, who may have changed it by now
+            self.max_grad_norm = clipper.max_grad_norm
         self._batch = self._clipper = None
         # before the update: a step that fails from here on has been paid for
         self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate)
@@ -155,14 +221,43 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.defaults = defaults
 
     def state_dict(self) -> dict:
-        """The wrapped optimizer's."""
-        return self.original_optimizer.state_dict()
+        """The wrapped optimizer's, which still can load it, and under "privacy" the account and the clipping bound."""
+        privacy = {"accountant": self.accountant.state_dict(), "max_grad_norm": self.max_grad_norm}
+        return self.original_optimizer.state_dict() | {PRIVACY: privacy}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Load the wrapped optimizer's state, add its account to this one's, and go on from its adaptive clipping bound.
+
+        Raises:
+            ValueError: the state is another optimizer's, or malformed; nothing has changed then.
+        """
+        privacy = state_dict.get(PRIVACY)
+        if privacy is not None:
+            bound = _check_privacy(privacy)
         self.original_optimizer.load_state_dict(state_dict)
+        if privacy is None:
+            warnings.warn(
+                "this optimizer state has no privacy account (it was saved without one): steps that it comes from are not counted "
+                "in epsilon. Load theirs with engine.accountant.load_state_dict, or add them by compose_epsilon",
+                stacklevel=2,
+            )
+            return
+        self.accountant.load_state_dict(privacy["accountant"])
+        if isinstance(self.clipping, AdaptiveClipping):
+            self.max_grad_norm = bound
 
     def add_param_group(self, param_group: dict) -> None:
         self.original_optimizer.add_param_group(param_group)
+
+    def __getstate__(self) -> dict:
+        """What a copy goes on with: no part of a batch, no scheduler's `step`, and no generator that would draw the same noise."""
+        state = {name: value for name, value in self.__dict__.items() if name not in PASSING}
+        if not isinstance(self.generator, SecureGenerator):
+            state["generator"] = None
+        return state | {"_batch": None, "_clipper": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
 
     def __getattr__(self, name: str) -> Any:
         if name == "original_optimizer":
@@ -171,3 +266,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"PrivateOptimizer({self.original_optimizer!r})"
+
+
+def _check_privacy(privacy: Any) -> float:
+    """-> the clipping bound of what `state_dict` has under "privacy"."""
+    try:
+        HistoryAccountant().load_state_dict(privacy["accountant"])
+        return check_max_grad_norm(privacy["max_grad_norm"])
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"malformed privacy record in the optimizer's state: {error!r}") from error

@@ -1,0 +1,285 @@
+"""What Opacus's users write around `make_private` runs, or says by name why not and what to write instead."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from test_make_private import (  # noqa: F401
+    DELTA,
+    HUGE,
+    assert_same,
+    cache,
+    first_batch,
+    gradients,
+    private,
+    records,
+    small_net,
+    truth,
+    unchanged,
+)
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastloda import BatchMemoryManager, PrivacyAccountant, PrivacyEngine, PrivacyError
+from fastloda.adaptive import AdaptiveClipping
+
+
+def train(model, optimizer, loader, passes=1):
+    for _ in range(passes):
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+
+def written(state):
+    """As `torch.load` gives it back, which takes plain values only."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def with_budget(engine, epochs=4, **options):
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(TensorDataset(*records()), batch_size=8)
+    budget = dict(target_epsilon=3.0, target_delta=DELTA, epochs=epochs, max_grad_norm=1.0)
+    return engine.make_private_with_epsilon(model, optimizer, loader, **budget, **options)
+
+
+# ---- saving and loading
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimizer_state_carries_the_account(optimizer_class):
+    """The ordinary way to go on: the two state dicts, a new engine, the next epochs."""
+
+    def made(engine):
+        model = small_net()
+        optimizer = optimizer_class(model.parameters(), lr=0.01)
+        loader = DataLoader(TensorDataset(*records()), batch_size=8)
+        return engine.make_private(model, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0)
+
+    first, second = PrivacyEngine(), PrivacyEngine()
+    model, optimizer, loader = made(first)
+    train(model, optimizer, loader, passes=2)
+    saved = written({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    assert saved["optimizer"]["param_groups"] == optimizer.original_optimizer.state_dict()["param_groups"]
+
+    model, optimizer, loader = made(second)
+    model.load_state_dict(saved["model"])
+    for _ in range(2):  # twice is once
+        optimizer.load_state_dict(saved["optimizer"])
+        assert second.get_epsilon(DELTA) == first.get_epsilon(DELTA) > 0
+    train(model, optimizer, loader, passes=2)
+    assert second.get_epsilon(DELTA) == PrivacyAccountant(1 / 3, 1.0).epsilon(DELTA, 12)
+
+    plain = optimizer_class(small_net().parameters(), lr=1.0)
+    plain.load_state_dict(saved["optimizer"])
+    assert plain.param_groups[0]["lr"] == 0.01 and set(plain.state_dict()) == {"state", "param_groups"}
+
+
+def test_an_optimizer_state_without_an_account_says_so():
+    model, optimizer, _ = private(noise=1.0)
+    plain = torch.optim.SGD(small_net().parameters(), lr=0.25)
+    with pytest.warns(UserWarning, match="no privacy account .* not counted"):
+        optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.25 and len(optimizer.accountant) == 0
+
+
+@pytest.mark.parametrize("privacy", [{}, {"accountant": {"history": [(1.0, 0.5, -1)], "mechanism": "prv"}}, 7])
+def test_a_malformed_account_changes_nothing(privacy):
+    model, optimizer, _ = private(noise=1.0)
+    state = {"max_grad_norm": 1.0} | privacy if isinstance(privacy, dict) else privacy
+    with pytest.raises(ValueError, match="malformed privacy record"):
+        optimizer.load_state_dict(torch.optim.SGD(small_net().parameters(), lr=9.0).state_dict() | {"privacy": state})
+    assert optimizer.param_groups[0]["lr"] == 1.0 and len(optimizer.accountant) == 0
+
+
+def test_adaptive_clipping_goes_on_from_its_bound():
+    style = AdaptiveClipping(initial=0.1, count_noise=1.0)
+    model, optimizer, loader = private(clipping=style, noise=1.0)
+    train(model, optimizer, loader)
+    bound = optimizer.max_grad_norm
+    assert bound != 0.1
+    _, again, _ = private(clipping=style, noise=1.0)
+    again.load_state_dict(written(optimizer.state_dict()))
+    assert again.max_grad_norm == bound
+    _, flat, _ = private(noise=1.0, bound=2.0)
+    flat.load_state_dict(written(optimizer.state_dict()))
+    assert flat.max_grad_norm == 2.0  # as make_private was told
+
+
+def test_a_budget_counts_what_was_loaded():
+    model, optimizer, loader = with_budget(PrivacyEngine())
+    train(model, optimizer, loader, passes=3)
+    saved, engine = written(optimizer.state_dict()), PrivacyEngine()
+    model, optimizer, loader = with_budget(engine)
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, loader)
+    assert len(engine.accountant) == 12
+    with pytest.raises(PrivacyError, match="the 12 steps that the privacy budget pays for are taken"):
+        train(model, optimizer, loader)
+    assert len(engine.accountant) == 12 and engine.get_epsilon(DELTA) <= 3.0
+
+
+@pytest.mark.parametrize("how", ["loaded", "set", "another optimizer"])
+def test_a_budget_is_of_epsilon_not_of_steps(how):
+    """Steps of less noise than planned, wherever they come from, end the run before the budget is exceeded."""
+    engine = PrivacyEngine()
+    model, optimizer, loader = with_budget(engine)
+    less = 0.8 * optimizer.noise_multiplier
+    if how == "loaded":
+        other = private(noise=less, bound=1.0)
+        train(*other)
+        optimizer.load_state_dict(written(other[1].state_dict()))
+    elif how == "another optimizer":
+        train(*private(noise=less, bound=1.0, engine=engine))
+    else:
+        optimizer.noise_multiplier = less
+    with pytest.raises(PrivacyError, match="would exceed the privacy budget"):
+        train(model, optimizer, loader, passes=4)
+    assert 0 < len(engine.accountant) < 12 and 1.5 < engine.get_epsilon(DELTA) <= 3.0
+
+
+def test_more_noise_than_planned_is_counted_as_planned():
+    engine = PrivacyEngine()
+    model, optimizer, loader = with_budget(engine)
+    optimizer.noise_multiplier *= 2
+    train(model, optimizer, loader, passes=4)
+    assert len(engine.accountant) == 12 and engine.get_epsilon(DELTA) < 3.0
+
+
+def test_checkpoints_count_once_and_may_lack_an_optimizer(tmp_path):
+    path, engine, again = tmp_path / "c.pt", PrivacyEngine(), PrivacyEngine()
+    made = private(noise=1.0, engine=engine, lr=0.5)
+    train(*made)
+    engine.save_checkpoint(path=path, module=made[0], optimizer=made[1])
+    other = private(noise=1.0, engine=again)
+    again.load_checkpoint(path=path, module=other[0], optimizer=other[1])
+    assert len(again.accountant) == 3 and other[1].param_groups[0]["lr"] == 0.5
+    engine.save_checkpoint(path=path, module=made[0])
+    third = PrivacyEngine()
+    other = private(noise=1.0, engine=third)
+    with pytest.warns(UserWarning, match="no optimizer's state"):
+        third.load_checkpoint(path=path, module=other[0], optimizer=other[1])
+    assert len(third.accountant) == 3 and other[1].param_groups[0]["lr"] == 1.0
+
+
+def test_a_checkpoint_of_opacus_counts_once(tmp_path):
+    """Its account says no id, and its optimizer's state no account."""
+    history = {"history": [(1.0, 0.5, 4)], "mechanism": "prv"}
+    module, optimizer, _ = private(noise=1.0, engine=(engine := PrivacyEngine()))
+    document = {"module_state_dict": module.state_dict(), "privacy_accountant_state_dict": history}
+    document["optimizer_state_dict"] = torch.optim.SGD(small_net().parameters(), lr=0.5).state_dict()
+    torch.save(document, tmp_path / "c.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.load_checkpoint(path=tmp_path / "c.pt", module=module, optimizer=optimizer)
+    assert len(engine.accountant) == 4 and optimizer.param_groups[0]["lr"] == 0.5
+
+
+# ---- copies
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("when", ["new", "after a backward pass", "in the middle of a batch", "with a scheduler"])
+def test_copies_train_and_go_on_with_the_account(again, when):
+    generator = torch.Generator().manual_seed(1)
+    made = private(noise=1.0, bound=1.0, batch_size=12, noise_generator=generator)
+    model, optimizer, loader = made
+    if when == "with a scheduler":
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    if when != "new":
+        train(*made)
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
+            x, y = next(iter(parts))
+            F.cross_entropy(model(x), y).backward()
+            if when == "in the middle of a batch":
+                optimizer.step()
+    taken = len(optimizer.accountant)
+    copies = [again(made), again(made)]
+    for copied in copies:
+        assert not copied[1].accumulating and len(copied[1].accountant) == taken
+        assert copied[0]._module is not model._module and copied[2].tally is copied[1].tally
+        with pytest.raises(PrivacyError, match="needs one loss.backward"):
+            copied[1].step()
+        train(*copied)
+        assert len(copied[1].accountant) == taken + 2 and len(optimizer.accountant) == taken
+        assert all(p.isfinite().all() for p in copied[0].parameters())
+    train(*made)
+    assert len(optimizer.accountant) == taken + 2
+    alone = again(optimizer)
+    assert type(alone.original_optimizer) is torch.optim.SGD and len(alone.accountant) == taken + 2
+
+
+def test_copies_repeat_neither_noise_nor_batches():
+    x = torch.zeros(400, 4)
+    model = nn.Linear(4, 3)
+    loader = DataLoader(TensorDataset(x), batch_size=100, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    made = PrivacyEngine().make_private(
+        model, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0, noise_generator=torch.Generator()
+    )
+    ends, sizes = [], []
+    for module, optimizer, loader in (copy.deepcopy(made), copy.deepcopy(made), made):
+        batches = list(loader)
+        sizes.append([len(batch) for (batch,) in batches])
+        module(batches[-1][0]).sum(1).mean().backward()
+        optimizer.step()
+        ends.append(module.weight.detach().clone())
+    assert sizes[0] != sizes[1] != sizes[2] != sizes[0]
+    assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
+
+
+# ---- virtual batches
+
+
+def test_what_a_part_of_a_batch_is_can_be_told():
+    model, optimizer, loader = private(noise=1.0, bound=1.0, batch_size=12)
+    assert not optimizer.accumulating
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
+        for x, y in parts:
+            before, steps = [p.clone() for p in model.parameters()], len(optimizer.accountant)
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            real = len(optimizer.accountant) > steps
+            assert optimizer.accumulating is optimizer._is_last_step_skipped is not real
+            assert real != all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize("scheduler", ["StepLR", "ExponentialLR", "OneCycleLR"])
+def test_schedulers_that_count_parts_are_told(scheduler):
+    arguments = {
+        "StepLR": dict(step_size=2),
+        "ExponentialLR": dict(gamma=0.5),
+        "OneCycleLR": dict(max_lr=1, total_steps=99),
+    }
+
+    def run(remedy):
+        model, optimizer, loader = private(noise=1.0, bound=1.0, batch_size=12, lr=0.1)
+        schedule = getattr(torch.optim.lr_scheduler, scheduler)(optimizer, **arguments[scheduler])
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
+            for x, y in parts:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                if not (remedy and optimizer.accumulating):
+                    schedule.step()
+        return schedule.last_epoch
+
+    with pytest.warns(UserWarning, match="if not optimizer.accumulating: scheduler.step"):
+        assert run(remedy=False) > 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(remedy=True) == 2
