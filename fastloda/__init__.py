@@ -10,6 +10,7 @@ from fastloda.explain import explain
 from fastloda.functional import cover
 from fastloda.layers import LoDAConv2d, LoDALinear
 from fastloda.make_private import PrivacyEngine, make_private, make_private_with_epsilon
+from fastloda.module_validator import ModuleValidator
 from fastloda.private_loader import BatchMemoryManager
 from fastloda.register import check_rule, register_rule
 from fastloda.secure import SecureGenerator
@@ -25,6 +26,7 @@ __all__ = [
     "GhostClipper",
     "LoDAConv2d",
     "LoDALinear",
+    "ModuleValidator",
     "PerLayer",
     "PrivacyAccountant",
     "PrivacyEngine",

@@ -28,6 +28,7 @@ from fastloda.distributed import World
 from fastloda.errors import PrivacyError
 from fastloda.files import write_atomically
 from fastloda.members import Members
+from fastloda.module_validator import ModuleValidator
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import PoissonLoader
 from fastloda.private_module import PrivateModule, Tape
@@ -188,6 +189,15 @@ class PrivacyEngine:
             check_optimizer(optimizer, parameters)
         if data_loader is not None:
             PoissonLoader.like(data_loader)
+
+    @staticmethod
+    def get_compatible_module(module: nn.Module) -> nn.Module:
+        """A copy whose layers don't mix samples (`ModuleValidator.fix`); the optimizer must be made of the copy's parameters.
+
+        Raises:
+            PrivacyError, ValueError: a layer for which there is no replacement.
+        """
+        return ModuleValidator.fix_and_validate(module)
 
     def save_checkpoint(
         self,

@@ -16,8 +16,8 @@ from fastloda.noise import NoiseSource
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import Tally
 from fastloda.private_module import Tape
-from fastloda.step import GhostClipper, StepStats
 from fastloda.secure import SecureGenerator
+from fastloda.step import GhostClipper, StepStats
 from fastloda.styles import Clipping
 
 PRIVACY = "privacy"  # the key in state_dict()
@@ -47,8 +47,8 @@ class Budget(NamedTuple):
                 )
         elif compose_epsilon([(rate, noise, steps) for noise, rate, steps in spent], self.delta) > self.epsilon:
             raise PrivacyError(
-                f"this step would exceed the privacy budget ({self.epsilon:.6g}, {self.delta:.6g}): the account has steps of less "
-                f"noise than the {self.noise_multiplier:.6g}, or of a higher rate than the {self.sample_rate:.6g}, that were planned"
+                f"this step would exceed the privacy budget ({self.epsilon:.6g}, {self.delta:.6g}), planned for noise "
+                f"{self.noise_multiplier:.6g} at rate {self.sample_rate:.6g}: some steps had less noise, or a higher rate"
             )
 
 
@@ -57,11 +57,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     `step()` takes what `loss.backward()` left at the private module's outputs. After a part of a batch (BatchMemoryManager) it
     only adds up the clipped gradients; the last part brings the noise, the accountant's count and the update. An empty batch is
-    noised and counted like any other. `zero_grad()` also drops a backward pass that no step has used. Until `step()` the parameters'
-    `.grad` is None.
+    noised and counted like any other. `zero_grad()` also drops a backward pass that no step has used.
 
-    `state_dict()` carries the account, and `load_state_dict` adds it to this one's: what was spent stays spent. A copy, or what was
-    unpickled, goes on with the same account and draws noise of its own, whatever generator was given: two runs with the same
+    `state_dict()` carries the account, and `load_state_dict` adds it to this one's: what was spent stays spent. A copy, pickled
+    or not, goes on with the same account, and draws noise of its own even where a generator was given: two runs with the same
     noise would show the difference of their sums.
 
     Attributes:
@@ -151,6 +150,17 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._tape.clear()
         self.original_optimizer.zero_grad(set_to_none)
 
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """What Opacus's BatchMemoryManager calls before each part of a batch: refused."""
+        raise PrivacyError(
+            "Opacus's BatchMemoryManager hands out parts of a batch without saying whose records they have: write `from fastloda "
+            "import BatchMemoryManager` for its import, and leave the loop as it is"
+        )
+
+    def attach_step_hook(self, hook: Callable[["PrivateOptimizer"], None]) -> None:
+        """Call `hook(optimizer)` in each private step once its noisy `.grad` is there, before the parameters move."""
+        self.original_optimizer.register_step_pre_hook(lambda *_: hook(self))
+
     def _check_ready(self) -> None:
         if self.__dict__.pop("grad_scale", None) is not None:
             raise PrivacyError(
@@ -162,15 +172,16 @@ class PrivateOptimizer(torch.optim.Optimizer):
         drawn = self.tally.drawn
         if self._tape.empty and not (drawn and drawn[-1].records == 0):
             raise PrivacyError(
-                "optimizer.step() needs one loss.backward() before it, through the module that make_private returned"
+                "optimizer.step() needs one loss.backward() before it, through the module that make_private returned: a call of "
+                "the wrapped module, or of one of its submodules, leaves nothing for a private step"
             )
 
     def _warn_of_schedules(self, batch: int) -> None:
         """Of a scheduler that counts the parts of a batch as steps."""
         if batch == self._batch and self._settings != self._group_settings():
             warnings.warn(
-                "the learning rate, or another setting of the optimizer, changed between two parts of one batch: a scheduler counts "
-                f"parts as steps. To count private steps, {SCHEDULE_REMEDY}",
+                "the learning rate, or another setting of the optimizer, changed between two parts of one batch: a scheduler "
+                f"counts parts as steps. To count private steps, {SCHEDULE_REMEDY}",
                 stacklevel=3,
             )
 
@@ -237,8 +248,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.load_state_dict(state_dict)
         if privacy is None:
             warnings.warn(
-                "this optimizer state has no privacy account (it was saved without one): steps that it comes from are not counted "
-                "in epsilon. Load theirs with engine.accountant.load_state_dict, or add them by compose_epsilon",
+                "this optimizer's state has no privacy account: the private steps that led to it, if any, are not counted in "
+                "epsilon. engine.accountant.load_state_dict adds their account, if it was saved elsewhere",
                 stacklevel=2,
             )
             return
@@ -250,7 +261,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.add_param_group(param_group)
 
     def __getstate__(self) -> dict:
-        """What a copy goes on with: no part of a batch, no scheduler's `step`, and no generator that would draw the same noise."""
+        """What a copy goes on with: no part of a batch, no scheduler's `step`, no generator that would draw the same noise."""
         state = {name: value for name, value in self.__dict__.items() if name not in PASSING}
         if not isinstance(self.generator, SecureGenerator):
             state["generator"] = None

@@ -1,6 +1,7 @@
 """What Opacus's users write around `make_private` runs, or says by name why not and what to write instead."""
 
 import copy
+import dataclasses
 import io
 import pickle
 import warnings
@@ -21,11 +22,12 @@ from test_make_private import (  # noqa: F401
     small_net,
     truth,
     unchanged,
+    with_labels,
 )
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastloda import BatchMemoryManager, PrivacyAccountant, PrivacyEngine, PrivacyError
+from fastloda import BatchMemoryManager, ModuleValidator, PrivacyAccountant, PrivacyEngine, PrivacyError
 from fastloda.adaptive import AdaptiveClipping
 
 
@@ -88,7 +90,7 @@ def test_an_optimizer_state_carries_the_account(optimizer_class):
 def test_an_optimizer_state_without_an_account_says_so():
     model, optimizer, _ = private(noise=1.0)
     plain = torch.optim.SGD(small_net().parameters(), lr=0.25)
-    with pytest.warns(UserWarning, match="no privacy account .* not counted"):
+    with pytest.warns(UserWarning, match="no privacy account: .* not counted"):
         optimizer.load_state_dict(plain.state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.25 and len(optimizer.accountant) == 0
 
@@ -258,6 +260,14 @@ def test_what_a_part_of_a_batch_is_can_be_told():
             assert real != all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
 
 
+def test_opacus_batch_memory_manager_names_its_replacement():
+    manager = pytest.importorskip("opacus.utils.batch_memory_manager").BatchMemoryManager
+    _, optimizer, loader = private(noise=1.0)
+    with manager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
+        with pytest.raises(PrivacyError, match="from fastloda import BatchMemoryManager"):
+            next(iter(parts))
+
+
 @pytest.mark.parametrize("scheduler", ["StepLR", "ExponentialLR", "OneCycleLR"])
 def test_schedulers_that_count_parts_are_told(scheduler):
     arguments = {
@@ -283,3 +293,262 @@ def test_schedulers_that_count_parts_are_told(scheduler):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run(remedy=True) == 2
+
+
+# ---- models that have to be changed first
+
+
+class Norms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+        )
+        self.head = nn.Sequential(nn.Linear(128, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "fix", [PrivacyEngine.get_compatible_module, ModuleValidator.fix, PrivacyEngine().get_compatible_module]
+)
+def test_compatible_modules(fix):
+    model = Norms()
+    before = copy.deepcopy(model.state_dict())
+    assert [type(error) for error in ModuleValidator.validate(model)] == [PrivacyError] * 3
+    with pytest.raises(PrivacyError, match="(?s)body.1.*body.3.*head.1"):
+        ModuleValidator.validate(model, strict=True)
+    assert not ModuleValidator.is_valid(model) and not PrivacyEngine().is_compatible(module=model)
+    fixed = fix(model)
+    assert ModuleValidator.is_valid(fixed) and PrivacyEngine().is_compatible(module=fixed)
+    assert model.state_dict().keys() == before.keys() and type(model.body[1]) is nn.BatchNorm2d
+    assert type(fixed.body[1]) is nn.GroupNorm and not list(fixed.buffers())
+    mine = {id(p) for p in model.parameters()}
+    assert all(id(p) not in mine for p in fixed.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in fixed.named_parameters())
+    x = torch.randn(5, 1, 6, 6)
+    assert fixed.head[:2](fixed.body(x).flatten(1)).std() > 0.1  # no norm of single numbers
+    train(*private(fixed.double(), noise=1.0, bound=1.0))
+
+
+def test_a_layer_that_has_no_counterpart_is_named():
+    with pytest.raises(PrivacyError, match="'0' .Embedding. has max_norm"):
+        PrivacyEngine.get_compatible_module(nn.Sequential(nn.Embedding(3, 3, max_norm=1.0)))
+
+
+# ---- gradients around the private module
+
+
+class Autoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(36, 4), nn.Linear(4, 3)
+
+    def encode(self, x):
+        return torch.tanh(self.encoder(x.flatten(1)))
+
+    def forward(self, x):
+        return self.decoder(self.encode(x))
+
+    def parts(self, x):
+        code = self.encode(x)
+        return {"code": code, "trained": list(self.parameters()), "name": "parts"}
+
+    def loss(self, out, y):
+        return F.cross_entropy(out, y)
+
+    def freeze(self):
+        self.decoder.bias.requires_grad_(False)
+        return self
+
+
+def test_methods_of_the_wrapped_module_are_private():
+    inner = Autoencoder().double()
+    model, optimizer, loader = private(inner, bound=0.1)
+    for use in (lambda x: model.encode(x), lambda x: model.parts(x=x)["code"]):
+        x, _ = first_batch(loader)
+        wanted = oracle.clipped_sum(oracle.sample_grads(inner, lambda m, x: m.encode(x).square().sum(1), x), 0.1)
+        use(x).square().sum(1).mean().backward()
+        assert all(p.grad is None for p in inner.parameters())
+        optimizer.step()
+        found = {name: g if g is not None else torch.zeros_like(wanted[name]) for name, g in gradients(inner).items()}
+        assert_same(found, wanted, divisor=8)
+        optimizer.zero_grad()
+    assert model.encode.__name__ == "encode" and model.encode(x[:0]).shape == (0, 4)
+    assert all(p is q for p, q in zip(model.parts(x)["trained"], inner.parameters()))
+    x, y = first_batch(loader)
+    model.loss(model(x), y).backward()  # a method may well take the module's outputs
+    optimizer.step()
+    assert model.freeze() is inner and not inner.decoder.bias.requires_grad
+
+
+def test_calls_around_the_private_module_name_the_cause():
+    inner = Autoencoder().double()
+    model, optimizer, loader = private(inner)
+    x, y = first_batch(loader)
+    for call in (inner, lambda x: model.decoder(model.encoder(x.flatten(1)))):
+        F.cross_entropy(call(x), y).backward()
+        unchanged(optimizer.step, "a call of the wrapped module, or of one of its submodules", model)
+        optimizer.zero_grad()
+
+
+def test_clipping_gradients_that_are_not_there_yet():
+    model, optimizer, loader = private(noise=1.0, bound=1.0)
+    seen = []
+    optimizer.attach_step_hook(lambda o: seen.append(nn.utils.clip_grad_norm_(o.param_groups[0]["params"], 1e-3)))
+    x, y = first_batch(loader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(model.parameters())
+        F.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match="private gradients do not exist yet"):
+        assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) == 0
+    before = [p.clone() for p in model.state_dict().values()]
+    optimizer.step()  # the hook sees the noisy gradient, and what it does to it is done
+    assert seen[0] > 1e-3
+    moved = torch.cat([(p - q).flatten() for p, q in zip(model.state_dict().values(), before)])
+    assert moved.norm() == pytest.approx(1e-3, rel=1e-3)
+
+
+# ---- what forward returns
+
+
+class Pair:
+    def __init__(self, first, second):
+        self.first, self.second, self.itself = first, {"second": [second]}, self
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    cache: object = None
+
+
+class Returning(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.layer, self.make = nn.Linear(36, 3), make
+
+    def forward(self, x):
+        return self.make(self.layer(x.flatten(1)))
+
+
+OBJECTS = {
+    "a distribution": (lambda h: torch.distributions.Categorical(logits=h), lambda out, y: -out.log_prob(y)),
+    "a dataclass": (
+        lambda h: Output(h, Pair(2 * h, h.exp())),
+        lambda out, y: F.cross_entropy(out.logits, y, reduction="none"),
+    ),
+    "nested objects": (
+        lambda h: (Pair(h.sin(), h), len),
+        lambda out, y: out[0].first.sum(1) * out[0].second["second"][0][:, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_that_hold_outputs(kind):
+    make, criterion = OBJECTS[kind]
+    inner = Returning(make).double()
+    model, optimizer, loader = private(inner, bound=0.1)
+    x, y = first_batch(loader)
+    losses = lambda m, x: criterion(m(x[..., :-1]), x[:, 0, 0, -1].long())  # noqa: E731
+    wanted = oracle.clipped_sum(
+        oracle.sample_grads(inner, losses, torch.cat([x, y.view(-1, 1, 1, 1).expand(-1, 1, 6, 1)], -1)), 0.1
+    )
+    criterion(model(x), y).mean().backward()
+    optimizer.step()
+    assert_same(gradients(inner), wanted, divisor=8)
+    with torch.no_grad():
+        assert type(model(x)) is type(inner(x))
+
+
+def test_causal_language_models_return_a_cache():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    inner = transformers.LlamaForCausalLM(config)
+    tokens = torch.randint(11, (12, 5))
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+    loader = DataLoader(TensorDataset(tokens), batch_size=4)
+    model, optimizer, loader = PrivacyEngine().make_private(
+        inner, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0
+    )
+    for (x,) in loader:
+        out = model(input_ids=x)
+        assert out.past_key_values is not None
+        F.cross_entropy(out.logits[:, :-1].transpose(1, 2), x[:, 1:]).backward()
+        optimizer.step()
+    assert len(optimizer.accountant) == 3
+    (x,) = first_batch(loader)
+    with pytest.raises(PrivacyError, match="single number"):
+        model(input_ids=x, labels=x).loss.backward()
+
+
+# ---- generators and discriminators
+
+
+def gan_step(how):
+    """One step of each, as in Opacus's dcgan.py. -> the generator's gradient, and what it should be."""
+    torch.manual_seed(3)
+    generator = nn.Sequential(nn.Linear(5, 36), nn.Tanh(), nn.Unflatten(1, (1, 6, 6))).double()
+    inner = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64, 1)).double()
+    inner[0].bias.requires_grad_(False)
+    netD, optimizerD, loader = private(inner, noise=1.0, bound=1.0)
+    criterion = nn.BCEWithLogitsLoss()
+    for real, _ in loader:
+        optimizerD.zero_grad()
+        fake = generator(torch.randn(len(real), 5, dtype=torch.float64))
+        label = torch.ones(len(real), 1, dtype=torch.float64)
+        errD = criterion(netD(real), label) + criterion(netD(fake.detach()), 0 * label)
+        errD.backward()
+        optimizerD.step()
+        if not len(real):
+            continue
+        generator.zero_grad()
+        if how == "frozen":
+            with netD.frozen():
+                errG = criterion(netD(fake), label)
+        else:
+            trained = [p for p in netD.parameters() if p.requires_grad]
+            netD.requires_grad_(False)
+            errG = criterion(netD(fake), label)
+            for p in trained:
+                p.requires_grad_(True)
+        errG.backward(retain_graph=True)
+        wanted = torch.autograd.grad(criterion(inner(fake), label), list(generator.parameters()))
+        assert [p.requires_grad for p in inner.parameters()] == [True, False, True, True]
+        for p, g in zip(generator.parameters(), wanted):
+            torch.testing.assert_close(p.grad, g)
+            assert g.abs().max() > 0
+    assert len(optimizerD.accountant) == 3
+
+
+@pytest.mark.parametrize("how", ["frozen", "requires_grad_"])
+def test_a_generator_learns_from_a_private_discriminator(how):
+    gan_step(how)
+
+
+def test_gan_loops_that_must_change_say_how():
+    netD, optimizerD, loader = private(noise=1.0, bound=1.0)
+    real, label = first_batch(loader)
+    fake = torch.randn_like(real).requires_grad_()
+    unchanged(lambda: netD(fake), "with model.frozen", netD, ValueError)
+    F.cross_entropy(netD(fake.detach()), label).backward()
+    optimizerD.step()
+    F.cross_entropy(netD(real), label).backward()
+    with pytest.raises(PrivacyError, match="added up for one backward and one step"):
+        optimizerD.step()
+
+
+def test_several_backward_passes_say_what_replaces_them():
+    model, optimizer, loader = private(noise=1.0, bound=1.0)
+    x, y = first_batch(loader)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(PrivacyError, match=r"(?s)second backward.*BatchMemoryManager\(.*\) as parts:\n.*step\(\)"):
+        F.cross_entropy(model(x), y).backward()
