@@ -14,8 +14,10 @@ own is refused.
 """
 
 import io
+import math
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,12 +25,15 @@ from torch import Generator, nn
 from torch.utils.data import DataLoader
 
 from fastloda.accountant import PrivacyAccountant, calibrate_noise
+from fastloda.adaptive import AdaptiveClipping
+from fastloda.clip import PerParameter, check_positive
 from fastloda.coverage import check_optimizer, trainable_parameters
 from fastloda.distributed import World
 from fastloda.errors import PrivacyError
 from fastloda.files import write_atomically
 from fastloda.members import Members
 from fastloda.module_validator import ModuleValidator
+from fastloda.noise import NoiseSource
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import PoissonLoader
 from fastloda.private_module import PrivateModule, Tape
@@ -39,6 +44,13 @@ from fastloda.styles import Clipping
 
 REDUCTIONS = ("mean", "sum")
 MODES = ("hooks", "functorch", "ew", "ghost")  # of Opacus on one device: for us one and the same, exact gradient
+OPACUS_ADAPTIVE = {  # its settings of adaptive clipping -> ours
+    "target_unclipped_quantile": "quantile",
+    "clipbound_learning_rate": "learning_rate",
+    "unclipped_num_std": "count_noise",
+    "min_clipbound": "min_bound",
+    "max_clipbound": "max_bound",
+}
 Private = tuple[PrivateModule, PrivateOptimizer, PoissonLoader]
 PrivateGhost = tuple[PrivateModule, PrivateOptimizer, Any, PoissonLoader]
 
@@ -62,13 +74,13 @@ class PrivacyEngine:
         data_loader: DataLoader,
         *,
         noise_multiplier: float,
-        max_grad_norm: float,
+        max_grad_norm: float | Sequence[float],
         criterion: Any = None,
         batch_first: bool = True,
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
         clipping: Clipping = "flat",
-        noise_generator: Generator | None = None,
+        noise_generator: NoiseSource | None = None,
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
         rand_on_empty: bool = False,
@@ -82,11 +94,14 @@ class PrivacyEngine:
             data_loader: over a map-style data set, with a batch_size. Each step then draws every record with probability
                 1 / len(data_loader). The size of the data set is taken to be public.
             noise_multiplier: the noise's standard deviation on the sum of clipped gradients, over max_grad_norm.
-            max_grad_norm: the largest L2 norm of what one record contributes.
+            max_grad_norm: the largest L2 norm of what one record contributes; with clipping="per_layer" also a list of bounds,
+                one for each of the optimizer's trainable parameters.
             loss_reduction: "mean" or "sum": what the loss is of the samples' own losses. The gradient is the noisy sum of
                 clipped gradients, for "mean" over the expected batch size.
-            clipping: "flat", "automatic", "per_layer", "adaptive", or a style with settings (`fastloda.clip`).
-            noise_generator: for experiments that must repeat; the data loader's own generator then draws the batches.
+            clipping: "flat", "automatic", "per_layer", "adaptive", or a style with settings (`fastloda.clip`). "adaptive" takes
+                Opacus's settings too, by Opacus's names.
+            noise_generator: for experiments that must repeat; the data loader's own generator then draws the batches. Or an
+                object of one's own whose `normal(shape)` gives the noise (`NormalNumbers`).
             grad_sample_mode: any of Opacus's for one device; the gradient is the same, and exact. "ghost" makes the return
                 value (module, optimizer, criterion, data_loader), with criterion (default: CrossEntropyLoss) as it is.
             batch_first, poisson_sampling, wrap_model, rand_on_empty: of Opacus, at their defaults only.
@@ -98,15 +113,17 @@ class PrivacyEngine:
             ValueError, TypeError: an argument that can't be honoured, and what to do instead.
             PrivacyError: a model or an optimizer that would void the guarantee. Nothing has changed in either case.
         """
-        _check_opacus_arguments(
-            batch_first, poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, max_grad_norm, unknown
-        )
+        if clipping == "adaptive":
+            clipping, unknown = _adaptive_style(unknown)
+        _check_opacus_arguments(batch_first, poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown)
         if loss_reduction not in REDUCTIONS:
             raise ValueError(f"loss_reduction must be one of {REDUCTIONS}, got {loss_reduction!r}")
         if World.of().size > 1:
             raise PrivacyError("make_private is for one process; DPTrainer trains on several ranks")
         module = module._module if isinstance(module, PrivateModule) else module
         optimizer = optimizer.original_optimizer if isinstance(optimizer, PrivateOptimizer) else optimizer
+        if isinstance(max_grad_norm, (list, tuple)):
+            clipping, max_grad_norm = _parameter_bounds(module, optimizer, max_grad_norm, clipping)
         loader = PoissonLoader.like(data_loader)
         expected_batch_size = loader.sample_rate * len(loader.dataset)
         PrivacyAccountant(loader.sample_rate, noise_multiplier)  # checks both
@@ -140,14 +157,16 @@ class PrivacyEngine:
         *,
         target_epsilon: float,
         target_delta: float,
-        epochs: int,
-        max_grad_norm: float,
+        epochs: float,
+        max_grad_norm: float | Sequence[float],
         **options: Any,
     ) -> Private | PrivateGhost:
         """`make_private` with the least noise for which `epochs` passes cost at most (target_epsilon, target_delta).
 
-        The steps of those passes are all that the budget pays for: the optimizer refuses to take another. Finding the noise
-        takes 1 to 60 s the first time (`calibrate_noise`). Further arguments as for `make_private`.
+        The steps of those passes, half a pass for epochs=0.5, are all that the budget pays for: the optimizer refuses to take
+        another, and counts those that a loaded state brings. If steps have less noise than planned (a schedule), the run ends
+        before the budget is exceeded, and each step waits for the accountant. Finding the noise takes 1 to 60 s the first time
+        (`calibrate_noise`). Further arguments as for `make_private`.
 
         Raises:
             ValueError, TypeError, PrivacyError: as make_private; and if this engine has spent privacy already.
@@ -157,22 +176,21 @@ class PrivacyEngine:
                 f"this engine has taken {len(self.accountant)} private steps, so that the whole would cost more than "
                 f"target_epsilon={target_epsilon}: make a new PrivacyEngine, and see compose_epsilon for what both cost together"
             )
-        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
-            raise ValueError(f"epochs must be an integer >= 1, got {epochs!r}")
+        check_positive("epochs", epochs)
         # everything but the noise is checked before the search for it
         made = self.make_private(
             module, optimizer, data_loader, noise_multiplier=1.0, max_grad_norm=max_grad_norm, **options
         )
-        private, steps = made[1], epochs * len(made[-1])
+        private, steps = made[1], math.ceil(round(epochs * len(made[-1]), 6))
         noise = calibrate_noise(target_epsilon, target_delta, private.sample_rate, steps)
         private.clipping.gradient_noise(noise, private.expected_batch_size)
         private.noise_multiplier = noise
         private.budget = Budget(target_epsilon, target_delta, noise, private.sample_rate, steps)
         return made
 
-    def get_epsilon(self, delta: float) -> float:
-        """What has been spent so far: an upper bound, for adding or removing one record."""
-        return self.accountant.get_epsilon(delta)
+    def get_epsilon(self, delta: float, **settings: Any) -> float:
+        """What has been spent so far: an upper bound, for adding or removing one record (`HistoryAccountant.get_epsilon`)."""
+        return self.accountant.get_epsilon(delta, **settings)
 
     def is_compatible(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> bool:
         """Whether `validate` finds nothing."""
@@ -205,11 +223,13 @@ class PrivacyEngine:
         path: str | os.PathLike | io.IOBase,
         module: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
         checkpoint_dict: dict[str, Any] | None = None,
         module_state_dict_kwargs: dict[str, Any] | None = None,
         torch_save_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Module, optimizer and account in one file, in Opacus's form; a file's name is written atomically.
+        """Write module, optimizer, schedulers (`fastloda.schedulers`) and account into one file, atomically, in Opacus's form.
 
         The random generators are not in it: a resumed run draws anew. Raises OSError.
         """
@@ -218,6 +238,9 @@ class PrivacyEngine:
         document["privacy_accountant_state_dict"] = self.accountant.state_dict()
         if optimizer is not None:
             document["optimizer_state_dict"] = optimizer.state_dict()
+        for name, scheduler in {"noise": noise_scheduler, "grad_clip": grad_clip_scheduler}.items():
+            if scheduler is not None:
+                document[f"{name}_scheduler_state_dict"] = scheduler.state_dict()
         content = io.BytesIO()
         torch.save(document, content, **(torch_save_kwargs or {}))
         if isinstance(path, (str, os.PathLike)):
@@ -231,31 +254,43 @@ class PrivacyEngine:
         path: str | os.PathLike | io.IOBase,
         module: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
         module_load_dict_kwargs: dict[str, Any] | None = None,
         torch_load_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Undo `save_checkpoint`, into what make_private returned. The account is added to: what was spent stays spent.
 
-        The file can't run code (weights_only). A file without an optimizer's state leaves `optimizer` as it is, with a warning.
-        Returns what it holds besides. Raises ValueError, RuntimeError, OSError.
+        The file can't run code (weights_only). What the file lacks stays as it is, with a
+        warning. Returns what it holds besides. Raises ValueError, RuntimeError, OSError.
         """
         document = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
         if absent := {"module_state_dict", "privacy_accountant_state_dict"} - set(document):
             raise ValueError(f"{path} lacks {sorted(absent)}")
         self.accountant.load_state_dict(document["privacy_accountant_state_dict"])  # first: it refuses a malformed one
         module.load_state_dict(document["module_state_dict"], **(module_load_dict_kwargs or {}))
-        if optimizer is None:
-            return document
-        state = document.get("optimizer_state_dict")
-        if state is None:
-            warnings.warn(f"{path} has no optimizer's state: the optimizer stays as it is", stacklevel=2)
-        elif PRIVACY in state:
-            optimizer.load_state_dict(state)
-        else:  # Opacus's, whose account was loaded above
-            getattr(optimizer, "original_optimizer", optimizer).load_state_dict(state)
+        states = {
+            "optimizer": optimizer,
+            "noise_scheduler": noise_scheduler,
+            "grad_clip_scheduler": grad_clip_scheduler,
+        }
+        for name, value in states.items():
+            state = document.get(f"{name}_state_dict")
+            if value is None:
+                continue
+            if state is None:
+                warnings.warn(f"{path} has no {name}_state_dict: the {name} stays as it is", stacklevel=2)
+            elif name == "optimizer" and PRIVACY not in state:  # Opacus's, whose account was loaded above
+                getattr(value, "original_optimizer", value).load_state_dict(state)
+            else:
+                value.load_state_dict(state)
         return document
 
-    def _noise_source(self, generator: Generator | None) -> Generator | SecureGenerator | None:
+    def _noise_source(self, generator: NoiseSource | None) -> NoiseSource | None:
+        if not (generator is None or isinstance(generator, Generator) or hasattr(generator, "normal")):
+            raise TypeError(
+                f"noise_generator must be a torch.Generator, or have normal(shape), got {type(generator).__name__}"
+            )
         if not self.secure_mode:
             return generator
         if generator is not None:
@@ -269,7 +304,7 @@ def make_private(
     data_loader: DataLoader,
     *,
     noise_multiplier: float,
-    max_grad_norm: float,
+    max_grad_norm: float | Sequence[float],
     **options: Any,
 ) -> Private | PrivateGhost:
     """`PrivacyEngine().make_private`; the returned optimizer's `epsilon(delta)` tells what has been spent."""
@@ -285,8 +320,8 @@ def make_private_with_epsilon(
     *,
     target_epsilon: float,
     target_delta: float,
-    epochs: int,
-    max_grad_norm: float,
+    epochs: float,
+    max_grad_norm: float | Sequence[float],
     **options: Any,
 ) -> Private | PrivateGhost:
     """`PrivacyEngine().make_private_with_epsilon`; see there."""
@@ -297,31 +332,54 @@ def make_private_with_epsilon(
 
 
 def _check_opacus_arguments(
-    batch_first, poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, max_grad_norm, unknown
+    batch_first, poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown
 ) -> None:
-    """Arguments of Opacus that would mean something else here: refused, with what to do."""
+    """Refuse arguments of Opacus that would mean something else here, and say what to do."""
     if not poisson_sampling:
         raise ValueError(
             "poisson_sampling=False is refused: for shuffled batches the reported epsilon does not hold; leave it out"
         )
     if not batch_first:
         raise ValueError(
-            "batch_first=False is refused: let the module take and return the batch in the first dimension"
+            "batch_first=False is refused: let a module around yours take and return the batch first, as in `def forward(self, "
+            "x): return self.module(x.transpose(0, 1)).transpose(0, 1)`; layers inside may keep the batch second"
         )
     if grad_sample_mode not in MODES:
         raise ValueError(
             f"grad_sample_mode must be one of {MODES} (all give the same gradient), got {grad_sample_mode!r}"
         )
     if not wrap_model:
-        raise ValueError("wrap_model=False is refused: train the module that is returned; it shares the parameters")
+        raise ValueError(
+            "wrap_model=False is refused: train the module that is returned. It shares the parameters with yours, which is its "
+            "to_standard_module() and can be saved or used for inference as it is"
+        )
     if rand_on_empty:
         raise ValueError("rand_on_empty=True is refused: the private module handles empty batches; leave it out")
-    if isinstance(max_grad_norm, (list, tuple)):
-        raise ValueError(
-            f"max_grad_norm={max_grad_norm!r}: pass one number, and clipping=fastloda.clip.PerLayer(bounds) for one per layer"
-        )
     if unknown:
         raise TypeError(
             f"make_private does not know {sorted(unknown)}: the accountant chooses its own orders and errors, and clipping's "
             "settings come in its style (fastloda.clip, fastloda.adaptive)"
         )
+
+
+def _adaptive_style(options: dict[str, Any]) -> tuple[AdaptiveClipping, dict[str, Any]]:
+    """-> the style that Opacus's settings make, and the other options."""
+    given = {name: options[name] for name in OPACUS_ADAPTIVE.keys() & options.keys()}
+    style = AdaptiveClipping(**{OPACUS_ADAPTIVE[name]: value for name, value in given.items()})
+    return style, {name: value for name, value in options.items() if name not in given}
+
+
+def _parameter_bounds(
+    module: nn.Module, optimizer: torch.optim.Optimizer, bounds: Sequence[float], clipping: Clipping
+) -> tuple[PerParameter, float]:
+    """-> the style, and the bound on the whole gradient."""
+    if clipping != "per_layer":
+        raise ValueError(
+            f"max_grad_norm={bounds!r}, a bound for each parameter, needs clipping='per_layer', got {clipping!r}"
+        )
+    names = {id(p): name for name, p in module.named_parameters()}
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if len(trained) != len(bounds):
+        raise ValueError(f"max_grad_norm has {len(bounds)} bounds for {len(trained)} trainable parameters")
+    style = PerParameter({names.get(id(p), "?"): bound for p, bound in zip(trained, bounds)})
+    return style, math.hypot(*style.bounds.values())

@@ -1,8 +1,12 @@
 """The history of private steps, of any noise and any sample rate, with the interface of Opacus's accountants."""
 
+import warnings
+from typing import Any
+
 from fastloda.accountant import Mechanism, PrivacyAccountant, _cheap_epsilon, compose_epsilon
 
 METHODS = ("prv", "rdp")
+IGNORED = {"alphas", "eps_error", "delta_error"}
 
 
 class HistoryAccountant:
@@ -39,12 +43,20 @@ class HistoryAccountant:
         key = (noise_multiplier, sample_rate)
         self._steps[key] = self._steps.get(key, 0) + 1
 
-    def get_epsilon(self, delta: float) -> float:
+    def get_epsilon(self, delta: float, **settings: Any) -> float:
         """Upper bound on epsilon for all steps together; 0 before the first, infinite without noise.
+
+        settings: Opacus's alphas, eps_error and delta_error; not needed here, and ignored with a warning.
 
         Raises:
             ValueError, TypeError: delta is not in (0, 1).
         """
+        if unknown := settings.keys() - IGNORED:
+            raise TypeError(f"get_epsilon does not know {sorted(unknown)}")
+        if settings:
+            warnings.warn(
+                f"{sorted(settings)} ignored: orders and errors are chosen for the least upper bound", stacklevel=2
+            )
         spent = [(rate, noise, steps) for noise, rate, steps in self.history]
         if self.method == "prv" or not spent:
             return compose_epsilon(spent, delta)

@@ -16,7 +16,6 @@ from fastloda.noise import NoiseSource
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import Tally
 from fastloda.private_module import Tape
-from fastloda.secure import SecureGenerator
 from fastloda.step import GhostClipper, StepStats
 from fastloda.styles import Clipping
 
@@ -263,7 +262,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         """What a copy goes on with: no part of a batch, no scheduler's `step`, no generator that would draw the same noise."""
         state = {name: value for name, value in self.__dict__.items() if name not in PASSING}
-        if not isinstance(self.generator, SecureGenerator):
+        if isinstance(self.generator, torch.Generator):
             state["generator"] = None
         return state | {"_batch": None, "_clipper": None}
 
@@ -273,6 +272,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def __getattr__(self, name: str) -> Any:
         if name == "original_optimizer":
             raise AttributeError(name)
+        if name == "grad_samples":
+            raise AttributeError(
+                "per-sample gradients are not kept: fastloda.per_sample_grads(losses, model) computes them"
+            )
         return getattr(self.original_optimizer, name)
 
     def __repr__(self) -> str:

@@ -27,7 +27,16 @@ from test_make_private import (  # noqa: F401
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastloda import BatchMemoryManager, ModuleValidator, PrivacyAccountant, PrivacyEngine, PrivacyError
+import fastloda
+from fastloda import (
+    BatchMemoryManager,
+    CrossEntropyLoss,
+    ModuleValidator,
+    PrivacyAccountant,
+    PrivacyEngine,
+    PrivacyError,
+    schedulers,
+)
 from fastloda.adaptive import AdaptiveClipping
 
 
@@ -169,7 +178,7 @@ def test_checkpoints_count_once_and_may_lack_an_optimizer(tmp_path):
     engine.save_checkpoint(path=path, module=made[0])
     third = PrivacyEngine()
     other = private(noise=1.0, engine=third)
-    with pytest.warns(UserWarning, match="no optimizer's state"):
+    with pytest.warns(UserWarning, match="no optimizer_state_dict: the optimizer stays"):
         third.load_checkpoint(path=path, module=other[0], optimizer=other[1])
     assert len(third.accountant) == 3 and other[1].param_groups[0]["lr"] == 1.0
 
@@ -552,3 +561,284 @@ def test_several_backward_passes_say_what_replaces_them():
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(PrivacyError, match=r"(?s)second backward.*BatchMemoryManager\(.*\) as parts:\n.*step\(\)"):
         F.cross_entropy(model(x), y).backward()
+
+
+# ---- Opacus's arguments
+
+
+def test_settings_of_opacus_accountants_are_ignored_with_a_note():
+    engine = PrivacyEngine(accountant="rdp")
+    train(*private(noise=1.0, engine=engine))
+    epsilon = engine.get_epsilon(DELTA)
+    for get in (engine.get_epsilon, engine.accountant.get_epsilon):
+        with pytest.warns(UserWarning, match="'alphas'. ignored"):
+            assert get(DELTA, alphas=[1.1, 2, 3]) == epsilon
+    with pytest.raises(TypeError, match="alphos"):
+        engine.get_epsilon(DELTA, alphos=[2])
+
+
+@pytest.mark.parametrize("epochs, steps", [(0.5, 2), (1 / 3, 1), (1.5, 5), (2, 6), (0.1, 1)])
+def test_parts_of_a_pass(epochs, steps):
+    model, optimizer, loader = with_budget(engine := PrivacyEngine(), epochs=epochs)
+    assert optimizer.last_step == steps
+    with pytest.raises(PrivacyError, match=f"the {steps} steps"):
+        train(model, optimizer, loader, passes=3)
+    assert engine.get_epsilon(DELTA) <= 3.0
+
+
+@pytest.mark.parametrize("epochs", [0, -1.0, float("nan"), True, "2"])
+def test_passes_that_mean_nothing(epochs):
+    with pytest.raises(ValueError, match="epochs must be a positive finite number"):
+        with_budget(PrivacyEngine(), epochs=epochs)
+
+
+def test_a_bound_for_each_parameter():
+    """https://github.com/pytorch/opacus/blob/main/opacus/optimizers/perlayeroptimizer.py, on both."""
+    bounds = [0.5, 0.01, 0.2, 0.03]
+    model, optimizer, loader = private(clipping="per_layer", bound=bounds)
+    x, y = first_batch(loader)
+    samples = truth(model._module, x, y)
+    wanted = {name: 0 for name in samples[0]}
+    for sample in samples:
+        for (name, g), bound in zip(sample.items(), bounds):
+            wanted[name] = wanted[name] + g * min(1.0, bound / g.norm().item())
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert_same(gradients(model._module), wanted, divisor=8)
+    assert optimizer.max_grad_norm == pytest.approx(sum(b * b for b in bounds) ** 0.5)
+    for bad, match in (([1.0], "1 bounds for 4 trainable"), ([1.0, 1, 1, -1], "positive finite")):
+        with pytest.raises(ValueError, match=match):
+            private(clipping="per_layer", bound=bad)
+    with pytest.raises(ValueError, match="needs clipping='per_layer', got 'flat'"):
+        private(bound=bounds)
+
+
+def test_adaptive_clipping_by_opacus_names():
+    names = dict(target_unclipped_quantile=0.9, clipbound_learning_rate=5.0, unclipped_num_std=1.0)
+    model, optimizer, loader = private(
+        clipping="adaptive", bound=0.1, noise=1.0, max_clipbound=0.25, min_clipbound=0.05, **names
+    )
+    assert optimizer.clipping == AdaptiveClipping(0.9, 5.0, 1.0, None, 0.05, 0.25)
+    seen = []
+    for _ in range(4):
+        train(model, optimizer, loader)
+        seen.append(optimizer.max_grad_norm)
+    assert all(0.05 <= bound <= 0.25 * (1 + 1e-9) for bound in seen) and max(seen) > 0.2
+    with pytest.raises(TypeError, match="target_unclipped_quantile"):
+        private(**names)
+    for least, largest in ((1.0, 1.0), (0.0, 1.0), (1.0, float("inf")), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="min_bound must be less than max_bound"):
+            AdaptiveClipping(min_bound=least, max_bound=largest)
+
+
+@pytest.mark.parametrize("source", ["opacus", "ours"])
+def test_schedules_of_noise_and_bound(source, tmp_path):
+    if source == "opacus":
+        pytest.importorskip("opacus")
+        from opacus import schedulers as theirs
+
+        made_of = theirs
+    else:
+        made_of = schedulers
+    engine = PrivacyEngine()
+    model, optimizer, loader = private(noise=2.0, bound=1.0, engine=engine)
+    noise = made_of.ExponentialNoise(optimizer, gamma=0.5)
+    bound = made_of.StepGradClip(optimizer, step_size=2, gamma=0.1)
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        noise.step()
+        bound.step()
+    assert [(z, n) for z, _, n in optimizer.accountant.history] == [(2.0, 1), (1.0, 1), (0.5, 1)]
+    assert optimizer.max_grad_norm == pytest.approx(0.1) and optimizer.noise_multiplier == 0.25
+    path = tmp_path / "c.pt"
+    engine.save_checkpoint(
+        path=path, module=model, optimizer=optimizer, noise_scheduler=noise, grad_clip_scheduler=bound
+    )
+    _, other, _ = private(noise=2.0, bound=1.0, engine=(again := PrivacyEngine()))
+    later, later_bound = made_of.ExponentialNoise(other, gamma=1.0), made_of.StepGradClip(other, step_size=9, gamma=1.0)
+    again.load_checkpoint(path=path, module=model, noise_scheduler=later, grad_clip_scheduler=later_bound)
+    assert (later.gamma, later.last_epoch, later_bound.step_size) == (0.5, 3, 2)
+
+
+def test_schedules_agree_with_opacus():
+    theirs = pytest.importorskip("opacus.schedulers")
+    for name, arguments in (
+        ("ExponentialNoise", {"gamma": 0.9}),
+        ("StepNoise", {"gamma": 0.5, "step_size": 3}),
+        ("LambdaNoise", {"noise_lambda": lambda step: 1 + step}),
+        ("ExponentialGradClip", {"gamma": 0.9}),
+        ("StepGradClip", {"gamma": 0.5, "step_size": 3}),
+        ("LambdaGradClip", {"scheduler_function": lambda step: 1 / (1 + step)}),
+    ):
+        values = []
+        for module in (theirs, schedulers):
+            _, optimizer, _ = private(noise=2.0, bound=3.0)
+            schedule = getattr(module, name)(optimizer, **arguments)
+            seen = []
+            for _ in range(7):
+                schedule.step()
+                seen.append((optimizer.noise_multiplier, optimizer.max_grad_norm))
+            values.append(seen)
+        assert values[0] == values[1] and len(set(values[0])) > 1
+        assert written(schedule.state_dict())["last_epoch"] == 7
+    with pytest.raises(TypeError, match="the one that make_private returned, got SGD"):
+        schedulers.ExponentialNoise(torch.optim.SGD(small_net().parameters(), lr=1.0), gamma=1.0)
+
+
+def test_schedules_count_private_steps():
+    model, optimizer, loader = private(noise=8.0, bound=4.0, batch_size=12)
+    noise = schedulers.ExponentialNoise(optimizer, gamma=0.5)
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
+        for x, y in parts:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            noise.step()
+            if optimizer.accumulating:
+                optimizer.max_grad_norm = 1.0  # holds from the next batch on
+    assert [z for z, *_ in optimizer.accountant.history] == [8.0, 4.0] and optimizer.max_grad_norm == 1.0
+
+
+# ---- criterions, noise, gradients of one's own
+
+TARGETS = {
+    "labels": ((8, 3), lambda: torch.randint(3, (8,))),
+    "labels and positions": ((8, 3, 5, 2), lambda: torch.randint(3, (8, 5, 2))),
+    "probabilities": ((8, 3), lambda: torch.rand(8, 3).softmax(1)),
+    "probabilities and positions": ((8, 3, 4), lambda: torch.rand(8, 3, 4).softmax(1)),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_of_samples(kind, smoothing):
+    """It is PyTorch's of each sample alone, but for the weights in PyTorch's divisor; and no sample's share depends on others."""
+    shape, make = TARGETS[kind]
+    out, target = torch.randn(shape), make()
+    plain = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    torch.testing.assert_close(CrossEntropyLoss(label_smoothing=smoothing)(out, target), plain(out, target))
+    weight = torch.tensor([0.5, 1.0, 3.0])
+    ignored, labels = target.clone(), not target.is_floating_point()
+    if labels:
+        ignored[::2] = 1  # half of the samples are ignored, or hold what is
+        ignored[1, ...] = 2
+    criterion = CrossEntropyLoss(
+        weight, ignore_index=1 if labels else -100, label_smoothing=smoothing, reduction="none"
+    )
+    losses = criterion(out, ignored)
+    one_by_one = torch.stack([criterion(out[i : i + 1], ignored[i : i + 1])[0] for i in range(8)])
+    torch.testing.assert_close(losses, one_by_one)
+    if labels:
+        assert (losses[::2] == 0).all() and losses[1] > 0
+    for reduction in ("mean", "sum"):
+        criterion.reduction = reduction
+        torch.testing.assert_close(criterion(out, ignored), getattr(losses, reduction)())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_class_weights_and_ignored_targets_train(reduction):
+    model, optimizer, loader = private(bound=0.1, loss_reduction=reduction)
+    criterion = CrossEntropyLoss(torch.tensor([0.5, 1.0, 3.0]).double(), ignore_index=1, reduction=reduction)
+    x, y = first_batch(loader)
+    assert (y == 1).any() and (y != 1).any()
+    losses = lambda m, x: criterion(m(x[..., :-1]), x[:, 0, 0, -1].long())  # noqa: E731
+    wanted = oracle.clipped_sum(oracle.sample_grads(model._module, losses, with_labels(x, y)), 0.1)
+    criterion(model(x), y).backward()
+    optimizer.step()
+    assert_same(gradients(model._module), wanted, divisor=8 if reduction == "mean" else 1)
+
+
+class Threes:
+    """Noise of one's own."""
+
+    def __init__(self, bad=None):
+        self.bad, self.drawn = bad, 0
+
+    def normal(self, shape):
+        self.drawn += shape.numel()
+        if self.bad is not None:
+            return self.bad
+        return torch.full(shape, 3.0, dtype=torch.float64)
+
+
+def test_noise_of_ones_own():
+    source = Threes()
+    model, optimizer, loader = private(bound=0.1, noise=2.0, noise_generator=source)
+    x, y = first_batch(loader)
+    clipped = oracle.clipped_sum(truth(model._module, x, y), 0.1)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert_same(gradients(model._module), {name: g + 2.0 * 0.1 * 3.0 for name, g in clipped.items()}, divisor=8)
+    assert source.drawn == sum(p.numel() for p in model.parameters())
+    assert copy.deepcopy(optimizer).generator.drawn == source.drawn
+    with pytest.raises(TypeError, match="noise_generator must be a torch.Generator, or have normal"):
+        private(noise_generator=7)
+    for bad in (torch.zeros((), dtype=torch.float64), torch.zeros(3, 3), torch.zeros(1).double()):
+        model, optimizer, loader = private(noise=1.0, bound=1.0, noise_generator=Threes(bad))
+        x, y = first_batch(loader)
+        F.cross_entropy(model(x), y).backward()
+        unchanged(optimizer.step, "Threes.normal must give float64 numbers of shape", model, ValueError)
+        assert len(optimizer.accountant) == 0
+
+
+def test_gradients_of_single_samples():
+    inner = small_net()
+    model, optimizer, loader = private(inner)
+    x, y = first_batch(loader)
+    wanted = truth(inner, x, y)
+    found = fastloda.per_sample_grads(F.cross_entropy(inner(x), y, reduction="none"), inner)
+    assert all(p.grad is None for p in inner.parameters())
+    for name, grads in found.items():
+        torch.testing.assert_close(grads, torch.stack([sample[name] for sample in wanted]))
+    empty = fastloda.per_sample_grads(F.cross_entropy(inner(x), y, reduction="none")[:0], inner)
+    assert {name: g.shape for name, g in empty.items()} == {n: (0, *p.shape) for n, p in inner.named_parameters()}
+    with pytest.raises(AttributeError, match="fastloda.per_sample_grads"):
+        _ = optimizer.grad_samples
+
+
+def test_sequences_that_keep_the_batch_second():
+    """The way out that the refusal of batch_first=False names."""
+
+    class Second(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.GRU(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0])
+
+    class First(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x.transpose(0, 1)).transpose(0, 1)
+
+    inner = First(Second()).double()
+    with pytest.raises(ValueError, match="batch_first=False is refused: .*transpose"):
+        private(inner, batch_first=False)
+    model, optimizer, loader = private(inner, bound=0.1)
+    x, _ = first_batch(loader)
+    losses = lambda m, x: m(x[:, 0]).square().sum((1, 2))  # noqa: E731
+    wanted = oracle.clipped_sum(oracle.sample_grads(inner, losses, x), 0.1)
+    losses(model, x).mean().backward()
+    optimizer.step()
+    assert_same(gradients(inner), wanted, divisor=8)
+
+
+def test_accelerate_prepares_all_but_the_loader():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    for wrapped in (True, False):
+        model, private_optimizer, loader = private(noise=1.0, bound=1.0)
+        model, optimizer = accelerator.prepare(model, private_optimizer)
+        x, y = next(iter(accelerator.prepare(loader) if wrapped else loader))
+        accelerator.backward(F.cross_entropy(model(x), y))
+        if wrapped:
+            with pytest.raises(PrivacyError, match="accelerator.prepare must not wrap"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert len(private_optimizer.accountant) == 1

@@ -936,7 +936,7 @@ def test_a_budget_is_for_an_unspent_engine():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(TensorDataset(*records()), batch_size=8)
     budget = dict(target_epsilon=3.0, target_delta=DELTA, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="epochs must be an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match="epochs must be a positive finite number, got 0"):
         make_private_with_epsilon(model, optimizer, loader, epochs=0, **budget)
     _, private_optimizer, loader = make_private_with_epsilon(model, optimizer, loader, epochs=4, **budget)
     noise = private_optimizer.noise_multiplier
