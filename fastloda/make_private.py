@@ -104,7 +104,8 @@ class PrivacyEngine:
                 object of one's own whose `normal(shape)` gives the noise (`NormalNumbers`).
             grad_sample_mode: any of Opacus's for one device; the gradient is the same, and exact. "ghost" makes the return
                 value (module, optimizer, criterion, data_loader), with criterion (default: CrossEntropyLoss) as it is.
-            batch_first, poisson_sampling, wrap_model, rand_on_empty: of Opacus, at their defaults only.
+            batch_first: False if inputs have the batch second (`fastloda.batch_second`).
+            poisson_sampling, wrap_model, rand_on_empty: of Opacus, at their defaults only.
 
         The loss must be the mean (or sum) of one loss per sample, each of which depends on its own sample only. A loss that
         visibly does not is refused by `loss.backward()` (`fastloda.private_loss`).
@@ -115,7 +116,7 @@ class PrivacyEngine:
         """
         if clipping == "adaptive":
             clipping, unknown = _adaptive_style(unknown)
-        _check_opacus_arguments(batch_first, poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown)
+        _check_opacus_arguments(poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown)
         if loss_reduction not in REDUCTIONS:
             raise ValueError(f"loss_reduction must be one of {REDUCTIONS}, got {loss_reduction!r}")
         if World.of().size > 1:
@@ -145,9 +146,10 @@ class PrivacyEngine:
             expected_batch_size=expected_batch_size,
             generator=self._noise_source(noise_generator),
         )
+        module = PrivateModule(module, tape, batch_first=batch_first)
         if grad_sample_mode == "ghost":
-            return PrivateModule(module, tape), private, criterion or nn.CrossEntropyLoss(), loader
-        return PrivateModule(module, tape), private, loader
+            return module, private, criterion or nn.CrossEntropyLoss(), loader
+        return module, private, loader
 
     def make_private_with_epsilon(
         self,
@@ -331,18 +333,11 @@ def make_private_with_epsilon(
     )
 
 
-def _check_opacus_arguments(
-    batch_first, poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown
-) -> None:
+def _check_opacus_arguments(poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown) -> None:
     """Refuse arguments of Opacus that would mean something else here, and say what to do."""
     if not poisson_sampling:
         raise ValueError(
             "poisson_sampling=False is refused: for shuffled batches the reported epsilon does not hold; leave it out"
-        )
-    if not batch_first:
-        raise ValueError(
-            "batch_first=False is refused: let a module around yours take and return the batch first, as in `def forward(self, "
-            "x): return self.module(x.transpose(0, 1)).transpose(0, 1)`; layers inside may keep the batch second"
         )
     if grad_sample_mode not in MODES:
         raise ValueError(

@@ -172,13 +172,13 @@ class BatchMemoryManager:
         size = max_physical_batch_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"max_physical_batch_size must be an integer >= 1, got {size!r}")
-        self._loader, self._size = data_loader, size
+        self._loader, self._size, self._optimizer = data_loader, size, optimizer
 
     def __enter__(self) -> PoissonLoader:
         return self._loader.split(self._size)
 
     def __exit__(self, *exception) -> None:
-        self._loader.tally.drawn.clear()
+        self._optimizer.drop_parts()
 
 
 class CollateOrEmpty:

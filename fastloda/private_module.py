@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastloda.batch_second import with_batch_second
 from fastloda.coverage import FrozenWatch
 from fastloda.errors import PrivacyError
 from fastloda.members import Members
@@ -115,19 +116,20 @@ class PrivateModule(nn.Module):
     submodules and `_module` itself are not: they take part in no private step. Without gradients (`torch.no_grad()`) it is that
     module, and frozen (`requires_grad_(False)`, or within `frozen()`) a fixed function, whose inputs may have gradients.
 
-    The batch comes first in every input and output; outputs may be tensors, or tuples, lists, dicts and objects with tensors as
-    attributes, and the loss may use several, of one call or of more. For an input with 0 rows, the empty Poisson batch, the
-    outputs have 0 rows whether or not the wrapped module can do that.
+    The batch comes first in every input and output, or as `with_batch_second` has it. Outputs may be tensors, or tuples, lists, dicts
+    and objects with tensors as attributes, and the loss may use several, of one call or of more. For an input with 0 rows, the
+    empty Poisson batch, the outputs have 0 rows whether or not the wrapped module can do that.
 
     Raises:
         PrivacyError: forward wrote to a buffer or a frozen parameter.
         TypeError, ValueError: an output that can't be looked into, or an input that wants a gradient.
     """
 
-    def __init__(self, module: nn.Module, tape: Tape):
+    def __init__(self, module: nn.Module, tape: Tape, *, batch_first: bool = True):
         super().__init__()
         self._module = module
         self._tape = tape
+        self._batch_second = not batch_first
         self.training = module.training
 
     def forward(self, *args, **kwargs) -> Any:
@@ -141,14 +143,17 @@ class PrivateModule(nn.Module):
     def _run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """What `function`, the wrapped module or a method of it, makes, cut off from its graph."""
         watch = FrozenWatch(Members.of(self._module))
+        run = functools.partial(with_batch_second, self._made) if self._batch_second else self._made
+        made = run(function, args, kwargs)
+        if function is self._module or any(map(_is_computed, tensors_in(made))):
+            watch.check(Members.of(self._module))  # a method that makes nothing to learn from may write what it likes
+        return made
+
+    def _made(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         if any(isinstance(t, Tensor) and t.dim() and not len(t) for t in tree_leaves((args, kwargs))):
             outputs = self._without_samples(function, args, kwargs)
         else:
             outputs = function(*args, **kwargs)
-        if function is self._module or any(
-            map(_is_computed, tensors_in(outputs))
-        ):  # other methods may write what they like
-            watch.check(Members.of(self._module))
         return self._cut(outputs) if torch.is_grad_enabled() and self._trains() else outputs
 
     def _trains(self) -> bool:

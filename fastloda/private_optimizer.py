@@ -149,6 +149,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._tape.clear()
         self.original_optimizer.zero_grad(set_to_none)
 
+    def drop_parts(self) -> None:
+        """Forget what was handed out and not used, and the parts of a batch that was left before its end."""
+        self.tally.drawn.clear()
+        self._batch = self._clipper = None
+
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """What Opacus's BatchMemoryManager calls before each part of a batch: refused."""
         raise PrivacyError(

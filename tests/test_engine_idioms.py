@@ -269,6 +269,17 @@ def test_what_a_part_of_a_batch_is_can_be_told():
             assert real != all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
 
 
+def test_a_batch_that_was_left_is_no_batch():
+    model, optimizer, loader = private(noise=1.0, bound=1.0, batch_size=12)
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
+        for x, y in parts:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            assert optimizer.accumulating
+            break
+    assert not optimizer.accumulating and len(optimizer.accountant) == 0
+
+
 def test_opacus_batch_memory_manager_names_its_replacement():
     manager = pytest.importorskip("opacus.utils.batch_memory_manager").BatchMemoryManager
     _, optimizer, loader = private(noise=1.0)
@@ -797,35 +808,84 @@ def test_gradients_of_single_samples():
         _ = optimizer.grad_samples
 
 
-def test_sequences_that_keep_the_batch_second():
-    """The way out that the refusal of batch_first=False names."""
+class Recurrent(nn.Module):
+    """Its inputs have the batch second; its outputs second, first, and second again, or as a cache nowhere."""
 
-    class Second(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn, self.head = nn.GRU(6, 4), nn.Linear(4, 3)
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head, self.across = nn.GRU(6, 4), nn.Linear(4, 3), nn.Linear(4, 6)
 
-        def forward(self, x):
-            return self.head(self.rnn(x)[0])
+    def forward(self, x, scale):
+        h, last = self.rnn(x)
+        return {
+            "steps": self.head(h) * scale[:, None],
+            "logits": self.across(last[0]),
+            "last": last,
+            "count": torch.ones(6),
+        }
 
-    class First(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
+    def positions(self, x):
+        return self.head(F.relu(x[..., :4]))
 
-        def forward(self, x):
-            return self.module(x.transpose(0, 1)).transpose(0, 1)
 
-    inner = First(Second()).double()
-    with pytest.raises(ValueError, match="batch_first=False is refused: .*transpose"):
-        private(inner, batch_first=False)
-    model, optimizer, loader = private(inner, bound=0.1)
-    x, _ = first_batch(loader)
-    losses = lambda m, x: m(x[:, 0]).square().sum((1, 2))  # noqa: E731
-    wanted = oracle.clipped_sum(oracle.sample_grads(inner, losses, x), 0.1)
-    losses(model, x).mean().backward()
+def sequence_losses(model, x):
+    out = model(x.transpose(0, 1), scale=x[:, 0, 0])
+    return out["steps"].square().sum((0, 2)) + out["logits"].sin().sum(1) + out["last"].sum((0, 2))
+
+
+def sequences(inner, count, **options):
+    """Six positions, for `count` records of which every batch has all; six is the number of positions and of logits too."""
+    x = torch.randn(count, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+    loader = DataLoader(
+        TensorDataset(x), batch_size=count, collate_fn=lambda rows: torch.stack([r for (r,) in rows], 1)
+    )
+    make = PrivacyEngine().make_private
+    return x, make(inner, optimizer, loader, noise_multiplier=0.0, max_grad_norm=0.1, batch_first=False, **options)
+
+
+@pytest.mark.parametrize("count", [6, 4, 1])
+def test_the_batch_may_come_second(count):
+    inner = Recurrent().double()
+    x, (model, optimizer, loader) = sequences(inner, count)
+    wanted = oracle.clipped_sum(oracle.sample_grads(inner, sequence_losses, x), 0.1)
+    batch = next(iter(loader))
+    assert torch.equal(batch, x.transpose(0, 1))
+    sequence_losses(model, batch.transpose(0, 1)).mean().backward()
     optimizer.step()
-    assert_same(gradients(inner), wanted, divisor=8)
+    assert_same(gradients(inner), wanted, divisor=count)
+    empty = model(x[:0].transpose(0, 1), scale=x[:0, 0, 0])
+    assert {name: tuple(t.shape) for name, t in empty.items()} == {
+        "steps": (6, 0, 3),
+        "logits": (0, 6),
+        "last": (1, 0, 4),
+        "count": (0,),  # as any output of the empty batch
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch, scale=x[:, 0, 0]), inner(batch, scale=x[:, 0, 0]))
+
+
+def test_an_output_without_the_batch_is_named():
+    class Summed(Recurrent):
+        def forward(self, x):
+            return self.rnn(x)[0].sum(1)
+
+    _, (model, _, loader) = sequences(Summed().double(), 6)
+    with pytest.raises(PrivacyError, match=r"an output of shape \(6, 4\) has no dimension that grows"):
+        model(next(iter(loader)))
+
+
+def test_positions_are_not_taken_for_records():
+    """As many positions as records, and a layer that treats all alike: nothing but the layout can tell which are which."""
+    inner = Recurrent().double()
+    x, (model, optimizer, loader) = sequences(inner, 6)
+    losses = lambda m, x: m.positions(x.transpose(0, 1)).square().sum((0, 2))  # noqa: E731
+    wanted = oracle.clipped_sum(oracle.sample_grads(inner, losses, x), 0.1)
+    losses(model, next(iter(loader)).transpose(0, 1)).mean().backward()
+    optimizer.step()
+    assert_same(
+        {n: g for n, g in gradients(inner).items() if "head" in n}, {n: g for n, g in wanted.items() if "head" in n}, 6
+    )
 
 
 def test_accelerate_prepares_all_but_the_loader():

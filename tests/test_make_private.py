@@ -635,7 +635,6 @@ def test_parts_of_two_batches_never_mix():
 
 BAD_ARGUMENTS = {
     "poisson_sampling": (False, ValueError, "poisson_sampling=False is refused"),
-    "batch_first": (False, ValueError, "batch_first=False"),
     "grad_sample_mode": ("no_op", ValueError, "'no_op'"),
     "wrap_model": (False, ValueError, "wrap_model=False"),
     "rand_on_empty": (True, ValueError, "rand_on_empty=True"),
