@@ -37,7 +37,7 @@ from fastloda.noise import NoiseSource
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import PoissonLoader
 from fastloda.private_module import PrivateModule, Tape
-from fastloda.private_optimizer import PRIVACY, Budget, PrivateOptimizer
+from fastloda.private_optimizer import PRIVACY, Budget, PrivateOptimizer, check_privacy
 from fastloda.secure import SecureGenerator
 from fastloda.step import GhostClipper
 from fastloda.styles import Clipping
@@ -131,6 +131,7 @@ class PrivacyEngine:
         clipper = GhostClipper(module, max_grad_norm, clipping=clipping)
         clipper.clipping.gradient_noise(noise_multiplier, expected_batch_size)
         check_optimizer(optimizer, clipper.parameters)
+        check_privacy(optimizer.param_groups)
 
         tape = Tape(loss_reduction)
         private = PrivateOptimizer(
@@ -146,6 +147,7 @@ class PrivacyEngine:
             expected_batch_size=expected_batch_size,
             generator=self._noise_source(noise_generator),
         )
+        private.take_in(optimizer.param_groups)  # of a state that was loaded before
         module = PrivateModule(module, tape, batch_first=batch_first)
         if grad_sample_mode == "ghost":
             return module, private, criterion or nn.CrossEntropyLoss(), loader
@@ -282,7 +284,8 @@ class PrivacyEngine:
                 continue
             if state is None:
                 warnings.warn(f"{path} has no {name}_state_dict: the {name} stays as it is", stacklevel=2)
-            elif name == "optimizer" and PRIVACY not in state:  # Opacus's, whose account was loaded above
+            elif name == "optimizer" and not any(PRIVACY in group for group in state["param_groups"]):
+                # Opacus's, whose account was loaded above
                 getattr(value, "original_optimizer", value).load_state_dict(state)
             else:
                 value.load_state_dict(state)

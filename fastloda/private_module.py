@@ -116,9 +116,9 @@ class PrivateModule(nn.Module):
     submodules and `_module` itself are not: they take part in no private step. Without gradients (`torch.no_grad()`) it is that
     module, and frozen (`requires_grad_(False)`, or within `frozen()`) a fixed function, whose inputs may have gradients.
 
-    The batch comes first in every input and output, or as `with_batch_second` has it. Outputs may be tensors, or tuples, lists, dicts
-    and objects with tensors as attributes, and the loss may use several, of one call or of more. For an input with 0 rows, the
-    empty Poisson batch, the outputs have 0 rows whether or not the wrapped module can do that.
+    The batch comes first in every input and output, or as `with_batch_second` has it. Outputs may be tensors, or tuples, lists,
+    dicts and objects with tensors as attributes, and the loss may use several, of one call or of more. For an input with 0 rows,
+    the empty Poisson batch, the outputs have 0 rows whether or not the wrapped module can do that.
 
     Raises:
         PrivacyError: forward wrote to a buffer or a frozen parameter.
@@ -217,8 +217,11 @@ class PrivateModule(nn.Module):
             return functools.wraps(found)(functools.partial(self._call, found)) if inspect.ismethod(found) else found
 
     def _call(self, method: Callable, *args, **kwargs) -> Any:
-        """A method of the wrapped module, whose results are cut off if they have gradients of its parameters."""
-        if not torch.is_grad_enabled() or _wants_gradient(args, kwargs):  # e.g. a loss of the module's outputs
+        """A method of the wrapped module, whose results are cut off if it makes them of records."""
+        of_records = any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs)))
+        if (
+            not torch.is_grad_enabled() or not of_records or _wants_gradient(args, kwargs)
+        ):  # the last: e.g. a loss of outputs
             return method(*args, **kwargs)
         return self._run(method, args, kwargs)
 

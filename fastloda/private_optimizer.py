@@ -19,7 +19,7 @@ from fastloda.private_module import Tape
 from fastloda.step import GhostClipper, StepStats
 from fastloda.styles import Clipping
 
-PRIVACY = "privacy"  # the key in state_dict()
+PRIVACY = "privacy"  # the key in the state's first parameter group
 PASSING = ("step", "_opt_called", "grad_scale", "found_inf")  # what schedulers and scalers put on an optimizer
 SCHEDULE_REMEDY = "write `if not optimizer.accumulating: scheduler.step()`"
 
@@ -58,9 +58,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
     only adds up the clipped gradients; the last part brings the noise, the accountant's count and the update. An empty batch is
     noised and counted like any other. `zero_grad()` also drops a backward pass that no step has used.
 
-    `state_dict()` carries the account, and `load_state_dict` adds it to this one's: what was spent stays spent. A copy, pickled
-    or not, goes on with the same account, and draws noise of its own even where a generator was given: two runs with the same
-    noise would show the difference of their sums.
+    `state_dict()` carries the account, and `load_state_dict`, or make_private of an optimizer that loaded it, adds it to what was
+    spent. A copy, pickled or not, goes on with the same account, and draws noise of its own even where a generator was given: two
+    runs with the same noise would show the difference of their sums.
 
     Attributes:
         original_optimizer: the wrapped optimizer.
@@ -236,9 +236,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.defaults = defaults
 
     def state_dict(self) -> dict:
-        """The wrapped optimizer's, which still can load it, and under "privacy" the account and the clipping bound."""
+        """The wrapped optimizer's, with the account and the clipping bound in its first parameter group, under "privacy".
+
+        There it stays when an ordinary optimizer loads and saves it, until `make_private` or `load_state_dict` takes it in.
+        """
+        state = self.original_optimizer.state_dict()
         privacy = {"accountant": self.accountant.state_dict(), "max_grad_norm": self.max_grad_norm}
-        return self.original_optimizer.state_dict() | {PRIVACY: privacy}
+        first, *others = state["param_groups"]
+        return state | {"param_groups": [first | {PRIVACY: privacy}, *others]}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the wrapped optimizer's state, add its account to this one's, and go on from its adaptive clipping bound.
@@ -246,20 +251,23 @@ class PrivateOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state is another optimizer's, or malformed; nothing has changed then.
         """
-        privacy = state_dict.get(PRIVACY)
-        if privacy is not None:
-            bound = _check_privacy(privacy)
+        groups = state_dict["param_groups"]
+        check_privacy(groups)
         self.original_optimizer.load_state_dict(state_dict)
-        if privacy is None:
+        if not any(PRIVACY in group for group in groups):
             warnings.warn(
                 "this optimizer's state has no privacy account: the private steps that led to it, if any, are not counted in "
                 "epsilon. engine.accountant.load_state_dict adds their account, if it was saved elsewhere",
                 stacklevel=2,
             )
-            return
-        self.accountant.load_state_dict(privacy["accountant"])
-        if isinstance(self.clipping, AdaptiveClipping):
-            self.max_grad_norm = bound
+        self.take_in(groups)
+
+    def take_in(self, groups: list[dict]) -> None:
+        """Add the accounts that parameter groups brought with them, and go on from their adaptive clipping bound."""
+        for privacy in check_privacy(groups):
+            self.accountant.load_state_dict(privacy["accountant"])
+            if isinstance(self.clipping, AdaptiveClipping):
+                self.max_grad_norm = privacy["max_grad_norm"]
 
     def add_param_group(self, param_group: dict) -> None:
         self.original_optimizer.add_param_group(param_group)
@@ -287,10 +295,13 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return f"PrivateOptimizer({self.original_optimizer!r})"
 
 
-def _check_privacy(privacy: Any) -> float:
-    """-> the clipping bound of what `state_dict` has under "privacy"."""
-    try:
-        HistoryAccountant().load_state_dict(privacy["accountant"])
-        return check_max_grad_norm(privacy["max_grad_norm"])
-    except (TypeError, LookupError) as error:
-        raise ValueError(f"malformed privacy record in the optimizer's state: {error!r}") from error
+def check_privacy(groups: list[dict]) -> list[dict]:
+    """What parameter groups hold under "privacy". Raises ValueError if it is malformed."""
+    found = [group[PRIVACY] for group in groups if PRIVACY in group]
+    for privacy in found:
+        try:
+            HistoryAccountant().load_state_dict(privacy["accountant"])
+            check_max_grad_norm(privacy["max_grad_norm"])
+        except (TypeError, LookupError) as error:
+            raise ValueError(f"malformed privacy record in the optimizer's state: {error!r}") from error
+    return found

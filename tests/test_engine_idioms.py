@@ -81,7 +81,7 @@ def test_an_optimizer_state_carries_the_account(optimizer_class):
     model, optimizer, loader = made(first)
     train(model, optimizer, loader, passes=2)
     saved = written({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    assert saved["optimizer"]["param_groups"] == optimizer.original_optimizer.state_dict()["param_groups"]
+    assert saved["optimizer"]["state"].keys() == optimizer.original_optimizer.state_dict()["state"].keys()
 
     model, optimizer, loader = made(second)
     model.load_state_dict(saved["model"])
@@ -91,9 +91,29 @@ def test_an_optimizer_state_carries_the_account(optimizer_class):
     train(model, optimizer, loader, passes=2)
     assert second.get_epsilon(DELTA) == PrivacyAccountant(1 / 3, 1.0).epsilon(DELTA, 12)
 
-    plain = optimizer_class(small_net().parameters(), lr=1.0)
-    plain.load_state_dict(saved["optimizer"])
-    assert plain.param_groups[0]["lr"] == 0.01 and set(plain.state_dict()) == {"state", "param_groups"}
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_ordinary_optimizer_carries_the_account_on(again):
+    """Loaded before make_private, and perhaps saved once more without it."""
+    model, optimizer, loader = private(noise=1.0, bound=1.0, lr=0.01)
+    train(model, optimizer, loader)
+    plain = torch.optim.SGD(small_net().parameters(), lr=1.0)
+    plain.load_state_dict(written(optimizer.state_dict()))
+    assert plain.param_groups[0]["lr"] == 0.01
+    plain.step()
+    inner = small_net()
+    plain_again = torch.optim.SGD(inner.parameters(), lr=1.0)
+    plain_again.load_state_dict(written((plain if again else optimizer).state_dict()))
+    engine, loader = PrivacyEngine(), DataLoader(TensorDataset(*records()), batch_size=8)
+    for _ in range(2):
+        made = engine.make_private(inner, plain_again, loader, noise_multiplier=1.0, max_grad_norm=1.0)
+        assert len(engine.accountant) == 3
+    train(*made)
+    assert engine.get_epsilon(DELTA) == PrivacyAccountant(1 / 3, 1.0).epsilon(DELTA, 6)
+    assert made[1].state_dict()["param_groups"][0]["privacy"]["accountant"] == engine.accountant.state_dict()
+    plain_again.param_groups[0]["privacy"] = {"accountant": 3}
+    with pytest.raises(ValueError, match="malformed privacy record"):
+        engine.make_private(inner, plain_again, loader, noise_multiplier=1.0, max_grad_norm=1.0)
 
 
 def test_an_optimizer_state_without_an_account_says_so():
@@ -107,9 +127,10 @@ def test_an_optimizer_state_without_an_account_says_so():
 @pytest.mark.parametrize("privacy", [{}, {"accountant": {"history": [(1.0, 0.5, -1)], "mechanism": "prv"}}, 7])
 def test_a_malformed_account_changes_nothing(privacy):
     model, optimizer, _ = private(noise=1.0)
-    state = {"max_grad_norm": 1.0} | privacy if isinstance(privacy, dict) else privacy
+    state = torch.optim.SGD(small_net().parameters(), lr=9.0).state_dict()
+    state["param_groups"][0]["privacy"] = {"max_grad_norm": 1.0} | privacy if isinstance(privacy, dict) else privacy
     with pytest.raises(ValueError, match="malformed privacy record"):
-        optimizer.load_state_dict(torch.optim.SGD(small_net().parameters(), lr=9.0).state_dict() | {"privacy": state})
+        optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] == 1.0 and len(optimizer.accountant) == 0
 
 
@@ -140,7 +161,7 @@ def test_a_budget_counts_what_was_loaded():
     assert len(engine.accountant) == 12 and engine.get_epsilon(DELTA) <= 3.0
 
 
-@pytest.mark.parametrize("how", ["loaded", "set", "another optimizer"])
+@pytest.mark.parametrize("how", ["loaded", "set", "another optimizer", "of a higher rate"])
 def test_a_budget_is_of_epsilon_not_of_steps(how):
     """Steps of less noise than planned, wherever they come from, end the run before the budget is exceeded."""
     engine = PrivacyEngine()
@@ -152,6 +173,8 @@ def test_a_budget_is_of_epsilon_not_of_steps(how):
         optimizer.load_state_dict(written(other[1].state_dict()))
     elif how == "another optimizer":
         train(*private(noise=less, bound=1.0, engine=engine))
+    elif how == "of a higher rate":
+        train(*private(noise=1.7 * less, bound=1.0, engine=engine, batch_size=24))
     else:
         optimizer.noise_multiplier = less
     with pytest.raises(PrivacyError, match="would exceed the privacy budget"):
@@ -213,13 +236,15 @@ def test_copies_train_and_go_on_with_the_account(again, when):
         torch.optim.lr_scheduler.StepLR(optimizer, 1)
     if when != "new":
         train(*made)
-        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
-            x, y = next(iter(parts))
-            F.cross_entropy(model(x), y).backward()
-            if when == "in the middle of a batch":
-                optimizer.step()
     taken = len(optimizer.accountant)
-    copies = [again(made), again(made)]
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
+        x, y = next(iter(parts))
+        if "of a batch" in when or "backward" in when:
+            F.cross_entropy(model(x), y).backward()
+        if when == "in the middle of a batch":
+            optimizer.step()
+            assert optimizer.accumulating
+        copies = [again(made), again(made)]
     for copied in copies:
         assert not copied[1].accumulating and len(copied[1].accountant) == taken
         assert copied[0]._module is not model._module and copied[2].tally is copied[1].tally
@@ -381,6 +406,9 @@ class Autoencoder(nn.Module):
     def loss(self, out, y):
         return F.cross_entropy(out, y)
 
+    def penalty(self):
+        return sum(p.square().sum() for p in self.parameters())
+
     def freeze(self):
         self.decoder.bias.requires_grad_(False)
         return self
@@ -403,6 +431,8 @@ def test_methods_of_the_wrapped_module_are_private():
     x, y = first_batch(loader)
     model.loss(model(x), y).backward()  # a method may well take the module's outputs
     optimizer.step()
+    with pytest.raises(PrivacyError, match="weight_decay"):
+        (model.loss(model(x), y) + model.penalty()).backward()
     assert model.freeze() is inner and not inner.decoder.bias.requires_grad
 
 
