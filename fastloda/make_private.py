@@ -90,7 +90,8 @@ class PrivacyEngine:
 
         Args:
             module: with some trainable parameters, each covered by a rule; the rest frozen. It may be in eval mode.
-            optimizer: any first-order one over exactly the trainable parameters (frozen ones may be listed).
+            optimizer: any first-order one over exactly the trainable parameters (frozen ones may be listed). What a private
+                optimizer has spent, or one whose state was loaded, is added to the account.
             data_loader: over a map-style data set, with a batch_size. Each step then draws every record with probability
                 1 / len(data_loader). The size of the data set is taken to be public.
             noise_multiplier: the noise's standard deviation on the sum of clipped gradients, over max_grad_norm.
@@ -122,6 +123,7 @@ class PrivacyEngine:
         if World.of().size > 1:
             raise PrivacyError("make_private is for one process; DPTrainer trains on several ranks")
         module = module._module if isinstance(module, PrivateModule) else module
+        spent = optimizer.state_dict()["param_groups"]  # by a private optimizer, or one whose state was loaded
         optimizer = optimizer.original_optimizer if isinstance(optimizer, PrivateOptimizer) else optimizer
         if isinstance(max_grad_norm, (list, tuple)):
             clipping, max_grad_norm = _parameter_bounds(module, optimizer, max_grad_norm, clipping)
@@ -131,7 +133,7 @@ class PrivacyEngine:
         clipper = GhostClipper(module, max_grad_norm, clipping=clipping)
         clipper.clipping.gradient_noise(noise_multiplier, expected_batch_size)
         check_optimizer(optimizer, clipper.parameters)
-        check_privacy(optimizer.param_groups)
+        check_privacy(spent)
 
         tape = Tape(loss_reduction)
         private = PrivateOptimizer(
@@ -147,7 +149,7 @@ class PrivacyEngine:
             expected_batch_size=expected_batch_size,
             generator=self._noise_source(noise_generator),
         )
-        private.take_in(optimizer.param_groups)  # of a state that was loaded before
+        private.take_in(spent)
         module = PrivateModule(module, tape, batch_first=batch_first)
         if grad_sample_mode == "ghost":
             return module, private, criterion or nn.CrossEntropyLoss(), loader
@@ -265,8 +267,8 @@ class PrivacyEngine:
     ) -> dict[str, Any]:
         """Undo `save_checkpoint`, into what make_private returned. The account is added to: what was spent stays spent.
 
-        The file can't run code (weights_only). What the file lacks stays as it is, with a
-        warning. Returns what it holds besides. Raises ValueError, RuntimeError, OSError.
+        The file can't run code (weights_only). What it lacks stays as it is, with a warning. Returns what it holds besides.
+        Raises ValueError, RuntimeError, OSError.
         """
         document = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
         if absent := {"module_state_dict", "privacy_accountant_state_dict"} - set(document):

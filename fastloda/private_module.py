@@ -64,7 +64,7 @@ class Tape:
             if not output.dim():
                 raise PrivacyError(
                     "the model's output is a single number for all samples (a loss?): return one row per sample, and take "
-                    "the mean outside"
+                    "the mean outside. Of a Hugging Face model take the loss of out.logits, with fastloda.CrossEntropyLoss"
                 )
         self._backward = backward
         self._reached += reached

@@ -21,7 +21,6 @@ from fastloda.styles import Clipping
 
 PRIVACY = "privacy"  # the key in the state's first parameter group
 PASSING = ("step", "_opt_called", "grad_scale", "found_inf")  # what schedulers and scalers put on an optimizer
-SCHEDULE_REMEDY = "write `if not optimizer.accumulating: scheduler.step()`"
 
 
 class Budget(NamedTuple):
@@ -58,7 +57,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     only adds up the clipped gradients; the last part brings the noise, the accountant's count and the update. An empty batch is
     noised and counted like any other. `zero_grad()` also drops a backward pass that no step has used.
 
-    `state_dict()` carries the account, and `load_state_dict`, or make_private of an optimizer that loaded it, adds it to what was
+    `state_dict()` carries the account; `load_state_dict`, or make_private of an optimizer that has loaded it, adds it to what was
     spent. A copy, pickled or not, goes on with the same account, and draws noise of its own even where a generator was given: two
     runs with the same noise would show the difference of their sums.
 
@@ -155,7 +154,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._batch = self._clipper = None
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
-        """What Opacus's BatchMemoryManager calls before each part of a batch: refused."""
+        """Refuse what Opacus's BatchMemoryManager calls before each part of a batch."""
         raise PrivacyError(
             "Opacus's BatchMemoryManager hands out parts of a batch without saying whose records they have: write `from fastloda "
             "import BatchMemoryManager` for its import, and leave the loop as it is"
@@ -181,11 +180,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
             )
 
     def _warn_of_schedules(self, batch: int) -> None:
-        """Of a scheduler that counts the parts of a batch as steps."""
+        """Warn of a scheduler that counts the parts of a batch as steps."""
         if batch == self._batch and self._settings != self._group_settings():
             warnings.warn(
                 "the learning rate, or another setting of the optimizer, changed between two parts of one batch: a scheduler "
-                f"counts parts as steps. To count private steps, {SCHEDULE_REMEDY}",
+                "counts parts as steps. To count private steps, write `if not optimizer.accumulating: scheduler.step()`",
                 stacklevel=3,
             )
 
@@ -236,7 +235,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.defaults = defaults
 
     def state_dict(self) -> dict:
-        """The wrapped optimizer's, with the account and the clipping bound in its first parameter group, under "privacy".
+        """Return the wrapped optimizer's, with the account and the clipping bound in its first group, under "privacy".
 
         There it stays when an ordinary optimizer loads and saves it, until `make_private` or `load_state_dict` takes it in.
         """
@@ -273,7 +272,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.add_param_group(param_group)
 
     def __getstate__(self) -> dict:
-        """What a copy goes on with: no part of a batch, no scheduler's `step`, no generator that would draw the same noise."""
+        """Leave out what a copy must not have: parts of a batch, a scheduler's `step`, a generator that draws the same noise."""
         state = {name: value for name, value in self.__dict__.items() if name not in PASSING}
         if isinstance(self.generator, torch.Generator):
             state["generator"] = None

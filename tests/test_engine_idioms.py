@@ -116,6 +116,14 @@ def test_an_ordinary_optimizer_carries_the_account_on(again):
         engine.make_private(inner, plain_again, loader, noise_multiplier=1.0, max_grad_norm=1.0)
 
 
+def test_another_engine_takes_over_what_a_private_optimizer_has_spent():
+    model, optimizer, loader = private(noise=1.0, bound=1.0)
+    train(model, optimizer, loader)
+    model, optimizer, loader = fastloda.make_private(model, optimizer, loader, noise_multiplier=2.0, max_grad_norm=1.0)
+    train(model, optimizer, loader)
+    assert sorted(optimizer.accountant.history) == [(1.0, 1 / 3, 3), (2.0, 1 / 3, 3)]
+
+
 def test_an_optimizer_state_without_an_account_says_so():
     model, optimizer, _ = private(noise=1.0)
     plain = torch.optim.SGD(small_net().parameters(), lr=0.25)
@@ -532,11 +540,14 @@ def test_causal_language_models_return_a_cache():
     for (x,) in loader:
         out = model(input_ids=x)
         assert out.past_key_values is not None
-        F.cross_entropy(out.logits[:, :-1].transpose(1, 2), x[:, 1:]).backward()
+        targets = torch.where(x[:, 1:] < 4, -100, x[:, 1:])
+        CrossEntropyLoss()(out.logits[:, :-1].transpose(1, 2), targets).backward()
         optimizer.step()
     assert len(optimizer.accountant) == 3
     (x,) = first_batch(loader)
-    with pytest.raises(PrivacyError, match="single number"):
+    with pytest.raises(
+        PrivacyError, match="single number.*take the loss of out.logits, with fastloda.CrossEntropyLoss"
+    ):
         model(input_ids=x, labels=x).loss.backward()
 
 
