@@ -357,8 +357,8 @@ def _check_opacus_arguments(poisson_sampling, grad_sample_mode, wrap_model, rand
         raise ValueError("rand_on_empty=True is refused: the private module handles empty batches; leave it out")
     if unknown:
         raise TypeError(
-            f"make_private does not know {sorted(unknown)}: the accountant chooses its own orders and errors, and clipping's "
-            "settings come in its style (fastloda.clip, fastloda.adaptive)"
+            f"make_private does not know {sorted(unknown)}: leave out orders and errors, which the accountant chooses, and give "
+            "clipping's settings in its style (fastloda.clip, fastloda.adaptive)"
         )
 
 

@@ -194,7 +194,8 @@ class PrivateModule(nn.Module):
         if not self._tape.empty:
             warnings.warn(
                 "parameters() between loss.backward() and optimizer.step(): their private gradients do not exist yet, so that "
-                "clip_grad_norm_ clips nothing and returns 0. The step clips each sample's gradient to max_grad_norm by itself",
+                "clip_grad_norm_ clips nothing and returns 0. The step clips each sample's gradient to max_grad_norm by itself; "
+                "in place of p.grad_sample, fastloda.per_sample_grads(losses, model) computes single samples' gradients",
                 stacklevel=2,
             )
         return super().parameters(recurse)
