@@ -37,7 +37,7 @@ from fastloda.noise import NoiseSource
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import PoissonLoader
 from fastloda.private_module import PrivateModule, Tape
-from fastloda.private_optimizer import PRIVACY, Budget, PrivateOptimizer, check_privacy
+from fastloda.private_optimizer import PRIVACY, Budget, PrivateOptimizer
 from fastloda.secure import SecureGenerator
 from fastloda.step import GhostClipper
 from fastloda.styles import Clipping
@@ -133,7 +133,6 @@ class PrivacyEngine:
         clipper = GhostClipper(module, max_grad_norm, clipping=clipping)
         clipper.clipping.gradient_noise(noise_multiplier, expected_batch_size)
         check_optimizer(optimizer, clipper.parameters)
-        check_privacy(spent)
 
         tape = Tape(loss_reduction)
         private = PrivateOptimizer(

@@ -251,7 +251,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             ValueError: the state is another optimizer's, or malformed; nothing has changed then.
         """
         groups = state_dict["param_groups"]
-        check_privacy(groups)
+        _check_privacy(groups)
         self.original_optimizer.load_state_dict(state_dict)
         if not any(PRIVACY in group for group in groups):
             warnings.warn(
@@ -263,7 +263,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def take_in(self, groups: list[dict]) -> None:
         """Add the accounts that parameter groups brought with them, and go on from their adaptive clipping bound."""
-        for privacy in check_privacy(groups):
+        for privacy in _check_privacy(groups):
             self.accountant.load_state_dict(privacy["accountant"])
             if isinstance(self.clipping, AdaptiveClipping):
                 self.max_grad_norm = privacy["max_grad_norm"]
@@ -294,7 +294,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return f"PrivateOptimizer({self.original_optimizer!r})"
 
 
-def check_privacy(groups: list[dict]) -> list[dict]:
+def _check_privacy(groups: list[dict]) -> list[dict]:
     """What parameter groups hold under "privacy". Raises ValueError if it is malformed."""
     found = [group[PRIVACY] for group in groups if PRIVACY in group]
     for privacy in found:
