@@ -56,10 +56,10 @@ def written(state):
     return torch.load(file, weights_only=True)
 
 
-def with_budget(engine, epochs=4, **options):
+def with_budget(engine, epochs=4, count=24, batch_size=8, **options):
     model = small_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loader = DataLoader(TensorDataset(*records()), batch_size=8)
+    loader = DataLoader(TensorDataset(*records(count)), batch_size=batch_size)
     budget = dict(target_epsilon=3.0, target_delta=DELTA, epochs=epochs, max_grad_norm=1.0)
     return engine.make_private_with_epsilon(model, optimizer, loader, **budget, **options)
 
@@ -444,6 +444,26 @@ def test_methods_of_the_wrapped_module_are_private():
     assert model.freeze() is inner and not inner.decoder.bias.requires_grad
 
 
+def test_methods_may_write_only_what_they_do_not_learn_from():
+    class Writing(Autoencoder):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+        def reset(self, value):
+            self.seen.copy_(value)
+
+        def counting(self, x):
+            self.seen += len(x)
+            return self.encode(x)
+
+    model, _, loader = private(Writing().double())
+    model.reset(torch.ones(()))
+    assert model.seen == 1
+    with pytest.raises(PrivacyError, match="'seen' changed"):
+        model.counting(first_batch(loader)[0])
+
+
 def test_calls_around_the_private_module_name_the_cause():
     inner = Autoencoder().double()
     model, optimizer, loader = private(inner)
@@ -523,6 +543,14 @@ def test_objects_that_hold_outputs(kind):
     assert_same(gradients(inner), wanted, divisor=8)
     with torch.no_grad():
         assert type(model(x)) is type(inner(x))
+
+
+def test_objects_that_the_module_keeps_stay_as_they_are():
+    kept = []
+    model, _, loader = private(Returning(lambda h: kept.append(Pair(h, h)) or kept[-1]).double())
+    out = model(first_batch(loader)[0])
+    assert out is not kept[-1] and out.first is not kept[-1].first
+    assert "Addmm" in kept[-1].first.grad_fn.name() and "Addmm" not in out.first.grad_fn.name()
 
 
 def test_causal_language_models_return_a_cache():
@@ -636,6 +664,11 @@ def test_parts_of_a_pass(epochs, steps):
     with pytest.raises(PrivacyError, match=f"the {steps} steps"):
         train(model, optimizer, loader, passes=3)
     assert engine.get_epsilon(DELTA) <= 3.0
+
+
+def test_parts_of_a_pass_are_whole_steps():
+    assert 0.28 * 25 > 7
+    assert with_budget(PrivacyEngine(), epochs=0.28, count=25, batch_size=1)[1].last_step == 7
 
 
 @pytest.mark.parametrize("epochs", [0, -1.0, float("nan"), True, "2"])
