@@ -5,11 +5,14 @@ from fastloda.adapt import attach_loda, load_loda, loda_parameters, loda_state_d
 from fastloda.adaptive import AdaptiveClipping
 from fastloda.clip import Automatic, PerLayer
 from fastloda.compiled import compile
+from fastloda.criterion import CrossEntropyLoss
 from fastloda.errors import PrivacyError
 from fastloda.explain import explain
 from fastloda.functional import cover
 from fastloda.layers import LoDAConv2d, LoDALinear
 from fastloda.make_private import PrivacyEngine, make_private, make_private_with_epsilon
+from fastloda.module_validator import ModuleValidator
+from fastloda.per_sample import per_sample_grads
 from fastloda.private_loader import BatchMemoryManager
 from fastloda.register import check_rule, register_rule
 from fastloda.secure import SecureGenerator
@@ -21,10 +24,12 @@ __all__ = [
     "AdaptiveClipping",
     "Automatic",
     "BatchMemoryManager",
+    "CrossEntropyLoss",
     "DPTrainer",
     "GhostClipper",
     "LoDAConv2d",
     "LoDALinear",
+    "ModuleValidator",
     "PerLayer",
     "PrivacyAccountant",
     "PrivacyEngine",
@@ -46,6 +51,7 @@ __all__ = [
     "make_private",
     "make_private_with_epsilon",
     "per_sample_grad_norms",
+    "per_sample_grads",
     "register_rule",
     "save_loda",
 ]

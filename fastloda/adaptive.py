@@ -42,6 +42,7 @@ class AdaptiveClipping(Flat):
         count_noise: sigma_b, the standard deviation of the noise on the count S; it must exceed noise_multiplier / 2.
             Default: expected_batch_size / 20.
         initial: the first bound. Default: max_grad_norm. Public: not to be read off private gradients.
+        min_bound, max_bound: where the bound stops.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -49,11 +50,18 @@ class AdaptiveClipping(Flat):
     learning_rate: float = 0.2
     count_noise: float | None = None
     initial: float | None = None
+    min_bound: float = LEAST_BOUND
+    max_bound: float = LARGEST_BOUND
 
     def __post_init__(self):
         if not 0 < self.quantile < 1:
             raise ValueError(f"quantile must be in (0, 1), got {self.quantile!r}")
         check_positive("learning_rate", self.learning_rate)
+        if not LEAST_BOUND <= self.min_bound < self.max_bound <= LARGEST_BOUND:
+            raise ValueError(
+                f"min_bound must be less than max_bound, both within {LEAST_BOUND} and {LARGEST_BOUND}, got {self.min_bound!r} "
+                f"and {self.max_bound!r}"
+            )
         for name in ("count_noise", "initial"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
@@ -107,7 +115,7 @@ class AdaptiveClipping(Flat):
                 count = count + gaussian(count.shape, self.count_std(expected_batch_size), count.device, generator)
             below = count.item() / expected_batch_size + 0.5
             log = math.log(bound) - self.learning_rate * (below - self.quantile)
-            moved.fill_(math.exp(min(max(log, math.log(LEAST_BOUND)), math.log(LARGEST_BOUND))))
+            moved.fill_(math.exp(min(max(log, math.log(self.min_bound)), math.log(self.max_bound))))
         world.copy_from_first([moved])
         return moved.item()
 

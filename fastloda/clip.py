@@ -118,6 +118,16 @@ class PerLayer(Flat):
         return {"clipping": self.name, "bounds": "equal" if given is None else dict(given)}
 
 
+@dataclass(frozen=True)
+class PerParameter(PerLayer):
+    """Each parameter is clipped by its own norm; `bounds` has the parameters' names."""
+
+    name: ClassVar[str] = "per_parameter"
+
+    def groups(self, names: Mapping[str, object]) -> Groups:
+        return {name: (name,) for name in names}
+
+
 def group_norms(grads: Mapping[str, PerSampleGrad], groups: Groups, samples: int, device: torch.device) -> Tensor:
     """|g_n| over the parameters of each group: [groups, samples], float64."""
     return torch.stack([squared_norms([grads[n] for n in names], samples, device) for names in groups.values()]).sqrt()

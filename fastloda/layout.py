@@ -98,14 +98,8 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
             if child is None:
                 continue
             below = told[index] if index < len(told) else _claim_below(node, kind, claim, index, child, number, rows)
-            if isinstance(claim, Picked) and isinstance(
-                below, int
-            ):  # taken for whole: more may have been picked before
-                unsure = (
-                    unsure
-                    or locate(output_shape(child, number), below)[0] != 0
-                    or output_shape(child, number)[0] != rows
-                )
+            if isinstance(claim, Picked) and isinstance(below, int):
+                unsure = unsure or not _takes_positions(node, kind, output_shape(child, number), rows)
             if isinstance(below, Picked) and isinstance(claim, int) and kind in PICKING:
                 taken.append((kind, child, number, _indexed_dims(node, kind, output_shape(child, number))))
             claims[child] = _stronger(claims.get(child), below)
@@ -243,6 +237,11 @@ def _takes_rows(node: Node, kind: str, below: Size) -> bool:
     if kind in ("SelectBackward0", "UnbindBackward0"):
         return wrapped(node._saved_dim, len(below)) == 0
     return kind in PARTING and kind != "CatBackward0" and bool(below) and output_shape(node)[0] != below[0]
+
+
+def _takes_positions(node: Node, kind: str, below: Size, rows: int) -> bool:
+    """Whether an operation picks by sample and position, [rows, T, ...]; what has less may have been picked before."""
+    return kind == "IndexBackward0" and below[0] == rows and _indexed_dims(node, kind, below)[:2] == [0, 1]
 
 
 def _lies_in(claim: Claim, shape: Size, dims: Sequence[int]) -> bool:

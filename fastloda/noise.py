@@ -5,14 +5,23 @@ float32 `torch.randn` ends at 5.77 sigma on a CPU, which alone can cost a delta 
 
 import os
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from fastloda.randomness import unpredictable_generator
-from fastloda.secure import SecureGenerator
 
-NoiseSource = Generator | SecureGenerator
+
+class NormalNumbers(Protocol):
+    """A source of noise of one's own, such as `SecureGenerator`."""
+
+    def normal(self, shape: torch.Size) -> Tensor:
+        """Independent N(0, 1), float64, on any device."""
+        ...
+
+
+NoiseSource = Generator | NormalNumbers
 
 FORESEEABLE = "fixed seed: an experiment; whoever knows the seed can foresee the noise, so it is no private release"
 UNRECORDED = "not on record for every release: take the noise for foreseeable"
@@ -49,8 +58,11 @@ def noise_generator(device: torch.device | str = "cpu") -> Generator:
 def gaussian(shape: torch.Size, std: float, device: torch.device, generator: NoiseSource | None = None) -> Tensor:
     """N(0, std^2), float64, on `device`; a CPU generator draws on the CPU, so that its stream serves every device."""
     generator = generator or noise_generator(device)
-    if isinstance(generator, SecureGenerator):
+    if not isinstance(generator, Generator):
         noise = generator.normal(shape)
+        if noise.shape != shape or noise.dtype != torch.float64:
+            got, source = f"{noise.dtype} of shape {tuple(noise.shape)}", type(generator).__name__
+            raise ValueError(f"{source}.normal must give float64 numbers of shape {tuple(shape)}, got {got}")
     else:
         noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
     return noise.mul_(std).to(device)

@@ -1,11 +1,14 @@
 """The history of private steps, of any noise and any sample rate, with the interface of Opacus's accountants."""
 
+import warnings
 from collections import Counter, defaultdict
+from typing import Any
 
 from fastloda.accountant import Mechanism, check_mechanism, compose_epsilon, rdp_epsilon
 from fastloda.ledger import Counts, Ledger, new_id
 
 METHODS = ("prv", "rdp")
+IGNORED = {"alphas", "eps_error", "delta_error"}
 
 
 class HistoryAccountant:
@@ -46,16 +49,20 @@ class HistoryAccountant:
         checked = check_mechanism(sample_rate, noise_multiplier, 1)
         self._ledger.count((checked.noise_multiplier, checked.sample_rate), checked.steps)
 
-    def costs_more_than(self, *, noise_multiplier: float, sample_rate: float) -> bool:
-        """Whether a step here had less noise, or a larger sample rate: more than a budget of such steps pays for."""
-        return any(noise < noise_multiplier or rate > sample_rate for noise, rate, _ in self.history)
-
-    def get_epsilon(self, delta: float) -> float:
+    def get_epsilon(self, delta: float, **settings: Any) -> float:
         """Upper bound on epsilon for all steps together; 0 before the first, infinite without noise.
+
+        settings: Opacus's alphas, eps_error and delta_error; not needed here, and ignored with a warning.
 
         Raises:
             ValueError, TypeError: delta is not in (0, 1).
         """
+        if unknown := settings.keys() - IGNORED:
+            raise TypeError(f"get_epsilon does not know {sorted(unknown)}")
+        if settings:
+            warnings.warn(
+                f"{sorted(settings)} ignored: orders and errors are chosen for the least upper bound", stacklevel=2
+            )
         spent = [Mechanism(rate, noise, steps) for noise, rate, steps in self.history]
         return compose_epsilon(spent, delta) if self.method == "prv" else rdp_epsilon(spent, delta)
 

@@ -37,6 +37,10 @@ class Tally:
     def __init__(self):
         self.drawn: deque[Part] = deque()
 
+    def __reduce__(self):
+        """A copy begins empty: a batch is for one step."""
+        return Tally, ()
+
     def take(self, rows: int) -> Part:
         """The part that a step over `rows` samples uses; it, and what was skipped before it, can't be used again.
 
@@ -45,8 +49,9 @@ class Tally:
         """
         if not self.drawn:
             raise PrivacyError(
-                "no batch is left for this step: each step must use one new batch of the data loader that make_private "
-                "returned, for the accountant counts one Poisson draw a step"
+                "no batch is left for this step: each step must use one new batch of the data loader that make_private returned "
+                "(and that accelerator.prepare must not wrap), for the accountant counts one Poisson draw a step. Several losses "
+                "of one batch, as a discriminator's on real and on fake samples, are added up for one backward and one step"
             )
         if self.drawn[-1].split and len(self.drawn) > 1:
             self.drawn.clear()
@@ -78,6 +83,13 @@ class PoissonBatches(Sampler[list[int]]):
     def drawn_by(self, generator: Generator, max_records: int | None = None) -> "PoissonBatches":
         """As many batches at the same rate, from another generator or in other parts."""
         return PoissonBatches(self.records, self.sample_rate, self.steps, generator, max_records)
+
+    def __getstate__(self) -> dict:
+        """A copy draws batches of its own: of equal ones two runs would tell more than the accountant counts."""
+        return self.__dict__ | {"generator": None, "parts": deque()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, generator=unpredictable_generator())
 
     def __len__(self) -> int:
         """Steps; the expected number of physical batches where they are split."""
@@ -168,13 +180,13 @@ class BatchMemoryManager:
         size = max_physical_batch_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"max_physical_batch_size must be an integer >= 1, got {size!r}")
-        self._loader, self._size = data_loader, size
+        self._loader, self._size, self._optimizer = data_loader, size, optimizer
 
     def __enter__(self) -> PoissonLoader:
         return self._loader.split(self._size)
 
     def __exit__(self, *exception) -> None:
-        self._loader.tally.drawn.clear()
+        self._optimizer.drop_parts()
 
 
 def _check_uniform(source: DataLoader) -> None:

@@ -10,15 +10,22 @@ leaves g there, on the tape; and the optimizer's step hands the vector l' to `Gh
 backward pass then work as for any losses.
 """
 
-from typing import Any
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
+from fastloda.batch_second import with_batch_second
 from fastloda.errors import PrivacyError
 from fastloda.members import Members
+from fastloda.nested import map_tensors, tensors_in
 from fastloda.ops import accumulable
 from fastloda.private_loss import check_opened, wait_for_backward
 from fastloda.watch import Watch
@@ -34,6 +41,10 @@ class Tape:
         self.grown: dict[tuple, int] = {}  # of earlier losses: see `SampleFlow`
         self.clear()
 
+    def __reduce__(self):
+        """A copy begins empty: what backward left belongs to the original's step."""
+        return Tape, (self.loss_reduction,)
+
     def clear(self) -> None:
         self._backward, self._reached = None, []
 
@@ -42,15 +53,18 @@ class Tape:
         backward = torch._C._current_graph_task_id()
         if self._reached and backward != self._backward:
             raise PrivacyError(
-                "a second backward pass before optimizer.step(): one record could be in both. Add the losses and call backward "
-                "once; call zero_grad() to drop the first; use BatchMemoryManager for batches that do not fit into memory"
+                "a second backward pass before optimizer.step(): one record could be in both. Losses of one batch are added up "
+                "for one backward. A large batch comes in parts from fastloda.BatchMemoryManager, with a step after each:\n"
+                "    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=64, optimizer=optimizer) as parts:\n"
+                "        for x, y in parts: optimizer.zero_grad(); criterion(model(x), y).backward(); optimizer.step()\n"
+                "zero_grad() drops the first pass"
             )
         reached = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None]
         for output, _ in reached:
             if not output.dim():
                 raise PrivacyError(
                     "the model's output is a single number for all samples (a loss?): return one row per sample, and take "
-                    "the mean outside"
+                    "the mean outside. Of a Hugging Face model take the loss of out.logits, with fastloda.CrossEntropyLoss"
                 )
         self._backward = backward
         self._reached += reached
@@ -99,59 +113,93 @@ class PrivateModule(nn.Module):
     """A module that trains privately in an ordinary loop; made by `make_private`, used like the module it wraps.
 
     Its parameters get no gradient from `loss.backward()`, only from the private optimizer's step. Attributes that are not its
-    own are those of the wrapped module, `_module`. Without gradients (`torch.no_grad()`) it is that module. The batch comes
-    first in every input and output; outputs may be tensors or tuples, lists and dicts of them, and the loss may use several, of
-    one call or of more. For an input with 0 rows, the empty Poisson batch, the outputs have 0 rows whether or not the wrapped
-    module can do that.
+    own are those of the wrapped module, `_module`; a method among them (`encode`) is private as a call of the module is. Its
+    submodules and `_module` itself are not: they take part in no private step. Without gradients (`torch.no_grad()`) it is that
+    module, and frozen (`requires_grad_(False)`, or within `frozen()`) a fixed function, whose inputs may have gradients.
+
+    The batch comes first in every input and output, or as `with_batch_second` has it. Outputs may be tensors, or tuples, lists,
+    dicts and objects with tensors as attributes, and the loss may use several, of one call or of more. For an input with 0 rows,
+    the empty Poisson batch, the outputs have 0 rows whether or not the wrapped module can do that.
 
     Raises:
         PrivacyError: forward wrote to a buffer or a frozen parameter.
         TypeError, ValueError: an output that can't be looked into, or an input that wants a gradient.
     """
 
-    def __init__(self, module: nn.Module, tape: Tape):
+    def __init__(self, module: nn.Module, tape: Tape, *, batch_first: bool = True):
         super().__init__()
         self._module = module
         self._tape = tape
+        self._batch_second = not batch_first
         self.training = module.training
 
     def forward(self, *args, **kwargs) -> Any:
-        inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        if _wants_gradient(args, kwargs) and self._trains():
             raise ValueError(
-                "an input of the private module requires grad, but gradients end at its outputs: put everything that "
-                "trains into the module, or detach the input"
+                "an input of the private module requires grad, but gradients end at its outputs. Detach the input, or put what "
+                "trains before it into the module. For a generator's loss, call its discriminator within `with model.frozen():`"
             )
-        watch = Watch(Members.of(self._module))
-        if any(t.dim() and not len(t) for t in inputs):
-            outputs = self._without_samples(args, kwargs)
-        else:
-            outputs = self._module(*args, **kwargs)
-        watch.check(Members.of(self._module))
-        return self._cut(outputs) if torch.is_grad_enabled() else outputs
+        return self._run(self._module, args, kwargs)
 
-    def _without_samples(self, args: tuple, kwargs: dict) -> Any:
+    def _run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """What `function`, the wrapped module or a method of it, makes, cut off from its graph."""
+        watch = Watch(Members.of(self._module))
+        run = functools.partial(with_batch_second, self._made) if self._batch_second else self._made
+        made = run(function, args, kwargs)
+        if function is self._module or any(map(_is_computed, tensors_in(made))):
+            watch.check(Members.of(self._module))  # a method that makes nothing to learn from may write what it likes
+        return made
+
+    def _made(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        if any(isinstance(t, Tensor) and t.dim() and not len(t) for t in tree_leaves((args, kwargs))):
+            outputs = self._without_samples(function, args, kwargs)
+        else:
+            outputs = function(*args, **kwargs)
+        return self._cut(outputs) if torch.is_grad_enabled() and self._trains() else outputs
+
+    def _trains(self) -> bool:
+        return any(p.requires_grad for p in self._module.parameters())
+
+    @contextmanager
+    def frozen(self) -> Iterator[Self]:
+        """Within it the module is a fixed function of its inputs, to which gradients pass; nothing is left for a private step.
+
+        For a generator that learns from a private discriminator: the parameters were released privately, and whatever is computed
+        from them is private as well, as long as the inputs were not made of records.
+        """
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        for p in trained:
+            p.requires_grad_(False)
+        try:
+            yield self
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
+
+    def _without_samples(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """The outputs for no samples, by way of a made-up one: many a module reshapes in a way that needs a row."""
         blank = lambda t: t.new_zeros(1, *t.shape[1:]) if isinstance(t, Tensor) and t.dim() and not len(t) else t  # noqa: E731
         with torch.no_grad():
             args, kwargs = tree_map(blank, (args, kwargs))
-            outputs = self._module(*args, **kwargs)
-        return tree_map(lambda y: _no_rows(y) if isinstance(y, Tensor) and y.dim() else y, outputs)
+            outputs = function(*args, **kwargs)
+        return map_tensors(outputs, lambda y: _no_rows(y) if y.dim() else y)
 
     def _cut(self, outputs: Any) -> Any:
-        leaves, structure = tree_flatten(outputs)
-        for leaf in leaves:
-            if not isinstance(leaf, (Tensor, str, int, float, type(None))):
-                raise TypeError(
-                    f"the model returned a {type(leaf).__name__}, which can't be looked into: return tensors, or tuples, "
-                    "lists and dicts of them"
-                )
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if not places:
+        wanted = tuple(filter(_is_computed, tensors_in(outputs)))
+        if not wanted:
             return outputs
-        for i, cut in zip(places, PrivateOutputs.apply(self._tape, tuple(leaves[i] for i in places), _ANCHOR)):
-            leaves[i] = cut
-        return tree_unflatten(leaves, structure)
+        cut = iter(PrivateOutputs.apply(self._tape, wanted, _ANCHOR))
+        return map_tensors(outputs, lambda t: next(cut) if _is_computed(t) else t)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        if not self._tape.empty:
+            warnings.warn(
+                "parameters() between loss.backward() and optimizer.step(): their private gradients do not exist yet, so that "
+                "clip_grad_norm_ clips nothing and returns 0. The step clips each sample's gradient to max_grad_norm by itself; "
+                "in place of p.grad_sample, fastloda.per_sample_grads(losses, model) computes single samples' gradients",
+                stacklevel=2,
+            )
+        return super().parameters(recurse)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._tape.clear()
@@ -167,7 +215,27 @@ class PrivateModule(nn.Module):
         except AttributeError:
             if name == "_module":
                 raise
-            return getattr(self._module, name)
+            found = getattr(self._module, name)
+            return functools.wraps(found)(functools.partial(self._call, found)) if inspect.ismethod(found) else found
+
+    def _call(self, method: Callable, *args, **kwargs) -> Any:
+        """A method of the wrapped module, whose results are cut off if it makes them of records."""
+        of_records = any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs)))
+        if (
+            not torch.is_grad_enabled() or not of_records or _wants_gradient(args, kwargs)
+        ):  # the last: e.g. a loss of outputs
+            return method(*args, **kwargs)
+        return self._run(method, args, kwargs)
+
+
+def _is_computed(t: Tensor) -> bool:
+    """Whether it has a gradient, and is no parameter that was handed out."""
+    return t.requires_grad and not isinstance(t, nn.Parameter)
+
+
+def _wants_gradient(args: tuple, kwargs: dict) -> bool:
+    inputs = tree_leaves((args, kwargs))
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
 def _no_rows(output: Tensor) -> Tensor:

@@ -55,6 +55,13 @@ class Rows:
         top = inner * self.entries
         return [d for d, (n, s) in enumerate(zip(shape, strides)) if n > 1 and max(s, inner) < min(s * n, top)]
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether no number of any dimension but the batch's own stands for two samples; a view may cut across them."""
+        inner = prod(shape) // (self.outer * self.entries)
+        strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+        ends = (inner, inner * self.entries)
+        return all(end % s == 0 for end in ends for n, s in zip(shape, strides) if s < end < s * n)
+
     def moved(self, before: Sequence[int], after: Sequence[int], places: Mapping[int, int]) -> "Rows | None":
         """The same where dimension d of `before` became places[d] of `after`; None if the batch is torn apart."""
         dims = self.dims(before)
@@ -321,7 +328,10 @@ def _added(op: Operation, mean: bool) -> Total:
 
 
 def _view(flow: SampleFlow, op: Operation, place: int) -> State:
-    return op.inputs[0].state
+    state = op.inputs[0].state
+    if not state.fits(op.shape):
+        op.refuse("cuts the outputs across the samples")
+    return state
 
 
 def _reduce(flow: SampleFlow, op: Operation, place: int) -> State:

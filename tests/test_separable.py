@@ -405,7 +405,7 @@ UNARY = {
     "max -1": lambda t: t.amax(-1, keepdim=True).expand_as(t),
     "product": lambda t: t @ t.mT,
     "constant": lambda t: t * torch.linspace(-1, 1, t.shape[-1]),
-    "slice 0": lambda t: t[1:],
+    "slice 0": lambda t: t[1:] if len(t) > 1 else t,
     "slice -1": lambda t: t[..., 1:] if t.shape[-1] > 1 else t,
     "view": lambda t: t.reshape(-1, 2) if t.numel() % 2 == 0 else t,
     "norm": lambda t: t / (1 + t.norm(dim=-1, keepdim=True)),

@@ -5,6 +5,7 @@ import math
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+DEFAULT_GROUPS = 32  # Wu & He's
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -18,17 +19,18 @@ class GroupNormAct(nn.GroupNorm):
         return self.act(self.drop(super().forward(x)))
 
 
-def replace_batch_norm(model: nn.Module, groups: int = 32) -> list[str]:
+def replace_batch_norm(model: nn.Module, groups: int | None = None) -> list[str]:
     """Replace every BatchNorm in place by GroupNorm (Wu & He 2018) with the same scale and shift; returns their names.
 
     The model must be trained or fine-tuned afterwards: pretrained weights expect other statistics. The number of groups is the
-    greatest common divisor of `groups` and the channels. timm's BatchNormAct2d keeps its dropout and activation.
+    greatest common divisor of `groups` and the channels. Default: of 32, and for BatchNorm1d, which may see one number a channel,
+    one group, as LayerNorm has. timm's BatchNormAct2d keeps its dropout and activation.
 
     Raises:
         ValueError: groups < 1; the model is itself a BatchNorm; a subclass of BatchNorm may compute something else; or every
             group would hold a single number, which normalises to zero (BatchNorm1d on features, with one channel a group).
     """
-    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+    if groups is not None and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 1):
         raise ValueError(f"groups must be an integer >= 1, got {groups!r}")
     found = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     replacements = {layer: _group_norm(name, layer, groups) for name, layer in found.items()}
@@ -39,13 +41,15 @@ def replace_batch_norm(model: nn.Module, groups: int = 32) -> list[str]:
     return list(found)
 
 
-def _group_norm(name: str, layer: _BatchNorm, groups: int) -> nn.GroupNorm:
+def _group_norm(name: str, layer: _BatchNorm, groups: int | None) -> nn.GroupNorm:
     if not name:
         raise ValueError(f"the model is a single {type(layer).__name__}: make a GroupNorm instead")
     with_act = hasattr(layer, "drop") and hasattr(layer, "act")
     if type(layer) not in BATCH_NORMS and not with_act:
         raise ValueError(f"{name!r} is a {type(layer).__name__}, which may compute something else than BatchNorm")
     channels = layer.num_features
+    if groups is None:
+        groups = 1 if isinstance(layer, nn.BatchNorm1d) else DEFAULT_GROUPS
     divisor = math.gcd(groups, channels)
     if isinstance(layer, nn.BatchNorm1d) and divisor == channels:
         raise ValueError(f"{name!r}: {divisor} groups of {channels} features leave one number each: use fewer groups")

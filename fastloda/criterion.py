@@ -1,0 +1,31 @@
+"""A cross entropy with class weights and ignored targets, in which no sample's share depends on the other samples."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """A `torch.nn.CrossEntropyLoss` but for the divisor: the mean over the batch of each sample's own loss.
+
+    PyTorch divides by the weights of the batch's targets, or by how many of them are not ignored, so that a record changes the
+    shares of all others. Here the loss of sample n is
+
+        l_n = sum_j w[y_nj] ce_nj / (number of its own targets that are not ignored)        j over its positions
+
+    and 0 if all are ignored; weights are taken as they are. Without weights and ignored targets it is PyTorch's. Where tokens are
+    flattened to rows, [samples * positions, classes], each row counts alike: an ignored one counts as 0, but counts.
+
+    Args:
+        reduction: "mean" or "sum" over the samples, or "none": the samples' own losses, [samples].
+        weight, ignore_index, label_smoothing: PyTorch's.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        own = {"weight": self.weight, "ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
+        losses = F.cross_entropy(input, target, **own, reduction="none")
+        if losses.dim() > 1:
+            labels = target.dim() < input.dim()  # or else probabilities of the classes
+            counted = target != self.ignore_index if labels else torch.ones_like(losses, dtype=torch.bool)
+            losses = losses.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+        return {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[self.reduction]
