@@ -4,14 +4,17 @@ float32 `torch.randn` ends at 5.77 sigma on a CPU, which alone can cost a delta 
 """
 
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
-from fastloda.randomness import unpredictable_generator
+from fastloda.randomness import hold, unpredictable_generator
 from fastloda.secure import SecureGenerator
 
 NoiseSource = Generator | SecureGenerator
+# From the sums that are about to be released to the source of their noise.
+NoiseOver = Callable[[Sequence[Tensor]], NoiseSource]
 
 FORESEEABLE = "fixed seed: an experiment; whoever knows the seed can foresee the noise, so it is no private release"
 UNFORESEEABLE = "seeded by the operating system"
@@ -43,5 +46,5 @@ def gaussian(shape: torch.Size, std: float, device: torch.device, generator: Noi
     if isinstance(generator, SecureGenerator):
         noise = generator.normal(shape)
     else:
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+        noise = torch.randn(shape, generator=hold(generator), dtype=torch.float64, device=generator.device)
     return noise.mul_(std).to(device)

@@ -19,7 +19,7 @@ from fastloda.flat_sums import FlatSums
 from fastloda.functional import cover_modules
 from fastloda.graph import trace
 from fastloda.members import Members
-from fastloda.noise import NoiseSource, gaussian
+from fastloda.noise import NoiseOver, NoiseSource, gaussian
 from fastloda.pieces import PerSampleGrad, squared_norms
 from fastloda.records import per_sample_grads
 from fastloda.styles import Clipping, clipping_style
@@ -110,6 +110,7 @@ class GhostClipper:
         self.clipping = clipping_style(clipping)
         self.model = model
         self.group = group
+        self._world = World.of(group)
         hand_back_shards(model)
         check_wrappers(model, self.world)
         members = Members.of(model)
@@ -127,8 +128,8 @@ class GhostClipper:
 
     @property
     def world(self) -> World:
-        """The ranks that make the step together."""
-        return World.of(self.group)
+        """The ranks that make the step together, since the clipper was made. Raises PrivacyError if they have changed."""
+        return self._world.unchanged(self.group)
 
     def reset(self) -> None:
         """Forget what was accumulated."""
@@ -147,6 +148,7 @@ class GhostClipper:
             ValueError, PrivacyError: see the message; nothing has changed then.
         """
         samples, mask = _check_losses(losses, self.views, mask)
+        self._world.unchanged(self.group)
         sharded = hand_back_shards(self.model)
         self._check_same_model(Members.of(self.model))
         return self._add(losses, samples, mask, sharded)
@@ -173,7 +175,7 @@ class GhostClipper:
         return _stats(losses, norms, mask, bounds)
 
     def privatize(
-        self, noise_multiplier: float, expected_batch_size: float, generator: NoiseSource | None = None
+        self, noise_multiplier: float, expected_batch_size: float, generator: NoiseSource | NoiseOver | None = None
     ) -> None:
         """.grad = (clipped sum + N(0, (noise_multiplier max_grad_norm)^2)) / expected_batch_size; then start anew.
 
@@ -182,8 +184,8 @@ class GhostClipper:
         Args:
             noise_multiplier: noise's standard deviation over max_grad_norm, as accounted; 0 gives no privacy.
             expected_batch_size: sample_rate x records, those of all ranks together. Public: never the realised batch size.
-            generator: for experiments that must repeat, or a `SecureGenerator`; read on rank 0 only. Default: seeded by the
-                operating system.
+            generator: for experiments that must repeat, or a `SecureGenerator`; read on rank 0 only. A function is called with
+                the sums, on all ranks, and gives it. Default: seeded by the operating system.
 
         Raises:
             ValueError: an argument is out of range, or the ranks disagree on one, on max_grad_norm, on views, or on the
@@ -195,6 +197,9 @@ class GhostClipper:
         _check_privatize(noise_multiplier, expected_batch_size)
         std = self.clipping.gradient_noise(noise_multiplier, expected_batch_size) * self.max_grad_norm
         sums = world.sum_to_first(self._sums.buffers)
+        if callable(generator):
+            counts = world.sum_to_first({"count": self._count}) if self._adaptive else {}
+            generator = generator([*sums.values(), *counts.values()])
         noise = std if world.first else 0.0
         means = {alike: _noisy_mean(sums[alike], noise, expected_batch_size, alike[1], generator) for alike in sums}
         world.copy_from_first(list(means.values()))

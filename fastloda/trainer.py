@@ -22,9 +22,9 @@ from fastloda.clip import check_max_grad_norm
 from fastloda.coverage import check_optimizer
 from fastloda.distributed import Group, World, hand_back_shards, replicate
 from fastloda.errors import PrivacyError
-from fastloda.intent import intent_path, read_intent, write_intent
-from fastloda.noise import describe_randomness
-from fastloda.randomness import generator_states, make_generators, restore_generators
+from fastloda.intent import Releases
+from fastloda.noise import NoiseSource, describe_randomness
+from fastloda.randomness import Secret, generator_states, restore_generators
 from fastloda.sampling import largest_share, micro_batches, poisson_sample, share
 from fastloda.schedules import Schedule, warmup_then
 from fastloda.secure import SecureGenerator
@@ -131,20 +131,22 @@ class DPTrainer:
     >>> trainer.fit()                  # continues from the checkpoint if there is one
     >>> trainer.epsilon()              # what was spent
 
-    A run stops before `target_epsilon` is exceeded. Its checkpoint holds the parameters, optimizer, average, every random
-    generator and the accountant's record; a killed run resumes bit for bit, so that a step taken again is the very same
-    release, neither lost nor paid twice. With `secure_noise` no release can be repeated; a file beside the checkpoint counts
-    them beforehand, and those after the last checkpoint are charged and lost (`fastloda.intent`). Keep the checkpoint private:
-    it holds the noise generator's state. What the progress bar shows (loss, clipped fraction) depends on private data without
-    noise: it is for the operator's eyes and is written nowhere.
+    A run stops before `target_epsilon` is exceeded. Its checkpoint holds the parameters, optimizer, average, random states, the
+    accountant's record, and a secret from which each step's batch and noise follow; a killed run resumes bit for bit, so that a
+    step taken again is the very same release, neither lost nor paid twice. A file beside the checkpoint lists the releases
+    beforehand, with a keyed hash of each sum (`fastloda.intent`; the two files belong together). A step taken again whose sum is
+    another (other losses, data or shapes) is not released: it and the lost ones after it stay charged and are not made again,
+    and training goes on with new batches and new noise. Whether that happened may depend on a single record, if that alone was
+    changed in between. With `secure_noise` no release can be repeated: those after the last checkpoint are charged and lost.
+    No two sums ever have the same noise, in a forked child neither: unless `seed` is given, it follows from the sum as well.
+    Keep the checkpoint private: it holds the secret. What the progress bar shows (loss, clipped fraction) depends on private
+    data without noise: it is for the operator's eyes and is written nowhere.
 
     Where `torch.distributed` is initialised, all ranks train one model (`fastloda.distributed`): construct it, and call `fit`,
     `train_step`, `save` and `state_dict`, on all of them. Each step's batch is one Poisson sample of all records, the same on any
     number of ranks; record i is trained on by rank i mod their number, with random losses of that rank's own. Rank 0's
     trainable parameters are copied to the others at the start; rank 0 adds the noise, shows the bar, and reads and writes the
-    checkpoint. With as many ranks as wrote it, a run resumes bit for bit. With another number the losses are drawn
-    anew, so that a step taken again after a crash is not the same release as the lost one; unless `seed` is given, sampling and
-    noise then start anew as well, for two different sums under the same noise would tell their difference.
+    checkpoint. With as many ranks as wrote it, a run resumes bit for bit; with another number the losses are drawn anew.
 
     Args:
         model: with some trainable parameters, each covered by a rule.
@@ -186,16 +188,17 @@ class DPTrainer:
         self.average = Average(self.parameters, settings.ema_decay)
         self.accountant = settings.accountant()
         self._device = next(iter(self.parameters.values())).device
-        self._generators = _rank_generators(self.world, self._device, settings.seed)
-        self._noise = SecureGenerator() if settings.secure_noise else self._generators["noise"]
+        self._secret = self._new_secret()
+        self._generators = {"losses": self._losses_stream("")}
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
         self._fingerprint = fingerprint(model)
         self._agree()
-        if self.checkpoint and self.world.from_first(self.checkpoint.exists):
+        resumes = self.checkpoint is not None and self.world.from_first(self.checkpoint.exists)
+        if resumes:
             self._resume()
-        if self.checkpoint:
-            self._charge_intended()
+        self._releases = self.world.from_first(lambda: Releases(self.checkpoint))
+        self._settle(resumes)
         if self.world.size > 1:
             self.last_step  # noqa: B018, computed by rank 0 while all are here
 
@@ -226,12 +229,14 @@ class DPTrainer:
         epsilons = self._epsilon_by_step(last)
         with tqdm(total=last, initial=self.step, desc="private", unit="step", disable=not self.progress) as bar:
             while self.step < last:
-                stats = self.train_step()
+                stats = self._take_step()
+                if stats is None:
+                    continue
                 spent = epsilons(self.step)
                 bar.set_postfix_str(
                     f"loss {stats.mean_loss:.4f}, clipped {stats.clipped_fraction:.0%}, epsilon {spent:.2f}"
                 )
-                bar.update()
+                bar.update(self.step - bar.n)
                 if self.step % self.checkpoint_every == 0 or self.step == last:
                     self.save()
         return self
@@ -242,17 +247,29 @@ class DPTrainer:
         Raises:
             PrivacyError: the steps, or the budget, are spent.
         """
+        stats = None
+        while stats is None:
+            stats = self._take_step()
+        return stats
+
+    def _take_step(self) -> StepStats | None:
+        """None: it would have been another release than the one on record, which is charged; nothing was released."""
         settings = self.settings
         if self.step >= self.last_step:
             raise PrivacyError(f"all {self.last_step} private steps are taken, or the budget is spent: no step is left")
-        indices = poisson_sample(self.records, settings.sample_rate, self._generators["sampling"])
+        indices = poisson_sample(self.records, settings.sample_rate, self._secret.generator(f"batch {self.step + 1}"))
+        before = generator_states(self._generators)
         try:
             stats = self._accumulate(indices)
-            self._intend()
-            self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self._noise)
-        except BaseException:
+            self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self._noise_over)
+        except BaseException as error:
             self.clipper.reset()  # a record may not be in the next step's sum as well
-            raise
+            restore_generators(self._generators, before)
+            if not isinstance(error, _OtherRelease):
+                raise
+            self._charge(error.last, "gave other sums when they were taken again")
+            self.save()
+            return None
         self.accountant.step()  # before the update: a step that fails from here on has been paid for
         self.optimizer.step()
         self.schedule.step()
@@ -291,8 +308,8 @@ class DPTrainer:
 
     def state_dict(self) -> dict:
         """Everything from which training continues bit for bit, on any rank."""
-        by_rank = self.world.gather(generator_states(self._repeatable))
-        return {
+        by_rank = self.world.gather(generator_states(self._generators))
+        state = {
             "settings": asdict(self.settings),
             "records": self.records,
             "randomness": describe_randomness(self.settings.seed, self.settings.secure_noise),
@@ -302,9 +319,11 @@ class DPTrainer:
             "average": dict(self.average.values),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"last_epoch": self.schedule.last_epoch},
-            "generators": by_rank[0],
-            "generators of further ranks": by_rank[1:],
+            "generators": by_rank,
         }
+        # With secure noise the batches are not repeated either: the same batch under new noise would be less private than
+        # the two steps that are paid for.
+        return state if self.settings.secure_noise else state | {"secret": self._secret.key.hex()}
 
     def _resume(self) -> None:
         state = load_checkpoint(self.checkpoint, self._fingerprint, self.world)
@@ -318,54 +337,71 @@ class DPTrainer:
         self.average.load(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
-        self._resume_generators([state["generators"], *state.get("generators of further ranks", ())])
-
-    def _resume_generators(self, by_rank: list[dict[str, Tensor]]) -> None:
-        """As they were, with as many ranks as then. Else, without a seed, new ones stay: see the class."""
+        if "secret" in state:
+            self._secret = Secret(bytes.fromhex(state["secret"]))
+        by_rank = state["generators"]
         if len(by_rank) == self.world.size:
-            restore_generators(self._repeatable, by_rank[self.world.rank])
-        elif self.settings.seed is not None:
-            for name in ("sampling", "losses", "noise"):
-                self._generators[name].set_state(by_rank[0][name])
-            stream = self._generators["losses"]
-            seed = int(torch.randint(2**62, (), generator=stream, device=stream.device))
-            self._generators["losses"] = _rank_generators(self.world, self._device, seed)["losses"]
+            restore_generators(self._generators, by_rank[self.world.rank])
+        else:
+            self._generators["losses"] = self._losses_stream(f" of {self.world.size}, from step {self.step}")
 
-    @property
-    def _repeatable(self) -> dict[str, Generator]:
-        """The streams that a resumed run takes up where they were. With secure noise neither noise nor sampling is among them:
-        the same batch under new noise would be less private than the two steps that are paid for."""
-        return {"losses": self._generators["losses"]} if self.settings.secure_noise else self._generators
+    # ---- no two sums under one noise, and no release that is not counted
 
-    def _intend(self) -> None:
-        """What can't be repeated is on record before it is released."""
-        if self.settings.secure_noise and self.checkpoint and self.world.first:
+    def _new_secret(self) -> Secret:
+        """Rank 0's, on all ranks: they share the batches."""
+        return Secret(self.world.from_first(lambda: Secret.of_seed(self.settings.seed).key))
+
+    def _losses_stream(self, which: str) -> Generator:
+        """Each rank has one of its own."""
+        return self._secret.generator(f"losses of rank {self.world.rank}{which}", self._device)
+
+    def _noise_over(self, sums: Sequence[Tensor]) -> NoiseSource:
+        """The noise of the next release, which is on record when this returns; sums: what it will hide.
+
+        The same secret, number and sums give the same noise. A seeded run's does not follow from the sums, which round
+        otherwise in other micro-batches: such runs can be compared, and their noise can be foreseen anyway.
+
+        Raises:
+            _OtherRelease: a release of that number is on record, over other sums or with noise that can't be repeated.
+        """
+        settings, number = self.settings, self.step + 1
+        hashed = self._secret.digest(f"sums {number}", sums).hex()
+        self.world.from_first(lambda: self._put_on_record(number, "" if settings.secure_noise else hashed))
+        if settings.secure_noise:
+            return SecureGenerator()
+        over = hashed if settings.seed is None else ""
+        return self._secret.generator(f"noise {number} {over}", self._device)
+
+    def _put_on_record(self, number: int, hashed: str) -> None:
+        if number > self._releases.last:
+            self._releases.add(self.accountant.state_dict() | {"steps": number}, hashed)
+        elif not hashed or self._releases.sums.get(number) != hashed:
+            raise _OtherRelease(self._releases.last)
+
+    def _settle(self, resumes: bool) -> None:
+        """Compare the releases on record with the checkpoint's count. Those after it may be taken again, if they can be."""
+        settings, last = self.settings, self._releases.last
+        if self._releases.account:
             try:
-                write_intent(self.checkpoint, self.accountant.state_dict() | {"steps": self.step + 1})
-            except OSError as error:
-                self.world.tell_failure(error)  # the others wait in privatize
-                raise
+                settings.accountant().load_state_dict(self._releases.account)
+            except ValueError as error:
+                raise CheckpointError(f"{self._releases.path} is of another run: {error}") from error
+        if self.step > last:
+            gone = f"{self._releases.path} is gone or older than {self.checkpoint}: steps that were released may be missing"
+            if settings.secure_noise:
+                raise CheckpointError(gone)
+            if settings.seed is None:
+                self._secret = self._new_secret()
+                warnings.warn(f"{gone}; batches and noise start anew", stacklevel=3)
+        elif self.step < last and (settings.secure_noise or settings.seed is None and not resumes):
+            self._charge(last, "may have been released after the last checkpoint, with noise that can't be repeated")
 
-    def _charge_intended(self) -> None:
-        """Charge what may have been released after the checkpoint; those steps are not made again, so that the budget holds."""
-        record, saved, path = self.world.from_first(lambda: read_intent(self.checkpoint)), self.step, self.checkpoint
-        if self.settings.secure_noise and saved > (record or {"steps": 0})["steps"]:
-            raise CheckpointError(
-                f"{intent_path(path)} is gone or older than {path}: steps that were released may be missing"
-            )
-        if record is None:
-            return
-        try:
-            self.accountant.load_state_dict(record)  # keeps the larger count
-        except ValueError as error:
-            raise CheckpointError(f"{intent_path(path)} is of another run: {error}") from error
-        if lost := self.step - saved:
-            self.schedule.last_epoch += lost
-            warnings.warn(
-                f"{lost} steps may have been released after the last checkpoint, with noise that can't be repeated: they are "
-                "charged, and not made again",
-                stacklevel=3,
-            )
+    def _charge(self, last: int, why: str) -> None:
+        """Count the releases on record up to the last, which are not made again, so that the budget holds."""
+        lost = last - self.step
+        self.accountant.step(lost)
+        self.schedule.last_epoch += lost
+        warnings.warn(f"{lost} steps {why}: they are charged, and not made again", stacklevel=4)
 
     @cached_property
     def last_step(self) -> int:
@@ -396,13 +432,13 @@ class DPTrainer:
         return lambda step: min(final, curve[math.ceil(step / spacing) - 1])
 
 
-def _rank_generators(world: World, device: torch.device, seed: int | None) -> dict[str, Generator]:
-    """Sampling is the same on all ranks, the noise is rank 0's, and each rank has losses of its own."""
-    devices = {"sampling": "cpu", "losses": device, "noise": device}
-    own = [f"losses of rank {rank}" for rank in range(1, world.rank + 1)]
-    generators = make_generators(devices | dict.fromkeys(own, device), seed)
-    generators["sampling"].set_state(world.from_first(generators["sampling"].get_state))
-    return {name: generators[name] for name in devices} | {"losses": generators[own[-1] if own else "losses"]}
+class _OtherRelease(Exception):
+    """The step would not be the release on record under its number, but another one."""
+
+    @property
+    def last(self) -> int:
+        """The number of the last release on record."""
+        return self.args[0]
 
 
 def _open_data(data: Sequence[Tensor] | Dataset) -> tuple[int, Callable[[Tensor], Sequence[Tensor]]]:
@@ -425,6 +461,5 @@ _FREE_TO_CHANGE = {"target_epsilon", "fixed_shape"}
 
 def _differences(saved: dict, settings: PrivateTraining, records: int) -> str:
     now = asdict(settings) | {"records": records}
-    saved = {"earlier": ()} | saved  # of a checkpoint from before there was such a setting
     changed = [name for name in now if name not in _FREE_TO_CHANGE and saved.get(name) != now[name]]
     return ", ".join(f"{name} is {saved.get(name)!r} there and {now[name]!r} here" for name in changed)
