@@ -1,9 +1,9 @@
 """The releases of a run, each written down before it is made.
 
-A step taken again after a crash is the same release, paid for once, if it sums the same: then it gets the same noise. If its sum is
-another (other losses, other data, noise that can't be repeated), it is another release, and the lost one stays paid for. So each
-release goes to the disk first, durably, into a file beside the checkpoint: its number, and a keyed hash of its sum, which tells
-nothing without the key in the checkpoint. A crash can over-count by one step, never under-count.
+A step taken again after a crash is the same release, paid for once, if it sums the same: then it gets the same noise. If its
+sum is another (other losses, other data, noise that can't be repeated), it is another release, and the lost one stays paid for.
+So each release goes to the disk first, durably, into a file beside the checkpoint: its number, and a keyed hash of its sum, which
+tells nothing without the key in the checkpoint. A crash can over-count by one step, never under-count.
 """
 
 import json

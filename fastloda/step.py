@@ -6,6 +6,7 @@ clipping a count as well, which is accounted for (`fastloda.adaptive`).
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from fastloda.pieces import PerSampleGrad, squared_norms
 from fastloda.records import per_sample_grads
 from fastloda.styles import Clipping, clipping_style
 
+WASTED = 0.95  # of the samples without a finite gradient: the step learned nothing
 NOISE_NUMBERS = 1 << 22  # drawn at a time: 32 MiB
 
 
@@ -50,6 +52,16 @@ class StepStats:
     def nonfinite(self) -> int:
         """Samples that contributed zero because their gradient was not finite."""
         return int(self.totals[2])
+
+    @classmethod
+    def none(cls, device: torch.device) -> "StepStats":
+        """Those of no samples."""
+        return cls(torch.zeros(4, dtype=torch.float64, device=device))
+
+    @property
+    def wasted(self) -> bool:
+        """Whether nearly no sample had a finite gradient: the step, which is paid for, released noise alone."""
+        return self.nonfinite > WASTED * self.samples
 
     @property
     def clipped_fraction(self) -> float:
@@ -135,6 +147,7 @@ class GhostClipper:
         """Forget what was accumulated."""
         self._sums = FlatSums(self.parameters)  # anew, for the model may have been moved or cast
         self._count = self._shares.new_zeros(())  # of adaptive clipping; private, as the sums are
+        self._stats = StepStats.none(self._shares.device)
 
     def accumulate(self, losses: Tensor, mask: Tensor | None = None) -> StepStats:
         """Add the clipped gradients of a micro-batch. Runs losses' only backward pass and frees its graph.
@@ -163,7 +176,7 @@ class GhostClipper:
         """`accumulate`, for a model that is known to be the one that the clipper was made for."""
         if not samples:  # an empty Poisson batch adds nothing; its noise comes in privatize
             _check_not_sharded(sharded)
-            return StepStats(torch.zeros(4, dtype=torch.float64, device=losses.device))
+            return StepStats.none(losses.device)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             world = self.world if sharded else World()
             grads = _per_sample_grads(losses, self.model, self.parameters, samples, world)
@@ -172,7 +185,9 @@ class GhostClipper:
             self._sums.add_(group_sums(grads, self._groups, factors))
         if self._adaptive:
             self._count += self._adaptive.centred_count(norms[0], self.max_grad_norm, mask)
-        return _stats(losses, norms, mask, bounds)
+        stats = _stats(losses, norms, mask, bounds)
+        self._stats += stats
+        return stats
 
     def privatize(
         self, noise_multiplier: float, expected_batch_size: float, generator: NoiseSource | NoiseOver | None = None
@@ -208,7 +223,9 @@ class GhostClipper:
             self.max_grad_norm = self._adaptive.moved_bound(*step, world, generator)
         for name, grad in self._sums.parted(means).items():
             self.parameters[name].grad = grad
+        stats = self._stats
         self.reset()
+        _warn_if_wasted(stats)  # last, for it waits for the GPU
 
     def _facts(self, noise_multiplier: float, expected_batch_size: float) -> dict[str, object]:
         """What all ranks must agree on."""
@@ -285,6 +302,16 @@ def _stats(losses: Tensor, norms: Tensor, mask: Tensor, bounds: Tensor) -> StepS
     loss = losses.detach().double().view(len(mask), -1).mean(1)
     counts = [mask, mask & finite & longer, mask & ~finite, torch.where(mask & finite, loss, 0.0)]
     return StepStats(torch.stack([count.sum(dtype=torch.float64) for count in counts]))
+
+
+def _warn_if_wasted(stats: StepStats) -> None:
+    if stats.wasted:
+        warnings.warn(
+            f"{stats.nonfinite} of {stats.samples} samples had a gradient that is not finite and contributed zero: this step "
+            "released noise alone, and was paid for. Look for an overflow in the model or the loss (float16?), and for "
+            "parameters that are not finite",
+            stacklevel=3,
+        )
 
 
 def _noisy_mean(total: Tensor, std: float, count: float, dtype: torch.dtype, generator: NoiseSource | None) -> Tensor:

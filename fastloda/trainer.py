@@ -8,32 +8,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastloda.accountant import PrivacyAccountant
 from fastloda.average import Average, copy_into
+from fastloda.batches import Batches, Columns
 from fastloda.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.clip import check_max_grad_norm
 from fastloda.coverage import check_optimizer
 from fastloda.distributed import Group, World, hand_back_shards, replicate
 from fastloda.errors import PrivacyError
+from fastloda.files import check_writable
 from fastloda.intent import Releases
+from fastloda.interrupts import interrupts_wait
 from fastloda.noise import NoiseSource, describe_randomness
-from fastloda.randomness import Secret, generator_states, restore_generators
+from fastloda.randomness import Secret, generator_states, restore_generators, restored
 from fastloda.sampling import largest_share, micro_batches, poisson_sample, share
 from fastloda.schedules import Schedule, warmup_then
 from fastloda.secure import SecureGenerator
 from fastloda.step import GhostClipper, StepStats
 from fastloda.styles import Clipping, clipping_style
+from fastloda.unmixed import check_steady, halves, is_due, is_power_of_two, look
 
 # losses(model, batch, generator) -> one number per sample and view, [n * views], sample-major
-Losses = Callable[[nn.Module, Sequence[Tensor], Generator], Tensor]
+Losses = Callable[[nn.Module, Any, Generator], Tensor]
 
+WASTED_STEPS, WASTED_SAMPLES = 3, 20  # in a row, and in all of them together: then a run stops
+FAR = 20  # times sample_rate x records, or less than a 20th of it: then expected_batch_size is a slip
 CURVE_POINTS = 64  # of the epsilon shown while training; between them the next larger one is shown
 
 
@@ -150,8 +156,12 @@ class DPTrainer:
 
     Args:
         model: with some trainable parameters, each covered by a rule.
-        data: tensors with one record per row, or a map-style Dataset; the same on every rank.
-        losses: (model, batch, generator) -> [n * views] losses. Its randomness must come from `generator` or torch's global one.
+        data: tensors or arrays with one record per row (one, a tuple or a dict of them), or a map-style Dataset; the same on
+            every rank. Batches have the same structure, or the one that `default_collate` makes of the Dataset's records.
+        losses: (model, batch, generator) -> [n * views] losses, each of its own record only. Its randomness must come from
+            `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer is made, and looked
+            at in its first step, in steps 2, 4, 8, ... and in random ones: with other records beside it, and all else as it
+            was, a record must have the same loss (`fastloda.unmixed`). The run's course is the same with it.
         settings: see PrivateTraining.
         checkpoint: file to save to and resume from; None keeps nothing.
         checkpoint_every: steps between saves.
@@ -166,7 +176,7 @@ class DPTrainer:
     def __init__(
         self,
         model: nn.Module,
-        data: Sequence[Tensor] | Dataset,
+        data: Columns | Dataset,
         losses: Losses,
         settings: PrivateTraining,
         *,
@@ -176,7 +186,9 @@ class DPTrainer:
         group: Group = None,
     ):
         self.model, self.losses, self.settings = model, losses, settings
-        self.records, self._fetch = _open_data(data)
+        self._data = Batches(data)
+        self.records = self._data.records
+        _check_expected(settings, self.records)
         self.clipper = GhostClipper(
             model, settings.max_grad_norm, settings.views, clipping=settings.clipping, group=group
         )
@@ -193,7 +205,14 @@ class DPTrainer:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
         self._fingerprint = fingerprint(model)
+        self._looks, self._look_due, self._look_closely = 0, True, True
+        self._moving = False  # between the release of a gradient and the end of the update that it makes
+        self._wasted = StepStats.none(self._device)  # of the last steps in a row that were
+        self._wasted_steps = 0
+        self._try_losses()
         self._agree()
+        if self.checkpoint:
+            self.world.from_first(lambda: check_writable(self.checkpoint))
         resumes = self.checkpoint is not None and self.world.from_first(self.checkpoint.exists)
         if resumes:
             self._resume()
@@ -208,6 +227,22 @@ class DPTrainer:
         self.world.check_same(asdict(self.settings) | facts | {"having a checkpoint": self.checkpoint is not None})
         replicate(self.model, self.clipper.group)
         self.average.load({name: p.detach() for name, p in self.parameters.items()})
+
+    def _try_losses(self) -> None:
+        """One batch and its losses, of which nothing is kept: what can't work fails before anything is paid for."""
+        chosen, _ = next(
+            micro_batches(torch.arange(self.records), self.settings.micro_batch_size, self.settings.fixed_shape)
+        )
+        try:
+            with restored(self._generators):
+                read = self._data.read(chosen)
+            self._evaluate(read)
+        except (NameError, AttributeError):
+            return  # losses() may name the trainer that is being made; the first step calls it before it pays
+        except Exception as error:
+            if not hand_back_shards(self.model):
+                self.world.tell_failure(error)  # the others wait in _agree
+            raise
 
     @property
     def world(self) -> World:
@@ -224,28 +259,48 @@ class DPTrainer:
         return self.accountant.epsilon(self.settings.delta)
 
     def fit(self) -> "DPTrainer":
-        """Train to the end of the steps or of the budget, whichever comes first."""
+        """Train to the end of the steps or of the budget, whichever comes first.
+
+        Saves before the first step, every `checkpoint_every` steps, and at the end, by whatever it comes: an error, or SIGINT
+        (Ctrl-C) or SIGTERM, which take effect after the step that they fall into (a second one at once). On several ranks an
+        error on one of them is not followed by a save.
+        """
         last = self.last_step
         epsilons = self._epsilon_by_step(last)
-        with tqdm(total=last, initial=self.step, desc="private", unit="step", disable=not self.progress) as bar:
-            while self.step < last:
-                stats = self._take_step()
-                if stats is None:
-                    continue
-                spent = epsilons(self.step)
-                bar.set_postfix_str(
-                    f"loss {stats.mean_loss:.4f}, clipped {stats.clipped_fraction:.0%}, epsilon {spent:.2f}"
-                )
-                bar.update(self.step - bar.n)
-                if self.step % self.checkpoint_every == 0 or self.step == last:
+        if self.checkpoint and not self.world.from_first(self.checkpoint.exists):
+            self.save()
+        with (
+            interrupts_wait() as received,
+            tqdm(total=last, initial=self.step, desc="private", unit="step", disable=not self.progress) as bar,
+        ):
+            try:
+                while self.step < last and not self.world.most(len(received)):
+                    stats = self._take_step()
+                    if stats is None:
+                        continue
+                    bar.set_postfix_str(
+                        f"loss {stats.mean_loss:.4f}, clipped {stats.clipped_fraction:.0%}, epsilon {epsilons(self.step):.2f}"
+                    )
+                    bar.update(self.step - bar.n)
+                    if self.step % self.checkpoint_every == 0 and self.step < last:
+                        self.save()
+            except BaseException:
+                if self.world.size == 1 and not self._moving:
                     self.save()
+                raise
+            self.save()
         return self
 
     def train_step(self) -> StepStats:
         """One private step over one Poisson batch, which may be empty: it is noised and counted all the same.
 
+        A step in which nearly no sample has a finite gradient releases noise alone, and is paid for; some in a row are refused
+        to go on (`WASTED_STEPS`). That the run stops then is no release: who sees it learns that nearly all samples of each of
+        these steps overflowed, which one record decides only where their count is at the limit.
+
         Raises:
-            PrivacyError: the steps, or the budget, are spent.
+            PrivacyError: the steps, or the budget, are spent; or samples mix (see losses).
+            RuntimeError: the last steps were wasted, or the parameters are no longer finite.
         """
         stats = None
         while stats is None:
@@ -257,7 +312,9 @@ class DPTrainer:
         settings = self.settings
         if self.step >= self.last_step:
             raise PrivacyError(f"all {self.last_step} private steps are taken, or the budget is spent: no step is left")
+        self._check_worth_it()
         indices = poisson_sample(self.records, settings.sample_rate, self._secret.generator(f"batch {self.step + 1}"))
+        self._look_due |= is_due(self.step + 1, self._secret)
         before = generator_states(self._generators)
         try:
             stats = self._accumulate(indices)
@@ -270,11 +327,37 @@ class DPTrainer:
             self._charge(error.last, "gave other sums when they were taken again")
             self.save()
             return None
+        if self._look_closely and self._looks:  # at all that the first step takes
+            self._look_due = self._look_closely = False
+        self._moving = True
         self.accountant.step()  # before the update: a step that fails from here on has been paid for
         self.optimizer.step()
         self.schedule.step()
         self.average.update(self.step)
-        return StepStats(self.world.sum(stats.totals))
+        self._moving = False
+        stats = StepStats(self.world.sum(stats.totals))
+        if stats.wasted:
+            self._wasted, self._wasted_steps = self._wasted + stats, self._wasted_steps + 1
+        elif stats.samples:
+            self._wasted, self._wasted_steps = StepStats.none(self._device), 0
+        return stats
+
+    def _check_worth_it(self) -> None:
+        """Refuse to pay for more steps of nothing."""
+        norms = torch._foreach_norm([p.detach() for p in self.parameters.values()])  # quick: one look for all
+        if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+            for name, p in self.parameters.items():
+                if not p.isfinite().all():
+                    raise RuntimeError(
+                        f"parameter {name!r} is not finite after step {self.step}, and no later gradient can be: start anew with "
+                        "what trains in float32 or bfloat16, or a lower learning rate (and this run's releases as `earlier`)"
+                    )
+        if self._wasted_steps >= WASTED_STEPS and self._wasted.samples >= WASTED_SAMPLES:
+            raise RuntimeError(
+                f"{self._wasted.nonfinite} of {self._wasted.samples} samples of the last {self._wasted_steps} steps had no "
+                "finite gradient: their budget bought noise alone, and no more is spent. Look for an overflow in the model or "
+                "the losses (float16?); a new trainer goes on from the checkpoint"
+            )
 
     def _accumulate(self, indices: Tensor) -> StepStats:
         """The clipped sum of this rank's share of the sampled records."""
@@ -287,18 +370,65 @@ class DPTrainer:
         stats = StepStats(torch.zeros(4, dtype=torch.float64, device=self._device))
         try:
             for chosen, mask in parts:
-                batch = [t.to(self._device) for t in self._fetch(chosen)]
-                losses = self.losses(self.model, batch, self._generators["losses"])
-                if len(losses) != len(chosen) * settings.views:
-                    raise ValueError(
-                        f"losses() gave {len(losses)} numbers for {len(chosen)} samples x {settings.views} views"
-                    )
+                read = self._data.read(chosen)
+                seen = self._look(read, chosen) if self._look_due else None
+                losses = self._losses_of(read)
+                if seen is not None:
+                    check_steady(seen, losses.detach())
                 stats += self.clipper.accumulate(losses, mask)
         except Exception as error:
             if not sharded:  # the others wait in privatize; with sharded weights, in the middle of a pass
                 world.tell_failure(error)
             raise
         return stats
+
+    def _losses_of(self, read: list) -> Tensor:
+        """[n * views], with their graph."""
+        try:
+            batch = self._data.batch(read, self._device)
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"data's records can't be made a batch ({error}): give records of tensors, arrays or numbers of one shape, or "
+                "tuples and dicts of them"
+            ) from error
+        losses, views = self.losses(self.model, batch, self._generators["losses"]), self.settings.views
+        if not isinstance(losses, Tensor) or losses.shape != (len(read) * views,) or not losses.is_floating_point():
+            got = f"{losses.dtype} of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+            raise ValueError(
+                f"losses() must give one floating-point number for each sample and view, as reduction='none' does: a tensor of "
+                f"shape ({len(read) * views},) for {len(read)} samples x {views} views; got {got}"
+            )
+        return losses
+
+    def _evaluate(self, read: list) -> Tensor:
+        """The losses alone; all random states are as they were after, and FSDP2's shards where they were."""
+        sharded = hand_back_shards(self.model)
+        try:
+            # with gradients enabled the same kernels run as in training; FSDP2 would wait for a backward pass
+            with restored(self._generators), torch.set_grad_enabled(not sharded):
+                return self._losses_of(read).detach().clone()
+        finally:
+            hand_back_shards(self.model)
+            torch.clear_autocast_cache()
+
+    def _look(self, read: list, chosen: Tensor) -> Tensor | None:
+        """The losses of what was read, if no record's depend on another's; None if they were read with a partner."""
+        self._look_due, self._looks = self._look_closely, self._looks + 1
+        name = f"look {self._looks} at step {self.step + 1} on rank {self.world.rank}"
+        alone = len(read) == 1 < self.settings.micro_batch_size
+        with restored(self._generators):
+            if alone:
+                chosen = torch.cat([chosen, self._others(chosen, name)])
+                read = read + self._data.read(chosen[1:])
+            parts = halves(len(read), self._look_closely or is_power_of_two(self.step + 1), self._secret, name)
+            replaced = [(part, self._data.read(self._others(chosen[part], name))) for part in parts]
+        own = look(self._evaluate, read, replaced, steady=not hand_back_shards(self.model))
+        return None if alone else own
+
+    def _others(self, chosen: Tensor, name: str) -> Tensor:
+        """Another record for each, if there are two."""
+        stream = self._secret.generator(f"others of {chosen.tolist()}, {name}")
+        return (chosen + torch.randint(1, max(2, self.records), chosen.shape, generator=stream)) % self.records
 
     def save(self) -> None:
         """Write the checkpoint, atomically; by rank 0, and none goes on before it is written."""
@@ -432,6 +562,16 @@ class DPTrainer:
         return lambda step: min(final, curve[math.ceil(step / spacing) - 1])
 
 
+def _check_expected(settings: PrivateTraining, records: int) -> None:
+    """Fewer than one expected record leave the divisor open."""
+    sampled = max(1.0, settings.sample_rate * records)
+    if not sampled / FAR <= settings.expected_batch_size <= sampled * FAR:
+        raise ValueError(
+            f"expected_batch_size must be sample_rate x records, {settings.sample_rate:g} x {records} = "
+            f"{settings.sample_rate * records:g}, got {settings.expected_batch_size:g}: it divides the clipped sum"
+        )
+
+
 class _OtherRelease(Exception):
     """The step would not be the release on record under its number, but another one."""
 
@@ -439,20 +579,6 @@ class _OtherRelease(Exception):
     def last(self) -> int:
         """The number of the last release on record."""
         return self.args[0]
-
-
-def _open_data(data: Sequence[Tensor] | Dataset) -> tuple[int, Callable[[Tensor], Sequence[Tensor]]]:
-    """-> number of records, and indices -> batch."""
-    if isinstance(data, (tuple, list)) and data and all(isinstance(t, Tensor) for t in data):
-        lengths = {len(t) for t in data}
-        if len(lengths) != 1 or 0 in lengths:
-            raise ValueError(
-                f"data's tensors must have one record per row, the same number >= 1 each; got {sorted(lengths)}"
-            )
-        return lengths.pop(), lambda indices: [t[indices.to(t.device)] for t in data]
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
-        return len(data), lambda indices: default_collate([data[i] for i in indices.tolist()])
-    raise ValueError(f"data must be a tuple of tensors or a map-style Dataset with records, got {type(data).__name__}")
 
 
 # May differ on resume: they change neither the mechanism nor the trajectory of what was trained so far.

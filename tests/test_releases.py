@@ -149,9 +149,7 @@ def test_only_what_differs_is_charged_and_its_batches_are_not_taken_again(tmp_pa
     for _ in range(4):
         first.train_step()
         states.append(vector(first))
-    held = []
-    second = trainer(checkpoint=path, losses=lambda *a: losses(*a) * (1.0 if held[-1].step < 2 else 1.001))
-    held.append(second)
+    second = trainer(checkpoint=path, losses=lambda *a: losses(*a) * (1.0 if second.step < 2 else 1.001))
     for step in (1, 2):
         second.train_step()
         assert second.step == step and torch.equal(vector(second), states[step])
