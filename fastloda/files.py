@@ -30,12 +30,20 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[Path], 
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise, before there is something to write, the OSError that `write_atomically` would raise for such a path."""
+def make_place(path: str | os.PathLike) -> None:
+    """Make the folder that a private file is to be written into, for its owner only, and see that `write_atomically` can.
+
+    Raises:
+        OSError: it can't, and what it would say.
+    """
     path = Path(path)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
     _temporary(path).unlink()
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, f"cannot write {path}: it is a folder")
 
 
 def _temporary(path: Path) -> Path:

@@ -16,7 +16,7 @@ from fastloda.files import write_atomically
 
 
 def intent_path(checkpoint: Path) -> Path:
-    """The file beside a checkpoint: a line for each release. All in it is public."""
+    """The file beside a checkpoint: a line for each release. Nothing in it tells of the records without the key."""
     return checkpoint.with_name(f"{checkpoint.name}.spent")
 
 

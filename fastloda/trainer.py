@@ -23,7 +23,7 @@ from fastloda.clip import check_max_grad_norm
 from fastloda.coverage import check_optimizer
 from fastloda.distributed import Group, World, hand_back_shards, replicate
 from fastloda.errors import PrivacyError
-from fastloda.files import check_writable
+from fastloda.files import make_place
 from fastloda.intent import Releases
 from fastloda.interrupts import interrupts_wait
 from fastloda.noise import NoiseSource, describe_randomness
@@ -163,7 +163,7 @@ class DPTrainer:
             at in its first step, in steps 2, 4, 8, ... and in random ones: with other records beside it, and all else as it
             was, a record must have the same loss (`fastloda.unmixed`). The run's course is the same with it.
         settings: see PrivateTraining.
-        checkpoint: file to save to and resume from; None keeps nothing.
+        checkpoint: file to save to and resume from; its folder is made if there is none. None keeps nothing.
         checkpoint_every: steps between saves.
         progress: show the bar.
         group: the ranks that train together. None: all, if a process group is initialised; "alone": this process only.
@@ -212,7 +212,7 @@ class DPTrainer:
         self._try_losses()
         self._agree()
         if self.checkpoint:
-            self.world.from_first(lambda: check_writable(self.checkpoint))
+            self.world.from_first(lambda: make_place(self.checkpoint))
         resumes = self.checkpoint is not None and self.world.from_first(self.checkpoint.exists)
         if resumes:
             self._resume()
@@ -275,9 +275,12 @@ class DPTrainer:
         ):
             try:
                 while self.step < last and not self.world.most(len(received)):
-                    stats = self._take_step()
-                    if stats is None:
-                        continue
+                    try:
+                        stats = self.train_step()
+                    except PrivacyError:
+                        if self.step < last:
+                            raise
+                        break  # the steps that were left are charged, and not made
                     bar.set_postfix_str(
                         f"loss {stats.mean_loss:.4f}, clipped {stats.clipped_fraction:.0%}, epsilon {epsilons(self.step):.2f}"
                     )

@@ -622,7 +622,7 @@ def bad_files(rank, folder):
         (folder / "damaged.pt").write_bytes(b"no checkpoint")
     dist.barrier()
     damaged = error_of(lambda: trainer(checkpoint=folder / "damaged.pt"))
-    return damaged, error_of(lambda: trainer(checkpoint=folder / "missing" / "run.pt"))
+    return damaged, error_of(lambda: trainer(checkpoint=folder / "damaged.pt" / "run.pt"))
 
 
 def test_a_bad_file_is_an_error_on_all_ranks(two_ranks):

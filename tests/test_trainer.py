@@ -311,13 +311,18 @@ def test_slips_are_named_before_anything_changes(slip):
     assert all(torch.equal(value, values_before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("place", ["missing/run.pt", "folder", "file/run.pt"])
+@pytest.mark.parametrize("place", ["folder", "file/run.pt", "file/in/run.pt"])
 def test_a_checkpoint_that_cannot_be_written_is_named_at_once(tmp_path, place):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=f"cannot write .*{place}"):
         trainer(checkpoint=tmp_path / place)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and not os.listdir(tmp_path / "folder")
+
+
+def test_the_checkpoints_folder_is_made(tmp_path):
+    trainer(checkpoint=tmp_path / "missing" / "too" / "run.pt").fit()
+    assert (tmp_path / "missing" / "too" / "run.pt").exists()
 
 
 # -- budget spent on nothing -------------------------------------------------------------------------------------------
