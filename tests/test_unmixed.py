@@ -143,13 +143,14 @@ def test_a_mixing_that_begins_later_is_refused_at_a_later_look(kind):
     assert 4 <= t.step < 8
 
 
-def test_a_batch_of_one_record_is_looked_at_with_a_partner():
+def test_a_batch_of_one_record_is_looked_at_with_a_partner(monkeypatch):
+    monkeypatch.setattr("fastloda.trainer.poisson_sample", lambda *_: torch.tensor([4]))
     data = small_data()
     t = trainer(
         batch_statistic, {"sample_rate": 1 / RECORDS, "expected_batch_size": 1, "fixed_shape": False}, data=data
     )
     with pytest.raises(PrivacyError, match="depend on other records"):
-        t.fit()
+        t.train_step()
     alone = trainer(batch_statistic, {"micro_batch_size": 1})  # where no record is ever beside another
     assert alone.fit().step == SETTINGS.steps
 
@@ -202,6 +203,14 @@ def test_what_cannot_be_looked_at_is_refused_with_a_way_out():
         with pytest.raises(PrivacyError, match="source of its own, or keeps something"):
             t.train_step()
         assert t.step == 0
+
+    def differs_in_training(model, batch, generator):  # call 1 when it is made, three for a look, then the step's own
+        called.append(None)
+        return cross_entropy(model(batch[0]), batch[1]) * (2.0 if len(called) == 5 else 1.0)
+
+    called.clear()
+    with pytest.raises(PrivacyError, match="keeps something"):
+        trainer(differs_in_training).train_step()
 
     def by_the_step(model, batch, generator):
         return cross_entropy(model(batch[0] + torch.randn(batch[0].shape, generator=generator)), batch[1]) * (
