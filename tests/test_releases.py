@@ -182,13 +182,14 @@ def test_an_unchanged_run_resumes_bit_for_bit_with_its_data_sets_random_states(t
     for _ in range(2):
         first.train_step()
     first.save()
-    first.fit()
     saved = path.read_bytes()
+    first.fit()
     np.random.seed(99)
     random.seed(99)
     assert trainer(settings, data=NumpyAugmented(), checkpoint=path).step == 8
     path.write_bytes(saved)
     again = trainer(settings, data=NumpyAugmented(), checkpoint=path)
+    assert again.step == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(vector(again.fit()), vector(first))
@@ -285,7 +286,7 @@ def test_a_failed_step_can_be_taken_again_as_if_it_had_not_been(error):
 
     t = trainer(settings, losses=fail_once)
     t.train_step()
-    failing.append(len(calls) + 2)
+    failing.append(len(calls) + 5)  # past the three calls of the look
     with pytest.raises(error, match="on purpose"):
         t.train_step()
     assert torch.equal(vector(t.fit()), vector(whole))
