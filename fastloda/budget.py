@@ -24,8 +24,8 @@ CURVE_POINTS = 40
 
 README = f"""\
 May be released, on the terms in {STATEMENT}: the .safetensors file, {STATEMENT}, {EPSILON_CURVE}, {CONFIG}.
-Must stay private: {CHECKPOINT}, from which training continues; it holds the state of the generator of the noise.
-Must stay beside it while training may continue: {intent_path(Path(CHECKPOINT))}, if there is one; it counts what was released.
+Must stay private: {CHECKPOINT}, from which training continues; it holds the secret from which the noise follows.
+Must stay beside it while training may continue: {intent_path(Path(CHECKPOINT))}, which lists what was released.
 Better kept: {DONE}; the time that training took depends, a little, on the records.
 """
 

@@ -12,7 +12,7 @@ from torch import nn
 from fastloda.distributed import World
 from fastloda.files import write_atomically
 
-FORMAT = "fastloda-checkpoint-1"
+FORMAT = "fastloda-checkpoint-2"
 # What torch.load raises, between its formats, for a file that is cut short, is something else, or would run code.
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, OSError, EOFError, LookupError, ValueError)
 

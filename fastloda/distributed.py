@@ -8,8 +8,11 @@ take each one's `fastloda.sampling.share`: a record on two ranks would be clippe
 
 One flat buffer goes to rank 0 and one comes back. An all-reduce of the sums would move as many bytes, but then the noise would
 have to be sent as well; and only rank 0 ever holds the sum before it is noised. What comes back are the bits of rank 0's
-gradient, so that replicas can't drift apart by rounding. The sum itself is in float32 (float64 for float64 parameters) and
-rounds otherwise on another number of ranks, as it does with other micro-batches.
+gradient, so that replicas can't drift apart by rounding. The sum itself is in float64; the gradients that go into it are
+not, and round otherwise in other micro-batches, as a rank's are.
+
+Who takes part is decided once, when the clipper or the trainer is made. A process group that comes, goes or changes after that
+would change what is summed under one noise and counted once: the next step is refused.
 
 Frozen weights may be sharded with FSDP2, while the adapters stay whole on every rank:
 
@@ -28,6 +31,7 @@ weights are sharded: they are then in the middle of a pass that can't be left.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, TypeVar
@@ -53,6 +57,7 @@ class World:
     rank: int = 0
     size: int = 1
     group: ProcessGroup | None = None
+    process: int | None = None  # which one joined the group: a forked child has not
 
     @classmethod
     def of(cls, group: Group = None) -> Self:
@@ -77,7 +82,33 @@ class World:
         group = dist.group.WORLD if group is None else group
         if dist.get_rank(group) < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the group it was given")
-        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+        return cls(dist.get_rank(group), dist.get_world_size(group), group, os.getpid())
+
+    def unchanged(self, group: Group = None) -> Self:
+        """This world, if `of(group)` would still give it; no collective.
+
+        Raises:
+            PrivacyError: it would not, or the group is gone.
+        """
+        try:
+            now = World.of(group)
+        except (ValueError, RuntimeError) as error:
+            raise PrivacyError(f"{self._parted()}, and now: {error}") from error
+        if now != self and not now.size == self.size == 1:
+            raise PrivacyError(
+                f"{self._parted()}, and now is {now._described()}: one noise and one count would be for another sum. Initialise "
+                "the process group first, then call GhostClipper or DPTrainer (it goes on from its checkpoint), or give them "
+                'group="alone"; make_private is for one process'
+            )
+        return self
+
+    def _parted(self) -> str:
+        return f"the private step was made for {self._described()}"
+
+    def _described(self) -> str:
+        if self.group is None:
+            return "one process"
+        return f"rank {self.rank} of {self.size} in process group {self.group.group_name!r} (process {self.process})"
 
     @property
     def first(self) -> bool:

@@ -1,5 +1,6 @@
 """Files that are either the old or the new one, never half of either, also after kill -9 or a power cut."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,12 +14,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[Path], 
         OSError: naming `path`, when the folder is missing or unwritable, or the disk is full; the old file is untouched.
     """
     path = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
-    temporary = Path(name)
+    temporary = _temporary(path)
     try:
         if callable(content):
             content(temporary)
@@ -32,6 +28,32 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[Path], 
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_place(path: str | os.PathLike) -> None:
+    """Make the folder that a private file is to be written into, for its owner only, and see that `write_atomically` can.
+
+    Raises:
+        OSError: it can't, and what it would say.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    _temporary(path).unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """An empty file beside it."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    return Path(name)
 
 
 def _umask() -> int:

@@ -13,7 +13,7 @@ Alike = tuple[torch.device, torch.dtype]  # of parameters that share a buffer
 
 
 class FlatSums:
-    """Zeros to add to: float64 for float64 parameters, float32 for all others.
+    """Zeros to add to, in float64: rounding must not add up over the micro-batches of a step.
 
     Attributes:
         buffers: 1-d, for the parameters of each device and dtype.
@@ -29,7 +29,7 @@ class FlatSums:
 
     def _zeros(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         numbers = sum(shape.numel() for shape in self._shapes[device, dtype].values())
-        return torch.zeros(numbers, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        return torch.zeros(numbers, dtype=torch.float64, device=device)
 
     def add_(self, parts: Mapping[str, Tensor | None]) -> None:
         """Add to the parameters named; None adds nothing."""

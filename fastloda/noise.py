@@ -4,13 +4,13 @@ float32 `torch.randn` ends at 5.77 sigma on a CPU, which alone can cost a delta 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from fastloda.randomness import unpredictable_generator
+from fastloda.randomness import hold, unpredictable_generator
 
 
 class NormalNumbers(Protocol):
@@ -22,6 +22,8 @@ class NormalNumbers(Protocol):
 
 
 NoiseSource = Generator | NormalNumbers
+# From the sums that are about to be released to the source of their noise.
+NoiseOver = Callable[[Sequence[Tensor]], NoiseSource]
 
 FORESEEABLE = "fixed seed: an experiment; whoever knows the seed can foresee the noise, so it is no private release"
 UNRECORDED = "not on record for every release: take the noise for foreseeable"
@@ -64,5 +66,5 @@ def gaussian(shape: torch.Size, std: float, device: torch.device, generator: Noi
             got, source = f"{noise.dtype} of shape {tuple(noise.shape)}", type(generator).__name__
             raise ValueError(f"{source}.normal must give float64 numbers of shape {tuple(shape)}, got {got}")
     else:
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+        noise = torch.randn(shape, generator=hold(generator), dtype=torch.float64, device=generator.device)
     return noise.mul_(std).to(device)

@@ -5,17 +5,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fastloda.accountant import compose_epsilon
 from fastloda.adaptive import AdaptiveClipping
 from fastloda.clip import check_max_grad_norm
 from fastloda.coverage import check_optimizer
+from fastloda.distributed import World
 from fastloda.errors import PrivacyError
 from fastloda.noise import NoiseSource
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import Tally
 from fastloda.private_module import Tape
+from fastloda.randomness import hold
 from fastloda.step import GhostClipper, StepStats
 from fastloda.styles import Clipping
 
@@ -91,9 +93,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer, self.tally, self.accountant = optimizer, tally, accountant
         self.noise_multiplier, self.max_grad_norm, self.clipping = noise_multiplier, max_grad_norm, clipping
         self.sample_rate, self.expected_batch_size, self.generator = sample_rate, expected_batch_size, generator
+        if isinstance(generator, Generator):
+            hold(generator)
         self.budget: Budget | None = None
         self.stats: StepStats | None = None
         self._module, self._tape = module, tape
+        self._world = World.of()
         self._batch: int | None = None  # the logical batch that the clipper holds parts of
         self._clipper: GhostClipper | None = None
         self._settings: list[dict] = []  # of the parameter groups, at the last part of a batch
@@ -170,6 +175,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "GradScaler scales the loss, and so every gradient before it is clipped: train in bfloat16, which needs no "
                 "scaler (GradScaler(enabled=False) leaves the loop as it is)"
             )
+        self._world.unchanged()
         if self.budget:
             self.budget.check([*self.accountant.history, (self.noise_multiplier, self.sample_rate, 1)])
         drawn = self.tally.drawn

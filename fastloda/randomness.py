@@ -1,25 +1,89 @@
-"""Random streams: unpredictable or repeatable, and held by a checkpoint."""
+"""Random streams: unpredictable or repeatable, held by a checkpoint, and never the same in a forked child."""
 
+import hashlib
+import hmac
+import io
 import os
-from collections.abc import Iterator, Mapping
+import random
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 # A CPU generator's state in bytes: 24 of a header, then the Mersenne Twister's 624 words in 8 bytes each, then a tail.
 _HEADER, _WORDS = 24, 624
+_KEY = 32  # bytes of a secret
 
 
 def unpredictable_generator(device: torch.device | str = "cpu") -> Generator:
     """Seeded by the operating system. A CPU generator uses 32 bits of a seed, few enough to try all: its state is filled."""
-    generator = Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+    return _generator_of(os.urandom, device)
+
+
+def _generator_of(draw: Callable[[int], bytes], device: torch.device | str) -> Generator:
+    """draw: count -> so many random bytes."""
+    generator = Generator(device).manual_seed(int.from_bytes(draw(8), "little") >> 1)
     if generator.device.type == "cpu":
         state = generator.get_state()
-        words = torch.frombuffer(bytearray(os.urandom(4 * _WORDS)), dtype=torch.int32).long() & 0xFFFFFFFF
+        words = torch.frombuffer(bytearray(draw(4 * _WORDS)), dtype=torch.int32).long() & 0xFFFFFFFF
         state[_HEADER : _HEADER + 8 * _WORDS] = words.view(torch.uint8)
         generator.set_state(state)
     return generator
+
+
+class Secret:
+    """A key, and the random streams that follow from it, each by its name: independent for whoever does not have the key.
+
+    Drawn by the operating system unless it is given. A forked child, and a copy, has another key.
+    """
+
+    def __init__(self, key: bytes | None = None):
+        self.key = os.urandom(_KEY) if key is None else key
+        _secrets.add(self)
+
+    @classmethod
+    def of_seed(cls, seed: int | None) -> "Secret":
+        """Foreseeable for whoever knows the seed; None: drawn by the operating system."""
+        return cls(None if seed is None else hashlib.sha256(f"fastloda seed {seed}".encode()).digest())
+
+    def digest(self, name: str, tensors: Iterable[Tensor] = ()) -> bytes:
+        """A keyed hash of a name and the tensors' very bits: without the key it tells nothing about them."""
+        code = hmac.new(self.key, f"{name}\n".encode(), "sha256")
+        for t in tensors:
+            code.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return code.digest()
+
+    def generator(self, name: str, device: torch.device | str = "cpu") -> Generator:
+        """The stream of that name."""
+        bytes_of = hashlib.shake_256(self.digest(name)).digest(8 + 4 * _WORDS)
+        return _generator_of(io.BytesIO(bytes_of).read, device)
+
+    def __reduce__(self):
+        return Secret, ()
+
+
+_secrets: weakref.WeakSet[Secret] = weakref.WeakSet()
+_held: weakref.WeakSet[Generator] = weakref.WeakSet()
+
+
+def hold(generator: Generator) -> Generator:
+    """The generator, of which forked children will draw other numbers than this process."""
+    _held.add(generator)
+    return generator
+
+
+def _part_from_parent() -> None:
+    for secret in _secrets:
+        secret.key = os.urandom(_KEY)
+    for generator in _held:
+        if generator.device.type == "cpu":  # no forked child can use CUDA
+            generator.set_state(unpredictable_generator().get_state())
+
+
+os.register_at_fork(after_in_child=_part_from_parent)
 
 
 def make_generators(devices: Mapping[str, torch.device | str], seed: int | None) -> dict[str, Generator]:
@@ -30,15 +94,16 @@ def make_generators(devices: Mapping[str, torch.device | str], seed: int | None)
     return {name: Generator(device).manual_seed(s) for (name, device), s in zip(devices.items(), seeds)}
 
 
-def generator_states(generators: Mapping[str, Generator]) -> dict[str, Tensor]:
-    """The states of `generators`, and of torch's global ones, which dropout draws from."""
+def generator_states(generators: Mapping[str, Generator]) -> dict[str, Tensor | tuple]:
+    """The states of `generators`, and of the global ones of torch, numpy and Python, which dropout and data sets draw from."""
     states = {name: generator.get_state() for name, generator in generators.items()} | {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
+    kind, words, *rest = np.random.get_state()
+    return states | {"numpy": (kind, words.tolist(), *rest), "python": random.getstate()}
 
 
-def restore_generators(generators: Mapping[str, Generator], states: Mapping[str, Tensor]) -> None:
+def restore_generators(generators: Mapping[str, Generator], states: Mapping[str, Tensor | tuple]) -> None:
     """Undo `generator_states`."""
     for name, generator in generators.items():
         generator.set_state(states[name])
@@ -46,6 +111,19 @@ def restore_generators(generators: Mapping[str, Generator], states: Mapping[str,
     for i in range(torch.cuda.device_count()):
         if f"cuda:{i}" in states:
             torch.cuda.set_rng_state(states[f"cuda:{i}"], i)
+    np.random.set_state(tuple(states["numpy"]))
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+@contextmanager
+def restored(generators: Mapping[str, Generator]) -> Iterator[None]:
+    """Whatever is drawn inside, `generators` and the global ones are after as they were before."""
+    states = generator_states(generators)
+    try:
+        yield
+    finally:
+        restore_generators(generators, states)
 
 
 @contextmanager

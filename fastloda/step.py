@@ -6,6 +6,7 @@ clipping a count as well, which is accounted for (`fastloda.adaptive`).
 """
 
 import math
+import warnings
 import weakref
 from dataclasses import dataclass
 from functools import cache
@@ -23,12 +24,13 @@ from fastloda.flat_sums import FlatSums
 from fastloda.functional import cover_modules
 from fastloda.graph import trace
 from fastloda.members import Members
-from fastloda.noise import NoiseSource, gaussian
+from fastloda.noise import NoiseOver, NoiseSource, gaussian
 from fastloda.pieces import PerSampleGrad, squared_norms
 from fastloda.records import per_sample_grads
 from fastloda.styles import Clipping, clipping_style
 from fastloda.watch import Watch, forget_update, watch_from_update, watched_since_update
 
+WASTED = 0.95  # of the samples without a finite gradient: the step learned nothing
 NOISE_NUMBERS = 1 << 22  # drawn at a time: 32 MiB
 
 
@@ -55,6 +57,16 @@ class StepStats:
     def nonfinite(self) -> int:
         """Samples that contributed zero because their gradient was not finite."""
         return int(self.totals[2])
+
+    @classmethod
+    def none(cls, device: torch.device) -> "StepStats":
+        """Those of no samples."""
+        return cls(torch.zeros(4, dtype=torch.float64, device=device))
+
+    @property
+    def wasted(self) -> bool:
+        """Whether nearly no sample had a finite gradient: the step, which is paid for, released noise alone."""
+        return self.nonfinite > WASTED * self.samples
 
     @property
     def clipped_fraction(self) -> float:
@@ -115,6 +127,7 @@ class GhostClipper:
         self.clipping = clipping_style(clipping)
         self.model = model
         self.group = group
+        self._world = World.of(group)
         hand_back_shards(model)
         check_wrappers(model, self.world)
         members = Members.of(model)
@@ -133,13 +146,14 @@ class GhostClipper:
 
     @property
     def world(self) -> World:
-        """The ranks that make the step together."""
-        return World.of(self.group)
+        """The ranks that make the step together, since the clipper was made. Raises PrivacyError if they have changed."""
+        return self._world.unchanged(self.group)
 
     def reset(self) -> None:
         """Forget what was accumulated."""
         self._sums = FlatSums(self.parameters)  # anew, for the model may have been moved or cast
         self._count = self._shares.new_zeros(())  # of adaptive clipping; private, as the sums are
+        self._stats = StepStats.none(self._shares.device)
 
     def accumulate(self, losses: Tensor, mask: Tensor | None = None) -> StepStats:
         """Add the clipped gradients of a micro-batch. Runs losses' only backward pass and frees its graph.
@@ -153,11 +167,19 @@ class GhostClipper:
             ValueError, PrivacyError: see the message; nothing has changed then.
         """
         samples, mask = _check_losses(losses, self.views, mask)
+        self._world.unchanged(self.group)
         sharded = hand_back_shards(self.model)
-        self._check_same_model(Members.of(self.model))
+        self.check_model()
         return self._add(losses, samples, mask, sharded)
 
-    def _check_same_model(self, members: Members) -> None:
+    def check_model(self) -> None:
+        """Refuse a model that is not the one that the clipper was made for, or that a pass over records has written to.
+
+        Raises:
+            ValueError: other parameters train.
+            PrivacyError: a parameter or buffer changed.
+        """
+        members = Members.of(self.model)
         now = trainable_parameters(members)
         if now.keys() != self.parameters.keys() or any(now[name] is not p for name, p in self.parameters.items()):
             raise ValueError("the model's trainable parameters changed since GhostClipper was made: make a new one")
@@ -168,7 +190,7 @@ class GhostClipper:
         """`accumulate`, for a model that is known to be the one that the clipper was made for."""
         if not samples:  # an empty Poisson batch adds nothing; its noise comes in privatize
             _check_not_sharded(sharded)
-            return StepStats(torch.zeros(4, dtype=torch.float64, device=losses.device))
+            return StepStats.none(losses.device)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             world = self.world if sharded else World()
             grads = _per_sample_grads(losses, self.model, self.parameters, samples, world)
@@ -177,10 +199,12 @@ class GhostClipper:
             self._sums.add_(group_sums(grads, self._groups, factors))
         if self._adaptive:
             self._count += self._adaptive.centred_count(norms[0], self.max_grad_norm, mask)
-        return _stats(losses, norms, mask, bounds)
+        stats = _stats(losses, norms, mask, bounds)
+        self._stats += stats
+        return stats
 
     def privatize(
-        self, noise_multiplier: float, expected_batch_size: float, generator: NoiseSource | None = None
+        self, noise_multiplier: float, expected_batch_size: float, generator: NoiseSource | NoiseOver | None = None
     ) -> None:
         """.grad = (clipped sum + N(0, (noise_multiplier max_grad_norm)^2)) / expected_batch_size; then start anew.
 
@@ -189,8 +213,8 @@ class GhostClipper:
         Args:
             noise_multiplier: noise's standard deviation over max_grad_norm, as accounted; 0 gives no privacy.
             expected_batch_size: sample_rate x records, those of all ranks together. Public: never the realised batch size.
-            generator: for experiments that must repeat, or a `SecureGenerator`; read on rank 0 only. Default: seeded by the
-                operating system.
+            generator: for experiments that must repeat, or a `SecureGenerator`; read on rank 0 only. A function is called with
+                the sums, on all ranks, and gives it. Default: seeded by the operating system.
 
         Raises:
             ValueError: an argument is out of range, or the ranks disagree on one, on max_grad_norm, on views, or on the
@@ -204,6 +228,9 @@ class GhostClipper:
             self._watch.check(Members.of(self.model))  # backward may have written, too
         std = self.clipping.gradient_noise(noise_multiplier, expected_batch_size) * self.max_grad_norm
         sums = world.sum_to_first(self._sums.buffers)
+        if callable(generator):
+            counts = world.sum_to_first({"count": self._count}) if self._adaptive else {}
+            generator = generator([*sums.values(), *counts.values()])
         noise = std if world.first else 0.0
         means = {alike: _noisy_mean(sums[alike], noise, expected_batch_size, alike[1], generator) for alike in sums}
         world.copy_from_first(list(means.values()))
@@ -212,10 +239,12 @@ class GhostClipper:
             self.max_grad_norm = self._adaptive.moved_bound(*step, world, generator)
         for name, grad in self._sums.parted(means).items():
             self.parameters[name].grad = grad
+        stats = self._stats
         self.reset()
         self._watch = None
         _released.add(self)
         _follow_optimizers()
+        _warn_if_wasted(stats)  # last, for it waits for the GPU
 
     def watch(self) -> None:
         """Take the model as it is now: from here to the noise nothing may change."""
@@ -317,6 +346,16 @@ def _stats(losses: Tensor, norms: Tensor, mask: Tensor, bounds: Tensor) -> StepS
     loss = losses.detach().double().view(len(mask), -1).mean(1)
     counts = [mask, mask & finite & longer, mask & ~finite, torch.where(mask & finite, loss, 0.0)]
     return StepStats(torch.stack([count.sum(dtype=torch.float64) for count in counts]))
+
+
+def _warn_if_wasted(stats: StepStats) -> None:
+    if stats.wasted:
+        warnings.warn(
+            f"{stats.nonfinite} of {stats.samples} samples had a gradient that is not finite and contributed zero: this step "
+            "released noise alone, and was paid for. Look for an overflow in the model or the loss (float16?), and for "
+            "parameters that are not finite",
+            stacklevel=3,
+        )
 
 
 def _noisy_mean(total: Tensor, std: float, count: float, dtype: torch.dtype, generator: NoiseSource | None) -> Tensor:

@@ -8,32 +8,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastloda.accountant import PrivacyAccountant
 from fastloda.average import Average, copy_into
+from fastloda.batches import Batches, Columns
 from fastloda.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.clip import check_max_grad_norm
 from fastloda.coverage import check_optimizer
 from fastloda.distributed import Group, World, hand_back_shards, replicate
 from fastloda.errors import PrivacyError
-from fastloda.intent import intent_path, read_intent, write_intent
-from fastloda.noise import describe_randomness
-from fastloda.randomness import generator_states, make_generators, restore_generators
+from fastloda.files import make_place
+from fastloda.intent import Releases
+from fastloda.interrupts import interrupts_wait
+from fastloda.noise import NoiseSource, describe_randomness
+from fastloda.randomness import Secret, generator_states, restore_generators, restored
 from fastloda.sampling import largest_share, micro_batches, poisson_sample, share
 from fastloda.schedules import Schedule, warmup_then
 from fastloda.secure import SecureGenerator
 from fastloda.step import GhostClipper, StepStats
 from fastloda.styles import Clipping, clipping_style
+from fastloda.unmixed import check_steady, halves, is_due, is_power_of_two, look
 
 # losses(model, batch, generator) -> one number per sample and view, [n * views], sample-major
-Losses = Callable[[nn.Module, Sequence[Tensor], Generator], Tensor]
+Losses = Callable[[nn.Module, Any, Generator], Tensor]
 
+WASTED_STEPS, WASTED_SAMPLES = 3, 20  # in a row, and in all of them together: then a run stops
+FAR = 20  # times sample_rate x records, or less than a 20th of it: then expected_batch_size is a slip
 CURVE_POINTS = 64  # of the epsilon shown while training; between them the next larger one is shown
 
 
@@ -131,27 +137,33 @@ class DPTrainer:
     >>> trainer.fit()                  # continues from the checkpoint if there is one
     >>> trainer.epsilon()              # what was spent
 
-    A run stops before `target_epsilon` is exceeded. Its checkpoint holds the parameters, optimizer, average, every random
-    generator and the accountant's record; a killed run resumes bit for bit, so that a step taken again is the very same
-    release, neither lost nor paid twice. With `secure_noise` no release can be repeated; a file beside the checkpoint counts
-    them beforehand, and those after the last checkpoint are charged and lost (`fastloda.intent`). Keep the checkpoint private:
-    it holds the noise generator's state. What the progress bar shows (loss, clipped fraction) depends on private data without
-    noise: it is for the operator's eyes and is written nowhere.
+    A run stops before `target_epsilon` is exceeded. Its checkpoint holds the parameters, optimizer, average, random states, the
+    accountant's record, and a secret from which each step's batch and noise follow; a killed run resumes bit for bit, so that a
+    step taken again is the very same release, neither lost nor paid twice. A file beside the checkpoint lists the releases
+    beforehand, with a keyed hash of each sum (`fastloda.intent`; the two files belong together). A step taken again whose sum is
+    another (other losses, data or shapes) is not released: it and the lost ones after it stay charged and are not made again,
+    and training goes on with new batches and new noise. Whether that happened may depend on a single record, if that alone was
+    changed in between. With `secure_noise` no release can be repeated: those after the last checkpoint are charged and lost.
+    No two sums ever have the same noise, in a forked child neither: unless `seed` is given, it follows from the sum as well.
+    Keep the checkpoint private: it holds the secret. What the progress bar shows (loss, clipped fraction) depends on private
+    data without noise: it is for the operator's eyes and is written nowhere.
 
     Where `torch.distributed` is initialised, all ranks train one model (`fastloda.distributed`): construct it, and call `fit`,
     `train_step`, `save` and `state_dict`, on all of them. Each step's batch is one Poisson sample of all records, the same on any
     number of ranks; record i is trained on by rank i mod their number, with random losses of that rank's own. Rank 0's
     trainable parameters are copied to the others at the start; rank 0 adds the noise, shows the bar, and reads and writes the
-    checkpoint. With as many ranks as wrote it, a run resumes bit for bit. With another number the losses are drawn
-    anew, so that a step taken again after a crash is not the same release as the lost one; unless `seed` is given, sampling and
-    noise then start anew as well, for two different sums under the same noise would tell their difference.
+    checkpoint. With as many ranks as wrote it, a run resumes bit for bit; with another number the losses are drawn anew.
 
     Args:
         model: with some trainable parameters, each covered by a rule.
-        data: tensors with one record per row, or a map-style Dataset; the same on every rank.
-        losses: (model, batch, generator) -> [n * views] losses. Its randomness must come from `generator` or torch's global one.
+        data: tensors or arrays with one record per row (one, a tuple or a dict of them), or a map-style Dataset; the same on
+            every rank. Batches have the same structure, or the one that `default_collate` makes of the Dataset's records.
+        losses: (model, batch, generator) -> [n * views] losses, each of its own record only. Its randomness must come from
+            `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer is made, and looked
+            at in its first step, in steps 2, 4, 8, ... and in random ones: with other records beside it, and all else as it
+            was, a record must have the same loss (`fastloda.unmixed`). The run's course is the same with it.
         settings: see PrivateTraining.
-        checkpoint: file to save to and resume from; None keeps nothing.
+        checkpoint: file to save to and resume from; its folder is made if there is none. None keeps nothing.
         checkpoint_every: steps between saves.
         progress: show the bar.
         group: the ranks that train together. None: all, if a process group is initialised; "alone": this process only.
@@ -164,7 +176,7 @@ class DPTrainer:
     def __init__(
         self,
         model: nn.Module,
-        data: Sequence[Tensor] | Dataset,
+        data: Columns | Dataset,
         losses: Losses,
         settings: PrivateTraining,
         *,
@@ -174,7 +186,9 @@ class DPTrainer:
         group: Group = None,
     ):
         self.model, self.losses, self.settings = model, losses, settings
-        self.records, self._fetch = _open_data(data)
+        self._data = Batches(data)
+        self.records = self._data.records
+        _check_expected(settings, self.records)
         self.clipper = GhostClipper(
             model, settings.max_grad_norm, settings.views, clipping=settings.clipping, group=group
         )
@@ -186,16 +200,25 @@ class DPTrainer:
         self.average = Average(self.parameters, settings.ema_decay)
         self.accountant = settings.accountant()
         self._device = next(iter(self.parameters.values())).device
-        self._generators = _rank_generators(self.world, self._device, settings.seed)
-        self._noise = SecureGenerator() if settings.secure_noise else self._generators["noise"]
+        self._secret = self._new_secret()
+        self._generators = {"losses": self._losses_stream("")}
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
         self._fingerprint = fingerprint(model)
+        self._looks, self._look_due, self._look_closely = 0, True, True
+        self._moving = False  # between the release of a gradient and the end of the update that it makes
+        self._wasted = StepStats.none(self._device)  # of the last steps in a row that were
+        self._wasted_steps = 0
+        self._try_losses()
+        self.clipper.check_model()  # the try may have written to it
         self._agree()
-        if self.checkpoint and self.world.from_first(self.checkpoint.exists):
-            self._resume()
         if self.checkpoint:
-            self._charge_intended()
+            self.world.from_first(lambda: make_place(self.checkpoint))
+        resumes = self.checkpoint is not None and self.world.from_first(self.checkpoint.exists)
+        if resumes:
+            self._resume()
+        self._releases = self.world.from_first(lambda: Releases(self.checkpoint))
+        self._settle(resumes)
         self.clipper.watch()  # resuming has written to the parameters
         if self.world.size > 1:
             self.last_step  # noqa: B018, computed by rank 0 while all are here
@@ -206,6 +229,22 @@ class DPTrainer:
         self.world.check_same(asdict(self.settings) | facts | {"having a checkpoint": self.checkpoint is not None})
         replicate(self.model, self.clipper.group)
         self.average.load({name: p.detach() for name, p in self.parameters.items()})
+
+    def _try_losses(self) -> None:
+        """One batch and its losses, of which nothing is kept: what can't work fails before anything is paid for."""
+        chosen, _ = next(
+            micro_batches(torch.arange(self.records), self.settings.micro_batch_size, self.settings.fixed_shape)
+        )
+        try:
+            with restored(self._generators):
+                read = self._data.read(chosen)
+            self._evaluate(read)
+        except (NameError, AttributeError):
+            return  # losses() may name the trainer that is being made; the first step calls it before it pays
+        except Exception as error:
+            if not hand_back_shards(self.model):
+                self.world.tell_failure(error)  # the others wait in _agree
+            raise
 
     @property
     def world(self) -> World:
@@ -222,43 +261,108 @@ class DPTrainer:
         return self.accountant.epsilon(self.settings.delta)
 
     def fit(self) -> "DPTrainer":
-        """Train to the end of the steps or of the budget, whichever comes first."""
+        """Train to the end of the steps or of the budget, whichever comes first.
+
+        Saves before the first step, every `checkpoint_every` steps, and at the end, by whatever it comes: an error, or SIGINT
+        (Ctrl-C) or SIGTERM, which take effect after the step that they fall into (a second one at once). On several ranks an
+        error on one of them is not followed by a save.
+        """
         last = self.last_step
         epsilons = self._epsilon_by_step(last)
-        with tqdm(total=last, initial=self.step, desc="private", unit="step", disable=not self.progress) as bar:
-            while self.step < last:
-                stats = self.train_step()
-                spent = epsilons(self.step)
-                bar.set_postfix_str(
-                    f"loss {stats.mean_loss:.4f}, clipped {stats.clipped_fraction:.0%}, epsilon {spent:.2f}"
-                )
-                bar.update()
-                if self.step % self.checkpoint_every == 0 or self.step == last:
+        if self.checkpoint and not self.world.from_first(self.checkpoint.exists):
+            self.save()
+        with (
+            interrupts_wait() as received,
+            tqdm(total=last, initial=self.step, desc="private", unit="step", disable=not self.progress) as bar,
+        ):
+            try:
+                while self.step < last and not self.world.most(len(received)):
+                    try:
+                        stats = self.train_step()
+                    except PrivacyError:
+                        if self.step < last:
+                            raise
+                        break  # the steps that were left are charged, and not made
+                    bar.set_postfix_str(
+                        f"loss {stats.mean_loss:.4f}, clipped {stats.clipped_fraction:.0%}, epsilon {epsilons(self.step):.2f}"
+                    )
+                    bar.update(self.step - bar.n)
+                    if self.step % self.checkpoint_every == 0 and self.step < last:
+                        self.save()
+            except BaseException:
+                if self.world.size == 1 and not self._moving:
                     self.save()
+                raise
+            self.save()
         return self
 
     def train_step(self) -> StepStats:
         """One private step over one Poisson batch, which may be empty: it is noised and counted all the same.
 
+        A step in which nearly no sample has a finite gradient releases noise alone, and is paid for; some in a row are refused
+        to go on (`WASTED_STEPS`). That the run stops then is no release: who sees it learns that nearly all samples of each of
+        these steps overflowed, which one record decides only where their count is at the limit.
+
         Raises:
-            PrivacyError: the steps, or the budget, are spent.
+            PrivacyError: the steps, or the budget, are spent; or samples mix (see losses).
+            RuntimeError: the last steps were wasted, or the parameters are no longer finite.
         """
+        stats = None
+        while stats is None:
+            stats = self._take_step()
+        return stats
+
+    def _take_step(self) -> StepStats | None:
+        """None: it would have been another release than the one on record, which is charged; nothing was released."""
         settings = self.settings
         if self.step >= self.last_step:
             raise PrivacyError(f"all {self.last_step} private steps are taken, or the budget is spent: no step is left")
-        indices = poisson_sample(self.records, settings.sample_rate, self._generators["sampling"])
+        self._check_worth_it()
+        indices = poisson_sample(self.records, settings.sample_rate, self._secret.generator(f"batch {self.step + 1}"))
+        self._look_due |= is_due(self.step + 1, self._secret)
+        before = generator_states(self._generators)
         try:
             stats = self._accumulate(indices)
-            self._intend()
-            self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self._noise)
-        except BaseException:
+            self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self._noise_over)
+        except BaseException as error:
             self.clipper.reset()  # a record may not be in the next step's sum as well
-            raise
+            restore_generators(self._generators, before)
+            if not isinstance(error, _OtherRelease):
+                raise
+            self._charge(error.last, "gave other sums when they were taken again")
+            self.save()
+            return None
+        if self._look_closely and self._looks:  # at all that the first step takes
+            self._look_due = self._look_closely = False
+        self._moving = True
         self.accountant.step()  # before the update: a step that fails from here on has been paid for
         self.optimizer.step()
         self.schedule.step()
         self.average.update(self.step)
-        return StepStats(self.world.sum(stats.totals))
+        self._moving = False
+        stats = StepStats(self.world.sum(stats.totals))
+        if stats.wasted:
+            self._wasted, self._wasted_steps = self._wasted + stats, self._wasted_steps + 1
+        elif stats.samples:
+            self._wasted, self._wasted_steps = StepStats.none(self._device), 0
+        return stats
+
+    def _check_worth_it(self) -> None:
+        """Refuse to pay for more steps of nothing."""
+        norms = torch._foreach_norm([p.detach() for p in self.parameters.values()])  # quick: one look for all
+        if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+            for name, p in self.parameters.items():
+                if not p.isfinite().all():
+                    raise RuntimeError(
+                        f"parameter {name!r} is not finite after step {self.step}, and no later gradient can be: start anew with "
+                        "what trains in float32 or bfloat16, or a lower learning rate (and this run's releases as `earlier`)"
+                    )
+        if self._wasted_steps >= WASTED_STEPS and self._wasted.samples >= WASTED_SAMPLES:
+            raise RuntimeError(
+                f"{self._wasted.nonfinite} of {self._wasted.samples} samples of the last {self._wasted_steps} steps had no "
+                "finite gradient: their budget bought noise alone, and no more is spent. Look for an overflow in the model or "
+                "the losses (float16?); a new trainer goes on from the checkpoint"
+            )
 
     def _accumulate(self, indices: Tensor) -> StepStats:
         """The clipped sum of this rank's share of the sampled records."""
@@ -271,18 +375,65 @@ class DPTrainer:
         stats = StepStats(torch.zeros(4, dtype=torch.float64, device=self._device))
         try:
             for chosen, mask in parts:
-                batch = [t.to(self._device) for t in self._fetch(chosen)]
-                losses = self.losses(self.model, batch, self._generators["losses"])
-                if len(losses) != len(chosen) * settings.views:
-                    raise ValueError(
-                        f"losses() gave {len(losses)} numbers for {len(chosen)} samples x {settings.views} views"
-                    )
+                read = self._data.read(chosen)
+                seen = self._look(read, chosen) if self._look_due else None
+                losses = self._losses_of(read)
+                if seen is not None:
+                    check_steady(seen, losses.detach())
                 stats += self.clipper.accumulate(losses, mask)
         except Exception as error:
             if not sharded:  # the others wait in privatize; with sharded weights, in the middle of a pass
                 world.tell_failure(error)
             raise
         return stats
+
+    def _losses_of(self, read: list) -> Tensor:
+        """[n * views], with their graph."""
+        try:
+            batch = self._data.batch(read, self._device)
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"data's records can't be made a batch ({error}): give records of tensors, arrays or numbers of one shape, or "
+                "tuples and dicts of them"
+            ) from error
+        losses, views = self.losses(self.model, batch, self._generators["losses"]), self.settings.views
+        if not isinstance(losses, Tensor) or losses.shape != (len(read) * views,) or not losses.is_floating_point():
+            got = f"{losses.dtype} of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+            raise ValueError(
+                f"losses() must give one floating-point number for each sample and view, as reduction='none' does: a tensor of "
+                f"shape ({len(read) * views},) for {len(read)} samples x {views} views; got {got}"
+            )
+        return losses
+
+    def _evaluate(self, read: list) -> Tensor:
+        """The losses alone; all random states are as they were after, and FSDP2's shards where they were."""
+        sharded = hand_back_shards(self.model)
+        try:
+            # with gradients enabled the same kernels run as in training; FSDP2 would wait for a backward pass
+            with restored(self._generators), torch.set_grad_enabled(not sharded):
+                return self._losses_of(read).detach().clone()
+        finally:
+            hand_back_shards(self.model)
+            torch.clear_autocast_cache()
+
+    def _look(self, read: list, chosen: Tensor) -> Tensor | None:
+        """The losses of what was read, if no record's depend on another's; None if they were read with a partner."""
+        self._look_due, self._looks = self._look_closely, self._looks + 1
+        name = f"look {self._looks} at step {self.step + 1} on rank {self.world.rank}"
+        alone = len(read) == 1 < self.settings.micro_batch_size
+        with restored(self._generators):
+            if alone:
+                chosen = torch.cat([chosen, self._others(chosen, name)])
+                read = read + self._data.read(chosen[1:])
+            parts = halves(len(read), self._look_closely or is_power_of_two(self.step + 1), self._secret, name)
+            replaced = [(part, self._data.read(self._others(chosen[part], name))) for part in parts]
+        own = look(self._evaluate, read, replaced, steady=not hand_back_shards(self.model))
+        return None if alone else own
+
+    def _others(self, chosen: Tensor, name: str) -> Tensor:
+        """Another record for each, if there are two."""
+        stream = self._secret.generator(f"others of {chosen.tolist()}, {name}")
+        return (chosen + torch.randint(1, max(2, self.records), chosen.shape, generator=stream)) % self.records
 
     def save(self) -> None:
         """Write the checkpoint, atomically; by rank 0, and none goes on before it is written."""
@@ -292,8 +443,8 @@ class DPTrainer:
 
     def state_dict(self) -> dict:
         """Everything from which training continues bit for bit, on any rank."""
-        by_rank = self.world.gather(generator_states(self._repeatable))
-        return {
+        by_rank = self.world.gather(generator_states(self._generators))
+        state = {
             "settings": asdict(self.settings),
             "records": self.records,
             "randomness": describe_randomness(self.settings.seed, self.settings.secure_noise),
@@ -303,9 +454,11 @@ class DPTrainer:
             "average": dict(self.average.values),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"last_epoch": self.schedule.last_epoch},
-            "generators": by_rank[0],
-            "generators of further ranks": by_rank[1:],
+            "generators": by_rank,
         }
+        # With secure noise the batches are not repeated either: the same batch under new noise would be less private than
+        # the two steps that are paid for.
+        return state if self.settings.secure_noise else state | {"secret": self._secret.key.hex()}
 
     def _resume(self) -> None:
         state = load_checkpoint(self.checkpoint, self._fingerprint, self.world)
@@ -319,54 +472,71 @@ class DPTrainer:
         self.average.load(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
-        self._resume_generators([state["generators"], *state.get("generators of further ranks", ())])
-
-    def _resume_generators(self, by_rank: list[dict[str, Tensor]]) -> None:
-        """As they were, with as many ranks as then. Else, without a seed, new ones stay: see the class."""
+        if "secret" in state:
+            self._secret = Secret(bytes.fromhex(state["secret"]))
+        by_rank = state["generators"]
         if len(by_rank) == self.world.size:
-            restore_generators(self._repeatable, by_rank[self.world.rank])
-        elif self.settings.seed is not None:
-            for name in ("sampling", "losses", "noise"):
-                self._generators[name].set_state(by_rank[0][name])
-            stream = self._generators["losses"]
-            seed = int(torch.randint(2**62, (), generator=stream, device=stream.device))
-            self._generators["losses"] = _rank_generators(self.world, self._device, seed)["losses"]
+            restore_generators(self._generators, by_rank[self.world.rank])
+        else:
+            self._generators["losses"] = self._losses_stream(f" of {self.world.size}, from step {self.step}")
 
-    @property
-    def _repeatable(self) -> dict[str, Generator]:
-        """The streams that a resumed run takes up where they were. With secure noise neither noise nor sampling is among them:
-        the same batch under new noise would be less private than the two steps that are paid for."""
-        return {"losses": self._generators["losses"]} if self.settings.secure_noise else self._generators
+    # ---- no two sums under one noise, and no release that is not counted
 
-    def _intend(self) -> None:
-        """What can't be repeated is on record before it is released."""
-        if self.settings.secure_noise and self.checkpoint and self.world.first:
+    def _new_secret(self) -> Secret:
+        """Rank 0's, on all ranks: they share the batches."""
+        return Secret(self.world.from_first(lambda: Secret.of_seed(self.settings.seed).key))
+
+    def _losses_stream(self, which: str) -> Generator:
+        """Each rank has one of its own."""
+        return self._secret.generator(f"losses of rank {self.world.rank}{which}", self._device)
+
+    def _noise_over(self, sums: Sequence[Tensor]) -> NoiseSource:
+        """The noise of the next release, which is on record when this returns; sums: what it will hide.
+
+        The same secret, number and sums give the same noise. A seeded run's does not follow from the sums, which round
+        otherwise in other micro-batches: such runs can be compared, and their noise can be foreseen anyway.
+
+        Raises:
+            _OtherRelease: a release of that number is on record, over other sums or with noise that can't be repeated.
+        """
+        settings, number = self.settings, self.step + 1
+        hashed = self._secret.digest(f"sums {number}", sums).hex()
+        self.world.from_first(lambda: self._put_on_record(number, "" if settings.secure_noise else hashed))
+        if settings.secure_noise:
+            return SecureGenerator()
+        over = hashed if settings.seed is None else ""
+        return self._secret.generator(f"noise {number} {over}", self._device)
+
+    def _put_on_record(self, number: int, hashed: str) -> None:
+        if number > self._releases.last:
+            self._releases.add(self.accountant.state_dict() | {"steps": number}, hashed)
+        elif not hashed or self._releases.sums.get(number) != hashed:
+            raise _OtherRelease(self._releases.last)
+
+    def _settle(self, resumes: bool) -> None:
+        """Compare the releases on record with the checkpoint's count. Those after it may be taken again, if they can be."""
+        settings, last = self.settings, self._releases.last
+        if self._releases.account:
             try:
-                write_intent(self.checkpoint, self.accountant.state_dict() | {"steps": self.step + 1})
-            except OSError as error:
-                self.world.tell_failure(error)  # the others wait in privatize
-                raise
+                settings.accountant().load_state_dict(self._releases.account)
+            except ValueError as error:
+                raise CheckpointError(f"{self._releases.path} is of another run: {error}") from error
+        if self.step > last:
+            gone = f"{self._releases.path} is gone or older than {self.checkpoint}: steps that were released may be missing"
+            if settings.secure_noise:
+                raise CheckpointError(gone)
+            if settings.seed is None:
+                self._secret = self._new_secret()
+                warnings.warn(f"{gone}; batches and noise start anew", stacklevel=3)
+        elif self.step < last and (settings.secure_noise or settings.seed is None and not resumes):
+            self._charge(last, "may have been released after the last checkpoint, with noise that can't be repeated")
 
-    def _charge_intended(self) -> None:
-        """Charge what may have been released after the checkpoint; those steps are not made again, so that the budget holds."""
-        record, saved, path = self.world.from_first(lambda: read_intent(self.checkpoint)), self.step, self.checkpoint
-        if self.settings.secure_noise and saved > (record or {"steps": 0})["steps"]:
-            raise CheckpointError(
-                f"{intent_path(path)} is gone or older than {path}: steps that were released may be missing"
-            )
-        if record is None:
-            return
-        try:
-            self.accountant.load_state_dict(record)  # keeps the larger count
-        except ValueError as error:
-            raise CheckpointError(f"{intent_path(path)} is of another run: {error}") from error
-        if lost := self.step - saved:
-            self.schedule.last_epoch += lost
-            warnings.warn(
-                f"{lost} steps may have been released after the last checkpoint, with noise that can't be repeated: they are "
-                "charged, and not made again",
-                stacklevel=3,
-            )
+    def _charge(self, last: int, why: str) -> None:
+        """Count the releases on record up to the last, which are not made again, so that the budget holds."""
+        lost = last - self.step
+        self.accountant.step(lost)
+        self.schedule.last_epoch += lost
+        warnings.warn(f"{lost} steps {why}: they are charged, and not made again", stacklevel=4)
 
     @cached_property
     def last_step(self) -> int:
@@ -397,27 +567,23 @@ class DPTrainer:
         return lambda step: min(final, curve[math.ceil(step / spacing) - 1])
 
 
-def _rank_generators(world: World, device: torch.device, seed: int | None) -> dict[str, Generator]:
-    """Sampling is the same on all ranks, the noise is rank 0's, and each rank has losses of its own."""
-    devices = {"sampling": "cpu", "losses": device, "noise": device}
-    own = [f"losses of rank {rank}" for rank in range(1, world.rank + 1)]
-    generators = make_generators(devices | dict.fromkeys(own, device), seed)
-    generators["sampling"].set_state(world.from_first(generators["sampling"].get_state))
-    return {name: generators[name] for name in devices} | {"losses": generators[own[-1] if own else "losses"]}
+def _check_expected(settings: PrivateTraining, records: int) -> None:
+    """Fewer than one expected record leave the divisor open."""
+    sampled = max(1.0, settings.sample_rate * records)
+    if not sampled / FAR <= settings.expected_batch_size <= sampled * FAR:
+        raise ValueError(
+            f"expected_batch_size must be sample_rate x records, {settings.sample_rate:g} x {records} = "
+            f"{settings.sample_rate * records:g}, got {settings.expected_batch_size:g}: it divides the clipped sum"
+        )
 
 
-def _open_data(data: Sequence[Tensor] | Dataset) -> tuple[int, Callable[[Tensor], Sequence[Tensor]]]:
-    """-> number of records, and indices -> batch."""
-    if isinstance(data, (tuple, list)) and data and all(isinstance(t, Tensor) for t in data):
-        lengths = {len(t) for t in data}
-        if len(lengths) != 1 or 0 in lengths:
-            raise ValueError(
-                f"data's tensors must have one record per row, the same number >= 1 each; got {sorted(lengths)}"
-            )
-        return lengths.pop(), lambda indices: [t[indices.to(t.device)] for t in data]
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
-        return len(data), lambda indices: default_collate([data[i] for i in indices.tolist()])
-    raise ValueError(f"data must be a tuple of tensors or a map-style Dataset with records, got {type(data).__name__}")
+class _OtherRelease(Exception):
+    """The step would not be the release on record under its number, but another one."""
+
+    @property
+    def last(self) -> int:
+        """The number of the last release on record."""
+        return self.args[0]
 
 
 # May differ on resume: they change neither the mechanism nor the trajectory of what was trained so far.
@@ -426,6 +592,5 @@ _FREE_TO_CHANGE = {"target_epsilon", "fixed_shape"}
 
 def _differences(saved: dict, settings: PrivateTraining, records: int) -> str:
     now = asdict(settings) | {"records": records}
-    saved = {"earlier": ()} | saved  # of a checkpoint from before there was such a setting
     changed = [name for name in now if name not in _FREE_TO_CHANGE and saved.get(name) != now[name]]
     return ", ".join(f"{name} is {saved.get(name)!r} there and {now[name]!r} here" for name in changed)

@@ -110,6 +110,7 @@ def test_nothing_that_depends_on_private_records_is_released(run, public_run):
     assert {name for name in one if one[name] != other[name]} <= {
         "adapter.safetensors",
         "checkpoint.pt",
+        "checkpoint.pt.spent",
         "done.json",
         "config.yaml",
     }

@@ -4,7 +4,10 @@ import dataclasses
 import os
 import random
 import signal
+import sys
+import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, chi2
 from torch import nn
 
-from fastloda import PrivacyError, attach_loda, compose_epsilon
+from fastloda import GhostClipper, PrivacyError, attach_loda, compose_epsilon, make_private
 from fastloda.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.files import write_atomically
 from fastloda.sampling import micro_batches, poisson_sample
@@ -167,7 +170,7 @@ def test_the_divisor_is_the_expected_batch_size():
 
 def test_learning_lowers_the_loss():
     settings = dataclasses.replace(
-        SETTINGS, sample_rate=0.5, expected_batch_size=30, steps=40, noise_multiplier=0.1, micro_batch_size=60
+        SETTINGS, sample_rate=0.5, expected_batch_size=30, steps=40, noise_multiplier=0.1, micro_batch_size=60, seed=0
     )
     t = trainer(dataclasses.replace(settings, learning_rate=0.05))
     first = t.train_step().mean_loss
@@ -222,6 +225,256 @@ def test_bad_data_and_models_are_refused():
         DPTrainer(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), small_data(), losses, SETTINGS)
     with pytest.raises(ValueError, match="losses"):
         DPTrainer(small_model(), small_data(), lambda m, b, g: losses(m, b, g)[:-1], SETTINGS, progress=False).fit()
+
+
+class Records(torch.utils.data.Dataset):
+    """Of small_data, each made by `form`."""
+
+    def __init__(self, form):
+        self.x, self.y = small_data()
+        self.form = form
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.form(self.x[i], self.y[i])
+
+
+def of_dict(model, batch, generator):
+    return losses(model, (batch["x"], batch["y"]), generator)
+
+
+x, y = small_data()
+FORMS = {
+    "arrays": ((x.numpy(), y.numpy()), losses),
+    "an array and a tensor": ([x.numpy(), y], losses),
+    "a dict of columns": ({"x": x, "y": y.numpy()}, of_dict),
+    "records of arrays": (Records(lambda x, y: (x.numpy(), int(y))), losses),
+    "dicts": (Records(lambda x, y: {"x": x, "y": int(y)}), of_dict),
+    "nested": (
+        Records(lambda x, y: (x, {"name": f"is {y}", "y": (y, 1.0)})),
+        lambda m, b, g: losses(m, (b[0], b[1]["y"][0]), g),
+    ),
+    "a list of records": ([(a, int(b)) for a, b in zip(x, y)], losses),
+    "one tensor": (x, lambda m, b, g: losses(m, (b, torch.zeros(len(b), dtype=torch.long)), g)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_records_of_any_usual_form_train(form):
+    data, of_form = FORMS[form]
+    runs = []
+    for t in (DPTrainer(small_model(), data, of_form, SETTINGS, progress=False), trainer()):
+        torch.manual_seed(0)
+        runs.append(t.fit())
+    assert runs[0].records == 60
+    if form != "one tensor":
+        assert_same(*runs)
+
+
+def a_mean(model, batch, generator):
+    return losses(model, batch, generator).mean()
+
+
+SLIPS = {
+    "a mean": (
+        {"losses": a_mean},
+        "losses.*one floating-point number for each sample and view.*reduction='none'.*shape \\(\\)",
+    ),
+    "a number": ({"losses": lambda m, b, g: a_mean(m, b, g).item()}, "losses.*got [0-9]"),
+    "logits": ({"losses": lambda m, b, g: m(b[0])}, "losses.*shape \\(5, 3\\)"),
+    "too few": ({"losses": lambda m, b, g: losses(m, b, g)[1:]}, "losses.*shape \\(4,\\)"),
+    "views": ({"settings": {"views": 2}}, "5 samples x 2 views"),
+    "integers": ({"losses": lambda m, b, g: (m(b[0])[:, 0] > 0).long()}, "losses.*int64"),
+    "objects": ({"data": Records(lambda x, y: (x, object()))}, "records can't be made a batch"),
+    "ragged": ({"data": Records(lambda x, y: (x[:, : 1 + int(y)], y))}, "records can't be made a batch"),
+    "no columns": ({"data": (x.numpy(), y[:-1])}, "one record per row"),
+    "no records": ({"data": {"x": x[:0]}}, "one record per row"),
+    "an expected batch 100 times too large": (
+        {"settings": {"expected_batch_size": 1200}},
+        "expected_batch_size.*0.2 x 60 = 12, got 1200",
+    ),
+    "and 100 times too small": ({"settings": {"expected_batch_size": 0.12}}, "expected_batch_size.*got 0.12"),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_slips_are_named_before_anything_changes(slip):
+    wrong, said = SLIPS[slip]
+    model, before, draws = small_model(), torch.get_rng_state(), {"losses": losses, "data": small_data()} | wrong
+    values_before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = dataclasses.replace(SETTINGS, **draws.pop("settings", {}))
+    with pytest.raises(ValueError, match=said):
+        DPTrainer(model, draws["data"], draws["losses"], settings, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, values_before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["folder", "file/run.pt", "file/in/run.pt"])
+def test_a_checkpoint_that_cannot_be_written_is_named_at_once(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"cannot write .*{place}"):
+        trainer(checkpoint=tmp_path / place)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and not os.listdir(tmp_path / "folder")
+
+
+def test_the_checkpoints_folder_is_made(tmp_path):
+    trainer(checkpoint=tmp_path / "missing" / "too" / "run.pt").fit()
+    assert (tmp_path / "missing" / "too" / "run.pt").exists()
+
+
+# -- budget spent on nothing -------------------------------------------------------------------------------------------
+
+
+def overflowing(share: float):
+    def made(model, batch, generator):
+        lost = torch.rand(len(batch[0]), generator=generator) < share
+        return torch.where(lost, torch.inf, 1.0) * losses(model, batch, generator)
+
+    return made
+
+
+def test_a_run_whose_samples_all_overflow_warns_and_stops(tmp_path):
+    path = tmp_path / "run.pt"
+    settings = dataclasses.replace(SETTINGS, steps=30)
+    t = DPTrainer(small_model(), small_data(), overflowing(1.0), settings, progress=False, checkpoint=path)
+    with (
+        pytest.warns(UserWarning, match="samples had a gradient that is not finite"),
+        pytest.raises(RuntimeError, match="of the last 3 steps had no finite gradient"),
+    ):
+        t.fit()
+    assert t.step == 3
+    mended = trainer(settings, checkpoint=path)
+    assert mended.step == 3 and mended.fit().step == 30
+
+
+@pytest.mark.parametrize(("share", "rate"), [(0.5, 0.2), (1.0, 1 / 60)])
+def test_a_run_with_some_finite_samples_or_hardly_any_goes_on(share, rate):
+    """Half of the samples overflow; or all, but one at a time, of which a few say little."""
+    settings = dataclasses.replace(SETTINGS, sample_rate=rate, expected_batch_size=60 * rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if share == 1 else "error")
+        assert DPTrainer(small_model(), small_data(), overflowing(share), settings, progress=False).fit().step == 8
+
+
+def test_parameters_that_are_not_finite_stop_a_run_at_once():
+    t = trainer()
+    t.train_step()
+    next(iter(t.parameters.values())).data.view(-1)[0] = torch.nan
+    with pytest.raises(RuntimeError, match="'0.loda_A' is not finite after step 1"):
+        t.train_step()
+    assert t.step == 1
+
+
+def test_loops_are_warned_of_a_wasted_step_too():
+    model, (x, y) = nn.Linear(6, 3), (torch.randn(20, 6), torch.randint(3, (20,)))
+    clipper = GhostClipper(model, 1.0)
+    for factor, wasted in ((1.0, False), (torch.inf, True)):
+        clipper.accumulate(F.cross_entropy(model(x[:10]), y[:10], reduction="none") * factor)
+        clipper.accumulate(F.cross_entropy(model(x[10:]), y[10:], reduction="none") * factor)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            clipper.privatize(1.0, 20.0)
+            clipper.privatize(1.0, 20.0)  # an empty batch is no waste
+        assert [("20 of 20" in str(w.message)) for w in told] == [True] * wasted
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=10)
+    made = make_private(
+        model, torch.optim.SGD(model.parameters(), 0.1), loader, noise_multiplier=1.0, max_grad_norm=1.0
+    )
+    with pytest.warns(UserWarning, match="not finite and contributed zero"):
+        for a, b in made[2]:
+            (F.cross_entropy(made[0](a), b) * torch.inf).backward()
+            made[1].step()
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
+
+
+def at_call(number: int, act):
+    calls = []
+
+    def made(*arguments):
+        calls.append(None)
+        if len(calls) == number:
+            act()
+        return losses(*arguments)
+
+    return made
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+INTERRUPTIONS = {
+    "Ctrl-C": (lambda: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt),
+    "twice": (lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)], KeyboardInterrupt),
+    "in the middle": (raise_interrupt, KeyboardInterrupt),
+    "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), SystemExit),
+    "an error": (lambda: 1 / 0, ZeroDivisionError),
+}
+
+
+@pytest.mark.parametrize("how", INTERRUPTIONS)
+@pytest.mark.parametrize("seed", [3, None])
+def test_an_interrupted_run_continues_where_it_was(tmp_path, how, seed):
+    act, raised = INTERRUPTIONS[how]
+    path, settings = tmp_path / "run.pt", dataclasses.replace(SETTINGS, seed=seed)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        torch.manual_seed(5)
+        acted = []
+
+        def after_three_steps(*arguments):
+            if first.step == 3 and not acted:
+                acted.append(True)
+                act()
+            return losses(*arguments)
+
+        first = DPTrainer(small_model(), small_data(), after_three_steps, settings, progress=False, checkpoint=path)
+        with pytest.raises(raised):
+            first.fit()
+    finally:
+        signal.signal(signal.SIGTERM, handlers[1])
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert 0 < first.step < SETTINGS.steps
+    second = trainer(settings, checkpoint=path)
+    assert_same(first, second)
+    first.losses = losses
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(second.fit(), trainer(settings, checkpoint=path))
+        torch.manual_seed(5)
+        if seed is not None:
+            assert_same(second, trainer(settings).fit())
+
+
+def test_a_killed_run_continues_from_its_first_step_on(tmp_path):
+    """kill -9 in the second step: the first checkpoint is there, and the same run comes out."""
+    settings, path = dataclasses.replace(SETTINGS, seed=None), tmp_path / "run.pt"
+    child = os.fork()
+    if child == 0:
+        kill = at_call(10, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            DPTrainer(small_model(), small_data(), kill, settings, progress=False, checkpoint=path).fit()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert path.exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trainer(settings, checkpoint=path).fit().step == SETTINGS.steps
+
+
+def test_fit_works_outside_of_the_main_thread():
+    t = trainer()
+    thread = threading.Thread(target=t.fit)
+    thread.start()
+    thread.join()
+    assert t.step == SETTINGS.steps
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

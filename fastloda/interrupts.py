@@ -1,0 +1,38 @@
+"""Signals that end a run, kept waiting until it has saved what it did."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[list[int]]:
+    """SIGINT (Ctrl-C) and SIGTERM go into the list inside, and take effect on leaving; a second one takes effect at once.
+
+    Only the main thread has signals; elsewhere the list stays empty.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            take_effect(number)
+
+    def take_effect(number: int) -> None:
+        signal.signal(number, before[number])
+        signal.raise_signal(number)
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])

@@ -1,0 +1,325 @@
+"""DPTrainer looks whether records change each other's losses without a gradient, and trains on as if it had not looked."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator, nn
+
+from fastloda import DPTrainer, PrivacyError, PrivateTraining, attach_loda, unmixed
+from fastloda.randomness import Secret
+
+SETTINGS = PrivateTraining(
+    sample_rate=0.4,
+    expected_batch_size=16,
+    steps=6,
+    noise_multiplier=1.0,
+    delta=1e-5,
+    micro_batch_size=7,
+    learning_rate=1e-2,
+    seed=3,
+)
+RECORDS = 40
+
+
+def small_model(dropout: float = 0.0, buffer: bool = False) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Dropout(dropout), nn.Linear(8, 3))
+        if buffer:
+            model.register_buffer("constant", torch.ones(3))
+        return model
+
+
+def small_data():
+    generator = Generator().manual_seed(7)
+    y = torch.randint(3, (RECORDS,), generator=generator)
+    return torch.randn(RECORDS, 6, generator=generator) + y[:, None], y
+
+
+def trainer(losses, change=(), model=None, data=None) -> DPTrainer:
+    return DPTrainer(
+        model or small_model(),
+        data or small_data(),
+        losses,
+        dataclasses.replace(SETTINGS, **dict(change)),
+        progress=False,
+    )
+
+
+def cross_entropy(out, y):
+    return F.cross_entropy(out, y, reduction="none")
+
+
+# ---- what is refused
+
+
+def views_first(model, batch, generator):
+    """The views' losses one after the other, where each record's belong together."""
+    return torch.cat([cross_entropy(model(batch[0] + i), batch[1]) for i in range(2)])
+
+
+def batch_statistic(model, batch, generator):
+    out = model(batch[0])
+    return cross_entropy(out - out.mean(0).detach(), batch[1])
+
+
+def quantised_by_the_batch(model, batch, generator):
+    x = batch[0]
+    scale = (x.max() - x.min()) / 255
+    return cross_entropy(model((x / scale).round() * scale), batch[1])
+
+
+def standardised_targets(model, batch, generator):
+    y = batch[1].float()
+    return (model(batch[0])[:, 0] - (y - y.mean()) / (y.std() + 1e-3)) ** 2
+
+
+def mixup(model, batch, generator):
+    return cross_entropy(model(0.7 * batch[0] + 0.3 * batch[0].roll(1, 0)), batch[1])
+
+
+def shuffled_targets(model, batch, generator):
+    order = torch.randperm(len(batch[1]), generator=generator)
+    return cross_entropy(model(batch[0]), batch[1][order])
+
+
+def weighted_by_class(model, batch, generator):
+    counts = torch.bincount(batch[1], minlength=3).clamp(min=1)
+    return cross_entropy(model(batch[0]), batch[1]) / counts[batch[1]]
+
+
+def first_as_reference(model, batch, generator):
+    return (model(batch[0]) - model(batch[0][:1]).detach()).square().mean(1)
+
+
+def largest_scaled(model, batch, generator):
+    losses = cross_entropy(model(batch[0]), batch[1])
+    return losses / losses.detach().max()
+
+
+MIXING = {
+    "views first": (views_first, {"views": 2}),
+    "batch statistic": (batch_statistic, {}),
+    "quantiser": (quantised_by_the_batch, {}),
+    "targets": (standardised_targets, {}),
+    "mixup": (mixup, {}),
+    "shuffled": (shuffled_targets, {}),
+    "class counts": (weighted_by_class, {}),
+    "reference": (first_as_reference, {}),
+    "scaled": (largest_scaled, {}),
+}
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("kind", MIXING)
+def test_records_that_change_each_others_losses_are_refused(kind, fixed):
+    losses, change = MIXING[kind]
+    for size in (2, 7, 64):
+        t = trainer(losses, {"fixed_shape": fixed, "micro_batch_size": size} | change)
+        before = [p.detach().clone() for p in t.parameters.values()]
+        with pytest.raises(PrivacyError, match="depend on other records in the batch"):
+            t.train_step()
+        assert t.step == 0 and all(map(torch.equal, before, t.parameters.values()))
+
+
+@pytest.mark.parametrize("kind", ["batch statistic", "targets", "scaled"])
+def test_a_mixing_that_begins_later_is_refused_at_a_later_look(kind):
+    """A term whose weight is zero at first. Steps 4 and 8 are looked at, and one between them."""
+    losses, _ = MIXING[kind]
+
+    def begins(model, batch, generator):
+        mixed, plain = losses(model, batch, generator), cross_entropy(model(batch[0]), batch[1])
+        return plain if t.step < 4 else plain + 0.1 * mixed
+
+    t = trainer(begins, {"steps": 20})
+    with pytest.raises(PrivacyError, match="depend on other records"):
+        t.fit()
+    assert 4 <= t.step < 8
+
+
+def test_a_batch_of_one_record_is_looked_at_with_a_partner(monkeypatch):
+    monkeypatch.setattr("fastloda.trainer.poisson_sample", lambda *_: torch.tensor([4]))
+    data = small_data()
+    t = trainer(
+        batch_statistic, {"sample_rate": 1 / RECORDS, "expected_batch_size": 1, "fixed_shape": False}, data=data
+    )
+    with pytest.raises(PrivacyError, match="depend on other records"):
+        t.train_step()
+    alone = trainer(batch_statistic, {"micro_batch_size": 1})  # where no record is ever beside another
+    assert alone.fit().step == SETTINGS.steps
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.integers(2, 9),
+    views=st.integers(1, 3),
+    strength=st.floats(1e-3, 10.0),
+    source=st.sampled_from(["mean", "max", "first", "neighbour", "sorted"]),
+    number=st.integers(0, 10**6),
+)
+def test_looks_see_any_such_dependence(samples, views, strength, source, number):
+    generator = Generator().manual_seed(number)
+    values = torch.rand(40, views, generator=generator) + 0.5
+    others = {
+        "mean": lambda v: v.mean(),
+        "max": lambda v: v.max(),
+        "first": lambda v: v[:1],
+        "neighbour": lambda v: v.roll(1, 0),
+        "sorted": lambda v: v.sort(0).values,
+    }[source]
+
+    def look(losses):
+        secret = Secret()
+        parts = unmixed.halves(samples, True, secret, "look")
+        replaced = [(part, list(range(20, 20 + int(part.sum())))) for part in parts]
+        return unmixed.look(lambda read: losses(values[read]).flatten(), list(range(samples)), replaced, steady=True)
+
+    with pytest.raises(PrivacyError, match="depend on other records"):
+        look(lambda v: v + strength * others(v))
+    assert torch.equal(
+        look(lambda v: v + strength * v.square()), (values + strength * values.square())[:samples].flatten()
+    )
+
+
+def test_what_cannot_be_looked_at_is_refused_with_a_way_out():
+    own, called = Generator().manual_seed(0), []
+
+    def draws_elsewhere(model, batch, generator):
+        return cross_entropy(model(batch[0] + torch.randn(batch[0].shape, generator=own)), batch[1])
+
+    def remembers(model, batch, generator):
+        losses = cross_entropy(model(batch[0]), batch[1])
+        called.append(losses.detach().mean())
+        return losses / called[-2] if len(called) > 1 else losses
+
+    for losses in (draws_elsewhere, remembers):
+        t = trainer(losses)
+        with pytest.raises(PrivacyError, match="source of its own, or keeps something"):
+            t.train_step()
+        assert t.step == 0
+
+    def differs_in_training(model, batch, generator):  # call 1 when it is made, three for a look, then the step's own
+        called.append(None)
+        return cross_entropy(model(batch[0]), batch[1]) * (2.0 if len(called) == 5 else 1.0)
+
+    called.clear()
+    with pytest.raises(PrivacyError, match="keeps something"):
+        trainer(differs_in_training).train_step()
+
+    def by_the_step(model, batch, generator):
+        return cross_entropy(model(batch[0] + torch.randn(batch[0].shape, generator=generator)), batch[1]) * (
+            1 + t.step
+        )
+
+    t = trainer(by_the_step)
+    assert t.fit().step == SETTINGS.steps
+
+
+# ---- what is not
+
+
+def drawing(model, batch, generator):
+    """From every generator that may be drawn from."""
+    x = batch[0] + 0.1 * torch.randn(batch[0].shape, generator=generator) + 0.1 * torch.rand(len(batch[0]), 1)
+    return cross_entropy(model(x + float(np.random.rand()) + random.random()), batch[1])
+
+
+def in_views(model, batch, generator):
+    x = batch[0].repeat_interleave(3, 0)
+    return cross_entropy(model(x + torch.randn(x.shape, generator=generator)), batch[1].repeat_interleave(3))
+
+
+def in_low_precision(model, batch, generator):
+    with torch.autocast("cpu", torch.bfloat16):
+        return cross_entropy(model(batch[0]), batch[1])
+
+
+def overflowing(model, batch, generator):
+    return cross_entropy(model(batch[0]), batch[1]) * torch.where(batch[0][:, 0] > 0.5, torch.nan, 1.0)
+
+
+HONEST = {
+    "draws": (drawing, {}, {"dropout": 0.5}),
+    "views": (in_views, {"views": 3}, {}),
+    "views of short batches": (
+        in_views,
+        {"views": 3, "fixed_shape": False, "sample_rate": 0.05, "expected_batch_size": 2},
+        {},
+    ),
+    "low precision": (in_low_precision, {}, {}),
+    "buffers": (drawing, {}, {"buffer": True}),
+    "not finite": (overflowing, {}, {}),
+    "empty": (drawing, {"sample_rate": 1e-6}, {}),
+    "no seed": (drawing, {"seed": None}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_honest_losses_train_as_if_nobody_looked(kind, monkeypatch):
+    losses, change, model = HONEST[kind]
+    runs, batches = [], []
+    for watched in (True, False):
+        if not watched:
+            monkeypatch.setattr(DPTrainer, "_look", lambda *_: None)
+            monkeypatch.setattr(DPTrainer, "_try_losses", lambda _: None)
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
+        t = trainer(losses, {"steps": 9} | change, model=small_model(**model))
+        if runs:
+            t._secret.key = runs[0]._secret.key
+            t._generators["losses"] = t._losses_stream("")
+        runs.append(t)
+        t.fit()
+        batches.append((torch.rand(3), np.random.rand(), random.random()))
+    for name, p in runs[0].parameters.items():
+        assert torch.equal(p, runs[1].parameters[name]), name
+    assert torch.equal(batches[0][0], batches[1][0]) and batches[0][1:] == batches[1][1:]
+
+
+def test_adapters_and_a_compiled_model_train(monkeypatch):
+    import fastloda
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    attach_loda(model, rank=1)
+    x, y = torch.randn(RECORDS, 1, 6, 6), small_data()[1]
+    t = trainer(lambda m, b, g: cross_entropy(m(b[0]), b[1]), {"steps": 2}, model=model, data=(x, y))
+    assert t.fit().step == 2
+    assert fastloda.compile  # compiled ones: tests/test_compile.py trains them
+
+
+def test_the_schedule_is_public_and_thin():
+    secret = Secret()
+    due = [step for step in range(1, 4097) if unmixed.is_due(step, secret)]
+    assert {2**k for k in range(13)} <= set(due) and len(due) <= 2 * 13
+    assert due != [step for step in range(1, 4097) if unmixed.is_due(step, Secret())]
+    calls = []
+
+    def counted(model, batch, generator):
+        calls.append(len(batch[0]))
+        return cross_entropy(model(batch[0]), batch[1])
+
+    t = trainer(counted, {"steps": 64, "micro_batch_size": 40, "sample_rate": 0.9, "expected_batch_size": 36})
+    t.fit()
+    looks = sum(unmixed.is_due(step, t._secret) for step in range(1, 65))
+    assert len(calls) == 1 + 64 + 2 * looks + 7  # at the start; training; looks; both halves at 1, 2, 4, ... 64
+
+
+def test_kernels_that_add_up_in_varying_order_are_not_refused():
+    """Rounding that differs from call to call, as atomic additions on a GPU leave it."""
+    torch.manual_seed(0)
+    values = torch.rand(40, dtype=torch.float64) + 1
+
+    def shaky(read):
+        return values[read] * (1 + 3e-5 * torch.rand(len(read)).double())
+
+    for _ in range(20):
+        parts = unmixed.halves(8, True, Secret(), "look")
+        replaced = [(part, list(range(20, 20 + int(part.sum())))) for part in parts]
+        unmixed.look(shaky, list(range(8)), replaced, steady=True)
