@@ -189,7 +189,7 @@ def _sizes(losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Paramet
         pieces = make_pieces(samples)
         for use in graph.uses[node]:
             grad = PerSampleGrad(parameters[use.name].shape, samples)
-            found[use.name].append((use, grad.sizes(of_parameter(use, pieces[use.index]))))
+            found[use.name].append((use, grad.sizes(of_parameter(use, pieces[use.index], samples))))
 
     run_backward(losses, torch.ones_like(losses), graph, parameters, on_record, retain_graph=True)
     return found

@@ -18,6 +18,7 @@ from fastloda.coverage import parting
 from fastloda.errors import PrivacyError
 from fastloda.graph import Use, trace
 from fastloda.layers import LoDAConv2d, LoDALinear
+from fastloda.made import marking
 from fastloda.plan import chunk_samples
 from fastloda.recorded import Recorded, is_recording, recorded_call, tensors, trainable
 from fastloda.rules import may_be_covered
@@ -26,9 +27,8 @@ KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, 
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
 KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, LoDAConv2d, LoDALinear}  # never need looking into
 
-_left_alone: WeakKeyDictionary[nn.Module, tuple[str, ...]] = (
-    WeakKeyDictionary()
-)  # with the parameters that trained then
+# with the parameters that trained then
+_left_alone: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
 
 
 class Covered:
@@ -73,18 +73,23 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
     """
     modules = dict(model.named_modules())
     if layers is None:
-        return cover_modules(modules)
+        for layer in modules.values():
+            _left_alone.pop(layer, None)  # asked for: to be looked into once more
+        return cover_modules(modules, trainable(model))
     chosen = {name: _checked(modules, name) for name in layers}
     for name, layer in chosen.items():
         _install(layer, FunctionalRule(name), trainable(layer))
     return Covered(chosen)
 
 
-def cover_modules(modules: Mapping[str, nn.Module]) -> Covered:
-    """`cover` for those that need it, of a model's modules by name."""
+def cover_modules(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Covered:
+    """`cover` for those that need it, of a model's modules by name; names: of its trainable parameters."""
     chosen = {name: layer for name, layer in modules.items() if _may_need_it(name, layer)}
     for name, layer in chosen.items():
         _install(layer, Undecided(name), own_parameters(layer))
+    model, names = modules[""], tuple(names)
+    if names and _is_free(model) and names not in _left_alone.get(model, ()):
+        _install(model, Watched(), names)
     covered = {name: layer for name, layer in modules.items() if _installed(layer) is not None}
     return Covered(covered)
 
@@ -197,29 +202,40 @@ class Composed:
     """A recurrent layer without its fused kernels: PyTorch composes it of linear maps, which have rules."""
 
 
-Rule = FunctionalRule | Undecided | Composed
+class Watched:
+    """A layer or model that may make values of its parameters alone, which `made.py` marks in the graph."""
+
+
+Rule = FunctionalRule | Undecided | Composed | Watched
 
 
 def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwargs):
-    forward = _composed if isinstance(layer, nn.RNNBase) else type(layer).forward
     if not is_recording() or not any(layer.get_parameter(name).requires_grad for name in names):
         return type(layer).forward(layer, *args, **kwargs)
-    if isinstance(rule, Composed):
+    with marking(layer) as marks:
+        before = marks.count
+        result = _recorded(layer, rule, names, args, kwargs)
+    if isinstance(_installed(layer), Watched) and marks.count == before:
+        layer.__dict__.pop("forward")
+        _left_alone.setdefault(layer, set()).add(names)
+    return result
+
+
+def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple, kwargs: dict):
+    forward = _composed if isinstance(layer, nn.RNNBase) else type(layer).forward
+    if isinstance(rule, (Composed, Watched)):
         return forward(layer, *args, **kwargs)
     if isinstance(rule, Undecided):
         lacking = _lacking(layer, forward, names, args, kwargs)
         layer.__dict__.pop("forward")
         if not lacking:
-            if isinstance(layer, nn.RNNBase):
-                _install(layer, Composed(), names)
-            else:
-                _left_alone[layer] = names
+            _install(layer, Composed() if isinstance(layer, nn.RNNBase) else Watched(), names)
             return forward(layer, *args, **kwargs)
         label = f"layer {rule.name or '(the model)'!r} ({type(layer).__name__})"
         warnings.warn(
             f"{label} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through torch.func, exact but "
             "slower. fastloda.register_rule gives it a faster one",
-            stacklevel=4,
+            stacklevel=5,
         )
         rule = FunctionalRule(rule.name)
         _install(layer, rule, names)
@@ -258,11 +274,16 @@ def _installed(layer: nn.Module) -> Rule | None:
 
 
 def _may_need_it(name: str, layer: nn.Module) -> bool:
-    if type(layer) in KNOWN or "forward" in layer.__dict__ or hasattr(type(layer).forward, "row_rule_of"):
+    if not _is_free(layer):
         return False
     names = own_parameters(layer)
     inside = isinstance(layer, parametrize.ParametrizationList) or ".parametrizations." in f".{name}."
-    return bool(names) and not inside and _left_alone.get(layer) != names
+    return bool(names) and not inside and names not in _left_alone.get(layer, ())
+
+
+def _is_free(layer: nn.Module) -> bool:
+    """Whether it may have a forward of ours."""
+    return not (type(layer) in KNOWN or "forward" in layer.__dict__ or hasattr(type(layer).forward, "row_rule_of"))
 
 
 def _checked(modules: dict[str, nn.Module], name: str) -> nn.Module:

@@ -13,19 +13,21 @@ from torch import Size, Tensor, nn
 from torch.autograd.graph import Node
 
 from fastloda.layout import Edges, carries_batch, outer_blocks, output_shape
+from fastloda.made import Consumers, Made, made_nodes, made_uses
 from fastloda.regions import COMPILED, code_number
 from fastloda.relaid import RELAYING, TILING, Step
+from fastloda.rules import covers
 
 
 @dataclass(frozen=True)
 class Use:
-    """Parameter `name` enters operation `node` as its input number `index`, in `shape`, after the steps that re-lay it."""
+    """Parameter `name`, or what the steps make of it, enters operation `node` as its input number `index`, in `shape`."""
 
     name: str
     node: Node
     index: int
     shape: Size
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step | Made, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,13 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
                 consumers[child].append((node, index, number))
 
     outer = outer_blocks(edges, len(roots[0]) if roots[0].dim() else 1)
+    made = made_nodes(edges, consumers, outer, covers)
     names = {id(parameter): name for name, parameter in parameters.items()}
     found: dict[Node, list[Use]] = defaultdict(list)
     for leaf in order:
         name = names.get(id(getattr(leaf, "variable", None)))
         if name is not None:
-            for use in _uses(name, leaf, consumers, outer):
+            for use in _uses(name, leaf, consumers, outer, made):
                 found[use.node].append(use)
 
     uses = {node: found[node] for node in order if node in found}
@@ -96,18 +99,27 @@ def _entered(node: Node) -> tuple[Node, Edges, Iterator[tuple[Node | None, int]]
 
 
 def _uses(
-    name: str, leaf: Node, consumers: Mapping[Node, list[tuple[Node, int, int]]], outer: Mapping[Node, int]
+    name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]
 ) -> list[Use]:
-    uses, pending = [], [(leaf, ())]
+    """Those after steps that only re-lay the parameter, and those of what is made of it."""
+    uses, pending = {}, [(leaf, ())]
     while pending:
         tensor, before = pending.pop()
         for node, index, number in consumers[tensor]:
             steps = before if tensor is leaf else (*before, Step(tensor, number))
-            if node.name() in RELAYING or (node.name() in TILING and not carries_batch(node, consumers[node], outer)):
+            if _relays(node, consumers, outer, made):
                 pending.append((node, steps))
-            else:
-                uses.append(Use(name, node, index, output_shape(tensor, number), steps))
-    return uses
+            elif node not in made:
+                uses[node, index] = Use(name, node, index, output_shape(tensor, number), steps)
+    for (node, index), value in made_uses(leaf, consumers, made).items():
+        if (node, index) not in uses:
+            uses[node, index] = Use(name, node, index, output_shape(value.node, value.number), (value,))
+    return list(uses.values())
+
+
+def _relays(node: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> bool:
+    tiles = node.name() in TILING
+    return node.name() in RELAYING or tiles and (node in made or not carries_batch(node, consumers[node], outer))
 
 
 def _with_uses_below(edges: Mapping[Node, Edges], uses: Mapping[Node, list[Use]]) -> frozenset[Node]:

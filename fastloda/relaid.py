@@ -19,6 +19,7 @@ class Step(NamedTuple):
 
     node: Node
     number: int
+    scratch_bytes = 0
 
     @property
     def before(self) -> Size:
@@ -30,7 +31,7 @@ class Step(NamedTuple):
         return RELAYING.get(self.node.name(), _untiled)(self, grads)
 
 
-def back_to_parameter(steps: Sequence[Step]) -> Callable[[Tensor], Tensor]:
+def back_to_parameter(steps: Sequence) -> Callable[[Tensor], Tensor]:
     """[samples, *as the operation read it] -> [samples, *parameter.shape]."""
 
     def back(grads: Tensor) -> Tensor:

@@ -8,12 +8,11 @@ hands over its pieces itself, by a `recorder` (a LoDA layer, a layer with a rule
 
 from collections.abc import Callable, Collection
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Size
 from torch.autograd.graph import Node
 
-from fastloda.graph import LossGraph, Use
 from fastloda.layout import output_shape
 from fastloda.ops import A_INPUT, B_INPUT
 from fastloda.pieces import Piece
@@ -22,8 +21,11 @@ from fastloda.rules.call import Call
 from fastloda.rules.conv import convolution
 from fastloda.rules.embedding import embedding, embedding_bag
 from fastloda.rules.expand import tile
-from fastloda.rules.linear import addmm, bilinear, bmm, mm, mv
+from fastloda.rules.linear import addmm, bilinear, bmm, mm, mv, one_for_each_row
 from fastloda.rules.norm import batch_norm, group_norm, layer_norm, rms_norm
+
+if TYPE_CHECKING:  # it reads these rules
+    from fastloda.graph import LossGraph, Use
 
 LODA_NODE = "LoDAFunctionBackward"  # how the autograd graph names a LoDA layer
 
@@ -41,7 +43,7 @@ RULES = {
     "AddBackward0": Rule(add, (0, 1), varies_along_batch),
     "AddcmulBackward0": Rule(addcmul, (0, 1, 2), varies_along_batch),
     "AddmmBackward0": Rule(addmm, (0, 2)),
-    "BmmBackward0": Rule(bmm, (0, 1)),
+    "BmmBackward0": Rule(bmm, (0, 1), one_for_each_row),
     "ConvolutionBackward0": Rule(convolution, (1, 2)),
     "DivBackward0": Rule(div, (0, 1), varies_along_batch),
     "EmbeddingBackward0": Rule(embedding, (0,)),
@@ -67,17 +69,22 @@ def rule_of(node: Node) -> Rule | None:
     return own or RULES.get(node.name())
 
 
-def uncovered(graph: LossGraph) -> list[Use]:
+def uncovered(graph: "LossGraph") -> "list[Use]":
     """The uses that no rule covers."""
     return [use for uses in graph.uses.values() for use in uses if not _covered(use, graph.outer[use.node])]
 
 
-def may_be_covered(use: Use) -> bool:
+def may_be_covered(use: "Use") -> bool:
     """Whether a rule covers the use if the batch lies in the right place."""
     shape = output_shape(use.node)
     return any(_covered(use, outer) for outer in {prod(shape[:dim]) for dim in range(len(shape))})
 
 
-def _covered(use: Use, outer: int) -> bool:
-    rule = rule_of(use.node)
-    return rule is not None and use.index in rule.inputs and not rule.refuses(use.node, use.shape, outer)
+def covers(node: Node, index: int, shape: Size, outer: int) -> bool:
+    """Whether a rule covers a parameter that enters the operation as that input, in that shape."""
+    rule = rule_of(node)
+    return rule is not None and index in rule.inputs and not rule.refuses(node, shape, outer)
+
+
+def _covered(use: "Use", outer: int) -> bool:
+    return covers(use.node, use.index, use.shape, outer)
