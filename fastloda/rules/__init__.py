@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from fastloda.layout import output_shape
 from fastloda.ops import A_INPUT, B_INPUT
 from fastloda.pieces import Piece
-from fastloda.rules.broadcast import add, addcmul, div, mul, prelu, sub, varies_along_batch
+from fastloda.rules.broadcast import add, addcmul, div, masked_fill, mul, prelu, sub, varies_along_batch, where
 from fastloda.rules.call import Call
 from fastloda.rules.conv import convolution
 from fastloda.rules.embedding import embedding, embedding_bag
@@ -50,6 +50,7 @@ RULES = {
     "EmbeddingBagBackward0": Rule(embedding_bag, (0,)),
     "ExpandBackward0": Rule(tile, (0,)),
     "FusedRmsNormBackward0": Rule(rms_norm, (1,)),
+    "MaskedFillBackward0": Rule(masked_fill, (0,), varies_along_batch),
     "MmBackward0": Rule(mm, (1,)),
     "MulBackward0": Rule(mul, (0, 1), varies_along_batch),
     "MvBackward0": Rule(mv, (1,)),
@@ -60,6 +61,7 @@ RULES = {
     "RepeatBackward0": Rule(tile, (0,)),
     "SubBackward0": Rule(sub, (0, 1), varies_along_batch),
     "TrilinearBackward0": Rule(bilinear, (1,)),
+    "WhereBackward0": Rule(where, (0, 1), varies_along_batch),
 }
 FUNCTION_RULES: dict[type, Rule] = {}  # by the autograd.Function itself: its name need not be unique
 
