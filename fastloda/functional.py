@@ -26,6 +26,8 @@ from fastloda.rules import may_be_covered
 KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
 KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, LoDAConv2d, LoDALinear}  # never need looking into
+WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that whole"
+HOLDERS = (nn.ParameterList, nn.ParameterDict)  # never called: what they hold belongs to the layer around them
 
 # with the parameters that trained then
 _left_alone: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
@@ -73,8 +75,7 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
     """
     modules = dict(model.named_modules())
     if layers is None:
-        for layer in modules.values():
-            _left_alone.pop(layer, None)  # asked for: to be looked into once more
+        _left_alone.pop(model, None)  # asked for: to be watched once more
         return cover_modules(modules, trainable(model))
     chosen = {name: _checked(modules, name) for name in layers}
     for name, layer in chosen.items():
@@ -95,19 +96,19 @@ def cover_modules(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Cov
 
 
 def own_parameters(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the trainable parameters that the layer holds itself, or through parametrizations."""
-    names = trainable(layer, recurse=False)
-    if "parametrizations" not in layer._modules:
-        return names
-    return (*names, *(f"parametrizations.{name}" for name in trainable(layer.parametrizations)))
+    """Names of the trainable parameters that the layer holds itself, in a list or dictionary, or through parametrizations."""
+    held = {key: m for key, m in layer._modules.items() if key == "parametrizations" or isinstance(m, HOLDERS)}
+    inside = (f"{key}.{name}" for key, module in held.items() for name in trainable(module))
+    return (*trainable(layer, recurse=False), *inside)
 
 
 @dataclass
 class FunctionalRule:
-    """Per-row gradients by vmap; see `cover` for what is checked."""
+    """Per-row gradients by vmap, or row after row where that fails; see `cover` for what is checked."""
 
     name: str
     verified: int = 0  # rows
+    vectorised: bool = True
     dims: dict[int, tuple[int, ...]] = field(default_factory=dict)  # number of outputs -> the batch dimension of each
 
     def row_grads(self, call: Recorded, gys: list[Tensor]) -> dict[str, Tensor]:
@@ -120,18 +121,21 @@ class FunctionalRule:
         except (PrivacyError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of any operation of a layer that is not ours
-            raise PrivacyError(f"{self._label(call)} can't be run row by row by torch.func: {error}") from error
+            raise PrivacyError(f"{self._label(call)} can't be run row by row: {error}. {WHOLE}") from error
         return grads
 
     def batch_dims(self, call: Recorded) -> tuple[int, ...]:
         """Where two rows make another shape than one."""
         found = self.dims.get(len(call.outputs))
         if found is None:
-            one, two = ([y.shape for y in self._first_rows(call, count)] for count in (1, 2))
+            try:
+                one, two = ([y.shape for y in self._first_rows(call, count)] for count in (1, 2))
+            except Exception as error:  # of any operation of a layer that is not ours
+                raise PrivacyError(f"{self._label(call)} can't be run for one row alone: {error}. {WHOLE}") from error
             differ = [[d for d, (a, b) in enumerate(zip(s, t)) if (a, b) == (1, 2)] for s, t in zip(one, two)]
             if any(len(s) != len(t) or len(d) != 1 for s, t, d in zip(one, two, differ)):
                 raise PrivacyError(
-                    f"{self._label(call)} gives outputs without one dimension for the batch: {one}, {two}"
+                    f"{self._label(call)} gives outputs without one dimension for the batch: {one}, {two}. {WHOLE}"
                 )
             found = self.dims[len(call.outputs)] = tuple(d for (d,) in differ)
         return found
@@ -146,8 +150,28 @@ class FunctionalRule:
 
     def _by_row(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """-> {name: [rows, *shape]}, and the outputs."""
+        if self.vectorised:
+            try:
+                return self._vectorised(call, gys)
+            except (RuntimeError, NotImplementedError):  # operations without a batching rule, sizes that depend on values
+                self.vectorised = False
+        return self._one_by_one(call, gys)
+
+    def _one_by_one(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        dims, own, grads, outputs = self.batch_dims(call), _own(call), [], []
+        for row in range(len(_batched(call)[0])):
+            args, kwargs = _with_rows(call, [t[row : row + 1] for t in _batched(call)])
+            with torch.enable_grad(), torch.random.fork_rng(devices=_cuda(call)):
+                ys = call.run(own, args, kwargs)
+            row_gys = [gy.narrow(dim, row, 1) for gy, dim in zip(gys, dims)]
+            grads.append(_grads(ys, list(own.values()), row_gys))
+            outputs.append([y.detach() for y in ys])
+        joined = tuple(torch.cat(ys, dim) for ys, dim in zip(zip(*outputs), dims))
+        return {name: torch.stack(by_row) for name, by_row in zip(own, zip(*grads))}, joined
+
+    def _vectorised(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         dims = self.batch_dims(call)
-        own = {name: call.layer.get_parameter(name).detach() for name in call.names}
+        own = {name: p.detach() for name, p in _own(call).items()}
 
         def of_row(row: list[Tensor], gys: list[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
             args, kwargs = _with_rows(call, [t[None] for t in row])
@@ -167,7 +191,7 @@ class FunctionalRule:
         """Once more by autograd: the gradients' sum, and that no row's output depends on another row."""
         generator = torch.Generator().manual_seed(0)
         gys = [torch.randn(y.shape, generator=generator).to(y) for y in call.outputs]
-        own = {name: call.layer.get_parameter(name).detach().requires_grad_() for name in call.names}
+        own = _own(call)
         inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in _batched(call)]
         args, kwargs = _with_rows(call, inputs)
         with torch.enable_grad():
@@ -277,7 +301,7 @@ def _may_need_it(name: str, layer: nn.Module) -> bool:
     if not _is_free(layer):
         return False
     names = own_parameters(layer)
-    inside = isinstance(layer, parametrize.ParametrizationList) or ".parametrizations." in f".{name}."
+    inside = isinstance(layer, (parametrize.ParametrizationList, *HOLDERS)) or ".parametrizations." in f".{name}."
     return bool(names) and not inside and names not in _left_alone.get(layer, ())
 
 
@@ -311,6 +335,10 @@ def _with_rows(call: Recorded, rows: Sequence[Tensor]) -> tuple[tuple, dict]:
     leaves, tree = tree_flatten((call.args, call.kwargs))
     given, own = iter(rows), {id(t) for t in _batched(call)}
     return tree_unflatten([next(given) if id(leaf) in own else leaf for leaf in leaves], tree)
+
+
+def _own(call: Recorded) -> dict[str, Tensor]:
+    return {name: call.layer.get_parameter(name).detach().requires_grad_() for name in call.names}
 
 
 def _grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Tensor]) -> list[Tensor]:

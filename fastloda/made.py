@@ -24,6 +24,9 @@ from fastloda.relaid import RELAYING, TILING
 
 MARK = "fastloda: made of parameters and constants"
 READING = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
+AS_ANOTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}  # read the first's values
+LIKE_ANOTHER = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like}  # read no values
+LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
 
 Consumers = Mapping[Node, Sequence[tuple[Node, int, int]]]  # (operation, which of its inputs, which output of the node)
 
@@ -45,17 +48,17 @@ class Marking(TorchFunctionMode):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        given = given[: 1 if func in AS_ANOTHER else 0 if func in LIKE_ANOTHER else None]
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
         public = [t for t in given if self._is_public(t)]
         versions = [t._version for t in public]
         result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if len(public) < len(given) or func in READING and not _is_number(args):
-            self._forget(made + [t for t, version in zip(public, versions) if t._version != version])
-            self._private_numbers |= not made and _reads_numbers(result, given)
-        elif not self._private_numbers and not any(type(leaf).__module__ == "numpy" for leaf in leaves):
-            self._mark(made + given)
+        if len(public) < len(given):
+            self._forget([t for t, version in zip(public, versions) if t._version != version])
+            self._private_numbers |= _reads_numbers(result)
+        elif not (self._private_numbers or _reads_values(func, leaves)):
+            self._mark([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] + given)
         return result
 
     def _is_public(self, t: Tensor) -> bool:
@@ -172,10 +175,10 @@ def _storage(t: Tensor) -> torch.UntypedStorage | None:
         return None
 
 
-def _is_number(args: tuple) -> bool:
-    """Of a function that reads Python values: that they are a single one."""
-    return isinstance(args[-1], (bool, int, float, complex))
+def _reads_values(func: Callable, leaves: Sequence) -> bool:
+    """Whether it makes a tensor of Python's or NumPy's values, which may be private, other than one number."""
+    return func in READING and len(leaves) > 1 or any(type(leaf).__module__ == "numpy" for leaf in leaves)
 
 
-def _reads_numbers(result, given: Sequence[Tensor]) -> bool:
+def _reads_numbers(result) -> bool:
     return isinstance(result, (float, complex, list)) or type(result).__module__ == "numpy"

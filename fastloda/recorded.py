@@ -80,7 +80,8 @@ class Recorded:
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Relative: what another order of the same operations may change."""
-        coarsest = max(torch.finfo(t).eps for t in (dtype, self.autocast[1] or dtype))
+        kinds = (dtype, self.autocast[1] or dtype, torch.float32)  # to which a layer of a float64 model may cast
+        coarsest = max(torch.finfo(t).eps for t in kinds)
         return min(0.1, 256 * coarsest)
 
     def check_same(self, outputs: tuple[Tensor, ...], how: str) -> None:
