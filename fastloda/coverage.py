@@ -48,6 +48,11 @@ def trainable_parameters(members: Members) -> dict[str, nn.Parameter]:
     """
     check_layers(members)
     parameters = {name: p for name, p in members.parameters.items() if p.requires_grad}
+    if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
+        raise PrivacyError(
+            f"parameter {complex_ones[0]!r} is complex, and no rule covers it: hold its real and imaginary parts in a real parameter "
+            "[..., 2], of which the forward pass makes it by torch.view_as_complex; or freeze it"
+        )
     if not parameters:
         raise PrivacyError(
             "the model has no parameter with requires_grad: attach adapters first (fastloda.attach_loda)"
@@ -186,7 +191,8 @@ class FrozenWatch:
             seen, seen_version = self._seen.get(name, (tensor, version))
             if tensor is not seen or version != seen_version:
                 raise PrivacyError(
-                    f"{name!r} changed since the last step: it would release private statistics, unnoised"
+                    f"{name!r} changed since the last step: it would release private statistics, or how many batches there were, "
+                    "unnoised. What only the weights determine (spectral_norm) stays as it is if that part is in eval mode"
                 )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from fastloda.coverage import check_graph, check_independence, check_layers
+from fastloda.coverage import check_graph, check_independence, trainable_parameters
 from fastloda.errors import PrivacyError
 from fastloda.functional import FunctionalRule, cover
 from fastloda.graph import LossGraph, Use, trace
@@ -164,7 +164,7 @@ def _explanation(model: nn.Module, losses: Tensor, parameters: Mapping[str, nn.P
     graph = trace(losses, sound)
     refused, found = [], {}
     for check in (
-        lambda: check_layers(Members.of(model)),
+        lambda: trainable_parameters(Members.of(model)),
         lambda: check_graph(whole),
         lambda: check_independence(losses, graph, model, sound, samples),
         lambda: found.update(_sizes(losses, graph, sound, samples)),

@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastloda.coverage import parting
 from fastloda.errors import PrivacyError
@@ -20,7 +21,7 @@ from fastloda.graph import Use, trace
 from fastloda.layers import LoDAConv2d, LoDALinear
 from fastloda.made import marking
 from fastloda.plan import chunk_samples
-from fastloda.recorded import Recorded, is_recording, recorded_call, tensors, trainable
+from fastloda.recorded import Recorded, differentiable, is_recording, recorded_call, tensors, trainable
 from fastloda.rules import may_be_covered
 
 KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
@@ -153,7 +154,7 @@ class FunctionalRule:
         if self.vectorised:
             try:
                 return self._vectorised(call, gys)
-            except (RuntimeError, NotImplementedError):  # operations without a batching rule, sizes that depend on values
+            except Exception:  # operations without a batching rule, sizes that depend on values
                 self.vectorised = False
         return self._one_by_one(call, gys)
 
@@ -192,7 +193,7 @@ class FunctionalRule:
         generator = torch.Generator().manual_seed(0)
         gys = [torch.randn(y.shape, generator=generator).to(y) for y in call.outputs]
         own = _own(call)
-        inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in _batched(call)]
+        inputs = [t.detach().requires_grad_(differentiable(t)) for t in _batched(call)]
         args, kwargs = _with_rows(call, inputs)
         with torch.enable_grad():
             outputs = call.run(own, args, kwargs)
@@ -202,7 +203,10 @@ class FunctionalRule:
         for (name, by_row), summed in zip(grads.items(), total):
             size = by_row.abs().sum(0).amax() if by_row.numel() else 0.0
             if ((by_row.sum(0) - summed).abs() > call.tolerance(by_row.dtype) * size).any():
-                raise PrivacyError(f"{self._label(call)}: autograd and torch.func give {name!r} different gradients")
+                raise PrivacyError(
+                    f"{self._label(call)}: the gradients of {name!r} for each row alone do not sum to that of all rows: it mixes "
+                    "samples, or draws random numbers"
+                )
         leaves = [t for t in inputs if t.requires_grad]
         for chosen in parting(torch.ones(rows, dtype=torch.bool, device=gys[0].device)) if leaves else ():
             only = [_rows_alone(gy, dim, chosen) for gy, dim in zip(gys, self.batch_dims(call))]
@@ -234,7 +238,9 @@ Rule = FunctionalRule | Undecided | Composed | Watched
 
 
 def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwargs):
-    if not is_recording() or not any(layer.get_parameter(name).requires_grad for name in names):
+    own = [functools.reduce(getattr, name.split("."), layer) for name in names]
+    stood_in = any(not isinstance(p, nn.Parameter) for p in own)  # a layer around this one is taken whole
+    if stood_in or not is_recording() or not any(p.requires_grad for p in own):
         return type(layer).forward(layer, *args, **kwargs)
     with marking(layer) as marks:
         before = marks.count
@@ -247,6 +253,8 @@ def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwar
 
 def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple, kwargs: dict):
     forward = _composed if isinstance(layer, nn.RNNBase) else type(layer).forward
+    if isinstance(layer, nn.RNNBase) and isinstance(args[0] if args else kwargs.get("input"), PackedSequence):
+        return _packed(layer, names, *args, **kwargs)
     if isinstance(rule, (Composed, Watched)):
         return forward(layer, *args, **kwargs)
     if isinstance(rule, Undecided):
@@ -285,6 +293,29 @@ def _composed(layer: nn.RNNBase, *args, **kwargs):
             return type(layer).forward(layer, *args, **kwargs)
     finally:
         torch._C._set_mkldnn_enabled(on)
+
+
+def _packed(layer: nn.RNNBase, names: tuple[str, ...], input: PackedSequence, hx=None):
+    """A recurrent layer of packed sequences, whose rows are positions of many samples: as one of padded sequences, row by row."""
+    padded, lengths = pad_packed_sequence(input, batch_first=True)
+    rule = FunctionalRule(type(layer).__name__, vectorised=False)
+    args = (padded, lengths, _turned(hx))
+    outputs, hidden = recorded_call(layer, _of_padded, rule, names, args, {})
+    if input.sorted_indices is not None:
+        outputs, lengths = outputs[input.sorted_indices], lengths[input.sorted_indices.cpu()]
+    data = pack_padded_sequence(outputs, lengths, batch_first=True).data
+    return input._replace(data=data), _turned(hidden)
+
+
+def _of_padded(layer: nn.RNNBase, padded: Tensor, lengths: Tensor, hx):
+    packed = pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
+    outputs, hidden = _composed(layer, packed, _turned(hx))
+    return pad_packed_sequence(outputs, batch_first=True, total_length=padded.shape[1])[0], _turned(hidden)
+
+
+def _turned(hidden):
+    """[layers, batch, width] <-> [batch, layers, width], of LSTM's two."""
+    return tree_map(lambda t: t.transpose(0, 1) if isinstance(t, Tensor) else t, hidden)
 
 
 def _install(layer: nn.Module, rule: Rule, names: tuple[str, ...]) -> None:

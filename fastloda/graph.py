@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 from fastloda.layout import Edges, carries_batch, outer_blocks, output_shape
 from fastloda.made import Consumers, Made, made_nodes, made_uses
 from fastloda.regions import COMPILED, code_number
-from fastloda.relaid import RELAYING, TILING, Step
+from fastloda.relaid import TILING, Step, relays
 from fastloda.rules import covers
 
 
@@ -118,8 +118,9 @@ def _uses(
 
 
 def _relays(node: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> bool:
-    tiles = node.name() in TILING
-    return node.name() in RELAYING or tiles and (node in made or not carries_batch(node, consumers[node], outer))
+    if relays(node):
+        return True
+    return node.name() in TILING and (node in made or not carries_batch(node, consumers[node], outer))
 
 
 def _with_uses_below(edges: Mapping[Node, Edges], uses: Mapping[Node, list[Use]]) -> frozenset[Node]:

@@ -24,7 +24,8 @@ def _kinds(names: str, number: int = 0) -> set[str]:
 
 REDUCING = _kinds("Amax Amin LinalgVectorNorm Logsumexp Max Min Std Var") | _kinds("Mean Norm Prod Sum", 1)
 # an input of these may hold the batch elsewhere than the output does
-MOVING = REDUCING | _kinds("Permute Select Stack T Transpose Unbind") | _kinds("Transpose", 1)
+PACKING = "PackPaddedSequenceBackward0"
+MOVING = REDUCING | _kinds("Permute Select Stack T Transpose Unbind") | _kinds("Transpose", 1) | {PACKING}
 VIEWING = _kinds("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View")
 VIEWING |= _kinds("Squeeze", 1) | _kinds("Squeeze", 2)
 ELEMENTWISE = _kinds("Add Addcmul Div Mul Sub")
@@ -80,6 +81,8 @@ def wrapped(dim: int, dims: int) -> int:
 def _below(node: Node, kind: str, outer: int, child: Node, number: int) -> int:
     """`outer` of the input that is output `number` of child."""
     shape, below = output_shape(node), output_shape(child, number)
+    if kind == PACKING:
+        return 1 if node._saved_batch_first else below[0]
     if kind in VIEWING or not shape:
         return outer
     dim, blocks = locate(shape, outer)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from fastloda.layout import Edges, carries_batch, output_shape
-from fastloda.relaid import RELAYING, TILING
+from fastloda.relaid import RELAYING, TILING, relays
 
 MARK = "fastloda: made of parameters and constants"
 READING = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
@@ -52,10 +52,10 @@ class Marking(TorchFunctionMode):
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
         public = [t for t in given if self._is_public(t)]
-        versions = [t._version for t in public]
+        versions = [_version(t) for t in public]
         result = func(*args, **kwargs)
         if len(public) < len(given):
-            self._forget([t for t, version in zip(public, versions) if t._version != version])
+            self._forget([t for t, version in zip(public, versions) if _version(t) != version])
             self._private_numbers |= _reads_numbers(result)
         elif not (self._private_numbers or _reads_values(func, leaves)):
             self._mark([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] + given)
@@ -133,7 +133,7 @@ def made_nodes(
         if node in marked:
             marked.update(child for child, _ in edges[node] if child is not None)
     for node, below in edges.items():
-        if _relays(node) and below[0][0] in marked:
+        if (relays(node) or node.name() in TILING) and below[0][0] in marked:
             marked.add(node)
 
     made: set[Node] = set()
@@ -144,7 +144,7 @@ def made_nodes(
     for node in reversed(edges):
         if node in marked and edges[node] and all(fits(node, *consumer) for consumer in consumers[node]):
             others = [consumer for consumer in consumers[node] if consumer[0] not in made]
-            if node.name() not in TILING or not others or not carries_batch(node, others, outer):
+            if relays(node) or node.name() not in TILING or not others or not carries_batch(node, others, outer):
                 made.add(node)
     return frozenset(made)
 
@@ -164,10 +164,6 @@ def made_uses(leaf: Node, consumers: Consumers, made: frozenset[Node]) -> dict[t
     return uses
 
 
-def _relays(node: Node) -> bool:
-    return node.name() in RELAYING or node.name() in TILING
-
-
 def _storage(t: Tensor) -> torch.UntypedStorage | None:
     try:
         return t.untyped_storage()
@@ -175,9 +171,15 @@ def _storage(t: Tensor) -> torch.UntypedStorage | None:
         return None
 
 
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
 def _reads_values(func: Callable, leaves: Sequence) -> bool:
     """Whether it makes a tensor of Python's or NumPy's values, which may be private, other than one number."""
-    return func in READING and len(leaves) > 1 or any(type(leaf).__module__ == "numpy" for leaf in leaves)
+    numbers = sum(isinstance(leaf, (int, float, complex)) for leaf in leaves)
+    reads = func in READING and numbers != 1 and not any(isinstance(leaf, Tensor) for leaf in leaves)
+    return reads or any(type(leaf).__module__ == "numpy" for leaf in leaves)
 
 
 def _reads_numbers(result) -> bool:

@@ -31,6 +31,12 @@ class Step(NamedTuple):
         return RELAYING.get(self.node.name(), _untiled)(self, grads)
 
 
+def relays(node: Node) -> bool:
+    """Whether it only re-lays its input, whatever reads that; `expand` and `repeat` do where they make no copy."""
+    tiles = node.name() in TILING and output_shape(node).numel() == output_shape(*node.next_functions[0]).numel()
+    return tiles or node.name() in RELAYING
+
+
 def back_to_parameter(steps: Sequence) -> Callable[[Tensor], Tensor]:
     """[samples, *as the operation read it] -> [samples, *parameter.shape]."""
 

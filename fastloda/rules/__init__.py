@@ -20,7 +20,7 @@ from fastloda.rules.broadcast import add, addcmul, div, masked_fill, mul, prelu,
 from fastloda.rules.call import Call
 from fastloda.rules.conv import convolution
 from fastloda.rules.embedding import embedding, embedding_bag
-from fastloda.rules.expand import tile
+from fastloda.rules.expand import makes_no_copy, tile
 from fastloda.rules.linear import addmm, bilinear, bmm, mm, mv, one_for_each_row
 from fastloda.rules.norm import batch_norm, group_norm, layer_norm, rms_norm
 
@@ -48,7 +48,7 @@ RULES = {
     "DivBackward0": Rule(div, (0, 1), varies_along_batch),
     "EmbeddingBackward0": Rule(embedding, (0,)),
     "EmbeddingBagBackward0": Rule(embedding_bag, (0,)),
-    "ExpandBackward0": Rule(tile, (0,)),
+    "ExpandBackward0": Rule(tile, (0,), makes_no_copy),
     "FusedRmsNormBackward0": Rule(rms_norm, (1,)),
     "MaskedFillBackward0": Rule(masked_fill, (0,), varies_along_batch),
     "MmBackward0": Rule(mm, (1,)),
@@ -58,7 +58,7 @@ RULES = {
     "NativeGroupNormBackward0": Rule(group_norm, (1, 2)),
     "NativeLayerNormBackward0": Rule(layer_norm, (1, 2)),
     "PreluKernelBackward0": Rule(prelu, (1,), varies_along_batch),
-    "RepeatBackward0": Rule(tile, (0,)),
+    "RepeatBackward0": Rule(tile, (0,), makes_no_copy),
     "SubBackward0": Rule(sub, (0, 1), varies_along_batch),
     "TrilinearBackward0": Rule(bilinear, (1,)),
     "WhereBackward0": Rule(where, (0, 1), varies_along_batch),
@@ -83,9 +83,13 @@ def may_be_covered(use: "Use") -> bool:
 
 
 def covers(node: Node, index: int, shape: Size, outer: int) -> bool:
-    """Whether a rule covers a parameter that enters the operation as that input, in that shape."""
+    """Whether a rule covers a parameter that enters the operation as that input, in that shape.
+
+    None does where the output is complex: a real parameter's gradient is then the real part of a complex product.
+    """
     rule = rule_of(node)
-    return rule is not None and index in rule.inputs and not rule.refuses(node, shape, outer)
+    is_complex = any(output.dtype.is_complex for output in node._input_metadata)
+    return rule is not None and (not is_complex or rule.pieces is None) and index in rule.inputs and not rule.refuses(node, shape, outer)
 
 
 def _covered(use: "Use", outer: int) -> bool:
