@@ -27,8 +27,8 @@ COVERED_LAYERS = (
     "InstanceNorm, LayerNorm, RMSNorm, MultiheadAttention, PReLU"
 )
 UNCOVERED_REMEDY = (
-    "call fastloda.cover(model) before the forward pass, which gives its layer an exact but slower rule; give it a faster "
-    "one by fastloda.register_rule; freeze it with requires_grad_(False); or use a covered layer "
+    "call fastloda.cover(model) before the forward pass, which gives its layer an exact but slower rule (a penalty on weights "
+    "that is added to the losses: the optimizer's weight_decay instead); give it a faster one by fastloda.register_rule; freeze it with requires_grad_(False); or use a covered layer "
     f"({COVERED_LAYERS}), or a scale or shift that all samples share"
 )
 COMPILED_REMEDY = (

@@ -5,8 +5,9 @@ Slower than a rule, and it keeps all per-row gradients. `cover(model)` puts it o
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +20,8 @@ from fastloda.coverage import parting
 from fastloda.errors import PrivacyError
 from fastloda.graph import Use, trace
 from fastloda.layers import LoDAConv2d, LoDALinear
-from fastloda.made import marking
+from fastloda.layout import RECORDED, output_shape
+from fastloda.made import is_marking, marking
 from fastloda.plan import chunk_samples
 from fastloda.recorded import Recorded, differentiable, is_recording, recorded_call, tensors, trainable
 from fastloda.rules import may_be_covered
@@ -37,7 +39,7 @@ _left_alone: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDiction
 class Covered:
     """What `cover` did. `layers`: the names of those that turned out to need torch.func, known after a forward pass."""
 
-    def __init__(self, chosen: dict[str, nn.Module]):
+    def __init__(self, chosen: Mapping[str, nn.Module]):
         self._chosen = chosen
 
     @property
@@ -47,7 +49,8 @@ class Covered:
     def remove(self) -> None:
         """The layers as they were."""
         for layer in self._chosen.values():
-            layer.__dict__.pop("forward", None)
+            if _installed(layer):
+                del layer.forward
 
 
 def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
@@ -92,8 +95,7 @@ def cover_modules(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Cov
     model, names = modules[""], tuple(names)
     if names and _is_free(model) and names not in _left_alone.get(model, ()):
         _install(model, Watched(), names)
-    covered = {name: layer for name, layer in modules.items() if _installed(layer) is not None}
-    return Covered(covered)
+    return Covered(modules)
 
 
 def own_parameters(layer: nn.Module) -> tuple[str, ...]:
@@ -101,6 +103,14 @@ def own_parameters(layer: nn.Module) -> tuple[str, ...]:
     held = {key: m for key, m in layer._modules.items() if key == "parametrizations" or isinstance(m, HOLDERS)}
     inside = (f"{key}.{name}" for key, module in held.items() for name in trainable(module))
     return (*trainable(layer, recurse=False), *inside)
+
+
+class NotByRow(PrivacyError):
+    """A call of a layer that takes or gives no rows."""
+
+    def __init__(self, message: str, call: Recorded):
+        super().__init__(message)
+        self.layer, self.names = call.layer, call.names
 
 
 @dataclass
@@ -132,17 +142,16 @@ class FunctionalRule:
             try:
                 one, two = ([y.shape for y in self._first_rows(call, count)] for count in (1, 2))
             except Exception as error:  # of any operation of a layer that is not ours
-                raise PrivacyError(f"{self._label(call)} can't be run for one row alone: {error}. {WHOLE}") from error
+                raise NotByRow(f"{self._label(call)} can't be run for one row alone: {error}. {WHOLE}", call) from error
             differ = [[d for d, (a, b) in enumerate(zip(s, t)) if (a, b) == (1, 2)] for s, t in zip(one, two)]
             if any(len(s) != len(t) or len(d) != 1 for s, t, d in zip(one, two, differ)):
-                raise PrivacyError(
-                    f"{self._label(call)} gives outputs without one dimension for the batch: {one}, {two}. {WHOLE}"
-                )
+                cause = f"{self._label(call)} gives outputs without one dimension for the batch: {one}, {two}. {WHOLE}"
+                raise NotByRow(cause, call)
             found = self.dims[len(call.outputs)] = tuple(d for (d,) in differ)
         return found
 
     def _label(self, call: Recorded) -> str:
-        return f"layer {self.name or '(the model)'!r} ({type(call.layer).__name__})"
+        return _label(self.name, call.layer)
 
     def _first_rows(self, call: Recorded, count: int) -> tuple[Tensor, ...]:
         args, kwargs = _with_rows(call, [t[[0] * count] for t in _batched(call)])
@@ -219,19 +228,26 @@ class FunctionalRule:
         self.verified = rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class Undecided:
     """At the first call that counts: leave the layer alone, or take it through torch.func."""
 
     name: str
+    looked_into: bool = False
 
 
 class Composed:
     """A recurrent layer without its fused kernels: PyTorch composes it of linear maps, which have rules."""
 
 
+@dataclass
 class Watched:
-    """A layer or model that may make values of its parameters alone, which `made.py` marks in the graph."""
+    """A layer or model that may make values of its parameters alone, which `made.py` marks in the graph.
+
+    looked_into: whether all uses of its parameters were looked at.
+    """
+
+    looked_into: bool = False
 
 
 Rule = FunctionalRule | Undecided | Composed | Watched
@@ -242,9 +258,13 @@ def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwar
     stood_in = any(not isinstance(p, nn.Parameter) for p in own)  # a layer around this one is taken whole
     if stood_in or not is_recording() or not any(p.requires_grad for p in own):
         return type(layer).forward(layer, *args, **kwargs)
+    outermost = not is_marking()
     with marking(layer) as marks:
         before = marks.count
         result = _recorded(layer, rule, names, args, kwargs)
+        if outermost and (isinstance(rule, Undecided) or isinstance(rule, Watched) and not rule.looked_into):
+            rule.looked_into = True
+            result = _whole_where_needed(layer, args, kwargs, result)
     if isinstance(_installed(layer), Watched) and marks.count == before:
         layer.__dict__.pop("forward")
         _left_alone.setdefault(layer, set()).add(names)
@@ -261,11 +281,10 @@ def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple,
         lacking = _lacking(layer, forward, names, args, kwargs)
         layer.__dict__.pop("forward")
         if not lacking:
-            _install(layer, Composed() if isinstance(layer, nn.RNNBase) else Watched(), names)
+            _install(layer, Composed() if isinstance(layer, nn.RNNBase) else Watched(looked_into=True), names)
             return forward(layer, *args, **kwargs)
-        label = f"layer {rule.name or '(the model)'!r} ({type(layer).__name__})"
         warnings.warn(
-            f"{label} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through torch.func, exact but "
+            f"{_label(rule.name, layer)} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through torch.func, exact but "
             "slower. fastloda.register_rule gives it a faster one",
             stacklevel=5,
         )
@@ -283,6 +302,53 @@ def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: 
     parameters = {name: layer.get_parameter(name) for name in names}
     uses = trace(outputs, parameters).uses.values() if outputs else ()
     return [use for of_node in uses for use in of_node if not may_be_covered(use)]
+
+
+def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any) -> Any:
+    """What the model returned; once more if modules had to be taken whole, in which a layer has no rule or sees other rows.
+
+    That is the smallest module around the layer that has one row for each sample. Where there is none, nothing is changed.
+    """
+    modules, tried, hopeless = dict(model.named_modules()), {}, set()
+    while lacking := [name for name in _without_rule(model, (args, kwargs), result) if name not in hopeless]:
+        before = tried.setdefault(lacking[0], {})
+        for path, forward in before.items():  # it was no help
+            modules[path].__dict__.pop("forward", None)
+            modules[path].__dict__.update({"forward": forward} if forward else {})
+        place = next((path for path in _around(lacking[0]) if path not in before), None)
+        if place is None:
+            hopeless.add(lacking[0])
+        else:
+            before[place] = modules[place].__dict__.get("forward")
+            _install(modules[place], FunctionalRule(place), trainable(modules[place]))
+        result = model.forward(*args, **kwargs)
+    for name, layer in modules.items():
+        if any(name in places for places in tried.values()) and isinstance(_installed(layer), FunctionalRule):
+            warnings.warn(f"{_label(name, layer)} is taken through torch.func whole", stacklevel=6)
+    return result
+
+
+def _without_rule(model: nn.Module, given: Any, result: Any) -> list[str]:
+    """Names of the parameters that enter operations without a rule, or whose rows can't be those of the samples."""
+    outputs = [t for t in tensors(result) if differentiable(t) and t.grad_fn is not None]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = {len(t) for t in (*outputs, *tensors(given)) if t.dim()}
+    try:
+        uses = [use for of_node in trace(outputs, parameters).uses.values() for use in of_node] if outputs else []
+    except NotByRow as error:
+        (path,) = [path for path, layer in model.named_modules() if layer is error.layer]
+        return [f"{path}.{error.names[0]}".lstrip(".")]
+    return [use.name for use in uses if not may_be_covered(use) or not _has_rows(use, rows)]
+
+
+def _has_rows(use: Use, rows: Collection[int]) -> bool:
+    return use.node.name() == RECORDED or any(output_shape(use.node).numel() % count == 0 for count in rows if count)
+
+
+def _around(name: str) -> list[str]:
+    """Paths of the modules around the layer that holds the parameter, the smallest first."""
+    parts = name.split(".")[:-2]
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)] if "." in name else []
 
 
 def _composed(layer: nn.RNNBase, *args, **kwargs):
@@ -366,6 +432,10 @@ def _with_rows(call: Recorded, rows: Sequence[Tensor]) -> tuple[tuple, dict]:
     leaves, tree = tree_flatten((call.args, call.kwargs))
     given, own = iter(rows), {id(t) for t in _batched(call)}
     return tree_unflatten([next(given) if id(leaf) in own else leaf for leaf in leaves], tree)
+
+
+def _label(name: str, layer: nn.Module) -> str:
+    return f"layer {name or '(the model)'!r} ({type(layer).__name__})"
 
 
 def _own(call: Recorded) -> dict[str, Tensor]:

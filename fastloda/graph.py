@@ -98,9 +98,7 @@ def _entered(node: Node) -> tuple[Node, Edges, Iterator[tuple[Node | None, int]]
     return node, edges, iter(edges)
 
 
-def _uses(
-    name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]
-) -> list[Use]:
+def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> list[Use]:
     """Those after steps that only re-lay the parameter, and those of what is made of it."""
     uses, pending = {}, [(leaf, ())]
     while pending:
@@ -118,7 +116,7 @@ def _uses(
 
 
 def _relays(node: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> bool:
-    if relays(node):
+    if relays(node, outer[node]):
         return True
     return node.name() in TILING and (node in made or not carries_batch(node, consumers[node], outer))
 

@@ -25,7 +25,13 @@ from fastloda.relaid import RELAYING, TILING, relays
 MARK = "fastloda: made of parameters and constants"
 READING = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
 AS_ANOTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}  # read the first's values
-LIKE_ANOTHER = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like}  # read no values
+LIKE_ANOTHER = {
+    torch.zeros_like,
+    torch.ones_like,
+    torch.empty_like,
+    torch.rand_like,
+    torch.randn_like,
+}  # read no values
 LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
 
 Consumers = Mapping[Node, Sequence[tuple[Node, int, int]]]  # (operation, which of its inputs, which output of the node)
@@ -77,6 +83,10 @@ class Marking(TorchFunctionMode):
                 if t.grad_fn is not None:
                     t.grad_fn.metadata[MARK] = None
                     self.count += t.grad_fn.name() not in RELAYING and t.grad_fn.name() not in TILING
+
+
+def is_marking() -> bool:
+    return any(isinstance(mode, Marking) for mode in _get_current_function_mode_stack())
 
 
 @contextmanager
@@ -133,7 +143,7 @@ def made_nodes(
         if node in marked:
             marked.update(child for child, _ in edges[node] if child is not None)
     for node, below in edges.items():
-        if (relays(node) or node.name() in TILING) and below[0][0] in marked:
+        if (node.name() in RELAYING or node.name() in TILING) and below[0][0] in marked:
             marked.add(node)
 
     made: set[Node] = set()
@@ -144,7 +154,8 @@ def made_nodes(
     for node in reversed(edges):
         if node in marked and edges[node] and all(fits(node, *consumer) for consumer in consumers[node]):
             others = [consumer for consumer in consumers[node] if consumer[0] not in made]
-            if relays(node) or node.name() not in TILING or not others or not carries_batch(node, others, outer):
+            relaid = relays(node, outer[node]) or node.name() not in TILING
+            if relaid or not others or not carries_batch(node, others, outer):
                 made.add(node)
     return frozenset(made)
 

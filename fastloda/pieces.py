@@ -90,7 +90,13 @@ class Piece:
         grad, lay_out = self.grad, lambda grads: back(self.lay_out(grads))
         if not keeps_norm:
             grad, lay_out = (lambda *arguments: back(self.lay_out(self.grad(*arguments)))), as_it_is
-        changed = {"scratch_bytes": self.scratch_bytes + scratch_bytes, "grad": grad, "lay_out": lay_out, "fused": of(self.fused), "ghost": of(self.ghost)}
+        changed = {
+            "scratch_bytes": self.scratch_bytes + scratch_bytes,
+            "grad": grad,
+            "lay_out": lay_out,
+            "fused": of(self.fused),
+            "ghost": of(self.ghost),
+        }
         return replace(self, **changed, with_squares=None, at_hand=None)
 
     def batch_first(self, move: Callable[[Tensor], Tensor]) -> "Piece":

@@ -57,7 +57,9 @@ def of_parameter(use: Use, piece: Piece, samples: int) -> Piece:
     if not use.steps:
         return piece
     keeps_norm = not any(isinstance(step, Made) or step.node.name() in TILING for step in use.steps)
-    return piece.through(back_to_parameter(use.steps), keeps_norm, samples * sum(step.scratch_bytes for step in use.steps))
+    return piece.through(
+        back_to_parameter(use.steps), keeps_norm, samples * sum(step.scratch_bytes for step in use.steps)
+    )
 
 
 def _names(graph: LossGraph, node: Node) -> str:

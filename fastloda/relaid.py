@@ -31,10 +31,14 @@ class Step(NamedTuple):
         return RELAYING.get(self.node.name(), _untiled)(self, grads)
 
 
-def relays(node: Node) -> bool:
-    """Whether it only re-lays its input, whatever reads that; `expand` and `repeat` do where they make no copy."""
-    tiles = node.name() in TILING and output_shape(node).numel() == output_shape(*node.next_functions[0]).numel()
-    return tiles or node.name() in RELAYING
+def relays(node: Node, outer: int) -> bool:
+    """Whether it only re-lays its input, whatever reads that.
+
+    `expand` and `repeat` do where they make no copy, unless that is for the single copy of a lone row, where outer is 0.
+    """
+    if node.name() in TILING:
+        return bool(outer) and output_shape(node).numel() == output_shape(*node.next_functions[0]).numel()
+    return node.name() in RELAYING
 
 
 def back_to_parameter(steps: Sequence) -> Callable[[Tensor], Tensor]:

@@ -114,7 +114,9 @@ class GhostClipper:
         check_wrappers(model, self.world)
         members = Members.of(model)
         self.parameters = trainable_parameters(members)
-        cover_modules(members.modules, self.parameters)  # what has no rule gets the slower one, from the next forward pass on
+        cover_modules(
+            members.modules, self.parameters
+        )  # what has no rule gets the slower one, from the next forward pass on
         self._frozen = FrozenWatch(members)
         self._groups = self.clipping.groups(self.parameters)
         shares = self.clipping.shares(self._groups, self.max_grad_norm)

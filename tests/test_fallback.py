@@ -5,7 +5,6 @@ sequences, complex features, layers that torch.func can't vectorise: against one
 """
 
 import copy
-import re
 from collections.abc import Callable
 
 import drawn
@@ -329,6 +328,7 @@ def through_a_view(x: Tensor) -> Tensor:
     return into[0]
 
 
+SOMEWHERE = torch.rand(9)
 LEAKS = {
     "mean": lambda x: x.mean(0),
     "first row": lambda x: x[0],
@@ -339,7 +339,7 @@ LEAKS = {
     "a number": lambda x: torch.full((C,), x.mean().item(), dtype=x.dtype),
     "numbers": lambda x: torch.tensor(x.mean(0).tolist(), dtype=x.dtype),
     "numpy": lambda x: torch.from_numpy(x.numpy().mean(0)),
-    "a closure": lambda x, mean=torch.randn(C, dtype=torch.float64): mean * x.std(),
+    "a closure": lambda x: SOMEWHERE[:C].to(x) + x.std(),
     "added to constants": lambda x: torch.arange(C) + x.mean(0),
     "an index": lambda x: torch.randn(9, C, dtype=x.dtype)[(x[0, 0] > 0).long()] + x[1],
 }
@@ -417,6 +417,87 @@ def test_a_layer_that_cannot_be_vectorised_goes_row_after_row():
     assert check_norms(nn.Sequential(nn.Linear(C, C), UsesOpaque()), sequences()) == ["1"]
 
 
+# ---- modules taken whole, of themselves
+
+
+class Windows(nn.Module):
+    """Rows are windows, two to a sample, and no window can be computed alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.power = nn.Parameter(torch.ones(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.view(-1, 2, *x.shape[1:]) + torch.zeros(2, 1, 1)).view_as(x).square().add(1).pow(self.power)
+
+
+class Windowed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.windows = Windows()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.windows(torch.stack([x, -x], 1).flatten(0, 1)).unflatten(0, (-1, 2))
+
+
+class Borrowing(nn.Module):
+    """A weight that its own layer uses soundly, and an operation without a rule once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.lends = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lends(x).square().add(1).pow(self.lends.weight.norm().sigmoid())
+
+
+class SharedRow(nn.Module):
+    """A table looked up for indices that are no buffer, so that nothing tells them from the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.indices = nn.Embedding(9, C), torch.tensor([4, 2, 7])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.table(self.indices)
+
+
+@pytest.mark.filterwarnings("ignore:.*whole")
+@pytest.mark.parametrize("make", [Chosen, Windowed, Borrowing, SharedRow])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_the_smallest_module_that_has_rows_is_taken_whole(make, by_name):
+    model = drawn.randomise(nn.Sequential(nn.Linear(C, C), nn.Sequential(make()), nn.Linear(C, 2)))
+    x = torch.randn(7, T, C, dtype=torch.float64)
+    plain = copy.deepcopy(model.double())
+    covered = cover(model, ["1.0"] if by_name else None)
+    truth = oracle.norms(oracle.sample_grads(plain, losses_of, x))
+    for _ in range(2):
+        torch.testing.assert_close(per_sample_grad_norms(losses_of(model, x), model), truth, rtol=1e-10, atol=0)
+    assert covered.layers == ["1.0"] and not explain(model, x, loss=drawn.curved, show=False).refused
+    covered.remove()
+    assert all("forward" not in layer.__dict__ for layer in model.modules())
+
+
+def test_it_warns_once_by_name():
+    model = nn.Sequential(Borrowing())
+    cover(model)
+    with pytest.warns(UserWarning, match=r"'0' \(Borrowing\).*whole") as found:
+        losses_of(model, torch.randn(N, C))
+        losses_of(model, torch.randn(N, C))
+    assert len(found) == 1
+
+
+def test_where_no_module_has_rows_the_use_is_refused_by_name():
+    class Summed(Borrowing):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    model = nn.Sequential(nn.Linear(C, C), Summed())
+    cover(model)
+    with pytest.warns(UserWarning), pytest.raises(PrivacyError, match="samples mix|mixes samples|something else"):
+        per_sample_grad_norms(losses_of(model, torch.randn(N, C)), model)
+
+
 # ---- packed sequences
 
 
@@ -446,7 +527,9 @@ class Packed(nn.Module):
 def packed(draw) -> drawn.Case:
     kind = draw(st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]))
     flag = st.booleans()
-    options = dict(num_layers=draw(st.integers(1, 2)), bidirectional=draw(flag), bias=draw(flag), batch_first=draw(flag))
+    options = dict(
+        num_layers=draw(st.integers(1, 2)), bidirectional=draw(flag), bias=draw(flag), batch_first=draw(flag)
+    )
     given = draw(flag) and kind is not nn.LSTM
     model = Packed(kind(C, 2, **options), draw(flag), draw(flag), given)
     return drawn.draw_case(draw, drawn.thaw_some(draw, model), (T, C))
@@ -526,44 +609,3 @@ def test_spectral_norm_in_training_is_refused_and_trains_in_eval_mode(norm):
     model[0].eval()
     clipper = GhostClipper(model, 1.0)
     assert clipper.accumulate(losses_of(model, x)).samples == N
-
-
-def test_what_calls_a_layer_on_other_rows_is_told_the_way_out():
-    """Experts alone see no rows of samples; the module around them does."""
-    model = nn.Sequential(nn.Linear(C, C), Chosen(), nn.Linear(C, 2)).double()
-    x = sequences()
-    plain = copy.deepcopy(model)
-    cover(model, ["1"])
-    truth = oracle.norms(oracle.sample_grads(plain, losses_of, x))
-    torch.testing.assert_close(per_sample_grad_norms(losses_of(model, x), model), truth, rtol=1e-10, atol=0)
-
-
-def test_a_layer_that_groups_rows_is_told_the_way_out():
-    class Windows(nn.Module):
-        """Attention of which a mask says how many windows make a sample."""
-
-        def __init__(self):
-            super().__init__()
-            self.power = nn.Parameter(torch.ones(C))
-
-        def forward(self, x):
-            return (x.view(-1, 2, *x.shape[1:]) + torch.zeros(2, 1, 1)).view_as(x).square().add(1).pow(self.power)
-
-    class Around(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.windows = Windows()
-
-        def forward(self, x):
-            return self.windows(torch.stack([x, -x], 1).flatten(0, 1)).unflatten(0, (-1, 2))
-
-    model = nn.Sequential(nn.Linear(C, C), Around()).double()
-    x = sequences()
-    with pytest.raises(PrivacyError, match=r"'1.windows' \(Windows\).*one row alone.*cover\(model"):
-        check_norms(model, x)
-    model = copy.deepcopy(nn.Sequential(nn.Linear(C, C), Around()).double())
-    plain = copy.deepcopy(model)
-    cover(model, ["1"])
-    truth = oracle.norms(oracle.sample_grads(plain, losses_of, x))
-    torch.testing.assert_close(per_sample_grad_norms(losses_of(model, x), model), truth, rtol=1e-10, atol=0)
-    assert re.search("functional", str(explain(model, x, loss=drawn.curved, show=False)))

@@ -88,8 +88,9 @@ def covers(node: Node, index: int, shape: Size, outer: int) -> bool:
     None does where the output is complex: a real parameter's gradient is then the real part of a complex product.
     """
     rule = rule_of(node)
-    is_complex = any(output.dtype.is_complex for output in node._input_metadata)
-    return rule is not None and (not is_complex or rule.pieces is None) and index in rule.inputs and not rule.refuses(node, shape, outer)
+    if rule is None or rule.pieces is not None and any(output.dtype.is_complex for output in node._input_metadata):
+        return False
+    return index in rule.inputs and not rule.refuses(node, shape, outer)
 
 
 def _covered(use: "Use", outer: int) -> bool:

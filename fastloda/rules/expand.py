@@ -14,8 +14,8 @@ from fastloda.rules.call import Call
 
 
 def makes_no_copy(node: Node, shape: Size, outer: int) -> bool:
-    """Whether the parameter has all the entries that come out: then it is only re-laid."""
-    return output_shape(node).numel() == shape.numel()
+    """Whether the parameter has all the entries that come out, and not for a lone row: then it is only re-laid."""
+    return bool(outer) and output_shape(node).numel() == shape.numel()
 
 
 def tile(call: Call) -> dict[int, Piece]:
