@@ -284,8 +284,8 @@ def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple,
             _install(layer, Composed() if isinstance(layer, nn.RNNBase) else Watched(looked_into=True), names)
             return forward(layer, *args, **kwargs)
         warnings.warn(
-            f"{_label(rule.name, layer)} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through torch.func, exact but "
-            "slower. fastloda.register_rule gives it a faster one",
+            f"{_label(rule.name, layer)} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through "
+            "torch.func, exact but slower. fastloda.register_rule gives it a faster one",
             stacklevel=5,
         )
         rule = FunctionalRule(rule.name)
@@ -322,10 +322,22 @@ def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any
             before[place] = modules[place].__dict__.get("forward")
             _install(modules[place], FunctionalRule(place), trainable(modules[place]))
         result = model.forward(*args, **kwargs)
-    for name, layer in modules.items():
-        if any(name in places for places in tried.values()) and isinstance(_installed(layer), FunctionalRule):
-            warnings.warn(f"{_label(name, layer)} is taken through torch.func whole", stacklevel=6)
+    for path in {path for places in tried.values() for path in places}:
+        if isinstance(_installed(modules[path]), FunctionalRule):
+            _drop_inside(modules[path])
+            warnings.warn(
+                f"{_label(path, modules[path])} is taken through torch.func whole, exact but slower: an operation inside it has "
+                "no per-sample rule, or does not see the samples' rows",
+                stacklevel=6,
+            )
     return result
+
+
+def _drop_inside(whole: nn.Module) -> None:
+    """What is installed on the modules inside one that is taken whole, and does nothing there."""
+    for layer in whole.modules():
+        if layer is not whole and _installed(layer):
+            del layer.forward
 
 
 def _without_rule(model: nn.Module, given: Any, result: Any) -> list[str]:
@@ -342,7 +354,8 @@ def _without_rule(model: nn.Module, given: Any, result: Any) -> list[str]:
 
 
 def _has_rows(use: Use, rows: Collection[int]) -> bool:
-    return use.node.name() == RECORDED or any(output_shape(use.node).numel() % count == 0 for count in rows if count)
+    numbers = output_shape(use.node).numel()
+    return use.node.name() == RECORDED or numbers > 0 and any(numbers % count == 0 for count in rows if count)
 
 
 def _around(name: str) -> list[str]:

@@ -464,7 +464,7 @@ def test_uncovered_and_mixing_layers():
     model, optimizer, loader = private(inner.double())
     x, y = first_batch(loader)
     F.cross_entropy(model(x), y).backward()
-    unchanged(optimizer.step, "'2.p': layer '2' .Scale. computes something else", inner)
+    unchanged(optimizer.step, "'2.p': layer '2' .Scale.*mixes samples", inner)
     with pytest.raises(PrivacyError, match="BatchNorm2d"):
         private(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(36, 3)).double())
 
