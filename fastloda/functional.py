@@ -1,6 +1,7 @@
 """Exact per-sample gradients of any layer through `torch.func`: one forward and backward of it for each row, vectorised.
 
-Slower than a rule, and it keeps all per-row gradients. `cover(model)` puts it on the layers whose operations have no rule.
+Slower than a rule, and it keeps all per-row gradients. `cover(model)` puts it on the layers whose operations have no rule, and
+has the forward pass mark what is made of parameters alone, which needs none (`made.py`).
 """
 
 import functools
@@ -24,7 +25,7 @@ from fastloda.layout import RECORDED, output_shape
 from fastloda.made import is_marking, marking
 from fastloda.plan import chunk_samples
 from fastloda.recorded import Recorded, differentiable, is_recording, recorded_call, tensors, trainable
-from fastloda.rules import may_be_covered
+from fastloda.rules import may_be_covered, may_cover
 
 KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
@@ -61,14 +62,19 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
 
     Each layer with trainable parameters of its own that is no layer FastLoDA knows is looked into at its first call. If its
     operations have rules, it is left alone from then on; otherwise it warns once, by name, and its own parameters (and those
-    of its parametrizations) get per-row gradients by vmap over one forward and backward of a row. Those of layers inside it keep
-    their rules. Without a private step it trains as before, at the cost of one more forward pass. nn.RNN, nn.LSTM and nn.GRU run
-    without their fused kernels instead, as linear maps, which have rules.
+    of its parametrizations and lists) get per-row gradients by vmap over one forward and backward of a row, or row after row
+    where vmap can't. Those of layers inside it keep their rules. Without a private step it trains as before, at the cost of one
+    more forward pass. nn.RNN, nn.LSTM and nn.GRU run without their fused kernels instead, as linear maps, which have rules; with
+    packed sequences they go row after row.
+
+    The first forward pass of the model is watched. What it makes of parameters and constants alone is used as parameters are,
+    by the rules. Where an operation still has no rule, or sees other rows than the samples' (experts, windows), the smallest
+    module around it that has one row for each sample is taken through torch.func whole, with a warning by name.
 
     Guarantees: the gradients are exact, or the step refuses by name before anything changes. In every step the layer is
-    computed once more, row by row, and must give what it gave; and at first, and for larger batches, torch.func must agree with
-    autograd on the sum, and no output of a row may depend on another row. So layers that mix samples, draw random numbers,
-    change a state, or branch on values are refused, and so are inputs whose batch is not the first dimension.
+    computed once more, row by row, and must give what it gave; and at first, and for larger batches, the rows' gradients must
+    sum to autograd's, and no output of a row may depend on another row. So layers that mix samples, draw random numbers,
+    change a state, or branch on the batch are refused, and so are inputs whose batch is not the first dimension.
 
     Args:
         layers: names of the layers to take through torch.func in any case, whole: with the parameters of all layers inside them.
@@ -300,7 +306,7 @@ def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: 
     with torch.random.fork_rng(devices=devices), as_it_is:
         outputs = [t for t in tensors(forward(layer, *args, **kwargs)) if t.requires_grad]
     parameters = {name: layer.get_parameter(name) for name in names}
-    uses = trace(outputs, parameters).uses.values() if outputs else ()
+    uses = trace(outputs, parameters, may_cover).uses.values() if outputs else ()
     return [use for of_node in uses for use in of_node if not may_be_covered(use)]
 
 
@@ -346,7 +352,11 @@ def _without_rule(model: nn.Module, given: Any, result: Any) -> list[str]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = {len(t) for t in (*outputs, *tensors(given)) if t.dim()}
     try:
-        uses = [use for of_node in trace(outputs, parameters).uses.values() for use in of_node] if outputs else []
+        uses = (
+            [use for of_node in trace(outputs, parameters, may_cover).uses.values() for use in of_node]
+            if outputs
+            else []
+        )
     except NotByRow as error:
         (path,) = [path for path, layer in model.named_modules() if layer is error.layer]
         return [f"{path}.{error.names[0]}".lstrip(".")]

@@ -6,7 +6,7 @@ parameter only if a rule covers every one of those edges.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Size, Tensor, nn
@@ -42,8 +42,10 @@ class LossGraph:
     compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
 
 
-def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> LossGraph:
-    """Walk the graph below `losses` (or several outputs) once."""
+def trace(
+    losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter], covered: Callable[..., bool] = covers
+) -> LossGraph:
+    """Walk the graph below `losses` (or several outputs) once. covered: says whether a rule covers a use, as `rules.covers`."""
     roots = [losses] if isinstance(losses, Tensor) else list(losses)
     edges = _edges([root.grad_fn for root in roots if root.grad_fn is not None])
     order = list(edges)
@@ -54,7 +56,7 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
                 consumers[child].append((node, index, number))
 
     outer = outer_blocks(edges, len(roots[0]) if roots[0].dim() else 1)
-    made = made_nodes(edges, consumers, outer, covers)
+    made = made_nodes(edges, consumers, outer, covered)
     names = {id(parameter): name for name, parameter in parameters.items()}
     found: dict[Node, list[Use]] = defaultdict(list)
     for leaf in order:

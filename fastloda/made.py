@@ -19,20 +19,16 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
-from fastloda.layout import Edges, carries_batch, output_shape
+from fastloda.layout import RECORDED, Edges, carries_batch, output_shape
 from fastloda.relaid import RELAYING, TILING, relays
 
 MARK = "fastloda: made of parameters and constants"
 READING = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
 AS_ANOTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}  # read the first's values
-LIKE_ANOTHER = {
-    torch.zeros_like,
-    torch.ones_like,
-    torch.empty_like,
-    torch.rand_like,
-    torch.randn_like,
-}  # read no values
+# read no values
+LIKE_ANOTHER = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like}
 LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
+WHOLE_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__}
 
 Consumers = Mapping[Node, Sequence[tuple[Node, int, int]]]  # (operation, which of its inputs, which output of the node)
 
@@ -41,7 +37,7 @@ class Marking(TorchFunctionMode):
     """Marks the operations, called inside, whose inputs are parameters, buffers, numbers, or made of these.
 
     Whatever it does not know counts as private: arguments, what a closure holds, what a custom autograd Function returns. A
-    number that is read from private values makes all that follows private too; one integer, as of a length, does not.
+    number that is read from private values makes all that follows private too; sizes, and what is true or false, do not.
     """
 
     def __init__(self, model: nn.Module):
@@ -62,7 +58,7 @@ class Marking(TorchFunctionMode):
         result = func(*args, **kwargs)
         if len(public) < len(given):
             self._forget([t for t, version in zip(public, versions) if _version(t) != version])
-            self._private_numbers |= _reads_numbers(result)
+            self._private_numbers |= _reads_numbers(func, result)
         elif not (self._private_numbers or _reads_values(func, leaves)):
             self._mark([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] + given)
         return result
@@ -149,6 +145,8 @@ def made_nodes(
     made: set[Node] = set()
 
     def fits(node: Node, consumer: Node, index: int, number: int) -> bool:
+        if consumer.name() == RECORDED and index < len(consumer.call.outputs):  # goes through, and is not used
+            return False
         return consumer in made or covers(consumer, index, output_shape(node, number), outer[consumer])
 
     for node in reversed(edges):
@@ -193,5 +191,6 @@ def _reads_values(func: Callable, leaves: Sequence) -> bool:
     return reads or any(type(leaf).__module__ == "numpy" for leaf in leaves)
 
 
-def _reads_numbers(result) -> bool:
-    return isinstance(result, (float, complex, list)) or type(result).__module__ == "numpy"
+def _reads_numbers(func: Callable, result) -> bool:
+    whole = func in WHOLE_NUMBERS and not isinstance(result, bool)
+    return whole or isinstance(result, (float, complex, list)) or type(result).__module__ == "numpy"

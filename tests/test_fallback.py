@@ -323,6 +323,11 @@ def assigned(x: Tensor) -> Tensor:
     return into
 
 
+def chosen(x: Tensor) -> Tensor:
+    """A row that the batch chooses for all samples."""
+    return torch.arange(9 * C, dtype=x.dtype).view(9, C)[int((10 * x.mean()).abs()) % 9]
+
+
 def through_a_view(x: Tensor) -> Tensor:
     into = torch.ones(1, C, dtype=x.dtype)
     into[0].copy_(x.mean(0))
@@ -340,6 +345,7 @@ LEAKS = {
     "a number": lambda x: torch.full((C,), x.mean().item(), dtype=x.dtype),
     "numbers": lambda x: torch.tensor(x.mean(0).tolist(), dtype=x.dtype),
     "numpy": lambda x: torch.from_numpy(x.numpy().mean(0)),
+    "a chosen row": chosen,
     "a closure": lambda x: SOMEWHERE[:C].to(x) + x.std(),
     "added to constants": lambda x: torch.arange(C) + x.mean(0),
     "an index": lambda x: torch.randn(9, C, dtype=x.dtype)[(x[0, 0] > 0).long()] + x[1],

@@ -78,8 +78,13 @@ def uncovered(graph: "LossGraph") -> "list[Use]":
 
 def may_be_covered(use: "Use") -> bool:
     """Whether a rule covers the use if the batch lies in the right place."""
-    shape = output_shape(use.node)
-    return any(_covered(use, outer) for outer in {prod(shape[:dim]) for dim in range(len(shape))})
+    return may_cover(use.node, use.index, use.shape)
+
+
+def may_cover(node: Node, index: int, shape: Size, outer: int = 0) -> bool:
+    """`covers`, wherever the batch lies in the output."""
+    rows = output_shape(node)
+    return any(covers(node, index, shape, before) for before in {prod(rows[:dim]) for dim in range(len(rows))})
 
 
 def covers(node: Node, index: int, shape: Size, outer: int) -> bool:
