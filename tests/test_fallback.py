@@ -90,6 +90,7 @@ USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # x [N, T, C]
     "bias of scores": lambda x, v: (x @ x.mT + v @ v.T).softmax(-1),
     "norm": lambda x, v: F.layer_norm(x, (C,), v[0], v[1]),
     "table": lambda x, v: F.embedding(x.argmax(-1) % T, v),
+    "of the features' shape": lambda x, v: x * (v.mean(0).expand_as(x[0]) * torch.ones_like(x[0])).exp(),
     "where": lambda x, v: torch.where(x > 0, x, v),
     "masked": lambda x, v: v.masked_fill(x > 0, 0.5) * x,
     "twice": lambda x, v: (x * v).sin() + v,
