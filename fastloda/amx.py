@@ -7,7 +7,7 @@ its own convolutions of that kind in a wider dtype, on every processor; those of
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from torch.autograd.graph import Node
 from torch.nn.modules.conv import _ConvNd
 
 from fastloda.errors import PrivacyError
-from fastloda.graph import LossGraph
+
+if TYPE_CHECKING:
+    from fastloda.graph import LossGraph
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 NOTE = "_fastloda_computed_in"  # a layer's attribute: the dtype of its last call with gradients enabled, if that was watched
@@ -68,7 +70,7 @@ def watch_convolutions(layers: Iterable[nn.Module]) -> None:
             layer.register_forward_pre_hook(_note, with_kwargs=True)
 
 
-def check_convolutions(layers: Mapping[str, nn.Module], graph: LossGraph) -> None:
+def check_convolutions(layers: Mapping[str, nn.Module], graph: "LossGraph") -> None:
     """Refuse losses that rest on a convolution that went wrong, perhaps: that of a layer, or an operation of the graph.
 
     A layer that nothing watched while it ran is taken to have been computed as what trains was.

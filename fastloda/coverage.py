@@ -29,9 +29,9 @@ COVERED_LAYERS = (
     "InstanceNorm, LayerNorm, RMSNorm, MultiheadAttention, PReLU"
 )
 UNCOVERED_REMEDY = (
-    "call fastloda.cover(model) before the forward pass, which gives its layer an exact but slower rule; give it a faster "
-    "one by fastloda.register_rule; freeze it with requires_grad_(False); or use a covered layer "
-    f"({COVERED_LAYERS}), or a scale or shift that all samples share"
+    "call fastloda.cover(model) before the forward pass, which gives its layer an exact but slower rule (where it is a penalty "
+    "added to the losses: the optimizer's weight_decay instead); give it a faster one by fastloda.register_rule; freeze it with "
+    f"requires_grad_(False); or use a covered layer ({COVERED_LAYERS}), or a scale or shift that all samples share"
 )
 COMPILED_REMEDY = (
     "torch.compile made one operation of its layer and others; use fastloda.compile(model) for adapters (once more if they were "
@@ -69,6 +69,11 @@ def trainable_parameters(members: Members) -> dict[str, nn.Parameter]:
     """
     check_layers(members)
     parameters = {name: p for name, p in members.parameters.items() if p.requires_grad}
+    if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
+        raise PrivacyError(
+            f"parameter {complex_ones[0]!r} is complex, and no rule covers it: hold its two parts in a real parameter "
+            "[..., 2], of which the forward pass makes it by torch.view_as_complex; or freeze it"
+        )
     if not parameters:
         raise PrivacyError(
             "the model has no parameter with requires_grad: attach adapters first (fastloda.attach_loda)"

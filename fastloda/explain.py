@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from fastloda.coverage import check_graph, check_independence, check_layers
+from fastloda.coverage import check_graph, check_independence, trainable_parameters
 from fastloda.errors import PrivacyError
 from fastloda.functional import FunctionalRule, cover
 from fastloda.graph import LossGraph, Use, trace
@@ -164,7 +164,7 @@ def _explanation(model: nn.Module, losses: Tensor, parameters: Mapping[str, nn.P
     graph = trace(losses, sound)
     refused, found = [], {}
     for check in (
-        lambda: check_layers(Members.of(model)),
+        lambda: trainable_parameters(Members.of(model)),
         lambda: check_graph(whole),
         lambda: check_independence(losses, graph, model, sound, samples),
         lambda: found.update(_sizes(losses, graph, sound, samples)),
@@ -189,7 +189,7 @@ def _sizes(losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Paramet
         pieces = make_pieces(samples)
         for use in graph.uses[node]:
             grad = PerSampleGrad(parameters[use.name].shape, samples)
-            found[use.name].append((use, grad.sizes(of_parameter(use, pieces[use.index]))))
+            found[use.name].append((use, grad.sizes(of_parameter(use, pieces[use.index], samples))))
 
     run_backward(losses, torch.ones_like(losses), graph, parameters, on_record, retain_graph=True)
     return found

@@ -1,41 +1,47 @@
 """Exact per-sample gradients of any layer through `torch.func`: one forward and backward of it for each row, vectorised.
 
-Slower than a rule, and it keeps all per-row gradients. `cover(model)` puts it on the layers whose operations have no rule.
+Slower than a rule, and it keeps all per-row gradients. `cover(model)` puts it on the layers whose operations have no rule, and
+has the forward pass mark what is made of parameters alone, which needs none (`made.py`).
 """
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastloda.amx import watch_convolutions
 from fastloda.coverage import parting
 from fastloda.errors import PrivacyError
 from fastloda.graph import Use, trace
 from fastloda.layers import LoDAConv2d, LoDALinear
+from fastloda.layout import RECORDED, output_shape
+from fastloda.made import is_marking, marking
 from fastloda.plan import chunk_samples
-from fastloda.recorded import Recorded, is_recording, recorded_call, tensors, trainable
-from fastloda.rules import may_be_covered
+from fastloda.recorded import Recorded, differentiable, is_recording, recorded_call, tensors, trainable
+from fastloda.rules import may_be_covered, may_cover
 
 KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
 KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, LoDAConv2d, LoDALinear}  # never need looking into
+WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that whole"
+HOLDERS = (nn.ParameterList, nn.ParameterDict)  # never called: what they hold belongs to the layer around them
 
-_left_alone: WeakKeyDictionary[nn.Module, tuple[str, ...]] = (
-    WeakKeyDictionary()
-)  # with the parameters that trained then
+# with the parameters that trained then
+_left_alone: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
 
 
 class Covered:
     """What `cover` did. `layers`: the names of those that turned out to need torch.func, known after a forward pass."""
 
-    def __init__(self, chosen: dict[str, nn.Module]):
+    def __init__(self, chosen: Mapping[str, nn.Module]):
         self._chosen = chosen
 
     @property
@@ -45,7 +51,8 @@ class Covered:
     def remove(self) -> None:
         """The layers as they were."""
         for layer in self._chosen.values():
-            layer.__dict__.pop("forward", None)
+            if _installed(layer):
+                del layer.forward
 
 
 def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
@@ -56,14 +63,19 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
 
     Each layer with trainable parameters of its own that is no layer FastLoDA knows is looked into at its first call. If its
     operations have rules, it is left alone from then on; otherwise it warns once, by name, and its own parameters (and those
-    of its parametrizations) get per-row gradients by vmap over one forward and backward of a row. Those of layers inside it keep
-    their rules. Without a private step it trains as before, at the cost of one more forward pass. nn.RNN, nn.LSTM and nn.GRU run
-    without their fused kernels instead, as linear maps, which have rules.
+    of its parametrizations and lists) get per-row gradients by vmap over one forward and backward of a row, or row after row
+    where vmap can't. Those of layers inside it keep their rules. Without a private step it trains as before, at the cost of one
+    more forward pass. nn.RNN, nn.LSTM and nn.GRU run without their fused kernels instead, as linear maps, which have rules; with
+    packed sequences they go row after row.
+
+    The first forward pass of the model is watched. What it makes of parameters and constants alone is used as parameters are,
+    by the rules. Where an operation still has no rule, or sees other rows than the samples' (experts, windows), the smallest
+    module around it that has one row for each sample is taken through torch.func whole, with a warning by name.
 
     Guarantees: the gradients are exact, or the step refuses by name before anything changes. In every step the layer is
-    computed once more, row by row, and must give what it gave; and at first, and for larger batches, torch.func must agree with
-    autograd on the sum, and no output of a row may depend on another row. So layers that mix samples, draw random numbers,
-    change a state, or branch on values are refused, and so are inputs whose batch is not the first dimension.
+    computed once more, row by row, and must give what it gave; and at first, and for larger batches, the rows' gradients must
+    sum to autograd's, and no output of a row may depend on another row. So layers that mix samples, draw random numbers,
+    change a state, or branch on the batch are refused, and so are inputs whose batch is not the first dimension.
 
     Args:
         layers: names of the layers to take through torch.func in any case, whole: with the parameters of all layers inside them.
@@ -74,37 +86,48 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
     """
     modules = dict(model.named_modules())
     if layers is None:
-        return cover_modules(modules)
+        _left_alone.pop(model, None)  # asked for: to be watched once more
+        return cover_modules(modules, trainable(model))
     chosen = {name: _checked(modules, name) for name in layers}
     for name, layer in chosen.items():
         _install(layer, FunctionalRule(name), trainable(layer))
     return Covered(chosen)
 
 
-def cover_modules(modules: Mapping[str, nn.Module]) -> Covered:
-    """`cover` for those that need it, of a model's modules by name."""
+def cover_modules(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Covered:
+    """`cover` for those that need it, of a model's modules by name; names: of its trainable parameters."""
     watch_convolutions(modules.values())
     chosen = {name: layer for name, layer in modules.items() if _may_need_it(name, layer)}
     for name, layer in chosen.items():
         _install(layer, Undecided(name), own_parameters(layer))
-    covered = {name: layer for name, layer in modules.items() if _installed(layer) is not None}
-    return Covered(covered)
+    model, names = modules[""], tuple(names)
+    if names and _is_free(model) and names not in _left_alone.get(model, ()):
+        _install(model, Watched(), names)
+    return Covered(modules)
 
 
 def own_parameters(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the trainable parameters that the layer holds itself, or through parametrizations."""
-    names = trainable(layer, recurse=False)
-    if "parametrizations" not in layer._modules:
-        return names
-    return (*names, *(f"parametrizations.{name}" for name in trainable(layer.parametrizations)))
+    """Names of the trainable parameters that the layer holds itself, in a list or dictionary, or through parametrizations."""
+    held = {key: m for key, m in layer._modules.items() if key == "parametrizations" or isinstance(m, HOLDERS)}
+    inside = (f"{key}.{name}" for key, module in held.items() for name in trainable(module))
+    return (*trainable(layer, recurse=False), *inside)
+
+
+class NotByRow(PrivacyError):
+    """A call of a layer that takes or gives no rows."""
+
+    def __init__(self, message: str, call: Recorded):
+        super().__init__(message)
+        self.layer, self.names = call.layer, call.names
 
 
 @dataclass
 class FunctionalRule:
-    """Per-row gradients by vmap; see `cover` for what is checked."""
+    """Per-row gradients by vmap, or row after row where that fails; see `cover` for what is checked."""
 
     name: str
     verified: int = 0  # rows
+    vectorised: bool = True
     dims: dict[int, tuple[int, ...]] = field(default_factory=dict)  # number of outputs -> the batch dimension of each
 
     def row_grads(self, call: Recorded, gys: list[Tensor]) -> dict[str, Tensor]:
@@ -117,24 +140,26 @@ class FunctionalRule:
         except (PrivacyError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of any operation of a layer that is not ours
-            raise PrivacyError(f"{self._label(call)} can't be run row by row by torch.func: {error}") from error
+            raise PrivacyError(f"{self._label(call)} can't be run row by row: {error}. {WHOLE}") from error
         return grads
 
     def batch_dims(self, call: Recorded) -> tuple[int, ...]:
         """Where two rows make another shape than one."""
         found = self.dims.get(len(call.outputs))
         if found is None:
-            one, two = ([y.shape for y in self._first_rows(call, count)] for count in (1, 2))
+            try:
+                one, two = ([y.shape for y in self._first_rows(call, count)] for count in (1, 2))
+            except Exception as error:  # of any operation of a layer that is not ours
+                raise NotByRow(f"{self._label(call)} can't be run for one row alone: {error}. {WHOLE}", call) from error
             differ = [[d for d, (a, b) in enumerate(zip(s, t)) if (a, b) == (1, 2)] for s, t in zip(one, two)]
             if any(len(s) != len(t) or len(d) != 1 for s, t, d in zip(one, two, differ)):
-                raise PrivacyError(
-                    f"{self._label(call)} gives outputs without one dimension for the batch: {one}, {two}"
-                )
+                cause = f"{self._label(call)} gives outputs without one dimension for the batch: {one}, {two}. {WHOLE}"
+                raise NotByRow(cause, call)
             found = self.dims[len(call.outputs)] = tuple(d for (d,) in differ)
         return found
 
     def _label(self, call: Recorded) -> str:
-        return f"layer {self.name or '(the model)'!r} ({type(call.layer).__name__})"
+        return _label(self.name, call.layer)
 
     def _first_rows(self, call: Recorded, count: int) -> tuple[Tensor, ...]:
         args, kwargs = _with_rows(call, [t[[0] * count] for t in _batched(call)])
@@ -143,8 +168,28 @@ class FunctionalRule:
 
     def _by_row(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """-> {name: [rows, *shape]}, and the outputs."""
+        if self.vectorised:
+            try:
+                return self._vectorised(call, gys)
+            except Exception:  # operations without a batching rule, sizes that depend on values
+                self.vectorised = False
+        return self._one_by_one(call, gys)
+
+    def _one_by_one(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        dims, own, grads, outputs = self.batch_dims(call), _own(call), [], []
+        for row in range(len(_batched(call)[0])):
+            args, kwargs = _with_rows(call, [t[row : row + 1] for t in _batched(call)])
+            with torch.enable_grad(), torch.random.fork_rng(devices=_cuda(call)):
+                ys = call.run(own, args, kwargs)
+            row_gys = [gy.narrow(dim, row, 1) for gy, dim in zip(gys, dims)]
+            grads.append(_grads(ys, list(own.values()), row_gys))
+            outputs.append([y.detach() for y in ys])
+        joined = tuple(torch.cat(ys, dim) for ys, dim in zip(zip(*outputs), dims))
+        return {name: torch.stack(by_row) for name, by_row in zip(own, zip(*grads))}, joined
+
+    def _vectorised(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         dims = self.batch_dims(call)
-        own = {name: call.layer.get_parameter(name).detach() for name in call.names}
+        own = {name: p.detach() for name, p in _own(call).items()}
 
         def of_row(row: list[Tensor], gys: list[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
             args, kwargs = _with_rows(call, [t[None] for t in row])
@@ -164,8 +209,8 @@ class FunctionalRule:
         """Once more by autograd: the gradients' sum, and that no row's output depends on another row."""
         generator = torch.Generator().manual_seed(0)
         gys = [torch.randn(y.shape, generator=generator).to(y) for y in call.outputs]
-        own = {name: call.layer.get_parameter(name).detach().requires_grad_() for name in call.names}
-        inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in _batched(call)]
+        own = _own(call)
+        inputs = [t.detach().requires_grad_(differentiable(t)) for t in _batched(call)]
         args, kwargs = _with_rows(call, inputs)
         with torch.enable_grad():
             outputs = call.run(own, args, kwargs)
@@ -175,7 +220,10 @@ class FunctionalRule:
         for (name, by_row), summed in zip(grads.items(), total):
             size = by_row.abs().sum(0).amax() if by_row.numel() else 0.0
             if ((by_row.sum(0) - summed).abs() > call.tolerance(by_row.dtype) * size).any():
-                raise PrivacyError(f"{self._label(call)}: autograd and torch.func give {name!r} different gradients")
+                raise PrivacyError(
+                    f"{self._label(call)}: the gradients of {name!r} for each row alone do not sum to that of all rows: it mixes "
+                    "samples, or draws random numbers"
+                )
         leaves = [t for t in inputs if t.requires_grad]
         for chosen in parting(torch.ones(rows, dtype=torch.bool, device=gys[0].device)) if leaves else ():
             only = [_rows_alone(gy, dim, chosen) for gy, dim in zip(gys, self.batch_dims(call))]
@@ -188,40 +236,65 @@ class FunctionalRule:
         self.verified = rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class Undecided:
     """At the first call that counts: leave the layer alone, or take it through torch.func."""
 
     name: str
+    looked_into: bool = False
 
 
 class Composed:
     """A recurrent layer without its fused kernels: PyTorch composes it of linear maps, which have rules."""
 
 
-Rule = FunctionalRule | Undecided | Composed
+@dataclass
+class Watched:
+    """A layer or model that may make values of its parameters alone, which `made.py` marks in the graph.
+
+    looked_into: whether all uses of its parameters were looked at.
+    """
+
+    looked_into: bool = False
+
+
+Rule = FunctionalRule | Undecided | Composed | Watched
 
 
 def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwargs):
-    forward = _composed if isinstance(layer, nn.RNNBase) else type(layer).forward
-    if not is_recording() or not any(layer.get_parameter(name).requires_grad for name in names):
+    own = [functools.reduce(getattr, name.split("."), layer) for name in names]
+    stood_in = any(not isinstance(p, nn.Parameter) for p in own)  # a layer around this one is taken whole
+    if stood_in or not is_recording() or not any(p.requires_grad for p in own):
         return type(layer).forward(layer, *args, **kwargs)
-    if isinstance(rule, Composed):
+    outermost = not is_marking()
+    with marking(layer) as marks:
+        before = marks.count
+        result = _recorded(layer, rule, names, args, kwargs)
+        if outermost and (isinstance(rule, Undecided) or isinstance(rule, Watched) and not rule.looked_into):
+            rule.looked_into = True
+            result = _whole_where_needed(layer, args, kwargs, result)
+    if isinstance(_installed(layer), Watched) and marks.count == before:
+        layer.__dict__.pop("forward")
+        _left_alone.setdefault(layer, set()).add(names)
+    return result
+
+
+def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple, kwargs: dict):
+    forward = _composed if isinstance(layer, nn.RNNBase) else type(layer).forward
+    if isinstance(layer, nn.RNNBase) and isinstance(args[0] if args else kwargs.get("input"), PackedSequence):
+        return _packed(layer, names, *args, **kwargs)
+    if isinstance(rule, (Composed, Watched)):
         return forward(layer, *args, **kwargs)
     if isinstance(rule, Undecided):
         lacking = _lacking(layer, forward, names, args, kwargs)
         layer.__dict__.pop("forward")
         if not lacking:
-            if isinstance(layer, nn.RNNBase):
-                _install(layer, Composed(), names)
-            else:
-                _left_alone[layer] = names
+            _install(layer, Composed() if isinstance(layer, nn.RNNBase) else Watched(looked_into=True), names)
             return forward(layer, *args, **kwargs)
-        label = f"layer {rule.name or '(the model)'!r} ({type(layer).__name__})"
         warnings.warn(
-            f"{label} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through torch.func, exact but "
-            "slower. fastloda.register_rule gives it a faster one",
-            stacklevel=4,
+            f"{_label(rule.name, layer)} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through "
+            "torch.func, exact but slower. fastloda.register_rule gives it a faster one",
+            stacklevel=5,
         )
         rule = FunctionalRule(rule.name)
         _install(layer, rule, names)
@@ -235,8 +308,72 @@ def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: 
     with torch.random.fork_rng(devices=devices), as_it_is:
         outputs = [t for t in tensors(forward(layer, *args, **kwargs)) if t.requires_grad]
     parameters = {name: layer.get_parameter(name) for name in names}
-    uses = trace(outputs, parameters).uses.values() if outputs else ()
+    uses = trace(outputs, parameters, may_cover).uses.values() if outputs else ()
     return [use for of_node in uses for use in of_node if not may_be_covered(use)]
+
+
+def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any) -> Any:
+    """What the model returned; once more if modules had to be taken whole, in which a layer has no rule or sees other rows.
+
+    That is the smallest module around the layer that has one row for each sample. Where there is none, nothing is changed.
+    """
+    modules, tried, hopeless = dict(model.named_modules()), {}, set()
+    while lacking := [name for name in _without_rule(model, (args, kwargs), result) if name not in hopeless]:
+        before = tried.setdefault(lacking[0], {})
+        for path, forward in before.items():  # it was no help
+            modules[path].__dict__.pop("forward", None)
+            modules[path].__dict__.update({"forward": forward} if forward else {})
+        place = next((path for path in _around(lacking[0]) if path not in before), None)
+        if place is None:
+            hopeless.add(lacking[0])
+        else:
+            before[place] = modules[place].__dict__.get("forward")
+            _install(modules[place], FunctionalRule(place), trainable(modules[place]))
+        result = model.forward(*args, **kwargs)
+    for path in {path for places in tried.values() for path in places}:
+        if isinstance(_installed(modules[path]), FunctionalRule):
+            _drop_inside(modules[path])
+            warnings.warn(
+                f"{_label(path, modules[path])} is taken through torch.func whole, exact but slower: an operation inside it has "
+                "no per-sample rule, or does not see the samples' rows",
+                stacklevel=6,
+            )
+    return result
+
+
+def _drop_inside(whole: nn.Module) -> None:
+    """What is installed on the modules inside one that is taken whole, and does nothing there."""
+    for layer in whole.modules():
+        if layer is not whole and _installed(layer):
+            del layer.forward
+
+
+def _without_rule(model: nn.Module, given: Any, result: Any) -> list[str]:
+    """Names of the parameters that enter operations without a rule, or whose rows can't be those of the samples."""
+    outputs = [t for t in tensors(result) if differentiable(t) and t.grad_fn is not None]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = {len(t) for t in (*outputs, *tensors(given)) if t.dim()}
+    try:
+        uses = (
+            [use for of_node in trace(outputs, parameters, may_cover).uses.values() for use in of_node]
+            if outputs
+            else []
+        )
+    except NotByRow as error:
+        (path,) = [path for path, layer in model.named_modules() if layer is error.layer]
+        return [f"{path}.{error.names[0]}".lstrip(".")]
+    return [use.name for use in uses if not may_be_covered(use) or not _has_rows(use, rows)]
+
+
+def _has_rows(use: Use, rows: Collection[int]) -> bool:
+    numbers = output_shape(use.node).numel()
+    return use.node.name() == RECORDED or numbers > 0 and any(numbers % count == 0 for count in rows if count)
+
+
+def _around(name: str) -> list[str]:
+    """Paths of the modules around the layer that holds the parameter, the smallest first."""
+    parts = name.split(".")[:-2]
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)] if "." in name else []
 
 
 def _composed(layer: nn.RNNBase, *args, **kwargs):
@@ -247,6 +384,29 @@ def _composed(layer: nn.RNNBase, *args, **kwargs):
             return type(layer).forward(layer, *args, **kwargs)
     finally:
         torch._C._set_mkldnn_enabled(on)
+
+
+def _packed(layer: nn.RNNBase, names: tuple[str, ...], input: PackedSequence, hx=None):
+    """A recurrent layer of packed sequences, whose rows are positions of many samples: as one of padded sequences, row by row."""
+    padded, lengths = pad_packed_sequence(input, batch_first=True)
+    rule = FunctionalRule(type(layer).__name__, vectorised=False)
+    args = (padded, lengths, _turned(hx))
+    outputs, hidden = recorded_call(layer, _of_padded, rule, names, args, {})
+    if input.sorted_indices is not None:
+        outputs, lengths = outputs[input.sorted_indices], lengths[input.sorted_indices.cpu()]
+    data = pack_padded_sequence(outputs, lengths, batch_first=True).data
+    return input._replace(data=data), _turned(hidden)
+
+
+def _of_padded(layer: nn.RNNBase, padded: Tensor, lengths: Tensor, hx):
+    packed = pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
+    outputs, hidden = _composed(layer, packed, _turned(hx))
+    return pad_packed_sequence(outputs, batch_first=True, total_length=padded.shape[1])[0], _turned(hidden)
+
+
+def _turned(hidden):
+    """[layers, batch, width] <-> [batch, layers, width], of LSTM's two."""
+    return tree_map(lambda t: t.transpose(0, 1) if isinstance(t, Tensor) else t, hidden)
 
 
 def _install(layer: nn.Module, rule: Rule, names: tuple[str, ...]) -> None:
@@ -260,11 +420,16 @@ def _installed(layer: nn.Module) -> Rule | None:
 
 
 def _may_need_it(name: str, layer: nn.Module) -> bool:
-    if type(layer) in KNOWN or "forward" in layer.__dict__ or hasattr(type(layer).forward, "row_rule_of"):
+    if not _is_free(layer):
         return False
     names = own_parameters(layer)
-    inside = isinstance(layer, parametrize.ParametrizationList) or ".parametrizations." in f".{name}."
-    return bool(names) and not inside and _left_alone.get(layer) != names
+    inside = isinstance(layer, (parametrize.ParametrizationList, *HOLDERS)) or ".parametrizations." in f".{name}."
+    return bool(names) and not inside and names not in _left_alone.get(layer, ())
+
+
+def _is_free(layer: nn.Module) -> bool:
+    """Whether it may have a forward of ours."""
+    return not (type(layer) in KNOWN or "forward" in layer.__dict__ or hasattr(type(layer).forward, "row_rule_of"))
 
 
 def _checked(modules: dict[str, nn.Module], name: str) -> nn.Module:
@@ -292,6 +457,14 @@ def _with_rows(call: Recorded, rows: Sequence[Tensor]) -> tuple[tuple, dict]:
     leaves, tree = tree_flatten((call.args, call.kwargs))
     given, own = iter(rows), {id(t) for t in _batched(call)}
     return tree_unflatten([next(given) if id(leaf) in own else leaf for leaf in leaves], tree)
+
+
+def _label(name: str, layer: nn.Module) -> str:
+    return f"layer {name or '(the model)'!r} ({type(layer).__name__})"
+
+
+def _own(call: Recorded) -> dict[str, Tensor]:
+    return {name: call.layer.get_parameter(name).detach().requires_grad_() for name in call.names}
 
 
 def _grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Tensor]) -> list[Tensor]:

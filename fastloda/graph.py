@@ -6,7 +6,7 @@ parameter only if a rule covers every one of those edges.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,21 +15,23 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloda.layout import Edges, carries_batch, follow_batch, output_shape
+from fastloda.made import Consumers, Made, made_nodes, made_uses
 from fastloda.regions import COMPILED, code_number
-from fastloda.relaid import RELAYING, TILING, Step
+from fastloda.relaid import TILING, Step, relays
+from fastloda.rules import covers
 
 CONVOLUTION = "ConvolutionBackward0"
 
 
 @dataclass(frozen=True)
 class Use:
-    """Parameter `name` enters operation `node` as its input number `index`, in `shape`, after the steps that re-lay it."""
+    """Parameter `name`, or what the steps make of it, enters operation `node` as its input number `index`, in `shape`."""
 
     name: str
     node: Node
     index: int
     shape: Size
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step | Made, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ class LossGraph:
     convolutions: tuple[Node, ...]  # of frozen weights too
 
 
-def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> LossGraph:
-    """Walk the graph below `losses` (or several outputs) once."""
+def trace(
+    losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter], covered: Callable[..., bool] = covers
+) -> LossGraph:
+    """Walk the graph below `losses` (or several outputs) once. covered: says whether a rule covers a use, as `rules.covers`."""
     roots = [losses] if isinstance(losses, Tensor) else list(losses)
     edges = nodes_below([root.grad_fn for root in roots if root.grad_fn is not None])
     order = list(edges)
@@ -61,12 +65,13 @@ def trace(losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Paramet
 
     places = follow_batch(edges, len(roots[0]) if roots[0].dim() else 1)
     outer = places.outer
+    made = made_nodes(edges, consumers, outer, covered)
     names = {id(parameter): name for name, parameter in parameters.items()}
     found: dict[Node, list[Use]] = defaultdict(list)
     for leaf in order:
         name = names.get(id(getattr(leaf, "variable", None)))
         if name is not None:
-            for use in _uses(name, leaf, consumers, outer):
+            for use in _uses(name, leaf, consumers, outer, made):
                 found[use.node].append(use)
 
     uses = {node: found[node] for node in order if node in found}
@@ -152,19 +157,27 @@ def _entered(node: Node) -> tuple[Node, Edges, Iterator[tuple[Node | None, int]]
     return node, edges, iter(edges)
 
 
-def _uses(
-    name: str, leaf: Node, consumers: Mapping[Node, list[tuple[Node, int, int]]], outer: Mapping[Node, int]
-) -> list[Use]:
-    uses, pending = [], [(leaf, ())]
+def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> list[Use]:
+    """Those after steps that only re-lay the parameter, and those of what is made of it."""
+    uses, pending = {}, [(leaf, ())]
     while pending:
         tensor, before = pending.pop()
         for node, index, number in consumers[tensor]:
             steps = before if tensor is leaf else (*before, Step(tensor, number))
-            if node.name() in RELAYING or (node.name() in TILING and not carries_batch(node, consumers[node], outer)):
+            if _relays(node, consumers, outer, made):
                 pending.append((node, steps))
-            else:
-                uses.append(Use(name, node, index, output_shape(tensor, number), steps))
-    return uses
+            elif node not in made:
+                uses[node, index] = Use(name, node, index, output_shape(tensor, number), steps)
+    for (node, index), value in made_uses(leaf, consumers, made).items():
+        if (node, index) not in uses:
+            uses[node, index] = Use(name, node, index, output_shape(value.node, value.number), (value,))
+    return list(uses.values())
+
+
+def _relays(node: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> bool:
+    if relays(node, outer[node]):
+        return True
+    return node.name() in TILING and (node in made or not carries_batch(node, consumers[node], outer))
 
 
 def _with_uses_below(edges: Mapping[Node, Edges], uses: Mapping[Node, list[Use]]) -> frozenset[Node]:

@@ -33,6 +33,7 @@ def _kinds(names: str, number: int = 0) -> set[str]:
 
 REDUCING = _kinds("Amax Amin LinalgVectorNorm Logsumexp Max Min Std Var") | _kinds("Mean Norm Prod Sum", 1)
 # an input of these may hold the batch elsewhere than the output does
+PACKING = "PackPaddedSequenceBackward0"
 MOVING = REDUCING | _kinds("Permute Select Stack T Transpose Unbind") | _kinds("Transpose", 1)
 VIEWING = _kinds("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View")
 VIEWING |= _kinds("Squeeze", 1) | _kinds("Squeeze", 2)
@@ -41,6 +42,7 @@ BROADCASTING = ELEMENTWISE | _kinds("Expand")
 RECORDED = "RecordedFunctionBackward"  # tells where the batch is in each of its outputs: see `recorded.py`
 OURS = {RECORDED, COMPILED, "LoDAFunctionBackward"}
 BATCH_FIRST = _kinds("Convolution NativeBatchNorm NativeGroupNorm") | {RECORDED}  # by definition
+ORDERING = _kinds("Index IndexSelect")
 PARTING = _kinds("Slice Split SplitWithSizes Cat")  # may leave some of the samples
 PICKING = _kinds(
     "Index IndexSelect MaskedSelect PackPaddedSequence SegmentReduce Take"
@@ -52,10 +54,29 @@ WRITING = "torch::autograd::CopySlices"  # into a view of the first input: where
 WEIGHTS = {"AddmmBackward0": (2,), "ConvolutionBackward0": (1, 2), "MmBackward0": (1,)}  # inputs that all rows share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picked:
-    """Rows of which the data says whose they are, by an operation of this kind."""
+    """Rows of which the data says whose they are, by an operation of this kind.
 
+    Attributes:
+        owners: of all samples' rows, if these are some of them in another order.
+    """
+
+    kind: str
+    owners: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Permuted:
+    """All samples' rows in another order, as packed sequences have them.
+
+    Attributes:
+        outer: as of rows in order.
+        owners: the sample of each row; it is in order once more where an operation puts the rows back.
+    """
+
+    outer: int
+    owners: Tensor
     kind: str
 
 
@@ -64,7 +85,7 @@ class Shared:
 
 
 SHARED = Shared()
-Claim = int | Shared | Picked  # of an operation's output; a number is `outer`
+Claim = int | Permuted | Shared | Picked  # of an operation's output; a number is `outer`
 
 
 class BatchPlaces(NamedTuple):
@@ -100,25 +121,27 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
             below = told[index] if index < len(told) else _claim_below(node, kind, claim, index, child, number, rows)
             if isinstance(claim, Picked) and isinstance(below, int):
                 unsure = unsure or not _takes_positions(node, kind, output_shape(child, number), rows)
-            if isinstance(below, Picked) and isinstance(claim, int) and kind in PICKING:
+            if isinstance(below, (Picked, Permuted)) and isinstance(claim, int) and kind in PICKING:
                 taken.append((kind, child, number, _indexed_dims(node, kind, output_shape(child, number))))
             claims[child] = _stronger(claims.get(child), below)
     crossings = [
         kind for kind, child, number, dims in taken if _lies_in(claims[child], output_shape(child, number), dims)
     ]
     outer = {node: claim if isinstance(claim, int) else 1 for node, claim in claims.items()}
-    picked = {node: claim.kind for node, claim in claims.items() if isinstance(claim, Picked)}
+    picked = {node: claim.kind for node, claim in claims.items() if isinstance(claim, (Picked, Permuted))}
     return BatchPlaces(outer, picked, crossings, unsure)
 
 
 def _writes_rows(entry: tuple[Node, Edges]) -> bool:
+    """Whether an operation in place writes features into a part of a tensor."""
     node, below = entry
-    return node.name() == WRITING and any(child is not None for child, _ in below[1:])
+    written = [output_shape(*edge) for edge in below[1:] if edge[0] is not None] if node.name() == WRITING else []
+    return any(shape.numel() != output_shape(node).numel() for shape in written)
 
 
 def _stronger(known: Claim | None, new: Claim) -> Claim:
     """Of two readers' claims: one that knows the place, before one that shares it, before one that picks."""
-    rank = lambda claim: (isinstance(claim, int), isinstance(claim, Shared))  # noqa: E731
+    rank = lambda claim: (isinstance(claim, int), isinstance(claim, Permuted), isinstance(claim, Shared))  # noqa: E731
     return new if known is None or rank(new) > rank(known) else known
 
 
@@ -127,13 +150,23 @@ def _claim_below(node: Node, kind: str, claim: Claim, index: int, child: Node, n
     below = output_shape(child, number)
     if isinstance(claim, Shared):
         return SHARED
+    if isinstance(claim, Permuted):
+        found = _claim_below(node, kind, claim.outer, index, child, number, rows)
+        if kind in ORDERING:
+            return _reordered(node, kind, claim.outer, claim.owners, below, rows)
+        if isinstance(found, Picked):
+            return Picked(found.kind, claim.owners)
+        return Permuted(found, claim.owners, claim.kind) if isinstance(found, int) else found
     if isinstance(claim, Picked):
         first = (
             min(_indexed_dims(node, kind, below), default=None)
             if kind in PICKING or _takes_rows(node, kind, below)
             else None
         )
-        return claim if first is None else prod(below[:first])
+        if first is None:
+            return claim
+        place = prod(below[:first])
+        return place if claim.owners is None else Permuted(place, claim.owners, claim.kind)
     shape = output_shape(node)
     if index in WEIGHTS.get(kind, ()) and locate(shape, claim) == (0, 1):
         return SHARED
@@ -147,7 +180,8 @@ def _claim_below(node: Node, kind: str, claim: Claim, index: int, child: Node, n
             return Picked(kind)
     if kind == "StackBackward0" and locate(shape, claim) == (wrapped(node._saved_dim, len(shape)), 1):
         return Picked(kind)  # one sample's numbers each
-    if (kind == WRITING and index or _is_python(node)) and shape and below and shape[0] != below[0] and claim == 1:
+    partly = (kind == WRITING and index and shape.numel() != below.numel()) or _is_python(node)
+    if partly and shape and below and shape[0] != below[0] and claim == 1:
         return Picked(kind)
     moved = claim != 1 or kind in MOVING or kind in BROADCASTING
     return _below(node, kind, claim, child, number) if moved else 1
@@ -158,11 +192,27 @@ def _is_python(node: Node) -> bool:
     return hasattr(type(node), "_forward_cls") and node.name() not in OURS
 
 
+def _reordered(
+    node: Node, kind: str, outer: int, owners: Tensor | None, below: Size, rows: int
+) -> int | Permuted | Picked:
+    """Of the input whose rows an index puts into another order; owners: of the output's rows, if they are in none."""
+    by_dim = indices_by_dim(node, kind, below)
+    (dim, index), *more = [(d, index) for d, index in enumerate(by_dim) if index is not None]
+    if more or index.dim() != 1 or len(index) != below[dim] or locate(output_shape(node), outer) != (dim, 1):
+        return Picked(kind)
+    in_order = torch.arange(len(index), device=index.device)
+    owners = in_order if owners is None else owners
+    if rows % len(index) or len(owners) != len(index) or not torch.equal(index.sort().values, in_order):
+        return Picked(kind)
+    found, place = torch.empty_like(owners).index_copy(0, index, owners), prod(below[:dim])
+    return place if torch.equal(found, in_order) else Permuted(place, found, kind)
+
+
 def _picked_from(node: Node, kind: str, outer: int, below: Size, rows: int) -> Claim:
     """Of the input whose rows an operation picks: its own place if every sample picks rows of its own."""
-    if kind not in ("IndexBackward0", "IndexSelectBackward0"):
-        return Picked(kind)
-    if not output_shape(node):
+    if kind == PACKING:
+        return 1 if node._saved_batch_first else below[0]
+    if kind not in ORDERING or not output_shape(node):
         return Picked(kind)
     by_dim = indices_by_dim(node, kind, below)
     advanced = [d for d, index in enumerate(by_dim) if index is not None]
@@ -177,7 +227,7 @@ def _picked_from(node: Node, kind: str, outer: int, below: Size, rows: int) -> C
     for d, index in indices.items():
         if blocks == 1 and own_rows(index, dim - first, below[d], rows):
             return prod(below[:d])
-    return Picked(kind)
+    return _reordered(node, kind, outer, None, below, rows)
 
 
 def _placed_into(node: Node, kind: str, outer: int, values: Size, rows: int) -> Claim:
@@ -281,7 +331,7 @@ def wrapped(dim: int, dims: int) -> int:
 def _below(node: Node, kind: str, outer: int, child: Node, number: int) -> Claim:
     """What a reader that knows its own place says of its input, output `number` of child."""
     shape, below = output_shape(node), output_shape(child, number)
-    if kind in VIEWING or not shape:
+    if kind in VIEWING or not shape or (kind == WRITING and shape.numel() == below.numel()):
         return outer
     at, blocks = locate(shape, outer)
     dim = _dim_below(node, kind, at, len(shape), len(below))

@@ -77,8 +77,11 @@ class Piece:
             return self.grad(*self.tensors, samples)
         return self.compute_raw(samples, slice(0, samples))
 
-    def through(self, back: Callable[[Tensor], Tensor], keeps_norm: bool) -> "Piece":
-        """The same for a parameter of which this one is made; back: [samples, *shape here] -> [samples, *shape there]."""
+    def through(self, back: Callable[[Tensor], Tensor], keeps_norm: bool, scratch_bytes: int = 0) -> "Piece":
+        """The same for a parameter of which this one is made; back: [samples, *shape here] -> [samples, *shape there].
+
+        scratch_bytes: temporaries of `back` for all samples at once.
+        """
 
         def of(fused: Fused | None) -> Fused | None:
             summed = lambda *arguments: back(fused.weighted_sum(*arguments)[None])[0]  # noqa: E731
@@ -87,7 +90,13 @@ class Piece:
         grad, lay_out = self.grad, lambda grads: back(self.lay_out(grads))
         if not keeps_norm:
             grad, lay_out = (lambda *arguments: back(self.lay_out(self.grad(*arguments)))), as_it_is
-        changed = {"grad": grad, "lay_out": lay_out, "fused": of(self.fused), "ghost": of(self.ghost)}
+        changed = {
+            "scratch_bytes": self.scratch_bytes + scratch_bytes,
+            "grad": grad,
+            "lay_out": lay_out,
+            "fused": of(self.fused),
+            "ghost": of(self.ghost),
+        }
         return replace(self, **changed, with_squares=None, at_hand=None)
 
     def batch_first(self, move: Callable[[Tensor], Tensor]) -> "Piece":

@@ -76,11 +76,12 @@ class Recorded:
         """The outputs with a gradient, for parameters and inputs of choice."""
         with self.as_called(), _stood_in_for(self.layer, own):
             leaves = tensors(self.forward(self.layer, *args, **kwargs))
-        return tuple(leaf for leaf in leaves if leaf.is_floating_point())
+        return tuple(leaf for leaf in leaves if differentiable(leaf))
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Relative: what another order of the same operations may change."""
-        coarsest = max(torch.finfo(t).eps for t in (dtype, self.autocast[1] or dtype))
+        kinds = (dtype, self.autocast[1] or dtype, torch.float32)  # to which a layer of a float64 model may cast
+        coarsest = max(torch.finfo(t).eps for t in kinds)
         return min(0.1, 256 * coarsest)
 
     def check_same(self, outputs: tuple[Tensor, ...], how: str) -> None:
@@ -126,7 +127,7 @@ def recorded_call(
     with _stood_in_for(layer, {name: p.detach() for name, p in zip(names, parameters)}):
         result = forward(layer, *args, **kwargs)
     leaves, tree = tree_flatten(result)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and differentiable(leaf)]
     outputs = [leaves[i] for i in places]
     if not outputs:
         return result
@@ -162,6 +163,10 @@ def is_recording() -> bool:
 
 def trainable(layer: nn.Module, recurse: bool = True) -> tuple[str, ...]:
     return tuple(name for name, p in layer.named_parameters(recurse=recurse) if p.requires_grad)
+
+
+def differentiable(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 from fastloda.errors import PrivacyError
 from fastloda.graph import LossGraph, Use
 from fastloda.layout import batch_apart, locate
+from fastloda.made import Made
 from fastloda.pieces import PerSampleGrad, Piece
 from fastloda.recomputed import let_rule_read_first, one_recomputation
 from fastloda.regions import may_run_again
@@ -42,7 +43,7 @@ def per_sample_grads(
             for use in graph.uses[node]:
                 if use.index not in pieces:
                     raise PrivacyError(f"used by {node.name()} (input {use.index}) without an exact per-sample rule")
-                grads[use.name].add(of_parameter(use, pieces[use.index]))
+                grads[use.name].add(of_parameter(use, pieces[use.index], samples))
         except PrivacyError as error:
             raise PrivacyError(f"{_names(graph, node)}: {error}") from error
 
@@ -51,12 +52,14 @@ def per_sample_grads(
     return grads
 
 
-def of_parameter(use: Use, piece: Piece) -> Piece:
+def of_parameter(use: Use, piece: Piece, samples: int) -> Piece:
     """The recipe for the parameter itself, from that for what the operation read."""
     if not use.steps:
         return piece
-    keeps_norm = all(step.node.name() not in TILING for step in use.steps)
-    return piece.through(back_to_parameter(use.steps), keeps_norm)
+    keeps_norm = not any(isinstance(step, Made) or step.node.name() in TILING for step in use.steps)
+    return piece.through(
+        back_to_parameter(use.steps), keeps_norm, samples * sum(step.scratch_bytes for step in use.steps)
+    )
 
 
 def _names(graph: LossGraph, node: Node) -> str:
@@ -83,11 +86,11 @@ def run_backward(
             node.recorder = _adapter_recorder(node, graph.outer[node], on_record)
         for node in others:  # a lowest one runs too if it shares a parameter with an adapter
             handles.append(node.register_prehook(_rule_recorder(node, graph, on_record, read, runs=True)))
-        adapter_names = dict.fromkeys(use.name for node in adapters for use in graph.uses[node])
-        inputs = [parameters[name] for name in adapter_names] + [GradientEdge(node, 0) for node in lowest]
+        adapter_edges = dict.fromkeys(node.next_functions[use.index] for node in adapters for use in graph.uses[node])
+        inputs = [GradientEdge(*edge) for edge in (*adapter_edges, *((node, 0) for node in lowest))]
         with one_recomputation(), _unreadable_refused(graph, read), may_run_again(graph.compiled):
             captured = torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)
-            for node, gy in zip(lowest, captured[len(adapter_names) :]):
+            for node, gy in zip(lowest, captured[len(adapter_edges) :]):
                 if node not in read:
                     _rule_recorder(node, graph, on_record, read, runs=False)((gy,))
     finally:

@@ -19,6 +19,7 @@ class Step(NamedTuple):
 
     node: Node
     number: int
+    scratch_bytes = 0
 
     @property
     def before(self) -> Size:
@@ -30,7 +31,17 @@ class Step(NamedTuple):
         return RELAYING.get(self.node.name(), _untiled)(self, grads)
 
 
-def back_to_parameter(steps: Sequence[Step]) -> Callable[[Tensor], Tensor]:
+def relays(node: Node, outer: int) -> bool:
+    """Whether it only re-lays its input, whatever reads that.
+
+    `expand` and `repeat` do where they make no copy, unless that is for the single copy of a lone row, where outer is 0.
+    """
+    if node.name() in TILING:
+        return bool(outer) and output_shape(node).numel() == output_shape(*node.next_functions[0]).numel()
+    return node.name() in RELAYING
+
+
+def back_to_parameter(steps: Sequence) -> Callable[[Tensor], Tensor]:
     """[samples, *as the operation read it] -> [samples, *parameter.shape]."""
 
     def back(grads: Tensor) -> Tensor:

@@ -132,7 +132,8 @@ class GhostClipper:
         check_wrappers(model, self.world)
         members = Members.of(model)
         self.parameters = trainable_parameters(members)
-        cover_modules(members.modules)  # what has no rule gets the slower one, from the next forward pass on
+        # what has no rule gets the slower one, from the next forward pass on
+        cover_modules(members.modules, self.parameters)
         self._watch: Watch | None = Watch(members)  # None from the noise to the end of the update
         forget_update(model)
         self._groups = self.clipping.groups(self.parameters)

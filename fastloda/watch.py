@@ -42,7 +42,9 @@ class Watch:
                 continue
             if name not in self._trainable:
                 raise PrivacyError(
-                    f"{name!r} changed since the last step: it would release private statistics, unnoised. {OWN_CHANGES}"
+                    f"{name!r} changed since the last step: it would release private statistics, or how many batches there were, "
+                    "unnoised. What only the weights determine (spectral_norm) stays as it is if that part is in eval mode. "
+                    f"{OWN_CHANGES}"
                 )
             rewritten = rewritten or name
         if rewritten and bool(bits(self._trainable.values()) != self._bits):

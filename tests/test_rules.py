@@ -225,18 +225,19 @@ def test_the_planner_takes_the_cheapest_sound_way():
 
 
 class Rotated(nn.Module):
-    """No rule: a matrix exponential of its parameter, and a norm; a bias that has one."""
+    """No rule: features raised to a norm of its parameter; a matrix exponential of it; a bias that has one."""
 
     def __init__(self, width: int):
         super().__init__()
         self.skew, self.bias = nn.Parameter(torch.empty(width, width)), nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-        return (x + shift) @ torch.linalg.matrix_exp(self.skew) * self.skew.norm() + self.bias
+        turned = (x + shift) @ torch.linalg.matrix_exp(self.skew)
+        return turned.square().add(1).pow(self.skew.norm().sigmoid()) + self.bias
 
 
 class Turned(Rotated):
-    """Operations that have rules, but on parameters alone."""
+    """Operations on parameters alone, which need no torch.func."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ torch.linalg.matrix_exp(self.skew - self.skew.T) * (self.bias * self.bias)
@@ -486,7 +487,7 @@ class Global(Rotated):
     other = nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        return super().forward(x) * self.other.norm()
+        return super().forward(x).square().add(1).pow(self.other.norm())
 
 
 REFUSED = {

@@ -7,6 +7,7 @@ with entries of its own for each row of the batch has no gradient per sample.
 from collections.abc import Callable
 from math import prod
 
+import torch
 from torch import Size, Tensor
 from torch.autograd.graph import Node
 
@@ -68,6 +69,17 @@ def prelu(call: Call) -> dict[int, Piece]:
     """x where x > 0, else weight x: inputs 0 x and 1 weight, viewed so that it broadcasts."""
     negative = lambda gy, x: gy * x.clamp(max=0)  # noqa: E731
     return {index: _piece(call, shape, negative, call.node._saved_self) for index, shape in _of(call)}
+
+
+def where(call: Call) -> dict[int, Piece]:
+    """a where the condition holds, else b: inputs 0 a and 1 b."""
+    held = call.node._saved_condition
+    return {index: _piece(call, shape, torch.mul, held if index == 0 else ~held) for index, shape in _of(call)}
+
+
+def masked_fill(call: Call) -> dict[int, Piece]:
+    """a outside the mask, else a number: input 0 a."""
+    return {index: _piece(call, shape, torch.mul, ~call.node._saved_mask) for index, shape in _of(call)}
 
 
 def varies_along_batch(node: Node, shape: Size, outer: int) -> bool:

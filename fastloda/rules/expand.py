@@ -2,13 +2,20 @@
 an adapter in a compiled model. The copies have gradients of their own, which is all that a rule needs.
 """
 
-from torch import Tensor
+from torch import Size, Tensor
+from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
+from fastloda.layout import output_shape
 from fastloda.ops import accumulable
 from fastloda.pieces import Piece
 from fastloda.relaid import untiled
 from fastloda.rules.call import Call
+
+
+def makes_no_copy(node: Node, shape: Size, outer: int) -> bool:
+    """Whether the parameter has all the entries that come out, and not for a lone row: then it is only re-laid."""
+    return bool(outer) and output_shape(node).numel() == shape.numel()
 
 
 def tile(call: Call) -> dict[int, Piece]:

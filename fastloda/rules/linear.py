@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
+from fastloda.layout import locate, output_shape
 from fastloda.ops import accumulable, linear_piece, sample_rows
 from fastloda.pieces import Piece
 from fastloda.rules.call import Call
@@ -41,8 +43,6 @@ def mv(call: Call) -> dict[int, Piece]:
 def bmm(call: Call) -> dict[int, Piece]:
     """bmm(x, p): inputs 0 x [G, rows, C], 1 p [G, C, O]; and bmm(p, x): 0 p [G, O, C], 1 x [G, C, rows]. As einsum makes them."""
     dim, _ = call.place
-    if call.samples > 1 and dim == 0:
-        raise PrivacyError("a parameter multiplied by bmm has entries of its own for each row of the batch")
     right = lambda x, gy: torch.einsum("ngtc,ngto->ngco", x, gy)  # noqa: E731
     left = lambda x, gy: torch.einsum("ngct,ngot->ngoc", x, gy)  # noqa: E731
     pieces = {}
@@ -53,6 +53,11 @@ def bmm(call: Call) -> dict[int, Piece]:
             raise PrivacyError("the batch must be among the rows of what a parameter is multiplied with by bmm")
         pieces[index] = Piece(_of_groups(product, rows_dim), (call.apart(x), call.apart(call.gy)))
     return pieces
+
+
+def one_for_each_row(node: Node, shape: Size, outer: int) -> bool:
+    """Whether the batch lies in bmm's first dimension, along which a parameter has entries of its own."""
+    return bool(outer) and locate(output_shape(node), outer)[0] == 0
 
 
 def bilinear(call: Call) -> dict[int, Piece]:
