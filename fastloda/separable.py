@@ -282,9 +282,9 @@ class SampleFlow:
                 self.grown.setdefault(key, size)
             elif self.grown.get(key) != size:
                 op.refuse(
-                    f"broadcasts or multiplies outputs of shape {tuple(given.shape)} to {tuple(op.shape)}, so that each sample meets values of "
-                    "all others: give targets the shape of the outputs (a constant that has as many entries as this batch has "
-                    "samples is refused only until a batch of another size has been seen)"
+                    f"broadcasts or multiplies outputs of shape {tuple(given.shape)} to {tuple(op.shape)}, so that each sample "
+                    "meets values of all others: give targets the shape of the outputs (a constant that has as many entries "
+                    "as this batch has samples is refused only until a batch of another size has been seen)"
                 )
 
 
