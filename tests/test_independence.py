@@ -404,6 +404,23 @@ class Largest(nn.Module):
         return y
 
 
+class Unseen(nn.Module):
+    """Writes that PyTorch does not count, to a buffer or a parameter that it may use or not."""
+
+    writes = False
+
+    def __init__(self, name, write):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(D, D), nn.Parameter(torch.ones(D))
+        self.register_buffer("centre", torch.zeros(D))
+        self.write = lambda x: write(getattr(self, name), x.mean(0))
+
+    def forward(self, x):
+        if self.writes:
+            self.write(x)
+        return self.linear(x) * self.scale
+
+
 class Normalised(nn.Module):
     """A weight that its forward pass rewrites."""
 
@@ -426,6 +443,10 @@ WRITES = {
     "a buffer in backward": lambda: Largest("written in backward"),
     "a buffer replaced in backward": lambda: Largest("replaced in backward"),
     "a weight in forward": Normalised,
+    "a buffer's data": lambda: Unseen("centre", lambda t, mean: t.data.copy_(mean)),
+    "a buffer's memory": lambda: Unseen("centre", lambda t, mean: t.numpy().__setitem__(0, mean[0].item())),
+    "a weight's data": lambda: Unseen("scale", lambda t, mean: t.data.add_(mean)),
+    "the data of a weight replaced": lambda: Unseen("scale", lambda t, mean: setattr(t, "data", t.data + mean)),
 }
 
 
