@@ -208,6 +208,17 @@ def test_what_a_linear_map_makes_is_exact_at_every_step():
         assert clipper.accumulate(model(torch.randn(rows, T, C)).square().sum((1, 2))).clipped == rows
 
 
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(2, 4))])
+def test_models_that_are_scripted_or_traced(make):
+    model = make(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)))
+    x = torch.randn(5, 4)
+    for call in range(4):
+        try:
+            assert GhostClipper(model, 1e-3).accumulate(model(x).square().sum(1)).clipped == 5
+        except PrivacyError as error:  # TorchScript fuses after some calls
+            assert call and "train the Python module" in str(error)
+
+
 class Listed(nn.Module):
     def __init__(self):
         super().__init__()
