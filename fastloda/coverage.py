@@ -37,6 +37,9 @@ COMPILED_REMEDY = (
     "torch.compile made one operation of its layer and others; use fastloda.compile(model) for adapters (once more if they were "
     "attached since), and leave other trainable layers out of the compiled part, or freeze them"
 )
+SCRIPTED_REMEDY = (
+    "TorchScript made one operation of several layers; train the Python module that was scripted or traced"
+)
 
 LOOK_AGAIN = 1 / 200  # the probability with which an accumulated batch is looked at though its kind was before
 _chance = random.SystemRandom()  # public, and no generator that a run draws from
@@ -117,6 +120,7 @@ def check_graph(graph: LossGraph) -> None:
     for use in uncovered(graph):
         kind = use.node.name()
         remedy = COMPILED_REMEDY if kind == COMPILED else UNCOVERED_REMEDY
+        remedy = SCRIPTED_REMEDY if kind.startswith("torch::jit::") else remedy
         raise PrivacyError(
             f"parameter {use.name!r} is used by {kind} (input {use.index}), which has no exact per-sample rule: {remedy}"
         )

@@ -429,6 +429,8 @@ def _may_need_it(name: str, layer: nn.Module) -> bool:
 
 def _is_free(layer: nn.Module) -> bool:
     """Whether it may have a forward of ours."""
+    if isinstance(layer, torch.jit.ScriptModule):  # scripted or traced: its forward pass is not Python's
+        return False
     return not (type(layer) in KNOWN or "forward" in layer.__dict__ or hasattr(type(layer).forward, "row_rule_of"))
 
 

@@ -90,7 +90,7 @@ def trace(
         operations=frozenset(kinds),
         picked={node: places.picked[node] for node in uses if node in places.picked},
         crossings=places.crossings,
-        unsure=places.unsure,
+        unsure=places.unsure or not places.laid.isdisjoint(uses),
         compiled=compiled,
         convolutions=convolutions,
     )

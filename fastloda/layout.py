@@ -51,6 +51,18 @@ PLACING = _kinds(
     "IndexAdd IndexCopy IndexPut MaskedScatter Scatter ScatterAdd SelectScatter SliceScatter"
 )  # the second's
 WRITING = "torch::autograd::CopySlices"  # into a view of the first input: where, the graph does not say
+# of rows by indices or lengths that are not read here
+LAYING = _kinds("Embedding EmbeddingBag IndexReduce Put ScatterReduce SparseAddmm")
+LAYING_ALONG = _kinds(
+    "Cummax Cummin Cumprod Cumsum Gather Kthvalue Logcumsumexp Median Mode Roll Sort Topk"
+)  # along dimensions
+PRODUCTS = {  # einsum's letters of each input and of the output
+    "AddmmBackward0": ("ij", "ik", "kj", "ij"),
+    "BaddbmmBackward0": ("bij", "bik", "bkj", "bij"),
+    "BmmBackward0": ("bik", "bkj", "bij"),
+    "MmBackward0": ("ik", "kj", "ij"),
+    "MvBackward0": ("ik", "k", "i"),
+}
 WEIGHTS = {"AddmmBackward0": (2,), "ConvolutionBackward0": (1, 2), "MmBackward0": (1,)}  # inputs that all rows share
 
 
@@ -95,12 +107,14 @@ class BatchPlaces(NamedTuple):
         outer: blocks before the batch coordinate in its output.
         picked: the kind of operation that picks or lays its rows as the data says.
         crossings: kinds of operations that hand a sample the rows of others.
+        laid: nodes whose rows an operation above may lay as the data says, which the graph does not tell.
         unsure: whether rows may have been picked by data where the graph does not tell.
     """
 
     outer: dict[Node, int]
     picked: dict[Node, str]
     crossings: list[str]
+    laid: frozenset[Node] = frozenset()
     unsure: bool = False
 
 
@@ -110,6 +124,7 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
         return BatchPlaces(dict.fromkeys(edges, 0), {}, [])
     claims: dict[Node, Claim] = {}
     unsure = any(map(_writes_rows, edges.items()))
+    laid: set[Node] = set()
     taken = []  # (kind of operation, its input, the input's dimension by which rows of other samples are taken)
     for node, below_it in reversed(edges.items()):
         kind, claim = node.name(), claims.get(node, 1)
@@ -119,6 +134,12 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
             if child is None:
                 continue
             below = told[index] if index < len(told) else _claim_below(node, kind, claim, index, child, number, rows)
+            if (
+                node in laid
+                or isinstance(claim, int)
+                and _lays_rows(node, kind, claim, index, output_shape(child, number))
+            ):
+                laid.add(child)
             if isinstance(claim, Picked) and isinstance(below, int):
                 unsure = unsure or not _takes_positions(node, kind, output_shape(child, number), rows)
             if isinstance(below, (Picked, Permuted)) and isinstance(claim, int) and kind in PICKING:
@@ -129,7 +150,29 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
     ]
     outer = {node: claim if isinstance(claim, int) else 1 for node, claim in claims.items()}
     picked = {node: claim.kind for node, claim in claims.items() if isinstance(claim, (Picked, Permuted))}
-    return BatchPlaces(outer, picked, crossings, unsure)
+    return BatchPlaces(outer, picked, crossings, frozenset(laid), unsure)
+
+
+def _lays_rows(node: Node, kind: str, outer: int, index: int, below: Size) -> bool:
+    """Whether an operation may make a sample's rows of any of its input's: a product with a matrix of ones and zeros can."""
+    shape = output_shape(node)
+    if kind in LAYING:
+        return True
+    if not shape or not below:
+        return False
+    dim, _ = locate(shape, outer)
+    if kind in LAYING_ALONG:
+        dims = getattr(node, "_saved_dims", None) or [getattr(node, "_saved_dim", 0)]
+        return dim in {wrapped(d, len(below)) for d in dims}
+    if kind in PRODUCTS:
+        *letters, out = PRODUCTS[kind]
+        return out[dim] not in letters[index][-len(below) :]
+    return outer == 1 and shape[0] != below[0] and kind not in SIZED
+
+
+SIZED = (
+    VIEWING | MOVING | BROADCASTING | PARTING | PICKING | PLACING | {WRITING, "RepeatBackward0"}
+)  # known above, or by sizes
 
 
 def _writes_rows(entry: tuple[Node, Edges]) -> bool:

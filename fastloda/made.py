@@ -78,7 +78,14 @@ class Marking(TorchFunctionMode):
                 self._public[id(storage)] = storage
                 if t.grad_fn is not None:
                     t.grad_fn.metadata[MARK] = None
-                    self.count += t.grad_fn.name() not in RELAYING and t.grad_fn.name() not in TILING
+                    self.count += _is_made(t.grad_fn)
+
+
+def _is_made(node: Node) -> bool:
+    """Whether more happens below than that a parameter is re-laid: a linear map may end in a view of its own."""
+    while node.name() in RELAYING or node.name() in TILING:
+        node = node.next_functions[0][0]
+    return not hasattr(node, "variable")
 
 
 def is_marking() -> bool:

@@ -13,15 +13,16 @@ from weakref import WeakSet
 
 from torch import Tensor
 from torch.autograd import Variable
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from fastloda.errors import PrivacyError
 from fastloda.graph import nodes_below
-from fastloda.layout import signed
-from fastloda.separable import MEAN, REMEDY, SampleFlow
+from fastloda.separable import MEAN, SampleFlow
 
 SUM = 2  # as criterions save their reduction
 BOUNDARY = "PrivateOutputsBackward"  # how the autograd graph names a private module's outputs
+
+Edge = tuple[Node, int]  # an operation, and which of its outputs
 
 _waiting: WeakSet[object] = WeakSet()  # outputs that a backward pass may still reach
 
@@ -31,8 +32,9 @@ class LookingEngine(type(Variable._execution_engine)):
 
     def run_backward(self, tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs):
         # with inputs the pass ends above the outputs of a private module, and without any of these there is nothing to look at
-        reached = _outputs_below(tensors) if _waiting and not inputs else []
-        with _opened(tensors, reached):
+        roots = [_edge(root) for root in tensors if isinstance(root, GradientEdge) or root.requires_grad]
+        reached = _outputs_below(roots) if _waiting and not inputs else []
+        with _opened(roots, reached):
             return super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
 
 
@@ -57,8 +59,14 @@ def check_opened(outputs: object) -> None:
         )
 
 
+def _edge(root: Tensor | GradientEdge) -> Edge:
+    """What backward starts from: an operation, and which of its outputs."""
+    edge = root if isinstance(root, GradientEdge) else get_gradient_edge(root)
+    return edge.node, edge.output_nr
+
+
 @contextmanager
-def _opened(roots: Sequence[Tensor], reached: Sequence[Node]) -> Iterator[None]:
+def _opened(roots: Sequence[Edge], reached: Sequence[Node]) -> Iterator[None]:
     if reached:
         check_loss(roots, reached)
     for node in reached:
@@ -70,12 +78,11 @@ def _opened(roots: Sequence[Tensor], reached: Sequence[Node]) -> Iterator[None]:
             node.opened -= 1
 
 
-def _outputs_below(roots: Sequence[Tensor]) -> list[Node]:
-    nodes = nodes_below([root.grad_fn for root in roots if isinstance(root, Tensor) and root.grad_fn is not None])
-    return [node for node in nodes if node.name() == BOUNDARY]
+def _outputs_below(roots: Sequence[Edge]) -> list[Node]:
+    return [node for node in nodes_below([node for node, _ in roots]) if node.name() == BOUNDARY]
 
 
-def check_loss(roots: Sequence[Tensor], boundaries: Sequence[Node]) -> None:
+def check_loss(roots: Sequence[Edge], boundaries: Sequence[Node]) -> None:
     """Refuse a loss that couples samples, trains something outside the private module, or is reduced in another way.
 
     roots: what backward starts from; boundaries: the outputs of private modules that it reaches.
@@ -83,7 +90,8 @@ def check_loss(roots: Sequence[Tensor], boundaries: Sequence[Node]) -> None:
     Raises:
         PrivacyError: with the reason; no gradient has been computed then.
     """
-    nodes = list(nodes_below([root.grad_fn for root in roots]))
+    below = nodes_below([node for node, _ in roots])
+    nodes = list(below)
     anchors = {edge[0] for node in boundaries for edge in node.next_functions}
     for leaf in nodes:
         if hasattr(leaf, "variable") and leaf not in anchors:
@@ -92,12 +100,14 @@ def check_loss(roots: Sequence[Tensor], boundaries: Sequence[Node]) -> None:
                 "module: its gradient would not be private. Penalties belong into the optimizer's weight_decay, and what "
                 "trains into the module"
             )
-    rows = {len(output) if output.dim() else 0 for node in boundaries for output in node.cut}
+    used = {edge for edges in below.values() for edge in edges} | set(roots)
+    cut = [output for node in boundaries for number, output in enumerate(node.cut) if (node, number) in used]
+    rows = {len(output) if output.dim() else 0 for output in cut}
     if len(rows) > 1 or 0 in rows or rows == {1}:
         return  # a number for all samples, or rows that do not agree, are for the tape to refuse; one sample meets no other
     tape = boundaries[0].tape
     _check_reduction(nodes, samples := rows.pop(), tape.loss_reduction)
-    SampleFlow(samples, tape.grown).check(roots, {node: len(node.cut) for node in boundaries})
+    SampleFlow(samples, tape.grown).check(below, {node: len(node.cut) for node in boundaries})
 
 
 def _check_reduction(nodes: Sequence[Node], rows: int, loss_reduction: str) -> None:
@@ -107,11 +117,6 @@ def _check_reduction(nodes: Sequence[Node], rows: int, loss_reduction: str) -> N
     averages = [node for node, r in zip(nodes, reductions) if r == MEAN]
     means = len(averages) + kinds.count("MeanBackward0")
     batchwide = means < rows  # as many as there are samples: the user takes them one by one
-    if batchwide and any(_normalised_by_targets(node) for node in averages):
-        raise PrivacyError(
-            "the loss is divided by the class weights of the batch, or by the number of its targets that are not ignored: "
-            f"each sample's share depends on the other samples. {REMEDY}"
-        )
     if loss_reduction == "sum" and means and batchwide:
         raise PrivacyError("the loss is a mean, but make_private was told loss_reduction='sum'")
     divides = {"MeanBackward0", "MeanBackward1", "DivBackward0", "MulBackward0"}
@@ -121,12 +126,3 @@ def _check_reduction(nodes: Sequence[Node], rows: int, loss_reduction: str) -> N
             "the loss is a sum over the samples, but make_private was told loss_reduction='mean': each gradient would be "
             "scaled by the number of samples before it is clipped. Take the mean, or pass loss_reduction='sum'"
         )
-
-
-def _normalised_by_targets(node: Node) -> bool:
-    """Whether a mean divides by something else than the number of targets: nll_loss, below cross_entropy, may."""
-    weight = getattr(node, "_saved_weight", None) if hasattr(node, "_saved_total_weight") else None
-    if weight is not None and (weight != weight[0]).any():
-        return True
-    ignored = getattr(node, "_saved_ignore_index", None)
-    return ignored is not None and bool((node._saved_target == signed(ignored)).any())

@@ -21,8 +21,7 @@ from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from fastloda.errors import PrivacyError
-from fastloda.graph import nodes_below
-from fastloda.layout import output_shape, signed, wrapped
+from fastloda.layout import Edges, indices_by_dim, output_shape, signed, wrapped
 from fastloda.regions import COMPILED, may_run_again
 
 NONE, MEAN = 0, 1  # reductions, as PyTorch's losses save them
@@ -146,7 +145,7 @@ REDUCING = _names(
 )
 REDUCING |= _names("StdMean Sum Var VarMean")
 SUMMING = _names("Mean Sum")
-ALONG = _names("Cummax Cummin Cumprod Cumsum Gather IndexSelect LogSoftmax Logcumsumexp Softmax Sort Topk Glu Renorm")
+ALONG = _names("Cummax Cummin Cumprod Cumsum Gather IndexSelect LogSoftmax Logcumsumexp Softmax Sort Topk Glu")
 PRODUCTS = {  # einsum's letters of each input and of the output
     "Mm": ("ik", "kj", "ij"),
     "Addmm": ("ij", "ik", "kj", "ij"),
@@ -202,13 +201,12 @@ class SampleFlow:
         self.picked: dict[tuple[Node, int], Counter] = defaultdict(Counter)
         self.sizes: dict[tuple[Node, int], int] = {}
 
-    def check(self, roots: Sequence[Tensor], outputs: Mapping[Node, int]) -> None:
-        """Refuse roots that are not separable. outputs: node -> number of its outputs, all [samples, ...].
+    def check(self, below: Mapping[Node, Edges], outputs: Mapping[Node, int]) -> None:
+        """Refuse what is not separable of the nodes below a loss. outputs: node -> number of its outputs, all [samples, ...].
 
         Raises:
             PrivacyError: names the operation.
         """
-        below = nodes_below([root.grad_fn for root in roots if root.grad_fn is not None])
         for place, (node, edges) in enumerate(below.items()):
             if node in outputs:
                 self.states |= {(node, number): Rows(1, self.whole) for number in range(outputs[node])}
@@ -266,23 +264,27 @@ class SampleFlow:
                 )
 
     def check_growth(self, op: Operation, given: Input, place: int) -> None:
-        """Refuse a constant that lays other samples' values beside each sample: [N, 1] - [N] is [N, N].
+        """`check_beside` where broadcasting brings a dimension: [N, 1] - [N] is [N, N]."""
+        before = (1,) * (len(op.shape) - len(given.shape)) + tuple(given.shape)
+        self.check_beside(op, given, place, [dim for dim, size in enumerate(before) if size == 1])
+
+    def check_beside(self, op: Operation, given: Input, place: int, dims: Sequence[int]) -> None:
+        """Refuse a constant that lays other samples' values beside each sample, along dimensions that only it has brought.
 
         A constant of as many entries as there happen to be samples looks the same. It is told apart by an earlier loss that had
         another number of samples.
         """
-        before = (1,) * (len(op.shape) - len(given.shape)) + tuple(given.shape)
-        for dim, (a, b) in enumerate(zip(before, op.shape)):
-            key = (op.kind, place, given.index, dim)
-            if a != 1 or b == 1:
+        for dim in dims:
+            key, size = (op.kind, place, given.index, dim), op.shape[dim]
+            if size == 1:
                 continue
-            if b != self.samples:
-                self.grown.setdefault(key, b)
-            elif self.grown.get(key) != b:
+            if size != self.samples:
+                self.grown.setdefault(key, size)
+            elif self.grown.get(key) != size:
                 op.refuse(
-                    f"broadcasts outputs of shape {tuple(given.shape)} to {tuple(op.shape)}, so that each sample meets values of "
-                    "all others: give targets the shape of the outputs (a constant that has as many entries as this batch has "
-                    "samples is refused only until a batch of another size has been seen)"
+                    f"broadcasts or multiplies outputs of shape {tuple(given.shape)} to {tuple(op.shape)}, so that each sample "
+                    "meets values of all others: give targets the shape of the outputs (a constant that has as many entries "
+                    "as this batch has samples is refused only until a batch of another size has been seen)"
                 )
 
 
@@ -317,7 +319,22 @@ def _aligned(flow: SampleFlow, op: Operation, place: int) -> State:
 def _reduced(flow: SampleFlow, op: Operation, place: int) -> State:
     """A criterion that has reduced its losses."""
     _joint(flow, op, [given.state for given in op.inputs])
-    return _added(op, mean=op.node._saved_reduction == MEAN)
+    mean = op.node._saved_reduction == MEAN
+    if mean and _normalised_by_targets(op.node):
+        raise PrivacyError(
+            "the loss is divided by the class weights of the batch, or by the number of its targets that are not ignored: "
+            f"each sample's share depends on the other samples. {REMEDY}"
+        )
+    return _added(op, mean)
+
+
+def _normalised_by_targets(node: Node) -> bool:
+    """Whether a mean divides by something else than the number of targets: nll_loss, below cross_entropy, may."""
+    weight = getattr(node, "_saved_weight", None) if hasattr(node, "_saved_total_weight") else None
+    if weight is not None and (weight != weight[0]).any():
+        return True
+    ignored = getattr(node, "_saved_ignore_index", None)
+    return ignored is not None and bool((node._saved_target == signed(ignored)).any())
 
 
 def _added(op: Operation, mean: bool) -> Total:
@@ -355,6 +372,23 @@ def _along(flow: SampleFlow, op: Operation, place: int) -> State:
     return op.moved(given, {d: d for d in range(len(given.shape))})
 
 
+def _renorm(flow: SampleFlow, op: Operation, place: int) -> State:
+    """Norms over all dimensions but one."""
+    (given,) = op.inputs
+    if not op.dims().issuperset(given.state.dims(given.shape)):
+        op.refuse("takes norms over the samples")
+    return given.state
+
+
+def _padded(flow: SampleFlow, op: Operation, place: int) -> State:
+    """Constants beside the numbers of each sample; a batch of the same size may still be another part of it."""
+    (given,) = op.inputs
+    last, pad = len(given.shape) - 1, op.node._saved_pad
+    if any(any(pad[2 * (last - d) : 2 * (last - d) + 2]) for d in given.state.dims(given.shape)):
+        op.refuse("moves the samples along the batch")
+    return op.moved(given, {d: d for d in range(len(given.shape))})
+
+
 def _reordered(flow: SampleFlow, op: Operation, place: int) -> State:
     """A flip or roll of some dimensions."""
     (given,) = op.inputs
@@ -375,6 +409,20 @@ def _permuted(flow: SampleFlow, op: Operation, place: int) -> State:
         a, b = wrapped(node._saved_dim0, count), wrapped(node._saved_dim1, count)
         order[a], order[b] = order[b], order[a]
     return op.moved(given, {d: place for place, d in enumerate(order)})
+
+
+def _repeated(flow: SampleFlow, op: Operation, place: int) -> State:
+    """The batch several times over, one after the other; or copies within each sample's numbers."""
+    (given,) = op.inputs
+    (*_, dim), shift = given.state.dims(given.shape), len(op.shape) - len(given.shape)
+    entries = given.state.entries
+    if (
+        op.shape[dim + shift] == given.shape[dim]
+        or given.state.dims(given.shape) != [dim]
+        or given.shape[dim] != entries
+    ):
+        return _aligned(flow, op, place)
+    return Rows(prod(op.shape[: dim + shift]), given.state.owners * (op.shape[dim + shift] // entries))
 
 
 def _parted(flow: SampleFlow, op: Operation, place: int) -> State:
@@ -455,6 +503,9 @@ def _product(flow: SampleFlow, op: Operation, place: int) -> State:
             contracted.append((own[batch[0]], given.state.owners))
         else:
             op.refuse("tears the rows of the batch apart")
+    if len(op.inputs) == 1 and kept:  # what the other factor, a constant, brings
+        own = letters[op.inputs[0].index]
+        flow.check_beside(op, op.inputs[0], place, [d for d, letter in enumerate(out) if letter not in own])
     if (kept and contracted) or len(set(contracted)) > 1:
         op.refuse("multiplies outputs of different samples")
     return TOTAL if contracted else _joint(flow, op, kept)
@@ -462,9 +513,12 @@ def _product(flow: SampleFlow, op: Operation, place: int) -> State:
 
 def _batch_first(flow: SampleFlow, op: Operation, place: int) -> State:
     """An operation that is defined for a batch in the first dimension."""
+    first = all(given.index == 0 and given.state.dims(given.shape) == [0] for given in op.inputs)
     if getattr(op.node, "_saved_reduction", NONE) != NONE:
+        if not first or len(op.inputs[0].shape) == 1:
+            op.refuse("compares outputs of different samples: it wants them as [samples, classes, ...]")
         return _reduced(flow, op, place)
-    if any(given.state.dims(given.shape) != [0] for given in op.inputs):
+    if not first:
         return _opaque(flow, op, place)
     return _joint(flow, op, [op.moved(given, {0: 0}) for given in op.inputs])
 
@@ -472,7 +526,7 @@ def _batch_first(flow: SampleFlow, op: Operation, place: int) -> State:
 def _layer_norm(flow: SampleFlow, op: Operation, place: int) -> State:
     given = op.inputs[0]
     first = len(given.shape) - len(op.node._saved_normalized_shape)
-    if any(d >= first for d in given.state.dims(given.shape)):
+    if given.index or len(op.inputs) > 1 or any(d >= first for d in given.state.dims(given.shape)):
         op.refuse("normalises over the samples")
     return given.state
 
@@ -488,8 +542,8 @@ def _ctc(flow: SampleFlow, op: Operation, place: int) -> State:
 def _indexed(flow: SampleFlow, op: Operation, place: int) -> State:
     """x[indices], some of which may be tensors: each sample may only find its own row."""
     (given,) = op.inputs
-    indices = _saved(op, "_saved_indices")
-    indices = [*indices, *[None] * (len(given.shape) - len(indices))]
+    _saved(op, "_saved_indices")
+    indices = indices_by_dim(op.node, op.node.name(), given.shape)
     advanced = [d for d, index in enumerate(indices) if index is not None]
     taken = torch.broadcast_tensors(*(indices[d] for d in advanced))
     adjacent = advanced == list(range(advanced[0], advanced[-1] + 1))
@@ -547,6 +601,8 @@ def _opaque(flow: SampleFlow, op: Operation, place: int) -> State:
                     op.refuse("takes outputs of different samples together")
     except (RuntimeError, NotImplementedError) as error:
         op.refuse_unseen(f"has a backward pass that does not run twice ({error})")
+    if not any(samples in given.shape[1:] for given in op.inputs):
+        flow.check_beside(op, op.inputs[0], place, range(1, len(op.shape)))
     return rows
 
 
@@ -571,7 +627,8 @@ def _apart(alone: Tensor | None, beside: Tensor | None, chosen: Tensor) -> bool:
 
 RULES: dict[str, Rule] = dict.fromkeys(VIEWS, _view)
 RULES |= dict.fromkeys(REDUCING, _reduce) | dict.fromkeys(ALONG, _along) | dict.fromkeys(PRODUCTS, _product)
-RULES |= dict.fromkeys(("Expand", "Repeat", "ConstantPadNd"), _aligned) | dict.fromkeys(("Flip", "Roll"), _reordered)
+RULES |= {"Renorm": _renorm, "ConstantPadNd": _padded}
+RULES |= {"Expand": _aligned, "Repeat": _repeated} | dict.fromkeys(("Flip", "Roll"), _reordered)
 RULES |= dict.fromkeys(("Permute", "Transpose", "T"), _permuted) | dict.fromkeys(("Cat", "Stack"), _joined)
 RULES |= dict.fromkeys(("Select", "Slice", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind"), _parted)
 RULES |= dict.fromkeys(BATCH_FIRST, _batch_first)

@@ -20,14 +20,19 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Watch:
     """All parameters and buffers of a model as they are now.
 
-    PyTorch counts the writes to each tensor. Trainable parameters may also be written to if they then hold what they held, as
-    when an average is swapped in for an evaluation and out again.
+    PyTorch counts the writes to each tensor, other than through `.data` or NumPy. So what trainable parameters and buffers hold
+    is compared too; and the former may be written to if they then hold what they held, as when an average is swapped in for an
+    evaluation and out again.
     """
 
     def __init__(self, members: Members):
         self._seen = _versions(members)
         self._trainable = {name: p for name, p in members.parameters.items() if p.requires_grad}
-        self._bits = bits(self._trainable.values())
+        self._buffers = [b for b in members.buffers.values() if type(b) is Tensor and b.layout == torch.strided]
+        self._bits = self._held()
+
+    def _held(self) -> Tensor:
+        return bits([*self._trainable.values(), *self._buffers])
 
     def check(self, members: Members) -> None:
         """Refuse members, of the same model now, that are not what they were.
@@ -47,10 +52,10 @@ class Watch:
                     f"{OWN_CHANGES}"
                 )
             rewritten = rewritten or name
-        if rewritten and bool(bits(self._trainable.values()) != self._bits):
+        if bool(self._held() != self._bits):
             raise PrivacyError(
-                f"{rewritten!r} changed outside the private step: a forward or backward pass that writes to a parameter "
-                f"releases private values, unnoised. {OWN_CHANGES}"
+                f"{rewritten or 'a parameter or buffer'!r} changed outside the private step: a forward or backward pass that "
+                f"writes to a parameter or buffer releases private values, unnoised. {OWN_CHANGES}"
             )
 
 
@@ -82,7 +87,8 @@ def bits(parameters: Iterable[Tensor]) -> Tensor:
     """The sum of all the bits, as integers: int64, on the device of the first. One pass over them."""
     alike: dict[tuple, list[Tensor]] = {}
     for p in parameters:
-        alike.setdefault((p.device, p.dtype), []).append(p.detach().reshape(-1))
+        p = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
+        alike.setdefault((p.device, p.dtype), []).append(p.reshape(-1))
     flat = [torch.cat(tensors).contiguous() for tensors in alike.values()]
     totals = [t.view(INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in flat]
     return torch.stack([total.to(totals[0].device) for total in totals]).sum() if totals else torch.zeros(())

@@ -189,6 +189,36 @@ def test_a_private_step_clips_and_sums_what_is_made():
     assert oracle.norm({n: p.grad for n, p in model.named_parameters()}) <= 2 * N * 1e-3 * (1 + 1e-5)
 
 
+class Conditioned(nn.Module):
+    """A scale that a linear map makes of a constant, which ends in a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(C, C)
+        self.register_buffer("constant", torch.randn(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.map(self.constant)
+
+
+def test_what_a_linear_map_makes_is_exact_at_every_step():
+    model = Conditioned()
+    clipper = GhostClipper(model, 1e-3)
+    for rows in (4, 3, C, 2):
+        assert clipper.accumulate(model(torch.randn(rows, T, C)).square().sum((1, 2))).clipped == rows
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(2, 4))])
+def test_models_that_are_scripted_or_traced(make):
+    model = make(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)))
+    x = torch.randn(5, 4)
+    for call in range(4):
+        try:
+            assert GhostClipper(model, 1e-3).accumulate(model(x).square().sum(1)).clipped == 5
+        except PrivacyError as error:  # TorchScript fuses after some calls
+            assert call and "train the Python module" in str(error)
+
+
 class Listed(nn.Module):
     def __init__(self):
         super().__init__()

@@ -235,7 +235,47 @@ def unpadded(h, out, mask, head):
     return Unpadded.apply(head(h.flatten(0, 1)[index]), index, mask.numel()).view_as(out)
 
 
-WAYS = [marked, laid_flat, written, unpadded, added, scattered, in_pieces, packed]
+def multiplied(h, out, mask, head):
+    """By a matrix of ones and zeros, as experts' dispatch."""
+    places = F.one_hot(mask.flatten().nonzero().flatten(), mask.numel()).to(h.dtype)
+    return (places.T @ head(places @ h.flatten(0, 1))).view_as(out)
+
+
+def multiplied_by_einsum(h, out, mask, head):
+    places = F.one_hot(mask.flatten().nonzero()[:, 0], mask.numel()).to(h.dtype)
+    return torch.einsum("mt,md->td", places, head(torch.einsum("mt,td->md", places, h.flatten(0, 1)))).view_as(out)
+
+
+def multiplied_sparse(h, out, mask, head):
+    rows = head(h[mask])
+    index = torch.stack([mask.nonzero()[:, 0], torch.arange(len(rows))])
+    ones = torch.ones(len(rows), dtype=h.dtype)
+    return torch.sparse.mm(torch.sparse_coo_tensor(index, ones, (len(out), len(rows))), rows)
+
+
+def averaged(h, out, mask, head):
+    rows = head(h[mask])
+    return out[:, 0].scatter_reduce(0, mask.nonzero()[:, :1].expand_as(rows), rows, "mean", include_self=False)
+
+
+def in_bags(h, out, mask, head):
+    starts = F.pad(mask.sum(1).cumsum(0)[:-1], (1, 0))
+    rows = head(h[mask])
+    return F.embedding_bag(torch.arange(len(rows)), rows, starts, mode="sum")
+
+
+def looked_up(h, out, mask, head):
+    places = (mask.flatten().cumsum(0) - 1).clamp_min(0).view_as(mask)
+    return F.embedding(places, head(h[mask])) * mask[..., None]
+
+
+def put(h, out, mask, head):
+    rows = head(h[mask])
+    return out.put(torch.arange(out.numel()).view_as(out)[mask], rows)
+
+
+WAYS = [marked, laid_flat, written, unpadded, added, scattered, in_pieces, packed, multiplied, multiplied_by_einsum]
+WAYS += [multiplied_sparse, averaged, in_bags, looked_up, put]
 
 
 class Marked(nn.Module):
@@ -364,6 +404,23 @@ class Largest(nn.Module):
         return y
 
 
+class Unseen(nn.Module):
+    """Writes that PyTorch does not count, to a buffer or a parameter that it may use or not."""
+
+    writes = False
+
+    def __init__(self, name, write):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(D, D), nn.Parameter(torch.ones(D))
+        self.register_buffer("centre", torch.zeros(D))
+        self.write = lambda x: write(getattr(self, name), x.mean(0))
+
+    def forward(self, x):
+        if self.writes:
+            self.write(x)
+        return self.linear(x) * self.scale
+
+
 class Normalised(nn.Module):
     """A weight that its forward pass rewrites."""
 
@@ -386,6 +443,10 @@ WRITES = {
     "a buffer in backward": lambda: Largest("written in backward"),
     "a buffer replaced in backward": lambda: Largest("replaced in backward"),
     "a weight in forward": Normalised,
+    "a buffer's data": lambda: Unseen("centre", lambda t, mean: t.data.copy_(mean)),
+    "a buffer's memory": lambda: Unseen("centre", lambda t, mean: t.numpy().__setitem__(0, mean[0].item())),
+    "a weight's data": lambda: Unseen("scale", lambda t, mean: t.data.add_(mean)),
+    "the data of a weight replaced": lambda: Unseen("scale", lambda t, mean: setattr(t, "data", t.data + mean)),
 }
 
 

@@ -142,6 +142,19 @@ MIXING = {  # name -> (shape of the outputs, loss)
     "distances": ((N, C), lambda s: torch.cdist(s, s).mean()),
     "covariance": ((N, C), lambda s: torch.cov(s.T).abs().mean()),
     "a sample's loss twice": ((N,), lambda s: s.mean() * s[0]),
+    "norms of features": ((N, C), lambda s: s.renorm(2, 1, 0.5).abs().mean()),
+    "shifted by padding": ((N, C), lambda s: (s - F.pad(s, (0, 0, 1, -1))).abs().mean()),
+    "outputs as filters": ((N, C, 2), lambda s: F.conv1d(torch.randn(N, C, 2), s).squeeze(2).logsumexp(1).mean()),
+    "outputs as scales of a layer norm": ((N, N), lambda s: F.layer_norm(s, (N,), weight=s.mean(1)).abs().mean()),
+    "outputs as scales of a group norm": (
+        (N, C),
+        lambda s: F.group_norm(torch.randn(N, N, 3), 2, weight=s.mean(1)).logsumexp(1).mean(),
+    ),
+    "margins between samples": ((N, C), lambda s: F.multi_margin_loss(s.T, Y[:C])),
+    "ranks of samples": ((N,), lambda s: F.multilabel_margin_loss(s, torch.tensor([0, 2, -1, 1, 1, 1]))),
+    "samples as classes": ((N, C), lambda s: F.nll_loss(s.log_softmax(1).T, Y[:C])),
+    "frozen tower": ((N, C), lambda s: F.cross_entropy(s @ torch.randn(C, N), torch.arange(N))),
+    "distances to targets": ((N, C), lambda s: F.cross_entropy(-torch.cdist(s, torch.randn(N, C)), torch.arange(N))),
 }
 
 
@@ -285,6 +298,14 @@ HONEST = {
     "two calls in one batch": ((N, C), lambda z: F.mse_loss(torch.cat([z, 2 * z]), torch.randn(2 * N, C))),
     "divided by a constant": ((N,), lambda z: z.square().sum() / N),
     "dot": ((N,), lambda z: z @ torch.rand(N) / N),
+    "prototypes": ((N, C), lambda z: F.cross_entropy(z @ torch.randn(C, N + 2), Y)),
+    "masked features": ((N, C), lambda z: z[:, torch.arange(C) > 1].logsumexp(1).mean()),
+    "several draws": (
+        (N, C),
+        lambda z: (z.repeat(3, 1) + torch.randn(3 * N, C)).square().view(3, N, C).mean((0, 2)).mean(),
+    ),
+    "padded": ((N, C), lambda z: F.pad(z, (1, 0)).diff(dim=1).abs().mean()),
+    "renormalised": ((N, C), lambda z: z.renorm(2, 0, 0.5).square().mean()),
     "second moments": ((N, C), lambda z: (z.T @ z).sum() / N),
     "compiled, by row": ((N, C), lambda z: compiled(z).mean()),
 }
@@ -317,7 +338,8 @@ UNSEEN = {name for name in MIXING if "mistake" in name} | {
     "backward that normalises",
 }
 UNSEEN |= {"masked rows", "neighbours in the batch", "halves", "halves by chunk", "flipped", "pairs"}
-UNSEEN |= {"largest, by index", "weighted by the batch"}
+UNSEEN |= {"largest, by index", "weighted by the batch", "ranks of samples", "samples as classes"}
+UNSEEN |= {"frozen tower", "distances to targets", "outputs as scales of a group norm"}
 
 
 @pytest.mark.parametrize("name", sorted(set(MIXING) - UNSEEN))
@@ -363,6 +385,58 @@ def test_a_grid_that_happens_to_have_as_many_entries_as_there_are_samples():
         out = PrivateModule(Leaf(torch.randn(rows, 1)), Tape("mean"))(torch.zeros(1))
         with pytest.raises(PrivacyError, match="broadcasts"):
             (out - torch.randn(rows)).abs().mean().backward()
+
+
+class Several(nn.Module):
+    """A model of several outputs."""
+
+    def __init__(self, *shapes):
+        super().__init__()
+        self.outputs = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+
+    def forward(self, x):
+        return [values + 0 * x.sum() for values in self.outputs]
+
+
+@pytest.mark.parametrize("shape", [(), (1, N, C), (T, N, C), (2 * N,)])
+def test_outputs_that_the_loss_leaves_out(shape):
+    """A recurrent layer's last state, or an auxiliary number: other rows than samples, which say nothing of the loss."""
+    for loss in (_contrast, torch.mean):
+        module = PrivateModule(Several((N, C), shape), Tape("mean"))
+        out, _ = module(torch.zeros(1))
+        if loss is torch.mean:
+            loss(out).backward()
+            assert module._tape.rows == N
+        else:
+            with pytest.raises(PrivacyError, match="samples mix in the loss"):
+                loss(out).backward()
+            assert module._tape.empty
+
+
+def test_a_pass_that_starts_from_an_edge():
+    edge = torch.autograd.graph.get_gradient_edge
+    out, tape = outputs(N, C)
+    with pytest.raises(PrivacyError, match="samples mix in the loss"):
+        torch.autograd.backward([out.mean(), edge(_contrast(out))], [torch.ones(())] * 2)
+    assert tape.empty
+    torch.autograd.backward([edge(out.mean())], [torch.ones(())])
+    assert tape.rows == N
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("options", [{"weight": torch.rand(C)}, {"ignore_index": 3}])
+def test_means_over_targets_beside_as_many_means_as_samples(rows, options):
+    out, tape = outputs(rows, C)
+    with pytest.raises(PrivacyError, match="divided by the class weights"):
+        (F.cross_entropy(out, Y[:rows], **options) + out.square().mean() + out.abs().mean()).backward()
+    assert tape.empty
+
+
+def test_a_mask_over_samples_and_positions_is_no_index():
+    out, tape = outputs(2, 2, C)
+    with pytest.raises(PrivacyError, match="picks rows along the batch"):
+        out[torch.tensor([[False, False], [True, True]])].logsumexp(1).mean().backward()
+    assert tape.empty
 
 
 def test_criterions_that_are_compiled():
