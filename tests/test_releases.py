@@ -362,6 +362,49 @@ def test_forked_children_of_a_loop_draw_their_own_noise(given, used):
         assert not torch.isclose(a, b, rtol=0, atol=1e-3).any()
 
 
+def next_batch(parts) -> torch.Tensor:
+    return torch.tensor(next(parts), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("made_by", ["make_private", "copy", "split", "seeded"])
+def test_forked_children_of_a_loop_draw_batches_of_their_own(made_by):
+    loader = private_optimizer(Generator().manual_seed(1) if made_by == "seeded" else None)[0][2]
+    loader = {"copy": copy.deepcopy, "split": lambda one: one.split(1000)}.get(made_by, lambda one: one)(loader)
+    parts = iter(loader.batch_sampler)
+    next_batch(parts)
+    draws = [in_child(lambda: next_batch(parts)) for _ in range(2)] + [next_batch(parts)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_batch_drawn_before_a_fork_is_the_parents_alone(split):
+    (private, optimizer, loader), _ = private_optimizer(None)
+    batches = iter(loader.split(5) if split else loader)
+
+    def finish() -> torch.Tensor:
+        """Steps to the end of the batch that was begun."""
+        x, y = next(batches) if split else first
+        while True:
+            optimizer.zero_grad()
+            F.cross_entropy(private(x), y).backward()
+            try:
+                optimizer.step()
+            except PrivacyError as error:
+                return torch.tensor(["no batch is left" in str(error)])
+            if not optimizer.accumulating:
+                return torch.tensor([False])
+            x, y = next(batches)
+
+    first = next(batches)
+    if split:  # one part is added up, others are still to come
+        x, y = first
+        F.cross_entropy(private(x), y).backward()
+        optimizer.step()
+        assert optimizer.accumulating
+    assert in_child(finish) == 1
+    assert finish() == 0
+
+
 def test_forked_children_of_a_clipper_draw_their_own_noise():
     clipper, generator = GhostClipper(small_model(), 1.0), Generator().manual_seed(1)
     for source in (None, generator):
