@@ -57,6 +57,12 @@ def noise_generator(device: torch.device | str = "cpu") -> Generator:
     return _generators[device]
 
 
+def draws_alike(device: torch.device) -> str:
+    """What draws the same numbers from the same stream: on a GPU they depend on how many run side by side."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, PyTorch {torch.__version__}"
+
+
 def gaussian(shape: torch.Size, std: float, device: torch.device, generator: NoiseSource | None = None) -> Tensor:
     """N(0, std^2), float64, on `device`; a CPU generator draws on the CPU, so that its stream serves every device."""
     generator = generator or noise_generator(device)

@@ -26,7 +26,7 @@ from fastloda.errors import PrivacyError
 from fastloda.files import make_place
 from fastloda.intent import Releases
 from fastloda.interrupts import interrupts_wait
-from fastloda.noise import NoiseSource, describe_randomness
+from fastloda.noise import NoiseSource, describe_randomness, draws_alike
 from fastloda.randomness import Secret, generator_states, restore_generators, restored
 from fastloda.sampling import largest_share, micro_batches, poisson_sample, share
 from fastloda.schedules import Schedule, warmup_then
@@ -493,14 +493,16 @@ class DPTrainer:
     def _noise_over(self, sums: Sequence[Tensor]) -> NoiseSource:
         """The noise of the next release, which is on record when this returns; sums: what it will hide.
 
-        The same secret, number and sums give the same noise. A seeded run's does not follow from the sums, which round
+        The same secret, number and sums give the same noise, if the bound that scales it is the same, too, and the kind of
+        device, for each draws other numbers from a stream. A seeded run's noise does not follow from the sums, which round
         otherwise in other micro-batches: such runs can be compared, and their noise can be foreseen anyway.
 
         Raises:
             _OtherRelease: a release of that number is on record, over other sums or with noise that can't be repeated.
         """
         settings, number = self.settings, self.step + 1
-        hashed = self._secret.digest(f"sums {number}", sums).hex()
+        scale = f"bound {self.clipper.max_grad_norm} on {draws_alike(self._device)}"
+        hashed = self._secret.digest(f"sums {number}, {scale}", sums).hex()
         self.world.from_first(lambda: self._put_on_record(number, "" if settings.secure_noise else hashed))
         if settings.secure_noise:
             return SecureGenerator()

@@ -160,6 +160,24 @@ def test_only_what_differs_is_charged_and_its_batches_are_not_taken_again(tmp_pa
     assert drawn[4:7] == drawn[:3] and drawn[7] not in drawn[:7]
 
 
+@pytest.mark.parametrize("change", ["bound", "device"])
+def test_a_step_over_the_same_sum_with_other_noise_is_another_release(tmp_path, released, monkeypatch, change):
+    """The bound scales the noise, and each kind of device draws other numbers from a stream: S + z and S + 2z tell S."""
+    path = tmp_path / "run.pt"
+    first = trainer(checkpoint=path, losses=lambda *a: 1e-6 * losses(*a))  # far below the bound
+    first.save()
+    first.train_step()
+    second = trainer(checkpoint=path, losses=lambda *a: 1e-6 * losses(*a))
+    if change == "bound":
+        second.clipper.max_grad_norm = 2.0
+    else:
+        monkeypatch.setattr(fastloda.trainer, "draws_alike", lambda device: "another GPU")
+    with pytest.warns(UserWarning, match="1 steps gave other sums"):
+        second.train_step()
+    assert second.step == 2 and len(released) == 2
+    assert_noise_never_repeats(released)
+
+
 def test_a_run_that_ends_while_it_is_charged_is_at_its_end(tmp_path):
     path = tmp_path / "run.pt"
     first = trainer(checkpoint=path)
