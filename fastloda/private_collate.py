@@ -6,8 +6,6 @@ read: half of them are replaced, then the other half, and no value of the batch 
 """
 
 import copy
-import functools
-import inspect
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -20,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastloda.errors import PrivacyError
+from fastloda.randomness import generators_in
 
 _halves = random.SystemRandom()  # draws from no generator that a training run uses
-_FEW, _DEEP = 64, 4  # containers and depths in which a collate_fn's own generators are sought
 RELATIVE, ABSOLUTE = 1e-5, 1e-8  # differences below are rounding
 _PLAIN = (np.generic, bool, int, float, complex, str, bytes)
 
@@ -219,7 +217,7 @@ def _nothing_drawn(collate_fn: Callable) -> Iterator[None]:
     with ExitStack() as after, torch.random.fork_rng(range(torch.cuda.device_count()) if _on_gpu() else []):
         after.callback(random.setstate, random.getstate())
         after.callback(np.random.set_state, np.random.get_state())
-        for generator in _generators(collate_fn, _DEEP):
+        for generator in generators_in(collate_fn):
             if isinstance(generator, torch.Generator):
                 after.callback(generator.set_state, generator.get_state())
             elif isinstance(generator, np.random.Generator):
@@ -233,35 +231,6 @@ def _nothing_drawn(collate_fn: Callable) -> Iterator[None]:
 
 def _on_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
-
-
-def _generators(value: Any, depth: int) -> Iterator[Any]:
-    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-        if not isinstance(value, random.SystemRandom):  # which has no state
-            yield value
-    elif depth:
-        for held in _held_by(value):
-            yield from _generators(held, depth - 1)
-
-
-def _held_by(value: Any) -> list:
-    """What a function or an object refers to, as far as it is no data."""
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if inspect.ismethod(value):
-        return [value.__self__, value.__func__]
-    if inspect.isfunction(value):
-        try:
-            names = inspect.getclosurevars(value)
-        except ValueError:  # a variable that is not set yet
-            return []
-        return [*names.nonlocals.values(), *names.globals.values(), *(value.__defaults__ or ())]
-    if isinstance(value, (list, tuple, dict)):
-        held = list(value.values()) if isinstance(value, dict) else list(value)
-        return held if len(held) <= _FEW else []
-    if inspect.isclass(value) or inspect.ismodule(value) or not hasattr(value, "__dict__"):
-        return []
-    return [*vars(value).values(), type(value).__call__] if callable(value) else list(vars(value).values())
 
 
 # ---- the empty batch

@@ -380,6 +380,78 @@ def test_forked_children_of_a_loop_draw_their_own_noise(given, used):
         assert not torch.isclose(a, b, rtol=0, atol=1e-3).any()
 
 
+module_generator = np.random.default_rng()
+
+
+class OwnNoise:
+    """Noise of one's own, from a generator of any kind, in the object or beside it."""
+
+    def __init__(self, kind):
+        self.draw = {
+            "torch": lambda n, g=Generator(): torch.randn(n, generator=g).tolist(),  # noqa: B008
+            "numpy": lambda n, g=np.random.default_rng(): g.standard_normal(n),  # noqa: B008
+            "old numpy": lambda n, g=np.random.RandomState(): g.standard_normal(n),  # noqa: B008
+            "python": lambda n, g=random.Random(): [g.gauss(0, 1) for _ in range(n)],  # noqa: B008
+            "module": lambda n: module_generator.standard_normal(n),
+            "same": lambda n, numbers=torch.randn(100).tolist(): numbers[:n],  # noqa: B008
+            "zeros": lambda n: [0.0] * n,
+            "wide": lambda n: torch.full((n,), 100.0).tolist(),
+            "not finite": lambda n: [np.nan] * n,
+        }[kind]
+
+    def normal(self, shape):
+        return torch.tensor(np.asarray(self.draw(shape.numel())), dtype=torch.float64).view(shape)
+
+
+class Attribute:
+    """The same with a generator that a copy copies."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def normal(self, shape):
+        if isinstance(self.generator, Generator):
+            return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return torch.from_numpy(np.asarray(self.generator.standard_normal(tuple(shape))))
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "old numpy", "python", "module"])
+def test_forked_children_repeat_no_noise_of_ones_own(kind):
+    made, model = private_optimizer(OwnNoise(kind))
+    draws = [in_child(lambda: loop_step(made, model)) for _ in range(2)] + [loop_step(made, model).double()]
+    for i, a in enumerate(draws):
+        assert not any(torch.isclose(a, b, rtol=0, atol=1e-3).all() for b in draws[:i])
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("make", [Generator, np.random.default_rng, np.random.RandomState])
+def test_copies_repeat_no_noise_of_ones_own(make, again):
+    (_, optimizer, _), _ = private_optimizer(Attribute(make()))
+    shape, copied = torch.Size([5]), again(optimizer)
+    assert not torch.isclose(copied.generator.normal(shape), optimizer.generator.normal(shape)).any()
+
+
+@pytest.mark.parametrize("kind", ["same", "zeros", "wide"])
+def test_what_is_hardly_noise_is_said(kind):
+    with pytest.warns(UserWarning, match="given before" if kind == "same" else "not 1"):
+        made, model = private_optimizer(OwnNoise(kind))
+        for _ in range(2):
+            loop_step(made, model)
+
+
+def test_noise_that_is_not_finite_is_refused():
+    made, model = private_optimizer(OwnNoise("not finite"))
+    with pytest.raises(PrivacyError, match="OwnNoise.normal must give finite numbers"):
+        loop_step(made, model)
+    assert not len(made[1].accountant)
+
+
+@pytest.mark.parametrize("given", [np.random.default_rng(), np.random.RandomState()])
+def test_a_bare_numpy_generator_is_no_source_of_noise(given):
+    with pytest.raises(TypeError, match="must come from a torch.Generator or an object with normal"):
+        private_optimizer(given)
+
+
 def next_batch(parts) -> torch.Tensor:
     return torch.tensor(next(parts), dtype=torch.float64)
 
