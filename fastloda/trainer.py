@@ -5,6 +5,7 @@ import os
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -291,7 +292,8 @@ class DPTrainer:
                         self.save()
             except BaseException:
                 if self.world.size == 1 and not self._moving:
-                    self.save()
+                    with suppress(PrivacyError):  # then it is another run's
+                        self.save()
                 raise
             self.save()
         return self
@@ -436,9 +438,14 @@ class DPTrainer:
         return (chosen + torch.randint(1, max(2, self.records), chosen.shape, generator=stream)) % self.records
 
     def save(self) -> None:
-        """Write the checkpoint, atomically; by rank 0, and none goes on before it is written."""
+        """Write the checkpoint, atomically; by rank 0, and none goes on before it is written.
+
+        Raises:
+            PrivacyError: it is another run's by now, which has released something since.
+        """
         if self.checkpoint:
             state = self.state_dict()
+            self.world.from_first(self._releases.check_alone)
             self.world.from_first(lambda: save_checkpoint(self.checkpoint, state, self._fingerprint))
 
     def state_dict(self) -> dict:

@@ -285,6 +285,17 @@ def test_two_processes_on_one_checkpoint_are_refused(tmp_path):
     assert Releases(path).last == 3
 
 
+@pytest.mark.parametrize("way", ["fit", "save"])
+def test_a_refused_run_leaves_the_checkpoint_of_the_other(tmp_path, way):
+    path = tmp_path / "run.pt"
+    first, second = trainer(checkpoint=path), trainer(checkpoint=path)
+    first.fit()
+    saved = path.read_bytes()
+    with pytest.raises(PrivacyError, match="another process"):
+        getattr(second, way)()
+    assert path.read_bytes() == saved and trainer(checkpoint=path).step == SETTINGS.steps
+
+
 # ---- a failed step
 
 
