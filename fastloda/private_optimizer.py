@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastloda.accountant import compose_epsilon
+from fastloda.accountant import check_mechanism, compose_epsilon
 from fastloda.adaptive import AdaptiveClipping
 from fastloda.clip import check_max_grad_norm
 from fastloda.coverage import check_optimizer
@@ -176,6 +176,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "scaler (GradScaler(enabled=False) leaves the loop as it is)"
             )
         self._world.unchanged()
+        check_mechanism(
+            self.sample_rate, self.noise_multiplier, 1
+        )  # what the account would refuse is not to be released
         if self.budget:
             self.budget.check([*self.accountant.history, (self.noise_multiplier, self.sample_rate, 1)])
         drawn = self.tally.drawn

@@ -462,6 +462,33 @@ def test_a_bare_numpy_generator_is_no_source_of_noise(given):
         private_optimizer(given)
 
 
+@pytest.mark.parametrize("noise", [torch.tensor(2.0), "1", True, -1.0, float("nan"), None])
+def test_noise_that_cannot_be_counted_releases_nothing(noise):
+    (private, optimizer, loader), model = private_optimizer(None)
+    x, y = next(iter(loader))
+    F.cross_entropy(private(x), y).backward()
+    optimizer.noise_multiplier = noise
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    with pytest.raises((TypeError, ValueError), match="noise_multiplier must be"):
+        optimizer.step()
+    assert all(p.grad is b or torch.equal(p.grad, b) for p, b in zip(model.parameters(), before))
+    optimizer.noise_multiplier = 1.0
+    optimizer.step()  # the batch is still there
+    assert optimizer.accountant.history == [(1.0, 0.5, 1)]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_copies_of_a_trainer_draw_and_count_their_own(again, seed):
+    first = trainer(dataclasses.replace(SETTINGS, seed=seed, learning_rate=1.0))
+    first.train_step()
+    copied = again(first)
+    assert torch.equal(vector(first), vector(copied)) and copied.step == 1
+    assert not torch.isclose(step_of(first), step_of(copied), rtol=0, atol=1e-3).all()
+    first.accountant.load_state_dict(copied.accountant.state_dict())
+    assert copied.step == 2 and first.step == 3
+
+
 def next_batch(parts) -> torch.Tensor:
     return torch.tensor(next(parts), dtype=torch.float64)
 
