@@ -322,9 +322,13 @@ class DPTrainer:
         self._check_worth_it()
         indices = poisson_sample(self.records, settings.sample_rate, self._secret.generator(f"batch {self.step + 1}"))
         self._look_due |= is_due(self.step + 1, self._secret)
-        before = generator_states(self._generators)
+        before, key = generator_states(self._generators), self._secret.key
         try:
             stats = self._accumulate(indices)
+            if self._secret.key != key:
+                raise PrivacyError(
+                    "this process was forked in the middle of a step, whose batch is its parent's: the next step is its own"
+                )
             self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self._noise_over)
         except BaseException as error:
             self.clipper.reset()  # a record may not be in the next step's sum as well

@@ -462,6 +462,34 @@ def test_a_bare_numpy_generator_is_no_source_of_noise(given):
         private_optimizer(given)
 
 
+def test_a_step_that_a_fork_falls_into_is_the_parents_alone():
+    def forked() -> torch.Tensor:
+        """What a child gives that is forked while losses are computed, and the parent's own step."""
+        t, within = trainer(), []
+        t.train_step()
+
+        def forking(*arguments):
+            if not within:
+                reading, writing = os.pipe()
+                within.extend([os.fork(), reading, writing])
+            return losses(*arguments)
+
+        t.losses = forking
+        try:
+            t.train_step()
+            refused = False
+        except PrivacyError as error:
+            refused = "forked in the middle" in str(error) and t.step == 1 and t.train_step() is not None
+        child, reading, writing = within
+        if child == 0:
+            os.write(writing, bytes([refused]))
+            os._exit(0)
+        os.waitpid(child, 0)
+        return torch.tensor([not refused and t.step == 2 and os.read(reading, 1) == b"\x01"])
+
+    assert in_child(forked) == 1  # in a process of its own, for no fork may come back into the tests
+
+
 @pytest.mark.parametrize("noise", [torch.tensor(2.0), "1", True, -1.0, float("nan"), None])
 def test_noise_that_cannot_be_counted_releases_nothing(noise):
     (private, optimizer, loader), model = private_optimizer(None)
