@@ -304,7 +304,7 @@ def _cheap_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
     """Upper bound on epsilon at once, for any input: inf without noise, 0 without steps, exact at rate 1."""
     if not mechanisms:
         return 0.0
-    if any(m.noise_multiplier == 0 for m in mechanisms):
+    if any(m.noise_multiplier == 0 for m in mechanisms) or not math.isfinite(_gaussian_mu(mechanisms)):
         return math.inf
     few = _rounded(mechanisms)
     rdp = sum(m.steps * _rdp(m.sample_rate, m.noise_multiplier) for m in few)

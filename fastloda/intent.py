@@ -46,6 +46,14 @@ class Releases:
         """The number of the last release; 0 before the first."""
         return self.account["steps"] if self.account else 0
 
+    def check_alone(self) -> None:
+        """Raise PrivacyError if another process has written to the file since this one has."""
+        if self.path and self.path.exists() and self.path.stat().st_size != self._size:
+            raise PrivacyError(
+                f"another process has written to {self.path}: two runs with one checkpoint would each count their own releases "
+                "only; give each a checkpoint of its own"
+            )
+
     def add(self, account: dict, hashed: str) -> None:
         """One more, counted in account. On the disk when this returns.
 
@@ -70,11 +78,8 @@ class Releases:
     def _append(self, line: bytes) -> None:
         try:
             with self.path.open("r+b") as file:
-                if file.seek(0, os.SEEK_END) != self._size:
-                    raise PrivacyError(
-                        f"another process has written to {self.path}: two runs with one checkpoint would each count their "
-                        "own releases only; give each a checkpoint of its own"
-                    )
+                self.check_alone()
+                file.seek(0, os.SEEK_END)
                 try:
                     file.write(line)
                     file.flush()

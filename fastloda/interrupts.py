@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def interrupts_wait() -> Iterator[list[int]]:
     """SIGINT (Ctrl-C) and SIGTERM go into the list inside, and take effect on leaving; a second one takes effect at once.
 
-    Only the main thread has signals; elsewhere the list stays empty.
+    Only the main thread has signals; elsewhere the list stays empty. A signal that is ignored (nohup) stays ignored.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -28,7 +28,10 @@ def interrupts_wait() -> Iterator[list[int]]:
         signal.signal(number, before[number])
         signal.raise_signal(number)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, note)
     try:
         yield received
     finally:

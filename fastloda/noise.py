@@ -3,13 +3,16 @@
 float32 `torch.randn` ends at 5.77 sigma on a CPU, which alone can cost a delta of 1.6e-4; float64 reaches beyond 8 sigma.
 """
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
+from fastloda.errors import PrivacyError
 from fastloda.randomness import hold, unpredictable_generator
 
 
@@ -30,6 +33,7 @@ UNRECORDED = "not on record for every release: take the noise for foreseeable"
 UNFORESEEABLE = "seeded by the operating system"
 SECURE = "noise from the operating system's cryptographically secure generator; sampling seeded by the operating system"
 
+_begun: set[bytes] = set()  # how each draw from a source of one's own began
 _generators: dict[torch.device, Generator] = {}
 # A forked child must not repeat its parent's noise.
 os.register_at_fork(after_in_child=_generators.clear)
@@ -57,14 +61,47 @@ def noise_generator(device: torch.device | str = "cpu") -> Generator:
     return _generators[device]
 
 
+def draws_alike(device: torch.device) -> str:
+    """What draws the same numbers from the same stream: on a GPU they depend on how many run side by side."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, PyTorch {torch.__version__}"
+
+
 def gaussian(shape: torch.Size, std: float, device: torch.device, generator: NoiseSource | None = None) -> Tensor:
     """N(0, std^2), float64, on `device`; a CPU generator draws on the CPU, so that its stream serves every device."""
-    generator = generator or noise_generator(device)
-    if not isinstance(generator, Generator):
-        noise = generator.normal(shape)
-        if noise.shape != shape or noise.dtype != torch.float64:
-            got, source = f"{noise.dtype} of shape {tuple(noise.shape)}", type(generator).__name__
-            raise ValueError(f"{source}.normal must give float64 numbers of shape {tuple(shape)}, got {got}")
+    generator = hold(noise_generator(device) if generator is None else generator)
+    if isinstance(generator, Generator):
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
     else:
-        noise = torch.randn(shape, generator=hold(generator), dtype=torch.float64, device=generator.device)
+        noise = _checked(generator.normal(shape), shape, f"{type(generator).__name__}.normal")
     return noise.mul_(std).to(device)
+
+
+def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """A copy of what a source of one's own has given."""
+    if not isinstance(noise, Tensor) or noise.shape != shape or noise.dtype != torch.float64:
+        got = (
+            f"{noise.dtype} of shape {tuple(noise.shape)}" if isinstance(noise, Tensor) else f"a {type(noise).__name__}"
+        )
+        raise ValueError(f"{name} must give float64 numbers of shape {tuple(shape)}, in a tensor, got {got}")
+    noise = noise.detach().clone(memory_format=torch.contiguous_format)
+    squares = float(noise.square().sum())
+    if not math.isfinite(squares):
+        raise PrivacyError(f"{name} must give finite numbers: the gradient would be none")
+    # of n normal numbers: n, give or take 12 standard deviations (for few numbers, what no chance makes)
+    numbers = noise.numel()
+    if numbers and (abs(squares - numbers) > 12 * math.sqrt(2 * numbers) + 72 or squares < 1e-24 * numbers):
+        warnings.warn(
+            f"{name} gave {numbers} numbers whose squares have mean {squares / numbers:.3g}, not 1: epsilon is for independent "
+            "numbers of mean 0 and standard deviation 1",
+            stacklevel=2,
+        )
+    begin = noise.view(-1)[:4].cpu().numpy().tobytes()
+    if begin in _begun:
+        warnings.warn(
+            f"{name} gave noise that it, or another, had given before: two sums under the same noise show their difference",
+            stacklevel=2,
+        )
+    elif numbers:
+        _begun.add(begin)
+    return noise

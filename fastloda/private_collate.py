@@ -6,9 +6,8 @@ read: half of them are replaced, then the other half, and no value of the batch 
 """
 
 import copy
-import functools
-import inspect
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
@@ -17,13 +16,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from fastloda.errors import PrivacyError
+from fastloda.randomness import generators_in
 
 _halves = random.SystemRandom()  # draws from no generator that a training run uses
-_FEW, _DEEP = 64, 4  # containers and depths in which a collate_fn's own generators are sought
 RELATIVE, ABSOLUTE = 1e-5, 1e-8  # differences below are rounding
+_UNSTEADY = (
+    "so that it can't be seen whether it mixes them: let it draw from the global generators of torch, numpy or random, which "
+    "PyTorch seeds in each worker"
+)
 _PLAIN = (np.generic, bool, int, float, complex, str, bytes)
 
 
@@ -55,6 +58,7 @@ class CollateOrEmpty:
         if len(records) > 1:
             self.batches += 1
             if self.batches & (self.batches - 1) == 0:
+                self._refuse_mixed_reading(len(records))
                 self._refuse_mixing(records)
         return self.collate_fn(records)
 
@@ -64,6 +68,34 @@ class CollateOrEmpty:
             one, two = (self.collate_fn([_like(record, record) for _ in range(count)]) for count in (1, 2))
         return _without_rows(one, two)
 
+    def _refuse_mixed_reading(self, count: int) -> None:
+        """Look at a data set that reads a batch at once: with other records read after them, the first must stay."""
+        dataset = self.dataset
+        while type(dataset) is Subset:  # which reads one by one where its data set does
+            dataset = dataset.dataset
+        if not getattr(dataset, "__getitems__", None):
+            return
+        total = len(self.dataset)
+        first, one, other = (
+            [_halves.randrange(total) for _ in range(n)] for n in (count // 2, *[count - count // 2] * 2)
+        )
+        plain, replaced = self._first_read(first, one), self._first_read(first, other)
+        if not _differ(plain, replaced):
+            return
+        if _differ(plain, self._first_read(first, one)):
+            raise PrivacyError(
+                f"the data set's __getitems__ reads other values of the same records each time, {_UNSTEADY}"
+            )
+        raise PrivacyError(
+            "the data set's __getitems__ mixes records: what it gives of some changed when others were read after them (a "
+            "statistic over the batch, a transform that takes many records?), so that one record would move the gradients of "
+            "others. Compute each from its own record, with public constants for statistics"
+        )
+
+    def _first_read(self, first: list[int], rest: list[int]) -> list:
+        with _nothing_drawn(self.dataset):
+            return list(self.dataset.__getitems__(first + rest))[: len(first)]
+
     def _refuse_mixing(self, records: list) -> None:
         order = _halves.sample(range(len(records)), len(records))
         halves = order[: len(order) // 2], order[len(order) // 2 :]
@@ -72,15 +104,17 @@ class CollateOrEmpty:
             replaced = [
                 self._try(records, {i: _halves.choice(kept) for i in others}) for kept, others in (halves, halves[::-1])
             ]
-        except Exception:  # the made-up records are none that it can take
+        except Exception as error:  # the made-up records are none that it can take
+            warnings.warn(
+                f"whether collate_fn mixes records was not seen, for it takes no copies of them ({error!r}): each row must "
+                "come from its own record",
+                stacklevel=4,
+            )
             return
         if not _mixes(halves, plain, *replaced):
             return
         if _mixes(halves, plain, *[self._try(records, {})] * 2):
-            raise PrivacyError(
-                "collate_fn makes another batch of the same records each time, so that it can't be seen whether it mixes them: "
-                "let it draw from the global generators of torch, numpy or random, which PyTorch seeds in each worker"
-            )
+            raise PrivacyError(f"collate_fn makes another batch of the same records each time, {_UNSTEADY}")
         raise PrivacyError(
             "collate_fn mixes records: the rows of some changed when others of the batch were replaced (a statistic over the "
             "batch, mixup, random numbers drawn by content?), so that one record would move the gradients of others. Compute "
@@ -120,6 +154,15 @@ def _like(values: Any, shape: Any) -> Any:
 
 
 Halves = tuple[list[int], list[int]]
+
+
+def _differ(one: list, two: list) -> bool:
+    """Whether two readings of the same records do; values of another shape may be padded to their batches'."""
+    leaves = [list(_leaves(records, None)) for records in (one, two)]
+    pairs = [(a.values, b.values) for a, b in zip(*leaves)]
+    return len(leaves[0]) == len(leaves[1]) and any(
+        _changed(a, b).any() for a, b in pairs if a.shape == b.shape and a.dtype.kind == b.dtype.kind
+    )
 
 
 def _mixes(halves: Halves, *batches: Any) -> bool:
@@ -219,7 +262,7 @@ def _nothing_drawn(collate_fn: Callable) -> Iterator[None]:
     with ExitStack() as after, torch.random.fork_rng(range(torch.cuda.device_count()) if _on_gpu() else []):
         after.callback(random.setstate, random.getstate())
         after.callback(np.random.set_state, np.random.get_state())
-        for generator in _generators(collate_fn, _DEEP):
+        for generator in generators_in(collate_fn):
             if isinstance(generator, torch.Generator):
                 after.callback(generator.set_state, generator.get_state())
             elif isinstance(generator, np.random.Generator):
@@ -235,44 +278,17 @@ def _on_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
-def _generators(value: Any, depth: int) -> Iterator[Any]:
-    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-        if not isinstance(value, random.SystemRandom):  # which has no state
-            yield value
-    elif depth:
-        for held in _held_by(value):
-            yield from _generators(held, depth - 1)
-
-
-def _held_by(value: Any) -> list:
-    """What a function or an object refers to, as far as it is no data."""
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if inspect.ismethod(value):
-        return [value.__self__, value.__func__]
-    if inspect.isfunction(value):
-        try:
-            names = inspect.getclosurevars(value)
-        except ValueError:  # a variable that is not set yet
-            return []
-        return [*names.nonlocals.values(), *names.globals.values(), *(value.__defaults__ or ())]
-    if isinstance(value, (list, tuple, dict)):
-        held = list(value.values()) if isinstance(value, dict) else list(value)
-        return held if len(held) <= _FEW else []
-    if inspect.isclass(value) or inspect.ismodule(value) or not hasattr(value, "__dict__"):
-        return []
-    return [*vars(value).values(), type(value).__call__] if callable(value) else list(vars(value).values())
-
-
 # ---- the empty batch
 
 
 def _without_rows(one: Any, two: Any) -> Any:
     """What one record gave, without what grew when there were two."""
-    if isinstance(one, Tensor) and isinstance(two, Tensor) and one.dim() == two.dim():
+    if isinstance(one, (Tensor, np.ndarray)) and type(one) is type(two) and one.ndim == two.ndim:
         grew = [a != b for a, b in zip(one.shape, two.shape)]
         if any(grew):
-            return one[tuple(slice(0) if g else slice(None) for g in grew)].clone()
+            return copy.deepcopy(one[tuple(slice(0) if g else slice(None) for g in grew)])
+        if bool((one == two).all()):
+            return copy.deepcopy(one)
     elif isinstance(one, Mapping):
         return type(one)({key: _without_rows(one[key], two[key]) for key in one})
     elif isinstance(one, (list, tuple)):
@@ -282,7 +298,13 @@ def _without_rows(one: Any, two: Any) -> Any:
         return type(one)(*fields) if hasattr(one, "_fields") else type(one)(fields)
     elif isinstance(one, (str, int, float, type(None))) and one == two:
         return one
+    elif type(one) is int and (one, two) == (1, 2):  # how many records there are
+        return 0
+    elif getattr(one, "__dict__", None) and type(one) is type(two):
+        made = copy.copy(one)
+        vars(made).update({name: _without_rows(value, vars(two)[name]) for name, value in vars(one).items()})
+        return made
     raise TypeError(
         f"cannot make an empty batch: collate_fn gives {type(one).__name__} values that do not grow with the batch; it must "
-        "return tensors with one row a record, in lists, tuples or dicts"
+        "return tensors with one row a record, in lists, tuples, dicts or simple objects"
     )

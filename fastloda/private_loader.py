@@ -6,6 +6,7 @@ sensitivity bound if each record is one row of it. The tally checks both: a step
 
 import itertools
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,15 +17,19 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from fastloda.errors import PrivacyError
 from fastloda.private_collate import CollateOrEmpty
-from fastloda.randomness import unpredictable_generator
+from fastloda.randomness import hold, unpredictable_generator
 from fastloda.sampling import poisson_sample
 
 _batch_numbers = itertools.count()
 
 
 class Part(NamedTuple):
-    """`records` of the logical batch number `batch`: all of them, or (`split`) as many as fit; `last` ends the batch."""
+    """`records` of the logical batch number `batch`: all of them, or (`split`) as many as fit; `last` ends the batch.
 
+    `process` drew it, and may use it; in a forked child it would be in the steps of both.
+    """
+
+    process: int
     batch: int
     records: int
     last: bool
@@ -47,6 +52,8 @@ class Tally:
         Raises:
             PrivacyError: no part has that many records, or it can't be told which part of a split batch this is.
         """
+        while self.drawn and self.drawn[0].process != os.getpid():
+            self.drawn.popleft()
         if not self.drawn:
             raise PrivacyError(
                 "no batch is left for this step: each step must use one new batch of the data loader that make_private returned "
@@ -77,7 +84,7 @@ class PoissonBatches(Sampler[list[int]]):
         self, records: int, sample_rate: float, steps: int, generator: Generator, max_records: int | None = None
     ):
         self.records, self.sample_rate, self.steps = records, sample_rate, steps
-        self.generator, self.max_records = generator, max_records
+        self.generator, self.max_records = hold(generator), max_records
         self.parts: deque[Part] = deque()
 
     def drawn_by(self, generator: Generator, max_records: int | None = None) -> "PoissonBatches":
@@ -89,7 +96,7 @@ class PoissonBatches(Sampler[list[int]]):
         return self.__dict__ | {"generator": None, "parts": deque()}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, generator=unpredictable_generator())
+        self.__dict__.update(state, generator=hold(unpredictable_generator()))
 
     def __len__(self) -> int:
         """Steps; the expected number of physical batches where they are split."""
@@ -104,9 +111,9 @@ class PoissonBatches(Sampler[list[int]]):
         for _ in range(self.steps):
             indices = poisson_sample(self.records, self.sample_rate, self.generator)
             count = math.ceil(len(indices) / self.max_records) if self.max_records else 1
-            batch, chunks = next(_batch_numbers), indices.tensor_split(max(1, count))
+            batch, chunks = (os.getpid(), next(_batch_numbers)), indices.tensor_split(max(1, count))
             for i, chunk in enumerate(chunks):
-                parts.append(Part(batch, len(chunk), i == len(chunks) - 1, self.max_records is not None))
+                parts.append(Part(*batch, len(chunk), i == len(chunks) - 1, self.max_records is not None))
                 yield chunk.tolist()
 
 

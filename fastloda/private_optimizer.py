@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from fastloda.accountant import compose_epsilon
+from fastloda.accountant import check_mechanism, compose_epsilon
 from fastloda.adaptive import AdaptiveClipping
 from fastloda.clip import check_max_grad_norm
 from fastloda.coverage import check_optimizer
@@ -17,7 +17,7 @@ from fastloda.noise import NoiseSource
 from fastloda.private_accountant import HistoryAccountant
 from fastloda.private_loader import Tally
 from fastloda.private_module import Tape
-from fastloda.randomness import hold
+from fastloda.randomness import hold, renew
 from fastloda.step import GhostClipper, StepStats
 from fastloda.styles import Clipping
 
@@ -93,7 +93,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer, self.tally, self.accountant = optimizer, tally, accountant
         self.noise_multiplier, self.max_grad_norm, self.clipping = noise_multiplier, max_grad_norm, clipping
         self.sample_rate, self.expected_batch_size, self.generator = sample_rate, expected_batch_size, generator
-        if isinstance(generator, Generator):
+        if generator is not None:
             hold(generator)
         self.budget: Budget | None = None
         self.stats: StepStats | None = None
@@ -176,6 +176,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "scaler (GradScaler(enabled=False) leaves the loop as it is)"
             )
         self._world.unchanged()
+        check_mechanism(
+            self.sample_rate, self.noise_multiplier, 1
+        )  # what the account would refuse is not to be released
         if self.budget:
             self.budget.check([*self.accountant.history, (self.noise_multiplier, self.sample_rate, 1)])
         drawn = self.tally.drawn
@@ -278,14 +281,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.add_param_group(param_group)
 
     def __getstate__(self) -> dict:
-        """Leave out what a copy must not have: parts of a batch, a scheduler's `step`, a generator that draws the same noise."""
+        """Leave out what a copy must not have: parts of a batch, a scheduler's `step`."""
         state = {name: value for name, value in self.__dict__.items() if name not in PASSING}
-        if isinstance(self.generator, torch.Generator):
-            state["generator"] = None
         return state | {"_batch": None, "_clipper": None}
 
     def __setstate__(self, state: dict) -> None:
+        """A copy's generators draw other noise."""
         self.__dict__.update(state)
+        if self.generator is not None:
+            renew(hold(self.generator))
 
     def __getattr__(self, name: str) -> Any:
         if name == "original_optimizer":

@@ -1,13 +1,16 @@
 """Random streams: unpredictable or repeatable, held by a checkpoint, and never the same in a forked child."""
 
+import functools
 import hashlib
 import hmac
+import inspect
 import io
 import os
 import random
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from torch import Generator, Tensor
 # A CPU generator's state in bytes: 24 of a header, then the Mersenne Twister's 624 words in 8 bytes each, then a tail.
 _HEADER, _WORDS = 24, 624
 _KEY = 32  # bytes of a secret
+_FEW, _DEEP = 64, 4  # containers and depths in which generators are sought
+T = TypeVar("T")
 
 
 def unpredictable_generator(device: torch.device | str = "cpu") -> Generator:
@@ -66,24 +71,71 @@ class Secret:
 
 
 _secrets: weakref.WeakSet[Secret] = weakref.WeakSet()
-_held: weakref.WeakSet[Generator] = weakref.WeakSet()
+_held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-def hold(generator: Generator) -> Generator:
-    """The generator, of which forked children will draw other numbers than this process."""
-    _held.add(generator)
-    return generator
+def hold(source: T) -> T:
+    """A generator, or what draws from some, of which forked children will draw other numbers than this process."""
+    try:
+        _held[id(source)] = source
+    except TypeError as error:
+        kind = type(source).__name__
+        raise TypeError(
+            f"noise must come from a torch.Generator or an object with normal(shape), not a {kind}"
+        ) from error
+    return source
+
+
+def renew(source: Any, devices: Container[str] = ("cpu", "cuda")) -> None:
+    """Seed a generator, or those that an object draws from, by the operating system."""
+    for generator in generators_in([source, getattr(source, "normal", None)]):
+        if isinstance(generator, Generator):
+            if generator.device.type in devices:
+                generator.set_state(unpredictable_generator(generator.device).get_state())
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = type(generator.bit_generator)().state
+        else:
+            generator.seed()
 
 
 def _part_from_parent() -> None:
     for secret in _secrets:
         secret.key = os.urandom(_KEY)
-    for generator in _held:
-        if generator.device.type == "cpu":  # no forked child can use CUDA
-            generator.set_state(unpredictable_generator().get_state())
+    for source in list(_held.values()):
+        renew(source, devices=("cpu",))  # no forked child can use CUDA
 
 
 os.register_at_fork(after_in_child=_part_from_parent)
+
+
+def generators_in(value: Any, depth: int = _DEEP) -> Iterator[Any]:
+    """Yield the generators of torch, numpy and random that a function, an object, or what they hold draws from."""
+    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+        if not isinstance(value, random.SystemRandom):  # which has no state
+            yield value
+    elif depth:
+        for held in _held_by(value):
+            yield from generators_in(held, depth - 1)
+
+
+def _held_by(value: Any) -> list:
+    """What a function or an object refers to, as far as it is no data."""
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if inspect.ismethod(value):
+        return [value.__self__, value.__func__]
+    if inspect.isfunction(value):
+        try:
+            names = inspect.getclosurevars(value)
+        except ValueError:  # a variable that is not set yet
+            return []
+        return [*names.nonlocals.values(), *names.globals.values(), *(value.__defaults__ or ())]
+    if isinstance(value, (list, tuple, dict)):
+        held = list(value.values()) if isinstance(value, dict) else list(value)
+        return held if len(held) <= _FEW else []
+    if inspect.isclass(value) or inspect.ismodule(value) or not hasattr(value, "__dict__"):
+        return []
+    return [*vars(value).values(), type(value).__call__] if callable(value) else list(vars(value).values())
 
 
 def make_generators(devices: Mapping[str, torch.device | str], seed: int | None) -> dict[str, Generator]:

@@ -9,6 +9,7 @@
 Each step is accounted for with the noise it had. After a part of a batch (BatchMemoryManager) a schedule stays where it is.
 """
 
+import warnings
 from collections.abc import Callable
 
 from fastloda.private_optimizer import PrivateOptimizer
@@ -42,11 +43,21 @@ class _Scheduler:
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        """Plain values: all but the optimizer and functions."""
-        return {name: held for name, held in vars(self).items() if name != "optimizer" and not callable(held)}
+        """Plain values: all but the optimizer and functions, and where the schedule has brought its attribute."""
+        held = {name: held for name, held in vars(self).items() if name != "optimizer" and not callable(held)}
+        return held | {"now": self.now}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        vars(self).update(state_dict)
+        """Go on from there. Opacus's states don't say where the attribute was: it stays as it is, with a warning."""
+        state = dict(state_dict)
+        now = state.pop("now", None)
+        if now is None:
+            warnings.warn(
+                f"this state does not say what {self.attribute} was: set optimizer.{self.attribute} to it", stacklevel=2
+            )
+        else:
+            setattr(self.optimizer, self.attribute, now)
+        vars(self).update(state)
 
 
 class _Noise(_Scheduler):

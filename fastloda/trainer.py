@@ -5,6 +5,7 @@ import os
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastloda.errors import PrivacyError
 from fastloda.files import make_place
 from fastloda.intent import Releases
 from fastloda.interrupts import interrupts_wait
-from fastloda.noise import NoiseSource, describe_randomness
+from fastloda.noise import NoiseSource, describe_randomness, draws_alike
 from fastloda.randomness import Secret, generator_states, restore_generators, restored
 from fastloda.sampling import largest_share, micro_batches, poisson_sample, share
 from fastloda.schedules import Schedule, warmup_then
@@ -291,7 +292,8 @@ class DPTrainer:
                         self.save()
             except BaseException:
                 if self.world.size == 1 and not self._moving:
-                    self.save()
+                    with suppress(PrivacyError):  # then it is another run's
+                        self.save()
                 raise
             self.save()
         return self
@@ -320,9 +322,13 @@ class DPTrainer:
         self._check_worth_it()
         indices = poisson_sample(self.records, settings.sample_rate, self._secret.generator(f"batch {self.step + 1}"))
         self._look_due |= is_due(self.step + 1, self._secret)
-        before = generator_states(self._generators)
+        before, key = generator_states(self._generators), self._secret.key
         try:
             stats = self._accumulate(indices)
+            if self._secret.key != key:
+                raise PrivacyError(
+                    "this process was forked in the middle of a step, whose batch is its parent's: the next step is its own"
+                )
             self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self._noise_over)
         except BaseException as error:
             self.clipper.reset()  # a record may not be in the next step's sum as well
@@ -436,9 +442,14 @@ class DPTrainer:
         return (chosen + torch.randint(1, max(2, self.records), chosen.shape, generator=stream)) % self.records
 
     def save(self) -> None:
-        """Write the checkpoint, atomically; by rank 0, and none goes on before it is written."""
+        """Write the checkpoint, atomically; by rank 0, and none goes on before it is written.
+
+        Raises:
+            PrivacyError: it is another run's by now, which has released something since.
+        """
         if self.checkpoint:
             state = self.state_dict()
+            self.world.from_first(self._releases.check_alone)
             self.world.from_first(lambda: save_checkpoint(self.checkpoint, state, self._fingerprint))
 
     def state_dict(self) -> dict:
@@ -493,14 +504,16 @@ class DPTrainer:
     def _noise_over(self, sums: Sequence[Tensor]) -> NoiseSource:
         """The noise of the next release, which is on record when this returns; sums: what it will hide.
 
-        The same secret, number and sums give the same noise. A seeded run's does not follow from the sums, which round
+        The same secret, number and sums give the same noise, if the bound that scales it is the same, too, and the kind of
+        device, for each draws other numbers from a stream. A seeded run's noise does not follow from the sums, which round
         otherwise in other micro-batches: such runs can be compared, and their noise can be foreseen anyway.
 
         Raises:
             _OtherRelease: a release of that number is on record, over other sums or with noise that can't be repeated.
         """
         settings, number = self.settings, self.step + 1
-        hashed = self._secret.digest(f"sums {number}", sums).hex()
+        scale = f"bound {self.clipper.max_grad_norm} on {draws_alike(self._device)}"
+        hashed = self._secret.digest(f"sums {number}, {scale}", sums).hex()
         self.world.from_first(lambda: self._put_on_record(number, "" if settings.secure_noise else hashed))
         if settings.secure_noise:
             return SecureGenerator()

@@ -689,3 +689,9 @@ def test_other_records_are_refused(change):
 def test_malformed_records_are_refused(state):
     with pytest.raises(ValueError, match="privacy record"):
         PrivacyAccountant(**RUN).load_state_dict(state)
+
+
+@pytest.mark.parametrize("noise", [5e-324, 1e-308, 1e-160])
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_next_to_no_noise_costs_everything(noise, rate):
+    assert compose_epsilon([(rate, noise, 10), (0.1, 1.0, 3), (1.0, 2.0, 1)], 1e-5) == math.inf

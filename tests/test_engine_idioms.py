@@ -768,6 +768,15 @@ def test_schedules_agree_with_opacus():
             values.append(seen)
         assert values[0] == values[1] and len(set(values[0])) > 1
         assert written(schedule.state_dict())["last_epoch"] == 7
+        _, resumed, _ = private(noise=2.0, bound=3.0)
+        again = getattr(schedulers, name)(resumed, **arguments)
+        again.load_state_dict(written(schedule.state_dict()))
+        for _ in range(4):
+            assert (resumed.noise_multiplier, resumed.max_grad_norm) == seen[-1]
+            again.step(), schedule.step()
+            seen.append((optimizer.noise_multiplier, optimizer.max_grad_norm))
+        with pytest.warns(UserWarning, match="does not say what"):
+            again.load_state_dict({"last_epoch": 2})
     with pytest.raises(TypeError, match="the one that make_private returned, got SGD"):
         schedulers.ExponentialNoise(torch.optim.SGD(small_net().parameters(), lr=1.0), gamma=1.0)
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import random
+import types
 
 import numpy as np
 import pytest
@@ -483,3 +484,102 @@ def test_the_refusal_of_a_mixing_collate_fn_arrives_readable(workers):
 def centred(rows):
     x = torch.stack([x for (x,) in rows])
     return (x - x.mean(0),)
+
+
+# ---- data sets that read a batch at once
+
+
+class ReadsAtOnce(Dataset):
+    """40 records, of which `change` makes what it likes, all of a batch together."""
+
+    def __init__(self, change):
+        self.x, self.change, self.own = torch.randn(40, 5, generator=generator()), change, np.random.default_rng()
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitems__(self, indices):
+        return [{"x": row, "id": f"record {i}"} for row, i in zip(self.change(self, self.x[indices]), indices)]
+
+
+def cropped(dataset, x):
+    """Draws more or fewer random numbers for each record, by its content."""
+    return [torch.rand(1 + int(row[0] > 0)).sum() + row for row in x]
+
+
+READINGS = {
+    "centred": (lambda _, x: x - x.mean(0), "mixes records"),
+    "mixup": (lambda _, x: x + 0.1 * x[torch.randperm(len(x))], "mixes records"),
+    "scaled by the largest": (lambda _, x: (x / x.abs().amax() * 100).round(), "mixes records"),
+    "unsteady": (lambda _, x: x + random.SystemRandom().random(), "other values of the same records each time"),
+    "as they are": (lambda _, x: x, None),
+    "cropped": (cropped, None),
+    "its own generator": (lambda dataset, x: x + torch.from_numpy(dataset.own.standard_normal(x.shape)), None),
+}
+
+
+@pytest.mark.parametrize("subset", [False, True])
+@pytest.mark.parametrize("name", READINGS)
+def test_a_data_set_that_mixes_what_it_reads_at_once_is_refused(name, subset):
+    change, refused = READINGS[name]
+    dataset = ReadsAtOnce(change)
+    loader = PoissonLoader.like(DataLoader(Subset(dataset, range(30)) if subset else dataset, batch_size=10))
+    if refused:
+        with pytest.raises(PrivacyError, match=refused):
+            [list(loader) for _ in range(5)]
+    else:
+        assert len([list(loader) for _ in range(5)]) == 5
+
+
+def test_looking_at_what_is_read_at_once_draws_nothing():
+    """The same batches with and without a look at the first one."""
+    made = []
+    for batches in (0, 2):
+        torch.manual_seed(0)
+        collate = CollateOrEmpty(default_collate, ReadsAtOnce(cropped))
+        collate.empty, collate.batches = (), batches  # the third one is not looked at
+        made.append([torch.rand(3), collate(collate.dataset.__getitems__([1, 2, 3]))["x"], torch.rand(3)])
+    assert_equal(*made)
+
+
+# ---- empty batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def simple_object(rows):
+    made = types.SimpleNamespace()
+    made.x, made.y = stacked(rows)
+    made.names, made.graphs = [str(y) for _, y in rows], len(rows)
+    return made
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [
+        lambda rows: Batch(stacked(rows)[0], {"n": len(rows)}),
+        lambda rows: Frozen(*stacked(rows)),
+        simple_object,
+        lambda rows: types.SimpleNamespace(x=stacked(rows)[0].numpy(), weights=torch.ones(3), scale=2.0),
+    ],
+)
+def test_batches_of_usual_kinds_can_be_empty(collate):
+    one, empty = collate(image_records(1, 0)), CollateOrEmpty(collate, image_records(4, 0))([])
+    assert type(empty) is type(one) and empty.x.shape == (0, *one.x.shape[1:]) and empty.x.dtype == one.x.dtype
+    assert len(getattr(empty, "y", ())) == 0 and getattr(empty, "extra", {"n": 0}) == {"n": 0}
+    assert getattr(empty, "names", []) == [] and getattr(empty, "graphs", 0) == 0
+    assert torch.equal(getattr(empty, "weights", torch.ones(3)), torch.ones(3))
+
+
+def test_what_takes_no_copies_of_records_is_said_to_be_unseen():
+    def each_once(rows):
+        if len({row[0].sum().item() for row in rows}) < len(rows) > 2:
+            raise ValueError("twice the same record")
+        return stacked(rows)
+
+    with pytest.warns(UserWarning, match="was not seen.*twice the same record"):
+        CollateOrEmpty(each_once, None)(image_records(6, 0))

@@ -160,6 +160,24 @@ def test_only_what_differs_is_charged_and_its_batches_are_not_taken_again(tmp_pa
     assert drawn[4:7] == drawn[:3] and drawn[7] not in drawn[:7]
 
 
+@pytest.mark.parametrize("change", ["bound", "device"])
+def test_a_step_over_the_same_sum_with_other_noise_is_another_release(tmp_path, released, monkeypatch, change):
+    """The bound scales the noise, and each kind of device draws other numbers from a stream: S + z and S + 2z tell S."""
+    path = tmp_path / "run.pt"
+    first = trainer(checkpoint=path, losses=lambda *a: 1e-6 * losses(*a))  # far below the bound
+    first.save()
+    first.train_step()
+    second = trainer(checkpoint=path, losses=lambda *a: 1e-6 * losses(*a))
+    if change == "bound":
+        second.clipper.max_grad_norm = 2.0
+    else:
+        monkeypatch.setattr(fastloda.trainer, "draws_alike", lambda device: "another GPU")
+    with pytest.warns(UserWarning, match="1 steps gave other sums"):
+        second.train_step()
+    assert second.step == 2 and len(released) == 2
+    assert_noise_never_repeats(released)
+
+
 def test_a_run_that_ends_while_it_is_charged_is_at_its_end(tmp_path):
     path = tmp_path / "run.pt"
     first = trainer(checkpoint=path)
@@ -267,6 +285,17 @@ def test_two_processes_on_one_checkpoint_are_refused(tmp_path):
     assert Releases(path).last == 3
 
 
+@pytest.mark.parametrize("way", ["fit", "save"])
+def test_a_refused_run_leaves_the_checkpoint_of_the_other(tmp_path, way):
+    path = tmp_path / "run.pt"
+    first, second = trainer(checkpoint=path), trainer(checkpoint=path)
+    first.fit()
+    saved = path.read_bytes()
+    with pytest.raises(PrivacyError, match="another process"):
+        getattr(second, way)()
+    assert path.read_bytes() == saved and trainer(checkpoint=path).step == SETTINGS.steps
+
+
 # ---- a failed step
 
 
@@ -360,6 +389,175 @@ def test_forked_children_of_a_loop_draw_their_own_noise(given, used):
     own = loop_step(made, model).double()
     for a, b in ((theirs[0], theirs[1]), (theirs[0], own), (theirs[1], own)):
         assert not torch.isclose(a, b, rtol=0, atol=1e-3).any()
+
+
+module_generator = np.random.default_rng()
+
+
+class OwnNoise:
+    """Noise of one's own, from a generator of any kind, in the object or beside it."""
+
+    def __init__(self, kind):
+        self.draw = {
+            "torch": lambda n, g=Generator(): torch.randn(n, generator=g).tolist(),  # noqa: B008
+            "numpy": lambda n, g=np.random.default_rng(): g.standard_normal(n),  # noqa: B008
+            "old numpy": lambda n, g=np.random.RandomState(): g.standard_normal(n),  # noqa: B008
+            "python": lambda n, g=random.Random(): [g.gauss(0, 1) for _ in range(n)],  # noqa: B008
+            "module": lambda n: module_generator.standard_normal(n),
+            "same": lambda n, numbers=torch.randn(100).tolist(): numbers[:n],  # noqa: B008
+            "zeros": lambda n: [0.0] * n,
+            "wide": lambda n: torch.full((n,), 100.0).tolist(),
+            "not finite": lambda n: [np.nan] * n,
+        }[kind]
+
+    def normal(self, shape):
+        return torch.tensor(np.asarray(self.draw(shape.numel())), dtype=torch.float64).view(shape)
+
+
+class Attribute:
+    """The same with a generator that a copy copies."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def normal(self, shape):
+        if isinstance(self.generator, Generator):
+            return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return torch.from_numpy(np.asarray(self.generator.standard_normal(tuple(shape))))
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "old numpy", "python", "module"])
+def test_forked_children_repeat_no_noise_of_ones_own(kind):
+    source = private_optimizer(OwnNoise(kind))[0][1].generator
+    draws = [in_child(lambda: source.normal(torch.Size([5]))) for _ in range(2)] + [source.normal(torch.Size([5]))]
+    assert not any(torch.isclose(a, b).any() for i, a in enumerate(draws) for b in draws[:i])
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("make", [Generator, np.random.default_rng, np.random.RandomState])
+def test_copies_repeat_no_noise_of_ones_own(make, again):
+    (_, optimizer, _), _ = private_optimizer(Attribute(make()))
+    shape, copied = torch.Size([5]), again(optimizer)
+    assert not torch.isclose(copied.generator.normal(shape), optimizer.generator.normal(shape)).any()
+
+
+@pytest.mark.parametrize("kind", ["same", "zeros", "wide"])
+def test_what_is_hardly_noise_is_said(kind):
+    with pytest.warns(UserWarning, match="given before" if kind == "same" else "not 1"):
+        made, model = private_optimizer(OwnNoise(kind))
+        for _ in range(2):
+            loop_step(made, model)
+
+
+def test_noise_that_is_not_finite_is_refused():
+    made, model = private_optimizer(OwnNoise("not finite"))
+    with pytest.raises(PrivacyError, match="OwnNoise.normal must give finite numbers"):
+        loop_step(made, model)
+    assert not len(made[1].accountant)
+
+
+@pytest.mark.parametrize("given", [np.random.default_rng(), np.random.RandomState()])
+def test_a_bare_numpy_generator_is_no_source_of_noise(given):
+    with pytest.raises(TypeError, match="must come from a torch.Generator or an object with normal"):
+        private_optimizer(given)
+
+
+def test_a_step_that_a_fork_falls_into_is_the_parents_alone():
+    def forked() -> torch.Tensor:
+        """What a child gives that is forked while losses are computed, and the parent's own step."""
+        t, within = trainer(), []
+        t.train_step()
+
+        def forking(*arguments):
+            if not within:
+                reading, writing = os.pipe()
+                within.extend([os.fork(), reading, writing])
+            return losses(*arguments)
+
+        t.losses = forking
+        try:
+            t.train_step()
+            refused = False
+        except PrivacyError as error:
+            refused = "forked in the middle" in str(error) and t.step == 1 and t.train_step() is not None
+        child, reading, writing = within
+        if child == 0:
+            os.write(writing, bytes([refused]))
+            os._exit(0)
+        os.waitpid(child, 0)
+        return torch.tensor([not refused and t.step == 2 and os.read(reading, 1) == b"\x01"])
+
+    assert in_child(forked) == 1  # in a process of its own, for no fork may come back into the tests
+
+
+@pytest.mark.parametrize("noise", [torch.tensor(2.0), "1", True, -1.0, float("nan"), None])
+def test_noise_that_cannot_be_counted_releases_nothing(noise):
+    (private, optimizer, loader), model = private_optimizer(None)
+    x, y = next(iter(loader))
+    F.cross_entropy(private(x), y).backward()
+    optimizer.noise_multiplier = noise
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    with pytest.raises((TypeError, ValueError), match="noise_multiplier must be"):
+        optimizer.step()
+    assert all(p.grad is b or torch.equal(p.grad, b) for p, b in zip(model.parameters(), before))
+    optimizer.noise_multiplier = 1.0
+    optimizer.step()  # the batch is still there
+    assert optimizer.accountant.history == [(1.0, 0.5, 1)]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_copies_of_a_trainer_draw_and_count_their_own(again, seed):
+    first = trainer(dataclasses.replace(SETTINGS, seed=seed, learning_rate=1.0))
+    first.train_step()
+    copied = again(first)
+    assert torch.equal(vector(first), vector(copied)) and copied.step == 1
+    assert not torch.isclose(step_of(first), step_of(copied), rtol=0, atol=1e-3).all()
+    first.accountant.load_state_dict(copied.accountant.state_dict())
+    assert copied.step == 2 and first.step == 3
+
+
+def next_batch(parts) -> torch.Tensor:
+    return torch.tensor(next(parts), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("made_by", ["make_private", "copy", "split", "seeded"])
+def test_forked_children_of_a_loop_draw_batches_of_their_own(made_by):
+    loader = private_optimizer(Generator().manual_seed(1) if made_by == "seeded" else None)[0][2]
+    loader = {"copy": copy.deepcopy, "split": lambda one: one.split(1000)}.get(made_by, lambda one: one)(loader)
+    parts = iter(loader.batch_sampler)
+    next_batch(parts)
+    draws = [in_child(lambda: next_batch(parts)) for _ in range(2)] + [next_batch(parts)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_batch_drawn_before_a_fork_is_the_parents_alone(split):
+    (private, optimizer, loader), _ = private_optimizer(None)
+    batches = iter(loader.split(5) if split else loader)
+
+    def finish() -> torch.Tensor:
+        """Steps to the end of the batch that was begun."""
+        x, y = next(batches) if split else first
+        while True:
+            optimizer.zero_grad()
+            F.cross_entropy(private(x), y).backward()
+            try:
+                optimizer.step()
+            except PrivacyError as error:
+                return torch.tensor(["no batch is left" in str(error)])
+            if not optimizer.accumulating:
+                return torch.tensor([False])
+            x, y = next(batches)
+
+    first = next(batches)
+    if split:  # one part is added up, others are still to come
+        x, y = first
+        F.cross_entropy(private(x), y).backward()
+        optimizer.step()
+        assert optimizer.accumulating
+    assert in_child(finish) == 1
+    assert finish() == 0
 
 
 def test_forked_children_of_a_clipper_draw_their_own_noise():

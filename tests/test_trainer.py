@@ -452,6 +452,25 @@ def test_an_interrupted_run_continues_where_it_was(tmp_path, how, seed):
             assert_same(second, trainer(settings).fit())
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ignored_signal_ends_no_run(number):
+    """nohup, and a background job of a shell's script, ignore SIGINT."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        run = trainer()
+        run.losses = lambda *arguments: (os.kill(os.getpid(), number), losses(*arguments))[1]
+        run.fit()
+        assert run.step == SETTINGS.steps and signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_handler_that_python_does_not_know_is_left_alone(monkeypatch):
+    known = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else known(number))
+    assert trainer().fit().step == SETTINGS.steps
+
+
 def test_a_killed_run_continues_from_its_first_step_on(tmp_path):
     """kill -9 in the second step: the first checkpoint is there, and the same run comes out."""
     settings, path = dataclasses.replace(SETTINGS, seed=None), tmp_path / "run.pt"
