@@ -6,7 +6,8 @@ watched from the end of one update to the noise of the next.
 """
 
 from collections.abc import Iterable
-from weakref import WeakKeyDictionary
+from typing import Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,10 @@ class Watch:
     def _held(self) -> Tensor:
         return bits([*self._trainable.values(), *self._buffers])
 
-    def check(self, members: Members) -> None:
+    def check(self, members: Members, thorough: bool = True) -> None:
         """Refuse members, of the same model now, that are not what they were.
+
+        thorough: compare what they hold even if no write was counted, for which a GPU is waited for.
 
         Raises:
             PrivacyError: names the first that changed.
@@ -52,7 +55,7 @@ class Watch:
                     f"{OWN_CHANGES}"
                 )
             rewritten = rewritten or name
-        if bool(self._held() != self._bits):
+        if (thorough or rewritten) and bool(self._held() != self._bits):
             raise PrivacyError(
                 f"{rewritten or 'a parameter or buffer'!r} changed outside the private step: a forward or backward pass that "
                 f"writes to a parameter or buffer releases private values, unnoised. {OWN_CHANGES}"
@@ -60,11 +63,26 @@ class Watch:
 
 
 OWN_CHANGES = (
-    "(Changes of your own that no record has to do with belong into optimizer.register_step_post_hook, or before a new "
-    "GhostClipper, make_private or DPTrainer is made)"
+    "(Changes of your own that no record has to do with belong into optimizer.register_step_post_hook, or before "
+    "fastloda.watch.accept_changes(model))"
 )
 
+
+class Watcher(Protocol):
+    """Whoever watches a model from step to step."""
+
+    def watch(self) -> None:
+        """Take the model as it is now."""
+
+
+_watchers: WeakKeyDictionary[nn.Module, WeakSet[Watcher]] = WeakKeyDictionary()
 _after_update: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()  # of models that `ghost_dp_step` moved last
+
+
+def add_watcher(model: nn.Module, watcher: Watcher) -> None:
+    """Let `accept_changes` tell a watcher, who has just taken the model as it is."""
+    _after_update.pop(model, None)
+    _watchers.setdefault(model, WeakSet()).add(watcher)
 
 
 def watched_since_update(model: nn.Module, members: Members) -> None:
@@ -78,9 +96,14 @@ def watch_from_update(model: nn.Module) -> None:
     _after_update[model] = Watch(Members.of(model))
 
 
-def forget_update(model: nn.Module) -> None:
-    """Let whatever was done to the model since its last `ghost_dp_step` be."""
+def accept_changes(model: nn.Module) -> None:
+    """Take a model as it is now, whatever was done to it since its last private step: weights loaded or bounded, say.
+
+    What was done may not depend on private records.
+    """
     _after_update.pop(model, None)
+    for watcher in _watchers.get(model, ()):
+        watcher.watch()
 
 
 def bits(parameters: Iterable[Tensor]) -> Tensor:

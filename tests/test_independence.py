@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastloda import GhostClipper, PrivacyError, coverage, ghost_dp_step
+from fastloda import GhostClipper, PrivacyError, coverage, ghost_dp_step, watch
 from fastloda.make_private import make_private
 
 N, D = 6, 4
@@ -508,5 +508,10 @@ def test_changes_that_no_record_has_to_do_with():
     model.load_state_dict(start)
     with pytest.raises(PrivacyError, match="changed"):
         next(steps)
-    GhostClipper(model, 1.0)
+    watch.accept_changes(model)
     next(one_call_steps(model))
+    steps = Steps(model)
+    steps.take()
+    model.load_state_dict(start)
+    watch.accept_changes(model)
+    steps.take()

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from fastloda.audit.step import PrivateStep, Records, Released, Sampler, count, same, split
 from fastloda.step import GhostClipper, StepStats
 from fastloda.trainer import DPTrainer, PrivateTraining
+from fastloda.watch import accept_changes
 
 
 def of_loop(
@@ -161,6 +162,7 @@ def _put_back(model: nn.Module, before: dict[str, Tensor], kept: dict[str, Tenso
             setattr(model.get_submodule(owner), own, before[name])
     for p in model.parameters():
         p.grad = None
+    accept_changes(model)
 
 
 # ---- the trainer's data
