@@ -25,7 +25,7 @@ from fastloda.layers import LoDAConv2d, LoDALinear
 from fastloda.layout import RECORDED, output_shape
 from fastloda.made import is_marking, marking
 from fastloda.plan import chunk_samples
-from fastloda.recorded import Recorded, differentiable, is_recording, recorded_call, tensors, trainable
+from fastloda.recorded import Recorded, detached, differentiable, is_recording, recorded_call, tensors, trainable
 from fastloda.rules import may_be_covered, may_cover
 
 KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
@@ -217,8 +217,9 @@ class FunctionalRule:
         call.check_same(tuple(y.detach() for y in outputs), "when it is run again")
         total = _grads(outputs, list(own.values()), gys)
         grads, _ = self._by_row(call, gys)
+        # of the largest: one that is zero but for rounding, as that of the bias of an attention's keys, has no size of its own
+        size = max(float(by_row.abs().sum(0).amax()) if by_row.numel() else 0.0 for by_row in grads.values())
         for (name, by_row), summed in zip(grads.items(), total):
-            size = by_row.abs().sum(0).amax() if by_row.numel() else 0.0
             if ((by_row.sum(0) - summed).abs() > call.tolerance(by_row.dtype) * size).any():
                 raise PrivacyError(
                     f"{self._label(call)}: the gradients of {name!r} for each row alone do not sum to that of all rows: it mixes "
@@ -302,7 +303,8 @@ def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple,
 
 
 def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Use]:
-    """The uses of the layer's parameters that have no rule, by a call that nothing else sees."""
+    """The uses of the layer's parameters that have no rule, by a call that nothing else sees, and that sees nothing before it."""
+    args, kwargs = detached((args, kwargs))
     devices = {t.device for t in tensors((args, kwargs)) if t.is_cuda}
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not those of a checkpoint around it
     with torch.random.fork_rng(devices=devices), as_it_is:
@@ -354,20 +356,20 @@ def _without_rule(model: nn.Module, given: Any, result: Any) -> list[str]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = {len(t) for t in (*outputs, *tensors(given)) if t.dim()}
     try:
-        uses = (
-            [use for of_node in trace(outputs, parameters, may_cover).uses.values() for use in of_node]
-            if outputs
-            else []
-        )
+        uses = trace(outputs, parameters, may_cover).uses.values() if outputs else ()
+        return [use.name for of_node in uses for use in of_node if not may_be_covered(use) or not _has_rows(use, rows)]
     except NotByRow as error:
         (path,) = [path for path, layer in model.named_modules() if layer is error.layer]
         return [f"{path}.{error.names[0]}".lstrip(".")]
-    return [use.name for use in uses if not may_be_covered(use) or not _has_rows(use, rows)]
 
 
 def _has_rows(use: Use, rows: Collection[int]) -> bool:
+    """Raises NotByRow: of a recorded layer, it has none at all."""
+    if use.node.name() == RECORDED:
+        use.node.call.outer_blocks()
+        return True
     numbers = output_shape(use.node).numel()
-    return use.node.name() == RECORDED or numbers > 0 and any(numbers % count == 0 for count in rows if count)
+    return numbers > 0 and any(numbers % count == 0 for count in rows if count)
 
 
 def _around(name: str) -> list[str]:

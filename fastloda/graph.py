@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import Size, Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import _disable_current_modes
@@ -79,7 +80,8 @@ def trace(
     compiled, convolutions = (
         tuple(node for node, kind in zip(order, kinds) if kind == wanted) for wanted in (COMPILED, CONVOLUTION)
     )
-    with _disable_current_modes():  # they see a saved number as a tensor, and PyTorch then fails
+    # they see a saved number as a tensor, and PyTorch then fails; or take it for one that the model reads
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
         settings = [setting for node in order for setting in _settings(node)]
     signature = hash((*kinds, *settings, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
     return LossGraph(
