@@ -532,6 +532,30 @@ def test_the_smallest_module_that_has_rows_is_taken_whole(make, by_name):
     assert all("forward" not in layer.__dict__ for layer in model.modules())
 
 
+class Experts(nn.Module):
+    """Each row goes through the expert that it chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.choose, self.experts = nn.Linear(C, 2), nn.ModuleList(nn.Linear(C, C) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, y = self.choose(x).argmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            y[chosen == i] = expert(x[chosen == i])
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*whole")
+def test_experts_are_refused_with_a_way_out_that_is_exact():
+    model, x = nn.Sequential(nn.Linear(C, C), Experts()).double(), sequences()
+    truth = oracle.norms(oracle.sample_grads(model, losses_of, x))
+    with pytest.raises(PrivacyError, match=r"'1.experts.*cover\(model, \[name\]\) of a module around it"):
+        per_sample_grad_norms(losses_of(model, x), model)
+    cover(model, ["1"])
+    torch.testing.assert_close(per_sample_grad_norms(losses_of(model, x), model), truth, rtol=1e-10, atol=0)
+
+
 def test_a_gradient_that_is_zero_but_for_rounding_is_not_called_mixed():
     """That of the bias of an attention's keys: it moves all scores alike."""
 
