@@ -26,7 +26,9 @@ ADAPTABLE = (nn.Conv2d, nn.Linear)
 NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # though their weights may have two dimensions
 Targets = type | str | Iterable[str] | Callable[[str, nn.Module], bool]
 SETTINGS = ("rank", "activation", "negative_slope", "scale")
-NOTHING_TO_SAVE = "the model has no adapters of FastLoDA to save: call attach_loda first; what PEFT has wrapped has a save_pretrained(folder)"
+NOTHING_TO_SAVE = (
+    "the model has no adapters to save: call attach_loda first; what PEFT has wrapped has a save_pretrained(folder)"
+)
 
 
 class Adapted(list[str]):

@@ -320,7 +320,7 @@ def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any
     That is the smallest module around the layer that has one row for each sample. Where there is none, nothing is changed.
     """
     modules, tried, hopeless = dict(model.named_modules()), {}, set()
-    while lacking := [name for name in _without_rule(model, (args, kwargs), result) if name not in hopeless]:
+    while lacking := [name for name in _without_rule(model, (args, kwargs), result, tried) if name not in hopeless]:
         before = tried.setdefault(lacking[0], {})
         for path, forward in before.items():  # it was no help
             modules[path].__dict__.pop("forward", None)
@@ -328,6 +328,7 @@ def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any
         place = next((path for path in _around(lacking[0]) if path not in before), None)
         if place is None:
             hopeless.add(lacking[0])
+            del tried[lacking[0]]
         else:
             before[place] = modules[place].__dict__.get("forward")
             _install(modules[place], FunctionalRule(place), trainable(modules[place]))
@@ -350,17 +351,24 @@ def _drop_inside(whole: nn.Module) -> None:
             del layer.forward
 
 
-def _without_rule(model: nn.Module, given: Any, result: Any) -> list[str]:
-    """Names of the parameters that enter operations without a rule, or whose rows can't be those of the samples."""
+def _without_rule(model: nn.Module, given: Any, result: Any, tried: Mapping[str, Collection[str]]) -> list[str]:
+    """Names of the parameters that enter operations without a rule, or whose rows can't be those of the samples.
+
+    tried: the modules that were taken whole for one of them, which it names again if they have no rows.
+    """
     outputs = [t for t in tensors(result) if differentiable(t) and t.grad_fn is not None]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = {len(t) for t in (*outputs, *tensors(given)) if t.dim()}
     try:
-        uses = trace(outputs, parameters, may_cover).uses.values() if outputs else ()
-        return [use.name for of_node in uses for use in of_node if not may_be_covered(use) or not _has_rows(use, rows)]
+        graph = trace(outputs, parameters, may_cover) if outputs else None
+        uses = [use for of_node in graph.uses.values() for use in of_node] if graph else []
+        return [
+            use.name for use in uses if use.node in graph.shared or not may_be_covered(use) or not _has_rows(use, rows)
+        ]
     except NotByRow as error:
         (path,) = [path for path, layer in model.named_modules() if layer is error.layer]
-        return [f"{path}.{error.names[0]}".lstrip(".")]
+        whole_for = [name for name, places in tried.items() if path in places]
+        return whole_for[-1:] or [f"{path}.{error.names[0]}".lstrip(".")]
 
 
 def _has_rows(use: Use, rows: Collection[int]) -> bool:

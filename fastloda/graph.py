@@ -47,6 +47,7 @@ class LossGraph:
     picked: Mapping[Node, str]  # operations whose rows are a sample's as the data says, by what picks them
     crossings: list[str]  # kinds of operations that hand a sample the rows of others
     unsure: bool  # whether rows may have been laid by data where the graph does not tell
+    shared: frozenset[Node]  # operations whose output has no rows of the samples
     compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
     convolutions: tuple[Node, ...]  # of frozen weights too
 
@@ -93,6 +94,7 @@ def trace(
         picked={node: places.picked[node] for node in uses if node in places.picked},
         crossings=places.crossings,
         unsure=places.unsure,
+        shared=places.shared.intersection(uses),
         compiled=compiled,
         convolutions=convolutions,
     )

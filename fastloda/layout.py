@@ -38,7 +38,7 @@ MOVING = REDUCING | _kinds("Permute Select Stack T Transpose Unbind") | _kinds("
 VIEWING = _kinds("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View")
 VIEWING |= _kinds("Squeeze", 1) | _kinds("Squeeze", 2)
 ELEMENTWISE = _kinds("Add Addcmul Div Mul Sub")
-BROADCASTING = ELEMENTWISE | _kinds("Expand")
+BROADCASTING = ELEMENTWISE | _kinds("Expand Repeat")
 RECORDED = "RecordedFunctionBackward"  # tells where the batch is in each of its outputs: see `recorded.py`
 OURS = {RECORDED, COMPILED, "LoDAFunctionBackward"}
 BATCH_FIRST = _kinds("Convolution NativeBatchNorm NativeGroupNorm") | {RECORDED}  # by definition
@@ -96,12 +96,14 @@ class BatchPlaces(NamedTuple):
         picked: the kind of operation that picks or lays its rows as the data says.
         crossings: kinds of operations that hand a sample the rows of others.
         unsure: whether rows may have been picked by data where the graph does not tell.
+        shared: operations whose output has no rows of the samples.
     """
 
     outer: dict[Node, int]
     picked: dict[Node, str]
     crossings: list[str]
     unsure: bool = False
+    shared: frozenset[Node] = frozenset()
 
 
 def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
@@ -129,7 +131,8 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
     ]
     outer = {node: claim if isinstance(claim, int) else 1 for node, claim in claims.items()}
     picked = {node: claim.kind for node, claim in claims.items() if isinstance(claim, (Picked, Permuted))}
-    return BatchPlaces(outer, picked, crossings, unsure)
+    shared = frozenset(node for node, claim in claims.items() if isinstance(claim, Shared))
+    return BatchPlaces(outer, picked, crossings, unsure, shared)
 
 
 def _writes_rows(entry: tuple[Node, Edges]) -> bool:

@@ -573,6 +573,17 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_not_called_mixed():
     torch.testing.assert_close(per_sample_grad_norms(losses_of(model, x), model), truth, rtol=1e-10, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*whole")
+@pytest.mark.parametrize("samples", [3, 4, 6, 12])
+@pytest.mark.parametrize("make", [SharedRow, Tabled])
+def test_a_row_for_all_samples_is_told_whatever_the_numbers(make, samples):
+    """[3, 4] numbers could be rows of 3, 4, 6 or 12 samples as well."""
+    model, x = drawn.randomise(nn.Sequential(make())).double(), torch.randn(samples, T, C, dtype=torch.float64)
+    truth = oracle.norms(oracle.sample_grads(model, losses_of, x))
+    assert cover(model).layers == []
+    torch.testing.assert_close(per_sample_grad_norms(losses_of(model, x), model), truth, rtol=1e-10, atol=0)
+
+
 def test_it_warns_once_by_name():
     model = nn.Sequential(Borrowing())
     cover(model)
