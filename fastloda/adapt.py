@@ -26,6 +26,9 @@ ADAPTABLE = (nn.Conv2d, nn.Linear)
 NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # though their weights may have two dimensions
 Targets = type | str | Iterable[str] | Callable[[str, nn.Module], bool]
 SETTINGS = ("rank", "activation", "negative_slope", "scale")
+NOTHING_TO_SAVE = (
+    "the model has no adapters to save: call attach_loda first; what PEFT has wrapped has a save_pretrained(folder)"
+)
 
 
 class Adapted(list[str]):
@@ -201,7 +204,7 @@ def loda_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_loda(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write the adapters as safetensors, their settings in the metadata; atomically.
+    """Write the adapters as safetensors, their settings in the metadata; atomically, into a folder that is made if missing.
 
     Raises:
         ValueError: the model has no adapters.
@@ -209,9 +212,10 @@ def save_loda(model: nn.Module, path: str | os.PathLike) -> None:
     """
     settings = {name: {key: getattr(layer, key) for key in SETTINGS} for name, layer in loda_layers(model)}
     if not settings:
-        raise ValueError("the model has no adapters to save: call attach_loda first")
+        raise ValueError(NOTHING_TO_SAVE)
     tensors = separate(loda_state_dict(model))
     metadata = {"loda": json.dumps(settings)}  # one key: equal adapters are equal files
+    Path(path).parent.mkdir(parents=True, exist_ok=True)  # not after a run that was paid for
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 

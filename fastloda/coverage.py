@@ -115,7 +115,8 @@ def check_graph(graph: LossGraph) -> None:
         raise PrivacyError(
             f"parameter {graph.uses[node][0].name!r} is used by {node.name()} on rows that {kind} picks by data (a mask, an "
             "index, lengths), so that whose each row is changes from batch to batch. Compute that layer at all positions, "
-            "and weigh the losses of those that do not count by 0"
+            "and weigh the losses of those that do not count by 0; or cover(model, [name]) of a module around it that takes one "
+            "row for each sample (a layer of experts), which is exact but slower"
         )
     for use in uncovered(graph):
         kind = use.node.name()

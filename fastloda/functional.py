@@ -25,7 +25,7 @@ from fastloda.layers import LoDAConv2d, LoDALinear
 from fastloda.layout import RECORDED, output_shape
 from fastloda.made import is_marking, marking
 from fastloda.plan import chunk_samples
-from fastloda.recorded import Recorded, differentiable, is_recording, recorded_call, tensors, trainable
+from fastloda.recorded import Recorded, detached, differentiable, is_recording, recorded_call, tensors, trainable
 from fastloda.rules import may_be_covered, may_cover
 
 KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
@@ -217,8 +217,9 @@ class FunctionalRule:
         call.check_same(tuple(y.detach() for y in outputs), "when it is run again")
         total = _grads(outputs, list(own.values()), gys)
         grads, _ = self._by_row(call, gys)
+        # of the largest: one that is zero but for rounding, as that of the bias of an attention's keys, has no size of its own
+        size = max(float(by_row.abs().sum(0).amax()) if by_row.numel() else 0.0 for by_row in grads.values())
         for (name, by_row), summed in zip(grads.items(), total):
-            size = by_row.abs().sum(0).amax() if by_row.numel() else 0.0
             if ((by_row.sum(0) - summed).abs() > call.tolerance(by_row.dtype) * size).any():
                 raise PrivacyError(
                     f"{self._label(call)}: the gradients of {name!r} for each row alone do not sum to that of all rows: it mixes "
@@ -302,7 +303,8 @@ def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple,
 
 
 def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Use]:
-    """The uses of the layer's parameters that have no rule, by a call that nothing else sees."""
+    """The uses of the layer's parameters that have no rule, by a call that nothing else sees, and that sees nothing before it."""
+    args, kwargs = detached((args, kwargs))
     devices = {t.device for t in tensors((args, kwargs)) if t.is_cuda}
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not those of a checkpoint around it
     with torch.random.fork_rng(devices=devices), as_it_is:
@@ -318,7 +320,7 @@ def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any
     That is the smallest module around the layer that has one row for each sample. Where there is none, nothing is changed.
     """
     modules, tried, hopeless = dict(model.named_modules()), {}, set()
-    while lacking := [name for name in _without_rule(model, (args, kwargs), result) if name not in hopeless]:
+    while lacking := [name for name in _without_rule(model, (args, kwargs), result, tried) if name not in hopeless]:
         before = tried.setdefault(lacking[0], {})
         for path, forward in before.items():  # it was no help
             modules[path].__dict__.pop("forward", None)
@@ -326,6 +328,7 @@ def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any
         place = next((path for path in _around(lacking[0]) if path not in before), None)
         if place is None:
             hopeless.add(lacking[0])
+            del tried[lacking[0]]
         else:
             before[place] = modules[place].__dict__.get("forward")
             _install(modules[place], FunctionalRule(place), trainable(modules[place]))
@@ -348,26 +351,33 @@ def _drop_inside(whole: nn.Module) -> None:
             del layer.forward
 
 
-def _without_rule(model: nn.Module, given: Any, result: Any) -> list[str]:
-    """Names of the parameters that enter operations without a rule, or whose rows can't be those of the samples."""
+def _without_rule(model: nn.Module, given: Any, result: Any, tried: Mapping[str, Collection[str]]) -> list[str]:
+    """Names of the parameters that enter operations without a rule, or whose rows can't be those of the samples.
+
+    tried: the modules that were taken whole for one of them, which it names again if they have no rows.
+    """
     outputs = [t for t in tensors(result) if differentiable(t) and t.grad_fn is not None]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = {len(t) for t in (*outputs, *tensors(given)) if t.dim()}
     try:
-        uses = (
-            [use for of_node in trace(outputs, parameters, may_cover).uses.values() for use in of_node]
-            if outputs
-            else []
-        )
+        graph = trace(outputs, parameters, may_cover) if outputs else None
+        uses = [use for of_node in graph.uses.values() for use in of_node] if graph else []
+        return [
+            use.name for use in uses if use.node in graph.shared or not may_be_covered(use) or not _has_rows(use, rows)
+        ]
     except NotByRow as error:
         (path,) = [path for path, layer in model.named_modules() if layer is error.layer]
-        return [f"{path}.{error.names[0]}".lstrip(".")]
-    return [use.name for use in uses if not may_be_covered(use) or not _has_rows(use, rows)]
+        whole_for = [name for name, places in tried.items() if path in places]
+        return whole_for[-1:] or [f"{path}.{error.names[0]}".lstrip(".")]
 
 
 def _has_rows(use: Use, rows: Collection[int]) -> bool:
+    """Raises NotByRow: of a recorded layer, it has none at all."""
+    if use.node.name() == RECORDED:
+        use.node.call.outer_blocks()
+        return True
     numbers = output_shape(use.node).numel()
-    return use.node.name() == RECORDED or numbers > 0 and any(numbers % count == 0 for count in rows if count)
+    return numbers > 0 and any(numbers % count == 0 for count in rows if count)
 
 
 def _around(name: str) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import Size, Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import _disable_current_modes
@@ -46,6 +47,7 @@ class LossGraph:
     picked: Mapping[Node, str]  # operations whose rows are a sample's as the data says, by what picks them
     crossings: list[str]  # kinds of operations that hand a sample the rows of others
     unsure: bool  # whether rows may have been laid by data where the graph does not tell
+    shared: frozenset[Node]  # operations whose output has no rows of the samples
     compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
     convolutions: tuple[Node, ...]  # of frozen weights too
 
@@ -79,7 +81,8 @@ def trace(
     compiled, convolutions = (
         tuple(node for node, kind in zip(order, kinds) if kind == wanted) for wanted in (COMPILED, CONVOLUTION)
     )
-    with _disable_current_modes():  # they see a saved number as a tensor, and PyTorch then fails
+    # they see a saved number as a tensor, and PyTorch then fails; or take it for one that the model reads
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
         settings = [setting for node in order for setting in _settings(node)]
     signature = hash((*kinds, *settings, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
     return LossGraph(
@@ -91,6 +94,7 @@ def trace(
         picked={node: places.picked[node] for node in uses if node in places.picked},
         crossings=places.crossings,
         unsure=places.unsure or not places.laid.isdisjoint(uses),
+        shared=places.shared.intersection(uses),
         compiled=compiled,
         convolutions=convolutions,
     )

@@ -38,7 +38,7 @@ MOVING = REDUCING | _kinds("Permute Select Stack T Transpose Unbind") | _kinds("
 VIEWING = _kinds("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View")
 VIEWING |= _kinds("Squeeze", 1) | _kinds("Squeeze", 2)
 ELEMENTWISE = _kinds("Add Addcmul Div Mul Sub")
-BROADCASTING = ELEMENTWISE | _kinds("Expand")
+BROADCASTING = ELEMENTWISE | _kinds("Expand Repeat")
 RECORDED = "RecordedFunctionBackward"  # tells where the batch is in each of its outputs: see `recorded.py`
 OURS = {RECORDED, COMPILED, "LoDAFunctionBackward"}
 BATCH_FIRST = _kinds("Convolution NativeBatchNorm NativeGroupNorm") | {RECORDED}  # by definition
@@ -109,6 +109,7 @@ class BatchPlaces(NamedTuple):
         crossings: kinds of operations that hand a sample the rows of others.
         laid: nodes whose rows an operation above may lay as the data says, which the graph does not tell.
         unsure: whether rows may have been picked by data where the graph does not tell.
+        shared: operations whose output has no rows of the samples.
     """
 
     outer: dict[Node, int]
@@ -116,6 +117,7 @@ class BatchPlaces(NamedTuple):
     crossings: list[str]
     laid: frozenset[Node] = frozenset()
     unsure: bool = False
+    shared: frozenset[Node] = frozenset()
 
 
 def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
@@ -150,7 +152,8 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
     ]
     outer = {node: claim if isinstance(claim, int) else 1 for node, claim in claims.items()}
     picked = {node: claim.kind for node, claim in claims.items() if isinstance(claim, (Picked, Permuted))}
-    return BatchPlaces(outer, picked, crossings, frozenset(laid), unsure)
+    shared = frozenset(node for node, claim in claims.items() if isinstance(claim, Shared))
+    return BatchPlaces(outer, picked, crossings, frozenset(laid), unsure, shared)
 
 
 def _lays_rows(node: Node, kind: str, outer: int, index: int, below: Size) -> bool:

@@ -131,10 +131,11 @@ def recorded_call(
     outputs = [leaves[i] for i in places]
     if not outputs:
         return result
-    detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
     device = outputs[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    call = Recorded(layer, forward, rule, names, *detached, tuple(t.detach() for t in outputs), (device, autocast))
+    call = Recorded(
+        layer, forward, rule, names, *detached((args, kwargs)), tuple(t.detach() for t in outputs), (device, autocast)
+    )
     for i, output in zip(places, RecordedFunction.apply(call, *outputs, *parameters)):
         leaves[i] = output
     return tree_unflatten(leaves, tree)
@@ -167,6 +168,10 @@ def trainable(layer: nn.Module, recurse: bool = True) -> tuple[str, ...]:
 
 def differentiable(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
+
+
+def detached(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -177,6 +177,21 @@ def test_positions_are_looked_up_for_all_samples(rows, samples):
     assert not check_norms(drawn.randomise(Positions(ROWS[rows])), torch.randint(7, (samples, 6)))
 
 
+class Scale(nn.Linear):
+    """A layer of its own class with a factor, no buffer, that is read when the layer is looked into."""
+
+    factor = torch.tensor(0.5, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+def test_looking_into_a_layer_does_not_make_what_follows_private():
+    model = Positions(ROWS["a row"])
+    model.tokens = nn.Sequential(model.tokens, Scale(C, C), Scale(C, C))
+    assert not check_norms(drawn.randomise(model), torch.randint(7, (N, 6)))
+
+
 def test_a_private_step_clips_and_sums_what_is_made():
     """In `GhostClipper` nothing is called by hand, and dropout above and below does no harm."""
     model = Positions(ROWS["a row"])
@@ -500,8 +515,39 @@ class SharedRow(nn.Module):
         return x * self.table(self.indices)
 
 
+class Table(nn.Module):
+    """Called without a tensor; its operation has no rule, and its indices are told from the batch by nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.indices = nn.Parameter(torch.ones(9, C)), torch.tensor([4, 2, 7])
+
+    def forward(self) -> Tensor:
+        return F.interpolate(self.rows[None, None], scale_factor=1.0, mode="bilinear")[0, 0][self.indices]
+
+
+class Tabled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = Table()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.table()
+
+
+class WindowedFirst(Windowed):
+    """A layer of its own class, below which there are windows, is looked into before these are taken whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.after = Listed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(super().forward(x))
+
+
 @pytest.mark.filterwarnings("ignore:.*whole")
-@pytest.mark.parametrize("make", [Chosen, Windowed, Borrowing, SharedRow])
+@pytest.mark.parametrize("make", [Chosen, Windowed, WindowedFirst, Borrowing, SharedRow, Tabled])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_the_smallest_module_that_has_rows_is_taken_whole(make, by_name):
     model = drawn.randomise(nn.Sequential(nn.Linear(C, C), nn.Sequential(make()), nn.Linear(C, 2)))
@@ -514,6 +560,58 @@ def test_the_smallest_module_that_has_rows_is_taken_whole(make, by_name):
     assert covered.layers == ["1.0"] and not explain(model, x, loss=drawn.curved, show=False).refused
     covered.remove()
     assert all("forward" not in layer.__dict__ for layer in model.modules())
+
+
+class Experts(nn.Module):
+    """Each row goes through the expert that it chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.choose, self.experts = nn.Linear(C, 2), nn.ModuleList(nn.Linear(C, C) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, y = self.choose(x).argmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            y[chosen == i] = expert(x[chosen == i])
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*whole")
+def test_experts_are_refused_with_a_way_out_that_is_exact():
+    model, x = nn.Sequential(nn.Linear(C, C), Experts()).double(), sequences()
+    truth = oracle.norms(oracle.sample_grads(model, losses_of, x))
+    with pytest.raises(PrivacyError, match=r"'1.experts.*cover\(model, \[name\]\) of a module around it"):
+        per_sample_grad_norms(losses_of(model, x), model)
+    cover(model, ["1"])
+    torch.testing.assert_close(per_sample_grad_norms(losses_of(model, x), model), truth, rtol=1e-10, atol=0)
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_not_called_mixed():
+    """That of the bias of an attention's keys: it moves all scores alike."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(C, C) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+
+    model, x = Attention().double(), sequences()
+    truth = oracle.norms(oracle.sample_grads(model, losses_of, x))
+    cover(model, [""])
+    torch.testing.assert_close(per_sample_grad_norms(losses_of(model, x), model), truth, rtol=1e-10, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*whole")
+@pytest.mark.parametrize("samples", [3, 4, 6, 12])
+@pytest.mark.parametrize("make", [SharedRow, Tabled])
+def test_a_row_for_all_samples_is_told_whatever_the_numbers(make, samples):
+    """[3, 4] numbers could be rows of 3, 4, 6 or 12 samples as well."""
+    model, x = drawn.randomise(nn.Sequential(make())).double(), torch.randn(samples, T, C, dtype=torch.float64)
+    truth = oracle.norms(oracle.sample_grads(model, losses_of, x))
+    assert cover(model).layers == []
+    torch.testing.assert_close(per_sample_grad_norms(losses_of(model, x), model), truth, rtol=1e-10, atol=0)
 
 
 def test_it_warns_once_by_name():

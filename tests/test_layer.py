@@ -679,11 +679,12 @@ def test_the_file_holds_only_adapters(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_saving_nothing_and_to_nowhere(tmp_path):
-    with pytest.raises(ValueError, match="no adapters"):
+def test_saving_nothing_to_a_new_folder_and_to_nowhere(tmp_path):
+    with pytest.raises(ValueError, match="no adapters.*attach_loda.*save_pretrained"):
         save_loda(small_model(), tmp_path / "a.safetensors")
-    with pytest.raises(OSError, match="nowhere"):
-        save_loda(trained_model(), tmp_path / "nowhere" / "a.safetensors")
+    save_loda(trained_model(), tmp_path / "new" / "folder" / "a.safetensors")
+    with pytest.raises(OSError, match="a.safetensors"):
+        save_loda(trained_model(), tmp_path / "new" / "folder" / "a.safetensors" / "b.safetensors")
 
 
 def write(path, layers, tensors):

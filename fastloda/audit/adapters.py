@@ -111,7 +111,8 @@ def of_trainer(
 
     def draw(generator: Generator) -> list[int]:
         if not sampling:
-            sampling.append(trainer(seen, generator, steps=MANY_STEPS))
+            # in one micro-batch, whose records are read before any that the trainer looks at besides
+            sampling.append(trainer(seen, generator, steps=MANY_STEPS, micro_batch_size=population))
         seen.fetched.clear()
         stats: list[StepStats] = []
         of_loop(sampling[0].model, lambda *_: stats.append(sampling[0].train_step())).release(records, generator)

@@ -19,7 +19,7 @@ import safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastloda.adapt import install_adapters, loda_layers, real_names, separate
+from fastloda.adapt import NOTHING_TO_SAVE, install_adapters, loda_layers, real_names, separate
 from fastloda.files import write_atomically
 from fastloda.layers import LoDAConv2d, LoDALinear
 from fastloda.wrappers import bare_modules
@@ -80,7 +80,7 @@ def save_peft(model: nn.Module, folder: str | os.PathLike, *, base_model: str | 
     """
     layers = dict(loda_layers(model))
     if not layers:
-        raise ValueError("the model has no adapters to save: call attach_loda first")
+        raise ValueError(NOTHING_TO_SAVE)
     if "" in layers:
         raise ValueError("the model is a single layer, which PEFT can't name: put it into a module")
     for name, layer in layers.items():
