@@ -398,7 +398,7 @@ class Largest(nn.Module):
         if self.where == "replaced in backward":
             y.register_hook(lambda g: setattr(self, "largest", g.abs().max()))
         elif self.where == "written in backward":
-            y.register_hook(lambda g: self.largest.copy_(g.abs().max()) and None)
+            y.register_hook(lambda g: [self.largest.copy_(g.abs().max())] and None)
         else:
             self.largest.copy_(y.detach().abs().max())
         return y
