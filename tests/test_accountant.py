@@ -98,7 +98,12 @@ def test_never_below_the_truth_and_hardly_above(counts, proof):
         high = pld_epsilon(mechanisms, delta, min(1e-2, upper / 400 / math.sqrt(steps)), pessimistic=True)
         lower = prv_lower(mechanisms, delta, upper) if steps < 2000 and upper < 50 else 0.0
         judged += lower > 0.98 * upper
-        if upper < low or upper < lower:
+        if (
+            upper < lower
+        ):  # prv-accountant misses the mean of its losses on some grids (its issue 36): a fine PLD decides
+            low, lower = pld_epsilon(mechanisms, delta, 1e-4, pessimistic=False), 0.0
+            assert low > 0.995 * high, "nothing decides"
+        if upper < max(low, lower):
             unsound.append((seed, mechanisms, delta, low, lower, upper, high))
         if upper >= 1:
             looseness.append((upper / high - 1, seed))
