@@ -444,7 +444,7 @@ def _pld_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
     spans = sum(_span(m, lost / total) for m in mechanisms)
     reach = _cheap_epsilon(mechanisms, 1e-15)
     # Connecting the dots errs by the square of the interval over a step's usual loss.
-    wanted = min(_cheap_epsilon(mechanisms, min(delta, 1e-5)) / 64 / math.sqrt(total), 0.5)
+    wanted = min(_cheap_epsilon(mechanisms, min(delta, 1e-5)) / 96 / math.sqrt(total), 0.5)
     least = (2 * spans + reach) / GRID
     if least > 4 * wanted:
         raise ValueError(f"a grid of {(2 * spans + reach) / wanted:.1g} points would be needed, more than {4 * GRID}")

@@ -27,7 +27,7 @@ class Watch:
     """
 
     def __init__(self, members: Members):
-        self._seen = _versions(members)
+        self._seen, self._places = _versions(members), _places(members)
         self._trainable = {name: p for name, p in members.parameters.items() if p.requires_grad}
         self._buffers = [b for b in members.buffers.values() if type(b) is Tensor and b.layout == torch.strided]
         self._bits = self._held()
@@ -43,6 +43,9 @@ class Watch:
         Raises:
             PrivacyError: names the first that changed.
         """
+        if _places(members) != self._places:  # moved to a device or cast, which no record brings about
+            self.__init__(members)
+            return
         rewritten = False
         for name, (tensor, version) in _versions(members).items():
             seen, seen_version = self._seen.get(name, (tensor, version))
@@ -115,6 +118,10 @@ def bits(parameters: Iterable[Tensor]) -> Tensor:
     flat = [torch.cat(tensors).contiguous() for tensors in alike.values()]
     totals = [t.view(INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in flat]
     return torch.stack([total.to(totals[0].device) for total in totals]).sum() if totals else torch.zeros(())
+
+
+def _places(members: Members) -> list[tuple[torch.dtype, torch.device]]:
+    return [(t.dtype, t.device) for t in (*members.parameters.values(), *members.buffers.values())]
 
 
 def _versions(members: Members) -> dict[str, tuple[Tensor, int]]:

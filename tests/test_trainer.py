@@ -422,8 +422,10 @@ INTERRUPTIONS = {
 def test_an_interrupted_run_continues_where_it_was(tmp_path, how, seed):
     act, raised = INTERRUPTIONS[how]
     path, settings = tmp_path / "run.pt", dataclasses.replace(SETTINGS, seed=seed)
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     try:
         torch.manual_seed(5)
         acted = []
@@ -437,9 +439,10 @@ def test_an_interrupted_run_continues_where_it_was(tmp_path, how, seed):
         first = DPTrainer(small_model(), small_data(), after_three_steps, settings, progress=False, checkpoint=path)
         with pytest.raises(raised):
             first.fit()
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     finally:
-        signal.signal(signal.SIGTERM, handlers[1])
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
     assert 0 < first.step < SETTINGS.steps
     second = trainer(settings, checkpoint=path)
     assert_same(first, second)

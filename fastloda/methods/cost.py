@@ -38,6 +38,7 @@ def step_cost(trainer: DPTrainer, records: Sequence[Tensor]) -> StepCost:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    trainer.clipper.watch()  # the average may stand in the parameters
     accumulate()
     seconds = statistics.median(_seconds(accumulate) for _ in range(REPEATS))
     peak = peak_allocation(accumulate, device)
