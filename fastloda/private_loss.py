@@ -7,9 +7,9 @@ takes its place, looks, and opens the outputs for this one pass. Outputs that we
 that comes another way (from C++, from TorchScript) ends there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from weakref import WeakSet
+from weakref import ReferenceType, WeakSet
 
 from torch import Tensor
 from torch.autograd import Variable
@@ -100,6 +100,11 @@ def check_loss(roots: Sequence[Edge], boundaries: Sequence[Node]) -> None:
                 "module: its gradient would not be private. Penalties belong into the optimizer's weight_decay, and what "
                 "trains into the module"
             )
+    if any(output._backward_hooks for node in boundaries for output in _alive(node.handed_out)):
+        raise PrivacyError(
+            "an output of the private module has a gradient hook, which may scale each sample's gradient by all of them: put it "
+            "onto the features inside the module, where what it does is looked at"
+        )
     used = {edge for edges in below.values() for edge in edges} | set(roots)
     cut = [output for node in boundaries for number, output in enumerate(node.cut) if (node, number) in used]
     rows = {len(output) if output.dim() else 0 for output in cut}
@@ -107,7 +112,18 @@ def check_loss(roots: Sequence[Edge], boundaries: Sequence[Node]) -> None:
         return  # a number for all samples, or rows that do not agree, are for the tape to refuse; one sample meets no other
     tape = boundaries[0].tape
     _check_reduction(nodes, samples := rows.pop(), tape.loss_reduction)
-    SampleFlow(samples, tape.grown).check(below, {node: len(node.cut) for node in boundaries})
+    flow = SampleFlow(samples, tape.grown)
+    flow.check(below, {node: len(node.cut) for node in boundaries})
+    factor = flow.odd_factor(roots)
+    if factor is not None and tape.loss_reduction == "mean":
+        raise PrivacyError(
+            f"the loss is a sum over the samples times {factor:.6g}, which is no mean of these {samples}: with each record more, "
+            "all gradients would grow before they are clipped. Take the mean, or pass loss_reduction='sum'"
+        )
+
+
+def _alive(references: Iterable[ReferenceType]) -> list[Tensor]:
+    return [t for t in (reference() for reference in references) if t is not None]
 
 
 def _check_reduction(nodes: Sequence[Node], rows: int, loss_reduction: str) -> None:

@@ -13,6 +13,7 @@ backward pass then work as for any losses.
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -188,7 +189,9 @@ class PrivateModule(nn.Module):
         wanted = tuple(filter(_is_computed, tensors_in(outputs)))
         if not wanted:
             return outputs
-        cut = iter(PrivateOutputs.apply(self._tape, wanted, _ANCHOR))
+        cut = PrivateOutputs.apply(self._tape, wanted, _ANCHOR)
+        cut[0].grad_fn.handed_out = [weakref.ref(output) for output in cut]
+        cut = iter(cut)
         return map_tensors(outputs, lambda t: next(cut) if _is_computed(t) else t)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

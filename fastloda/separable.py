@@ -8,9 +8,10 @@ them and is refused by the operation's name. An operation that is not known here
 Not to be seen in a graph are values that have no gradient, such as targets that were standardised over the batch.
 """
 
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -78,12 +79,21 @@ class One:
     owner: int
 
 
+@dataclass(frozen=True)
 class Total:
-    """Numbers that are linear in terms of single samples."""
+    """Numbers that are linear in terms of single samples.
+
+    Attributes:
+        averaged: whether a mean, a division by a multiple of the number of samples, or by what can't be read, is behind them.
+        by: the numbers that a sum was multiplied with otherwise.
+    """
+
+    averaged: bool
+    by: tuple[float, ...] = ()
 
 
 State = Rows | One | Total
-TOTAL = Total()
+MEAN_OF_ALL, SUM_OF_ALL = Total(averaged=True), Total(averaged=False)
 
 
 class Input(NamedTuple):
@@ -221,6 +231,12 @@ class SampleFlow:
                 self.states[node, number] = self._state(operation, place)
         self._check_picks()
 
+    def odd_factor(self, roots: Iterable[tuple[Node, int]]) -> float | None:
+        """What a root that is a sum, and no mean, was multiplied with; roots: outputs of nodes."""
+        states = [self.states.get(root) for root in roots]
+        factors = [by for state in states if isinstance(state, Total) and not state.averaged for by in state.by]
+        return factors[0] if factors else None
+
     def _state(self, op: Operation, place: int) -> State:
         states = [given.state for given in op.inputs]
         if any(isinstance(state, Total) for state in states):
@@ -239,14 +255,22 @@ class SampleFlow:
         several = len(op.inputs) > 1 and op.kind not in ("Add", "Sub", "Rsub", "Cat", "Stack")
         if op.kind not in LINEAR or several or (op.kind == "Div" and op.inputs[0].index != 0):
             op.refuse("is no linear function of what was added up over the samples")
-        return TOTAL
+        totals = [given.state for given in op.inputs if isinstance(given.state, Total)] or [SUM_OF_ALL]
+        total = Total(all(t.averaged for t in totals), tuple(by for t in totals for by in t.by))
+        if total.averaged or op.kind not in ("Div", "Mul", "Mean"):
+            return total
+        factor = 1 / op.inputs[0].shape.numel() if op.kind == "Mean" else _constant_factor(op)
+        samples = None if not factor else 1 / factor / self.samples
+        if samples is None or (round(samples) >= 1 and math.isclose(samples, round(samples), rel_tol=1e-6)):
+            return MEAN_OF_ALL
+        return replace(total, by=(*total.by, factor))
 
     def _stacked(self, op: Operation) -> State:
         """One sample's numbers after the other's: rows, if it is all of them in order."""
         owners = [given.state.owner for given in op.inputs]
         parts = {given.shape for given in op.inputs}
         if owners != list(range(self.samples)) or len(parts) > 1:
-            return TOTAL
+            return SUM_OF_ALL
         dim = wrapped(op.node._saved_dim, len(op.shape))
         return Rows(prod(op.shape[:dim]), self.whole)
 
@@ -337,11 +361,22 @@ def _normalised_by_targets(node: Node) -> bool:
     return ignored is not None and bool((node._saved_target == signed(ignored)).any())
 
 
+def _constant_factor(op: Operation) -> float | None:
+    """The number that a Div or Mul multiplies its only input with; None if it is no one number, or 0."""
+    if op.kind == "Div":
+        other = op.node._saved_other
+    else:
+        other = op.node._saved_self if op.inputs[0].index else op.node._saved_other
+    if not isinstance(other, Tensor) or other.numel() != 1 or not other.item():
+        return None
+    return 1 / other.item() if op.kind == "Div" else other.item()
+
+
 def _added(op: Operation, mean: bool) -> Total:
     whole = all(run.start == 0 and len(run) == len(op.inputs[0].state.owners[0]) for run in op.inputs[0].state.owners)
     if mean and not whole:
         op.refuse("averages over a part of the samples: take a sum")
-    return TOTAL
+    return MEAN_OF_ALL if mean else SUM_OF_ALL
 
 
 def _view(flow: SampleFlow, op: Operation, place: int) -> State:
@@ -441,7 +476,7 @@ def _parted(flow: SampleFlow, op: Operation, place: int) -> State:
     owners = [owner for run in state.owners for owner in run][chosen.start : chosen.stop : chosen.step]
     if len(owners) == 1:
         return One(owners[0])
-    return Rows(state.outer, _runs(owners)) if owners else TOTAL
+    return Rows(state.outer, _runs(owners)) if owners else MEAN_OF_ALL
 
 
 def _chosen(op: Operation, size: int) -> range:
@@ -508,7 +543,7 @@ def _product(flow: SampleFlow, op: Operation, place: int) -> State:
         flow.check_beside(op, op.inputs[0], place, [d for d, letter in enumerate(out) if letter not in own])
     if (kept and contracted) or len(set(contracted)) > 1:
         op.refuse("multiplies outputs of different samples")
-    return TOTAL if contracted else _joint(flow, op, kept)
+    return SUM_OF_ALL if contracted else _joint(flow, op, kept)
 
 
 def _batch_first(flow: SampleFlow, op: Operation, place: int) -> State:

@@ -366,6 +366,53 @@ def others_move(loss, shape):
     return largest
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: z.square().sum() / 64,
+        lambda z: z.square().sum() * 0.01,
+        lambda z: 0.1 * z.square().sum() / 64,
+        lambda z: F.mse_loss(z, torch.zeros_like(z), reduction="sum") / torch.tensor(64.0),
+        lambda z: z.square().mean() + z.square().sum() / 64,
+        lambda z: sum(row.square().sum() for row in z) / 64,
+    ],
+)
+def test_a_sum_over_another_number_than_the_samples(loss):
+    """For loss_reduction="mean" each gradient would be scaled by the number of samples."""
+    out, tape = outputs(N, C)
+    with pytest.raises(PrivacyError, match="no mean of these 6"):
+        loss(out).backward()
+    assert tape.empty
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: 0.1 * z.square().sum() / N,
+        lambda z: z.square().sum() * (1 / (N * C)) * 3,
+        lambda z: z.square().sum() / torch.tensor(float(N)),
+        lambda z: z.square().mean() + 1e-3 * z.abs().sum() / N,
+        lambda z: (z.square() / N).sum(),
+    ],
+)
+def test_a_mean_written_as_a_sum(loss):
+    out, tape = outputs(N, C)
+    loss(out).backward()
+    assert tape.rows == N
+
+
+def test_a_gradient_hook_on_the_outputs():
+    out, tape = outputs(N, C)
+    handle = out.register_hook(lambda g: g / g.norm())
+    with pytest.raises(PrivacyError, match="gradient hook"):
+        out.square().mean().backward()
+    assert tape.empty
+    handle.remove()
+    out.retain_grad()
+    out.square().mean().backward()
+    assert tape.rows == N
+
+
 def test_losses_that_are_a_vector():
     """losses.backward(ones) is the backward pass of their sum."""
     out, tape = outputs(N, C, reduction="sum")
