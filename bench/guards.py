@@ -39,7 +39,7 @@ class NoWatch:
     def __init__(self, members):
         pass
 
-    def check(self, members):
+    def check(self, members, thorough=True):
         pass
 
 

@@ -41,7 +41,7 @@ SCRIPTED_REMEDY = (
     "TorchScript made one operation of several layers; train the Python module that was scripted or traced"
 )
 
-LOOK_AGAIN = 1 / 200  # the probability with which an accumulated batch is looked at though its kind was before
+LOOK_AGAIN = 1 / 400  # the probability with which an accumulated batch is looked at though its kind was before
 _chance = random.SystemRandom()  # public, and no generator that a run draws from
 
 
@@ -172,8 +172,10 @@ def parting(candidates: Tensor) -> Iterator[Tensor]:
 
 
 def _random_half(candidates: Tensor) -> Iterator[Tensor]:
-    bits = [_chance.random() < 0.5 for _ in range(len(candidates))]
-    yield candidates & torch.tensor(bits, device=candidates.device)
+    numbers = candidates.nonzero().flatten().tolist()
+    chosen = torch.zeros_like(candidates)
+    chosen[_chance.sample(numbers, (len(numbers) + 1) // 2)] = True
+    yield chosen
 
 
 class _Probe:
