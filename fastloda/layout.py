@@ -173,9 +173,7 @@ def _lays_rows(node: Node, kind: str, outer: int, index: int, below: Size) -> bo
     return outer == 1 and shape[0] != below[0] and kind not in SIZED
 
 
-SIZED = (
-    VIEWING | MOVING | BROADCASTING | PARTING | PICKING | PLACING | {WRITING, "RepeatBackward0"}
-)  # known above, or by sizes
+SIZED = VIEWING | MOVING | BROADCASTING | PARTING | PICKING | PLACING | {WRITING}  # known above, or by sizes
 
 
 def _writes_rows(entry: tuple[Node, Edges]) -> bool:
@@ -322,7 +320,7 @@ def _indexed_dims(node: Node, kind: str, shape: Sequence[int]) -> list[int]:
     """The dimensions of the tensor that the rows are picked from, or laid into, by which they are."""
     if kind in ("IndexBackward0", "IndexPutBackward0", "IndexSelectBackward0"):
         return [d for d, index in enumerate(indices_by_dim(node, kind, shape)) if index is not None]
-    if kind == "PackPaddedSequenceBackward0":
+    if kind == PACKING:
         return [0 if node._saved_batch_first else 1]
     dim = getattr(node, "_saved_dim", None)
     return list(range(len(shape))) if dim is None else [wrapped(dim, len(shape))]

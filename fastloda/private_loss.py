@@ -32,9 +32,9 @@ class LookingEngine(type(Variable._execution_engine)):
 
     def run_backward(self, tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs):
         # with inputs the pass ends above the outputs of a private module, and without any of these there is nothing to look at
-        roots = [_edge(root) for root in tensors if isinstance(root, GradientEdge) or root.requires_grad]
-        reached = _outputs_below(roots) if _waiting and not inputs else []
-        with _opened(roots, reached):
+        looked_at = tensors if _waiting and not inputs else ()
+        roots = [_edge(root) for root in looked_at if isinstance(root, GradientEdge) or root.requires_grad]
+        with _opened(roots, _outputs_below(roots)):
             return super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
 
 

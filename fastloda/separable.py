@@ -21,6 +21,7 @@ import torch
 from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from fastloda import layout
 from fastloda.errors import PrivacyError
 from fastloda.layout import Edges, indices_by_dim, output_shape, signed, wrapped
 from fastloda.regions import COMPILED, may_run_again
@@ -156,14 +157,8 @@ REDUCING = _names(
 REDUCING |= _names("StdMean Sum Var VarMean")
 SUMMING = _names("Mean Sum")
 ALONG = _names("Cummax Cummin Cumprod Cumsum Gather IndexSelect LogSoftmax Logcumsumexp Softmax Sort Topk Glu")
-PRODUCTS = {  # einsum's letters of each input and of the output
-    "Mm": ("ik", "kj", "ij"),
-    "Addmm": ("ij", "ik", "kj", "ij"),
-    "Bmm": ("bik", "bkj", "bij"),
-    "Baddbmm": ("bij", "bik", "bkj", "bij"),
-    "Mv": ("ik", "k", "i"),
-    "Dot": ("k", "k", ""),
-}
+PRODUCTS = {kind.removesuffix("Backward0"): letters for kind, letters in layout.PRODUCTS.items()}
+PRODUCTS |= {"Dot": ("k", "k", "")}
 BATCH_FIRST = _names(
     "Convolution MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D MaxPool1D AvgPool3D MaxPool3DWithIndices"
 )
