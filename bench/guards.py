@@ -115,7 +115,8 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 30
     found = {case.name: of_steps(case, rounds) for case in CASES} | {"make_private": of_loss()}
     document = {"machine": machine.name(), "versions": machine.versions(), "rounds": rounds, "figures": found}
-    path = Path(__file__).parent / "results" / f"guards-{machine.name()}-{date.today()}.json"
+    path = Path(__file__).parent / "results" / "guards" / f"{machine.name()}-{date.today()}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document, indent=2))
 

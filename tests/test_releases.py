@@ -388,7 +388,7 @@ def test_forked_children_of_a_loop_draw_their_own_noise(given, used):
     theirs = [in_child(lambda: loop_step(made, model)) for _ in range(2)]
     own = loop_step(made, model).double()
     for a, b in ((theirs[0], theirs[1]), (theirs[0], own), (theirs[1], own)):
-        assert not torch.isclose(a, b, rtol=0, atol=1e-3).any()
+        assert (a - b).norm() > 8  # of independent noise: about 23; the clipped sums of 40 records at most, over 20, differ by 4
 
 
 module_generator = np.random.default_rng()
@@ -430,7 +430,7 @@ class Attribute:
 def test_forked_children_repeat_no_noise_of_ones_own(kind):
     source = private_optimizer(OwnNoise(kind))[0][1].generator
     draws = [in_child(lambda: source.normal(torch.Size([5]))) for _ in range(2)] + [source.normal(torch.Size([5]))]
-    assert not any(torch.isclose(a, b).any() for i, a in enumerate(draws) for b in draws[:i])
+    assert not any(torch.isclose(a, b).all() for i, a in enumerate(draws) for b in draws[:i])
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
@@ -438,7 +438,7 @@ def test_forked_children_repeat_no_noise_of_ones_own(kind):
 def test_copies_repeat_no_noise_of_ones_own(make, again):
     (_, optimizer, _), _ = private_optimizer(Attribute(make()))
     shape, copied = torch.Size([5]), again(optimizer)
-    assert not torch.isclose(copied.generator.normal(shape), optimizer.generator.normal(shape)).any()
+    assert not torch.isclose(copied.generator.normal(shape), optimizer.generator.normal(shape)).all()
 
 
 @pytest.mark.parametrize("kind", ["same", "zeros", "wide"])
