@@ -11,8 +11,8 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    # fastloda/kernels is a link to kernels/, a namespace package, which find_packages does not see
     packages=[*find_packages(include=["fastloda", "fastloda.*"]), "fastloda.kernels"],
+    package_dir={"fastloda.kernels": "kernels"},
     install_requires=[
         "torch>=2.8",
         "numpy>=1.26",
@@ -51,7 +51,7 @@ setup(
             "peft>=0.17",
         ],
     },
-    entry_points={"console_scripts": ["fastloda = fastloda.cli:main"]},
+    entry_points={"console_scripts": ["fastloda = fastloda.synthesis.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

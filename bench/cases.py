@@ -10,8 +10,8 @@ from adapters import adapt_plainly
 from machine import DEVICE
 from torch import Tensor, nn
 
-from fastloda.classify import WideResNet
-from fastloda.diffusion import digits_unet, paper_unet
+from fastloda.synthesis.classify import WideResNet
+from fastloda.synthesis.diffusion import digits_unet, paper_unet
 
 Batch = tuple[Tensor, ...]  # every tensor has batch x views rows, sample-major
 

@@ -15,7 +15,7 @@ import machine  # noqa: E402
 from results_file import Results  # noqa: E402
 from scales import SCALES, Scale, scale_of  # noqa: E402
 
-from fastloda.report import bench  # noqa: E402
+from fastloda.synthesis.report import bench  # noqa: E402
 
 RESULTS = StashKey[Results]()
 STARTED = time.monotonic()

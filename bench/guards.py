@@ -21,9 +21,12 @@ from adapters import use_loda_layers  # noqa: E402
 from cases import Case  # noqa: E402
 from measure import Race, ratio  # noqa: E402
 
-from fastloda import GhostClipper, coverage, graph, step  # noqa: E402
-from fastloda.private_loss import check_loss  # noqa: E402
-from fastloda.private_module import PrivateModule, Tape  # noqa: E402
+from fastloda import GhostClipper
+from fastloda.engine.loss_check import check_loss  # noqa: E402
+from fastloda.engine.module import PrivateModule, Tape  # noqa: E402
+from fastloda.per_sample import graph
+from fastloda.per_sample import refusals as coverage
+from fastloda.privacy import step
 
 CASES = (
     Case("digits_unet", batch=64),

@@ -13,7 +13,7 @@ from cases import Case
 from machine import CUDA, DEVICE, seconds
 from providers import PROVIDERS, Privacy
 
-from fastloda.memory import peak_allocation
+from fastloda.synthesis.memory import peak_allocation
 
 
 class Race:

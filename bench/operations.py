@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from fastloda.kernels.conv import Conv
 from machine import DEVICE
 from providers import captured
 from torch import Tensor, nn
 
-from fastloda.clip import clipped_sums
-from fastloda.diffusion import paper_unet
-from fastloda.kernels.conv import Conv
-from fastloda.ops import ConvOp, on_triton
-from fastloda.pieces import PerSampleGrad, Piece, squared_norms
+from fastloda.loda.arithmetic import ConvOp, on_triton
+from fastloda.per_sample.recipe import PerSampleGrad, Piece, squared_norms
+from fastloda.privacy.clip import clipped_sums
+from fastloda.synthesis.diffusion import paper_unet
 
 RANK, SLOPE, SCALE = 4, 0.1, 1.0
 FLOAT32 = 4  # bytes of a gradient's number

@@ -13,7 +13,7 @@ from cases import Case
 from torch import Tensor, nn
 
 from fastloda import GhostClipper, ghost_dp_step
-from fastloda.noise import gaussian
+from fastloda.privacy.noise import gaussian
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rich import print
 from torch import nn
 
 from fastloda import audit, ghost_dp_step
-from fastloda.sampling import poisson_sample
+from fastloda.training.sampling import poisson_sample
 
 RECORDS, SAMPLE_RATE, BATCH, CLIP, NOISE = 400, 0.02, 8, 1.0, 1.0
 

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from fastloda import DPTrainer, PrivateTraining, calibrate_noise
-from fastloda.adaptive import AdaptiveClipping
+from fastloda.privacy.adaptive import AdaptiveClipping
 
 EPSILON, DELTA, STEPS, RECORDS, BATCH = 4.0, 1e-5, 60, 1437, 256
 STYLES = {

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastloda
-from fastloda.diffusion.unet import UNet, UNetConfig
+from fastloda.synthesis.diffusion.unet import UNet, UNetConfig
 
 
 def losses(model: nn.Module, images: torch.Tensor, times: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from fastloda import DPTrainer, PrivateTraining, attach_loda
-from fastloda.data import digits_split, font_digits
 from fastloda.integrations.diffusers import diffusion_losses
 from fastloda.integrations.peft import save_peft
+from fastloda.synthesis.data import digits_split, font_digits
 
 SCHEDULER = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
 

@@ -10,8 +10,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastloda.make_private import PrivacyEngine  # was: from opacus import PrivacyEngine
-from fastloda.private_loader import BatchMemoryManager  # was: from opacus.utils.batch_memory_manager import ...
+from fastloda.engine.engine import PrivacyEngine  # was: from opacus import PrivacyEngine
+from fastloda.engine.loader import BatchMemoryManager  # was: from opacus.utils.batch_memory_manager import ...
 
 DELTA = 1e-4
 

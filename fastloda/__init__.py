@@ -1,23 +1,23 @@
 """FastLoDA: differentially private fine-tuning of convolutional models at almost no extra cost."""
 
-from fastloda.accountant import PrivacyAccountant, calibrate_noise, compose_epsilon
-from fastloda.adapt import attach_loda, load_loda, loda_parameters, loda_state_dict, save_loda
-from fastloda.adaptive import AdaptiveClipping
-from fastloda.clip import Automatic, PerLayer
-from fastloda.compiled import compile
-from fastloda.criterion import CrossEntropyLoss
+from fastloda.accounting.accountant import PrivacyAccountant, calibrate_noise, compose_epsilon
+from fastloda.engine.criterion import CrossEntropyLoss
+from fastloda.engine.engine import PrivacyEngine, make_private, make_private_with_epsilon
+from fastloda.engine.loader import BatchMemoryManager
+from fastloda.engine.validator import ModuleValidator
 from fastloda.errors import PrivacyError
-from fastloda.explain import explain
-from fastloda.functional import cover
-from fastloda.layers import LoDAConv2d, LoDALinear
-from fastloda.make_private import PrivacyEngine, make_private, make_private_with_epsilon
-from fastloda.module_validator import ModuleValidator
-from fastloda.per_sample import per_sample_grads
-from fastloda.private_loader import BatchMemoryManager
-from fastloda.register import check_rule, register_rule
-from fastloda.secure import SecureGenerator
-from fastloda.step import GhostClipper, StepStats, ghost_dp_step, per_sample_grad_norms
-from fastloda.trainer import DPTrainer, PrivateTraining
+from fastloda.loda.attach import attach_loda, load_loda, loda_parameters, loda_state_dict, save_loda
+from fastloda.loda.compile import compile
+from fastloda.loda.layers import LoDAConv2d, LoDALinear
+from fastloda.per_sample.explain import explain
+from fastloda.per_sample.fallback.functional import cover
+from fastloda.per_sample.fallback.register import check_rule, register_rule
+from fastloda.per_sample.gradients import per_sample_grads
+from fastloda.privacy.adaptive import AdaptiveClipping
+from fastloda.privacy.clip import Automatic, PerLayer
+from fastloda.privacy.secure_noise import SecureGenerator
+from fastloda.privacy.step import GhostClipper, StepStats, ghost_dp_step, per_sample_grad_norms
+from fastloda.training.trainer import DPTrainer, PrivateTraining
 
 __version__ = "0.1.0"
 __all__ = [

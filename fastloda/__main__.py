@@ -2,6 +2,6 @@
 
 import sys
 
-from fastloda.cli import main
+from fastloda.synthesis.cli import main
 
 sys.exit(main())

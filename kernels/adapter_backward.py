@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloda.kernels import tiles
-from fastloda.kernels.blocks import cdiv, launch, load, planes, power_of_2
+from . import tiles
+from .blocks import cdiv, launch, load, planes, power_of_2
 
 
 def adapter_backward_reference(

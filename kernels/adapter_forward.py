@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloda.kernels import tiles
-from fastloda.kernels.blocks import cdiv, launch, load, planes, power_of_2
-from fastloda.kernels.conv import Conv
+from . import tiles
+from .blocks import cdiv, launch, load, planes, power_of_2
+from .conv import Conv
 
 
 def project_reference(x: Tensor, A: Tensor, conv: Conv) -> Tensor:

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloda.kernels import tiles
-from fastloda.kernels.blocks import cdiv, launch
+from . import tiles
+from .blocks import cdiv, launch
 
 
 def clip_sum_reference(G: Tensor, factors: Tensor) -> Tensor:

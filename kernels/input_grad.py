@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloda.kernels import tiles
-from fastloda.kernels.blocks import cdiv, launch, load, planes, undo_stride
-from fastloda.kernels.conv import Conv
+from . import tiles
+from .blocks import cdiv, launch, load, planes, undo_stride
+from .conv import Conv
 
 
 def add_input_grad_reference(dx: Tensor, gz: Tensor, A: Tensor, conv: Conv) -> Tensor:

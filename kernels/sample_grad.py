@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastloda.kernels import tiles
-from fastloda.kernels.blocks import Planes, cdiv, launch, load, planes, undo_stride
-from fastloda.kernels.conv import Conv
+from . import tiles
+from .blocks import Planes, cdiv, launch, load, planes, undo_stride
+from .conv import Conv
 
 
 def sample_grads_reference(x: Tensor, g: Tensor, conv: Conv, samples: int) -> Tensor:

@@ -9,8 +9,8 @@ Where `maxnreg` stands, ptxas left alone would spill a few bytes to fit one more
 float32 products run without tensor cores (no tf32) and are unrolled over the inner axis: it stays at 16, with more warps.
 """
 
-from fastloda.kernels.blocks import cdiv, power_of_2
-from fastloda.kernels.conv import Conv
+from .blocks import cdiv, power_of_2
+from .conv import Conv
 
 PROGRAMS = 1024  # keep a GPU of 132 multiprocessors busy
 REDUCTION = 512  # numbers that a program of adapter_backward's second launch adds up

@@ -20,8 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle  # noqa: E402
 
-from fastloda import GhostClipper, attach_loda, ops  # noqa: E402
-from fastloda.diffusion import digits_unet  # noqa: E402
+from fastloda import GhostClipper, attach_loda
+from fastloda.loda import arithmetic as ops
+from fastloda.synthesis.diffusion import digits_unet  # noqa: E402
 
 SAMPLES, VIEWS = 6, 2
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fastloda.report import bench  # noqa: E402
+from fastloda.synthesis.report import bench  # noqa: E402
 
 OPACUS = """\
 Opacus 1.6's Conv2d reads channels_last memory as if it were NCHW; its gradients and norms are then wrong. The bench feeds it

@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 
 from fastloda import DPTrainer, PrivateTraining, attach_loda, calibrate_noise
-from fastloda.adapt import loda_layers
-from fastloda.classify import accuracy, train_classifier
-from fastloda.data import Hands, LabelledImages, font_digits
-from fastloda.diffusion import Diffusion, class_balanced_labels, digits_unet, sample
-from fastloda.diffusion.pretrain import PublicTraining, pretrain
-from fastloda.methods import PublicChoice
-from fastloda.methods.gaussian_release import noise_stream
-from fastloda.methods.moved import moved
+from fastloda.loda.attach import loda_layers
+from fastloda.synthesis.classify import accuracy, train_classifier
+from fastloda.synthesis.data import Hands, LabelledImages, font_digits
+from fastloda.synthesis.diffusion import Diffusion, class_balanced_labels, digits_unet, sample
+from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
+from fastloda.synthesis.methods import PublicChoice
+from fastloda.synthesis.methods.gaussian_release import noise_stream
+from fastloda.synthesis.methods.moved import moved
 
 RECORDS, DELTA = 1437, 1e-5
 DEFAULTS = {

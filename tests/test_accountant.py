@@ -19,8 +19,8 @@ from dp_accounting.rdp import rdp_privacy_accountant
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from scipy.integrate import quad
 
-from fastloda import accountant
-from fastloda.accountant import (
+from fastloda.accounting import accountant
+from fastloda.accounting.accountant import (
     PrivacyAccountant,
     PrivacyAccountingWarning,
     calibrate_noise,
@@ -87,7 +87,7 @@ def prv_lower(mechanisms, delta, upper):
         return 0.0
 
 
-@pytest.mark.filterwarnings("ignore::fastloda.accountant.PrivacyAccountingWarning")
+@pytest.mark.filterwarnings("ignore::fastloda.accounting.accountant.PrivacyAccountingWarning")
 def test_never_below_the_truth_and_hardly_above(counts, proof):
     cases, unsound, looseness, judged = counts(12, 1000), [], [], 0
     for seed in range(cases):
@@ -478,7 +478,7 @@ def test_other_bad_arguments():
         calibrate_noise(1.0, 1e-5, 0.1, 0)
 
 
-@pytest.mark.filterwarnings("ignore::fastloda.accountant.PrivacyAccountingWarning")
+@pytest.mark.filterwarnings("ignore::fastloda.accounting.accountant.PrivacyAccountingWarning")
 @pytest.mark.parametrize(
     ("q", "sigma", "steps", "delta"),
     [
@@ -530,7 +530,7 @@ ABUNDANT = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::fastloda.accountant.PrivacyAccountingWarning")
+@pytest.mark.filterwarnings("ignore::fastloda.accounting.accountant.PrivacyAccountingWarning")
 @pytest.mark.parametrize("mechanisms", ABUNDANT.values(), ids=ABUNDANT)
 def test_no_account_takes_a_minute_or_a_gibibyte(mechanisms):
     mechanisms = mechanisms()

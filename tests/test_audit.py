@@ -33,7 +33,7 @@ from fastloda.audit.canary import CountedMu, GaussianMu
 from fastloda.audit.noise import NoiseRecord, Scale
 from fastloda.audit.report import Finding, judge
 from fastloda.audit.sampler import audit_sampler
-from fastloda.sampling import poisson_sample
+from fastloda.training.sampling import poisson_sample
 
 C, SIGMA, BATCH, RATE, POPULATION = 0.5, 0.8, 16, 0.05, 320
 CLAIM = Claim(SIGMA, C, BATCH)

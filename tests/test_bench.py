@@ -18,8 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastloda.cli import main
-from fastloda.report import bench
+from fastloda.synthesis.cli import main
+from fastloda.synthesis.report import bench
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,8 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from fastloda.classify import NETWORKS, SmallCNN, accuracy, flip_crop, jitter, predict, seeded_network, train_classifier
-from fastloda.data import LabelledImages, digits_split, font_digits
+from fastloda.synthesis.classify import (
+    NETWORKS,
+    SmallCNN,
+    accuracy,
+    flip_crop,
+    jitter,
+    predict,
+    seeded_network,
+    train_classifier,
+)
+from fastloda.synthesis.data import LabelledImages, digits_split, font_digits
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastloda import cli, files, pipeline
-from fastloda.cli import main
+from fastloda import files
+from fastloda.synthesis import cli
+from fastloda.synthesis import stages as pipeline
+from fastloda.synthesis.cli import main
 
 TINY_UNET = ["--unet.width", "8", "--unet.norm_groups", "4"]
 PRETRAIN = [
@@ -192,7 +194,7 @@ def test_version(capsys):
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_a_mistake_gives_one_line_and_changes_nothing(run, tmp_path, capsys, arguments, message):
-    from fastloda.data import LabelledImages, font_digits
+    from fastloda.synthesis.data import LabelledImages, font_digits
 
     places = {name: tmp_path / name for name in ("new", "text", "broken", "unknown", "nine", "eleven", "only_public")}
     places["text"].write_text("text")
@@ -294,7 +296,7 @@ def test_ctrl_c_exits_130_and_the_same_command_continues(run, tmp_path):
         "cpu",
     ]
     command = [sys.executable, "-m", "fastloda", "finetune", "--run", str(tmp_path / "run"), *options]
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     heed = partial(
         signal.signal, signal.SIGINT, signal.SIG_DFL
     )  # a suite run in the background ignores it, as its children

@@ -19,15 +19,16 @@ from jsonargparse import ArgumentError
 from test_sensitivity import SLACK, Fuzz, fuzzed
 from torch import Generator, Tensor, nn
 
-from fastloda import GhostClipper, LoDALinear, ghost_dp_step, plan
-from fastloda.adaptive import AdaptiveClipping
-from fastloda.budget import Privacy, privacy_statement, private_training
-from fastloda.cli import build_parser
-from fastloda.clip import Automatic, Flat, PerLayer, clip_factors
-from fastloda.diffusion import Diffusion
-from fastloda.settings import FineTuning
-from fastloda.styles import STYLES, clipping_style
-from fastloda.trainer import DPTrainer, PrivateTraining
+from fastloda import GhostClipper, LoDALinear, ghost_dp_step
+from fastloda.per_sample import planner as plan
+from fastloda.privacy.adaptive import AdaptiveClipping
+from fastloda.privacy.clip import Automatic, Flat, PerLayer, clip_factors
+from fastloda.privacy.styles import STYLES, clipping_style
+from fastloda.synthesis.budget import Privacy, privacy_statement, private_training
+from fastloda.synthesis.cli import build_parser
+from fastloda.synthesis.diffusion import Diffusion
+from fastloda.synthesis.settings import FineTuning
+from fastloda.training.trainer import DPTrainer, PrivateTraining
 
 
 def layer_of(name: str) -> str:

@@ -21,7 +21,7 @@ from fastloda import (
     ghost_dp_step,
     per_sample_grad_norms,
 )
-from fastloda.diffusion.unet import UNet, UNetConfig
+from fastloda.synthesis.diffusion.unet import UNet, UNetConfig
 
 EXACT = dict(rtol=1e-10, atol=1e-13)
 

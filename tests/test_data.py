@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import label
 from sklearn.datasets import load_digits
 
-from fastloda.data import LabelledImages, digits_split, font_digits, load_npz
-from fastloda.data.font_digits import DIGITS, FONTS, _box_to_glyph, _glyphs
+from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, load_npz
+from fastloda.synthesis.data.font_digits import DIGITS, FONTS, _box_to_glyph, _glyphs
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

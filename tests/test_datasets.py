@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from fastloda.classify import accuracy, train_classifier
-from fastloda.cli import main
-from fastloda.data import (
+from fastloda.synthesis.classify import accuracy, train_classifier
+from fastloda.synthesis.cli import main
+from fastloda.synthesis.data import (
     MATCHES,
     NAMES,
     PUBLIC_PARTNERS,
@@ -42,13 +42,13 @@ from fastloda.data import (
     stratified_subset,
     svhn,
 )
-from fastloda.data.safe_pickle import load_plain_pickle
-from fastloda.diffusion import Diffusion, UNet, UNetConfig
-from fastloda.diffusion.pretrain import PublicTraining, pretrain
-from fastloda.inputs import NAMED, files_of, full_name, open_for_unet, open_images, open_tests
+from fastloda.synthesis.data.safe_pickle import load_plain_pickle
+from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
+from fastloda.synthesis.inputs import NAMED, files_of, full_name, open_for_unet, open_images, open_tests
 
 MNIST, CIFAR10, SVHN, IMAGENET32 = (
-    importlib.import_module(f"fastloda.data.{name}") for name in ("mnist", "cifar10", "svhn", "imagenet32")
+    importlib.import_module(f"fastloda.synthesis.data.{name}") for name in ("mnist", "cifar10", "svhn", "imagenet32")
 )
 TRAIN, TEST = 12, 7  # images in the tiny files
 RANDOM = np.random.default_rng(0)
@@ -242,7 +242,7 @@ def test_cifar10_comes_back(tmp_path, writer, inside):
 
 def test_the_pixels_are_red_rows_first():
     """What "data" of CIFAR-10 means: 1024 red values, row by row, then green, then blue."""
-    batches = importlib.import_module("fastloda.data.batches")
+    batches = importlib.import_module("fastloda.synthesis.data.batches")
     image = np.arange(3072).reshape(batches.SHAPE)
     assert image[0, 0, 1] == 1 and image[0, 1, 0] == 32 and image[1, 0, 0] == 1024
 
@@ -358,7 +358,10 @@ DTYPE = b"cnumpy\ndtype\n"
         (DTYPE + b"(X\x01\x00\x00\x00OtR.", "only arrays of numbers are read, not of object"),
         (DTYPE + b"(X\x02\x00\x00\x00V8tR.", "only arrays of numbers"),
         (b"c_codecs\nencode\n(X\x01\x00\x00\x00xX\x04\x00\x00\x00zlibtR.", "bytes written in 'zlib'"),
-        (b"cfastloda.data.safe_pickle\n_ALLOWED\n.", "would run fastloda.data.safe_pickle._ALLOWED"),
+        (
+            b"cfastloda.synthesis.data.safe_pickle\n_ALLOWED\n.",
+            "would run fastloda.synthesis.data.safe_pickle._ALLOWED",
+        ),
         (b"\x80\x04\x8c\x05numpy\x8c\x11ndarray.__class__\x93.", r"would run numpy.ndarray.__class__"),
         (b"P1\n.", "persistent"),
         (b"\x82\x01.", "unregistered extension code 1"),
@@ -937,7 +940,7 @@ def test_the_public_colours_are_made_the_same_way_and_determined_by_the_seed():
 
 @pytest.mark.parametrize("seed", [0, 1, 77])
 def test_the_colours_come_from_other_numbers_than_the_glyphs(monkeypatch, seed):
-    module, seeds = importlib.import_module("fastloda.data.colour_digits"), []
+    module, seeds = importlib.import_module("fastloda.synthesis.data.colour_digits"), []
     paint = module._paint
     monkeypatch.setattr(module, "_paint", lambda digits, seed: seeds.append(seed) or paint(digits, seed))
     colour_font_digits(3, seed)

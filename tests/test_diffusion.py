@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from fastloda import attach_loda, loda_parameters, per_sample_grad_norms
-from fastloda.diffusion import (
+from fastloda.synthesis.diffusion import (
     Diffusion,
     UNet,
     UNetConfig,
@@ -24,8 +24,8 @@ from fastloda.diffusion import (
     paper_unet,
     sample,
 )
-from fastloda.diffusion.sampler import _schedule, _step
-from fastloda.diffusion.unet import Attention, ResBlock
+from fastloda.synthesis.diffusion.sampler import _schedule, _step
+from fastloda.synthesis.diffusion.unet import Attention, ResBlock
 
 # (c_in, c_out, k, stride, pad, h_out, w_out): how many of the paper's 149 convolutions are so at 32 x 32.
 PAPER_CONVOLUTIONS = {

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import fastloda.trainer
+import fastloda.training.trainer
 from fastloda import (
     DPTrainer,
     GhostClipper,
@@ -33,9 +33,9 @@ from fastloda import (
     ghost_dp_step,
     per_sample_grad_norms,
 )
-from fastloda.checkpoint import CheckpointError, fingerprint
-from fastloda.distributed import World, replicate
-from fastloda.sampling import largest_share, micro_batches, poisson_sample, share
+from fastloda.privacy.ranks import World, replicate
+from fastloda.training.checkpoint import CheckpointError, fingerprint
+from fastloda.training.sampling import largest_share, micro_batches, poisson_sample, share
 
 RANKS = 2
 EXAMPLE = Path(__file__).parent.parent / "examples" / "distributed.py"
@@ -566,15 +566,15 @@ def test_resume_on_as_many_ranks_is_bitwise_equal(two_ranks):
 @case
 def handed_over(rank, folder):
     """From two ranks to one (by the test) and from one to two."""
-    saves, save = [], fastloda.trainer.save_checkpoint
-    fastloda.trainer.save_checkpoint = lambda *arguments: (saves.append(1), save(*arguments))
+    saves, save = [], fastloda.training.trainer.save_checkpoint
+    fastloda.training.trainer.save_checkpoint = lambda *arguments: (saves.append(1), save(*arguments))
     try:
         t = trainer(checkpoint=folder / "from-two.pt")
         for _ in range(3):
             t.train_step()
         t.save()
     finally:
-        fastloda.trainer.save_checkpoint = save
+        fastloda.training.trainer.save_checkpoint = save
     path = folder / "from-one.pt" if rank == 0 else folder / "not-on-this-machine" / "from-one.pt"
     taken_over = trainer(checkpoint=path)
     stream = taken_over._generators["losses"].get_state()

@@ -35,9 +35,9 @@ from fastloda import (
     PrivacyAccountant,
     PrivacyEngine,
     PrivacyError,
-    schedulers,
 )
-from fastloda.adaptive import AdaptiveClipping
+from fastloda.engine import schedulers
+from fastloda.privacy.adaptive import AdaptiveClipping
 
 
 def train(model, optimizer, loader, passes=1):

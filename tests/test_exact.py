@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastloda import GhostClipper, LoDAConv2d, LoDALinear, coverage, ghost_dp_step, per_sample_grad_norms, plan
+from fastloda import GhostClipper, LoDAConv2d, LoDALinear, ghost_dp_step, per_sample_grad_norms
+from fastloda.per_sample import planner as plan
+from fastloda.per_sample import refusals as coverage
 
 PLANS = {
     "as planned": {},
@@ -151,7 +153,7 @@ def check_bf16(case):
 def bf16_errors(case):
     """PyTorch's own error on each sample under autocast; where a kink of LeakyReLU is near, chance decides its size.
 
-    On processors with AMX oneDNN gets some convolutions wrong (`fastloda/amx.py`); PyTorch without oneDNN then stands in for it.
+    On processors with AMX oneDNN gets some convolutions wrong (`fastloda/per_sample/amx.py`); PyTorch without oneDNN then stands in for it.
     """
     truth = case.truth()
 

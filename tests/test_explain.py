@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastloda import LoDAConv2d, attach_loda, per_sample_grad_norms, plan
-from fastloda.explain import explain
-from fastloda.functional import cover
-from fastloda.register import register_rule
+from fastloda import LoDAConv2d, attach_loda, per_sample_grad_norms
+from fastloda.per_sample import planner as plan
+from fastloda.per_sample.explain import explain
+from fastloda.per_sample.fallback.functional import cover
+from fastloda.per_sample.fallback.register import register_rule
 
 
 class Rotated(nn.Module):

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastloda import GhostClipper, PrivacyError, explain, per_sample_grad_norms
-from fastloda.functional import Covered, cover
+from fastloda.per_sample.fallback.functional import Covered, cover
 
 N, T, C = 5, 3, 4  # samples, positions and features
 pytestmark = pytest.mark.filterwarnings("ignore:.*no per-sample rule", "ignore:.*weight_norm")

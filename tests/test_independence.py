@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastloda import GhostClipper, PrivacyError, coverage, ghost_dp_step, watch
-from fastloda.make_private import make_private
+from fastloda import GhostClipper, PrivacyError, ghost_dp_step
+from fastloda.engine.engine import make_private
+from fastloda.per_sample import refusals as coverage
+from fastloda.privacy import watch
 
 N, D = 6, 4
 STEP = dict(max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=N)

@@ -15,11 +15,14 @@ import drawn
 import pytest
 import torch
 import torch.nn.functional as F
+from fastloda.kernels.conv import Conv
 from test_exact import KINDS, check_float32
 
-from fastloda import clip, ops, per_sample_grad_norms, plan
-from fastloda.kernels.conv import Conv
-from fastloda.pieces import PerSampleGrad, as_it_is, squared_norms
+from fastloda import per_sample_grad_norms
+from fastloda.loda import arithmetic as ops
+from fastloda.per_sample import planner as plan
+from fastloda.per_sample.recipe import PerSampleGrad, as_it_is, squared_norms
+from fastloda.privacy import clip
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad, tiles  # noqa: E402

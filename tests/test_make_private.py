@@ -17,11 +17,12 @@ from scipy.stats import chi2
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
-from fastloda import LoDAConv2d, PrivacyAccountant, PrivacyError, accountant, attach_loda
-from fastloda.adaptive import AdaptiveClipping
-from fastloda.make_private import PrivacyEngine, make_private, make_private_with_epsilon
-from fastloda.private_accountant import HistoryAccountant
-from fastloda.private_loader import BatchMemoryManager, PoissonLoader
+from fastloda import LoDAConv2d, PrivacyAccountant, PrivacyError, attach_loda
+from fastloda.accounting import accountant
+from fastloda.engine.accountant import HistoryAccountant
+from fastloda.engine.engine import PrivacyEngine, make_private, make_private_with_epsilon
+from fastloda.engine.loader import BatchMemoryManager, PoissonLoader
+from fastloda.privacy.adaptive import AdaptiveClipping
 
 
 @pytest.fixture(autouse=True)

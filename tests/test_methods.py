@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastloda.accountant import compose_epsilon
-from fastloda.baselines import DPSGD
-from fastloda.classify import train_classifier
-from fastloda.data import ByteImages, LabelledImages, font_digits
-from fastloda.diffusion import Diffusion, digits_unet
-from fastloda.diffusion.pretrain import PublicTraining
-from fastloda.methods import (
+from fastloda.accounting.accountant import compose_epsilon
+from fastloda.synthesis.baselines import DPSGD
+from fastloda.synthesis.classify import train_classifier
+from fastloda.synthesis.data import ByteImages, LabelledImages, font_digits
+from fastloda.synthesis.diffusion import Diffusion, digits_unet
+from fastloda.synthesis.diffusion.pretrain import PublicTraining
+from fastloda.synthesis.methods import (
     DPLDM,
     DPMEPF,
     DPMERF,
@@ -35,14 +35,14 @@ from fastloda.methods import (
     Spent,
     Work,
 )
-from fastloda.methods.autoencoder import LATENT_CHANNELS
-from fastloda.methods.class_embeddings import fourier_features
-from fastloda.methods.dp_diffusion import TIME_WEIGHTS
-from fastloda.methods.dp_ldm import tune_attention_alone
-from fastloda.methods.dp_mepf import Perceptual
-from fastloda.methods.gaussian_release import noise_multipliers, noise_stream, release_class_sums
-from fastloda.methods.generator import class_means
-from fastloda.settings import Adapter, Classifier, FineTuning
+from fastloda.synthesis.methods.autoencoder import LATENT_CHANNELS
+from fastloda.synthesis.methods.class_embeddings import fourier_features
+from fastloda.synthesis.methods.dp_diffusion import TIME_WEIGHTS
+from fastloda.synthesis.methods.dp_ldm import tune_attention_alone
+from fastloda.synthesis.methods.dp_mepf import Perceptual
+from fastloda.synthesis.methods.gaussian_release import noise_multipliers, noise_stream, release_class_sums
+from fastloda.synthesis.methods.generator import class_means
+from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
 
 with torch.device("meta"):
     UNET = digits_unet(width=8, norm_groups=4).config
@@ -124,8 +124,8 @@ def test_only_the_release_carries_private_records(name, public, private, tmp_pat
         Release(what, 1.0, noise, 1),
     )
     for module in ("class_embeddings", "dp_mepf"):
-        monkeypatch.setattr(f"fastloda.methods.{module}.release_class_sums", sums)
-    monkeypatch.setattr("fastloda.step.group_sums", lambda grads, groups, factors: dict.fromkeys(grads))
+        monkeypatch.setattr(f"fastloda.synthesis.methods.{module}.release_class_sums", sums)
+    monkeypatch.setattr("fastloda.privacy.step.group_sums", lambda grads, groups, factors: dict.fromkeys(grads))
     other = LabelledImages(-private.images, private.labels.flip(0), 10)
     budget = Budget(2.0, 1e-5, 40)
     drawn = [
@@ -192,7 +192,9 @@ def test_a_killed_pretraining_continues_bit_for_bit(public, tmp_path, monkeypatc
     two = replace(MODEL, unconditional=PublicTraining(steps=2, batch_size=4, warmup=1))
     whole = two.fit(public, work_in(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        patch.setattr("fastloda.methods.diffusion_model.save_unet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "fastloda.synthesis.methods.diffusion_model.save_unet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             two.fit(public, work_in(tmp_path / "killed"))
     resumed = two.fit(public, work_in(tmp_path / "killed"))

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from fastloda.classify import SmallCNN
-from fastloda.data import digits_split, font_digits
-from fastloda.metrics import (
+from fastloda.synthesis.classify import SmallCNN
+from fastloda.synthesis.data import digits_split, font_digits
+from fastloda.synthesis.metrics import (
     classifier_features,
     fid,
     kid,

@@ -24,8 +24,8 @@ from fastloda import (
     loda_state_dict,
     per_sample_grad_norms,
 )
-from fastloda.adapt import loda_layers
 from fastloda.integrations.peft import CONFIG, TENSORS, load_peft, save_peft
+from fastloda.loda.attach import loda_layers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install fastloda[peft]")

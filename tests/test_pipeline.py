@@ -11,23 +11,23 @@ import pytest
 import torch
 import yaml
 
-from fastloda import pipeline
-from fastloda.account import account, read_statement, releases
-from fastloda.accountant import PrivacyAccountant, compose_epsilon
-from fastloda.baselines import DPSGD, run_dpsgd, train_dpsgd
-from fastloda.baselines.dpsgd import _augmented_losses
-from fastloda.budget import Privacy, private_training
-from fastloda.classify import AUGMENTS, seeded_network
-from fastloda.data import LabelledImages, digits_split, font_digits, load_npz
-from fastloda.diffusion import UNetConfig
-from fastloda.diffusion.pretrain import PublicTraining
-from fastloda.methods import PublicChoice, Release
-from fastloda.methods.class_embeddings import ClassEmbeddings
-from fastloda.methods.generator import class_means
-from fastloda.models import load_unet, was_chosen_privately
-from fastloda.pipeline import choose, evaluate, finetune, pretrain, sample
-from fastloda.runs import RunError, Stage
-from fastloda.settings import Adapter, Classifier, FineTuning
+from fastloda.accounting.accountant import PrivacyAccountant, compose_epsilon
+from fastloda.synthesis import stages as pipeline
+from fastloda.synthesis.account import account, read_statement, releases
+from fastloda.synthesis.baselines import DPSGD, run_dpsgd, train_dpsgd
+from fastloda.synthesis.baselines.dpsgd import _augmented_losses
+from fastloda.synthesis.budget import Privacy, private_training
+from fastloda.synthesis.classify import AUGMENTS, seeded_network
+from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, load_npz
+from fastloda.synthesis.diffusion import UNetConfig
+from fastloda.synthesis.diffusion.pretrain import PublicTraining
+from fastloda.synthesis.methods import PublicChoice, Release
+from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
+from fastloda.synthesis.methods.generator import class_means
+from fastloda.synthesis.models import load_unet, was_chosen_privately
+from fastloda.synthesis.runs import RunError, Stage
+from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
+from fastloda.synthesis.stages import choose, evaluate, finetune, pretrain, sample
 
 UNET = UNetConfig(
     image_size=8, in_channels=1, width=8, multipliers=(1, 2), blocks_per_level=1, norm_groups=4, attention=(1,)
@@ -258,7 +258,7 @@ def test_finished_stages_are_left_alone(run, caplog):
 def test_an_interrupted_fine_tuning_continues_bit_for_bit(run, public_run, monkeypatch, when):
     monkeypatch.setattr(pipeline, "DPTrainer", functools.partial(pipeline.DPTrainer, checkpoint_every=1))
     with monkeypatch.context() as patch:
-        _interrupt(patch, "fastloda.trainer.DPTrainer.train_step", when)
+        _interrupt(patch, "fastloda.training.trainer.DPTrainer.train_step", when)
         with pytest.raises(KeyboardInterrupt):
             finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)
     assert not (public_run / "private" / "adapter.safetensors").exists()
@@ -274,7 +274,7 @@ def test_an_interrupted_pretraining_continues(run, tmp_path, monkeypatch):
     fast = functools.partial(pipeline.train_on_public, checkpoint_every=1)
     monkeypatch.setattr(pipeline, "train_on_public", fast)
     with monkeypatch.context() as patch:
-        _interrupt(patch, "fastloda.diffusion.pretrain._Run.train_step", 2)
+        _interrupt(patch, "fastloda.synthesis.diffusion.pretrain._Run.train_step", 2)
         with pytest.raises(KeyboardInterrupt):
             pretrain(tmp_path / "r", count=64, unet=UNET, training=PUBLIC, **QUIET)
     assert (tmp_path / "r" / "public" / "checkpoint.pt").exists()
@@ -321,7 +321,7 @@ def test_what_the_choice_released_counts_with_the_run(public_run):
 def test_the_sum_is_released_once(public_run, monkeypatch):
     """Without a seed, so that a second release would differ."""
     with monkeypatch.context() as patch:
-        _interrupt(patch, "fastloda.diffusion.pretrain._Run.train_step", 1)
+        _interrupt(patch, "fastloda.synthesis.diffusion.pretrain._Run.train_step", 1)
         with pytest.raises(KeyboardInterrupt):
             choose(public_run, **CHOOSING)
     released = (public_run / "chosen" / "sums.safetensors").read_bytes()
@@ -609,7 +609,7 @@ def test_dpsgd_trains_privately_and_resumes(tmp_path, monkeypatch):
     assert statement["epsilon"] <= 10 and statement["steps"] == 4 and statement["views"] == 2
     start = seeded_network("cnn", 0, width=8)
     assert not torch.equal(model.head.weight, start.head.weight)
-    monkeypatch.setattr("fastloda.baselines.dpsgd.train_dpsgd", None)  # a finished one is loaded
+    monkeypatch.setattr("fastloda.synthesis.baselines.dpsgd.train_dpsgd", None)  # a finished one is loaded
     again = run_dpsgd(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
     images = data.images[:5]
     assert torch.equal(model(images), again(images))

@@ -24,9 +24,9 @@ from torch.utils.data import (
 )
 
 from fastloda import PrivacyError
-from fastloda.make_private import PrivacyEngine
-from fastloda.private_collate import CollateOrEmpty
-from fastloda.private_loader import BatchMemoryManager, PoissonLoader
+from fastloda.engine.collate import CollateOrEmpty
+from fastloda.engine.engine import PrivacyEngine
+from fastloda.engine.loader import BatchMemoryManager, PoissonLoader
 
 # ---- who touches the data set
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
-from fastloda import GhostClipper, LoDALinear, PrivacyError, ghost_dp_step, per_sample_grad_norms, records
+from fastloda import GhostClipper, LoDALinear, PrivacyError, ghost_dp_step, per_sample_grad_norms
+from fastloda.per_sample import backward as records
 
 N, C = 6, 4  # samples and features; an image is [C, 3, 3], a sequence [5, C]
 STEP = dict(max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=N)

@@ -17,10 +17,10 @@ from torch import Generator, nn
 
 import fastloda
 from fastloda import DPTrainer, GhostClipper, PrivacyError, PrivateTraining
-from fastloda import step as step_module
-from fastloda.intent import Releases, intent_path
+from fastloda.privacy import step as step_module
+from fastloda.privacy.step import ghost_dp_step
 from fastloda.randomness import Secret
-from fastloda.step import ghost_dp_step
+from fastloda.training.spent import Releases, intent_path
 
 SETTINGS = PrivateTraining(
     sample_rate=0.3,
@@ -141,8 +141,10 @@ def test_a_step_over_another_sum_has_other_noise_and_stays_charged(tmp_path, rel
 
 def test_only_what_differs_is_charged_and_its_batches_are_not_taken_again(tmp_path, monkeypatch):
     """The losses change from a step on: those before it are repeated to the bit, and nothing is sampled twice."""
-    path, batches, sample = tmp_path / "run.pt", [], fastloda.trainer.poisson_sample
-    monkeypatch.setattr(fastloda.trainer, "poisson_sample", lambda *a: batches.append(sample(*a)) or batches[-1])
+    path, batches, sample = tmp_path / "run.pt", [], fastloda.training.trainer.poisson_sample
+    monkeypatch.setattr(
+        fastloda.training.trainer, "poisson_sample", lambda *a: batches.append(sample(*a)) or batches[-1]
+    )
     first = trainer(checkpoint=path)
     first.save()
     states = [vector(first)]
@@ -171,7 +173,7 @@ def test_a_step_over_the_same_sum_with_other_noise_is_another_release(tmp_path, 
     if change == "bound":
         second.clipper.max_grad_norm = 2.0
     else:
-        monkeypatch.setattr(fastloda.trainer, "draws_alike", lambda device: "another GPU")
+        monkeypatch.setattr(fastloda.training.trainer, "draws_alike", lambda device: "another GPU")
     with pytest.warns(UserWarning, match="1 steps gave other sums"):
         second.train_step()
     assert second.step == 2 and len(released) == 2
@@ -388,7 +390,9 @@ def test_forked_children_of_a_loop_draw_their_own_noise(given, used):
     theirs = [in_child(lambda: loop_step(made, model)) for _ in range(2)]
     own = loop_step(made, model).double()
     for a, b in ((theirs[0], theirs[1]), (theirs[0], own), (theirs[1], own)):
-        assert (a - b).norm() > 8  # of independent noise: about 23; the clipped sums of 40 records at most, over 20, differ by 4
+        assert (
+            a - b
+        ).norm() > 8  # of independent noise: about 23; the clipped sums of 40 records at most, over 20, differ by 4
 
 
 module_generator = np.random.default_rng()

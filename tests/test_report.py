@@ -16,10 +16,19 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastloda.account import releases
-from fastloda.accountant import compose_epsilon
-from fastloda.report import Figure, Page, Result, accuracy_plot, epsilon_plot, render, result_table, sample_grid
-from fastloda.report.tables import rounded_up
+from fastloda.accounting.accountant import compose_epsilon
+from fastloda.synthesis.account import releases
+from fastloda.synthesis.report import (
+    Figure,
+    Page,
+    Result,
+    accuracy_plot,
+    epsilon_plot,
+    render,
+    result_table,
+    sample_grid,
+)
+from fastloda.synthesis.report.tables import rounded_up
 
 RESULTS = [
     Result("Public only", 0.0, "public samples", (0.5, 0.6)),
@@ -86,7 +95,7 @@ def test_figures_leave_matplotlib_as_it_was():
         assert _png(png).shape[2] == 4
         assert len(np.unique(_png(png)[..., :3].reshape(-1, 3), axis=0)) > 10  # something is drawn
     assert dict(matplotlib.rcParams) == before and matplotlib.rcParams._get("backend") == backend
-    import fastloda.report.plots as plots
+    import fastloda.synthesis.report.plots as plots
 
     assert "pyplot" not in inspect.getsource(plots)
 
@@ -169,7 +178,8 @@ def test_the_page_escapes_what_it_is_given():
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
-    from fastloda import demo, pipeline
+    from fastloda.synthesis import demo
+    from fastloda.synthesis import stages as pipeline
 
     run = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -179,7 +189,7 @@ def demo_run(tmp_path_factory):
 
 
 def _tiny(**changes):
-    from fastloda.demo import DemoSettings
+    from fastloda.synthesis.demo import DemoSettings
 
     small = {"public_images": 64, "public_steps": 2, "public_batch_size": 8, "batch_size": 32, "steps": 2, "views": 1}
     small |= {
@@ -195,7 +205,7 @@ def _tiny(**changes):
 
 
 def test_every_setting_says_how_it_was_chosen():
-    from fastloda.demo import QUICK, DemoSettings
+    from fastloda.synthesis.demo import QUICK, DemoSettings
 
     reasons = DemoSettings().reasons()
     assert list(reasons) == [field.name for field in fields(DemoSettings)] and all(reasons.values())
@@ -226,7 +236,7 @@ def test_results_are_complete(demo_run):
 
 
 def test_the_report_shows_no_private_image(demo_run):
-    from fastloda.data import digits_split
+    from fastloda.synthesis.data import digits_split
 
     html = (demo_run / "report.html").read_text()
     images = check_page(html)
@@ -261,8 +271,8 @@ def test_seeds_repeat_every_stage(demo_run):
 
 
 def test_a_finished_demo_is_reused_and_another_is_refused(demo_run, capsys):
-    from fastloda.demo import demo
-    from fastloda.runs import RunError
+    from fastloda.synthesis.demo import demo
+    from fastloda.synthesis.runs import RunError
 
     stages = [p for p in demo_run.rglob("*") if p.is_file() and p.parent != demo_run]
     before = {p: p.stat().st_mtime_ns for p in stages}
@@ -275,7 +285,8 @@ def test_a_finished_demo_is_reused_and_another_is_refused(demo_run, capsys):
 
 
 def test_an_interrupted_demo_continues_to_the_same_result(demo_run, tmp_path, monkeypatch):
-    from fastloda import demo, pipeline
+    from fastloda.synthesis import demo
+    from fastloda.synthesis import stages as pipeline
 
     monkeypatch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
     options = {"epsilon": (10.0,), "seeds": 1, "settings": _tiny(), "progress": False}

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastloda.classify import SmallCNN
-from fastloda.cli import main
-from fastloda.data import LabelledImages, font_digits
-from fastloda.methods import Budget, Method, NoDP, PrivateClassifier, Release, Sampler, Spent
-from fastloda.reproduce import recipes
-from fastloda.reproduce.cells import all_cells
-from fastloda.reproduce.published import CIFAR10, CIFAR10_1PCT, MNIST
-from fastloda.reproduce.recipes import RECIPES, Recipe, recipe
-from fastloda.settings import Classifier
+from fastloda.synthesis.classify import SmallCNN
+from fastloda.synthesis.cli import main
+from fastloda.synthesis.data import LabelledImages, font_digits
+from fastloda.synthesis.methods import Budget, Method, NoDP, PrivateClassifier, Release, Sampler, Spent
+from fastloda.synthesis.reproduce import recipes
+from fastloda.synthesis.reproduce.cells import all_cells
+from fastloda.synthesis.reproduce.published import CIFAR10, CIFAR10_1PCT, MNIST
+from fastloda.synthesis.reproduce.recipes import RECIPES, Recipe, recipe
+from fastloda.synthesis.settings import Classifier
 
 FITS: list[tuple] = []
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastloda import GhostClipper, PrivacyError
-from fastloda.flat_sums import FlatSums
-from fastloda.members import Members
-from fastloda.pieces import PerSampleGrad
-from fastloda.row_sums import LONG, RUN, row_squares, weighted_row_sum
+from fastloda.per_sample.members import Members
+from fastloda.per_sample.recipe import PerSampleGrad
+from fastloda.per_sample.reductions import LONG, RUN, row_squares, weighted_row_sum
+from fastloda.privacy.sums import FlatSums
 
 LENGTHS = st.sampled_from([1, 5, LONG - 1, LONG, LONG + 1, LONG + RUN - 1, 3 * LONG + 7])
 
@@ -91,7 +91,7 @@ def test_a_model_may_be_cast_between_steps():
 
 
 def test_noise_drawn_in_parts_is_of_one_piece(monkeypatch):
-    monkeypatch.setattr("fastloda.step.NOISE_NUMBERS", 100)
+    monkeypatch.setattr("fastloda.privacy.step.NOISE_NUMBERS", 100)
     model = nn.Linear(1000, 1)
     clipper = GhostClipper(model, max_grad_norm=2.0)
     clipper.privatize(noise_multiplier=3.0, expected_batch_size=6.0)

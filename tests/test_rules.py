@@ -16,13 +16,15 @@ from test_exact import check_exact, check_float32, distance, use_plan
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fastloda import GhostClipper, LoDALinear, PrivacyError, ghost_dp_step, graph, per_sample_grad_norms, plan
-from fastloda.functional import cover
-from fastloda.graph import trace
-from fastloda.layout import BatchPlaces
-from fastloda.register import check_rule, register_rule
-from fastloda.rules import Call, gram
-from fastloda.rules.norm import rms_norm
+from fastloda import GhostClipper, LoDALinear, PrivacyError, ghost_dp_step, per_sample_grad_norms
+from fastloda.per_sample import graph
+from fastloda.per_sample import planner as plan
+from fastloda.per_sample.batch_axis import BatchPlaces
+from fastloda.per_sample.fallback.functional import cover
+from fastloda.per_sample.fallback.register import check_rule, register_rule
+from fastloda.per_sample.graph import trace
+from fastloda.per_sample.rules import Call, gram
+from fastloda.per_sample.rules.norm import rms_norm
 
 KINDS = {
     "transposed conv": (drawn.transposed_convs(), 45, 2000),

@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from scipy import stats as statistics
 from torch import Generator, nn
 
-from fastloda import GhostClipper, PrivacyError, ghost_dp_step, secure
-from fastloda import step as step_module
-from fastloda import trainer as trainer_module
-from fastloda.budget import Privacy, privacy_statement
-from fastloda.checkpoint import CheckpointError, load_checkpoint
-from fastloda.intent import intent_path, read_intent
-from fastloda.noise import gaussian
-from fastloda.secure import SecureGenerator, box_muller, uniform
-from fastloda.settings import FineTuning
-from fastloda.trainer import DPTrainer, PrivateTraining
+from fastloda import GhostClipper, PrivacyError, ghost_dp_step
+from fastloda.privacy import secure_noise as secure
+from fastloda.privacy import step as step_module
+from fastloda.privacy.noise import gaussian
+from fastloda.privacy.secure_noise import SecureGenerator, box_muller, uniform
+from fastloda.synthesis.budget import Privacy, privacy_statement
+from fastloda.synthesis.settings import FineTuning
+from fastloda.training import trainer as trainer_module
+from fastloda.training.checkpoint import CheckpointError, load_checkpoint
+from fastloda.training.spent import intent_path, read_intent
+from fastloda.training.trainer import DPTrainer, PrivateTraining
 
 # ---- the distribution
 
@@ -219,7 +220,7 @@ def test_checkpoint_and_statement_say_where_the_noise_came_from(change, said, tm
 
 
 def test_the_report_says_where_the_noise_came_from():
-    from fastloda.report.demo import Outcome
+    from fastloda.synthesis.report.demo import Outcome
 
     texts = ("a fixed seed", "a secure generator", "a fixed seed")
     statements = {("m", 1.0, seed): {"randomness": text, "records": 5} for seed, text in enumerate(texts)}

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from scipy import stats as statistics
 from torch import Generator, Tensor, nn
 
-from fastloda import GhostClipper, LoDAConv2d, LoDALinear, ghost_dp_step, noise, per_sample_grad_norms, plan
-from fastloda.noise import gaussian, noise_generator
+from fastloda import GhostClipper, LoDAConv2d, LoDALinear, ghost_dp_step, per_sample_grad_norms
+from fastloda.per_sample import planner as plan
+from fastloda.privacy import noise
+from fastloda.privacy.noise import gaussian, noise_generator
 
 SLACK = 1 + 1e-5  # what the promise allows for rounding
 

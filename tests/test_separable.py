@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastloda import PrivacyError
-from fastloda.private_module import PrivateModule, Tape
+from fastloda.engine.module import PrivateModule, Tape
 
 N, C, T = 6, 5, 4
 Y = torch.tensor([0, 3, 1, 4, 2, 2])

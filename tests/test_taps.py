@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastloda.taps import SHORT_RUN, gather_taps
+from fastloda.per_sample.taps import SHORT_RUN, gather_taps
 
 
 def by_definition(g: Tensor, in_size: Sequence[int], kernel, stride, padding, dilation) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastloda import GhostClipper, LoDAConv2d, PrivacyError, attach_loda, per_sample_grad_norms
-from fastloda.integrations.groupnorm import replace_batch_norm
+from fastloda.engine.group_norm import replace_batch_norm
 
 
 class Anything(type):

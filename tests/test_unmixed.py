@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, nn
 
-from fastloda import DPTrainer, PrivacyError, PrivateTraining, attach_loda, unmixed
+from fastloda import DPTrainer, PrivacyError, PrivateTraining, attach_loda
 from fastloda.randomness import Secret
+from fastloda.training import unmixed
 
 SETTINGS = PrivateTraining(
     sample_rate=0.4,
@@ -144,7 +145,7 @@ def test_a_mixing_that_begins_later_is_refused_at_a_later_look(kind):
 
 
 def test_a_batch_of_one_record_is_looked_at_with_a_partner(monkeypatch):
-    monkeypatch.setattr("fastloda.trainer.poisson_sample", lambda *_: torch.tensor([4]))
+    monkeypatch.setattr("fastloda.training.trainer.poisson_sample", lambda *_: torch.tensor([4]))
     data = small_data()
     t = trainer(
         batch_statistic, {"sample_rate": 1 / RECORDS, "expected_batch_size": 1, "fixed_shape": False}, data=data

@@ -272,7 +272,7 @@ def test_a_layer_that_stands_under_another_of_its_names_first():
     randomise(one)
     tensors, layer = loda_state_dict(one), one["a"]
     chosen = {key: getattr(layer, key) for key in ("rank", "activation", "negative_slope", "scale")}
-    assert fastloda.adapt.install_adapters(two, {"a": chosen}, tensors, "file") == ["b"]
+    assert fastloda.loda.attach.install_adapters(two, {"a": chosen}, tensors, "file") == ["b"]
     assert torch.equal(two["a"].loda_A, layer.loda_A)
 
 

@@ -10,9 +10,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.data import Dataset
 
 from fastloda.audit.step import PrivateStep, Records, Released, Sampler, count, same, split
-from fastloda.step import GhostClipper, StepStats
-from fastloda.trainer import DPTrainer, PrivateTraining
-from fastloda.watch import accept_changes
+from fastloda.privacy.step import GhostClipper, StepStats
+from fastloda.privacy.watch import accept_changes
+from fastloda.training.trainer import DPTrainer, PrivateTraining
 
 
 def of_loop(

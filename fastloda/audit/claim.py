@@ -5,9 +5,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastloda.accountant import PrivacyAccountant, PrivacyAccountingWarning
-from fastloda.clip import check_max_grad_norm
-from fastloda.trainer import PrivateTraining
+from fastloda.accounting.accountant import PrivacyAccountant, PrivacyAccountingWarning
+from fastloda.privacy.clip import check_max_grad_norm
+from fastloda.training.trainer import PrivateTraining
 
 
 @dataclass(frozen=True)

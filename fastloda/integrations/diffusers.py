@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import keystr, tree_map_with_path
 
-from fastloda.diffusion.schedule import Diffusion
+from fastloda.synthesis.diffusion.schedule import Diffusion
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers' own LoRA training targets them
 

@@ -21,9 +21,9 @@ except ImportError as error:
     raise ImportError("Opacus is not installed: pip install 'fastloda[opacus]'") from error
 
 from fastloda.kernels.conv import Conv
-from fastloda.layers import LoDAConv2d, LoDALinear
-from fastloda.ops import ConvOp, LinearOp, channel_sum, sample_rows
-from fastloda.pieces import PerSampleGrad, Piece, squared_norms
+from fastloda.loda.arithmetic import ConvOp, LinearOp, channel_sum, sample_rows
+from fastloda.loda.layers import LoDAConv2d, LoDALinear
+from fastloda.per_sample.recipe import PerSampleGrad, Piece, squared_norms
 
 LoDALayer = LoDAConv2d | LoDALinear
 

@@ -19,9 +19,9 @@ import safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastloda.adapt import NOTHING_TO_SAVE, install_adapters, loda_layers, real_names, separate
 from fastloda.files import write_atomically
-from fastloda.layers import LoDAConv2d, LoDALinear
+from fastloda.loda.attach import NOTHING_TO_SAVE, install_adapters, loda_layers, real_names, separate
+from fastloda.loda.layers import LoDAConv2d, LoDALinear
 from fastloda.wrappers import bare_modules
 
 logger = logging.getLogger("fastloda")

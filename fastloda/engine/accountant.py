@@ -1,0 +1,100 @@
+"""The history of private steps, of any noise and any sample rate, with the interface of Opacus's accountants."""
+
+import warnings
+from collections import Counter, defaultdict
+from typing import Any
+
+from fastloda.accounting.accountant import Mechanism, check_mechanism, compose_epsilon, rdp_epsilon
+from fastloda.accounting.ledger import Counts, Ledger, new_id
+
+METHODS = ("prv", "rdp")
+IGNORED = {"alphas", "eps_error", "delta_error"}
+
+
+class HistoryAccountant:
+    """Counts steps by (noise_multiplier, sample_rate), and composes them all.
+
+    Args:
+        method: "prv" (tight; see `compose_epsilon`) or "rdp" (instant, looser). Both are upper bounds.
+
+    Raises:
+        ValueError: another method. Opacus's "gdp" is an approximation that can lie below the true epsilon.
+    """
+
+    def __init__(self, method: str = "prv"):
+        if method not in METHODS:
+            why = ": it is an approximation that can lie below the true epsilon" if method == "gdp" else ""
+            raise ValueError(f"accountant must be one of {METHODS}, got {method!r}{why}")
+        self.method = method
+        self._ledger = Ledger()
+
+    @property
+    def history(self) -> list[tuple[float, float, int]]:
+        """(noise_multiplier, sample_rate, steps), as in Opacus."""
+        return [(*mechanism, steps) for mechanism, steps in self._ledger.total.items()]
+
+    def __len__(self) -> int:
+        """Steps taken."""
+        return sum(self._ledger.total.values())
+
+    def mechanism(self) -> str:
+        return self.method
+
+    def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
+        """Count one step.
+
+        Raises:
+            ValueError, TypeError: noise or rate that no step can have; nothing is counted then.
+        """
+        checked = check_mechanism(sample_rate, noise_multiplier, 1)
+        self._ledger.count((checked.noise_multiplier, checked.sample_rate), checked.steps)
+
+    def get_epsilon(self, delta: float, **settings: Any) -> float:
+        """Upper bound on epsilon for all steps together; 0 before the first, infinite without noise.
+
+        settings: Opacus's alphas, eps_error and delta_error; not needed here, and ignored with a warning.
+
+        Raises:
+            ValueError, TypeError: delta is not in (0, 1).
+        """
+        if unknown := settings.keys() - IGNORED:
+            raise TypeError(f"get_epsilon does not know {sorted(unknown)}")
+        if settings:
+            warnings.warn(
+                f"{sorted(settings)} ignored: orders and errors are chosen for the least upper bound", stacklevel=2
+            )
+        spent = [Mechanism(rate, noise, steps) for noise, rate, steps in self.history]
+        return compose_epsilon(spent, delta) if self.method == "prv" else rdp_epsilon(spent, delta)
+
+    def state_dict(self) -> dict:
+        """Plain values, in Opacus's form, and beside each item of the history the id of the account that counted it."""
+        items = [(id, [*key, steps]) for id, counts in self._ledger.entries.items() for key, steps in counts.items()]
+        return {"history": [item for _, item in items], "ids": [id for id, _ in items], "mechanism": self.method}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Add a record to what was spent, Opacus's own too.
+
+        Steps are known by the account that counted them, so those that are here already count once: a record loaded twice, an
+        earlier one of this account, what two accounts had in common. Opacus's records don't say who counted: all of one is added.
+
+        Raises:
+            ValueError: the record is malformed; nothing has changed then.
+        """
+        try:
+            entries = _entries(state)
+        except (TypeError, ValueError, LookupError) as error:
+            raise ValueError(f"malformed privacy record: {error}") from error
+        self._ledger.merge(entries)
+
+
+def _entries(state: dict) -> dict[str, Counts]:
+    """A record's counts by id; a new one where it has none."""
+    history = state["history"]
+    ids = state.get("ids", [new_id()] * len(history))
+    entries: dict[str, Counter] = defaultdict(Counter)
+    for id, (noise, rate, steps) in zip(ids, history, strict=True):
+        if not isinstance(id, str):
+            raise TypeError(f"an id must be a string, got {id!r}")
+        checked = check_mechanism(rate, noise, steps)
+        entries[id][checked.noise_multiplier, checked.sample_rate] += checked.steps
+    return entries

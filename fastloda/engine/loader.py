@@ -1,0 +1,213 @@
+"""Poisson batches in place of a DataLoader's shuffled ones, and the tally that ties every private step to one of them.
+
+The accountant's amplification holds if each step uses one Poisson draw (Chua et al. 2024 show what shuffling costs), and the
+sensitivity bound if each record is one row of it. The tally checks both: a step must match a batch that was drawn.
+"""
+
+import itertools
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+
+from fastloda.engine.collate import CollateOrEmpty
+from fastloda.errors import PrivacyError
+from fastloda.randomness import hold, unpredictable_generator
+from fastloda.training.sampling import poisson_sample
+
+_batch_numbers = itertools.count()
+
+
+class Part(NamedTuple):
+    """`records` of the logical batch number `batch`: all of them, or (`split`) as many as fit; `last` ends the batch.
+
+    `process` drew it, and may use it; in a forked child it would be in the steps of both.
+    """
+
+    process: int
+    batch: int
+    records: int
+    last: bool
+    split: bool
+
+
+class Tally:
+    """The parts that a loader has handed out and no step has used yet."""
+
+    def __init__(self):
+        self.drawn: deque[Part] = deque()
+
+    def __reduce__(self):
+        """A copy begins empty: a batch is for one step."""
+        return Tally, ()
+
+    def take(self, rows: int) -> Part:
+        """The part that a step over `rows` samples uses; it, and what was skipped before it, can't be used again.
+
+        Raises:
+            PrivacyError: no part has that many records, or it can't be told which part of a split batch this is.
+        """
+        while self.drawn and self.drawn[0].process != os.getpid():
+            self.drawn.popleft()
+        if not self.drawn:
+            raise PrivacyError(
+                "no batch is left for this step: each step must use one new batch of the data loader that make_private returned "
+                "(and that accelerator.prepare must not wrap), for the accountant counts one Poisson draw a step. Several losses "
+                "of one batch, as a discriminator's on real and on fake samples, are added up for one backward and one step"
+            )
+        if self.drawn[-1].split and len(self.drawn) > 1:
+            self.drawn.clear()
+            raise PrivacyError(
+                "optimizer.step() must follow every physical batch of BatchMemoryManager, the empty ones included, before "
+                "the next is taken: the parts of two logical batches must not mix"
+            )
+        for skipped, part in enumerate(self.drawn):
+            if part.records == rows:
+                for _ in range(skipped + 1):
+                    self.drawn.popleft()
+                return part
+        raise PrivacyError(
+            f"the loss has {rows} samples, but the batch has {self.drawn[-1].records} records: each record must be one row of "
+            "the model's outputs, or one record could contribute several clipped gradients; weight a row by 0 to leave it out"
+        )
+
+
+class PoissonBatches(Sampler[list[int]]):
+    """`steps` batches, each of every record with probability `sample_rate`; in parts of up to `max_records`, if given."""
+
+    def __init__(
+        self, records: int, sample_rate: float, steps: int, generator: Generator, max_records: int | None = None
+    ):
+        self.records, self.sample_rate, self.steps = records, sample_rate, steps
+        self.generator, self.max_records = hold(generator), max_records
+        self.parts: deque[Part] = deque()
+
+    def drawn_by(self, generator: Generator, max_records: int | None = None) -> "PoissonBatches":
+        """As many batches at the same rate, from another generator or in other parts."""
+        return PoissonBatches(self.records, self.sample_rate, self.steps, generator, max_records)
+
+    def __getstate__(self) -> dict:
+        """A copy draws batches of its own: of equal ones two runs would tell more than the accountant counts."""
+        return self.__dict__ | {"generator": None, "parts": deque()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, generator=hold(unpredictable_generator()))
+
+    def __len__(self) -> int:
+        """Steps; the expected number of physical batches where they are split."""
+        parts = self.sample_rate * self.records / self.max_records if self.max_records else 1
+        return math.ceil(self.steps * max(1, parts))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.parts = deque()  # of this pass over the data: an iterator that lives on keeps its own
+        return self._draw(self.parts)
+
+    def _draw(self, parts: deque[Part]) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            indices = poisson_sample(self.records, self.sample_rate, self.generator)
+            count = math.ceil(len(indices) / self.max_records) if self.max_records else 1
+            batch, chunks = (os.getpid(), next(_batch_numbers)), indices.tensor_split(max(1, count))
+            for i, chunk in enumerate(chunks):
+                parts.append(Part(*batch, len(chunk), i == len(chunks) - 1, self.max_records is not None))
+                yield chunk.tolist()
+
+
+class PoissonLoader(DataLoader):
+    """A DataLoader like `source`, with the same data set, workers and collate_fn, that draws Poisson batches.
+
+    A batch is empty with probability (1 - sample_rate)^records, and then has the tensors of any other with 0 rows: its noisy
+    step counts like any other. `len()` is the number of steps of an epoch, as the source's.
+
+    Attributes:
+        sample_rate: 1 / len(source), so that a batch has source.batch_size records on average.
+        tally: what was handed out.
+    """
+
+    def __init__(self, source: DataLoader, batches: PoissonBatches, collate: Callable, tally: Tally):
+        self.sample_rate, self.tally = batches.sample_rate, tally
+        names = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator")
+        names += ("prefetch_factor", "persistent_workers")
+        kept = {name: getattr(source, name) for name in names}
+        super().__init__(source.dataset, batch_sampler=batches, collate_fn=collate, **kept)
+
+    @classmethod
+    def like(cls, source: DataLoader, *, repeatable: bool = False) -> "PoissonLoader":
+        """Of any DataLoader over a map-style data set that samples uniformly. No record is read: that is for the workers.
+
+        Args:
+            repeatable: let the source's generator, if it has one, draw the batches, for an experiment whose batches can be
+                foreseen. Otherwise they can't be: the source's generator seeds the workers, and nothing else.
+
+        Raises:
+            TypeError, ValueError: it samples in a way that Poisson batches would silently replace, or can't.
+        """
+        generator = getattr(source, "generator", None) if repeatable else None
+        generator = generator or unpredictable_generator()
+        if isinstance(source, PoissonLoader):
+            return cls(source, source.batch_sampler.drawn_by(generator), source.collate_fn, Tally())
+        _check_uniform(source)
+        batches = PoissonBatches(len(source.dataset), 1 / len(source), len(source), generator)
+        return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset), Tally())
+
+    def split(self, max_records: int) -> "PoissonLoader":
+        """The same, each batch in parts of up to max_records."""
+        whole = self.batch_sampler
+        return PoissonLoader(self, whole.drawn_by(whole.generator, max_records), self.collate_fn, self.tally)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.tally.drawn.clear()  # what an earlier pass left unused
+        iterator = super().__iter__()
+        parts = self.batch_sampler.parts
+        for batch in iterator:
+            self.tally.drawn.append(parts.popleft())
+            yield batch
+
+
+class BatchMemoryManager:
+    """Bounds the memory of a step: hands out large Poisson batches in parts; the loop stays as it is (as in Opacus).
+
+    >>> with BatchMemoryManager(data_loader=loader, max_physical_batch_size=64, optimizer=optimizer) as memory_safe_loader:
+    ...     for x, y in memory_safe_loader:
+    ...         optimizer.zero_grad()
+    ...         criterion(model(x), y).backward()
+    ...         optimizer.step()            # adds up; the noisy step comes with the last part
+
+    Raises:
+        TypeError, ValueError: loader and optimizer are not those that one call of make_private returned, or the size is < 1.
+    """
+
+    def __init__(self, *, data_loader: PoissonLoader, max_physical_batch_size: int, optimizer: torch.optim.Optimizer):
+        if not isinstance(data_loader, PoissonLoader) or data_loader.tally is not getattr(optimizer, "tally", None):
+            raise TypeError("data_loader and optimizer must be what one call of fastloda's make_private returned")
+        size = max_physical_batch_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"max_physical_batch_size must be an integer >= 1, got {size!r}")
+        self._loader, self._size, self._optimizer = data_loader, size, optimizer
+
+    def __enter__(self) -> PoissonLoader:
+        return self._loader.split(self._size)
+
+    def __exit__(self, *exception) -> None:
+        self._optimizer.drop_parts()
+
+
+def _check_uniform(source: DataLoader) -> None:
+    if not isinstance(source, DataLoader):
+        raise TypeError(f"data_loader must be a torch DataLoader, got {type(source).__name__}")
+    if isinstance(source.dataset, IterableDataset):
+        raise ValueError("an IterableDataset can't be Poisson sampled by record: pass a map-style data set")
+    if type(source.batch_sampler) is not BatchSampler or type(source.sampler) not in (RandomSampler, SequentialSampler):
+        sampler = source.sampler if type(source.batch_sampler) in (BatchSampler, type(None)) else source.batch_sampler
+        raise ValueError(
+            f"{type(sampler).__name__} (batch_size={source.batch_size}) would be replaced by Poisson sampling of all records: "
+            "pass a DataLoader with a batch_size and no sampler of its own, over a Subset if only some records count"
+        )
+    if not len(source.dataset) or not len(source):
+        raise ValueError(
+            f"data_loader has {len(source.dataset)} records and {len(source)} batches: there is nothing to draw"
+        )

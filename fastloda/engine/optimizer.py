@@ -1,0 +1,316 @@
+"""An optimizer whose `step()` is the private step: clip, sum, noise once, divide, count, and only then move."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastloda.accounting.accountant import check_mechanism, compose_epsilon
+from fastloda.engine.accountant import HistoryAccountant
+from fastloda.engine.loader import Tally
+from fastloda.engine.module import Tape
+from fastloda.errors import PrivacyError
+from fastloda.per_sample.refusals import check_optimizer
+from fastloda.privacy.adaptive import AdaptiveClipping
+from fastloda.privacy.clip import check_max_grad_norm
+from fastloda.privacy.noise import NoiseSource
+from fastloda.privacy.ranks import World
+from fastloda.privacy.step import GhostClipper, StepStats
+from fastloda.privacy.styles import Clipping
+from fastloda.randomness import hold, renew
+
+PRIVACY = "privacy"  # the key in the state's first parameter group
+PASSING = ("step", "_opt_called", "grad_scale", "found_inf")  # what schedulers and scalers put on an optimizer
+
+
+class Budget(NamedTuple):
+    """What a run may spend: (epsilon, delta), calibrated for `steps` of one noise multiplier and sample rate."""
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    def check(self, spent: list[tuple[float, float, int]]) -> None:
+        """Refuse what costs more. Steps of more noise, or of a lower rate, cost no more than those planned: they are counted.
+
+        Raises:
+            PrivacyError: `spent`, (noise_multiplier, sample_rate, steps) each, exceeds the budget.
+        """
+        if all(noise >= self.noise_multiplier and rate <= self.sample_rate for noise, rate, _ in spent):
+            if sum(steps for *_, steps in spent) > self.steps:
+                raise PrivacyError(
+                    f"the {self.steps} steps that the privacy budget pays for are taken: no step is left"
+                )
+        elif compose_epsilon([(rate, noise, steps) for noise, rate, steps in spent], self.delta) > self.epsilon:
+            raise PrivacyError(
+                f"this step would exceed the privacy budget ({self.epsilon:.6g}, {self.delta:.6g}), planned for noise "
+                f"{self.noise_multiplier:.6g} at rate {self.sample_rate:.6g}: some steps had less noise, or a higher rate"
+            )
+
+
+class PrivateOptimizer(torch.optim.Optimizer):
+    """Wraps a first-order `torch.optim.Optimizer`, for `make_private`; schedulers see the wrapped one's groups and state.
+
+    `step()` takes what `loss.backward()` left at the private module's outputs. After a part of a batch (BatchMemoryManager) it
+    only adds up the clipped gradients; the last part brings the noise, the accountant's count and the update. An empty batch is
+    noised and counted like any other. `zero_grad()` also drops a backward pass that no step has used.
+
+    `state_dict()` carries the account; `load_state_dict`, or make_private of an optimizer that has loaded it, adds it to what was
+    spent. A copy, pickled or not, goes on with the same account, and draws noise of its own even where a generator was given: two
+    runs with the same noise would show the difference of their sums.
+
+    Attributes:
+        original_optimizer: the wrapped optimizer.
+        noise_multiplier, max_grad_norm: may be changed between batches, by a rule that is public; the accountant is told the
+            noise of each step. Adaptive clipping moves max_grad_norm by itself.
+        expected_batch_size: sample_rate x records: the divisor, unless loss_reduction is "sum".
+        budget: what the account may reach, or None; `step` refuses beyond it.
+        stats: counts of the last logical batch (`StepStats`; its mean_loss is NaN, for the losses are not seen here). They are
+            private: for the operator.
+    """
+
+    _step_supports_amp_scaling = True  # so that GradScaler calls step(), which can refuse it
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        module: nn.Module,
+        tape: Tape,
+        tally: Tally,
+        accountant: HistoryAccountant,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        clipping: Clipping,
+        sample_rate: float,
+        expected_batch_size: float,
+        generator: NoiseSource | None = None,
+    ):
+        self.original_optimizer, self.tally, self.accountant = optimizer, tally, accountant
+        self.noise_multiplier, self.max_grad_norm, self.clipping = noise_multiplier, max_grad_norm, clipping
+        self.sample_rate, self.expected_batch_size, self.generator = sample_rate, expected_batch_size, generator
+        if generator is not None:
+            hold(generator)
+        self.budget: Budget | None = None
+        self.stats: StepStats | None = None
+        self._module, self._tape = module, tape
+        self._world = World.of()
+        self._batch: int | None = None  # the logical batch that the clipper holds parts of
+        self._clipper: GhostClipper | None = None
+        self._settings: list[dict] = []  # of the parameter groups, at the last part of a batch
+
+    @property
+    def loss_reduction(self) -> str:
+        return self._tape.loss_reduction
+
+    @property
+    def last_step(self) -> int | None:
+        """Steps that the budget pays for, or None."""
+        return self.budget and self.budget.steps
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether the last `step()` was but a part of a batch: added up, not yet noised, counted, or moved by."""
+        return self._batch is not None
+
+    _is_last_step_skipped = accumulating  # Opacus's name
+
+    def epsilon(self, delta: float) -> float:
+        """What all steps have cost, other optimizers' of the same engine included: an upper bound, add/remove adjacency."""
+        return self.accountant.get_epsilon(delta)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One private step, or a part of one. A closure is called once, before it; its loss is returned.
+
+        Raises:
+            PrivacyError: no backward pass, no batch, a spent budget, or what GhostClipper and check_optimizer refuse. No
+                parameter has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_ready()
+        part = self.tally.take(self._tape.rows)
+        self._warn_of_schedules(part.batch)
+        if part.batch != self._batch:  # also drops the parts of a batch that was left before its end
+            self._batch, self._clipper, self.stats = part.batch, self._new_clipper(), None
+        check_optimizer(self.original_optimizer, self._clipper.parameters)
+        stats = self._clipper.accumulate(self._tape.losses() if part.records else torch.zeros(0))
+        stats = StepStats(stats.totals.index_fill(0, torch.tensor([3], device=stats.totals.device), torch.nan))
+        self.stats = stats if self.stats is None else self.stats + stats
+        self._tape.clear()
+        if part.last:
+            self._release()
+        self._settings = self._group_settings()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._tape.clear()
+        self.original_optimizer.zero_grad(set_to_none)
+
+    def drop_parts(self) -> None:
+        """Forget what was handed out and not used, and the parts of a batch that was left before its end."""
+        self.tally.drawn.clear()
+        self._batch = self._clipper = None
+
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Refuse what Opacus's BatchMemoryManager calls before each part of a batch."""
+        raise PrivacyError(
+            "Opacus's BatchMemoryManager hands out parts of a batch without saying whose records they have: write `from fastloda "
+            "import BatchMemoryManager` for its import, and leave the loop as it is"
+        )
+
+    def attach_step_hook(self, hook: Callable[["PrivateOptimizer"], None]) -> None:
+        """Call `hook(optimizer)` in each private step once its noisy `.grad` is there, before the parameters move."""
+        self.original_optimizer.register_step_pre_hook(lambda *_: hook(self))
+
+    def _check_ready(self) -> None:
+        if self.__dict__.pop("grad_scale", None) is not None:
+            raise PrivacyError(
+                "GradScaler scales the loss, and so every gradient before it is clipped: train in bfloat16, which needs no "
+                "scaler (GradScaler(enabled=False) leaves the loop as it is)"
+            )
+        self._world.unchanged()
+        check_mechanism(
+            self.sample_rate, self.noise_multiplier, 1
+        )  # what the account would refuse is not to be released
+        if self.budget:
+            self.budget.check([*self.accountant.history, (self.noise_multiplier, self.sample_rate, 1)])
+        drawn = self.tally.drawn
+        if self._tape.empty and not (drawn and drawn[-1].records == 0):
+            raise PrivacyError(
+                "optimizer.step() needs one loss.backward() before it, through the module that make_private returned: a call of "
+                "the wrapped module, or of one of its submodules, leaves nothing for a private step"
+            )
+
+    def _warn_of_schedules(self, batch: int) -> None:
+        """Warn of a scheduler that counts the parts of a batch as steps."""
+        if batch == self._batch and self._settings != self._group_settings():
+            warnings.warn(
+                "the learning rate, or another setting of the optimizer, changed between two parts of one batch: a scheduler "
+                "counts parts as steps. To count private steps, write `if not optimizer.accumulating: scheduler.step()`",
+                stacklevel=3,
+            )
+
+    def _group_settings(self) -> list[dict]:
+        return [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+
+    def _new_clipper(self) -> GhostClipper:
+        """Anew for each batch: in between, the module may have moved to another device or have been loaded."""
+        clipper = GhostClipper(self._module, self.max_grad_norm, clipping=self.clipping)
+        clipper.max_grad_norm = self.max_grad_norm  # where adaptive clipping left it, not where it starts
+        return clipper
+
+    def _release(self) -> None:
+        clipper = self._clipper
+        clipper.privatize(self.noise_multiplier, self.expected_batch_size, self.generator)
+        if self.loss_reduction == "sum":
+            for parameter in clipper.parameters.values():
+                parameter.grad.mul_(self.expected_batch_size)
+        if isinstance(self.clipping, AdaptiveClipping):  # otherwise it is the caller's, who may have changed it by now
+            self.max_grad_norm = clipper.max_grad_norm
+        self._batch = self._clipper = None
+        # before the update: a step that fails from here on has been paid for
+        self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate)
+        self.original_optimizer.step()
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.original_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict]) -> None:
+        self.original_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> dict:
+        return self.original_optimizer.state
+
+    @state.setter
+    def state(self, state: dict) -> None:
+        self.original_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict:
+        return self.original_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict) -> None:
+        self.original_optimizer.defaults = defaults
+
+    def state_dict(self) -> dict:
+        """Return the wrapped optimizer's, with the account and the clipping bound in its first group, under "privacy".
+
+        There it stays when an ordinary optimizer loads and saves it, until `make_private` or `load_state_dict` takes it in.
+        """
+        state = self.original_optimizer.state_dict()
+        privacy = {"accountant": self.accountant.state_dict(), "max_grad_norm": self.max_grad_norm}
+        first, *others = state["param_groups"]
+        return state | {"param_groups": [first | {PRIVACY: privacy}, *others]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load the wrapped optimizer's state, add its account to this one's, and go on from its adaptive clipping bound.
+
+        Raises:
+            ValueError: the state is another optimizer's, or malformed; nothing has changed then.
+        """
+        groups = state_dict["param_groups"]
+        _check_privacy(groups)
+        self.original_optimizer.load_state_dict(state_dict)
+        if not any(PRIVACY in group for group in groups):
+            warnings.warn(
+                "this optimizer's state has no privacy account: the private steps that led to it, if any, are not counted in "
+                "epsilon. engine.accountant.load_state_dict adds their account, if it was saved elsewhere",
+                stacklevel=2,
+            )
+        self.take_in(groups)
+
+    def take_in(self, groups: list[dict]) -> None:
+        """Add the accounts that parameter groups brought with them, and go on from their adaptive clipping bound."""
+        for privacy in _check_privacy(groups):
+            self.accountant.load_state_dict(privacy["accountant"])
+            if isinstance(self.clipping, AdaptiveClipping):
+                self.max_grad_norm = privacy["max_grad_norm"]
+
+    def add_param_group(self, param_group: dict) -> None:
+        self.original_optimizer.add_param_group(param_group)
+
+    def __getstate__(self) -> dict:
+        """Leave out what a copy must not have: parts of a batch, a scheduler's `step`."""
+        state = {name: value for name, value in self.__dict__.items() if name not in PASSING}
+        return state | {"_batch": None, "_clipper": None}
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy's generators draw other noise."""
+        self.__dict__.update(state)
+        if self.generator is not None:
+            renew(hold(self.generator))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "original_optimizer":
+            raise AttributeError(name)
+        if name == "grad_samples":
+            raise AttributeError(
+                "per-sample gradients are not kept: fastloda.per_sample_grads(losses, model) computes them"
+            )
+        return getattr(self.original_optimizer, name)
+
+    def __repr__(self) -> str:
+        return f"PrivateOptimizer({self.original_optimizer!r})"
+
+
+def _check_privacy(groups: list[dict]) -> list[dict]:
+    """What parameter groups hold under "privacy". Raises ValueError if it is malformed."""
+    found = [group[PRIVACY] for group in groups if PRIVACY in group]
+    for privacy in found:
+        try:
+            HistoryAccountant().load_state_dict(privacy["accountant"])
+            check_max_grad_norm(privacy["max_grad_norm"])
+        except (TypeError, LookupError) as error:
+            raise ValueError(f"malformed privacy record in the optimizer's state: {error!r}") from error
+    return found

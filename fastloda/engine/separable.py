@@ -1,0 +1,665 @@
+"""Whether a loss is a sum of terms of which each depends on the model's outputs for one sample alone.
+
+The autograd graph of the loss tells, read from the outputs upwards. Its operations may treat each sample's numbers apart
+(`Rows`); one sum or mean then adds up the samples (`Total`), and only linear operations may follow. Whatever else happens across
+samples (a product, maximum, sort, softmax, index or broadcast along the batch, or a nonlinear function of the sum) couples
+them and is refused by the operation's name. An operation that is not known here is asked by its own backward.
+
+Not to be seen in a graph are values that have no gradient, such as targets that were standardised over the batch.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Size, Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from fastloda.errors import PrivacyError
+from fastloda.per_sample import batch_axis as layout
+from fastloda.per_sample.batch_axis import Edges, indices_by_dim, output_shape, signed, wrapped
+from fastloda.per_sample.regions import COMPILED, may_run_again
+
+NONE, MEAN = 0, 1  # reductions, as PyTorch's losses save them
+REMEDY = (
+    "The loss must be the mean, or sum, of one loss per sample: take the criterion with reduction='none', which gives these, and "
+    "then its .mean()"
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Numbers of which each belongs to one sample; in row-major order [outer, entries, rest].
+
+    Attributes:
+        outer: the number of blocks before the batch coordinate, which no view of a tensor changes.
+        owners: the samples along the batch coordinate, in runs.
+    """
+
+    outer: int
+    owners: tuple[range, ...]
+
+    @property
+    def entries(self) -> int:
+        return sum(map(len, self.owners))
+
+    def dims(self, shape: Sequence[int]) -> list[int]:
+        """The dimensions over which the batch coordinate is spread: one, unless a view has split it."""
+        inner = prod(shape) // (self.outer * self.entries)
+        strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+        top = inner * self.entries
+        return [d for d, (n, s) in enumerate(zip(shape, strides)) if n > 1 and max(s, inner) < min(s * n, top)]
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether no number of any dimension but the batch's own stands for two samples; a view may cut across them."""
+        inner = prod(shape) // (self.outer * self.entries)
+        strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+        ends = (inner, inner * self.entries)
+        return all(end % s == 0 for end in ends for n, s in zip(shape, strides) if s < end < s * n)
+
+    def moved(self, before: Sequence[int], after: Sequence[int], places: Mapping[int, int]) -> "Rows | None":
+        """The same where dimension d of `before` became places[d] of `after`; None if the batch is torn apart."""
+        dims = self.dims(before)
+        now = [places.get(d, -1) for d in dims]
+        adjacent = now and now[0] >= 0 and now == list(range(now[0], now[0] + len(now)))
+        if not adjacent or any(before[d] != after[n] for d, n in zip(dims, now)):
+            return None
+        return replace(self, outer=prod(after[: now[0]]) * (self.outer // prod(before[: dims[0]])))
+
+
+@dataclass(frozen=True)
+class One:
+    """Numbers that all belong to one sample."""
+
+    owner: int
+
+
+@dataclass(frozen=True)
+class Total:
+    """Numbers that are linear in terms of single samples.
+
+    Attributes:
+        averaged: whether a mean, a division by a multiple of the number of samples, or by what can't be read, is behind them.
+        by: the numbers that a sum was multiplied with otherwise.
+    """
+
+    averaged: bool
+    by: tuple[float, ...] = ()
+
+
+State = Rows | One | Total
+MEAN_OF_ALL, SUM_OF_ALL = Total(averaged=True), Total(averaged=False)
+
+
+class Input(NamedTuple):
+    """What enters an operation as its differentiable input `index`."""
+
+    index: int
+    state: State
+    shape: Size
+    source: tuple[Node, int]
+
+
+class Operation(NamedTuple):
+    """An operation above the outputs, with those of its inputs that depend on them."""
+
+    node: Node
+    kind: str  # without "Backward0"
+    number: int  # of the output in question
+    shape: Size  # of that output
+    inputs: list[Input]
+
+    def refuse(self, why: str) -> NoReturn:
+        raise PrivacyError(f"samples mix in the loss: {self.kind} {why}. {REMEDY}")
+
+    def refuse_unseen(self, why: str) -> NoReturn:
+        raise PrivacyError(f"whether samples mix in the loss can't be seen: {self.kind} {why}. {REMEDY}")
+
+    def dims(self, name: str = "_saved_dim") -> set[int]:
+        """The dimensions of the first input that the operation works along; all, if it does not say."""
+        count = len(self.inputs[0].shape)
+        saved = getattr(self.node, name, None)
+        saved = [saved] if isinstance(saved, int) else (list(saved) if saved else range(count))
+        return {wrapped(dim, count) for dim in saved}
+
+    def moved(self, given: Input, places: Mapping[int, int]) -> Rows:
+        found = given.state.moved(given.shape, self.shape, places)
+        if found is None:
+            self.refuse("tears the rows of the batch apart")
+        return found
+
+
+# ---- the operations that are known
+
+
+def _names(text: str) -> set[str]:
+    return set(text.split())
+
+
+VIEWS = _names(
+    "Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View Contiguous BackwardHookFunction Detach"
+)
+POINTWISE = _names(
+    "Hardswish LogSigmoid NativeDropout PreluKernel Prelu Rrelu RreluWithNoise Xlog1Py SpecialXlog1Py Where Real"
+)
+POINTWISE |= _names(
+    "BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss KlDiv MseLoss SmoothL1Loss SoftMarginLoss"
+)
+REDUCING = _names(
+    "Amax Amin Aminmax Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nanmedian Nansum Norm Prod Std"
+)
+REDUCING |= _names("StdMean Sum Var VarMean")
+SUMMING = _names("Mean Sum")
+ALONG = _names("Cummax Cummin Cumprod Cumsum Gather IndexSelect LogSoftmax Logcumsumexp Softmax Sort Topk Glu")
+PRODUCTS = {kind.removesuffix("Backward0"): letters for kind, letters in layout.PRODUCTS.items()}
+PRODUCTS |= {"Dot": ("k", "k", "")}
+BATCH_FIRST = _names(
+    "Convolution MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D MaxPool1D AvgPool3D MaxPool3DWithIndices"
+)
+BATCH_FIRST |= _names(
+    "UpsampleNearest2D UpsampleBilinear2D UpsampleBicubic2D ReflectionPad2D ReplicationPad2D NativeGroupNorm"
+)
+BATCH_FIRST |= _names(
+    "PixelShuffle PixelUnshuffle Im2Col NllLoss NllLoss2D NllLossNd MultiMarginLoss MultilabelMarginLoss"
+)
+LINEAR = (
+    VIEWS
+    | set(PRODUCTS)
+    | _names("Add Cat Div Expand Mean Mul Neg Permute Repeat Rsub Select Slice Split SplitWithSizes Stack")
+)
+LINEAR |= _names("Sub Sum T Transpose Unbind")
+
+
+@lru_cache(None)
+def _is_pointwise(kind: str) -> bool:
+    """Whether the operation treats each number apart, as PyTorch tags its operations; kind: its name in CamelCase."""
+    spelled = re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
+    packets = [getattr(torch.ops.aten, name, None) for name in (spelled, kind.lower())]
+    tags = [getattr(packet, overload).tags for packet in packets if packet for overload in packet.overloads()]
+    return kind in POINTWISE or any(torch.Tag.pointwise in found for found in tags)
+
+
+def _kind(node: Node) -> str:
+    return re.sub(r"Backward\d*$", "", node.name())
+
+
+# ---- from the outputs upwards
+
+
+class SampleFlow:
+    """Follows the samples from a model's outputs upwards.
+
+    Args:
+        samples: rows of every output.
+        grown: what earlier losses had for the sizes of dimensions that constants broadcast; kept from loss to loss.
+    """
+
+    def __init__(self, samples: int, grown: MutableMapping[tuple, int]):
+        self.samples, self.whole, self.grown = samples, (range(samples),), grown
+        self.states: dict[tuple[Node, int], State] = {}
+        self.picked: dict[tuple[Node, int], Counter] = defaultdict(Counter)
+        self.sizes: dict[tuple[Node, int], int] = {}
+
+    def check(self, below: Mapping[Node, Edges], outputs: Mapping[Node, int]) -> None:
+        """Refuse what is not separable of the nodes below a loss. outputs: node -> number of its outputs, all [samples, ...].
+
+        Raises:
+            PrivacyError: names the operation.
+        """
+        for place, (node, edges) in enumerate(below.items()):
+            if node in outputs:
+                self.states |= {(node, number): Rows(1, self.whole) for number in range(outputs[node])}
+                continue
+            entering = [
+                Input(index, self.states[edge], output_shape(*edge), edge)
+                for index, edge in enumerate(edges)
+                if edge in self.states
+            ]
+            for number, metadata in enumerate(node._input_metadata if entering else ()):
+                operation = Operation(node, _kind(node), number, Size(metadata.shape), entering)
+                self.states[node, number] = self._state(operation, place)
+        self._check_picks()
+
+    def odd_factor(self, roots: Iterable[tuple[Node, int]]) -> float | None:
+        """What a root that is a sum, and no mean, was multiplied with; roots: outputs of nodes."""
+        states = [self.states.get(root) for root in roots]
+        factors = [by for state in states if isinstance(state, Total) and not state.averaged for by in state.by]
+        return factors[0] if factors else None
+
+    def _state(self, op: Operation, place: int) -> State:
+        states = [given.state for given in op.inputs]
+        if any(isinstance(state, Total) for state in states):
+            return self._linear(op)
+        if all(isinstance(state, One) for state in states):
+            if len({state.owner for state in states}) == 1:
+                return states[0]
+            return self._stacked(op) if op.kind in ("Stack", "Cat") else self._linear(op)
+        if any(isinstance(state, One) for state in states):
+            return self._linear(op)
+        rule = RULES.get(op.kind) or (_pointwise if _is_pointwise(op.kind) else _opaque)
+        return rule(self, op, place)
+
+    def _linear(self, op: Operation) -> State:
+        """Of what was summed over samples, or comes from several of them."""
+        several = len(op.inputs) > 1 and op.kind not in ("Add", "Sub", "Rsub", "Cat", "Stack")
+        if op.kind not in LINEAR or several or (op.kind == "Div" and op.inputs[0].index != 0):
+            op.refuse("is no linear function of what was added up over the samples")
+        totals = [given.state for given in op.inputs if isinstance(given.state, Total)] or [SUM_OF_ALL]
+        total = Total(all(t.averaged for t in totals), tuple(by for t in totals for by in t.by))
+        if total.averaged or op.kind not in ("Div", "Mul", "Mean"):
+            return total
+        factor = 1 / op.inputs[0].shape.numel() if op.kind == "Mean" else _constant_factor(op)
+        samples = None if not factor else 1 / factor / self.samples
+        if samples is None or (round(samples) >= 1 and math.isclose(samples, round(samples), rel_tol=1e-6)):
+            return MEAN_OF_ALL
+        return replace(total, by=(*total.by, factor))
+
+    def _stacked(self, op: Operation) -> State:
+        """One sample's numbers after the other's: rows, if it is all of them in order."""
+        owners = [given.state.owner for given in op.inputs]
+        parts = {given.shape for given in op.inputs}
+        if owners != list(range(self.samples)) or len(parts) > 1:
+            return SUM_OF_ALL
+        dim = wrapped(op.node._saved_dim, len(op.shape))
+        return Rows(prod(op.shape[:dim]), self.whole)
+
+    def pick(self, op: Operation, given: Input, entries: Sequence[int]) -> None:
+        """Note that an operation takes only some of the batch's entries."""
+        self.picked[given.source].update(entries)
+        self.sizes[given.source] = given.state.entries
+
+    def _check_picks(self) -> None:
+        for source, counts in self.picked.items():
+            if len(set(counts.values())) != 1 or len(counts) != self.sizes[source]:
+                raise PrivacyError(
+                    f"samples mix in the loss: some samples' outputs are picked and others left out, by which each one's share "
+                    f"may depend on the others: multiply each sample's loss by 0 or 1 instead. {REMEDY}"
+                )
+
+    def check_growth(self, op: Operation, given: Input, place: int) -> None:
+        """`check_beside` where broadcasting brings a dimension: [N, 1] - [N] is [N, N]."""
+        before = (1,) * (len(op.shape) - len(given.shape)) + tuple(given.shape)
+        self.check_beside(op, given, place, [dim for dim, size in enumerate(before) if size == 1])
+
+    def check_beside(self, op: Operation, given: Input, place: int, dims: Sequence[int]) -> None:
+        """Refuse a constant that lays other samples' values beside each sample, along dimensions that only it has brought.
+
+        A constant of as many entries as there happen to be samples looks the same. It is told apart by an earlier loss that had
+        another number of samples.
+        """
+        for dim in dims:
+            key, size = (op.kind, place, given.index, dim), op.shape[dim]
+            if size == 1:
+                continue
+            if size != self.samples:
+                self.grown.setdefault(key, size)
+            elif self.grown.get(key) != size:
+                op.refuse(
+                    f"broadcasts or multiplies outputs of shape {tuple(given.shape)} to {tuple(op.shape)}, so that each sample "
+                    "meets values of all others: give targets the shape of the outputs (a constant that has as many entries "
+                    "as this batch has samples is refused only until a batch of another size has been seen)"
+                )
+
+
+Rule = Callable[[SampleFlow, Operation, int], State]
+
+
+def _joint(flow: SampleFlow, op: Operation, states: Sequence[Rows]) -> Rows:
+    """Of an operation that takes the numbers of several inputs in pairs."""
+    if any(state != states[0] for state in states):
+        op.refuse("takes outputs of different samples together")
+    return states[0]
+
+
+def _pointwise(flow: SampleFlow, op: Operation, place: int) -> State:
+    if getattr(op.node, "_saved_reduction", NONE) != NONE:
+        return _reduced(flow, op, place)
+    return _aligned(flow, op, place)
+
+
+def _aligned(flow: SampleFlow, op: Operation, place: int) -> State:
+    """Number by number, with broadcasting."""
+    states = []
+    for given in op.inputs:
+        shift = len(op.shape) - len(given.shape)
+        states.append(op.moved(given, {d: d + shift for d in range(len(given.shape))}))
+    joint = _joint(flow, op, states)
+    for given in op.inputs:
+        flow.check_growth(op, given, place)
+    return joint
+
+
+def _reduced(flow: SampleFlow, op: Operation, place: int) -> State:
+    """A criterion that has reduced its losses."""
+    _joint(flow, op, [given.state for given in op.inputs])
+    mean = op.node._saved_reduction == MEAN
+    if mean and _normalised_by_targets(op.node):
+        raise PrivacyError(
+            "the loss is divided by the class weights of the batch, or by the number of its targets that are not ignored: "
+            f"each sample's share depends on the other samples. {REMEDY}"
+        )
+    return _added(op, mean)
+
+
+def _normalised_by_targets(node: Node) -> bool:
+    """Whether a mean divides by something else than the number of targets: nll_loss, below cross_entropy, may."""
+    weight = getattr(node, "_saved_weight", None) if hasattr(node, "_saved_total_weight") else None
+    if weight is not None and (weight != weight[0]).any():
+        return True
+    ignored = getattr(node, "_saved_ignore_index", None)
+    return ignored is not None and bool((node._saved_target == signed(ignored)).any())
+
+
+def _constant_factor(op: Operation) -> float | None:
+    """The number that a Div or Mul multiplies its only input with; None if it is no one number, or 0."""
+    if op.kind == "Div":
+        other = op.node._saved_other
+    else:
+        other = op.node._saved_self if op.inputs[0].index else op.node._saved_other
+    if not isinstance(other, Tensor) or other.numel() != 1 or not other.item():
+        return None
+    return 1 / other.item() if op.kind == "Div" else other.item()
+
+
+def _added(op: Operation, mean: bool) -> Total:
+    whole = all(run.start == 0 and len(run) == len(op.inputs[0].state.owners[0]) for run in op.inputs[0].state.owners)
+    if mean and not whole:
+        op.refuse("averages over a part of the samples: take a sum")
+    return MEAN_OF_ALL if mean else SUM_OF_ALL
+
+
+def _view(flow: SampleFlow, op: Operation, place: int) -> State:
+    state = op.inputs[0].state
+    if not state.fits(op.shape):
+        op.refuse("cuts the outputs across the samples")
+    return state
+
+
+def _reduce(flow: SampleFlow, op: Operation, place: int) -> State:
+    """A sum, mean, maximum, norm, ... over some dimensions."""
+    (given,) = op.inputs
+    summed = op.dims() if hasattr(op.node, "_saved_dim") else set(range(len(given.shape)))
+    if summed.isdisjoint(given.state.dims(given.shape)):
+        kept = [d for d in range(len(given.shape)) if d not in summed]
+        same = len(op.shape) == len(given.shape)
+        return op.moved(given, {d: d if same else i for i, d in enumerate(kept)})
+    if op.kind not in SUMMING:
+        op.refuse("is taken over the samples")
+    return _added(op, mean=op.kind == "Mean")
+
+
+def _along(flow: SampleFlow, op: Operation, place: int) -> State:
+    """A softmax, cumulative sum, sort, ... along a dimension."""
+    (given,) = op.inputs
+    if not op.dims().isdisjoint(given.state.dims(given.shape)):
+        op.refuse("works along the samples")
+    return op.moved(given, {d: d for d in range(len(given.shape))})
+
+
+def _renorm(flow: SampleFlow, op: Operation, place: int) -> State:
+    """Norms over all dimensions but one."""
+    (given,) = op.inputs
+    if not op.dims().issuperset(given.state.dims(given.shape)):
+        op.refuse("takes norms over the samples")
+    return given.state
+
+
+def _padded(flow: SampleFlow, op: Operation, place: int) -> State:
+    """Constants beside the numbers of each sample; a batch of the same size may still be another part of it."""
+    (given,) = op.inputs
+    last, pad = len(given.shape) - 1, op.node._saved_pad
+    if any(any(pad[2 * (last - d) : 2 * (last - d) + 2]) for d in given.state.dims(given.shape)):
+        op.refuse("moves the samples along the batch")
+    return op.moved(given, {d: d for d in range(len(given.shape))})
+
+
+def _reordered(flow: SampleFlow, op: Operation, place: int) -> State:
+    """A flip or roll of some dimensions."""
+    (given,) = op.inputs
+    if not op.dims("_saved_dims").isdisjoint(given.state.dims(given.shape)):
+        op.refuse("moves the samples along the batch")
+    return given.state
+
+
+def _permuted(flow: SampleFlow, op: Operation, place: int) -> State:
+    (given,) = op.inputs
+    count, node = len(given.shape), op.node
+    order = list(range(count))
+    if op.kind == "Permute":
+        order = [wrapped(dim, count) for dim in node._saved_dims]
+    elif op.kind == "T":
+        order.reverse()
+    else:
+        a, b = wrapped(node._saved_dim0, count), wrapped(node._saved_dim1, count)
+        order[a], order[b] = order[b], order[a]
+    return op.moved(given, {d: place for place, d in enumerate(order)})
+
+
+def _repeated(flow: SampleFlow, op: Operation, place: int) -> State:
+    """The batch several times over, one after the other; or copies within each sample's numbers."""
+    (given,) = op.inputs
+    (*_, dim), shift = given.state.dims(given.shape), len(op.shape) - len(given.shape)
+    entries = given.state.entries
+    if (
+        op.shape[dim + shift] == given.shape[dim]
+        or given.state.dims(given.shape) != [dim]
+        or given.shape[dim] != entries
+    ):
+        return _aligned(flow, op, place)
+    return Rows(prod(op.shape[: dim + shift]), given.state.owners * (op.shape[dim + shift] // entries))
+
+
+def _parted(flow: SampleFlow, op: Operation, place: int) -> State:
+    """One index, or a range of them, of a dimension."""
+    (given,) = op.inputs
+    node, count, state = op.node, len(given.shape), given.state
+    dim = wrapped(getattr(node, "_saved_dim", 0), count)
+    single = op.kind in ("Select", "Unbind")
+    if dim not in state.dims(given.shape):
+        return op.moved(given, {d: d - (single and d > dim) for d in range(count) if d != dim or not single})
+    size = given.shape[dim]
+    if state.dims(given.shape) != [dim] or size != state.entries:
+        op.refuse("tears the rows of the batch apart")
+    chosen = _chosen(op, size)
+    flow.pick(op, given, chosen)
+    owners = [owner for run in state.owners for owner in run][chosen.start : chosen.stop : chosen.step]
+    if len(owners) == 1:
+        return One(owners[0])
+    return Rows(state.outer, _runs(owners)) if owners else MEAN_OF_ALL
+
+
+def _chosen(op: Operation, size: int) -> range:
+    """The indices that a Select, Slice, Split or Unbind takes of its dimension."""
+    node = op.node
+    if op.kind == "Unbind":
+        return range(op.number, op.number + 1)
+    if op.kind == "Select":
+        index = signed(node._saved_index) % size
+        return range(index, index + 1)
+    if op.kind == "Slice":
+        end = getattr(node, "_saved_end", None)
+        return range(size)[
+            slice(signed(node._saved_start or 0), None if end is None else signed(end), node._saved_step)
+        ]
+    sizes = getattr(node, "_saved_split_sizes", None)
+    start = sum(sizes[: op.number]) if sizes is not None else op.number * node._saved_split_size
+    return range(start, start + op.shape[wrapped(node._saved_dim, len(op.shape))])
+
+
+def _runs(owners: Sequence[int]) -> tuple[range, ...]:
+    """[0, 1, 2, 0, 1] -> range(3), range(2)."""
+    runs: list[range] = []
+    for owner in owners:
+        if runs and runs[-1].stop == owner:
+            runs[-1] = range(runs[-1].start, owner + 1)
+        else:
+            runs.append(range(owner, owner + 1))
+    return tuple(runs)
+
+
+def _joined(flow: SampleFlow, op: Operation, place: int) -> State:
+    """A Cat or Stack."""
+    count = len(op.shape)
+    dim, stack = wrapped(op.node._saved_dim, count), op.kind == "Stack"
+    places = {d: d + (stack and d >= dim) for d in range(count)}
+    along = [not stack and dim in given.state.dims(given.shape) for given in op.inputs]
+    if not any(along):
+        return _joint(flow, op, [op.moved(given, places) for given in op.inputs])
+    simple = all(given.state.dims(given.shape) == [dim] for given in op.inputs)
+    entries = sum(given.state.entries for given in op.inputs)
+    if not simple or entries != op.shape[dim] or len({given.state.outer for given in op.inputs}) > 1:
+        op.refuse("puts outputs and other values into one batch")
+    owners = [owner for given in op.inputs for run in given.state.owners for owner in run]
+    return Rows(op.inputs[0].state.outer, _runs(owners))
+
+
+def _product(flow: SampleFlow, op: Operation, place: int) -> State:
+    """A matrix product: of rows and constants, or of each sample's own matrices."""
+    *letters, out = PRODUCTS[op.kind]
+    kept, contracted = [], []
+    for given in op.inputs:
+        own = letters[given.index][-len(given.shape) :]  # what Addmm adds may be a vector
+        places = {d: out.index(letter) for d, letter in enumerate(own) if letter in out}
+        batch = given.state.dims(given.shape)
+        if all(d in places for d in batch):
+            kept.append(op.moved(given, places))
+        elif len(batch) == 1 and given.shape[batch[0]] == given.state.entries:
+            contracted.append((own[batch[0]], given.state.owners))
+        else:
+            op.refuse("tears the rows of the batch apart")
+    if len(op.inputs) == 1 and kept:  # what the other factor, a constant, brings
+        own = letters[op.inputs[0].index]
+        flow.check_beside(op, op.inputs[0], place, [d for d, letter in enumerate(out) if letter not in own])
+    if (kept and contracted) or len(set(contracted)) > 1:
+        op.refuse("multiplies outputs of different samples")
+    return SUM_OF_ALL if contracted else _joint(flow, op, kept)
+
+
+def _batch_first(flow: SampleFlow, op: Operation, place: int) -> State:
+    """An operation that is defined for a batch in the first dimension."""
+    first = all(given.index == 0 and given.state.dims(given.shape) == [0] for given in op.inputs)
+    if getattr(op.node, "_saved_reduction", NONE) != NONE:
+        if not first or len(op.inputs[0].shape) == 1:
+            op.refuse("compares outputs of different samples: it wants them as [samples, classes, ...]")
+        return _reduced(flow, op, place)
+    if not first:
+        return _opaque(flow, op, place)
+    return _joint(flow, op, [op.moved(given, {0: 0}) for given in op.inputs])
+
+
+def _layer_norm(flow: SampleFlow, op: Operation, place: int) -> State:
+    given = op.inputs[0]
+    first = len(given.shape) - len(op.node._saved_normalized_shape)
+    if given.index or len(op.inputs) > 1 or any(d >= first for d in given.state.dims(given.shape)):
+        op.refuse("normalises over the samples")
+    return given.state
+
+
+def _ctc(flow: SampleFlow, op: Operation, place: int) -> State:
+    """ctc_loss(log_probs [T, N, C]) -> [N]."""
+    (given,) = op.inputs
+    if given.state.dims(given.shape) != [1]:
+        op.refuse("wants the batch second: [T, N, C]")
+    return Rows(1, given.state.owners)
+
+
+def _indexed(flow: SampleFlow, op: Operation, place: int) -> State:
+    """x[indices], some of which may be tensors: each sample may only find its own row."""
+    (given,) = op.inputs
+    _saved(op, "_saved_indices")
+    indices = indices_by_dim(op.node, op.node.name(), given.shape)
+    advanced = [d for d, index in enumerate(indices) if index is not None]
+    taken = torch.broadcast_tensors(*(indices[d] for d in advanced))
+    adjacent = advanced == list(range(advanced[0], advanced[-1] + 1))
+    first = advanced[0] if adjacent else 0
+    kept = [d for d in range(len(indices)) if indices[d] is None]
+    places = {d: i if d < first else i + taken[0].dim() for i, d in enumerate(kept)} if adjacent else {}
+    places = places or {d: i + taken[0].dim() for i, d in enumerate(kept)}
+    for d in given.state.dims(given.shape):
+        if d in places:
+            continue
+        own = [e for e in range(taken[0].dim()) if _is_arange(taken[advanced.index(d)], e, given.shape[d])]
+        if not own:
+            op.refuse(
+                "picks rows along the batch by an index or a mask, by which each sample's share may depend on the others: "
+                "multiply each sample's loss by 0 or 1 instead"
+            )
+        places[d] = first + own[0]
+    return op.moved(given, places)
+
+
+def _is_arange(index: Tensor, dim: int, size: int) -> bool:
+    if index.shape[dim] != size:
+        return False
+    own = torch.arange(size, device=index.device).view(-1, *[1] * (index.dim() - dim - 1))
+    return bool((index == own).all())
+
+
+def _saved(op: Operation, name: str):
+    try:
+        return getattr(op.node, name)
+    except Exception as error:  # of whoever packed it: checkpointing, hooks
+        op.refuse_unseen(f"can't be read ({error}): leave the criterion out of torch.utils.checkpoint")
+
+
+def _opaque(flow: SampleFlow, op: Operation, place: int) -> State:
+    """An operation that is not known: its backward must keep the samples apart, for enough choices to part any two."""
+    node, samples = op.node, flow.samples
+    rows = Rows(1, flow.whole)
+    if not op.shape or op.shape[0] != samples or any(given.state != rows for given in op.inputs):
+        op.refuse_unseen(
+            "is not known (it comes from torch.jit.script, torch.compile, an autograd.Function, or a part of PyTorch that "
+            "FastLoDA does not know), and does not give each sample a row of its own"
+        )
+    numbers = torch.arange(samples)
+    choices = [(numbers >> bit) % 2 == value for bit in range((samples - 1).bit_length()) for value in (0, 1)]
+    edges = [GradientEdge(*given.source) for given in op.inputs]
+    try:
+        gy = torch.randn(op.shape, generator=torch.Generator().manual_seed(0)).to(**_placed(node, op.number))
+        whole = _gradients(node, op.number, gy, edges)
+        for chosen in choices:
+            chosen = chosen.to(gy.device)
+            own = gy * chosen.view(-1, *[1] * (gy.dim() - 1))
+            for alone, beside in zip(_gradients(node, op.number, own, edges), whole):
+                if not _apart(alone, beside, chosen):
+                    op.refuse("takes outputs of different samples together")
+    except (RuntimeError, NotImplementedError) as error:
+        op.refuse_unseen(f"has a backward pass that does not run twice ({error})")
+    if not any(samples in given.shape[1:] for given in op.inputs):
+        flow.check_beside(op, op.inputs[0], place, range(1, len(op.shape)))
+    return rows
+
+
+def _placed(node: Node, number: int) -> dict:
+    metadata = node._input_metadata[number]
+    return {"dtype": metadata.dtype, "device": metadata.device}
+
+
+def _gradients(node: Node, number: int, gy: Tensor, edges: Sequence[GradientEdge]) -> list[Tensor | None]:
+    with may_run_again([node] if node.name() == COMPILED else []):
+        return torch.autograd.grad([GradientEdge(node, number)], edges, [gy], retain_graph=True, allow_unused=True)
+
+
+def _apart(alone: Tensor | None, beside: Tensor | None, chosen: Tensor) -> bool:
+    """Whether the gradient that the chosen samples bring stays with them, and is what it is beside the others."""
+    if alone is None or beside is None:
+        return alone is beside
+    others, own, there = alone[~chosen].nan_to_num(), alone[chosen].nan_to_num(), beside[chosen].nan_to_num()
+    allowed = 64 * torch.finfo(own.dtype).eps * float(there.abs().amax()) if there.numel() else 0.0
+    return not others.any() and torch.allclose(own, there, rtol=1e-3, atol=allowed)
+
+
+RULES: dict[str, Rule] = dict.fromkeys(VIEWS, _view)
+RULES |= dict.fromkeys(REDUCING, _reduce) | dict.fromkeys(ALONG, _along) | dict.fromkeys(PRODUCTS, _product)
+RULES |= {"Renorm": _renorm, "ConstantPadNd": _padded}
+RULES |= {"Expand": _aligned, "Repeat": _repeated} | dict.fromkeys(("Flip", "Roll"), _reordered)
+RULES |= dict.fromkeys(("Permute", "Transpose", "T"), _permuted) | dict.fromkeys(("Cat", "Stack"), _joined)
+RULES |= dict.fromkeys(("Select", "Slice", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind"), _parted)
+RULES |= dict.fromkeys(BATCH_FIRST, _batch_first)
+RULES |= {"NativeLayerNorm": _layer_norm, "CtcLoss": _ctc, "Index": _indexed}

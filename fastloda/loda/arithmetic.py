@@ -1,0 +1,310 @@
+"""The arithmetic of a LoDA layer and the one place that chooses its implementation.
+
+A LoDA layer computes  z = A * x,  y = W * x + b + s B phi(z).  Triton kernels (`fastloda/kernels/`) compute for CUDA tensors,
+PyTorch for all others; nothing else in the package asks which.
+
+Two ideas keep the cost of privacy low, in both:
+
+- *Shift gz, not x.*  The k^2 taps of A's gradient are read as one strided view of the small r-channel gradient gz
+  (`taps.py`); x is read in place by a plain matrix product, and never expanded (no im2col).
+- *In place.*  The adapter is added to the frozen layer's output and input gradient where they lie, which saves the
+  copies that autograd makes of both.
+
+Shapes: rows N (samples x views), positions T = H W, channels C in and O out, rank r.  A *sample* owns N / samples
+consecutive rows; its gradient is the sum over them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloda.kernels.conv import Conv
+from fastloda.per_sample.amx import compute_dtype, sound_dtype, without_autocast
+from fastloda.per_sample.planner import split_rows
+from fastloda.per_sample.recipe import Fused, Piece
+from fastloda.per_sample.taps import gather_taps
+
+try:
+    from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad
+except ImportError:  # no Triton: PyTorch computes everything
+    sample_grad = None
+
+A_INPUT, B_INPUT = 2, 3  # places of A and B in (x, W, A, B, b); b may be absent, and the graph counts tensors only
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def on_triton(t: Tensor) -> bool:
+    """Whether Triton kernels compute for t."""
+    return t.is_cuda and sample_grad is not None and t.dtype in KERNEL_DTYPES and t.numel() > 0
+
+
+def conv_piece(
+    grad: Callable[..., Tensor],
+    lay_out: Callable[[Tensor], Tensor],
+    x: Tensor,
+    g: Tensor,
+    conv: Conv | None,
+    scratch_bytes: int,
+    at_hand: Callable[[int], Tensor] | None = None,
+) -> Piece:
+    """The recipe of a convolution weight's per-sample gradients, from its input and the gradient of its output.
+
+    grad(x, g, samples), lay_out and at_hand are PyTorch's way. conv is None where the kernels have none (groups, one or three
+    dimensions).
+    """
+    if conv is None or not on_triton(x) or x.dtype != g.dtype:
+        return Piece(grad, (x, g), scratch_bytes, lay_out=lay_out, at_hand=at_hand)
+    return _kernel_piece(x, g, conv, lambda t, samples: t, lambda grads: grads)
+
+
+def linear_piece(x: Tensor, gy: Tensor) -> Piece:
+    """The recipe of the per-sample gradients of weight.T [C, O] of a product over rows: x [rows, C], gy [rows, O]."""
+    if not on_triton(x) or x.dtype != gy.dtype:
+        return Piece(lambda x, gy, samples: torch.bmm(sample_rows(x, samples).mT, sample_rows(gy, samples)), (x, gy))
+    # a 1 x 1 convolution of images one row high, from O channels to C
+    as_image = lambda t, samples: t.reshape(samples, -1, t.shape[-1]).mT[:, :, None]  # noqa: E731
+    return _kernel_piece(gy, x, Conv((1, 1)), as_image, lambda grads: grads[..., 0, 0])
+
+
+def _kernel_piece(x: Tensor, g: Tensor, conv: Conv, as_image, as_weight) -> Piece:
+    """as_image(tensor, samples) and as_weight(gradient) re-lay what goes into the kernels and comes out."""
+
+    def with_squares(x: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        grads, squares = sample_grad.sample_grads(as_image(x, samples), as_image(g, samples), conv, samples)
+        return as_weight(grads), squares
+
+    def squares(x: Tensor, g: Tensor, samples: int) -> Tensor:
+        return sample_grad.sample_grad_squares(as_image(x, samples), as_image(g, samples), conv, samples)
+
+    def weighted_sum(x: Tensor, g: Tensor, factors: Tensor) -> Tensor:
+        n = len(factors)
+        return as_weight(sample_grad.weighted_grad_sum(as_image(x, n), as_image(g, n), conv, factors))
+
+    return Piece(lambda *a: with_squares(*a)[0], (x, g), with_squares=with_squares, fused=Fused(squares, weighted_sum))
+
+
+def accumulable(t: Tensor) -> Tensor:
+    """t in the dtype that gradients are accumulated in: float64 stays, all else becomes float32."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def activation(z: Tensor, slope: float) -> Tensor:
+    """phi(z): LeakyReLU, the identity for slope 1."""
+    return z if slope == 1.0 else F.leaky_relu(z, slope)
+
+
+def activation_grad(grad: Tensor, z: Tensor, slope: float) -> Tensor:
+    """phi'(z) . grad."""
+    return grad if slope == 1.0 else torch.ops.aten.leaky_relu_backward(grad, z, slope, False)
+
+
+def positions(t: Tensor) -> Tensor:
+    """[N, C, *spatial] -> [N, C, T]: a view, column-major for channels_last memory, for any dense t."""
+    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
+        return t.permute(0, 2, 3, 1).flatten(1, 2).mT
+    return t.flatten(2)
+
+
+def add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """out [N, M, T] += scale * a [M, K] @ b [N, K, T], in the memory order of out."""
+    a = a.expand(out.shape[0], *a.shape)
+    if out.stride(1) == 1 and out.stride(2) != 1:  # channels_last: BLAS wants the row-major transpose
+        out.mT.baddbmm_(b.mT, a.mT, alpha=scale)
+    else:
+        out.baddbmm_(a, b, alpha=scale)
+
+
+@dataclass(frozen=True)
+class ConvOp:
+    """LoDA on a 2-d convolution: x [N, C, H, W], y [N, O, OH, OW], z [N, r, OH, OW]; A [r, C, kh, kw], B [O, r, 1, 1]."""
+
+    conv: Conv
+    groups: int
+    slope: float
+    scale: float
+
+    def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        """The definition, in ordinary differentiable operations."""
+        h = activation(self.convolve(x, A), self.slope)
+        y = self.convolve(x, weight, bias, self.groups)
+        return y + self.scale * F.conv2d(h, B)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """-> y, z."""
+        y = self.convolve(x, weight, bias, self.groups)
+        if on_triton(x):
+            z = adapter_forward.project(x, A, self.conv)
+            return adapter_forward.add_(y, z, B, self.slope, self.scale), z
+        z = self.convolve(x, A).contiguous()  # as backward's products want it
+        add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
+        return y, z
+
+    def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Piece]:
+        """-> gz = phi'(z) . s B^T gy, [N, r, OH, OW], and the recipe of B's per-sample gradients."""
+        if on_triton(gy):  # one read of gy gives both
+            gz, parts = adapter_backward.adapter_backward(gy, z, B, self.slope, self.scale)
+            return gz, Piece(adapter_backward.add_parts_reference, (parts,), with_squares=adapter_backward.add_parts)
+        Bt = self._scaled(B.flatten(1).t())
+        gh = torch.bmm(Bt.expand(len(gy), *Bt.shape), positions(gy))
+        return activation_grad(gh.view(z.shape), z, self.slope), Piece(self.grad_B, (gy, z), lay_out=lay_out_B)
+
+    def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
+        """dx = W^T * gy + A^T * gz, [N, C, H, W]."""
+        return self.backward_down(gy, gz, x, weight, A)[0]
+
+    def backward_down(
+        self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> dx = W^T * gy + A^T * gz, [N, C, H, W], and the taps of gz if they were made at once, for A's gradient."""
+        gx = self._convolution_backward(gy, x, weight, self.groups, (True, False, False))[0]
+        if on_triton(gx):
+            return input_grad.add_input_grad_(gx, gz, A, self.conv), None
+        flat, taps = positions(gx), None
+        A_taps = A.take(_reversed_taps(A.shape, A.device))
+        for rows in split_rows(len(x), self.taps_bytes(gz, x), x.device):
+            taps = self._taps(gz[rows], x)
+            add_product_(flat[rows], A_taps, taps)
+        return gx, taps if taps is not None and len(taps) == len(x) else None
+
+    def weight_grad(self, x: Tensor, gz: Tensor, A: Tensor) -> Tensor:
+        """The ordinary gradient of A, summed over all rows."""
+        return self._convolution_backward(gz, x, A, 1, (False, True, False))[1]
+
+    def piece_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Piece:
+        """The recipe of A's per-sample gradients. taps: of gz, if they are at hand."""
+        lay_out = lambda grads: lay_out_taps(grads, self.conv.kernel)  # noqa: E731
+        at_hand = None if taps is None else lambda samples: self.grad_A(x, gz, samples, taps)
+        return conv_piece(self.grad_A, lay_out, x, gz, self.conv, self.taps_bytes(gz, x), at_hand)
+
+    def grad_A(self, x: Tensor, gz: Tensor, samples: int, taps: Tensor | None = None) -> Tensor:
+        """Gradient of A for each sample, as `lay_out_taps` takes it: [samples, r k^2, C]."""
+        taps = self._taps(gz, x) if taps is None else taps
+        return sum_rows(torch.bmm(accumulable(taps), accumulable(positions(x)).mT), samples)
+
+    def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
+        """Gradient of B for each sample, transposed: [samples, r, O]; row-major operands in both layouts."""
+        h = accumulable(activation(z, self.slope).flatten(2))
+        return sum_rows(self._scaled(torch.bmm(h, accumulable(positions(gy)).mT)), samples)
+
+    def _scaled(self, t: Tensor) -> Tensor:
+        return t if self.scale == 1.0 else t * self.scale
+
+    def taps_bytes(self, gz: Tensor, x: Tensor) -> int:
+        """Size of the taps of gz for all rows: r k^2 / C of x."""
+        return gz.shape[:2].numel() * self.conv.taps * x.shape[2:].numel() * x.element_size()
+
+    @property
+    def _steps(self) -> tuple:
+        return self.conv.stride, self.conv.padding, self.conv.dilation
+
+    def _taps(self, gz: Tensor, x: Tensor) -> Tensor:
+        return gather_taps(gz, x.shape[2:], *self.conv)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+        """weight * x + bias, in the dtype that autocast has it in; computed in a wider one where that could go wrong."""
+        dtype = compute_dtype(x)
+        computed_in = self._sound_dtype(dtype, x)
+        if computed_in == dtype:
+            return F.conv2d(x, weight, bias, *self._steps, groups)
+        with without_autocast(x.device.type):
+            x, weight, bias = (None if t is None else t.to(computed_in) for t in (x, weight, bias))
+            return F.conv2d(x, weight, bias, *self._steps, groups).to(dtype)
+
+    def _convolution_backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool, bool]):
+        dtype, computed_in = x.dtype, self._sound_dtype(x.dtype, x)
+        g, x, weight = (t.to(computed_in) for t in (g, x, weight))
+        grads = torch.ops.aten.convolution_backward(g, x, weight, None, *self._steps, False, (0, 0), groups, wanted)
+        return tuple(None if grad is None else grad.to(dtype) for grad in grads)
+
+    def _sound_dtype(self, dtype: torch.dtype, x: Tensor) -> torch.dtype:
+        return sound_dtype(dtype, x.device, self.conv.stride, self.conv.dilation)
+
+
+@dataclass(frozen=True)
+class LinearOp:
+    """LoDA on y = x W^T + b, any leading dimensions: x [N, ..., C], y [N, ..., O], z [N, ..., r]; A [r, C], B [O, r]."""
+
+    slope: float
+    scale: float
+
+    def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        """The definition, in ordinary differentiable operations."""
+        return F.linear(x, weight, bias) + self.scale * F.linear(activation(F.linear(x, A), self.slope), B)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """-> y, z."""
+        y, z = F.linear(x, weight, bias), F.linear(x, A)
+        y.view(-1, y.shape[-1]).addmm_(activation(z, self.slope).reshape(-1, z.shape[-1]), B.t(), alpha=self.scale)
+        return y, z
+
+    def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Piece]:
+        """-> gz = phi'(z) . s B^T gy, [N, ..., r], and the recipe of B's per-sample gradients."""
+        return activation_grad(gy @ (B * self.scale), z, self.slope), Piece(self.grad_B, (gy, z))
+
+    def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
+        """dx = W^T gy + A^T gz, [N, ..., C]."""
+        gx = gy @ weight
+        gx.view(-1, gx.shape[-1]).addmm_(gz.reshape(-1, gz.shape[-1]), A)
+        return gx
+
+    def backward_down(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> tuple[Tensor, None]:
+        """-> dx; nothing of it serves A's gradient."""
+        return self.grad_x(gy, gz, x, weight, A), None
+
+    def weight_grad(self, x: Tensor, gz: Tensor, A: Tensor) -> Tensor:
+        """The ordinary gradient of A, summed over all rows."""
+        return self.grad_A(x, gz, 1)[0]
+
+    def piece_A(self, x: Tensor, gz: Tensor, taps: None = None) -> Piece:
+        """The recipe of A's per-sample gradients."""
+        return Piece(self.grad_A, (x, gz))
+
+    def grad_A(self, x: Tensor, gz: Tensor, samples: int) -> Tensor:
+        """Gradient of A for each sample: [samples, r, C]."""
+        return torch.bmm(sample_rows(gz, samples).mT, sample_rows(x, samples))
+
+    def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
+        """Gradient of B for each sample: [samples, O, r]."""
+        h = sample_rows(activation(z, self.slope), samples)
+        return torch.bmm(sample_rows(gy, samples).mT, h).mul_(self.scale)
+
+
+@lru_cache
+def _reversed_taps(shape: torch.Size, device: torch.device) -> Tensor:
+    """Where the numbers of A [r, C, *kernel] go in [C, r k^2], with the taps as `gather_taps` has them."""
+    return torch.arange(shape.numel(), device=device).view(shape).flip(2, 3).transpose(0, 1).flatten(1)
+
+
+def lay_out_taps(grads: Tensor, kernel: Sequence[int]) -> Tensor:
+    """[n, O prod(kernel), C], the taps reversed as `gather_taps` has them -> [n, O, C, *kernel]."""
+    taps_dims = range(2, 2 + len(kernel))
+    return grads.unflatten(1, (-1, *kernel)).flip(*taps_dims).movedim(-1, 2)
+
+
+def lay_out_B(grads: Tensor) -> Tensor:
+    """[n, r, O] -> [n, O, r, 1, 1]."""
+    return grads.mT.unsqueeze(-1).unsqueeze(-1)
+
+
+def sum_rows(grad: Tensor, samples: int) -> Tensor:
+    """[N, ...] -> [samples, ...]: summed over each sample's rows."""
+    return grad if grad.shape[0] == samples else grad.view(samples, -1, *grad.shape[1:]).sum(1)
+
+
+def sample_rows(t: Tensor, samples: int) -> Tensor:
+    """[N, ..., C] -> [samples, positions of one sample, C], in the dtype that gradients accumulate in."""
+    return accumulable(t.reshape(samples, -1, t.shape[-1]))
+
+
+def flat_clip_sum(grads: Tensor, factors: Tensor) -> Tensor:
+    """sum_n factors[n] grads[n] of float32 [samples, numbers], on a GPU."""
+    return clip_sum.clip_sum(grads, factors.float())
+
+
+def channel_sum(t: Tensor, samples: int) -> Tensor:
+    """[N, C, *size] -> [samples, C], in the dtype that gradients accumulate in."""
+    return accumulable(t).reshape(samples, len(t) // samples, t.shape[1], -1).sum((1, 3))

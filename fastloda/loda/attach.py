@@ -1,0 +1,399 @@
+"""Put adapters on a model, and save and load them alone."""
+
+import json
+import logging
+import math
+import os
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastloda.files import write_atomically
+from fastloda.loda.layers import LoDAConv2d, LoDALinear, check_settings, unfilled
+from fastloda.wrappers import bare_modules, without_wrappers
+
+logger = logging.getLogger("fastloda")
+
+ADAPTED = (LoDAConv2d, LoDALinear)
+ADAPTABLE = (nn.Conv2d, nn.Linear)
+NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # though their weights may have two dimensions
+Targets = type | str | Iterable[str] | Callable[[str, nn.Module], bool]
+SETTINGS = ("rank", "activation", "negative_slope", "scale")
+NOTHING_TO_SAVE = (
+    "the model has no adapters to save: call attach_loda first; what PEFT has wrapped has a save_pretrained(folder)"
+)
+
+
+class Adapted(list[str]):
+    """The names of the adapted layers; `skipped` maps the matching layers left as they were to the reason."""
+
+    def __init__(self, names: Iterable[str], skipped: dict[str, str]):
+        super().__init__(names)
+        self.skipped = skipped
+
+
+def attach_loda(
+    model: nn.Module,
+    *,
+    rank: int = 4,
+    targets: Targets | None = None,
+    activation: str = "leaky_relu",
+    negative_slope: float = 0.1,
+    scale: float = 1.0,
+) -> Adapted:
+    """Replace matching nn.Conv2d and nn.Linear layers in place by LoDA layers on the same weights; freeze all else.
+
+    The model's output is unchanged until the adapters train.
+
+    Args:
+        targets: a layer type (nn.Conv2d, nn.Linear or a tuple of both); a regular expression that must match the whole name;
+            a list of names, or of their endings after a dot; or a function (name, module) -> bool. Default: every Conv2d, or
+            every Linear in a model without any.
+        rank, activation, negative_slope, scale: see `LoDAConv2d`.
+
+    Returns:
+        The adapted names. `.skipped`, also logged, says which matching layers were left alone and why: rank > min(C_in, C_out),
+        so that an adapter would be larger than the layer; a subclass or a layer with hooks or a forward of its own, which may
+        compute something else; or another kind of layer with weights (transformers' Conv1D, say), where targets are names or
+        the default. Warns if those hold most of the weights.
+
+    Raises:
+        ValueError: nothing matches, the model already has adapters, or it is a single layer (use `from_conv`, `from_linear`).
+    """
+    settings = {"rank": rank, "activation": activation, "negative_slope": negative_slope, "scale": scale}
+    if adapted := [name for name, _ in loda_layers(model)]:
+        raise ValueError(
+            f"the model already has adapters ({adapted[0]!r} and {len(adapted) - 1} more): load or train those"
+        )
+    matching = _matching(model, targets)
+    if "" in matching:
+        raise ValueError(
+            f"the model is a single {type(model).__name__}: use LoDAConv2d.from_conv or LoDALinear.from_linear"
+        )
+    skipped = {name: reason for name, layer in matching.items() if (reason := _reason_to_skip(layer, rank))}
+    chosen = {name: layer for name, layer in matching.items() if name not in skipped}
+    if not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise ValueError(f"no layer to adapt for targets={targets!r}" + (f" ({reasons}; ...)" if skipped else ""))
+    replacements = {layer: _adapter(layer, settings) for layer in chosen.values()}
+    model.requires_grad_(False)
+    _replace(model, replacements)
+    _say_what_is_left(skipped, chosen, matching)
+    return Adapted(chosen, skipped)
+
+
+def _say_what_is_left(skipped: dict[str, str], chosen: dict[str, nn.Module], matching: dict[str, nn.Module]) -> None:
+    left = []
+    for reason in dict.fromkeys(skipped.values()):
+        left.append((_listed([name for name in skipped if skipped[name] == reason]), reason))
+        logger.warning("not adapted: %s (%s)", *left[-1])
+    share = sum(map(_weights, chosen.values())) / sum(map(_weights, matching.values()))
+    if share < 0.5:
+        warnings.warn(
+            f"attach_loda adapted only {_listed(list(chosen))}, with {share:.0%} of the weights of the layers that match; left "
+            f"as they are: {'; '.join(f'{names} ({reason})' for names, reason in left)}",
+            stacklevel=3,
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _weights(layer: nn.Module) -> int:
+    """Numbers in what the layer itself multiplies with, as far as can be told: no tables, scales and positions."""
+    if isinstance(layer, ADAPTABLE):
+        own = list(layer.parameters())
+    else:
+        named = {} if isinstance(layer, NO_PRODUCT) else layer._parameters
+        own = [p for name, p in named.items() if p is not None and ("weight" in name or not layer._modules)]
+    return sum(p.numel() for p in own if p.dim() > 1)
+
+
+def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]:
+    modules = dict(_layers(model, (nn.Module,)))
+    layers = {name: m for name, m in modules.items() if isinstance(m, ADAPTABLE)}
+    others = {name: m for name, m in modules.items() if name and name not in layers and _weights(m)}
+    if targets is None:
+        convolutions = {name: m for name, m in layers.items() if isinstance(m, nn.Conv2d)}
+        return (convolutions or layers) | others
+    if isinstance(targets, (type, tuple)) and all(isinstance(t, type) for t in _as_tuple(targets)):
+        matches = lambda name, layer: isinstance(layer, targets)  # noqa: E731
+    elif callable(targets):
+        matches, others = targets, {}  # it is asked about Conv2d and Linear alone
+    elif isinstance(targets, str):
+        matches = lambda name, layer: re.fullmatch(targets, name)  # noqa: E731
+    else:
+        endings = tuple(targets)
+        unknown = [e for e in endings if not any(name == e or name.endswith("." + e) for name in layers | others)]
+        if unknown:
+            raise ValueError(f"targets {unknown} match no Conv2d or Linear; the model has {list(layers)[:8]}...")
+        matches = lambda name, layer: any(name == e or name.endswith("." + e) for e in endings)  # noqa: E731
+    return {name: layer for name, layer in (layers | others).items() if matches(name, layer)}
+
+
+def _as_tuple(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _reason_to_skip(layer: nn.Module, rank: int) -> str | None:
+    if reason := _reason_to_keep(layer):
+        return reason
+    narrowest = min(layer.weight.shape[0], getattr(layer, "in_channels", layer.weight.shape[1]))
+    return f"rank {rank} > min(C_in, C_out) = {narrowest}" if rank > narrowest else None
+
+
+def _reason_to_keep(layer: nn.Module) -> str | None:
+    """Why replacing the layer would change what the model computes, if it would."""
+    if not isinstance(layer, ADAPTABLE):
+        return f"{type(layer).__name__} is no nn.Conv2d and no nn.Linear: replace it by one, or wrap the model by PEFT's LoRA"
+    if type(layer) not in ADAPTABLE:
+        return f"{type(layer).__name__} is a subclass that may compute something else"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks, which the replacement would lose"
+    if "forward" in vars(layer):  # as accelerate's offloading does
+        return "its forward is overridden, which the replacement would lose"
+    return None
+
+
+def _adapter(layer: nn.Module, settings: dict) -> nn.Module:
+    make = LoDAConv2d.from_conv if isinstance(layer, nn.Conv2d) else LoDALinear.from_linear
+    return make(layer, **settings)
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """At every place where a layer stands: a module may be registered under several names."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+                if name == "_orig_mod":  # what torch.compile made of the old one is kept beside it
+                    parent.__setstate__(parent.__getstate__())
+
+
+def _layers(model: nn.Module, types: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of the layers of these types, each once, under its first name."""
+    seen = set()
+    for name, module in bare_modules(model):
+        if isinstance(module, types) and module not in seen:
+            seen.add(module)
+            yield name, module
+
+
+def loda_layers(model: nn.Module) -> Iterator[tuple[str, LoDAConv2d | LoDALinear]]:
+    """(name, layer) of each adapted layer. Names are those of the bare model, without what wrappers put into them."""
+    return _layers(model, ADAPTED)
+
+
+def loda_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters, A and B of each layer; those that layers share once."""
+    return list(dict.fromkeys(p for _, layer in loda_layers(model) for p in (layer.loda_A, layer.loda_B)))
+
+
+def loda_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor, of the adapters alone: the same names for a model and for any wrapper around it or a part of it."""
+    layers = loda_layers(model)
+    return {f"{name}.{key}": getattr(layer, key).detach() for name, layer in layers for key in ("loda_A", "loda_B")}
+
+
+def save_loda(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write the adapters as safetensors, their settings in the metadata; atomically, into a folder that is made if missing.
+
+    Raises:
+        ValueError: the model has no adapters.
+        OSError: the file cannot be written.
+    """
+    settings = {name: {key: getattr(layer, key) for key in SETTINGS} for name, layer in loda_layers(model)}
+    if not settings:
+        raise ValueError(NOTHING_TO_SAVE)
+    tensors = separate(loda_state_dict(model))
+    metadata = {"loda": json.dumps(settings)}  # one key: equal adapters are equal files
+    Path(path).parent.mkdir(parents=True, exist_ok=True)  # not after a run that was paid for
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors take them: contiguous, on the CPU, and none in another's memory, as shared adapters are."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+
+
+def load_loda(model: nn.Module, path: str | os.PathLike) -> list[str]:
+    """Load adapters into a model, first attaching them as the file says if it has none. Returns the adapted names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no adapter file, or of another model or other settings; the model is as before.
+    """
+    return install_adapters(model, *_read(Path(path)), path)
+
+
+def install_adapters(
+    model: nn.Module, settings: dict[str, dict], tensors: dict[str, Tensor], path: str | os.PathLike
+) -> list[str]:
+    """`load_loda` of what a file held: name -> settings of `attach_loda`, "name.loda_A" and "name.loda_B" -> tensors.
+
+    Raises:
+        ValueError: naming `path`, as in `load_loda`; the model is as before.
+    """
+    settings, tensors = _in_names_of(model, settings, tensors, path)
+    layers = dict(loda_layers(model))
+    bases = {} if layers else _bases(model, settings, path)
+    blank = {name: unfilled(base, **settings[name]) for name, base in bases.items()}
+    _check_same(layers or blank, settings, tensors, path)
+    if bases:
+        layers = {name: _adapter(base, settings[name]) for name, base in bases.items()}
+        model.requires_grad_(False)
+        _replace(model, {base: layers[name] for name, base in bases.items()})
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for key in ("loda_A", "loda_B"):
+                getattr(layer, key).copy_(tensors[f"{name}.{key}"])
+    return list(layers)
+
+
+def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
+    if not path.exists():
+        raise FileNotFoundError(f"no adapter file {path}")
+    if reason := _no_safetensors(path):
+        raise ValueError(f"{path} is {reason}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {}).get("loda", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no safetensors file, or is cut short: {error}") from error
+    if settings is None:
+        raise ValueError(f"{path} holds no LoDA adapters, but {_foreign(tensors)}")
+    try:
+        for chosen in settings.values():
+            check_settings(**chosen)
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} holds no LoDA adapters, or is damaged: {error}") from error
+    if not settings:
+        raise ValueError(f"{path} holds no LoDA adapters")
+    if set(tensors) != {f"{name}.{key}" for name in settings for key in ("loda_A", "loda_B")}:
+        raise ValueError(f"{path} is damaged: its tensors are not those of the layers in its metadata")
+    for name, chosen in settings.items():  # before a layer of that rank is made
+        if (rank := chosen["rank"]) != (found := next(iter(tensors[f"{name}.loda_A"].shape), 0)):
+            raise ValueError(f"{path} is damaged: {name} has rank {rank} in the metadata, {found} in its tensors")
+    return settings, tensors
+
+
+def _no_safetensors(path: Path) -> str | None:
+    """What a file or folder is that can't be one, with what loads it."""
+    if path.is_dir():
+        peft = (path / "adapter_config.json").is_file()
+        return (
+            "a folder with PEFT's LoRA: fastloda.integrations.peft.load_peft loads it" if peft else "a folder, no file"
+        )
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        return "empty"
+    if start == b"PK\x03\x04" or start[:1] == b"\x80":  # torch.save's archives, and older pickles
+        return (
+            "a pickle, as torch.save writes them, which could run code: look into it with torch.load(..., weights_only=True), "
+            "and save adapters by save_loda"
+        )
+    return None
+
+
+def _foreign(tensors: dict[str, Tensor]) -> str:
+    """What tensors are that save_loda did not write, by their names, and what loads them."""
+    for pattern, what in FOREIGN.items():
+        if any(re.search(pattern, name) for name in tensors):
+            return what
+    return f"{len(tensors)} tensors of something else ({_listed(sorted(tensors))})" if tensors else "no tensors at all"
+
+
+FOREIGN = {  # a part of a tensor's name -> what the file is
+    r"^base_model\.model\..*lora_": "PEFT's LoRA: fastloda.integrations.peft.load_peft(model, folder) loads it, from the folder "
+    "that holds adapter_config.json too",
+    r"lora_(up|down)\.|^lora_(unet|te\d?)_": "a LoRA as webui and kohya write them: diffusers' "
+    "pipeline.load_lora_weights loads it",
+    r"\.lora_[AB]\.|\.lora\.(up|down)\.": "a LoRA of diffusers: its load_lora_weights or load_lora_adapter loads it",
+    r"(^|\.)loda_[AB]$": "a state dict with adapters but not their settings: attach_loda the same ones, and then "
+    "model.load_state_dict(safetensors.torch.load_file(path), strict=False)",
+    r"(^|\.)(weight|bias)$": "a state dict: model.load_state_dict(safetensors.torch.load_file(path)) loads it",
+}
+
+
+def real_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Names in a file -> names of the model's layers, for those that it has: under any name, with or without wrappers."""
+    modules = {name: m for name, m in bare_modules(model) if isinstance(m, (nn.Conv2d, nn.Linear))}
+    first = {layer: name for name, layer in _layers(model, (nn.Conv2d, nn.Linear))}
+    stripped = defaultdict(dict)
+    for name, module in modules.items():
+        stripped[without_wrappers(name)][module] = None
+    found = {}
+    for name in names:
+        candidates = [modules[name]] if name in modules else list(stripped.get(without_wrappers(name), ()))
+        if len(candidates) == 1:
+            found[name] = first[candidates[0]]
+    return found
+
+
+def _in_names_of(
+    model: nn.Module, settings: dict[str, dict], tensors: dict[str, Tensor], path: str | os.PathLike
+) -> tuple[dict[str, dict], dict[str, Tensor]]:
+    real = real_names(model, settings)
+    twice = [name for name, count in Counter(real.values()).items() if count > 1]
+    if twice:
+        same = [name for name in settings if real.get(name) == twice[0]]
+        raise ValueError(f"{path} has adapters for {same}, which are one layer of this model: another model's adapters")
+    renamed = {name: real.get(name, name) for name in settings}
+    layers = {renamed[name]: chosen for name, chosen in settings.items()}
+    return layers, {
+        f"{renamed[name]}.{key}": tensors[f"{name}.{key}"] for name in settings for key in ("loda_A", "loda_B")
+    }
+
+
+def _bases(model: nn.Module, settings: dict[str, dict], path: str | os.PathLike) -> dict[str, nn.Module]:
+    modules = dict(bare_modules(model))
+    strangers = [name for name in settings if not isinstance(modules.get(name), (nn.Conv2d, nn.Linear))]
+    if strangers:
+        raise ValueError(
+            f"{path} adapts {strangers[:5]}, no Conv2d or Linear of this model: these are another model's adapters"
+        )
+    if any(modules[name] is model for name in settings):
+        raise ValueError(
+            f"{path} adapts a single layer, which can't be replaced in place: load into LoDAConv2d.from_conv(layer, ...) or "
+            "LoDALinear.from_linear(layer, ...)"
+        )
+    for name in settings:
+        if reason := _reason_to_keep(modules[name]):
+            raise ValueError(f"{path} adapts {name!r}, which can't be replaced here: {reason}")
+    return {name: modules[name] for name in settings}
+
+
+def _same(key: str, ours, theirs, activation: str) -> bool:
+    if key == "negative_slope" and activation == "identity":
+        return True  # it has no effect
+    return math.isclose(ours, theirs, rel_tol=1e-12) if key == "scale" else ours == theirs
+
+
+def _check_same(
+    layers: dict[str, nn.Module], settings: dict[str, dict], tensors: dict[str, Tensor], path: str | os.PathLike
+) -> None:
+    if strangers := sorted(layers.keys() ^ settings.keys()):
+        raise ValueError(f"{path} and the model adapt different layers: {strangers[:5]}")
+    for name, layer in layers.items():
+        for key in SETTINGS:
+            ours, theirs = getattr(layer, key), settings[name][key]
+            if not _same(key, ours, theirs, settings[name]["activation"]):
+                raise ValueError(f"{path}: {name} has {key}={theirs!r}, the model has {ours!r}")
+        for key in ("loda_A", "loda_B"):
+            ours, theirs = tuple(getattr(layer, key).shape), tuple(tensors[f"{name}.{key}"].shape)
+            if ours != theirs:
+                raise ValueError(
+                    f"{path}: {name}.{key} has shape {theirs}, the model has {ours}: another model's adapters"
+                )

@@ -1,0 +1,122 @@
+"""`fastloda.compile`: torch.compile for a model whose adapters train privately.
+
+A compiled region is one node of the autograd graph, in which no rule can tell the samples apart. So each adapter enters it
+once for each row of the batch (`rowwise.py`): the `expand` outside has one gradient per row, which a rule covers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch._functorch.config as autograd_config
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastloda.errors import PrivacyError
+from fastloda.loda.arithmetic import accumulable
+from fastloda.loda.attach import ADAPTED, loda_layers
+
+M = TypeVar("M", bound=nn.Module)
+
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that replay into the same memory
+
+
+def compile(model: M, **options) -> M:
+    """Compile `model(...)` in place by torch.compile; private steps stay exact, and so does ordinary training.
+
+    >>> model = fastloda.compile(model)              # or its parts: for block in unet.downblocks: fastloda.compile(block)
+    >>> losses = F.mse_loss(model(x), target, reduction="none").mean((1, 2, 3))
+    >>> fastloda.ghost_dp_step(losses, model, optimizer, ...)
+
+    In place, as `nn.Module.compile`: names, `state_dict`, adapter files, hooks and train / eval mode stay the model's own;
+    copies and pickles of it are eager. What is reached:
+
+    - No graph breaks: `fullgraph=True` holds where it does for the unadapted model, `fastloda.synthesis.diffusion.UNet` included. A LoDA
+      layer is a single operation that the compiler does not look into, of the eager layer's arithmetic, as are its gradients;
+      what lies between the layers is fused. Without gradients (sampling) the layers are fused too.
+    - Where PyTorch gives up compiling (graph breaks, too many versions), the rest runs eagerly and stays exact.
+    - The first batch size gets code of its own, the second one code for all further sizes (`dynamic` of torch.compile);
+      `DPTrainer`'s fixed-shape micro-batches need only the first. Parts with equal code share it, and PyTorch keeps 8 versions:
+      for more unequal parts raise `torch._dynamo.config.recompile_limit`, or compile the whole.
+    - Autocast, channels_last memory, checkpointing inside or around the compiled part, layers that are called twice or share
+      their adapters.
+
+    Memory: the adapters' gradients are held for each row, in float32 (float64 for float64), rows x adapter parameters; and the
+    compiled backward does not reuse what it saved ("donated buffers"), since a private step's probe runs it several times.
+
+    Args:
+        model: its trainable parameters are adapters (`attach_loda`), or it has none. The batch comes first, a sample's rows
+            together, in its first tensor argument and in every LoDA layer, which may see several rows for one or one for several.
+        options: of torch.compile (`fullgraph`, `dynamic`, `backend`, `mode`, `options`, `disable`).
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: CUDA graphs are asked for: they overwrite gradients that a step still holds.
+        PrivacyError: another parameter trains in the model. Compile the parts around it instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}: compile the module that is called")
+    _check_mode(**options)
+    _check_trainable(model)
+    layers = [layer for _, layer in loda_layers(model)]
+    model._compiled_call_impl = _by_row(model._call_impl, layers, options)
+    return model
+
+
+def _by_row(call: Callable, layers: Sequence[nn.Module], options: dict) -> Callable:
+    """call, compiled, for layers that see their adapters by row."""
+
+    def whole(*args, **kwargs):  # PyTorch's own modules are traced only from outside, not if compiled themselves
+        return call(*args, **kwargs)
+
+    compiled = torch.compile(whole, **options)
+
+    def run(*args, **kwargs):
+        rows = _leading_size((args, kwargs))
+        if not rows or torch._C._functorch.peek_interpreter_stack() is not None:
+            return call(*args, **kwargs)
+        with autograd_config.patch(donated_buffer=False), _given_by_row(layers, rows):
+            return compiled(*args, **kwargs)
+
+    return run
+
+
+def _leading_size(arguments) -> int:
+    """Rows of the first tensor; 0 if there is none."""
+    return next((len(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()), 0)
+
+
+@contextmanager
+def _given_by_row(layers: Sequence[nn.Module], rows: int) -> Iterator[None]:
+    """Without gradients nothing is given, and the layers compile as what they are made of."""
+    before = [layer.by_row for layer in layers]
+    try:
+        for layer in layers if torch.is_grad_enabled() else ():
+            layer.by_row = tuple(accumulable(p).expand(rows, *p.shape) for p in (layer.loda_A, layer.loda_B))
+        yield
+    finally:
+        for layer, given in zip(layers, before):
+            layer.by_row = given
+
+
+def _check_mode(mode: str | None = None, options: dict | None = None, **_) -> None:
+    if mode in CUDA_GRAPHS or (options or {}).get("triton.cudagraphs"):
+        raise ValueError(
+            f"mode={mode!r}, options={options!r} ask for CUDA graphs, which overwrite per-sample gradients that a step still "
+            "holds: use the default mode or 'max-autotune-no-cudagraphs'"
+        )
+
+
+def _check_trainable(model: nn.Module) -> None:
+    others = [
+        f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        for key, p in module._parameters.items()
+        if p is not None and p.requires_grad and not (isinstance(module, ADAPTED) and key in ("loda_A", "loda_B"))
+    ]
+    if others:
+        raise PrivacyError(
+            f"{others[:5]} train in the model and are no adapters, so that a compiled step could not tell their gradients "
+            "apart: freeze them, or compile the parts around them (`fastloda.compile(model.body)`) and leave their layers eager"
+        )

@@ -1,0 +1,300 @@
+"""LoDA layers: a frozen convolution or linear map plus a trainable low-dimensional adapter.
+
+    z = A * x,   h = phi(z),   y = W * x + b + scale * B h        (LoDA: Liu et al. 2023; phi = identity is LoRA)
+
+Without a private step they are ordinary differentiable layers. For one, `records.py` puts a recorder on the autograd
+node, and the layer's only backward pass hands it what per-sample gradients are made of, instead of summing them.
+"""
+
+import math
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastloda.kernels.conv import Conv
+from fastloda.loda.arithmetic import A_INPUT, B_INPUT, ConvOp, LinearOp
+from fastloda.loda.rowwise import rowwise_adapter
+from fastloda.per_sample.amx import compute_dtype, without_autocast
+
+ACTIVATIONS = ("leaky_relu", "identity")
+
+
+class LoDAFunction(torch.autograd.Function):
+    """y = W * x + b + s B phi(A * x); saves x and z, and nothing of W's gradient. All arithmetic is in `ops.py`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, A, B, bias, op, dtype):
+        ctx.op, ctx.dtype, ctx.x_dtype, ctx.recorder = op, dtype, x.dtype, None
+        with without_autocast(x.device.type):
+            x, w, b, a, up = (None if t is None else t.to(dtype) for t in (x, weight, bias, A, B))
+            y, z = op.forward(x, w, b, a, up)
+        ctx.save_for_backward(x, z, weight, A, B)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        x, z, weight, A, B = ctx.saved_tensors
+        op, gx, taps, gA, gB = ctx.op, None, None, None, None
+        with without_autocast(gy.device.type):
+            gz, piece_B = op.backward_up(gy, z, B.to(ctx.dtype))
+            if ctx.needs_input_grad[0]:
+                gx, taps = op.backward_down(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype))
+                gx = gx.to(ctx.x_dtype)
+            if ctx.recorder is not None:
+                ctx.recorder(gy, {A_INPUT: op.piece_A(x, gz, taps), B_INPUT: piece_B})
+            elif any(ctx.needs_input_grad[A_INPUT : B_INPUT + 1]):
+                gA = op.weight_grad(x, gz, A.to(ctx.dtype)).to(A.dtype)
+                gB = piece_B.total().to(B.dtype)
+        return gx, None, gA, gB, None, None, None
+
+
+def apply_adapter(
+    op: ConvOp | LinearOp,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    by_row: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The fused Function, or the plain definition where the Function's recorder could not be reached.
+
+    That is: under `torch.func` transforms and `torch.compile`, and where the base layer trains too (its own rule then
+    covers W). The definition's operations have rules of their own, so that a private step stays exact.
+
+    by_row: A and B for each row of the batch, by which a model compiled by `fastloda.compile` tells the samples apart.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast):
+        raise TypeError(f"the input is {x.dtype}, the layer's weight {weight.dtype}")
+    base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if by_row is not None and not base_trains:
+        x, weight, bias = (None if t is None else t.to(compute_dtype(x)) for t in (x, weight, bias))
+        return rowwise_adapter(op, x, weight, bias, *by_row)
+    if base_trains or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return op.reference(x, weight, bias, A.to(x.dtype), B.to(x.dtype))
+    return LoDAFunction.apply(x, weight, A, B, bias, op, compute_dtype(x))
+
+
+def check_settings(rank: int, activation: str, negative_slope: float, scale: float) -> None:
+    """Raises ValueError, naming the first setting of an adapter that can't be."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    for name, value in (("negative_slope", negative_slope), ("scale", scale)):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+class _Adapted:
+    """What the two layers share: the adapter's parameters and settings, `from_base`, `merge`."""
+
+    by_row: tuple[Tensor, Tensor] | None = None  # A and B for each row, while a compiled model runs (compiled.py)
+
+    def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device):
+        check_settings(rank, activation, negative_slope, scale)
+        self.rank, self.activation, self.negative_slope, self.scale = rank, activation, negative_slope, scale
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.loda_A = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
+        self.loda_B = nn.Parameter(torch.zeros(b_shape, device=device, dtype=dtype))
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """A as PyTorch starts a convolution, B = 0: the adapted model starts as the model it adapts."""
+        nn.init.kaiming_uniform_(self.loda_A, a=math.sqrt(5))
+        nn.init.zeros_(self.loda_B)
+
+    @property
+    def slope(self) -> float:
+        """phi's slope for z < 0; 1 is the identity."""
+        return 1.0 if self.activation == "identity" else self.negative_slope
+
+    def merge(self) -> nn.Module:
+        """The ordinary layer with weight W + scale B A, for the identity activation only.
+
+        Raises:
+            ValueError: the activation is nonlinear, so that no weight computes the adapted layer, or the base is grouped.
+        """
+        if self.slope != 1.0:
+            raise ValueError(
+                f"cannot merge: activation {self.activation!r} has slope {self.slope} for z < 0, so B phi(A x) is not linear "
+                "in x and no weight equals it; only activation='identity' (LoRA) merges"
+            )
+        if getattr(self, "groups", 1) != 1:
+            raise ValueError(
+                f"cannot merge: the update B A is dense, but the base convolution has groups={self.groups}"
+            )
+        merged = self._plain()
+        update = self.loda_B.detach().flatten(1) @ self.loda_A.detach().flatten(1)
+        weight = self.weight.detach() + self.scale * update.view_as(self.weight)
+        merged.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
+        merged.bias = self.bias
+        return merged.train(self.training)
+
+    def _adopt(self, base: nn.Module) -> Self:
+        """Take over the base layer's own tensors and mode (nothing is copied), with a new adapter on its device."""
+        self.weight, self.bias = base.weight, base.bias
+        for parameter in base.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        for name in ("loda_A", "loda_B"):
+            empty = torch.empty_like(getattr(self, name), device=base.weight.device)
+            setattr(self, name, nn.Parameter(empty))
+        self.reset_adapter()
+        return self.train(base.training)
+
+    def _apply(self, fn, recurse=True):
+        """`half()`, `bfloat16()` and `to` leave the adapter in float32: what the base computes in is too coarse to train in."""
+        adapter = [t for p in (self.loda_A, self.loda_B) for t in (p, p.grad) if t is not None]
+
+        def apart(t: Tensor) -> Tensor:
+            moved = fn(t)
+            if any(t is own for own in adapter) and moved.dtype in (torch.float16, torch.bfloat16):
+                return torch.empty_like(moved, dtype=torch.float32).copy_(t)
+            return moved
+
+        return super()._apply(apart, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+        """A `state_dict` of the unadapted layer loads too: the adapter then keeps its values, and in any case its dtype."""
+        for key in (prefix + "loda_A", prefix + "loda_B"):
+            if key in state_dict:
+                state_dict[key] = state_dict[key].to(self.loda_A.dtype)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        adapter = {prefix + "loda_A", prefix + "loda_B"}
+        if prefix + "weight" in state_dict and adapter.isdisjoint(state_dict):
+            missing_keys[:] = [key for key in missing_keys if key not in adapter]
+
+    def extra_repr(self) -> str:
+        phi = "identity" if self.slope == 1.0 else f"leaky_relu({self.slope})"
+        return f"{super().extra_repr()}, rank={self.rank}, activation={phi}, scale={self.scale}"
+
+
+class LoDAConv2d(_Adapted, nn.Conv2d):
+    """A frozen `nn.Conv2d` with a trainable adapter: y = W * x + b + scale B phi(A * x).
+
+    Parameters: `weight`, `bias` as in nn.Conv2d, frozen; `loda_A` (rank, in_channels, kh, kw), with the convolution's stride,
+    padding and dilation; `loda_B` (out_channels, rank, 1, 1), zero at the start, so that the output starts unchanged.
+    The adapter is dense also where the frozen convolution is grouped, and float32 where that is float16 or bfloat16, which is
+    too coarse to train in; it is then cast as autocast would.
+
+    Args:
+        in_channels, ..., dtype: as nn.Conv2d.
+        rank: r >= 1.
+        activation: "leaky_relu", or "identity" for LoRA.
+        negative_slope: phi's slope for z < 0.
+        scale: factor of the adapter's output.
+
+    Raises:
+        ValueError: rank < 1, an unknown activation, a non-finite slope or scale.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        rank: int = 4,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.1,
+        scale: float = 1.0,
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        shapes = (rank, in_channels, *self.kernel_size), (out_channels, rank, 1, 1)
+        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **adapter) -> Self:
+        """The same layer with an adapter (`rank`, `activation`, `negative_slope`, `scale`); it shares conv's tensors."""
+        return cls(**_conv_arguments(conv), device="meta", **adapter)._adopt(conv)
+
+    def _plain(self) -> nn.Conv2d:
+        return nn.Conv2d(**_conv_arguments(self), device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] (or [C, H, W]) -> y [N, O, OH, OW]."""
+        if x.dim() == 3:
+            return self(x.unsqueeze(0)).squeeze(0)
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        padding = (top, left)
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, (left, right, top, bottom), mode=self.padding_mode), (0, 0)
+        elif (left, top) != (right, bottom):  # "same" with an even kernel
+            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        op = ConvOp(Conv(self.kernel_size, self.stride, padding, self.dilation), self.groups, self.slope, self.scale)
+        return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B, self.by_row)
+
+
+class LoDALinear(_Adapted, nn.Linear):
+    """A frozen `nn.Linear` with a trainable adapter, for any leading dimensions: y = W x + b + scale B phi(A x).
+
+    Parameters: `weight`, `bias` as in nn.Linear, frozen; `loda_A` (rank, in_features); `loda_B` (out_features, rank), zero at
+    the start. Arguments and errors as for `LoDAConv2d`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        rank: int = 4,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.1,
+        scale: float = 1.0,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        shapes = (rank, in_features), (out_features, rank)
+        self._init_adapter(*shapes, rank, activation, negative_slope, scale, device)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **adapter) -> Self:
+        """The same layer with an adapter (`rank`, `activation`, `negative_slope`, `scale`); it shares linear's tensors."""
+        return cls(**_linear_arguments(linear), device="meta", **adapter)._adopt(linear)
+
+    def _plain(self) -> nn.Linear:
+        return nn.Linear(**_linear_arguments(self), device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, ..., C] (or [C]) -> y [N, ..., O]."""
+        if x.dim() == 1:
+            return self(x.unsqueeze(0)).squeeze(0)
+        op = LinearOp(self.slope, self.scale)
+        return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B, self.by_row)
+
+
+def unfilled(base: nn.Conv2d | nn.Linear, **adapter) -> LoDAConv2d | LoDALinear:
+    """The adapted base layer on the meta device, of which only the shapes count; the base layer is left alone."""
+    if isinstance(base, nn.Conv2d):
+        return LoDAConv2d(**_conv_arguments(base), device="meta", **adapter)
+    return LoDALinear(**_linear_arguments(base), device="meta", **adapter)
+
+
+def _conv_arguments(conv: nn.Conv2d) -> dict:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None, "dtype": conv.weight.dtype}
+
+
+def _linear_arguments(linear: nn.Linear) -> dict:
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+    return sizes | {"bias": linear.bias is not None, "dtype": linear.weight.dtype}

@@ -1,0 +1,203 @@
+"""Values that a model makes of its parameters and of constants alone, the same for all samples.
+
+A weight divided by its norm, a mask times a weight, positions looked up for `arange(T)`, prompts through an MLP of their own: no
+sample enters, so no row of such an operation belongs to one, and its own rule could tell no samples apart. But the value is then
+used as a parameter is. The rule of the operation that reads it together with features gives its gradient for each sample, and
+autograd takes each of these back to the parameters.
+
+The autograd graph does not tell constants from inputs. So the forward pass is watched: what is computed from parameters,
+buffers and numbers only is marked in the graph, and nothing else is.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Size, Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_leaves
+
+from fastloda.per_sample.batch_axis import RECORDED, Edges, carries_batch, output_shape
+from fastloda.per_sample.relaying import RELAYING, TILING, relays
+
+MARK = "fastloda: made of parameters and constants"
+READING = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
+AS_ANOTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}  # read the first's values
+# read no values
+LIKE_ANOTHER = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like}
+LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
+WHOLE_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__}
+
+Consumers = Mapping[Node, Sequence[tuple[Node, int, int]]]  # (operation, which of its inputs, which output of the node)
+
+
+class Marking(TorchFunctionMode):
+    """Marks the operations, called inside, whose inputs are parameters, buffers, numbers, or made of these.
+
+    Whatever it does not know counts as private: arguments, what a closure holds, what a custom autograd Function returns. A
+    number that is read from private values makes all that follows private too; sizes, and what is true or false, do not.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.count = 0  # of marked operations that do more than re-lay a parameter
+        self._public = {id(t): t for t in map(_storage, [*model.parameters(), *model.buffers()]) if t is not None}
+        self._private_numbers = False
+
+    def __torch_function__(self, func: Callable, types, args: tuple = (), kwargs: dict | None = None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        given = given[: 1 if func in AS_ANOTHER else 0 if func in LIKE_ANOTHER else None]
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return func(*args, **kwargs)
+        public = [t for t in given if self._is_public(t)]
+        versions = [_version(t) for t in public]
+        result = func(*args, **kwargs)
+        if len(public) < len(given):
+            self._forget([t for t, version in zip(public, versions) if _version(t) != version])
+            self._private_numbers |= _reads_numbers(func, result)
+        elif not (self._private_numbers or _reads_values(func, leaves)):
+            self._mark([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] + given)
+        return result
+
+    def _is_public(self, t: Tensor) -> bool:
+        storage = _storage(t)
+        return storage is not None and self._public.get(id(storage)) is storage
+
+    def _forget(self, tensors: Sequence[Tensor]) -> None:
+        for t in tensors:
+            self._public.pop(id(_storage(t)), None)
+
+    def _mark(self, tensors: Sequence[Tensor]) -> None:
+        for t in tensors:
+            storage = _storage(t)
+            if storage is not None:
+                self._public[id(storage)] = storage
+                if t.grad_fn is not None:
+                    t.grad_fn.metadata[MARK] = None
+                    self.count += _is_made(t.grad_fn)
+
+
+def _is_made(node: Node) -> bool:
+    """Whether more happens below than that a parameter is re-laid: a linear map may end in a view of its own."""
+    while node.name() in RELAYING or node.name() in TILING:
+        node = node.next_functions[0][0]
+    return not hasattr(node, "variable")
+
+
+def is_marking() -> bool:
+    return any(isinstance(mode, Marking) for mode in _get_current_function_mode_stack())
+
+
+@contextmanager
+def marking(model: nn.Module) -> Iterator[Marking]:
+    """Mark what is computed inside; the outermost model around this one says what its parameters are.
+
+    Not where torch.compile compiles a part of it, which would then not be compiled.
+    """
+    active = next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, Marking)), None)
+    mode = active or Marking(model)
+    compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
+    with nullcontext() if active or compiled else mode:
+        yield mode
+
+
+class Made(NamedTuple):
+    """Output `number` of `node`, made of the parameter whose graph begins at `leaf`; see `relaid.Step`."""
+
+    node: Node
+    number: int
+    leaf: Node
+
+    @property
+    def scratch_bytes(self) -> int:
+        """For one sample."""
+        return 4 * output_shape(self.node, self.number).numel()
+
+    def back(self, grads: Tensor) -> Tensor:
+        """[samples, *after] -> [samples, *before], by one vectorised backward pass from here to the parameter."""
+        grads = grads.to(self.node._input_metadata[self.number].dtype)
+        grads = grads.reshape(len(grads), *output_shape(self.node, self.number))
+        edges = [GradientEdge(self.node, self.number)], [GradientEdge(self.leaf, 0)]
+        try:
+            return torch.autograd.grad(*edges, [grads], retain_graph=True, is_grads_batched=True)[0]
+        except RuntimeError:  # an operation that can't be vectorised
+            by_sample = [torch.autograd.grad(*edges, [grad], retain_graph=True)[0] for grad in grads]
+            return torch.stack(by_sample)
+
+
+def made_nodes(
+    edges: Mapping[Node, Edges],
+    consumers: Consumers,
+    outer: Mapping[Node, int],
+    covers: Callable[[Node, int, Size, int], bool],
+) -> frozenset[Node]:
+    """The operations whose values are made of parameters and constants and are then used only where a rule covers it.
+
+    edges: of each node, after those of its inputs. covers(node, input, shape, outer): whether a rule covers a parameter there.
+    """
+    marked = {node for node in edges if MARK in node.metadata}
+    if not marked:
+        return frozenset()
+    for node in reversed(edges):  # what something marked is made of
+        if node in marked:
+            marked.update(child for child, _ in edges[node] if child is not None)
+    for node, below in edges.items():
+        if (node.name() in RELAYING or node.name() in TILING) and below[0][0] in marked:
+            marked.add(node)
+
+    made: set[Node] = set()
+
+    def fits(node: Node, consumer: Node, index: int, number: int) -> bool:
+        if consumer.name() == RECORDED and index < len(consumer.call.outputs):  # goes through, and is not used
+            return False
+        return consumer in made or covers(consumer, index, output_shape(node, number), outer[consumer])
+
+    for node in reversed(edges):
+        if node in marked and edges[node] and all(fits(node, *consumer) for consumer in consumers[node]):
+            others = [consumer for consumer in consumers[node] if consumer[0] not in made]
+            relaid = relays(node, outer[node]) or node.name() not in TILING
+            if relaid or not others or not carries_batch(node, others, outer):
+                made.add(node)
+    return frozenset(made)
+
+
+def made_uses(leaf: Node, consumers: Consumers, made: frozenset[Node]) -> dict[tuple[Node, int], Made]:
+    """(operation, its input) -> what it reads there that is made of the parameter whose graph begins at leaf."""
+    uses, seen, pending = {}, {leaf}, [leaf]
+    while pending:
+        node = pending.pop()
+        for consumer, index, number in consumers[node]:
+            if consumer in made:
+                if consumer not in seen:
+                    seen.add(consumer)
+                    pending.append(consumer)
+            elif node is not leaf:
+                uses[consumer, index] = Made(node, number, leaf)
+    return uses
+
+
+def _storage(t: Tensor) -> torch.UntypedStorage | None:
+    try:
+        return t.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # sparse, or a wrapper
+        return None
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
+def _reads_values(func: Callable, leaves: Sequence) -> bool:
+    """Whether it makes a tensor of Python's or NumPy's values, which may be private, other than one number."""
+    numbers = sum(isinstance(leaf, (int, float, complex)) for leaf in leaves)
+    reads = func in READING and numbers != 1 and not any(isinstance(leaf, Tensor) for leaf in leaves)
+    return reads or any(type(leaf).__module__ == "numpy" for leaf in leaves)
+
+
+def _reads_numbers(func: Callable, result) -> bool:
+    whole = func in WHOLE_NUMBERS and not isinstance(result, bool)
+    return whole or isinstance(result, (float, complex, list)) or type(result).__module__ == "numpy"

@@ -1,0 +1,305 @@
+"""What a private step would do with each layer, at what cost, and what it would refuse.
+
+    fastloda.explain(model, x)
+
+The costs are those that the planner counts: bytes held until the clip factors are known, and flops by opt_einsum.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from fastloda.errors import PrivacyError
+from fastloda.per_sample.backward import of_parameter, run_backward
+from fastloda.per_sample.batch_axis import RECORDED, output_shape
+from fastloda.per_sample.fallback.functional import FunctionalRule, cover
+from fastloda.per_sample.fallback.recorded import tensors
+from fastloda.per_sample.graph import LossGraph, Use, trace
+from fastloda.per_sample.members import Members
+from fastloda.per_sample.planner import Sizes, Way, choose, costs
+from fastloda.per_sample.recipe import PerSampleGrad, Piece
+from fastloda.per_sample.refusals import check_graph, check_independence, trainable_parameters
+from fastloda.per_sample.rules import uncovered
+
+HEAD = (
+    "layer",
+    "class",
+    "operation",
+    "parameters",
+    "rows",
+    "way",
+    "gradients",
+    "recipe",
+    "flops: kept",
+    "made again",
+    "ghost",
+    "",
+)
+LEFT = (0, 1, 2, 5, 11)  # columns aligned to the left
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trainable layer. Costs are summed over its parameters and calls.
+
+    way: "kept", "made again" or "ghost" of its largest parameter, as the planner chooses; "functional" through torch.func;
+        "refused"; or "unused", if the loss does not depend on the layer.
+    positions: how often a sample uses each of the largest parameter's entries; rows of the operation are samples x positions.
+    gradient_bytes: of the per-sample gradients, if all were kept.
+    recipe_bytes: of what they are made of.
+    flops: way -> of norms and clipped sum, for the ways that are open to the largest parameter.
+    held_bytes, planned_flops: of the ways chosen.
+    """
+
+    layer: str
+    kind: str
+    operations: tuple[str, ...]
+    parameters: int
+    samples: int
+    positions: int
+    way: str
+    gradient_bytes: int
+    recipe_bytes: int
+    flops: Mapping[str, int]
+    held_bytes: int
+    planned_flops: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`str` is the table. `refused`: what a step would refuse, and why; empty if it would run."""
+
+    rows: tuple[Row, ...]
+    refused: tuple[str, ...]
+
+    @property
+    def held_bytes(self) -> int:
+        """Held by a step until the clip factors are known."""
+        return sum(row.held_bytes for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        """Of norms and clipped sums; forward and backward come on top."""
+        return sum(row.planned_flops for row in self.rows)
+
+    def __str__(self) -> str:
+        sums = [
+            sum(getattr(row, name) for row in self.rows) for name in ("parameters", "gradient_bytes", "recipe_bytes")
+        ]
+        total = ("total", "", "", f"{sums[0]:,}", "", "", _bytes(sums[1]), _bytes(sums[2]), "", "", "", "")
+        planned = f"as planned: {_bytes(self.held_bytes)} held, {_count(self.flops)} flops beside forward and backward"
+        return "\n".join(
+            [*_aligned([HEAD, *map(_cells, self.rows), total]), planned, *map("refused: {}".format, self.refused)]
+        )
+
+
+def explain(
+    model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, show: bool = True
+) -> Explanation:
+    """Print how a private step would handle each trainable layer, at what cost, and what it would refuse, by name.
+
+    Runs one forward pass on inputs and several backward passes. Leaves the model as it is: parameters, `.grad`, buffers, and the
+    default random number generators.
+
+    Args:
+        inputs: as the model takes them; the batch is the first dimension of the first tensor among them.
+        loss: what the model returns -> one number per sample. Default: the sum of squares of all that it returns.
+        show: print the table; it is returned in any case, as an object whose `str` it is.
+
+    Raises:
+        ValueError: no input has a batch, nothing trains, or loss does not give one number per sample.
+    """
+    given = [t for t in tensors(inputs) if t.dim()]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not given or not parameters:
+        raise ValueError(
+            f"explain needs an input with a batch, got {len(given)}, and trainable parameters, got {len(parameters)}"
+        )
+    with _as_it_is(model, given), torch.enable_grad():
+        losses = loss(model(*inputs)) if loss else _squares(model(*inputs))
+        samples = len(given[0])
+        if losses.dim() != 1 or len(losses) != samples:
+            raise ValueError(
+                f"loss must give one number for each of {samples} samples, got shape {tuple(losses.shape)}"
+            )
+        found = _explanation(model, losses, parameters, samples)
+    if show:
+        print(found)
+    return found
+
+
+@contextmanager
+def _as_it_is(model: nn.Module, given: Sequence[Tensor]) -> Iterator[None]:
+    """Covered inside, and the same afterwards."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = {t.device for t in given if t.is_cuda}
+    forwards = {layer: layer.__dict__.get("forward") for layer in model.modules()}
+    cover(model)
+    try:
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*no per-sample rule.*")  # the table says so
+            yield
+    finally:
+        for layer, forward in forwards.items():
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.__dict__["forward"] = forward
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers and not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])
+
+
+def _explanation(model: nn.Module, losses: Tensor, parameters: Mapping[str, nn.Parameter], samples: int) -> Explanation:
+    whole = trace(losses, parameters)
+    lacking = {use.name: use for use in reversed(uncovered(whole))}
+    sound = {name: p for name, p in parameters.items() if name not in lacking}
+    graph = trace(losses, sound)
+    refused, found = [], {}
+    for check in (
+        lambda: trainable_parameters(Members.of(model)),
+        lambda: check_graph(whole),
+        lambda: check_independence(losses, graph, model, sound, samples),
+        lambda: found.update(_sizes(losses, graph, sound, samples)),
+    ):
+        try:
+            check()
+        except PrivacyError as error:
+            refused.append(str(error))
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+    rows = tuple(_row(model, layer, parameters, found, lacking, samples) for layer in layers)
+    others = [f"parameter {name!r} too: {use.node.name()}" for name, use in list(lacking.items())[1:]]
+    return Explanation(rows, tuple(refused + others))
+
+
+Found = Mapping[str, Sequence[tuple[Use, Sizes]]]  # parameter -> its uses, and what the planner knows of each
+
+
+def _sizes(losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], samples: int) -> Found:
+    found = {name: [] for name in parameters}
+
+    def on_record(node: Node, gy: Tensor, make_pieces: Callable[[int], dict[int, Piece]]) -> None:
+        pieces = make_pieces(samples)
+        for use in graph.uses[node]:
+            grad = PerSampleGrad(parameters[use.name].shape, samples)
+            found[use.name].append((use, grad.sizes(of_parameter(use, pieces[use.index], samples))))
+
+    run_backward(losses, torch.ones_like(losses), graph, parameters, on_record, retain_graph=True)
+    return found
+
+
+def _row(
+    model: nn.Module,
+    layer: str,
+    parameters: Mapping[str, nn.Parameter],
+    found: Found,
+    lacking: Mapping[str, Use],
+    samples: int,
+) -> Row:
+    names = [name for name in parameters if name.rpartition(".")[0] == layer]
+    uses = [pair for name in names for pair in found.get(name, ())]
+    refused = [lacking[name] for name in names if name in lacking]
+    use, sizes = max(uses, key=lambda pair: pair[1].numbers, default=(None, None))
+    way, note = _way(refused, use, sizes)
+    planned = [costs(s)[choose(s)] for _, s in uses]
+    return Row(
+        layer=layer or "(the model)",
+        kind=type(model.get_submodule(layer)).__name__,
+        operations=tuple(dict.fromkeys(map(_operation, [u for u, _ in uses] + refused))),
+        parameters=sum(parameters[name].numel() for name in names),
+        samples=samples,
+        positions=_positions(use, sizes),
+        way=way,
+        gradient_bytes=sum(4 * s.samples * s.numbers for _, s in uses),
+        recipe_bytes=sum(s.recipe for _, s in uses),
+        flops=_flops(sizes, [s for _, s in uses]),
+        held_bytes=sum(cost.held for cost in planned),
+        planned_flops=sum(cost.flops for cost in planned),
+        note=note,
+    )
+
+
+def _operation(use: Use) -> str:
+    return use.node.name().removesuffix("0").removesuffix("Backward")
+
+
+def _flops(largest: Sizes | None, all_sizes: Sequence[Sizes]) -> dict[str, int]:
+    """By each way that is open to the largest; the others go the same way, or as planned where it is not open to them."""
+    ways = costs(largest) if largest else ()
+    return {str(way): sum((costs(s).get(way) or costs(s)[choose(s)]).flops for s in all_sizes) for way in ways}
+
+
+def _way(refused: Sequence[Use], use: Use | None, sizes: Sizes | None) -> tuple[str, str]:
+    """-> the way, and why no other."""
+    if refused:
+        return "refused", f"{refused[0].name!r} has no rule for {refused[0].node.name()}"
+    if use is None:
+        return "unused", "no gradient reached it"
+    if use.node.name() == RECORDED:
+        slow = isinstance(use.node.call.rule, FunctionalRule)
+        return ("functional", "through torch.func: slower") if slow else ("registered", "by its own rule")
+    way = choose(sizes)
+    if way is Way.GHOST:
+        return way, ""
+    if not sizes.ghost:
+        return (
+            way,
+            "ghost: kernels store no gradient either" if sizes.fused else "ghost: no bound that is sound and tight",
+        )
+    return way, f"ghost: {costs(sizes)[Way.GHOST].time / costs(sizes)[way].time:.2g} x the cost of {way}"
+
+
+def _positions(use: Use | None, sizes: Sizes | None) -> int:
+    if use is None:
+        return 0
+    if sizes.product:
+        return sizes.product[1][0][0 if len(sizes.product[1][0]) == 2 else 2] // sizes.samples
+    entries = use.shape[-1] if "Embedding" in use.node.name() else use.shape.numel()
+    return max(1, output_shape(use.node).numel() // (sizes.samples * max(1, entries)))
+
+
+def _squares(outputs: Any) -> Tensor:
+    found = [t for t in tensors(outputs) if t.is_floating_point() and t.requires_grad]
+    if not found:
+        raise ValueError("the model returns nothing that depends on its trainable parameters: pass a loss")
+    rows = len(found[0])
+    return sum(t.reshape(rows, -1).float().square().sum(1) for t in found if t.dim() and len(t) == rows)
+
+
+# ---- as text
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    flops = [_count(row.flops[way]) if way in row.flops else "-" for way in Way]
+    operations = ", ".join(row.operations)
+    rows = f"{row.samples} x {row.positions}"
+    numbers = (f"{row.parameters:,}", rows, str(row.way), _bytes(row.gradient_bytes), _bytes(row.recipe_bytes))
+    return row.layer, row.kind, operations, *numbers, *flops, row.note
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    pad = lambda i, cell: cell.ljust(widths[i]) if i in LEFT else cell.rjust(widths[i])  # noqa: E731
+    return ["  ".join(pad(i, cell) for i, cell in enumerate(line)).rstrip() for line in lines]
+
+
+def _bytes(count: int) -> str:
+    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _count(count: int) -> str:
+    return _scaled(count, 1000, ("", "k", "M", "G", "T", "P"))
+
+
+def _scaled(count: int, step: int, units: Sequence[str]) -> str:
+    value, unit = float(count), 0
+    while value >= step and unit < len(units) - 1:
+        value, unit = value / step, unit + 1
+    return f"{value:.3g} {units[unit]}".rstrip()

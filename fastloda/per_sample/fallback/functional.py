@@ -1,0 +1,505 @@
+"""Exact per-sample gradients of any layer through `torch.func`: one forward and backward of it for each row, vectorised.
+
+Slower than a rule, and it keeps all per-row gradients. `cover(model)` puts it on the layers whose operations have no rule, and
+has the forward pass mark what is made of parameters alone, which needs none (`made.py`).
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from fastloda.errors import PrivacyError
+from fastloda.loda.layers import LoDAConv2d, LoDALinear
+from fastloda.per_sample.amx import watch_convolutions
+from fastloda.per_sample.batch_axis import RECORDED, output_shape
+from fastloda.per_sample.derived import is_marking, marking
+from fastloda.per_sample.fallback.recorded import (
+    Recorded,
+    detached,
+    differentiable,
+    is_recording,
+    recorded_call,
+    tensors,
+    trainable,
+)
+from fastloda.per_sample.graph import Use, trace
+from fastloda.per_sample.planner import chunk_samples
+from fastloda.per_sample.refusals import parting
+from fastloda.per_sample.rules import may_be_covered, may_cover
+
+KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
+KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
+KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, LoDAConv2d, LoDALinear}  # never need looking into
+WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that whole"
+HOLDERS = (nn.ParameterList, nn.ParameterDict)  # never called: what they hold belongs to the layer around them
+
+# with the parameters that trained then
+_left_alone: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
+
+
+class Covered:
+    """What `cover` did. `layers`: the names of those that turned out to need torch.func, known after a forward pass."""
+
+    def __init__(self, chosen: Mapping[str, nn.Module]):
+        self._chosen = chosen
+
+    @property
+    def layers(self) -> list[str]:
+        return [name for name, layer in self._chosen.items() if isinstance(_installed(layer), FunctionalRule)]
+
+    def remove(self) -> None:
+        """The layers as they were."""
+        for layer in self._chosen.values():
+            if _installed(layer):
+                del layer.forward
+
+
+def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
+    """Give layers without a per-sample rule an exact one through torch.func. Call it before the forward pass; again is harmless.
+
+    >>> fastloda.cover(model)
+    >>> fastloda.ghost_dp_step(losses(model(x)), model, optimizer, ...)
+
+    Each layer with trainable parameters of its own that is no layer FastLoDA knows is looked into at its first call. If its
+    operations have rules, it is left alone from then on; otherwise it warns once, by name, and its own parameters (and those
+    of its parametrizations and lists) get per-row gradients by vmap over one forward and backward of a row, or row after row
+    where vmap can't. Those of layers inside it keep their rules. Without a private step it trains as before, at the cost of one
+    more forward pass. nn.RNN, nn.LSTM and nn.GRU run without their fused kernels instead, as linear maps, which have rules; with
+    packed sequences they go row after row.
+
+    The first forward pass of the model is watched. What it makes of parameters and constants alone is used as parameters are,
+    by the rules. Where an operation still has no rule, or sees other rows than the samples' (experts, windows), the smallest
+    module around it that has one row for each sample is taken through torch.func whole, with a warning by name.
+
+    Guarantees: the gradients are exact, or the step refuses by name before anything changes. In every step the layer is
+    computed once more, row by row, and must give what it gave; and at first, and for larger batches, the rows' gradients must
+    sum to autograd's, and no output of a row may depend on another row. So layers that mix samples, draw random numbers,
+    change a state, or branch on the batch are refused, and so are inputs whose batch is not the first dimension.
+
+    Args:
+        layers: names of the layers to take through torch.func in any case, whole: with the parameters of all layers inside them.
+            Default: those that need it.
+
+    Raises:
+        ValueError: no layer has the name, or none of its parameters trains.
+    """
+    modules = dict(model.named_modules())
+    if layers is None:
+        _left_alone.pop(model, None)  # asked for: to be watched once more
+        return cover_modules(modules, trainable(model))
+    chosen = {name: _checked(modules, name) for name in layers}
+    for name, layer in chosen.items():
+        _install(layer, FunctionalRule(name), trainable(layer))
+    return Covered(chosen)
+
+
+def cover_modules(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Covered:
+    """`cover` for those that need it, of a model's modules by name; names: of its trainable parameters."""
+    watch_convolutions(modules.values())
+    chosen = {name: layer for name, layer in modules.items() if _may_need_it(name, layer)}
+    for name, layer in chosen.items():
+        _install(layer, Undecided(name), own_parameters(layer))
+    model, names = modules[""], tuple(names)
+    if names and _is_free(model) and names not in _left_alone.get(model, ()):
+        _install(model, Watched(), names)
+    return Covered(modules)
+
+
+def own_parameters(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the trainable parameters that the layer holds itself, in a list or dictionary, or through parametrizations."""
+    held = {key: m for key, m in layer._modules.items() if key == "parametrizations" or isinstance(m, HOLDERS)}
+    inside = (f"{key}.{name}" for key, module in held.items() for name in trainable(module))
+    return (*trainable(layer, recurse=False), *inside)
+
+
+class NotByRow(PrivacyError):
+    """A call of a layer that takes or gives no rows."""
+
+    def __init__(self, message: str, call: Recorded):
+        super().__init__(message)
+        self.layer, self.names = call.layer, call.names
+
+
+@dataclass
+class FunctionalRule:
+    """Per-row gradients by vmap, or row after row where that fails; see `cover` for what is checked."""
+
+    name: str
+    verified: int = 0  # rows
+    vectorised: bool = True
+    dims: dict[int, tuple[int, ...]] = field(default_factory=dict)  # number of outputs -> the batch dimension of each
+
+    def row_grads(self, call: Recorded, gys: list[Tensor]) -> dict[str, Tensor]:
+        try:
+            rows = len(_batched(call)[0])
+            if rows > 2 * self.verified:
+                self._verify(call, rows)
+            grads, outputs = self._by_row(call, gys)
+            call.check_same(outputs, "row by row")
+        except (PrivacyError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of any operation of a layer that is not ours
+            raise PrivacyError(f"{self._label(call)} can't be run row by row: {error}. {WHOLE}") from error
+        return grads
+
+    def batch_dims(self, call: Recorded) -> tuple[int, ...]:
+        """Where two rows make another shape than one."""
+        found = self.dims.get(len(call.outputs))
+        if found is None:
+            try:
+                one, two = ([y.shape for y in self._first_rows(call, count)] for count in (1, 2))
+            except Exception as error:  # of any operation of a layer that is not ours
+                raise NotByRow(f"{self._label(call)} can't be run for one row alone: {error}. {WHOLE}", call) from error
+            differ = [[d for d, (a, b) in enumerate(zip(s, t)) if (a, b) == (1, 2)] for s, t in zip(one, two)]
+            if any(len(s) != len(t) or len(d) != 1 for s, t, d in zip(one, two, differ)):
+                cause = f"{self._label(call)} gives outputs without one dimension for the batch: {one}, {two}. {WHOLE}"
+                raise NotByRow(cause, call)
+            found = self.dims[len(call.outputs)] = tuple(d for (d,) in differ)
+        return found
+
+    def _label(self, call: Recorded) -> str:
+        return _label(self.name, call.layer)
+
+    def _first_rows(self, call: Recorded, count: int) -> tuple[Tensor, ...]:
+        args, kwargs = _with_rows(call, [t[[0] * count] for t in _batched(call)])
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(call)):
+            return call.run({}, args, kwargs)
+
+    def _by_row(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """-> {name: [rows, *shape]}, and the outputs."""
+        if self.vectorised:
+            try:
+                return self._vectorised(call, gys)
+            except Exception:  # operations without a batching rule, sizes that depend on values
+                self.vectorised = False
+        return self._one_by_one(call, gys)
+
+    def _one_by_one(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        dims, own, grads, outputs = self.batch_dims(call), _own(call), [], []
+        for row in range(len(_batched(call)[0])):
+            args, kwargs = _with_rows(call, [t[row : row + 1] for t in _batched(call)])
+            with torch.enable_grad(), torch.random.fork_rng(devices=_cuda(call)):
+                ys = call.run(own, args, kwargs)
+            row_gys = [gy.narrow(dim, row, 1) for gy, dim in zip(gys, dims)]
+            grads.append(_grads(ys, list(own.values()), row_gys))
+            outputs.append([y.detach() for y in ys])
+        joined = tuple(torch.cat(ys, dim) for ys, dim in zip(zip(*outputs), dims))
+        return {name: torch.stack(by_row) for name, by_row in zip(own, zip(*grads))}, joined
+
+    def _vectorised(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        dims = self.batch_dims(call)
+        own = {name: p.detach() for name, p in _own(call).items()}
+
+        def of_row(row: list[Tensor], gys: list[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+            args, kwargs = _with_rows(call, [t[None] for t in row])
+            outputs, back = torch.func.vjp(lambda own: call.run(own, args, kwargs), own)
+            return back(tuple(gy.unsqueeze(dim) for gy, dim in zip(gys, dims)))[0], outputs
+
+        at_a_time = chunk_samples(sum(p.numel() for p in own.values()))
+        by_row = torch.func.vmap(of_row, randomness="error", chunk_size=at_a_time)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=".*batching rule.*"
+            )  # of speed; the layer's own warning says slow
+            grads, outputs = by_row(_batched(call), [gy.movedim(dim, 0) for gy, dim in zip(gys, dims)])
+        return grads, tuple(y.squeeze(dim + 1).movedim(0, dim) for y, dim in zip(outputs, dims))
+
+    def _verify(self, call: Recorded, rows: int) -> None:
+        """Once more by autograd: the gradients' sum, and that no row's output depends on another row."""
+        generator = torch.Generator().manual_seed(0)
+        gys = [torch.randn(y.shape, generator=generator).to(y) for y in call.outputs]
+        own = _own(call)
+        inputs = [t.detach().requires_grad_(differentiable(t)) for t in _batched(call)]
+        args, kwargs = _with_rows(call, inputs)
+        with torch.enable_grad():
+            outputs = call.run(own, args, kwargs)
+        call.check_same(tuple(y.detach() for y in outputs), "when it is run again")
+        total = _grads(outputs, list(own.values()), gys)
+        grads, _ = self._by_row(call, gys)
+        # of the largest: one that is zero but for rounding, as that of the bias of an attention's keys, has no size of its own
+        size = max(float(by_row.abs().sum(0).amax()) if by_row.numel() else 0.0 for by_row in grads.values())
+        for (name, by_row), summed in zip(grads.items(), total):
+            if ((by_row.sum(0) - summed).abs() > call.tolerance(by_row.dtype) * size).any():
+                raise PrivacyError(
+                    f"{self._label(call)}: the gradients of {name!r} for each row alone do not sum to that of all rows: it mixes "
+                    "samples, or draws random numbers"
+                )
+        leaves = [t for t in inputs if t.requires_grad]
+        for chosen in parting(torch.ones(rows, dtype=torch.bool, device=gys[0].device)) if leaves else ():
+            only = [_rows_alone(gy, dim, chosen) for gy, dim in zip(gys, self.batch_dims(call))]
+            for gx in _grads(outputs, leaves, only):
+                others = gx[~chosen]
+                if ((others != 0) & ~others.isnan()).any():
+                    raise PrivacyError(
+                        f"{self._label(call)} mixes samples: the output of one depends on the input of another"
+                    )
+        self.verified = rows
+
+
+@dataclass
+class Undecided:
+    """At the first call that counts: leave the layer alone, or take it through torch.func."""
+
+    name: str
+    looked_into: bool = False
+
+
+class Composed:
+    """A recurrent layer without its fused kernels: PyTorch composes it of linear maps, which have rules."""
+
+
+@dataclass
+class Watched:
+    """A layer or model that may make values of its parameters alone, which `made.py` marks in the graph.
+
+    looked_into: whether all uses of its parameters were looked at.
+    """
+
+    looked_into: bool = False
+
+
+Rule = FunctionalRule | Undecided | Composed | Watched
+
+
+def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwargs):
+    own = [functools.reduce(getattr, name.split("."), layer) for name in names]
+    stood_in = any(not isinstance(p, nn.Parameter) for p in own)  # a layer around this one is taken whole
+    if stood_in or not is_recording() or not any(p.requires_grad for p in own):
+        return type(layer).forward(layer, *args, **kwargs)
+    outermost = not is_marking()
+    with marking(layer) as marks:
+        before = marks.count
+        result = _recorded(layer, rule, names, args, kwargs)
+        if outermost and (isinstance(rule, Undecided) or isinstance(rule, Watched) and not rule.looked_into):
+            rule.looked_into = True
+            result = _whole_where_needed(layer, args, kwargs, result)
+    if isinstance(_installed(layer), Watched) and marks.count == before:
+        layer.__dict__.pop("forward")
+        _left_alone.setdefault(layer, set()).add(names)
+    return result
+
+
+def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple, kwargs: dict):
+    forward = _composed if isinstance(layer, nn.RNNBase) else type(layer).forward
+    if isinstance(layer, nn.RNNBase) and isinstance(args[0] if args else kwargs.get("input"), PackedSequence):
+        return _packed(layer, names, *args, **kwargs)
+    if isinstance(rule, (Composed, Watched)):
+        return forward(layer, *args, **kwargs)
+    if isinstance(rule, Undecided):
+        lacking = _lacking(layer, forward, names, args, kwargs)
+        layer.__dict__.pop("forward")
+        if not lacking:
+            _install(layer, Composed() if isinstance(layer, nn.RNNBase) else Watched(looked_into=True), names)
+            return forward(layer, *args, **kwargs)
+        warnings.warn(
+            f"{_label(rule.name, layer)} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through "
+            "torch.func, exact but slower. fastloda.register_rule gives it a faster one",
+            stacklevel=5,
+        )
+        rule = FunctionalRule(rule.name)
+        _install(layer, rule, names)
+    return recorded_call(layer, forward, rule, names, args, kwargs)
+
+
+def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Use]:
+    """The uses of the layer's parameters that have no rule, by a call that nothing else sees, and that sees nothing before it."""
+    args, kwargs = detached((args, kwargs))
+    devices = {t.device for t in tensors((args, kwargs)) if t.is_cuda}
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not those of a checkpoint around it
+    with torch.random.fork_rng(devices=devices), as_it_is:
+        outputs = [t for t in tensors(forward(layer, *args, **kwargs)) if t.requires_grad]
+    parameters = {name: layer.get_parameter(name) for name in names}
+    uses = trace(outputs, parameters, may_cover).uses.values() if outputs else ()
+    return [use for of_node in uses for use in of_node if not may_be_covered(use)]
+
+
+def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any) -> Any:
+    """What the model returned; once more if modules had to be taken whole, in which a layer has no rule or sees other rows.
+
+    That is the smallest module around the layer that has one row for each sample. Where there is none, nothing is changed.
+    """
+    modules, tried, hopeless = dict(model.named_modules()), {}, set()
+    while lacking := [name for name in _without_rule(model, (args, kwargs), result, tried) if name not in hopeless]:
+        before = tried.setdefault(lacking[0], {})
+        for path, forward in before.items():  # it was no help
+            modules[path].__dict__.pop("forward", None)
+            modules[path].__dict__.update({"forward": forward} if forward else {})
+        place = next((path for path in _around(lacking[0]) if path not in before), None)
+        if place is None:
+            hopeless.add(lacking[0])
+            del tried[lacking[0]]
+        else:
+            before[place] = modules[place].__dict__.get("forward")
+            _install(modules[place], FunctionalRule(place), trainable(modules[place]))
+        result = model.forward(*args, **kwargs)
+    for path in {path for places in tried.values() for path in places}:
+        if isinstance(_installed(modules[path]), FunctionalRule):
+            _drop_inside(modules[path])
+            warnings.warn(
+                f"{_label(path, modules[path])} is taken through torch.func whole, exact but slower: an operation inside it has "
+                "no per-sample rule, or does not see the samples' rows",
+                stacklevel=6,
+            )
+    return result
+
+
+def _drop_inside(whole: nn.Module) -> None:
+    """What is installed on the modules inside one that is taken whole, and does nothing there."""
+    for layer in whole.modules():
+        if layer is not whole and _installed(layer):
+            del layer.forward
+
+
+def _without_rule(model: nn.Module, given: Any, result: Any, tried: Mapping[str, Collection[str]]) -> list[str]:
+    """Names of the parameters that enter operations without a rule, or whose rows can't be those of the samples.
+
+    tried: the modules that were taken whole for one of them, which it names again if they have no rows.
+    """
+    outputs = [t for t in tensors(result) if differentiable(t) and t.grad_fn is not None]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = {len(t) for t in (*outputs, *tensors(given)) if t.dim()}
+    try:
+        graph = trace(outputs, parameters, may_cover) if outputs else None
+        uses = [use for of_node in graph.uses.values() for use in of_node] if graph else []
+        return [
+            use.name for use in uses if use.node in graph.shared or not may_be_covered(use) or not _has_rows(use, rows)
+        ]
+    except NotByRow as error:
+        (path,) = [path for path, layer in model.named_modules() if layer is error.layer]
+        whole_for = [name for name, places in tried.items() if path in places]
+        return whole_for[-1:] or [f"{path}.{error.names[0]}".lstrip(".")]
+
+
+def _has_rows(use: Use, rows: Collection[int]) -> bool:
+    """Raises NotByRow: of a recorded layer, it has none at all."""
+    if use.node.name() == RECORDED:
+        use.node.call.outer_blocks()
+        return True
+    numbers = output_shape(use.node).numel()
+    return numbers > 0 and any(numbers % count == 0 for count in rows if count)
+
+
+def _around(name: str) -> list[str]:
+    """Paths of the modules around the layer that holds the parameter, the smallest first."""
+    parts = name.split(".")[:-2]
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)] if "." in name else []
+
+
+def _composed(layer: nn.RNNBase, *args, **kwargs):
+    on = torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags would set tf32 too
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        with torch.backends.cudnn.flags(enabled=False):
+            return type(layer).forward(layer, *args, **kwargs)
+    finally:
+        torch._C._set_mkldnn_enabled(on)
+
+
+def _packed(layer: nn.RNNBase, names: tuple[str, ...], input: PackedSequence, hx=None):
+    """A recurrent layer of packed sequences, whose rows are positions of many samples: as one of padded sequences, row by row."""
+    padded, lengths = pad_packed_sequence(input, batch_first=True)
+    rule = FunctionalRule(type(layer).__name__, vectorised=False)
+    args = (padded, lengths, _turned(hx))
+    outputs, hidden = recorded_call(layer, _of_padded, rule, names, args, {})
+    if input.sorted_indices is not None:
+        outputs, lengths = outputs[input.sorted_indices], lengths[input.sorted_indices.cpu()]
+    data = pack_padded_sequence(outputs, lengths, batch_first=True).data
+    return input._replace(data=data), _turned(hidden)
+
+
+def _of_padded(layer: nn.RNNBase, padded: Tensor, lengths: Tensor, hx):
+    packed = pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
+    outputs, hidden = _composed(layer, packed, _turned(hx))
+    return pad_packed_sequence(outputs, batch_first=True, total_length=padded.shape[1])[0], _turned(hidden)
+
+
+def _turned(hidden):
+    """[layers, batch, width] <-> [batch, layers, width], of LSTM's two."""
+    return tree_map(lambda t: t.transpose(0, 1) if isinstance(t, Tensor) else t, hidden)
+
+
+def _install(layer: nn.Module, rule: Rule, names: tuple[str, ...]) -> None:
+    """An attribute of the layer itself, in place of its class's method: copies and pickles take it along."""
+    layer.forward = functools.partial(_forward, layer, rule, names)
+
+
+def _installed(layer: nn.Module) -> Rule | None:
+    forward = layer.__dict__.get("forward")
+    return forward.args[1] if isinstance(forward, functools.partial) and forward.func is _forward else None
+
+
+def _may_need_it(name: str, layer: nn.Module) -> bool:
+    if not _is_free(layer):
+        return False
+    names = own_parameters(layer)
+    inside = isinstance(layer, (parametrize.ParametrizationList, *HOLDERS)) or ".parametrizations." in f".{name}."
+    return bool(names) and not inside and names not in _left_alone.get(layer, ())
+
+
+def _is_free(layer: nn.Module) -> bool:
+    """Whether it may have a forward of ours."""
+    if isinstance(layer, torch.jit.ScriptModule):  # scripted or traced: its forward pass is not Python's
+        return False
+    return not (type(layer) in KNOWN or "forward" in layer.__dict__ or hasattr(type(layer).forward, "row_rule_of"))
+
+
+def _checked(modules: dict[str, nn.Module], name: str) -> nn.Module:
+    if name not in modules:
+        raise ValueError(f"the model has no layer {name!r}; it has {list(modules)[1:20]}")
+    if not trainable(modules[name]):
+        raise ValueError(f"no parameter of layer {name!r} trains")
+    return modules[name]
+
+
+def _rows(call: Recorded) -> int:
+    given = [t for t in tensors((call.args, call.kwargs)) if t.dim()]
+    if not given:
+        raise PrivacyError("it is called without a tensor that has a batch dimension")
+    return len(given[0])
+
+
+def _batched(call: Recorded) -> list[Tensor]:
+    """The inputs with as many rows as the first; all others are the same for every sample."""
+    rows = _rows(call)
+    return [t for t in tensors((call.args, call.kwargs)) if t.dim() and len(t) == rows]
+
+
+def _with_rows(call: Recorded, rows: Sequence[Tensor]) -> tuple[tuple, dict]:
+    leaves, tree = tree_flatten((call.args, call.kwargs))
+    given, own = iter(rows), {id(t) for t in _batched(call)}
+    return tree_unflatten([next(given) if id(leaf) in own else leaf for leaf in leaves], tree)
+
+
+def _label(name: str, layer: nn.Module) -> str:
+    return f"layer {name or '(the model)'!r} ({type(layer).__name__})"
+
+
+def _own(call: Recorded) -> dict[str, Tensor]:
+    return {name: call.layer.get_parameter(name).detach().requires_grad_() for name in call.names}
+
+
+def _grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Tensor]) -> list[Tensor]:
+    used = [(y, gy) for y, gy in zip(outputs, gys) if y.requires_grad]
+    if not used:
+        return [torch.zeros_like(t) for t in inputs]
+    ys, gys = zip(*used)
+    found = torch.autograd.grad(ys, inputs, gys, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found)]
+
+
+def _rows_alone(gy: Tensor, dim: int, chosen: Tensor) -> Tensor:
+    """Zero but for the chosen rows."""
+    return gy * chosen.view(-1, *[1] * (gy.dim() - dim - 1))
+
+
+def _cuda(call: Recorded) -> list[torch.device]:
+    return [t.device for t in _batched(call) if t.is_cuda][:1]

@@ -1,0 +1,204 @@
+"""A layer as one operation of the graph that hands a private step the per-sample gradients of its own parameters.
+
+While the layer runs, its own parameters are stood in for by detached copies, so that the graph of its inputs is PyTorch's own
+and no operation inside uses them. `RecordedFunction` then takes the outputs and the parameters, and a rule makes the gradients:
+
+    rule.row_grads(call, gradients of the outputs) -> {name: per-row gradients [rows, *parameter.shape]}
+
+Without a private step the layer trains as ever: its parameters' gradients come from one more forward and backward of it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from fastloda.errors import PrivacyError
+from fastloda.loda.arithmetic import accumulable
+from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.rules import FUNCTION_RULES, Rule
+
+
+class RowRule(Protocol):
+    """How the per-sample gradients of a layer's parameters are made."""
+
+    def row_grads(self, call: "Recorded", gys: list[Tensor]) -> Mapping[str, Tensor]:
+        """{name: [rows, *parameter.shape]} for call.names, from the gradients of call.outputs."""
+
+    def batch_dims(self, call: "Recorded") -> Sequence[int]:
+        """The dimension of each of call.outputs that is the batch."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One call of a layer: what its rule needs, and what its ordinary gradient needs."""
+
+    layer: nn.Module
+    forward: Callable  # (layer, *args, **kwargs)
+    rule: RowRule
+    names: tuple[str, ...]  # of the parameters that train through it, as the layer names them
+    args: tuple
+    kwargs: dict
+    outputs: tuple[Tensor, ...]  # those with a gradient
+    autocast: tuple[str, torch.dtype | None]  # device, and the dtype if it was on
+
+    @property
+    def label(self) -> str:
+        return f"layer {type(self.layer).__name__}"
+
+    def pieces(self, gys: list[Tensor]) -> dict[int, Piece]:
+        """{input of the RecordedFunction: recipe}"""
+        grads = self.rule.row_grads(self, gys)
+        return {len(self.outputs) + i: of_rows(grads[name]) for i, name in enumerate(self.names)}
+
+    def batch_first(self, gys: list[Tensor]) -> Tensor:
+        """[rows, all numbers of a row], as the independence of samples is probed."""
+        rows = [gy.movedim(dim, 0) for gy, dim in zip(gys, self.rule.batch_dims(self))]
+        return torch.cat([gy.reshape(len(gy), -1) for gy in rows], 1)
+
+    @contextmanager
+    def as_called(self) -> Iterator[None]:
+        """The autocast of the forward pass."""
+        device, dtype = self.autocast
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            yield
+
+    def outer_blocks(self) -> list[int]:
+        """Of each output: the numbers before its batch dimension."""
+        return [prod(y.shape[:dim]) for y, dim in zip(self.outputs, self.rule.batch_dims(self))]
+
+    def run(self, own: Mapping[str, Tensor], args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
+        """The outputs with a gradient, for parameters and inputs of choice."""
+        with self.as_called(), _stood_in_for(self.layer, own):
+            leaves = tensors(self.forward(self.layer, *args, **kwargs))
+        return tuple(leaf for leaf in leaves if differentiable(leaf))
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Relative: what another order of the same operations may change."""
+        kinds = (dtype, self.autocast[1] or dtype, torch.float32)  # to which a layer of a float64 model may cast
+        coarsest = max(torch.finfo(t).eps for t in kinds)
+        return min(0.1, 256 * coarsest)
+
+    def check_same(self, outputs: tuple[Tensor, ...], how: str) -> None:
+        """Refuse a layer that does not compute what it computed."""
+        for found, was in zip(outputs, self.outputs, strict=True):
+            allowed = self.tolerance(was.dtype)
+            if found.shape != was.shape or not torch.allclose(
+                found, was, rtol=allowed, atol=allowed * _size(was), equal_nan=True
+            ):
+                raise PrivacyError(
+                    f"{self.label} computes something else {how}: it mixes samples, draws random numbers (dropout), keeps a "
+                    "state, or does not take the batch first, so that its gradients have no exact per-sample rule"
+                )
+
+
+class RecordedFunction(torch.autograd.Function):
+    """The outputs as they are; `recorder` gets their gradients and what makes the parameters' per-sample gradients."""
+
+    @staticmethod
+    def forward(ctx, call: Recorded, *outputs_and_parameters: Tensor):
+        ctx.call, ctx.recorder = call, None
+        count = len(call.outputs)
+        ctx.save_for_backward(*outputs_and_parameters[count:])
+        return tuple(output.clone() for output in outputs_and_parameters[:count])
+
+    @staticmethod
+    def backward(ctx, *gys: Tensor):
+        call, own = ctx.call, [None] * len(ctx.call.names)
+        gys = [gy.detach() for gy in gys]
+        if ctx.recorder is not None:
+            ctx.recorder(call.batch_first(gys), lambda: call.pieces(gys))
+        else:
+            own = _ordinary(call, ctx.saved_tensors, gys)
+        return None, *gys, *own
+
+
+def recorded_call(
+    layer: nn.Module, forward: Callable, rule: RowRule, names: Sequence[str], args: tuple, kwargs: dict
+) -> Any:
+    """forward(layer, *args, **kwargs), with those of the parameters `names` that train going through `rule`."""
+    names = tuple(name for name in names if layer.get_parameter(name).requires_grad)
+    parameters = [layer.get_parameter(name) for name in names]
+    with _stood_in_for(layer, {name: p.detach() for name, p in zip(names, parameters)}):
+        result = forward(layer, *args, **kwargs)
+    leaves, tree = tree_flatten(result)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and differentiable(leaf)]
+    outputs = [leaves[i] for i in places]
+    if not outputs:
+        return result
+    device = outputs[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    call = Recorded(
+        layer, forward, rule, names, *detached((args, kwargs)), tuple(t.detach() for t in outputs), (device, autocast)
+    )
+    for i, output in zip(places, RecordedFunction.apply(call, *outputs, *parameters)):
+        leaves[i] = output
+    return tree_unflatten(leaves, tree)
+
+
+@contextmanager
+def _stood_in_for(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other tensors in every place of the layer that holds one of the named parameters: ties stay ties."""
+    instead = {id(layer.get_parameter(name)): t for name, t in tensors.items()}
+    holders = [module._parameters for module in layer.modules()]
+    places = [(holder, key, p) for holder in holders for key, p in holder.items() if id(p) in instead]
+    try:
+        for holder, key, p in places:
+            holder[key] = instead[id(p)]
+        yield
+    finally:
+        for holder, key, p in places:
+            holder[key] = p
+
+
+def is_recording() -> bool:
+    """Whether a layer called now is to enter the graph as one operation: never within torch.func or torch.compile."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.is_grad_enabled() and not transformed and not torch.compiler.is_compiling()
+
+
+def trainable(layer: nn.Module, recurse: bool = True) -> tuple[str, ...]:
+    return tuple(name for name, p in layer.named_parameters(recurse=recurse) if p.requires_grad)
+
+
+def differentiable(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def detached(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _ordinary(call: Recorded, parameters: tuple[Tensor, ...], gys: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The parameters' gradients, summed over the batch."""
+    own = {name: p.detach().requires_grad_() for name, p in zip(call.names, parameters)}
+    with torch.enable_grad():
+        outputs = call.run(own, call.args, call.kwargs)
+    call.check_same(tuple(t.detach() for t in outputs), "when it is run again")
+    used = [(y, gy) for y, gy in zip(outputs, gys) if y.requires_grad]
+    if not used:
+        return (None,) * len(own)
+    ys, gys = zip(*used)
+    return torch.autograd.grad(ys, list(own.values()), gys, allow_unused=True)
+
+
+def of_rows(grads: Tensor) -> Piece:
+    """Per-row gradients, summed over a sample's rows."""
+    return Piece(lambda t, samples: accumulable(t).reshape(samples, -1, *t.shape[1:]).sum(1), (grads,))
+
+
+def _size(t: Tensor) -> float:
+    finite = t[t.isfinite()]
+    return float(finite.abs().amax()) if finite.numel() else 0.0
+
+
+FUNCTION_RULES[RecordedFunction] = Rule(None, range(1 << 16))

@@ -1,0 +1,177 @@
+"""Per-sample rules for layers and operations of one's own, and a check that a rule is right."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fastloda.errors import PrivacyError
+from fastloda.per_sample.backward import per_sample_grads
+from fastloda.per_sample.fallback.functional import own_parameters
+from fastloda.per_sample.fallback.recorded import Recorded, is_recording, of_rows, recorded_call, tensors
+from fastloda.per_sample.graph import trace
+from fastloda.per_sample.members import Members
+from fastloda.per_sample.recipe import PerSampleGrad
+from fastloda.per_sample.refusals import check_graph, check_independence, trainable_parameters
+from fastloda.per_sample.rules import FUNCTION_RULES, Call, Rule
+
+LayerRule = Callable[[nn.Module, tuple, Tensor], Mapping[str, Tensor]]
+FunctionRule = Callable[..., Mapping[int, Tensor]]
+ALLOWED_ERROR = 1e-9  # relative, in float64
+
+
+def register_rule(target: type) -> Callable[[Callable], Callable]:
+    """A decorator that gives a layer class, or an `autograd.Function`, its per-sample gradients.
+
+    For a layer, `rule(layer, inputs, grad_output) -> {name: gradients}` tells those of the parameters that the layer holds
+    itself, [rows, *parameter.shape] for rows of the batch:
+
+    >>> @fastloda.register_rule(Scale)                          # y = x * exp(log_scale), x [N, ..., C]
+    ... def scale_rule(layer, inputs, grad_output):
+    ...     (x,) = inputs
+    ...     return {"log_scale": (grad_output * x * layer.log_scale.exp()).flatten(1, -2).sum(1)}
+    >>> fastloda.check_rule(Scale(8), torch.randn(4, 5, 8))
+
+    inputs are the arguments of `forward` in the order of its signature, detached; grad_output is that of the output, or a tuple
+    if forward returns several tensors. The rule runs in backward, without gradients. It covers every instance, from now on,
+    but not subclasses with a forward of their own. Layers inside the layer keep their own rules. The batch is the first
+    dimension of every output.
+
+    For an autograd.Function, `rule(ctx, grad_output) -> {number: gradients}` tells those of the inputs that may be parameters,
+    counted among the arguments that are tensors; ctx is that of backward, with its `saved_tensors`.
+
+    A rule is trusted: what it answers is what is clipped. Whatever it does, a sample contributes at most max_grad_norm as long
+    as the gradient of each row depends on that row alone. `check_rule` compares it with one backward pass per sample.
+
+    Raises:
+        TypeError: target is neither an nn.Module class nor an autograd.Function.
+    """
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        return functools.partial(_register_layer, target)
+    if isinstance(target, type) and issubclass(target, torch.autograd.Function):
+        return functools.partial(_register_function, target)
+    raise TypeError(f"register_rule takes an nn.Module class or a torch.autograd.Function, got {target!r}")
+
+
+def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
+    """Compare a layer's (or model's) per-sample gradients with one backward pass per sample, in float64.
+
+    inputs: as the layer takes them; those tensors with as many rows as the first have one row for each sample. At least two rows.
+
+    Returns:
+        {parameter: largest error of a sample's gradient, relative to the largest gradient of that parameter}
+
+    Raises:
+        ValueError: an error is above 1e-9; the message names the worst parameter. Or inputs has fewer than two rows.
+        PrivacyError: as in a private step: no rule for a parameter, or samples mix.
+    """
+    layer = copy.deepcopy(layer).double()
+    inputs = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
+    given = [t for t in tensors(inputs) if t.dim()]
+    if not given or len(given[0]) < 2:
+        raise ValueError(f"check_rule needs an input with at least two rows, got {[tuple(t.shape) for t in given]}")
+    rows = len(given[0])
+    parameters = trainable_parameters(Members.of(layer))
+    losses = _losses(layer, inputs, torch.arange(rows), rows)
+    graph = trace(losses, parameters)
+    check_graph(graph)
+    check_independence(losses, graph, layer, parameters, rows)
+    found = {name: _all(grad) for name, grad in per_sample_grads(losses, graph, parameters, rows).items()}
+    errors = dict.fromkeys(parameters, 0.0)
+    sizes = dict.fromkeys(parameters, 0.0)
+    for row in range(rows):
+        loss = _losses(layer, inputs, torch.tensor([row]), rows)[0]
+        truth = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for (name, p), grad in zip(parameters.items(), truth):
+            grad = torch.zeros_like(p) if grad is None else grad
+            got = torch.zeros_like(p) if found[name] is None else found[name][row]
+            errors[name] = max(errors[name], _largest(got - grad))
+            sizes[name] = max(sizes[name], _largest(grad))
+    errors = {name: error / (sizes[name] or 1.0) for name, error in errors.items()}
+    worst = max(errors, key=errors.get)
+    if not errors[worst] <= ALLOWED_ERROR:
+        raise ValueError(
+            f"the per-sample gradients of {type(layer).__name__} are wrong: those of {worst!r} are off by {errors[worst]:.3g} of "
+            f"the largest, allowed is {ALLOWED_ERROR:g}"
+        )
+    return errors
+
+
+@dataclass(frozen=True)
+class UserRule:
+    """A layer's rule as `recorded.py` calls it."""
+
+    rule: LayerRule
+    signature: inspect.Signature
+
+    def row_grads(self, call: Recorded, gys: list[Tensor]) -> dict[str, Tensor]:
+        bound = self.signature.bind(call.layer, *call.args, **call.kwargs)
+        bound.apply_defaults()
+        with torch.no_grad():
+            grads = self.rule(call.layer, bound.args[1:], gys[0] if len(gys) == 1 else tuple(gys))
+        return {name: self._checked(grads, call, name, len(gys[0])) for name in call.names}
+
+    def batch_dims(self, call: Recorded) -> Sequence[int]:
+        return (0,) * len(call.outputs)
+
+    def _checked(self, grads: Mapping[str, Tensor], call: Recorded, name: str, rows: int) -> Tensor:
+        wanted = (rows, *call.layer.get_parameter(name).shape)
+        if name not in grads or tuple(grads[name].shape) != wanted:
+            got = f"one of shape {tuple(grads[name].shape)}" if name in grads else "none"
+            raise PrivacyError(
+                f"the rule registered for {type(call.layer).__name__} must give {name!r} a gradient of shape {wanted}, got {got}"
+            )
+        return grads[name]
+
+
+def _register_layer(target: type[nn.Module], rule: LayerRule) -> LayerRule:
+    plain = getattr(target.__dict__.get("forward"), "row_rule_of", None) or target.forward
+    user = UserRule(rule, inspect.signature(plain))
+
+    @functools.wraps(plain)
+    def forward(self, *args, **kwargs):
+        names = own_parameters(self) if type(self).forward is forward and is_recording() else ()
+        return recorded_call(self, plain, user, names, args, kwargs) if names else plain(self, *args, **kwargs)
+
+    forward.row_rule_of = plain
+    target.forward = forward
+    return rule
+
+
+def _register_function(target: type[torch.autograd.Function], rule: FunctionRule) -> FunctionRule:
+    def pieces(call: Call) -> dict:
+        if call.samples > 1 and call.place != (0, 1):
+            raise PrivacyError(f"the rule registered for {target.__name__} needs the batch first")
+        with torch.no_grad():
+            grads = rule(call.node, call.gy)
+        lacking = [index for index in call.shapes if index not in grads]
+        if lacking:
+            raise PrivacyError(
+                f"the rule registered for {target.__name__} gives no gradient for its tensor inputs {lacking}"
+            )
+        return {index: of_rows(grads[index]) for index in call.shapes}
+
+    FUNCTION_RULES[target] = Rule(pieces, range(1 << 16))
+    return rule
+
+
+def _losses(layer: nn.Module, inputs: tuple, chosen: Tensor, rows: int) -> Tensor:
+    """One curved loss for each of the chosen rows, over all outputs."""
+    of = lambda t: t[chosen] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t  # noqa: E731
+    outputs = [y for y in tensors(layer(*tree_map(of, inputs))) if y.is_floating_point()]
+    flat = torch.cat([y.reshape(len(chosen), -1) for y in outputs], 1)
+    return (flat * torch.linspace(-1, 2, flat.shape[1], dtype=flat.dtype)).tanh().sum(1)
+
+
+def _all(grad: PerSampleGrad) -> Tensor | None:
+    chunks = [grads for _, grads in grad.chunks()]
+    return grad.order(torch.cat(chunks)) if chunks else None
+
+
+def _largest(t: Tensor) -> float:
+    return float(t.abs().max()) if t.numel() else 0.0

@@ -1,0 +1,197 @@
+"""What the autograd graph of a loss says about its parameters: every use of each, and by which operation.
+
+The graph is the truth that module hooks only approximate: a weight used outside its layer, twice, tied to another
+layer, or in a penalty added to the loss, all show as edges to its AccumulateGrad node. A private step covers a
+parameter only if a rule covers every one of those edges.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Size, Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fastloda.per_sample.batch_axis import Edges, carries_batch, follow_batch, output_shape
+from fastloda.per_sample.derived import Consumers, Made, made_nodes, made_uses
+from fastloda.per_sample.regions import COMPILED, code_number
+from fastloda.per_sample.relaying import TILING, Step, relays
+from fastloda.per_sample.rules import covers
+
+CONVOLUTION = "ConvolutionBackward0"
+
+
+@dataclass(frozen=True)
+class Use:
+    """Parameter `name`, or what the steps make of it, enters operation `node` as its input number `index`, in `shape`."""
+
+    name: str
+    node: Node
+    index: int
+    shape: Size
+    steps: tuple[Step | Made, ...] = ()
+
+
+@dataclass(frozen=True)
+class LossGraph:
+    """The uses of the trainable parameters below a loss, per operation."""
+
+    uses: Mapping[Node, list[Use]]  # in an order in which inputs come before the operations that read them
+    outer: Mapping[Node, int]  # blocks before the batch coordinate in the output of each: see `layout.py`
+    deeper: frozenset[Node]  # operations with other uses below them, which backward must pass through
+    signature: int  # of the operations, their dimensions and whether a factor is 0 or 1; whatever the batch size
+    operations: frozenset[str]
+    picked: Mapping[Node, str]  # operations whose rows are a sample's as the data says, by what picks them
+    crossings: list[str]  # kinds of operations that hand a sample the rows of others
+    unsure: bool  # whether rows may have been laid by data where the graph does not tell
+    shared: frozenset[Node]  # operations whose output has no rows of the samples
+    compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
+    convolutions: tuple[Node, ...]  # of frozen weights too
+
+
+def trace(
+    losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter], covered: Callable[..., bool] = covers
+) -> LossGraph:
+    """Walk the graph below `losses` (or several outputs) once. covered: says whether a rule covers a use, as `rules.covers`."""
+    roots = [losses] if isinstance(losses, Tensor) else list(losses)
+    edges = nodes_below([root.grad_fn for root in roots if root.grad_fn is not None])
+    order = list(edges)
+    consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
+    for node, below in edges.items():
+        for index, (child, number) in enumerate(below):
+            if child is not None:
+                consumers[child].append((node, index, number))
+
+    places = follow_batch(edges, len(roots[0]) if roots[0].dim() else 1)
+    outer = places.outer
+    made = made_nodes(edges, consumers, outer, covered)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: dict[Node, list[Use]] = defaultdict(list)
+    for leaf in order:
+        name = names.get(id(getattr(leaf, "variable", None)))
+        if name is not None:
+            for use in _uses(name, leaf, consumers, outer, made):
+                found[use.node].append(use)
+
+    uses = {node: found[node] for node in order if node in found}
+    kinds = [node.name() for node in order]
+    compiled, convolutions = (
+        tuple(node for node, kind in zip(order, kinds) if kind == wanted) for wanted in (COMPILED, CONVOLUTION)
+    )
+    # they see a saved number as a tensor, and PyTorch then fails; or take it for one that the model reads
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        settings = [setting for node in order for setting in _settings(node)]
+    signature = hash((*kinds, *settings, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
+    return LossGraph(
+        uses=uses,
+        outer={node: outer[node] for node in uses},
+        deeper=_with_uses_below(edges, uses),
+        signature=signature,
+        operations=frozenset(kinds),
+        picked={node: places.picked[node] for node in uses if node in places.picked},
+        crossings=places.crossings,
+        unsure=places.unsure or not places.laid.isdisjoint(uses),
+        shared=places.shared.intersection(uses),
+        compiled=compiled,
+        convolutions=convolutions,
+    )
+
+
+DIMENSIONS = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1")
+FACTORS = ("_saved_alpha", "_saved_value")
+FACTOR_TENSORS = {"MulBackward0": ("_raw_saved_self", "_raw_saved_other"), "DivBackward0": ("_raw_saved_self",)}
+
+
+@cache
+def _setting_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The dimensions and the factors that operations of this type save."""
+    known = set(dir(kind))
+    return tuple(known.intersection(DIMENSIONS)), tuple(known.intersection(FACTORS))
+
+
+def _settings(node: Node) -> Iterator[object]:
+    """What an operation does besides its kind: the dimensions it works along, and which of its factors are 0 or 1.
+
+    A factor that leaves 0 or 1 starts to show what was hidden, a ramped-up term or a mixture; other values show the same.
+    """
+    dims, factors = _setting_names(type(node))
+    for name in dims:
+        yield getattr(node, name)
+    for name in factors:
+        yield _zero_or_one(getattr(node, name))
+    if node.name() == "LerpBackward0":
+        yield _zero_or_one(node._saved_weight)
+    for name in FACTOR_TENSORS.get(node.name(), ()):
+        factor = getattr(getattr(node, name), "data", None)
+        if type(factor) is Tensor and not factor.dim() and factor.device.type == "cpu":  # a GPU would be waited for
+            yield _zero_or_one(factor.item())
+
+
+def _zero_or_one(factor: object) -> object:
+    return factor if isinstance(factor, (int, float)) and factor in (0, 1) else None
+
+
+def nodes_below(roots: Iterable[Node]) -> dict[Node, Edges]:
+    """What each node below the roots (and these) leads to, each after the nodes it leads to; PyTorch is asked once."""
+    found: dict[Node, Edges] = {}
+    seen: set[Node] = set()
+    for root in roots:
+        if root in seen:
+            continue
+        seen.add(root)
+        stack = [_entered(root)]
+        while stack:
+            node, edges, waiting = stack[-1]
+            for child, _ in waiting:
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    stack.append(_entered(child))
+                    break
+            else:
+                found[node] = edges
+                stack.pop()
+    return found
+
+
+def _entered(node: Node) -> tuple[Node, Edges, Iterator[tuple[Node | None, int]]]:
+    edges = node.next_functions
+    return node, edges, iter(edges)
+
+
+def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> list[Use]:
+    """Those after steps that only re-lay the parameter, and those of what is made of it."""
+    uses, pending = {}, [(leaf, ())]
+    while pending:
+        tensor, before = pending.pop()
+        for node, index, number in consumers[tensor]:
+            steps = before if tensor is leaf else (*before, Step(tensor, number))
+            if _relays(node, consumers, outer, made):
+                pending.append((node, steps))
+            elif node not in made:
+                uses[node, index] = Use(name, node, index, output_shape(tensor, number), steps)
+    for (node, index), value in made_uses(leaf, consumers, made).items():
+        if (node, index) not in uses:
+            uses[node, index] = Use(name, node, index, output_shape(value.node, value.number), (value,))
+    return list(uses.values())
+
+
+def _relays(node: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> bool:
+    if relays(node, outer[node]):
+        return True
+    return node.name() in TILING and (node in made or not carries_batch(node, consumers[node], outer))
+
+
+def _with_uses_below(edges: Mapping[Node, Edges], uses: Mapping[Node, list[Use]]) -> frozenset[Node]:
+    leads_to_use: set[Node] = set()
+    deeper: set[Node] = set()
+    for node, below in edges.items():
+        if any(child in leads_to_use for child, _ in below):
+            leads_to_use.add(node)
+            if node in uses:
+                deeper.add(node)
+        elif node in uses:
+            leads_to_use.add(node)
+    return frozenset(deeper)

@@ -1,0 +1,255 @@
+"""Refuse, by name and before anything changes, whatever would void the per-sample sensitivity bound.
+
+Three nets: the modules (layers known to mix samples), the graph (every use of every trainable parameter has a rule), and a
+probe (backward from some samples must leave the others' gradients exactly zero). What they can't see is samples that mix
+through values without gradient, such as a batch mean under `detach()`.
+"""
+
+import random
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fastloda.errors import PrivacyError
+from fastloda.per_sample.backward import run_backward
+from fastloda.per_sample.graph import LossGraph
+from fastloda.per_sample.members import Members
+from fastloda.per_sample.regions import COMPILED
+from fastloda.per_sample.rules import uncovered
+
+HIDING = "CheckpointFunctionBackward"  # reentrant checkpointing: a graph within a node, which can't be looked into
+COVERED_LAYERS = (
+    "LoDAConv2d, LoDALinear, Linear, Bilinear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding, EmbeddingBag, GroupNorm, "
+    "InstanceNorm, LayerNorm, RMSNorm, MultiheadAttention, PReLU"
+)
+UNCOVERED_REMEDY = (
+    "call fastloda.cover(model) before the forward pass, which gives its layer an exact but slower rule (where it is a penalty "
+    "added to the losses: the optimizer's weight_decay instead); give it a faster one by fastloda.register_rule; freeze it with "
+    f"requires_grad_(False); or use a covered layer ({COVERED_LAYERS}), or a scale or shift that all samples share"
+)
+COMPILED_REMEDY = (
+    "torch.compile made one operation of its layer and others; use fastloda.compile(model) for adapters (once more if they were "
+    "attached since), and leave other trainable layers out of the compiled part, or freeze them"
+)
+SCRIPTED_REMEDY = (
+    "TorchScript made one operation of several layers; train the Python module that was scripted or traced"
+)
+
+LOOK_AGAIN = 1 / 400  # the probability with which an accumulated batch is looked at though its kind was before
+_chance = random.SystemRandom()  # public, and no generator that a run draws from
+
+
+@dataclass
+class Looks:
+    """What the probe has seen of one kind of computation."""
+
+    parted: int = 0  # samples with a finite loss that it told apart
+    batches: int = 0  # in which the computation was made
+
+    def due(self) -> bool:
+        """Whether to look again at what was found independent: at batches 1, 2, 4, 8, ... and at some others by chance.
+
+        Records decide neither, so that the schedule is public.
+        """
+        return self.batches & (self.batches - 1) == 0 or _chance.random() < LOOK_AGAIN
+
+
+# Model -> signature of the computation -> what was seen of it.
+_looks: weakref.WeakKeyDictionary[nn.Module, dict[int, Looks]] = weakref.WeakKeyDictionary()
+
+
+def trainable_parameters(members: Members) -> dict[str, nn.Parameter]:
+    """Name -> parameter with requires_grad; tied parameters once, under their first name.
+
+    Raises:
+        PrivacyError: nothing trains, or a layer mixes samples.
+    """
+    check_layers(members)
+    parameters = {name: p for name, p in members.parameters.items() if p.requires_grad}
+    if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
+        raise PrivacyError(
+            f"parameter {complex_ones[0]!r} is complex, and no rule covers it: hold its two parts in a real parameter "
+            "[..., 2], of which the forward pass makes it by torch.view_as_complex; or freeze it"
+        )
+    if not parameters:
+        raise PrivacyError(
+            "the model has no parameter with requires_grad: attach adapters first (fastloda.attach_loda)"
+        )
+    return parameters
+
+
+def check_layers(members: Members) -> None:
+    """Refuse batch statistics: in the output (BatchNorm) or in a buffer (running statistics of InstanceNorm)."""
+    for name, module in members.modules.items():
+        if getattr(module, "max_norm", None) is not None:
+            raise PrivacyError(
+                f"layer {name or '(the model)'!r} ({type(module).__name__}) has max_norm: its forward pass rescales the "
+                "rows that the batch looks up, and so releases which they are"
+            )
+        batch_norm = isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats)
+        instance_norm = isinstance(module, _InstanceNorm) and module.training and module.track_running_stats
+        if batch_norm or instance_norm:
+            raise PrivacyError(
+                f"layer {name or '(the model)'!r} ({type(module).__name__}) takes statistics over the batch, so that one sample "
+                "changes the others' gradients; use GroupNorm, or .eval() with public running statistics"
+            )
+
+
+def check_graph(graph: LossGraph) -> None:
+    """Every use of a trainable parameter must have an exact rule."""
+    if HIDING in graph.operations:
+        raise PrivacyError(
+            "reentrant activation checkpointing hides its parameters: pass use_reentrant=False to checkpoint"
+        )
+    if graph.crossings:
+        raise PrivacyError(
+            f"samples mix: {graph.crossings[0]} hands a sample the rows of others, by an index along the batch"
+        )
+    for node, kind in graph.picked.items():
+        raise PrivacyError(
+            f"parameter {graph.uses[node][0].name!r} is used by {node.name()} on rows that {kind} picks by data (a mask, an "
+            "index, lengths), so that whose each row is changes from batch to batch. Compute that layer at all positions, "
+            "and weigh the losses of those that do not count by 0; or cover(model, [name]) of a module around it that takes one "
+            "row for each sample (a layer of experts), which is exact but slower"
+        )
+    for use in uncovered(graph):
+        kind = use.node.name()
+        remedy = COMPILED_REMEDY if kind == COMPILED else UNCOVERED_REMEDY
+        remedy = SCRIPTED_REMEDY if kind.startswith("torch::jit::") else remedy
+        raise PrivacyError(
+            f"parameter {use.name!r} is used by {kind} (input {use.index}), which has no exact per-sample rule: {remedy}"
+        )
+
+
+def check_independence(
+    losses: Tensor,
+    graph: LossGraph,
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    samples: int,
+    agree: Callable[[int], int] = lambda passes: passes,
+) -> None:
+    """Backward from some samples must leave every gradient of the others zero, and bring their own as beside the others.
+
+    When a kind of computation is new (or its batch has more than twice the samples, or a gradient was zero and showed
+    nothing), enough choices are made to part any two samples: 2 log2(samples) + 1 backward passes. After that a random half is
+    looked at on a public schedule (`Looks`): two passes.
+
+    agree: the passes wanted here -> those to be made, where all ranks must make the same number; the rest choose no sample.
+    """
+    looks = _looks.setdefault(model, {}).setdefault(graph.signature, Looks())
+    looks.batches += 1
+    parts: list[Tensor] = []
+    finite, anew = (
+        torch.zeros(samples, dtype=torch.bool, device=losses.device),
+        graph.unsure or samples > 2 * looks.parted,
+    )
+    if anew or looks.due():  # first: what follows waits for the GPU
+        finite = losses.detach().view(samples, -1).isfinite().all(1)
+        parts = [finite, *(parting(finite) if anew else _random_half(finite))]
+    parts += [torch.zeros_like(finite)] * (agree(len(parts)) - len(parts))
+    probe = _Probe(losses, graph, parameters, finite)
+    for chosen in parts:
+        probe.look(chosen)
+    if anew and parts and probe.shown == set(graph.uses):
+        looks.parted = int(finite.sum())
+
+
+def parting(candidates: Tensor) -> Iterator[Tensor]:
+    """Choices among the true, such that for any i and j of them one has i and not j: by the bits of their number."""
+    count = int(candidates.sum())
+    numbers = candidates.cumsum(0) - 1
+    for bit in range((count - 1).bit_length() if count else 0):
+        has_bit = (numbers >> bit) % 2 == 1
+        yield candidates & has_bit
+        yield candidates & ~has_bit
+
+
+def _random_half(candidates: Tensor) -> Iterator[Tensor]:
+    numbers = candidates.nonzero().flatten().tolist()
+    chosen = torch.zeros_like(candidates)
+    chosen[_chance.sample(numbers, (len(numbers) + 1) // 2)] = True
+    yield chosen
+
+
+class _Probe:
+    """Backward passes from some samples' losses, of which the first, from all, tells what each one's gradients are.
+
+    Attributes:
+        shown: the operations that some gradient reached.
+    """
+
+    def __init__(self, losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], finite: Tensor):
+        self._losses, self._graph, self._parameters, self._finite = losses, graph, parameters, finite
+        self._sizes: dict[Node, Tensor] = {}  # of each sample's gradient, beside all others
+        self.shown: set[Node] = set()
+
+    def look(self, chosen: Tensor) -> None:
+        """Backward from the losses of the chosen samples alone.
+
+        Raises:
+            PrivacyError: another sample's gradient is not zero, or the others change what a chosen one's gradient is.
+        """
+        samples = len(chosen)
+        weights = chosen.repeat_interleave(len(self._losses) // samples).to(self._losses.dtype)
+
+        def on_record(node: Node, gy: Tensor, _) -> None:
+            names = ", ".join(repr(use.name) for use in self._graph.uses[node])
+            if gy.numel() % samples:
+                raise PrivacyError(
+                    f"{names}: gradient of shape {tuple(gy.shape)} for {samples} samples: the batch must come first"
+                )
+            rows = gy.reshape(samples, -1)
+            nonzero = ((rows != 0) & ~rows.isnan()).any(1)
+            if nonzero[self._finite & ~chosen].any():
+                raise PrivacyError(
+                    f"samples mix: the loss of some depends on the features of others at {names}. Every loss must depend on "
+                    "its own sample only, and the batch must come first in every layer (batch_first=True)"
+                )
+            sizes = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(gy.dtype, torch.float32))
+            whole = self._sizes.setdefault(node, sizes)
+            if (_differ(sizes, whole, gy.dtype) & chosen).any():
+                raise PrivacyError(
+                    f"samples mix in the backward pass: what some samples' gradient at {names} is depends on which others are in "
+                    "the batch. A hook or an autograd.Function above it may scale gradients by all of them"
+                )
+            if nonzero.any():
+                self.shown.add(node)
+
+        run_backward(self._losses, weights, self._graph, self._parameters, on_record, retain_graph=True)
+
+
+def _differ(sizes: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where two finite sizes are further apart than rounding in `dtype` would bring them."""
+    allowed = torch.finfo(dtype).eps ** 0.5 * whole + 1e-6 * whole.nan_to_num(0, 0, 0).amax()
+    return ((sizes - whole).abs() > allowed) & sizes.isfinite() & whole.isfinite()
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """What the optimizer moves must be exactly what the private gradient covers."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise PrivacyError("LBFGS evaluates the loss by itself, outside the private step: use a first-order optimizer")
+    listed = {}
+    for g, group in enumerate(optimizer.param_groups):
+        listed.update(
+            {id(p): (f"optimizer.param_groups[{g}]['params'][{i}]", p) for i, p in enumerate(group["params"])}
+        )
+    covered = {id(p) for p in parameters.values()}
+    for key, (place, parameter) in listed.items():
+        if parameter.requires_grad and key not in covered:
+            raise PrivacyError(
+                f"{place} (shape {tuple(parameter.shape)}) trains but is no trainable parameter of the model"
+            )
+        if not parameter.requires_grad and parameter.grad is not None:
+            raise PrivacyError(
+                f"{place} (shape {tuple(parameter.shape)}) is frozen but holds a non-private .grad: set it to None"
+            )
+    missing = [name for name, p in parameters.items() if id(p) not in listed]
+    if missing:
+        raise PrivacyError(f"the optimizer lacks trainable parameters {missing[:5]}: add them, or freeze them")

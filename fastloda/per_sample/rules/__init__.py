@@ -1,0 +1,112 @@
+"""Exact per-sample gradient rules, one for each operation of the autograd graph that may use a trainable parameter.
+
+A rule sees a `Call` of the operation, its node (saved tensors) and grad_output, and answers with a `Piece` for each
+parameter input, in the shape in which it enters. It may raise `PrivacyError` for a form of the operation that it does not cover.
+Uses by any other operation, as another input, or that `refuses` is true for, are refused before backward runs. A node that
+hands over its pieces itself, by a `recorder` (a LoDA layer, a layer with a rule of its own), has none here.
+"""
+
+from collections.abc import Callable, Collection
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Size
+from torch.autograd.graph import Node
+
+from fastloda.loda.arithmetic import A_INPUT, B_INPUT
+from fastloda.per_sample.batch_axis import output_shape
+from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.rules.broadcast import (
+    add,
+    addcmul,
+    div,
+    masked_fill,
+    mul,
+    prelu,
+    sub,
+    varies_along_batch,
+    where,
+)
+from fastloda.per_sample.rules.call import Call
+from fastloda.per_sample.rules.conv import convolution
+from fastloda.per_sample.rules.embedding import embedding, embedding_bag
+from fastloda.per_sample.rules.expand import makes_no_copy, tile
+from fastloda.per_sample.rules.linear import addmm, bilinear, bmm, mm, mv, one_for_each_row
+from fastloda.per_sample.rules.norm import batch_norm, group_norm, layer_norm, rms_norm
+
+if TYPE_CHECKING:  # it reads these rules
+    from fastloda.per_sample.graph import LossGraph, Use
+
+LODA_NODE = "LoDAFunctionBackward"  # how the autograd graph names a LoDA layer
+
+
+class Rule(NamedTuple):
+    """`pieces(call) -> {input: Piece}` for the operation's inputs that may be parameters; None: the node hands them over."""
+
+    pieces: Callable[[Call], dict[int, Piece]] | None
+    inputs: Collection[int]
+    refuses: Callable[[Node, Size, int], bool] = lambda node, shape, outer: False
+
+
+RULES = {
+    LODA_NODE: Rule(None, (A_INPUT, B_INPUT)),
+    "AddBackward0": Rule(add, (0, 1), varies_along_batch),
+    "AddcmulBackward0": Rule(addcmul, (0, 1, 2), varies_along_batch),
+    "AddmmBackward0": Rule(addmm, (0, 2)),
+    "BmmBackward0": Rule(bmm, (0, 1), one_for_each_row),
+    "ConvolutionBackward0": Rule(convolution, (1, 2)),
+    "DivBackward0": Rule(div, (0, 1), varies_along_batch),
+    "EmbeddingBackward0": Rule(embedding, (0,)),
+    "EmbeddingBagBackward0": Rule(embedding_bag, (0,)),
+    "ExpandBackward0": Rule(tile, (0,), makes_no_copy),
+    "FusedRmsNormBackward0": Rule(rms_norm, (1,)),
+    "MaskedFillBackward0": Rule(masked_fill, (0,), varies_along_batch),
+    "MmBackward0": Rule(mm, (1,)),
+    "MulBackward0": Rule(mul, (0, 1), varies_along_batch),
+    "MvBackward0": Rule(mv, (1,)),
+    "NativeBatchNormBackward0": Rule(batch_norm, (1, 2)),
+    "NativeGroupNormBackward0": Rule(group_norm, (1, 2)),
+    "NativeLayerNormBackward0": Rule(layer_norm, (1, 2)),
+    "PreluKernelBackward0": Rule(prelu, (1,), varies_along_batch),
+    "RepeatBackward0": Rule(tile, (0,), makes_no_copy),
+    "SubBackward0": Rule(sub, (0, 1), varies_along_batch),
+    "TrilinearBackward0": Rule(bilinear, (1,)),
+    "WhereBackward0": Rule(where, (0, 1), varies_along_batch),
+}
+FUNCTION_RULES: dict[type, Rule] = {}  # by the autograd.Function itself: its name need not be unique
+
+
+def rule_of(node: Node) -> Rule | None:
+    own = FUNCTION_RULES.get(getattr(type(node), "_forward_cls", None))
+    return own or RULES.get(node.name())
+
+
+def uncovered(graph: "LossGraph") -> "list[Use]":
+    """The uses that no rule covers."""
+    return [use for uses in graph.uses.values() for use in uses if not _covered(use, graph.outer[use.node])]
+
+
+def may_be_covered(use: "Use") -> bool:
+    """Whether a rule covers the use if the batch lies in the right place."""
+    return may_cover(use.node, use.index, use.shape)
+
+
+def may_cover(node: Node, index: int, shape: Size, outer: int = 0) -> bool:
+    """`covers`, wherever the batch lies in the output."""
+    rows = output_shape(node)
+    return any(covers(node, index, shape, before) for before in {prod(rows[:dim]) for dim in range(len(rows))})
+
+
+def covers(node: Node, index: int, shape: Size, outer: int) -> bool:
+    """Whether a rule covers a parameter that enters the operation as that input, in that shape.
+
+    None does where the output is complex: a real parameter's gradient is then the real part of a complex product.
+    """
+    rule = rule_of(node)
+    if rule is None or rule.pieces is not None and any(output.dtype.is_complex for output in node._input_metadata):
+        return False
+    return index in rule.inputs and not rule.refuses(node, shape, outer)
+
+
+def _covered(use: "Use", outer: int) -> bool:
+    return covers(use.node, use.index, use.shape, outer)

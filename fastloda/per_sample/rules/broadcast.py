@@ -1,0 +1,128 @@
+"""A parameter combined with features and broadcast along the batch: biases, scales, position tables, slopes.
+
+Its gradient is grad_output times what the operation multiplies it with, summed over all that it was broadcast along. A parameter
+with entries of its own for each row of the batch has no gradient per sample.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Size, Tensor
+from torch.autograd.graph import Node
+
+from fastloda.errors import PrivacyError
+from fastloda.loda.arithmetic import accumulable
+from fastloda.per_sample.batch_axis import locate, output_shape
+from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.rules.call import Call
+
+Factor = Callable[..., Tensor]  # (gy, *factors) -> grad_output of the parameter, not yet summed
+
+
+def add(call: Call) -> dict[int, Piece]:
+    """a + alpha b: inputs 0 a and 1 b."""
+    factors = (1, call.node._saved_alpha)
+    return {
+        index: _piece(call, shape, lambda gy, f=factors[index]: gy, scale=factors[index]) for index, shape in _of(call)
+    }
+
+
+def sub(call: Call) -> dict[int, Piece]:
+    """a - alpha b: inputs 0 a and 1 b."""
+    factors = (1, -call.node._saved_alpha)
+    return {index: _piece(call, shape, lambda gy: gy, scale=factors[index]) for index, shape in _of(call)}
+
+
+def mul(call: Call) -> dict[int, Piece]:
+    """a b: inputs 0 a and 1 b, each saved only if the other needs a gradient."""
+    others = lambda index: (call.node._saved_other, call.node._saved_self)[index]  # noqa: E731
+    return {index: _piece(call, shape, lambda gy, other: gy * other, others(index)) for index, shape in _of(call)}
+
+
+def div(call: Call) -> dict[int, Piece]:
+    """a / b: inputs 0 a and 1 b."""
+    node = call.node
+    pieces = {}
+    for index, shape in _of(call):
+        if index == 0:
+            pieces[0] = _piece(call, shape, lambda gy, b: gy / b, node._saved_other)
+        else:
+            pieces[1] = _piece(call, shape, lambda gy, a, b: -gy * (a / b) / b, node._saved_self, node._saved_other)
+    return pieces
+
+
+def addcmul(call: Call) -> dict[int, Piece]:
+    """a + value b c: inputs 0 a, 1 b and 2 c."""
+    node = call.node
+    pieces = {}
+    for index, shape in _of(call):
+        if index == 0:
+            pieces[0] = _piece(call, shape, lambda gy: gy)
+        else:
+            other = node._saved_tensor2 if index == 1 else node._saved_tensor1
+            pieces[index] = _piece(call, shape, lambda gy, other: gy * other, other, scale=node._saved_value)
+    return pieces
+
+
+def prelu(call: Call) -> dict[int, Piece]:
+    """x where x > 0, else weight x: inputs 0 x and 1 weight, viewed so that it broadcasts."""
+    negative = lambda gy, x: gy * x.clamp(max=0)  # noqa: E731
+    return {index: _piece(call, shape, negative, call.node._saved_self) for index, shape in _of(call)}
+
+
+def where(call: Call) -> dict[int, Piece]:
+    """a where the condition holds, else b: inputs 0 a and 1 b."""
+    held = call.node._saved_condition
+    return {index: _piece(call, shape, torch.mul, held if index == 0 else ~held) for index, shape in _of(call)}
+
+
+def masked_fill(call: Call) -> dict[int, Piece]:
+    """a outside the mask, else a number: input 0 a."""
+    return {index: _piece(call, shape, torch.mul, ~call.node._saved_mask) for index, shape in _of(call)}
+
+
+def varies_along_batch(node: Node, shape: Size, outer: int) -> bool:
+    """Whether a parameter that enters in `shape` may have entries of its own for each row, or there are no rows at all."""
+    rows = output_shape(node)
+    if not rows:
+        return True
+    if not outer or rows[0] == 1:  # a lone row; or the batch may be anywhere behind, which the rule then looks into
+        return False
+    full = (1,) * (len(rows) - len(shape)) + tuple(shape)
+    places = [dim for dim in range(len(rows)) if prod(rows[:dim]) == outer] or [locate(rows, outer)[0]]
+    return all(full[dim] != 1 for dim in places)
+
+
+def summed(t: Tensor, shape: Size, samples: int) -> Tensor:
+    """[rows, *spread] -> [samples, *shape]: over a sample's rows, and over all that `shape` was broadcast along."""
+    full = (1,) * (t.dim() - 1 - len(shape)) + tuple(shape)
+    grad = accumulable(t).reshape(samples, len(t) // samples, *t.shape[1:]).sum_to_size(samples, 1, *full)
+    return grad.reshape(samples, *shape)
+
+
+def _of(call: Call) -> list[tuple[int, Size]]:
+    """(input, shape) of the parameters that enter."""
+    if call.samples > 1:
+        dim, _ = call.place
+        for shape in call.shapes.values():
+            place = dim - (call.gy.dim() - len(shape))
+            if place >= 0 and shape[place] != 1:
+                raise PrivacyError(
+                    f"{call.node.name()} reads a parameter of shape {tuple(shape)} with entries of its own for each row of the "
+                    "batch"
+                )
+    return list(call.shapes.items())
+
+
+def _piece(call: Call, shape: Size, product: Factor, *factors: Tensor, scale: float = 1) -> Piece:
+    """scale product(gy, *factors), summed."""
+
+    def grad(*tensors: Tensor) -> Tensor:
+        *tensors, samples = tensors
+        total = summed(product(*map(accumulable, tensors)) if factors else tensors[0], shape, samples)
+        return total * scale  # a new tensor: the sum may be gy itself
+
+    factors = [factor.expand_as(call.gy) for factor in factors]
+    tensors = tuple(call.apart(t) for t in (call.gy, *factors))
+    return Piece(grad, tensors, scratch_bytes=4 * call.gy.numel() if factors else 0)

@@ -1,0 +1,48 @@
+"""Convolutions of one, two and three dimensions, grouped or not, with zero padding; and transposed ones."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from fastloda.kernels.conv import Conv
+from fastloda.loda.arithmetic import accumulable, channel_sum, conv_piece, lay_out_taps, sum_rows
+from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.rules.call import Call
+from fastloda.per_sample.taps import gather_taps
+
+
+def convolution(call: Call) -> dict[int, Piece]:
+    """convolution(x, weight, bias): inputs 0 x [N, C, *size], 1 weight [O, C / groups, *kernel], 2 bias [O].
+
+    A transposed one is the way back through a convolution from y to x with the same weight [C, O / groups, *kernel]: to the
+    weight's gradient, y's is the input and x the gradient.
+    """
+    node = call.node
+    pieces = {2: Piece(channel_sum, (call.gy,))} if 2 in call.shapes else {}
+    if 1 in call.shapes:
+        x, gy = (call.gy, node._saved_input) if node._saved_transposed else (node._saved_input, call.gy)
+        pieces[1] = _weight(x, gy, call.shapes[1][2:], node)
+    return pieces
+
+
+def _weight(x: Tensor, gy: Tensor, kernel: tuple[int, ...], node) -> Piece:
+    saved = (node._saved_stride, node._saved_padding, node._saved_dilation)
+    spread = (values * len(kernel) if len(values) == 1 else values for values in saved)  # "valid" saves one
+    geometry = (tuple(kernel), *map(tuple, spread))
+    groups = node._saved_groups
+
+    def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
+        """[samples, O k^d, C / groups], as `lay_out_taps` takes it: the k^d taps of gy against x in place, group by group."""
+        taps = accumulable(gather_taps(gy, x.shape[2:], *geometry))
+        rows, size = len(x), taps.shape[-1]
+        taps = taps.reshape(rows * groups, -1, size)
+        grad = taps @ accumulable(x).reshape(rows * groups, -1, size).mT  # [N groups, O / groups k^d, C / groups]
+        return sum_rows(grad.view(rows, -1, grad.shape[-1]), samples)
+
+    positions = x.shape[2:].numel()
+    taps = gy.shape[:2].numel() * kernel.numel() * positions
+    flat = Conv(*geometry) if len(kernel) == 2 and groups == 1 else None
+    shapes = (gy.shape[1] // groups * kernel.numel(), x.shape[1] // groups)
+    product = ("gkq,gcq->gkc", tuple((groups, width, len(x) * positions) for width in shapes))
+    lay_out = lambda grads: lay_out_taps(grads, kernel)  # noqa: E731
+    return replace(conv_piece(weight_grad, lay_out, x, gy, flat, taps * gy.element_size()), product=product)

@@ -1,0 +1,45 @@
+"""A parameter repeated along the batch by `expand` or `repeat`: the class token of a transformer, the scale of InstanceNorm,
+an adapter in a compiled model. The copies have gradients of their own, which is all that a rule needs.
+"""
+
+from torch import Size, Tensor
+from torch.autograd.graph import Node
+
+from fastloda.errors import PrivacyError
+from fastloda.loda.arithmetic import accumulable
+from fastloda.per_sample.batch_axis import output_shape
+from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.relaying import untiled
+from fastloda.per_sample.rules.call import Call
+
+
+def makes_no_copy(node: Node, shape: Size, outer: int) -> bool:
+    """Whether the parameter has all the entries that come out, and not for a lone row: then it is only re-laid."""
+    return bool(outer) and output_shape(node).numel() == shape.numel()
+
+
+def tile(call: Call) -> dict[int, Piece]:
+    """expand(p) or p.repeat(...): input 0. A sample's gradient is the sum over its copies."""
+    shape = call.shapes[0]
+    if call.samples == 1:
+        return {0: Piece(lambda gy, samples: _copies(gy[0][None], shape), (call.gy[None],))}
+    dim, blocks = call.place
+    own = ((1,) * (call.gy.dim() - len(shape)) + tuple(shape))[dim]  # entries of p within the batch's dimension
+    rows = call.gy.shape[dim] // blocks
+    if blocks != 1 or rows % (call.samples * own):
+        raise PrivacyError(
+            f"a parameter of shape {tuple(shape)} is repeated to {tuple(call.gy.shape)} for {call.samples} samples: the batch "
+            "must be the outermost of the copies"
+        )
+
+    def grad(gy: Tensor, samples: int) -> Tensor:
+        own_first = gy.reshape(samples, -1, *gy.shape[1:]).squeeze(
+            2 + dim
+        )  # [samples, copies x own, *other dimensions]
+        return _copies(own_first.movedim(1, 1 + dim), shape)
+
+    return {0: Piece(grad, (call.apart(call.gy),))}
+
+
+def _copies(grads: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return untiled(accumulable(grads), shape).reshape(len(grads), *shape)

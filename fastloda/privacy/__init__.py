@@ -1,0 +1,1 @@
+"""The private step: clipping, noise, sums over micro-batches and ranks."""

@@ -1,0 +1,131 @@
+"""A clipping bound that follows a quantile of the gradients' norms, privately (Andrew et al. 2021).
+
+https://arxiv.org/abs/1905.03871, Algorithm 1. After each step the bound C moves towards the norm below which a given share
+of the gradients lies. What it moves by is a second release about the records, and its cost is part of the step's.
+
+*Sensitivity.* With b_n = 1 if |g_n| <= C, else 0, the release is of  S = sum_n (b_n - 1/2)  over the samples of the batch.
+Adding or removing one record adds or removes one term, +1/2 or -1/2, or none if the record was not drawn, is masked, or has
+no finite gradient; the other terms stay, since C is the outcome of earlier releases. So S changes by at most 1/2.
+
+*Cost.* A step releases (sum of clipped gradients + z_g C N(0, I),  S + sigma_b N(0, 1)). Each part divided by its noise, that
+is one Gaussian mechanism of standard deviation 1, to whose mean one record adds a vector of squared length at most
+1 / z_g^2 + (1/2)^2 / sigma_b^2. With  z_g = (z^-2 - (2 sigma_b)^-2)^(-1/2)  this is 1 / z^2: the step costs exactly what the
+accountant charges for noise multiplier z, Poisson amplification included (ib., Theorem 1).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastloda.privacy.clip import Flat, check_positive
+from fastloda.privacy.noise import NoiseSource, gaussian
+from fastloda.privacy.ranks import World
+
+LARGEST_SHARE = 0.99  # of a step's cost that the count may take: the gradient's noise is then tenfold
+DEFAULT_COUNT_NOISE = 1 / 20  # of the expected batch size, as in the paper
+LEAST_BOUND, LARGEST_BOUND = 1e-20, 1e20  # within float32, wherever noise may drive the bound
+
+
+@dataclass(frozen=True)
+class AdaptiveClipping(Flat):
+    """Flat clipping whose bound starts at `initial` and moves by exp(-learning_rate (b - quantile)) at each step.
+
+    b is the noisy share of gradients that were not longer than the bound: (S + sigma_b N(0, 1)) / expected_batch_size + 1/2.
+    The divisor is public, and neither S nor b is kept anywhere.
+
+    Attributes:
+        quantile: the share of gradients that should not be clipped, in (0, 1).
+        learning_rate: of the bound's logarithm; 0.2 moves it tenfold in 23 steps if all gradients are on one side of it.
+        count_noise: sigma_b, the standard deviation of the noise on the count S; it must exceed noise_multiplier / 2.
+            Default: expected_batch_size / 20.
+        initial: the first bound. Default: max_grad_norm. Public: not to be read off private gradients.
+        min_bound, max_bound: where the bound stops.
+    """
+
+    name: ClassVar[str] = "adaptive"
+    quantile: float = 0.5
+    learning_rate: float = 0.2
+    count_noise: float | None = None
+    initial: float | None = None
+    min_bound: float = LEAST_BOUND
+    max_bound: float = LARGEST_BOUND
+
+    def __post_init__(self):
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"quantile must be in (0, 1), got {self.quantile!r}")
+        check_positive("learning_rate", self.learning_rate)
+        if not LEAST_BOUND <= self.min_bound < self.max_bound <= LARGEST_BOUND:
+            raise ValueError(
+                f"min_bound must be less than max_bound, both within {LEAST_BOUND} and {LARGEST_BOUND}, got {self.min_bound!r} "
+                f"and {self.max_bound!r}"
+            )
+        for name in ("count_noise", "initial"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+
+    def count_std(self, expected_batch_size: float) -> float:
+        """sigma_b."""
+        return expected_batch_size * DEFAULT_COUNT_NOISE if self.count_noise is None else self.count_noise
+
+    def share(self, noise_multiplier: float, expected_batch_size: float) -> float:
+        """What the count takes of a step's squared sensitivity over noise: (z / (2 sigma_b))^2.
+
+        Raises:
+            ValueError: it would take all, or nearly all.
+        """
+        std = self.count_std(expected_batch_size)
+        share = (noise_multiplier / (2 * std)) ** 2
+        if share > LARGEST_SHARE:
+            default = "" if self.count_noise is not None else " (expected_batch_size / 20, the default)"
+            least = noise_multiplier / (2 * math.sqrt(LARGEST_SHARE))
+            raise ValueError(
+                f"count_noise must be at least {least:.4g} with noise_multiplier={noise_multiplier:.4g}, got {std}{default}"
+            )
+        return share
+
+    def gradient_noise(self, noise_multiplier: float, expected_batch_size: float) -> float:
+        """z_g = (z^-2 - (2 sigma_b)^-2)^(-1/2), and 0 for z = 0, where the count has no noise either."""
+        return noise_multiplier / math.sqrt(1 - self.share(noise_multiplier, expected_batch_size))
+
+    def centred_count(self, norms: Tensor, bound: float, mask: Tensor) -> Tensor:
+        """S of norms [samples], float64: each sample adds 1/2 or -1/2; 0 if it is masked or not finite."""
+        halves = torch.where(norms <= bound, 0.5, -0.5).to(norms.dtype)
+        return torch.where(mask & norms.isfinite(), halves, 0.0).sum()
+
+    def moved_bound(
+        self,
+        bound: float,
+        count: Tensor,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        world: World,
+        generator: NoiseSource | None,
+    ) -> float:
+        """C exp(-learning_rate (b - quantile)), on all ranks, for C = bound. count: this rank's share of S.
+
+        Releases b, with its noise unless noise_multiplier is 0; nothing else of the count leaves this function.
+        """
+        count = world.sum_to_first({"count": count})["count"]
+        moved = count.new_tensor(bound)
+        if world.first:
+            if noise_multiplier > 0:
+                count = count + gaussian(count.shape, self.count_std(expected_batch_size), count.device, generator)
+            below = count.item() / expected_batch_size + 0.5
+            log = math.log(bound) - self.learning_rate * (below - self.quantile)
+            moved.fill_(math.exp(min(max(log, math.log(self.min_bound)), math.log(self.max_bound))))
+        world.copy_from_first([moved])
+        return moved.item()
+
+    def statement(self, noise_multiplier: float, expected_batch_size: float) -> dict:
+        return {
+            "mechanism": "Gaussian noise on the sum of clipped per-record gradients, and on the count of the gradients "
+            "within the bound; both divided by the expected batch size",
+            "clipping": self.name,
+            "quantile": self.quantile,
+            "count_noise": self.count_std(expected_batch_size),
+            "gradient_noise_multiplier": self.gradient_noise(noise_multiplier, expected_batch_size),
+            "share_spent_on_count": self.share(noise_multiplier, expected_batch_size),
+        }

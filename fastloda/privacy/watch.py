@@ -1,0 +1,129 @@
+"""Nothing of a model may change with the records but by the noisy update.
+
+A forward or backward pass that writes to a buffer (running statistics, the largest gradient that FP8 scaling keeps), to a frozen
+parameter, or to a trainable one (`F.embedding` with max_norm) would release what it wrote without noise. So a model is
+watched from the end of one update to the noise of the next.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from fastloda.errors import PrivacyError
+from fastloda.per_sample.members import Members
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Watch:
+    """All parameters and buffers of a model as they are now.
+
+    PyTorch counts the writes to each tensor, other than through `.data` or NumPy. So what trainable parameters and buffers hold
+    is compared too; and the former may be written to if they then hold what they held, as when an average is swapped in for an
+    evaluation and out again.
+    """
+
+    def __init__(self, members: Members):
+        self._seen, self._places = _versions(members), _places(members)
+        self._trainable = {name: p for name, p in members.parameters.items() if p.requires_grad}
+        self._buffers = [b for b in members.buffers.values() if type(b) is Tensor and b.layout == torch.strided]
+        self._bits = self._held()
+
+    def _held(self) -> Tensor:
+        return bits([*self._trainable.values(), *self._buffers])
+
+    def check(self, members: Members, thorough: bool = True) -> None:
+        """Refuse members, of the same model now, that are not what they were.
+
+        thorough: compare what they hold even if no write was counted, for which a GPU is waited for.
+
+        Raises:
+            PrivacyError: names the first that changed.
+        """
+        if _places(members) != self._places:  # moved to a device or cast, which no record brings about
+            self.__init__(members)
+            return
+        rewritten = False
+        for name, (tensor, version) in _versions(members).items():
+            seen, seen_version = self._seen.get(name, (tensor, version))
+            if tensor is seen and version == seen_version:
+                continue
+            if name not in self._trainable:
+                raise PrivacyError(
+                    f"{name!r} changed since the last step: it would release private statistics, or how many batches there were, "
+                    "unnoised. What only the weights determine (spectral_norm) stays as it is if that part is in eval mode. "
+                    f"{OWN_CHANGES}"
+                )
+            rewritten = rewritten or name
+        if (thorough or rewritten) and bool(self._held() != self._bits):
+            raise PrivacyError(
+                f"{rewritten or 'a parameter or buffer'!r} changed outside the private step: a forward or backward pass that "
+                f"writes to a parameter or buffer releases private values, unnoised. {OWN_CHANGES}"
+            )
+
+
+OWN_CHANGES = (
+    "(Changes of your own that no record has to do with belong into optimizer.register_step_post_hook, or before "
+    "fastloda.privacy.watch.accept_changes(model))"
+)
+
+
+class Watcher(Protocol):
+    """Whoever watches a model from step to step."""
+
+    def watch(self) -> None:
+        """Take the model as it is now."""
+
+
+_watchers: WeakKeyDictionary[nn.Module, WeakSet[Watcher]] = WeakKeyDictionary()
+_after_update: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()  # of models that `ghost_dp_step` moved last
+
+
+def add_watcher(model: nn.Module, watcher: Watcher) -> None:
+    """Let `accept_changes` tell a watcher, who has just taken the model as it is."""
+    _after_update.pop(model, None)
+    _watchers.setdefault(model, WeakSet()).add(watcher)
+
+
+def watched_since_update(model: nn.Module, members: Members) -> None:
+    """Check a model against what it was after the last `ghost_dp_step`, if there was one."""
+    if model in _after_update:
+        _after_update[model].check(members)
+
+
+def watch_from_update(model: nn.Module) -> None:
+    """Let the next `ghost_dp_step` check the model against what it is now."""
+    _after_update[model] = Watch(Members.of(model))
+
+
+def accept_changes(model: nn.Module) -> None:
+    """Take a model as it is now, whatever was done to it since its last private step: weights loaded or bounded, say.
+
+    What was done may not depend on private records.
+    """
+    _after_update.pop(model, None)
+    for watcher in _watchers.get(model, ()):
+        watcher.watch()
+
+
+def bits(parameters: Iterable[Tensor]) -> Tensor:
+    """The sum of all the bits, as integers: int64, on the device of the first. One pass over them."""
+    alike: dict[tuple, list[Tensor]] = {}
+    for p in parameters:
+        p = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
+        alike.setdefault((p.device, p.dtype), []).append(p.reshape(-1))
+    flat = [torch.cat(tensors).contiguous() for tensors in alike.values()]
+    totals = [t.view(INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in flat]
+    return torch.stack([total.to(totals[0].device) for total in totals]).sum() if totals else torch.zeros(())
+
+
+def _places(members: Members) -> list[tuple[torch.dtype, torch.device]]:
+    return [(t.dtype, t.device) for t in (*members.parameters.values(), *members.buffers.values())]
+
+
+def _versions(members: Members) -> dict[str, tuple[Tensor, int]]:
+    """Tensors, not their ids: the id of a tensor that was replaced may come back."""
+    return {name: (t, t._version) for name, t in (members.parameters | members.buffers).items()}

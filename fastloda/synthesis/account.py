@@ -1,0 +1,90 @@
+"""Privacy accounting without a model: epsilon for noise, noise for epsilon, several runs together."""
+
+from pathlib import Path
+
+from fastloda.accounting.accountant import PrivacyAccountant, calibrate_noise, compose_epsilon
+from fastloda.privacy.noise import describe_together
+from fastloda.synthesis.arguments import Names
+from fastloda.synthesis.budget import ADJACENCY, SAMPLER, STATEMENT, unrecorded_release
+from fastloda.synthesis.runs import read_json
+
+NO_RUNS = Names()
+MECHANISM = ("sample_rate", "noise_multiplier", "steps")
+
+
+def account(
+    delta: float,
+    *,
+    sample_rate: float | None = None,
+    noise_multiplier: float | None = None,
+    steps: int | None = None,
+    target_epsilon: float | None = None,
+    composition: Names = NO_RUNS,
+) -> dict:
+    """Compute epsilon for given noise, the noise for a given epsilon, or the epsilon of several runs together.
+
+    Epsilon is an upper bound for Poisson-sampled DP-SGD and add/remove adjacency (`fastloda.accounting.accountant`); that of
+    Renyi DP stands beside it.
+
+    Args:
+        delta: probability with which the bound may fail.
+        sample_rate: probability that a record enters a step's batch: batch size / records.
+        noise_multiplier: standard deviation of the noise over the clip norm.
+        steps: optimizer steps.
+        target_epsilon: give this instead of noise_multiplier to get the noise.
+        composition: several runs on the same records instead of all these: their folders, or privacy.json files, with
+            commas between. What `choose` released before a run is counted with the run.
+    """
+    one = {"sample_rate": sample_rate, "steps": steps}
+    if composition:
+        if any(value is not None for value in (*one.values(), noise_multiplier, target_epsilon)):
+            raise ValueError("--composition takes everything but --delta from the runs: give nothing else")
+        return _compose([read_statement(Path(path)) for path in composition], delta)
+    if missing := [f"--{name}" for name, value in one.items() if value is None]:
+        raise ValueError(f"{' and '.join(missing)} missing; or give --composition")
+    if (noise_multiplier is None) == (target_epsilon is None):
+        raise ValueError("give either --noise_multiplier, to get epsilon, or --target_epsilon, to get the noise")
+    if noise_multiplier is None:
+        noise_multiplier = calibrate_noise(target_epsilon, delta, sample_rate, steps)
+    accountant = PrivacyAccountant(sample_rate, noise_multiplier)
+    epsilons = {"epsilon": accountant.epsilon(delta, steps), "epsilon_rdp": accountant.epsilon_rdp(delta, steps)}
+    return epsilons | {"delta": delta, "noise_multiplier": noise_multiplier, **one}
+
+
+def read_statement(path: Path) -> dict:
+    """privacy.json: the file itself, or that of a run's folder or of its private/.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is none of ours.
+    """
+    found = [p for p in (path, path / STATEMENT, path / "private" / STATEMENT) if p.is_file()]
+    if not found:
+        raise FileNotFoundError(f"no {STATEMENT} at {path}: fine-tuning writes it when it has finished")
+    statement = read_json(found[0])
+    if statement.get("adjacency") != ADJACENCY or statement.get("sampler") != SAMPLER:
+        raise ValueError(f"{found[0]} is no privacy statement of FastLoDA")
+    return statement
+
+
+def releases(statement: dict) -> list[tuple]:
+    """All that a statement's epsilon covers, as `compose_epsilon` takes it."""
+    own = tuple(statement[name] for name in MECHANISM)
+    return [*map(tuple, statement.get("earlier", ())), own]
+
+
+def known_releases(statement: dict) -> list[dict]:
+    """The same with what is known of how the noise of each was drawn."""
+    if "releases" in statement:
+        return statement["releases"]
+    *earlier, own = map(unrecorded_release, releases(statement))
+    return [*earlier, own | {name: statement[name] for name in ("seed_was_fixed", "randomness") if name in statement}]
+
+
+def _compose(statements: list[dict], delta: float) -> dict:
+    known = [release for statement in statements for release in known_releases(statement)]
+    return {
+        "epsilon": compose_epsilon([tuple(release[name] for name in MECHANISM) for release in known], delta),
+        "delta": delta,
+        "each": [s["epsilon"] for s in statements],
+        "randomness": describe_together(release["randomness"] for release in known),
+    }

@@ -1,0 +1,239 @@
+"""A privacy budget: from a promise (epsilon, delta) to a private run's settings, and the statement of what it spent."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Self
+
+from fastloda.accounting.accountant import calibrate_noise, compose_epsilon
+from fastloda.files import write_atomically
+from fastloda.privacy.noise import UNRECORDED, describe_randomness, describe_together
+from fastloda.privacy.styles import ClippingName, clipping_style
+from fastloda.synthesis.report.plots import epsilon_plot
+from fastloda.synthesis.runs import CONFIG, DONE, write_json
+from fastloda.training.spent import intent_path
+from fastloda.training.trainer import DPTrainer, PrivateTraining
+
+logger = logging.getLogger("fastloda")
+
+STATEMENT, EPSILON_CURVE, CHECKPOINT = "privacy.json", "epsilon.png", "checkpoint.pt"
+ADJACENCY, SAMPLER = "add/remove one record", "Poisson"
+CURVE_POINTS = 40
+
+README = f"""\
+May be released, on the terms in {STATEMENT}: the .safetensors file, {STATEMENT}, {EPSILON_CURVE}, {CONFIG}.
+Must stay private: {CHECKPOINT}, from which training continues; it holds the secret from which the noise follows.
+Must stay beside it while training may continue: {intent_path(Path(CHECKPOINT))}, which lists what was released.
+Better kept: {DONE}; the time that training took depends, a little, on the records.
+"""
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The promise, and what else fixes the noise. All of it is public: none may be computed from the private records.
+
+    Attributes:
+        target_epsilon: upper bound on epsilon that training may not exceed; 1 is strong, 10 is common in research.
+        delta: probability with which the bound may fail; must be below 1 / records.
+        epochs: expected number of times that a record is used.
+        batch_size: expected records a step; large batches need less noise per record.
+        records: the public, nominal number of records; sample_rate = batch_size / records and the number of steps
+            follow from it. Default: the count of the data, which is thereby made public.
+        max_grad_norm: bound on the L2 norm of a record's gradient. A small one clips all gradients, as is usual in
+            diffusion, and Adam makes up for the scale. With adaptive clipping, where the bound starts.
+        views: noise levels per record and step, averaged before clipping.
+        clipping: flat (a gradient longer than max_grad_norm is shortened to it), automatic (all are scaled to just below
+            it), per_layer (each layer has an equal share of it), or adaptive (it follows the median of the norms, for a
+            part of the same budget).
+    """
+
+    target_epsilon: float
+    delta: float
+    epochs: float = 50.0
+    batch_size: int = 256
+    records: int | None = None
+    max_grad_norm: float = 1e-3
+    views: int = 2
+    clipping: ClippingName = "flat"
+
+    def __post_init__(self):
+        clipping_style(self.clipping)
+        for name in ("target_epsilon", "delta", "epochs", "batch_size", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"privacy.{name} must be positive and finite, got {getattr(self, name)}")
+        if self.delta >= 1:
+            raise ValueError(f"privacy.delta must be below 1, got {self.delta}")
+        if self.views < 1:
+            raise ValueError(f"privacy.views must be at least 1, got {self.views}")
+        if self.records is not None:
+            self._check_records()
+
+    def _check_records(self):
+        if self.records < 1:
+            raise ValueError(f"privacy.records must be at least 1, got {self.records}")
+        check_delta("privacy.delta", self.delta, self.records)
+        if self.batch_size > self.records:
+            raise ValueError(f"privacy.batch_size {self.batch_size} exceeds the {self.records} records")
+        if self.steps < 1:
+            raise ValueError(
+                f"privacy.epochs {self.epochs} over {self.records} records are less than a step of {self.batch_size}"
+            )
+
+    @classmethod
+    def for_steps(cls, steps: int, batch_size: int, records: int, **promise) -> Self:
+        """A promise that is spent in so many steps; promise: the other fields but epochs."""
+        return cls(epochs=steps * batch_size / records, batch_size=batch_size, records=records, **promise)
+
+    def with_records(self, count: int) -> "Privacy":
+        """`records` filled in by the data's own count, if it was left open."""
+        return replace(self, records=nominal_records(self.records, count, "--privacy.records"))
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability that a record enters a step's batch."""
+        return self.batch_size / self.records
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return round(self.epochs / self.sample_rate)
+
+
+def nominal_records(given: int | None, count: int, option: str) -> int:
+    """The public number of records: the one given, or else the data's own, which is thereby made public."""
+    if given is None:
+        logger.info("note: the number of records, %d, is treated as public; or give %s", count, option)
+        return count
+    return given
+
+
+def check_delta(name: str, delta: float, records: int) -> None:
+    """ValueError unless 0 < delta < 1 / records."""
+    if records < 1 or not 0 < delta < 1 / records:
+        raise ValueError(
+            f"{name} must be below 1 / records = {1 / max(1, records):.3g} and positive, got {delta}: with a larger one, "
+            "publishing a random record would count as private"
+        )
+
+
+def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optimization) -> PrivateTraining:
+    """The trainer's settings, with the least noise that keeps the promise. Takes 1 to 20 s, less if asked before.
+
+    earlier: releases about the same records, as `compose_epsilon` takes them, that the promise covers too.
+    optimization: the other fields of `PrivateTraining`.
+    """
+    settings = PrivateTraining(  # checked before the noise is sought, which takes a while
+        sample_rate=privacy.sample_rate,
+        expected_batch_size=privacy.batch_size,
+        steps=privacy.steps,
+        noise_multiplier=1.0,
+        delta=privacy.delta,
+        target_epsilon=privacy.target_epsilon,
+        max_grad_norm=privacy.max_grad_norm,
+        views=privacy.views,
+        clipping=privacy.clipping,
+        earlier=tuple(tuple(release) for release in earlier),
+        **optimization,
+    )
+    logger.info("calibrating the noise for epsilon %g over %d steps", privacy.target_epsilon, privacy.steps)
+    noise = calibrate_noise(privacy.target_epsilon, privacy.delta, privacy.sample_rate, privacy.steps, earlier)
+    logger.info("noise multiplier %.3f at sample rate %.3g", noise, privacy.sample_rate)
+    return replace(settings, noise_multiplier=noise)
+
+
+def publish(trainer: DPTrainer, privacy: Privacy, folder: Path, earlier: Sequence[dict] = ()) -> None:
+    """What a private run says about itself: privacy.json, epsilon.png, and README.txt on what may leave the folder.
+
+    earlier: as in `privacy_statement`.
+    """
+    write_atomically(folder / "README.txt", README.encode())
+    write_atomically(folder / EPSILON_CURVE, _epsilon_curve(trainer))
+    write_json(folder / STATEMENT, privacy_statement(trainer, privacy, earlier))
+
+
+def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[dict] = ()) -> dict:
+    """What was spent, and on what terms: JSON values, all of them public.
+
+    earlier: what is known of the releases in the settings' `earlier`, as a statement's own "releases" say it.
+    """
+    settings, accountant = trainer.settings, trainer.accountant
+    own = (settings.sample_rate, settings.noise_multiplier, trainer.step)
+    before = earlier or [unrecorded_release(release) for release in settings.earlier]
+    text = describe_randomness(settings.seed, settings.secure_noise)
+    all_releases = [*before, _release(own, settings.seed is not None, text)]
+    return (
+        {
+            "epsilon": trainer.epsilon(),
+            "epsilon_rdp": accountant.epsilon_rdp(settings.delta),
+            "delta": settings.delta,
+            "target_epsilon": settings.target_epsilon,
+            "adjacency": ADJACENCY,
+            "mechanism": "Gaussian noise on the sum of clipped per-record gradients, divided by the expected batch size",
+            "sampler": SAMPLER,
+            "sample_rate": settings.sample_rate,
+            "noise_multiplier": settings.noise_multiplier,
+            "steps": trainer.step,
+            "earlier": [list(release) for release in settings.earlier],
+            "max_grad_norm": settings.max_grad_norm,
+            "views": settings.views,
+            "records": privacy.records,
+            "expected_batch_size": settings.expected_batch_size,
+            "accountant": _accountant(),
+            "secure_noise": settings.secure_noise,
+        }
+        | _randomness(all_releases)
+        | clipping_style(settings.clipping).statement(settings.noise_multiplier, settings.expected_batch_size)
+    )
+
+
+def release_statement(what: str, mechanism: Sequence, delta: float, records: int, seed: int | None) -> dict:
+    """The same of the single release of a sum over the records; mechanism: as `compose_epsilon` takes it."""
+    sample_rate, noise_multiplier, steps = mechanism
+    return {
+        "epsilon": compose_epsilon([mechanism], delta),
+        "delta": delta,
+        "adjacency": ADJACENCY,
+        "mechanism": f"Gaussian noise on the {what}, of sensitivity 1",
+        "sampler": SAMPLER,
+        "sample_rate": sample_rate,
+        "noise_multiplier": noise_multiplier,
+        "steps": steps,
+        "records": records,
+        "accountant": _accountant(),
+    } | _randomness([_release(mechanism, seed is not None, describe_randomness(seed, secure=False))])
+
+
+def unrecorded_release(mechanism: Sequence) -> dict:
+    """A release of which nobody has written down how its noise was drawn."""
+    return _release(mechanism, None, UNRECORDED)
+
+
+def _release(mechanism: Sequence, seed_was_fixed: bool | None, randomness: str) -> dict:
+    numbers = dict(zip(("sample_rate", "noise_multiplier", "steps"), mechanism, strict=True))
+    return {**numbers, "seed_was_fixed": seed_was_fixed, "randomness": randomness}
+
+
+def _randomness(all_releases: Sequence[dict]) -> dict:
+    """How the noise of each release was drawn, and of all together: foreseeable as soon as one is, or may be."""
+    return {
+        "seed_was_fixed": any(release["seed_was_fixed"] is not False for release in all_releases),
+        "randomness": describe_together(release["randomness"] for release in all_releases),
+        "releases": list(all_releases),
+    }
+
+
+def _accountant() -> str:
+    names = [f"{name} {version(name)}" for name in ("dp-accounting", "prv-accountant")]
+    return f"the smallest of the upper bounds by {' and '.join(names)}, and of RDP's"
+
+
+def _epsilon_curve(trainer: DPTrainer) -> bytes:
+    """PNG: what was spent, by step."""
+    settings, spent = trainer.settings, trainer.epsilon()
+    # Epsilon rises fastest at the start, where the points are densest.
+    counts = sorted({0, 1} | {round(trainer.step * (i / CURVE_POINTS) ** 2) for i in range(CURVE_POINTS + 1)})
+    # The curve's bounds are looser than the final one, which bounds all that came before it.
+    epsilons = [min(bound, spent) for bound in trainer.accountant.epsilon_curve(settings.delta, counts)]
+    return epsilon_plot(counts, epsilons, target=settings.target_epsilon, delta=settings.delta)

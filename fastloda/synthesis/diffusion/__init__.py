@@ -1,0 +1,17 @@
+"""Diffusion with classifier-free guidance: the U-Net, the process it learns to undo, the samplers."""
+
+from fastloda.synthesis.diffusion.sampler import class_balanced_labels, guided_noise, sample
+from fastloda.synthesis.diffusion.schedule import TIMESTEPS, Diffusion
+from fastloda.synthesis.diffusion.unet import UNet, UNetConfig, digits_unet, paper_unet
+
+__all__ = [
+    "TIMESTEPS",
+    "Diffusion",
+    "UNet",
+    "UNetConfig",
+    "class_balanced_labels",
+    "digits_unet",
+    "guided_noise",
+    "paper_unet",
+    "sample",
+]

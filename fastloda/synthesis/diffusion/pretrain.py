@@ -1,0 +1,136 @@
+"""Ordinary, non-private training of the diffusion model on public images."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fastloda.randomness import generator_states, make_generators, restore_generators
+from fastloda.synthesis.data.images import LabelledImages
+from fastloda.synthesis.diffusion.schedule import Diffusion
+from fastloda.training.average import Average, copy_into
+from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
+from fastloda.training.schedules import warmup_then
+
+
+@dataclass(frozen=True)
+class PublicTraining:
+    """Settings of public pre-training.
+
+    Attributes:
+        steps: optimizer steps (AdamW, warm-up, cosine).
+        batch_size: images a step, drawn with replacement.
+        learning_rate: peak of AdamW's.
+        warmup: steps of linear warm-up; a cosine to zero follows.
+        weight_decay: of AdamW.
+        ema_decay: of the average of the weights that training leaves in the model.
+        label_dropout: share of labels dropped, for classifier-free guidance.
+        seed: of batches, timesteps and noise.
+    """
+
+    steps: int = 1500
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    weight_decay: float = 0.0
+    ema_decay: float = 0.995
+    label_dropout: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch_size < 1 or not 0 <= self.ema_decay < 1 or not self.learning_rate > 0:
+            raise ValueError(f"need steps, batch_size >= 1, learning_rate > 0 and 0 <= ema_decay < 1, got {self}")
+
+
+def pretrain(
+    model: nn.Module,
+    diffusion: Diffusion,
+    data: LabelledImages,
+    settings: PublicTraining,
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 200,
+    progress: bool = True,
+) -> nn.Module:
+    """Train all of `model` on public images, and leave the averaged weights in it; resumes from `checkpoint` if it exists.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another model, other settings or other data.
+    """
+    run = _Run(model, diffusion, data, settings, None if checkpoint is None else Path(checkpoint))
+    with tqdm(total=settings.steps, initial=run.step, desc="public", unit="step", disable=not progress) as bar:
+        while run.step < settings.steps:
+            loss = run.train_step()
+            if run.step % 10 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.4f}")
+            bar.update()
+            if run.step % checkpoint_every == 0 or run.step == settings.steps:
+                run.save()
+    copy_into(run.parameters, run.average.values)
+    return model
+
+
+class _Run:
+    def __init__(
+        self, model: nn.Module, diffusion: Diffusion, data: LabelledImages, settings: PublicTraining, checkpoint
+    ):
+        self.model, self.diffusion, self.data, self.settings, self.checkpoint = (
+            model,
+            diffusion,
+            data,
+            settings,
+            checkpoint,
+        )
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.parameters.values())).device
+        s = settings
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), s.learning_rate, weight_decay=s.weight_decay)
+        self.schedule = warmup_then(self.optimizer, "cosine", s.steps, s.warmup)
+        self.average = Average(self.parameters, s.ema_decay)
+        self.generators = make_generators({"batches": "cpu", "losses": self.device}, s.seed)
+        self.step = 0
+        self._fingerprint = fingerprint(model)
+        if checkpoint is not None and checkpoint.exists():
+            self._resume()
+
+    def train_step(self) -> torch.Tensor:
+        index = torch.randint(len(self.data), (self.settings.batch_size,), generator=self.generators["batches"])
+        x, y = self.data.images[index].to(self.device), self.data.labels[index].to(self.device)
+        dropout = self.settings.label_dropout
+        loss = self.diffusion.losses(
+            self.model, x, y, label_dropout=dropout, generator=self.generators["losses"]
+        ).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        self.average.update(self.step)
+        return loss.detach()
+
+    def save(self) -> None:
+        if self.checkpoint is None:
+            return
+        state = {
+            "settings": asdict(self.settings),
+            "images": len(self.data),
+            "step": self.step,
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "average": self.average.values,
+            "optimizer": self.optimizer.state_dict(),
+            "generators": generator_states(self.generators),
+        }
+        save_checkpoint(self.checkpoint, state, self._fingerprint)
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.checkpoint, self._fingerprint)
+        if (state["settings"], state["images"]) != (asdict(self.settings), len(self.data)):
+            raise CheckpointError(f"{self.checkpoint} is of a run with other settings or data: {state['settings']}")
+        copy_into(self.parameters, state["parameters"])
+        self.average.load(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.last_epoch = self.step = state["step"]
+        restore_generators(self.generators, state["generators"])

@@ -1,0 +1,141 @@
+"""Data sets as the command line names them: NAME, a folder of images, or an npz file.
+
+NAME is one of `fastloda.synthesis.data.NAMES`, as in "mnist:/data/mnist", "cifar10-test:/data" or "cifar10@1%:/data": the folder that a
+published set lies in follows the colon, "-test" means its test part, and "@500" or "@1%" a stratified subset.
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from fastloda.synthesis.data import NAMES, LabelledImages, open_dataset, stratified_subset
+from fastloda.synthesis.data.catalogue import ALWAYS_THERE
+from fastloda.synthesis.diffusion import UNetConfig
+
+logger = logging.getLogger("fastloda")
+
+NAMED = frozenset(  # what is the same everywhere, and needs no file
+    f"{name}-test" if split == "test" else name for name, drawn in ALWAYS_THERE.items() for split in drawn.splits
+)
+
+_NAME = re.compile(
+    rf"(?P<name>{'|'.join(map(re.escape, NAMES))})(?P<test>-test)?(@((?P<percent>\d+(\.\d+)?)%|(?P<count>\d+)))?(:(?P<root>.+))?"
+)
+
+
+class _Named(NamedTuple):
+    """What a name of the command line asks for."""
+
+    name: str
+    split: str
+    count: int | None
+    fraction: float | None
+    root: str | None
+
+
+def open_images(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    count: int = 20_000,
+    seed: int = 0,
+    size: int | None = None,
+    channels: int | None = None,
+) -> LabelledImages:
+    """A data set as the command line names it; the options are those of `open_dataset`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, it is damaged, or it has more classes than num_classes.
+    """
+    options = {"num_classes": num_classes, "count": count, "seed": seed, "size": size, "channels": channels}
+    if (named := _parse(name)) is None:
+        return open_dataset(name, **options)
+    images = open_dataset(named.name, named.root, named.split, **options)
+    if named.count is None and named.fraction is None:
+        return images
+    return stratified_subset(images, count=named.count, fraction=named.fraction)
+
+
+def full_name(data: str) -> str:
+    """The same from any working directory."""
+    named = _parse(data)
+    if named is None:
+        return str(Path(data).resolve())
+    if named.root is None:
+        return data
+    return data.removesuffix(named.root) + str(Path(named.root).resolve())
+
+
+def files_of(data: str) -> tuple[Path, ...]:
+    """The npz file, if it is one."""
+    return (Path(data),) if _parse(data) is None and not Path(data).is_dir() else ()
+
+
+def open_for_unet(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
+    """`open_images`, refused unless the U-Net can take them.
+
+    Raises:
+        ValueError: their shape is not the U-Net's, or they have more classes.
+    """
+    images = _open_as(name, unet.in_channels, unet.image_size, unet.num_classes, **drawn)
+    if images.images.shape[1:] != (unet.in_channels, unet.image_size, unet.image_size):
+        wanted = f"{unet.in_channels} x {unet.image_size} x {unet.image_size}"
+        raise ValueError(
+            f"{name} has images of {shape_text(images)}, the U-Net is for {wanted}: `fastloda pretrain` sets it by "
+            "--unet.in_channels and --unet.image_size"
+        )
+    if unseen := (images.labels.bincount(minlength=images.num_classes) == 0).nonzero().flatten().tolist():
+        logger.warning("%s says that it has %d classes, but has no image of %s", name, images.num_classes, unseen[:10])
+    return images
+
+
+def open_to_pretrain(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
+    """`open_for_unet`, refused also if they have fewer classes: those that it never saw would be sampled.
+
+    Raises:
+        ValueError: they have, or what `open_for_unet` refuses.
+    """
+    images = open_for_unet(name, unet, **drawn)
+    if images.num_classes < unet.num_classes:
+        raise ValueError(
+            f"{name} has {images.num_classes} classes, the U-Net is for {unet.num_classes}, and would never see the others: "
+            f"set --unet.num_classes {images.num_classes}"
+        )
+    return images
+
+
+def open_tests(name: str, train: LabelledImages) -> LabelledImages:
+    """`open_images` to test what was trained on `train`, refused unless they are of the same shape.
+
+    Raises:
+        ValueError: they are not, or they have more classes.
+    """
+    tests = _open_as(name, train.images.shape[1], train.images.shape[3], train.num_classes)
+    if tests.images.shape[1:] != train.images.shape[1:]:
+        raise ValueError(f"the training images are of {shape_text(train)}, {name} of {shape_text(tests)}")
+    return tests
+
+
+def shape_text(images: LabelledImages) -> str:
+    """Of one image, "1 x 8 x 8"."""
+    return " x ".join(map(str, images.images.shape[1:]))
+
+
+def _open_as(name: str, channels: int, size: int, num_classes: int, **drawn) -> LabelledImages:
+    """Grey images become colour where that is wanted; the other way would lose what was there."""
+    return open_images(name, num_classes=num_classes, size=size, channels=3 if channels == 3 else None, **drawn)
+
+
+def _parse(text: str) -> _Named | None:
+    """None: it is a path."""
+    if (match := _NAME.fullmatch(text)) is None:
+        return None
+    percent, count = match["percent"], match["count"]
+    return _Named(
+        match["name"],
+        "test" if match["test"] else "train",
+        int(count) if count else None,
+        float(percent) / 100 if percent else None,
+        match["root"],
+    )

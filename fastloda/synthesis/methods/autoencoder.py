@@ -1,0 +1,91 @@
+"""A small autoencoder of public images, within whose latents a diffusion model can work (Rombach et al. 2022)."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastloda.files import write_atomically
+from fastloda.randomness import seeded
+from fastloda.synthesis.data import LabelledImages
+
+from .base import Work
+from .shared_file import only_one
+
+LATENT_CHANNELS = 3  # as images have, so that latents are images of their own
+
+
+class Autoencoder(nn.Module):
+    """Images [n, C, S, S] to latents [n, 3, S / f, S / f] in [-1, 1] and back, f = 2^halvings."""
+
+    def __init__(self, channels: int, halvings: int, width: int):
+        super().__init__()
+        down = [_conv(channels, width), *(_conv(width, width, stride=2) for _ in range(halvings))]
+        self.encoder = nn.Sequential(*down, nn.Conv2d(width, LATENT_CHANNELS, 3, padding=1), nn.Tanh())
+        up = [layer for _ in range(halvings) for layer in (nn.Upsample(scale_factor=2), _conv(width, width))]
+        self.decoder = nn.Sequential(
+            _conv(LATENT_CHANNELS, width), *up, nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()
+        )
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents on the CPU, image by image."""
+        return self._by_parts(self.encoder, images)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images on the CPU, image by image."""
+        return self._by_parts(self.decoder, latents)
+
+    def _by_parts(self, network: nn.Module, images: Tensor) -> Tensor:
+        device = next(self.parameters()).device
+        return torch.cat([network(part.to(device)).cpu() for part in images.split(512)])
+
+
+def _conv(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.SiLU())
+
+
+@dataclass(frozen=True)
+class AutoencoderTraining:
+    """Attributes: halvings of the side; width, a multiple of 8; steps, batch_size, learning_rate of Adam."""
+
+    halvings: int = 1
+    width: int = 32
+    steps: int = 1000
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+
+    def fit(self, public: LabelledImages, work: Work) -> Autoencoder:
+        """Train it on public images by mean squared error, or load it if work.public_folder has it."""
+        about = [asdict(self), work.seed, public.digest()]
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        path = work.public_folder / f"autoencoder-{key}.safetensors"
+        network = self._network(public.images.shape[1], work)
+        with only_one(path):
+            if not path.exists():
+                self._train(network, public, work)
+                write_atomically(path, lambda temporary: save_file(network.state_dict(), temporary))
+        network.load_state_dict(load_file(path))
+        return network
+
+    def _train(self, network: Autoencoder, public: LabelledImages, work: Work) -> None:
+        optimizer = torch.optim.Adam(network.parameters(), self.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        generator = torch.Generator().manual_seed(work.seed)
+        for _ in tqdm(range(self.steps), "autoencoder", disable=not work.progress):
+            index = torch.randint(len(public), (self.batch_size,), generator=generator)
+            images = public.images[index].to(work.device)
+            optimizer.zero_grad()
+            F.mse_loss(network.decoder(network.encoder(images)), images).backward()
+            optimizer.step()
+            schedule.step()
+
+    def _network(self, channels: int, work: Work) -> Autoencoder:
+        with seeded(work.seed):
+            return Autoencoder(channels, self.halvings, self.width).to(work.device)

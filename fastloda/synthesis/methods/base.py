@@ -1,0 +1,142 @@
+"""What all compared methods share: a budget to keep, a place to work in, and a result that says what was spent.
+
+A method is `fit(private, public, budget, work) -> Sampler or PrivateClassifier`. Nothing that a result can do depends on the
+private records other than through the releases that its `spent` lists.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastloda.accounting.accountant import compose_epsilon
+from fastloda.synthesis.budget import Privacy, check_delta
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion import class_balanced_labels
+
+from .cost import StepCost
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """(epsilon, delta)-differential privacy for adding or removing one record; all of it public.
+
+    Attributes:
+        epsilon: upper bound on what a method may spend.
+        delta: below 1 / records.
+        records: the public, nominal number of records, from which sample rates follow.
+    """
+
+    epsilon: float
+    delta: float
+    records: int
+
+    def __post_init__(self):
+        if not 0 < self.epsilon < float("inf"):
+            raise ValueError(f"epsilon must be positive and finite, got {self.epsilon}")
+        check_delta("delta", self.delta, self.records)
+
+    def in_steps(self, steps: int, batch_size: int, **clipping) -> Privacy:
+        """The promise of a run of DP-SGD that spends all of it; clipping: max_grad_norm and views."""
+        return Privacy.for_steps(
+            steps, batch_size, self.records, target_epsilon=self.epsilon, delta=self.delta, **clipping
+        )
+
+
+class Release(NamedTuple):
+    """`steps` releases of a Gaussian mechanism on a Poisson sample; noise_multiplier: standard deviation over sensitivity."""
+
+    what: str
+    sample_rate: float
+    noise_multiplier: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Spent:
+    """All that was released about the private records. No release: epsilon 0; a release without noise: infinity."""
+
+    delta: float
+    releases: tuple[Release, ...] = ()
+
+    @cached_property
+    def epsilon(self) -> float:
+        """Upper bound for all releases together, composed jointly."""
+        return compose_epsilon([release[1:] for release in self.releases], self.delta) if self.releases else 0.0
+
+    def to_dict(self) -> dict:
+        """JSON values; epsilon is null without privacy."""
+        epsilon = self.epsilon if self.epsilon < float("inf") else None
+        return {"epsilon": epsilon, "delta": self.delta, "releases": [release._asdict() for release in self.releases]}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where and how a method works.
+
+    Attributes:
+        folder: its own, for checkpoints: an interrupted fit continues from there. It must stay private.
+        public_folder: for models of public data, which several methods share.
+        seed: of everything random; a number can be foreseen, and makes the run an experiment.
+        device: where to compute.
+        progress: show bars.
+    """
+
+    folder: Path
+    public_folder: Path
+    seed: int
+    device: torch.device
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """draw(labels, seed) -> float32 images [n, C, H, W] in [-1, 1] on the CPU. cost: of a private step, if there were steps."""
+
+    draw: Callable[[Tensor, int], Tensor]
+    num_classes: int
+    spent: Spent
+    cost: StepCost | None = None
+
+    def images(self, count: int, seed: int) -> LabelledImages:
+        """Synthetic images, as many of each class."""
+        labels = class_balanced_labels(count, self.num_classes)
+        return LabelledImages(self.draw(labels, seed).clamp(-1, 1), labels, self.num_classes)
+
+
+@dataclass(frozen=True)
+class PrivateClassifier:
+    """A classifier trained on the private records themselves."""
+
+    network: nn.Module
+    spent: Spent
+    cost: StepCost | None = None
+
+
+@dataclass(frozen=True)
+class ByEpsilon(Generic[T]):
+    """Settings by budget: of the largest epsilon here that is not above the budget's, or else of the smallest."""
+
+    settings: Mapping[float, T]
+
+    def at(self, epsilon: float) -> T:
+        fitting = [known for known in self.settings if known <= epsilon]
+        return self.settings[max(fitting) if fitting else min(self.settings)]
+
+
+class Method(Protocol):
+    """One row of a table."""
+
+    name: str
+    trained_on: str  # what the classifier that is tested was trained on
+    has_budget: bool  # whether its result depends on epsilon
+
+    def fit(
+        self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work
+    ) -> Sampler | PrivateClassifier: ...

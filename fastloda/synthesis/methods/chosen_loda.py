@@ -1,0 +1,49 @@
+"""DP-LoDA from a public model that was trained further on public images chosen privately; see `public_choice`.
+
+What was released for the choice can serve once more: the private model's images can be moved until their means agree with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from fastloda.synthesis.data import LabelledImages
+
+from .base import Budget, ByEpsilon, Sampler, Work
+from .dp_loda import DPLoDA
+from .gaussian_release import noise_stream
+from .moved import moved
+from .public_choice import PublicChoice
+
+
+@dataclass(frozen=True)
+class ChosenLoDA:
+    """Attributes: DP-LoDA's, and the choice, which the budget pays first.
+
+    pool: gives the public images to choose from; None: those that the public model was trained on.
+    samples_reach: how far a pixel of the private model's images may easily be moved, as `PublicChoice.reach`; 0: not at all.
+    """
+
+    loda: DPLoDA
+    choice: ByEpsilon[PublicChoice]
+    pool: Callable[[], LabelledImages] | None = field(default=None, repr=False)
+    samples_reach: float = 0.0
+    name: str = "DP-LoDA on chosen data"
+    trained_on: str = "its samples"
+    has_budget: bool = True
+
+    def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
+        model, choice = self.loda.public.fit(public, work), self.choice.at(budget.epsilon)
+        pool = self.pool() if self.pool else public
+        released, release = choice.release(private, pool, budget.records, work.seed, noise_stream(work.seed))
+        work.folder.mkdir(parents=True, exist_ok=True)
+        options = {"checkpoint": work.folder / "further.pt", "progress": work.progress}
+        choice.train_further(model, pool, released, work.seed, **options)
+        sampler = self.loda.adapt(model, private, budget, work, earlier=(release,))
+
+        def draw(labels: Tensor, seed: int) -> Tensor:
+            images = LabelledImages(sampler.draw(labels, seed).clamp(-1, 1), labels, private.num_classes)
+            return moved(images, released, self.samples_reach, work.progress).images
+
+        return replace(sampler, draw=draw)

@@ -1,0 +1,52 @@
+"""What a private step costs: the time and memory of one micro-batch, measured without releasing anything."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastloda.synthesis.memory import peak_allocation
+from fastloda.training.trainer import DPTrainer
+
+REPEATS = 3
+
+
+class StepCost(NamedTuple):
+    """Of clipping and summing the gradients of `samples` records: forward, backward, norms, clipped sum."""
+
+    seconds: float
+    peak_bytes: int  # allocated at a time, beyond model and optimizer
+    trained: int  # parameters
+    samples: int
+
+
+def step_cost(trainer: DPTrainer, records: Sequence[Tensor]) -> StepCost:
+    """Of a finished trainer's micro-batch; what it sums is forgotten, so that nothing is released.
+
+    records: tensors with a record per row, of which as many are used as a micro-batch has.
+    """
+    samples = min(trainer.settings.micro_batch_size, len(records[0]))
+    device = next(iter(trainer.parameters.values())).device
+    generator = torch.Generator(device).manual_seed(0)
+    batch = [t[:samples].to(device) for t in records]
+
+    def accumulate() -> None:
+        trainer.clipper.accumulate(trainer.losses(trainer.model, batch, generator))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    trainer.clipper.watch()  # the average may stand in the parameters
+    accumulate()
+    seconds = statistics.median(_seconds(accumulate) for _ in range(REPEATS))
+    peak = peak_allocation(accumulate, device)
+    trainer.clipper.reset()
+    return StepCost(seconds, peak, sum(p.numel() for p in trainer.parameters.values()), samples)
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began

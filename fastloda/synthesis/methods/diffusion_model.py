@@ -1,0 +1,163 @@
+"""What the diffusion methods share: the public model, private tuning of whatever trains, and sampling."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastloda.randomness import seeded
+from fastloda.synthesis.budget import CHECKPOINT, Privacy, private_training
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.diffusion import sample as draw_samples
+from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
+from fastloda.synthesis.models import load_unet, save_unet
+from fastloda.synthesis.settings import FineTuning
+from fastloda.training.average import copy_into
+from fastloda.training.trainer import DPTrainer
+
+from .base import Budget, Release, Sampler, Spent, Work
+from .cost import step_cost
+from .shared_file import only_one
+
+
+@dataclass(frozen=True)
+class PublicModel:
+    """How a diffusion model is trained on public images: unconditionally, then with classes, or with classes at once.
+
+    Attributes:
+        unet: its shape.
+        conditional: training on labelled images.
+        unconditional: training without labels before it; None leaves it out.
+        everything: gives the images of that, of whatever classes; None: those of the conditional training. A model that lies
+            in work.public_folder is taken whatever images it gives now.
+    """
+
+    unet: UNetConfig
+    conditional: PublicTraining
+    unconditional: PublicTraining | None = None
+    everything: Callable[[], LabelledImages] | None = field(default=None, repr=False)
+
+    def fit(self, public: LabelledImages, work: Work) -> UNet:
+        """Train it on images of the private classes, or load it if work.public_folder has it; interrupted, it continues."""
+        path = work.public_folder / f"unet-{self._key(public, work.seed)}.safetensors"
+        with only_one(path):
+            if not path.exists():
+                self._train(path, public, work)
+        return load_unet(path, work.device)
+
+    def _train(self, path: Path, public: LabelledImages, work: Work) -> None:
+        with seeded(work.seed):
+            model = UNet(self.unet).to(work.device, memory_format=torch.channels_last)
+        parts = [("conditional", self.conditional, public)]
+        if self.unconditional is not None:
+            everything = self.everything() if self.everything else public
+            without_labels = replace(self.unconditional, label_dropout=1.0)
+            parts.insert(0, ("unconditional", without_labels, _unlabelled(everything)))
+        checkpoints = [path.with_suffix(f".{name}.pt") for name, _, _ in parts]
+        for checkpoint, (_, training, images) in zip(checkpoints, parts):
+            settings = replace(training, seed=work.seed)
+            pretrain(model, Diffusion(), images, settings, checkpoint=checkpoint, progress=work.progress)
+        save_unet(model, path)
+        for checkpoint in checkpoints:
+            checkpoint.unlink()
+
+    def _key(self, public: LabelledImages, seed: int) -> str:
+        plain = asdict(replace(self, everything=None))
+        about = [
+            plain,
+            self.everything is not None,
+            seed,
+            public.digest(),
+        ]  # to hash all of ImageNet would be to load it
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _unlabelled(data: LabelledImages) -> LabelledImages:
+    """Labels that any model has: all are dropped."""
+    return LabelledImages(data.images, torch.zeros_like(data.labels), 1)
+
+
+@dataclass(frozen=True)
+class PrivateTuning:
+    """One private run of a diffusion model.
+
+    Attributes:
+        steps, batch_size: of DP training.
+        views: noise draws a record and step, averaged before clipping.
+        max_grad_norm: the clipping bound.
+        training: optimizer, schedule, timesteps, averaging.
+        guidance, sampler_steps: of the samples.
+        time_weights: (first, end, share) of timestep ranges, instead of training.timesteps: a mixture of uniform
+            distributions (Ghalebikesabi et al. 2023, section 3.2).
+    """
+
+    steps: int = 400
+    batch_size: int = 256
+    views: int = 2
+    max_grad_norm: float = 1e-3
+    training: FineTuning = field(default_factory=FineTuning)
+    guidance: float = 0.0
+    sampler_steps: int = 50
+    time_weights: tuple[tuple[int, int, float], ...] = ()
+
+    def privacy(self, budget: Budget) -> Privacy:
+        return budget.in_steps(self.steps, self.batch_size, max_grad_norm=self.max_grad_norm, views=self.views)
+
+    def diffusion(self) -> Diffusion | None:
+        """The process with `time_weights`, if there are any."""
+        return Diffusion.mixture(self.time_weights) if self.time_weights else None
+
+
+@dataclass(frozen=True)
+class Coder:
+    """What lies between images and the space that the diffusion model is a model of; public maps, image by image."""
+
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+
+
+IDENTITY = Coder(lambda images: images, lambda images: images)
+
+
+def tune(
+    model: UNet,
+    private: LabelledImages,
+    budget: Budget,
+    tuning: PrivateTuning,
+    work: Work,
+    coder: Coder = IDENTITY,
+    earlier: tuple[Release, ...] = (),
+) -> Sampler:
+    """Train what trains in `model` by DP-SGD on the diffusion loss; the averaged parameters sample.
+
+    earlier: what was released before about the same records; the budget covers it too.
+    """
+    options = replace(tuning.training, seed=work.seed).optimization()
+    before = [release[1:] for release in earlier]
+    settings = private_training(tuning.privacy(budget), before, fixed_shape=work.device.type != "cpu", **options)
+    losses = tuning.training.losses(tuning.views, tuning.diffusion())
+    records = (coder.encode(private.images)[:], private.labels)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = work.folder / CHECKPOINT
+    trainer = DPTrainer(model, records, losses, settings, checkpoint=checkpoint, progress=work.progress).fit()
+    copy_into(trainer.parameters, trainer.average.values)
+    release = Release("clipped gradients", settings.sample_rate, settings.noise_multiplier, trainer.step)
+    found = sampler(model, tuning, private.num_classes, Spent(budget.delta, (*earlier, release)), work, coder)
+    return replace(found, cost=step_cost(trainer, records))
+
+
+def sampler(
+    model: UNet, tuning: PrivateTuning, num_classes: int, spent: Spent, work: Work, coder: Coder = IDENTITY
+) -> Sampler:
+    """Samples of the model as it stands."""
+
+    def draw(labels: Tensor, seed: int) -> Tensor:
+        options = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "progress": work.progress}
+        return coder.decode(draw_samples(model, Diffusion(), labels, seed=seed, **options))
+
+    return Sampler(draw, num_classes, spent)

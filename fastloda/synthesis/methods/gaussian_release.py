@@ -1,0 +1,45 @@
+"""Sums over all records, released once with Gaussian noise: no sampling, no iterations."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Generator, Tensor
+
+from fastloda.accounting.accountant import calibrate_noise
+from fastloda.privacy.noise import gaussian
+from fastloda.randomness import make_generators
+
+from .base import Budget, Release
+
+
+def noise_multipliers(budget: Budget, shares: Sequence[float]) -> list[float]:
+    """The noise of several Gaussian releases that spend the budget together, in the given shares (which sum to 1).
+
+    Gaussians compose to one whose noise_multiplier^-2 is the sum of theirs.
+    """
+    if any(share <= 0 for share in shares) or not math.isclose(sum(shares), 1):
+        raise ValueError(f"shares of a budget must be positive and sum to 1, got {shares}")
+    total = calibrate_noise(budget.epsilon, budget.delta, sample_rate=1.0, steps=1)
+    return [total / math.sqrt(share) for share in shares]
+
+
+def noise_stream(seed: int | None) -> Generator:
+    """Seeded by the operating system if seed is None."""
+    return make_generators({"release": "cpu"}, seed)["release"]
+
+
+def release_class_sums(
+    what: str, features: Tensor, labels: Tensor, num_classes: int, noise_multiplier: float, generator: Generator
+) -> tuple[Tensor, Release]:
+    """The sum of the features of each class, [num_classes, d] float64, plus N(0, noise_multiplier^2); and its record.
+
+    features [records, d] of L2 norm at most 1: one record changes one row by at most 1, which is the sensitivity. Longer ones are
+    shortened to it, and those that are not finite contribute zero.
+    """
+    features = features.double()
+    norms = features.norm(dim=1, keepdim=True)
+    bounded = (features / norms.clamp(min=1.0)).where(norms.isfinite(), 0.0)
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, bounded)
+    return sums + gaussian(sums.shape, noise_multiplier, sums.device, generator), Release(
+        what, 1.0, noise_multiplier, 1
+    )

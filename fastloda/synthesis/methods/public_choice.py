@@ -1,0 +1,130 @@
+"""Public images chosen by a private statistic: which of them resemble the private ones, class by class, from one noisy release.
+
+The release is that of DP-MERF: each class's sum of the records' embeddings phi(x), plus noise (`class_embeddings`). Each public
+image of the class then has a weight, such that the weighted mean of phi agrees with the released one as far as its noise lets it
+be known, and the weights are otherwise as even as can be:
+
+    minimise over w  KL(w || even) + |sum_i w_i phi(x_i) - m|^2 / (2 tau^2)
+
+which is convex, and solved in its dual, w_i = exp(theta . phi(x_i)) / Z (maximum entropy with relaxed constraints: Dudik et al.
+2007, https://jmlr.org/papers/v8/dudik07a.html).  Images drawn by their weights are then moved a little, pixel by pixel, to where
+their means agree better (`moved`): what no public image has, no weight can give.  A public model that is trained further on them
+starts private fine-tuning nearer to the private images.  To spend a part of the budget on choosing public data is the idea of
+PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which asks for classes of public images instead.
+
+Whatever follows the release is a function of it and of public data: it costs nothing more.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion import Diffusion
+from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
+
+from .base import Release
+from .class_embeddings import ClassEmbeddings, random_frequencies, release_class_embeddings
+from .moved import moved
+
+FURTHER = PublicTraining(steps=600, learning_rate=1e-3, ema_decay=0.99)
+
+
+@dataclass(frozen=True)
+class PublicChoice:
+    """How public images are chosen.
+
+    Attributes:
+        noise_multiplier: standard deviation of the released sums' noise; their sensitivity is 1.
+        features: random Fourier features, half of them cosines, half sines.
+        scale: the kernel's length scale in median distances between public images.
+        tolerance: tau, in standard deviations of the released means' noise. A larger one keeps more different images.
+        drawn: images drawn by their weights, with replacement, to train the public model further on.
+        reach: how far a pixel of theirs, in [-1, 1], may easily be moved; 0 leaves them as they are.
+        training: that training.
+    """
+
+    noise_multiplier: float = 5.0
+    features: int = 2000
+    scale: float = 0.5
+    tolerance: float = 4.0
+    drawn: int = 20_000
+    reach: float = 0.3
+    training: PublicTraining = field(default_factory=lambda: FURTHER)
+
+    def __post_init__(self):
+        if not 0 < self.noise_multiplier < float("inf"):
+            raise ValueError(f"choice.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
+        if self.features < 2 or self.drawn < 1 or not self.scale > 0 or not self.tolerance > 0:
+            raise ValueError(f"choice needs features >= 2, drawn >= 1, scale > 0 and tolerance > 0; got {self}")
+        if not 0 <= self.reach < float("inf"):
+            raise ValueError(f"choice.reach must be finite and not negative, got {self.reach}")
+
+    def release(
+        self, private: LabelledImages, public: LabelledImages, records: int, seed: int, noise: Generator
+    ) -> tuple[ClassEmbeddings, Release]:
+        """The noisy sum of each class's embeddings.
+
+        records: the public, nominal number of private ones. seed: of the embedding, which depends on public images and it alone.
+        """
+        frequencies = random_frequencies(public, self.features, self.scale, seed)
+        return release_class_embeddings(private, frequencies, self.noise_multiplier, records, noise)
+
+    def weights(self, public: LabelledImages, released: ClassEmbeddings) -> Tensor:
+        """A weight for each public image, [n] float64; each class's weights have the same sum, and all together 1.
+
+        Raises:
+            ValueError: a class without public images.
+        """
+        weights = torch.zeros(len(public), dtype=torch.float64)
+        for label, mean in enumerate(released.means):
+            members = (public.labels == label).nonzero()[:, 0]
+            if not len(members):
+                raise ValueError(f"there is no public image of class {label} to choose")
+            features = released.embed(public.images[members]).double()
+            weights[members] = tilted(features, mean, self.tolerance * released.noise) / len(released.means)
+        return weights
+
+    def draw(self, public: LabelledImages, weights: Tensor, seed: int) -> LabelledImages:
+        """`drawn` images, with replacement."""
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.multinomial(weights, self.drawn, replacement=True, generator=generator)
+        return LabelledImages(public.images[index], public.labels[index], public.num_classes)
+
+    def training_images(
+        self, public: LabelledImages, released: ClassEmbeddings, seed: int, progress: bool = True
+    ) -> LabelledImages:
+        """`drawn` public images, chosen and moved."""
+        return moved(self.draw(public, self.weights(public, released), seed), released, self.reach, progress)
+
+    def train_further(
+        self,
+        model: nn.Module,
+        public: LabelledImages,
+        released: ClassEmbeddings,
+        seed: int,
+        *,
+        checkpoint: Path | None = None,
+        progress: bool = True,
+    ) -> nn.Module:
+        """Train the public model on `training_images`; interrupted, it continues from the checkpoint."""
+        images = self.training_images(public, released, seed, progress)
+        settings = replace(self.training, seed=seed)
+        return pretrain(model, Diffusion(), images, settings, checkpoint=checkpoint, progress=progress)
+
+
+def tilted(features: Tensor, target: Tensor, tau: float) -> Tensor:
+    """The weights w [n], of sum 1, that minimise KL(w || even) + |features^T w - target|^2 / (2 tau^2); features [n, d]."""
+    theta = torch.zeros_like(target, requires_grad=True)
+    optimizer = torch.optim.LBFGS([theta], max_iter=60, line_search_fn="strong_wolfe")
+
+    def negative_dual() -> Tensor:
+        optimizer.zero_grad()
+        loss = (features @ theta).logsumexp(0) - theta @ target + tau**2 / 2 * theta @ theta
+        loss.backward()
+        return loss
+
+    optimizer.step(negative_dual)
+    return (features @ theta.detach()).softmax(0)

@@ -1,0 +1,98 @@
+"""Feature extractors: images to the vectors on which distances between sets of images are taken.
+
+Scores on different features can't be compared. The usual ones are Inception's, which are no part of this package: give a file.
+The default is a classifier trained on public images, whose features know the task and nothing of anybody's private images.
+"""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastloda.synthesis.classify import train_classifier
+from fastloda.synthesis.data.images import LabelledImages
+
+
+class Extractor(Protocol):
+    """images [n, C, H, W] in [-1, 1] -> features, float64 [n, d]. `name` says which, beside every score."""
+
+    name: str
+
+    def __call__(self, images: Tensor) -> np.ndarray: ...
+
+
+class _Batched:
+    def __init__(self, name: str, features, batch_size: int, device: torch.device | str):
+        self.name, self._features, self._batch_size, self._device = name, features, batch_size, device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> np.ndarray:
+        parts = [self._features(part.to(self._device)).double().cpu() for part in images.split(self._batch_size)]
+        return torch.cat(parts).flatten(1).numpy()
+
+
+def classifier_features(
+    model: nn.Module, name: str = "classifier", *, batch_size: int = 512, device: torch.device | str = "cpu"
+) -> Extractor:
+    """What a classifier's last layer, `model.head`, reads.
+
+    Raises:
+        ValueError: the model has no `head`.
+    """
+    head = getattr(model, "head", None)
+    if not isinstance(head, nn.Module):
+        raise ValueError(f"{type(model).__name__} has no layer `head`, whose input would be the features")
+    model = model.to(device).eval()
+
+    def features(images: Tensor) -> Tensor:
+        read = []
+        handle = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            model(images)
+        finally:
+            handle.remove()
+        return read[0]
+
+    return _Batched(name, features, batch_size, device)
+
+
+def public_extractor(
+    public: LabelledImages,
+    *,
+    steps: int = 500,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Extractor:
+    """The features of a small CNN trained on public images."""
+    model = train_classifier(public, steps=steps, seed=seed, device=device, progress=progress)
+    return classifier_features(model, f"a small CNN trained on {len(public)} public images", device=device)
+
+
+def torchscript_features(
+    path: str | os.PathLike, *, batch_size: int = 128, device: torch.device | str = "cpu"
+) -> Extractor:
+    """A user's Inception in TorchScript, such as StyleGAN's `inception-2015-12-05.pt`: uint8 RGB images to features.
+
+    It is called with `return_features=True` and scales images itself. TorchScript is a program: take it from whom you trust.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no TorchScript.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no feature extractor {path}: give a TorchScript file of an Inception network")
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
+
+    def features(images: Tensor) -> Tensor:
+        colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        return network(((colour.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), return_features=True)
+
+    return _Batched(path.name, features, batch_size, device)

@@ -1,0 +1,59 @@
+"""The public model in one file: a U-Net's weights as safetensors, its configuration in the metadata."""
+
+import json
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from fastloda.files import write_atomically
+from fastloda.synthesis.diffusion import UNet, UNetConfig
+
+PRIVATELY = "chosen_privately"
+
+
+def save_unet(model: UNet, path: Path, chosen_privately: bool = False) -> None:
+    """Write it, atomically. chosen_privately: its public images were, which costs a budget; the file says so wherever it goes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    about = model.config.to_dict() | ({PRIVATELY: True} if chosen_privately else {})
+    metadata = {"config": json.dumps(about)}  # one entry: the order of several is random
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_unet(path: Path, device: torch.device | str = "cpu") -> UNet:
+    """The U-Net, in channels_last, which convolutions are fastest in.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of `save_unet`'s, or damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no public model {path}: make one with `fastloda pretrain`")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = _about(file)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        about.pop(PRIVATELY, None)
+        model = UNet(UNetConfig.from_dict(about))
+        model.load_state_dict(tensors)
+    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no model of `fastloda pretrain`, or is damaged: {error}") from error
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def was_chosen_privately(path: Path) -> bool:
+    """Of a file that `load_unet` takes."""
+    with safetensors.safe_open(path, "pt") as file:
+        return PRIVATELY in _about(file)
+
+
+def _about(file) -> dict:
+    about = json.loads((file.metadata() or {}).get("config", "null"))
+    if not isinstance(about, dict):
+        raise ValueError("it has no configuration")
+    return about

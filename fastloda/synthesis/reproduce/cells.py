@@ -1,0 +1,130 @@
+"""One cell of a table: fit a method at a budget with a seed, and judge what it gives. Its result is a file: it is done once."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastloda.files import write_atomically
+from fastloda.synthesis.classify import accuracy, train_classifier
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.methods import Budget, Method, Sampler, Work
+from fastloda.synthesis.metrics import Extractor, scores
+from fastloda.synthesis.report.plots import sample_grid
+from fastloda.synthesis.runs import Stage, read_json, write_json
+from fastloda.synthesis.settings import Classifier
+
+RESULT, GRID = "result.json", "grid.png"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a table's methods work on, and how they are judged.
+
+    Attributes:
+        private, public: to train on; test: real images that nothing is trained on.
+        delta: of every budget.
+        classifiers: name -> settings, each trained on the synthetic images.
+        synthetic_images: how many are drawn.
+        extractor: gives that of the features for FID and the other scores; they are taken against `test`.
+    """
+
+    private: LabelledImages
+    public: LabelledImages
+    test: LabelledImages
+    delta: float
+    classifiers: dict[str, Classifier]
+    synthetic_images: int
+    extractor: Callable[[], Extractor]
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A method at a budget with a seed; epsilon: None where it has no budget."""
+
+    method: Method
+    epsilon: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        budget = "" if self.epsilon is None else f", epsilon {self.epsilon:g}"
+        return f"{self.method.name}{budget}, seed {self.seed}"
+
+    def folder(self, run: Path) -> Path:
+        parts = [
+            self.method.name.lower().replace(" ", "-"),
+            "all" if self.epsilon is None else f"epsilon-{self.epsilon:g}",
+        ]
+        return run.joinpath("cells", *parts, f"seed-{self.seed}")
+
+    def stage(self, run: Path, problem: Problem, device: torch.device) -> Stage:
+        """Where its result lies, and what it depends on."""
+        settings = {"method": repr(self.method), "epsilon": self.epsilon, "seed": self.seed, "device": device.type}
+        settings |= {"classifiers": repr(problem.classifiers), "synthetic_images": problem.synthetic_images}
+        settings |= {"records": len(problem.private), "delta": problem.delta}
+        return Stage(self.folder(run), settings, outputs=(RESULT,), private=True)
+
+    def result(self, run: Path, problem: Problem, device: torch.device) -> dict:
+        """What came out, as JSON values; computed unless it is there. Interrupted, it continues where its method can.
+
+        Raises:
+            RunError: the folder holds the cell of other settings.
+        """
+        stage = self.stage(run, problem, device)
+        if not stage.is_done():
+            with stage.work():
+                work = Work(stage.folder / "fit", run / "public", self.seed, device, progress=False)
+                write_json(stage.folder / RESULT, self._compute(problem, work))
+        return read_json(stage.folder / RESULT)
+
+    def _compute(self, problem: Problem, work: Work) -> dict:
+        clock = _Laps()
+        budget = Budget(self.epsilon or 1.0, problem.delta, len(problem.private))
+        fitted = self.method.fit(problem.private, problem.public, budget, work)
+        seconds = {"fit": clock.lap()}
+        if isinstance(fitted, Sampler):
+            images = fitted.images(problem.synthetic_images, self.seed)
+            seconds["sample"] = clock.lap()
+            write_atomically(work.folder.parent / GRID, sample_grid(images.images, images.labels))
+            accuracies = judge(images, problem, self.seed, work.device)
+            image_scores = asdict(scores(problem.test.images, images.images, problem.extractor()))
+        else:
+            accuracies, image_scores = {"itself": accuracy(fitted.network, problem.test)}, None
+        seconds["judge"] = clock.lap()
+        return {
+            "accuracy": accuracies,
+            "scores": image_scores,
+            "spent": fitted.spent.to_dict(),
+            "step": None if fitted.cost is None else fitted.cost._asdict(),
+            "seconds": seconds,
+        }
+
+
+def judge(images: LabelledImages, problem: Problem, seed: int, device: torch.device) -> dict[str, float]:
+    """Test accuracy, 0 to 1, of each classifier trained on the images alone."""
+    found = {}
+    for name, classifier in problem.classifiers.items():
+        settings = asdict(replace(classifier, seed=seed))
+        found[name] = accuracy(train_classifier(images, **settings, device=device, progress=False), problem.test)
+    return found
+
+
+def all_cells(methods: Sequence[Method], epsilons: Sequence[float], seeds: int) -> list[Cell]:
+    """A method's seeds and budgets together, in the table's order; those without a budget once a seed."""
+    budgets = {method.name: epsilons if method.has_budget else (None,) for method in methods}
+    return [Cell(m, epsilon, seed) for m in methods for epsilon in budgets[m.name] for seed in range(seeds)]
+
+
+class _Laps:
+    """Seconds since the last lap."""
+
+    def __init__(self):
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        return round(seconds, 2)

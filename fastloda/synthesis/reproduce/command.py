@@ -1,0 +1,65 @@
+"""`fastloda reproduce`: every cell of a table, one after another, and the report."""
+
+import logging
+from pathlib import Path
+
+import rich
+
+from fastloda.synthesis.arguments import Device, Names, resolve_device
+from fastloda.synthesis.environment import environment
+
+from .recipes import TableName
+from .report import Findings
+from .workers import Order, Table, compute_cells, default_jobs
+
+logger = logging.getLogger("fastloda")
+
+NO_NAMES = Names()
+
+
+def reproduce(
+    table: TableName,
+    *,
+    data: Path | None = None,
+    run: Path | None = None,
+    seeds: int = 3,
+    methods: Names = NO_NAMES,
+    features: Path | None = None,
+    quick: bool = False,
+    jobs: int | None = None,
+    device: Device = "auto",
+    progress: bool = True,
+) -> None:
+    """Compare all methods, as the paper's tables do: fit each at each epsilon, judge its images, write a report.
+
+    digits and digits-1pct need no files. table2 (CIFAR-10, public ImageNet32), table3 (1% of CIFAR-10) and table4 (MNIST,
+    public SVHN) read the published files from --data. Each cell, a method at an epsilon with a seed, is done once:
+    interrupted, the same command continues. Writes results.json, results.md and report.html, with the published value,
+    marked as such, beside the measured one. Seeds are fixed, so that it can be repeated: an experiment, not a private release.
+
+    Args:
+        table: digits, digits-1pct, table2, table3 or table4.
+        data: folder with the published files; what must lie where is said if something is missing.
+        run: the folder for everything; default: runs/ and the table's name.
+        seeds: repetitions of each cell; the table has their mean and standard deviation.
+        methods: only these rows, with commas between, as in DP-LoDA,DP-SGD. Default: all.
+        features: TorchScript file of an Inception network for FID and the other scores; default: a small classifier trained on
+            the public images.
+        quick: minutes instead of hours, with steps and counts that show the machinery and no more.
+        jobs: cells at a time, each in a process with its share of the cores. Default: one on a GPU, on a CPU one a core.
+        device: where to compute.
+        progress: show a bar over the cells, and those that run.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    place, folder = resolve_device(device), Path(run or f"runs/{table}{'-quick' * quick}")
+    jobs = jobs or default_jobs(place)
+    made = Table(Order(table, data, folder, seeds, tuple(methods), features, quick, place))
+    compute_cells(made, jobs, progress)
+    results = {cell: made.result(cell) for cell in made.cells}
+    findings = Findings(made.recipe, results, folder, environment(place) | {"cells at a time": jobs})
+    findings.write()
+    rich.print(findings.accuracy_table.for_terminal())
+    logger.info("report: %s", folder / "report.html")

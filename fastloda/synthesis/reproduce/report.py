@@ -1,0 +1,249 @@
+"""A table's results as JSON, Markdown and a page: what was measured, in the paper's order, and beside it what was published."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, stdev
+
+from fastloda.accounting.accountant import compose_epsilon
+from fastloda.files import write_atomically
+from fastloda.synthesis.methods import Method
+from fastloda.synthesis.report.html import Figure, Page, render
+from fastloda.synthesis.report.plots import accuracy_curves, sample_grid
+from fastloda.synthesis.report.tables import Table, rounded_up
+from fastloda.synthesis.runs import write_json
+
+from .cells import GRID, Cell
+from .published import Accuracies
+from .recipes import Recipe
+
+MIB = 1 << 20
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All cells of a table. results: cell -> what `Cell.result` gave; environment: what they were measured on."""
+
+    recipe: Recipe
+    results: Mapping[Cell, dict]
+    run: Path
+    environment: Mapping[str, object]
+
+    def write(self) -> None:
+        """results.json, results.md with its pictures, and report.html in the run's folder."""
+        write_json(self.run / "results.json", self.to_dict())
+        for figure in self._pictures():
+            write_atomically(self.run / self._file(figure), figure.png)
+        write_atomically(self.run / "results.md", self.to_markdown().encode())
+        write_atomically(self.run / "report.html", render(self._page()).encode())
+
+    @cached_property
+    def accuracy_table(self) -> Table:
+        """Methods by epsilon, in percent: mean and standard deviation over the seeds, the published value beside it."""
+        budgets = [f"epsilon {epsilon:g}" for epsilon in self.recipe.epsilons]
+        cells = lambda method: [self._cell(method, epsilon) for epsilon in self.recipe.epsilons]  # noqa: E731
+        rows = [[method.name, method.trained_on, *cells(method)] for method in self.recipe.methods]
+        judges = ", ".join(self.recipe.classifiers)
+        notes = [f"Classifiers: {judges}; the mean over them and over {self._seeds} seeds, ± over seeds."]
+        if self.recipe.published:
+            notes.append("In brackets: what the paper published, on its own machines; quoted, not measured.")
+        return Table(self.recipe.title, ["Method", "Classifier trained on", *budgets], rows, left=2, notes=notes)
+
+    @cached_property
+    def score_table(self) -> Table:
+        """Image scores and what was spent, by method and epsilon."""
+        columns = ["Method", "Epsilon", "spent", "FID", "KID", "precision", "recall"]
+        return Table(
+            "Images, against the real test images", columns, list(self._score_rows()), notes=self._score_notes()
+        )
+
+    @cached_property
+    def cost_table(self) -> Table:
+        """Time and memory of a private step, and the time of the whole."""
+        columns = [
+            "Method",
+            "trained numbers",
+            "step, ms / record",
+            "step's peak, MiB",
+            "fit, s",
+            "sample, s",
+            "judge, s",
+        ]
+        return Table("Cost", columns, [self._cost_row(method) for method in self.recipe.methods])
+
+    def to_dict(self) -> dict:
+        cells = [
+            {"method": cell.method.name, "epsilon": cell.epsilon, "seed": cell.seed, **result}
+            for cell, result in self.results.items()
+        ]
+        published = [
+            {"method": method, "epsilon": epsilon, "accuracy_percent": value}
+            for (method, epsilon), value in self.recipe.published.items()
+        ]
+        return {
+            "table": self.recipe.name,
+            "measured": cells,
+            "published": published,
+            "settings": {method.name: repr(method) for method in self.recipe.methods},
+            "how_chosen": dict(self.recipe.how_chosen),
+            "epsilon_of_all_releases_together": self.all_together,
+            "environment": dict(self.environment),
+        }
+
+    def to_markdown(self) -> str:
+        tables = (self.accuracy_table, self.score_table, self.cost_table)
+        parts = [f"# {self.recipe.title}", self.recipe.lead]
+        parts += [
+            f"## {table.title}\n\n{table.to_markdown()}" if i else table.to_markdown() for i, table in enumerate(tables)
+        ]
+        parts += [f"## {figure.caption}\n\n![{figure.caption}]({self._file(figure)})" for figure in self._pictures()]
+        chosen = "\n".join(f"- {name}: {how}" for name, how in self.recipe.how_chosen.items())
+        parts += ["## Privacy", *self._statement(), "## How hyper-parameters were chosen", chosen]
+        parts += ["Measured on " + "; ".join(f"{name} {value}" for name, value in self.environment.items()) + "."]
+        return "\n\n".join(parts) + "\n"
+
+    def _page(self) -> Page:
+        return Page(
+            title=self.recipe.title,
+            lead=self.recipe.lead,
+            results=self.accuracy_table,
+            more=[self.score_table, self.cost_table],
+            chart=self._chart,
+            samples=list(self._grids()),
+            statement=self._statement(),
+            spent=self._spent_facts(),
+            curves=[],
+            settings={name: ("", how) for name, how in self.recipe.how_chosen.items()},
+            timings={cell.name: sum(result["seconds"].values()) for cell, result in self.results.items()},
+            environment=self.environment,
+        )
+
+    @property
+    def _seeds(self) -> int:
+        return len({cell.seed for cell in self.results})
+
+    def of(self, method: Method, epsilon: float) -> list[dict]:
+        """A method's results at a budget, one a seed; those without a budget are the same at each."""
+        wanted = epsilon if method.has_budget else None
+        return [result for cell, result in self.results.items() if (cell.method, cell.epsilon) == (method, wanted)]
+
+    def accuracies(self, method: Method, epsilon: float) -> list[float]:
+        """Percent, one a seed: the mean over the classifiers."""
+        return [100 * fmean(result["accuracy"].values()) for result in self.of(method, epsilon)]
+
+    def _cell(self, method: Method, epsilon: float) -> str:
+        values = self.accuracies(method, epsilon)
+        text = f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else ABSENT
+        quoted = _published(self.recipe.published, method, epsilon)
+        return text if quoted is None else f"{text} ({quoted:.1f})"
+
+    def _score_rows(self) -> Iterator[list[str]]:
+        for method in self.recipe.methods:
+            for epsilon in self.recipe.epsilons if method.has_budget else self.recipe.epsilons[:1]:
+                results = self.of(method, epsilon)
+                spent = [result["spent"]["epsilon"] for result in results]
+                shown = ABSENT if not spent else "∞" if None in spent else rounded_up(max(spent))
+                budget = f"{epsilon:g}" if method.has_budget else "any"
+                yield [method.name, budget, shown, *self._scores(results)]
+
+    def _scores(self, results: Sequence[dict]) -> list[str]:
+        scored = [result["scores"] for result in results if result["scores"]]
+        formats = {"fid": ".2f", "kid": ".4f", "precision": ".2f", "recall": ".2f"}
+        if not scored:
+            return [ABSENT] * len(formats)
+        return [format(fmean(score[name] for score in scored), spec) for name, spec in formats.items()]
+
+    def _score_notes(self) -> list[str]:
+        names = dict.fromkeys(result["scores"]["features"] for result in self.results.values() if result["scores"])
+        return (
+            [f"Features: {', '.join(names)}. Scores on other features can't be compared with these."] if names else []
+        )
+
+    def _cost_row(self, method: Method) -> list[str]:
+        results = [result for cell, result in self.results.items() if cell.method == method]
+        steps = [result["step"] for result in results if result["step"]]
+        parts = ("fit", "sample", "judge")
+        times = [[result["seconds"][part] for result in results if part in result["seconds"]] for part in parts]
+        seconds = [f"{fmean(values):.0f}" if values else ABSENT for values in times]
+        if not steps:
+            return [method.name, *[ABSENT] * 3, *seconds]
+        per_record = fmean(1e3 * step["seconds"] / step["samples"] for step in steps)
+        return [
+            method.name,
+            f"{steps[0]['trained']:,}",
+            f"{per_record:.2f}",
+            f"{max(step['peak_bytes'] for step in steps) / MIB:,.0f}",
+            *seconds,
+        ]
+
+    @cached_property
+    def all_together(self) -> float | None:
+        """Epsilon of all private cells, were all of them released; None if there is none."""
+        spent = [result["spent"] for result in self.results.values() if result["spent"]["epsilon"]]
+        releases = [release for facts in spent for release in facts["releases"]]
+        runs = [(r["sample_rate"], r["noise_multiplier"], r["steps"]) for r in releases]
+        return compose_epsilon(runs, self.recipe.delta) if runs else None
+
+    def _statement(self) -> list[str]:
+        delta, together = self.recipe.delta, self.all_together
+        lines = [
+            f"A row's epsilon, at delta = {delta:g}, covers all that its method released about the private images, for adding or "
+            "removing one of them: gradients, feature sums, counts, whatever it was, composed by the accountant.",
+            "Seeds are fixed, so that cells can be repeated: experiments, not private releases. The rows without privacy, and "
+            "the test accuracies and image scores, are not covered.",
+        ]
+        if together:
+            everything = f"({rounded_up(together)}, {delta:g})-private"
+            lines.append(f"Were all private cells of this page released, they would be {everything} together.")
+        return [*lines, "No setting was chosen by how well it does on the private or the test images."]
+
+    @cached_property
+    def _chart(self) -> Figure:
+        return Figure("Accuracy on real test images by epsilon", accuracy_curves(self._curves(), self._levels()))
+
+    def _pictures(self) -> list[Figure]:
+        """The accuracies, and samples of each method at the largest epsilon."""
+        largest = {None, max(self.recipe.epsilons)}
+        return [self._chart, *(figure for cell, figure in self._samples() if cell.epsilon in largest)]
+
+    def _samples(self) -> Iterator[tuple[Cell, Figure]]:
+        """Of the first seed's cells that draw images."""
+        for cell in self.results:
+            grid = cell.folder(self.run) / GRID
+            if cell.seed == 0 and grid.exists():
+                yield cell, Figure(f"Samples of {cell.name}", grid.read_bytes(), True)
+
+    def _file(self, figure: Figure) -> str:
+        return f"{self.recipe.name}-{re.sub('[^a-z0-9]+', '-', figure.caption.lower())}.png"
+
+    def _curves(self) -> dict[str, list[tuple[float, list[float]]]]:
+        private = [method for method in self.recipe.methods if method.has_budget]
+        return {m.name: [(e, v) for e in self.recipe.epsilons if (v := self.accuracies(m, e))] for m in private}
+
+    def _levels(self) -> dict[str, float]:
+        free = [method for method in self.recipe.methods if not method.has_budget]
+        return {m.name: fmean(values) for m in free if (values := self.accuracies(m, self.recipe.epsilons[0]))}
+
+    def _grids(self) -> Iterator[Figure]:
+        public = self.recipe.public()[:400]
+        yield Figure("Public images", sample_grid(public.images, public.labels), True)
+        yield from (figure for _, figure in self._samples())
+
+    def _spent_facts(self) -> dict[str, dict]:
+        spent = {cell.name: result["spent"] for cell, result in self.results.items() if result["spent"]["epsilon"]}
+        return {
+            name: {"epsilon": facts["epsilon"]} | {r["what"]: _mechanism(r) for r in facts["releases"]}
+            for name, facts in spent.items()
+        }
+
+
+def _mechanism(release: dict) -> str:
+    noise = f"noise multiplier {release['noise_multiplier']:.4g}"
+    return f"{noise}, sample rate {release['sample_rate']:.4g}, {release['steps']} times"
+
+
+def _published(accuracies: Accuracies, method: Method, epsilon: float) -> float | None:
+    return accuracies.get((method.name, epsilon if method.has_budget else None))

@@ -1,0 +1,183 @@
+"""Cells side by side, each in a process with its share of the cores, and one display of what is running.
+
+Small convolutions don't fill several cores: cells on one core each are done sooner than one after another on all of them.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fastloda.synthesis.metrics import Extractor, public_extractor, torchscript_features
+
+from .cells import Cell, Problem, all_cells
+from .recipes import TableName, recipe
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for. A worker makes the table of it anew: a recipe holds functions, which can't be sent to a process."""
+
+    table: TableName
+    data: Path | None
+    run: Path
+    seeds: int
+    methods: tuple[str, ...]
+    features: Path | None
+    quick: bool
+    device: torch.device
+
+
+class Table:
+    """A table made: its recipe, what its methods work on, and its cells.
+
+    Raises:
+        ValueError, OSError: files are missing or not what they should be.
+    """
+
+    def __init__(self, order: Order):
+        self.order, self.recipe = order, recipe(order.table, order.data, order.quick).only(order.methods)
+        chosen = self.recipe
+        images = {"private": chosen.private(), "public": chosen.public(), "test": chosen.test()}
+        judging = {"classifiers": chosen.classifiers, "synthetic_images": chosen.synthetic_images}
+        self.problem = Problem(**images, delta=chosen.delta, **judging, extractor=self._extractor())
+        self.cells = all_cells(chosen.methods, chosen.epsilons, order.seeds)
+
+    def result(self, cell: Cell) -> dict:
+        """What came out of it; computed unless it is there."""
+        return cell.result(self.order.run, self.problem, self.order.device)
+
+    def to_do(self) -> list[int]:
+        """Which cells have no result yet.
+
+        Raises:
+            RunError: a folder holds the cell of other settings.
+        """
+        stages = [cell.stage(self.order.run, self.problem, self.order.device) for cell in self.cells]
+        return [index for index, stage in enumerate(stages) if not stage.is_done()]
+
+    def compute(self, index: int) -> str:
+        """Compute a cell; a line on what came out."""
+        result = self.result(self.cells[index])
+        accuracies = ", ".join(f"{100 * value:.1f}%" for value in result["accuracy"].values())
+        return f"{self.cells[index].name}: {accuracies}, {sum(result['seconds'].values()):.0f} s"
+
+    def _extractor(self) -> Callable[[], Extractor]:
+        """A file of the user's is read at once, and refused before the work; the default is trained when it is needed."""
+        device = self.order.device
+        if self.order.features is not None:
+            found = torchscript_features(self.order.features, device=device)
+            return lambda: found
+        options = {"steps": self.recipe.extractor_steps, "device": device, "progress": False}
+        return cache(lambda: public_extractor(self.recipe.public(), **options))
+
+
+def compute_cells(table: Table, jobs: int, progress: bool) -> None:
+    """All cells that are not done yet, `jobs` at a time; each leaves its result in its folder.
+
+    Raises:
+        RunError: a folder holds the cell of other settings; before anything is computed.
+        Whatever a cell raises; those that run beside it are stopped, and continue next time where their method can.
+    """
+    to_do = table.to_do()
+    with _executor(table, jobs) as submit, _display(progress) as display:
+        total = display.add_task("cells", total=len(table.cells), completed=len(table.cells) - len(to_do))
+        waiting, running = iter(to_do), {}
+        while True:
+            for index in islice(waiting, jobs - len(running)):
+                running[submit(index)] = display.add_task(table.cells[index].name, total=None)
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                display.console.print(future.result(), highlight=False)
+                display.remove_task(running.pop(future))
+                display.advance(total)
+
+
+def default_jobs(device: torch.device) -> int:
+    """A GPU is shared badly; a CPU gets a cell for each thread that PyTorch would use."""
+    return 1 if device.type == "cuda" else torch.get_num_threads()
+
+
+@contextmanager
+def _executor(table: Table, jobs: int) -> Iterator[Callable[[int], Future]]:
+    """What begins a cell: here, or in one of `jobs` processes."""
+    if jobs == 1:
+        yield partial(_now, table.compute)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    spawn = multiprocessing.get_context("spawn")  # forked copies of PyTorch's threads don't work
+    workers = {"mp_context": spawn, "initializer": _start_worker, "initargs": (table.order, threads)}
+    with ProcessPoolExecutor(jobs, **workers) as pool:
+        try:
+            yield partial(pool.submit, _in_worker)
+        except BaseException:
+            for process in multiprocessing.active_children():  # else the cells that run would be waited for
+                process.terminate()
+            raise
+
+
+def _now(function: Callable[[int], str], index: int) -> Future:
+    future = Future()
+    future.set_result(function(index))
+    return future
+
+
+_workers_order: Order | None = None
+
+
+def _start_worker(order: Order, threads: int) -> None:
+    global _workers_order
+    _workers_order = order
+    torch.set_num_threads(threads)
+    logging.getLogger("fastloda").setLevel(logging.ERROR)  # the display is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent ends no worker, and the run that is started next would compute the same cell beside it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@cache
+def _workers_table() -> Table:
+    """Made by the first cell, not at the start: what goes wrong then would be told as a broken pool."""
+    return Table(_workers_order)
+
+
+def _in_worker(index: int) -> str:
+    return _workers_table().compute(index)
+
+
+def _display(progress: bool) -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True)

@@ -1,0 +1,139 @@
+"""The settings of the stages that have no type of their own elsewhere; the command line reads them from here."""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from fastloda.synthesis.classify import AugmentName, NetworkName, Norm, OptimizerName, make_network
+from fastloda.synthesis.diffusion import TIMESTEPS, Diffusion
+from fastloda.training.schedules import Schedule
+from fastloda.training.trainer import Losses
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The low-dimensional adapter of each convolution (LoDA).
+
+    Attributes:
+        rank: channels between its two convolutions.
+        activation: between them; "identity" is LoRA.
+        negative_slope: of leaky_relu.
+        scale: factor of the adapter's output.
+        targets: regular expression that the whole name of a layer must match; default: every convolution.
+    """
+
+    rank: int = 4
+    activation: Literal["leaky_relu", "identity"] = "leaky_relu"
+    negative_slope: float = 0.1
+    scale: float = 1.0
+    targets: str | None = None
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank must be at least 1, got {self.rank}")
+        try:
+            re.compile(self.targets or "")
+        except re.error as error:
+            raise ValueError(f"adapter.targets is no regular expression: {self.targets!r} ({error})") from error
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How the adapters learn from the noisy gradients.
+
+    Attributes:
+        optimizer: adam, adamw or sgd.
+        learning_rate: of the optimizer.
+        warmup: steps of linear warm-up.
+        schedule: of the learning rate after it.
+        ema_decay: of the average of the adapters over the steps, which is what is released.
+        label_dropout: share of labels dropped, for classifier-free guidance.
+        flips: whether each view of an image is mirrored left to right with probability 1/2. For photographs, not for digits.
+        timesteps: from the first up to, not including, the second, the adapters are trained. The noisiest images say
+            little about the private ones, and the least noisy little about their shape: both would only cost signal.
+        micro_batch_size: records in memory at a time; the result does not depend on it.
+        seed: of sampling and noise. Default: the operating system's randomness. A number makes an experiment that can
+            be repeated, and whose noise can be foreseen.
+        secure_noise: noise from the operating system's cryptographically secure generator; without a seed only. It takes
+            longer to draw, and steps that a crash took after the last checkpoint are charged and lost.
+    """
+
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = 7e-3
+    warmup: int = 0
+    schedule: Schedule = "constant"
+    ema_decay: float = 0.98
+    label_dropout: float = 0.1
+    timesteps: tuple[int, int] = (0, TIMESTEPS)
+    micro_batch_size: int = 512
+    seed: int | None = None
+    flips: bool = False
+    secure_noise: bool = False
+
+    def __post_init__(self):
+        if self.secure_noise and self.seed is not None:
+            raise ValueError(f"training.secure_noise can't be seeded: leave out training.seed, got {self.seed}")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"training.label_dropout must lie in [0, 1], got {self.label_dropout}")
+        first, end = self.timesteps
+        if not 0 <= first < end <= TIMESTEPS:
+            raise ValueError(
+                f"training.timesteps must be two numbers, 0 <= first < end <= {TIMESTEPS}, got {[first, end]}"
+            )
+        if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1 or self.micro_batch_size < 1 or self.warmup < 0:
+            raise ValueError(
+                f"training needs learning_rate > 0, 0 <= ema_decay < 1, micro_batch_size >= 1, warmup >= 0; got {self}"
+            )
+
+    def losses(self, views: int, diffusion: Diffusion | None = None) -> Losses:
+        """The diffusion loss, one number per sample and view, for a trainer; on `timesteps`, unless a process is given."""
+        diffusion = Diffusion.between(*self.timesteps) if diffusion is None else diffusion
+        options = {"views": views, "label_dropout": self.label_dropout, "flips": self.flips}
+        return lambda model, batch, generator: diffusion.losses(model, *batch, **options, generator=generator)
+
+    def optimization(self) -> dict:
+        """The fields that `PrivateTraining` has too."""
+        of_the_losses = ("label_dropout", "timesteps", "flips")
+        return {name: value for name, value in asdict(self).items() if name not in of_the_losses}
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The network that is trained to judge images.
+
+    Attributes:
+        network: cnn (the small one), resnet9, wrn-16-4 or wrn-40-4.
+        steps: optimizer steps, whatever the number of images.
+        batch_size: images a step.
+        optimizer: adamw, or sgd with Nesterov momentum 0.9.
+        lr: its peak learning rate, with a cosine schedule.
+        weight_decay: of the optimizer.
+        label_smoothing: share of a label that is spread over all classes.
+        augment: jitter (turn and shift: digits), flip-crop (natural images) or none.
+        norm: group, or batch, which the small CNN has not.
+        width: as the network counts it: channels of the first layer (cnn 32, resnet9 64) or widening factor (4). Default:
+            the usual one.
+        seed: of its weights, batches and jitter.
+    """
+
+    network: NetworkName = "cnn"
+    steps: int = 500
+    batch_size: int = 128
+    optimizer: OptimizerName = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 1e-2
+    label_smoothing: float = 0.0
+    augment: AugmentName = "jitter"
+    norm: Norm = "group"
+    width: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch_size < 1 or not self.lr > 0 or self.weight_decay < 0:
+            raise ValueError(f"classifier needs steps, batch_size >= 1, lr > 0 and weight_decay >= 0, got {self}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"classifier.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        with torch.device("meta"):  # refuses a width that the network cannot have, without making it
+            make_network(self.network, image_size=32, width=self.width, norm=self.norm)

@@ -1,0 +1,447 @@
+"""The stages from public images to private synthetic ones: functions on a run's folder; `runs.py` lets them resume.
+
+pretrain    public/model.safetensors, samples.png
+choose      chosen/model.safetensors, samples.png, sums.safetensors, privacy.json: the public model, moved nearer
+finetune    private/adapter.safetensors, privacy.json, epsilon.png, checkpoint.pt (the one file that must stay private)
+sample      samples/samples.npz, grid.png; of the public model alone: samples-public/
+evaluate    evaluation.json
+"""
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from fastloda.files import write_atomically
+from fastloda.loda.attach import attach_loda, load_loda, save_loda
+from fastloda.randomness import seeded
+from fastloda.synthesis.account import known_releases, read_statement, releases
+from fastloda.synthesis.arguments import Device, resolve_device
+from fastloda.synthesis.budget import (
+    CHECKPOINT,
+    EPSILON_CURVE,
+    STATEMENT,
+    Privacy,
+    check_delta,
+    nominal_records,
+    private_training,
+    publish,
+    release_statement,
+)
+from fastloda.synthesis.classify import accuracy, train_classifier
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig, class_balanced_labels, digits_unet
+from fastloda.synthesis.diffusion import sample as draw_samples
+from fastloda.synthesis.diffusion.pretrain import PublicTraining
+from fastloda.synthesis.diffusion.pretrain import pretrain as train_on_public
+from fastloda.synthesis.inputs import (
+    NAMED,
+    files_of,
+    full_name,
+    open_for_unet,
+    open_images,
+    open_tests,
+    open_to_pretrain,
+)
+from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
+from fastloda.synthesis.methods.gaussian_release import noise_stream
+from fastloda.synthesis.methods.moved import moved
+from fastloda.synthesis.methods.public_choice import PublicChoice
+from fastloda.synthesis.models import load_unet, save_unet, was_chosen_privately
+from fastloda.synthesis.report.plots import sample_grid
+from fastloda.synthesis.runs import DONE, Stage, digest, make_folder, read_json, write_json
+from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
+from fastloda.training.trainer import DPTrainer
+
+logger = logging.getLogger("fastloda")
+
+MODEL, ADAPTER, SAMPLES, GRID, EVALUATION = (
+    "model.safetensors",
+    "adapter.safetensors",
+    "samples.npz",
+    "grid.png",
+    "evaluation.json",
+)
+CHOSEN, SUMS, PREVIEW = "chosen", "sums.safetensors", "samples.png"
+PREVIEW_COLUMNS = 10  # images of each class in it
+
+with torch.device("meta"):  # for its configuration alone: no weights are drawn
+    DIGITS_UNET = digits_unet().config
+
+
+PUBLIC_TRAINING = PublicTraining(steps=2000, ema_decay=0.998)
+ADAPTERS, FINE_TUNING, CLASSIFIER, CHOICE = Adapter(), FineTuning(), Classifier(), PublicChoice()
+
+
+def pretrain(
+    run: Path,
+    *,
+    data: str = "font-digits",
+    count: int = 20_000,
+    unet: UNetConfig = DIGITS_UNET,
+    training: PublicTraining = PUBLIC_TRAINING,
+    device: Device = "auto",
+    progress: bool = True,
+) -> dict:
+    """Train a diffusion model on public images, without privacy.
+
+    Writes public/ in the run's folder. Interrupted, it continues from its checkpoint when it is called again.
+
+    Args:
+        run: the run's folder.
+        data: public images with labels: font-digits or colour-font-digits; a published set in a folder, as in svhn:FOLDER,
+            imagenet32:FOLDER or imagenet10:FOLDER (its ten classes that match CIFAR-10's); a folder of images, with a
+            subfolder for each class; or an npz file with arrays `images` (uint8, or floats in [-1, 1], or else their `range`,
+            as [0, 1]; NCHW or NHWC) and `labels` (from 0), perhaps `num_classes`. It must have the U-Net's classes.
+        count: of images to draw for font-digits and colour-font-digits.
+        unet: shape of the U-Net; the default fits 8 x 8 digits.
+        training: the optimization.
+        device: where to compute.
+        progress: show a bar.
+    """
+    place = resolve_device(device)
+    settings = {"data": full_name(data), "count": count, "unet": asdict(unet), "training": asdict(training)}
+    settings |= {"device": place.type}
+    stage = Stage(Path(run) / "public", settings, files_of(data), outputs=(MODEL, PREVIEW))
+    if not _reuse(stage):
+        images = open_to_pretrain(data, unet, count=count, seed=training.seed)
+        with stage.work():
+            with seeded(training.seed):
+                model = UNet(unet).to(place, memory_format=torch.channels_last)
+            checkpoint = stage.folder / CHECKPOINT
+            train_on_public(model, Diffusion(), images, training, checkpoint=checkpoint, progress=progress)
+            save_unet(model, stage.folder / MODEL)
+            _draw_preview(model, stage.folder, training.seed, progress)
+        checkpoint.unlink(missing_ok=True)  # its work is done
+    return {"model": str(stage.folder / MODEL)}
+
+
+def choose(
+    run: Path,
+    *,
+    delta: float,
+    choice: PublicChoice = CHOICE,
+    records: int | None = None,
+    data: str = "digits",
+    public: str = "font-digits",
+    count: int = 100_000,
+    model: Path | None = None,
+    seed: int | None = None,
+    device: Device = "auto",
+    progress: bool = True,
+) -> dict:
+    """Train the public model a little further, on those public images that resemble the private ones.
+
+    Optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public images
+    those are, and how they are moved to be more like them (`fastloda.synthesis.methods.public_choice`). Writes chosen/ in the run's folder;
+    `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too. All of chosen/ may
+    be released, on the terms in its privacy.json. Interrupted, it continues; the sum is drawn once.
+
+    Args:
+        run: the run's folder.
+        delta: at which epsilon is reported; that of `finetune`, below 1 / records.
+        choice: the release, and the training that follows it; noise_multiplier alone sets its price, 0.7 for 5, 0.4 for 8 at
+            delta 1e-5.
+        records: the public, nominal number of private records. Default: the count of the data, which is thereby made public.
+            Classes are taken to be as frequent as one another.
+        data: private images, as in `fastloda finetune`.
+        public: public images to choose from, as in `fastloda pretrain`; more different ones are better.
+        count: of images to draw for font-digits and colour-font-digits.
+        model: folder of the public model; default: public/ in the run's folder.
+        seed: of the noise and all else. Default: the operating system's randomness; a number makes an experiment that can be
+            repeated, and whose noise can be foreseen.
+        device: where to compute.
+        progress: show a bar.
+    """
+    place = resolve_device(device)
+    base = Path(run) / "public" if model is None else Path(model)
+    network = load_unet(base / MODEL, place)
+    if was_chosen_privately(base / MODEL):  # what made it would not be counted
+        raise ValueError(f"{base} holds a model of chosen images already: choose for the public model, once")
+    private = open_for_unet(data, network.config)
+    nominal = nominal_records(records, len(private), "--records")
+    check_delta("delta", delta, nominal)
+    settings = {
+        "delta": delta,
+        "choice": asdict(choice),
+        "records": nominal,
+        "data": full_name(data),
+        "device": place.type,
+    }
+    settings |= {"public": full_name(public), "count": count, "seed": seed}
+    outputs = (MODEL, PREVIEW, SUMS, STATEMENT)
+    stage = Stage(Path(run) / CHOSEN, settings, (base / MODEL, *files_of(public)), outputs, private=True)
+    if not _reuse(stage):
+        pool = open_for_unet(public, network.config, count=count, seed=seed or 0)
+        with stage.work():
+            released = _released_once(stage.folder, choice, private, pool, delta, nominal, seed)
+            checkpoint = stage.folder / CHECKPOINT
+            options = {"checkpoint": checkpoint, "progress": progress}
+            choice.train_further(network, pool, released, seed or 0, **options)
+            save_unet(network, stage.folder / MODEL, chosen_privately=True)
+            _draw_preview(network, stage.folder, seed or 0, progress)
+        checkpoint.unlink(missing_ok=True)
+    return read_statement(stage.folder) | {"model": str(stage.folder / MODEL)}
+
+
+def _released_once(
+    folder: Path,
+    choice: PublicChoice,
+    private: LabelledImages,
+    pool: LabelledImages,
+    delta: float,
+    records: int,
+    seed: int | None,
+) -> ClassEmbeddings:
+    """The noisy sums, written down before anything is made of them: an interrupted stage does not release them again."""
+    if not (folder / SUMS).exists():
+        released, release = choice.release(private, pool, records, seed or 0, noise_stream(seed))
+        write_json(folder / STATEMENT, release_statement(release.what, release[1:], delta, records, seed))
+        released.save(folder / SUMS)
+    return ClassEmbeddings.load(folder / SUMS)
+
+
+def finetune(
+    run: Path,
+    privacy: Privacy,
+    *,
+    data: str = "digits",
+    model: Path | None = None,
+    adapter: Adapter = ADAPTERS,
+    training: FineTuning = FINE_TUNING,
+    device: Device = "auto",
+    progress: bool = True,
+) -> dict:
+    """Fit adapters of the public model to private images under (epsilon, delta)-differential privacy.
+
+    Writes private/ in the run's folder: adapter.safetensors and privacy.json may be released, checkpoint.pt must not.
+    Interrupted, it continues when it is called again, bit for bit, so that the budget is spent once. Deleting private/
+    and starting anew spends it anew; what both released then counts together (`fastloda account --composition`).
+
+    Args:
+        run: the run's folder.
+        privacy: the promise, from which the noise is computed.
+        data: private images with labels: digits or colour-digits; mnist:FOLDER or cifar10:FOLDER; or a folder of images or
+            an npz file as in `fastloda pretrain`. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class. They may
+            have fewer classes than the model; how many is taken to be public.
+        model: folder of the public model; default: chosen/ in the run's folder, or else public/.
+        adapter: what is trained.
+        training: the optimization.
+        device: where to compute.
+        progress: show a bar. Its loss and clipped fraction are private: for the operator's eyes.
+    """
+    place = resolve_device(device)
+    public = _public_folder(run, model)
+    network = load_unet(public / MODEL, place)
+    images = open_for_unet(data, network.config)
+    privacy = privacy.with_records(len(images))
+    statement = _statement_of(public)
+    with seeded(training.seed or 0):  # only where A starts: public, and independent of the noise
+        attach_loda(network, **asdict(adapter))
+    settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter)}
+    settings |= {"training": asdict(training), "device": place.type}
+    outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
+    stage = Stage(Path(run) / "private", settings, (public / MODEL,), outputs, private=True)
+    if not _reuse(stage):
+        private = private_training(
+            privacy,
+            releases(statement) if statement else (),
+            fixed_shape=place.type != "cpu",
+            **training.optimization(),
+        )
+        # [:] of a tensor is that tensor, and of bytes floats
+        records, losses = (images.images[:], images.labels), training.losses(privacy.views)
+        checkpoint = stage.folder / CHECKPOINT
+        trainer = DPTrainer(network, records, losses, private, checkpoint=checkpoint, progress=progress)
+        with stage.work():
+            trainer.fit()
+            with trainer.average.in_place():
+                save_loda(network, stage.folder / ADAPTER)
+            publish(trainer, privacy, stage.folder, known_releases(statement) if statement else ())
+            write_json(stage.folder / STATEMENT, read_statement(stage.folder) | {"classes": images.num_classes})
+    return read_statement(stage.folder)
+
+
+def sample(
+    run: Path,
+    *,
+    count: int = 2000,
+    steps: int = 50,
+    guidance: float = 0.0,
+    seed: int = 0,
+    reach: float = 0.0,
+    public: bool = False,
+    model: Path | None = None,
+    batch_size: int = 256,
+    device: Device = "auto",
+    progress: bool = True,
+) -> dict:
+    """Draw synthetic images, as many of each class that it was trained on, from the fine-tuned model.
+
+    Writes samples/ in the run's folder. They are as private as the adapter that they come from, however many are drawn.
+
+    Args:
+        run: the run's folder.
+        count: of images.
+        steps: of the DDIM sampler.
+        guidance: weight of classifier-free guidance; above 0 it doubles the time.
+        seed: of the images; it is independent of training, and need not be secret.
+        reach: how far a pixel, in [-1, 1], may easily be moved to where the images agree better with what `fastloda choose`
+            released; 0.1 helps a little on digits. It costs no budget. 0: not at all.
+        public: draw from the model without the adapter, into samples-public/; that of chosen/ has its own privacy.json.
+        model: folder of the public model; default: chosen/ in the run's folder, or else public/.
+        batch_size: images at a time; the result does not depend on it.
+        device: where to compute.
+        progress: show a bar.
+    """
+    check_sampling(count, steps, guidance, batch_size, reach)
+    place = resolve_device(device)
+    base = _public_folder(run, model)
+    network = load_unet(base / MODEL, place)
+    released = _released_with(base) if reach else None
+    inputs = (base / MODEL,) if public else (base / MODEL, _attach_trained(network, Path(run) / "private", base))
+    inputs += (base / SUMS,) if reach else ()
+    classes = network.config.num_classes if public else _trained_classes(Path(run) / "private", network)
+    settings = {
+        "count": count,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "reach": reach,
+        "public": public,
+        "device": place.type,
+    }
+    stage = Stage(Path(run) / ("samples-public" if public else "samples"), settings, inputs, (SAMPLES, GRID))
+    if not _reuse(stage):
+        with stage.work():
+            labels = class_balanced_labels(count, classes)
+            options = {
+                "steps": steps,
+                "guidance": guidance,
+                "seed": seed,
+                "batch_size": batch_size,
+                "progress": progress,
+            }
+            drawn = draw_samples(network, Diffusion(), labels, **options).clamp(-1, 1)
+            images = LabelledImages(drawn, labels, classes)
+            images = moved(images, released, reach, progress) if released else images
+            images.save_npz(stage.folder / SAMPLES, uint8=True)
+            write_atomically(stage.folder / GRID, sample_grid(images.images, labels))
+    return {"samples": str(stage.folder / SAMPLES), "grid": str(stage.folder / GRID)}
+
+
+def check_sampling(count: int, steps: int, guidance: float, batch_size: int = 1, reach: float = 0.0) -> None:
+    """ValueError unless `sample` can do it."""
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"count and batch_size must be at least 1, got {count} and {batch_size}")
+    if not 1 <= steps <= Diffusion().timesteps or not 0 <= guidance < float("inf"):
+        raise ValueError(f"need 1 <= steps <= {Diffusion().timesteps} and guidance >= 0, got {steps} and {guidance}")
+    if not 0 <= reach < float("inf"):
+        raise ValueError(f"reach must be finite and not negative, got {reach}")
+
+
+def evaluate(
+    run: Path,
+    *,
+    test: str = "digits-test",
+    train: str | None = None,
+    public: bool = False,
+    classifier: Classifier = CLASSIFIER,
+    device: Device = "auto",
+    progress: bool = True,
+) -> dict:
+    """Train a classifier on synthetic images alone, and test it on real ones.
+
+    Adds its accuracy to evaluation.json in the run's folder. The epsilon of the run does not cover the test images.
+
+    Args:
+        run: the run's folder.
+        test: real images with labels: digits-test (360 digits that no other stage uses), colour-digits-test,
+            mnist-test:FOLDER, cifar10-test:FOLDER, a folder of images or an npz file.
+        train: train on these instead: anything that `pretrain` and `finetune` take. On private images this has no privacy.
+        public: train on samples-public/ instead of samples/.
+        classifier: its training.
+        device: where to compute.
+        progress: show a bar.
+    """
+    if train is not None and public:
+        raise ValueError(f"give --train {train} or --public, not both")
+    place = resolve_device(device)
+    name = train or ("samples-public" if public else "samples")
+    source = train or str(Path(run) / name / SAMPLES)
+    if train is None and not Path(source).is_file():
+        raise FileNotFoundError(f"no samples {source}: draw them with `fastloda sample{' --public' if public else ''}`")
+    images = open_images(source)
+    tests = open_tests(test, images)
+    settings = {"train": name, "test": test, "classifier": asdict(classifier), "device": place.type}
+    # Synthetic images are known by their hash; a file of private ones is not hashed, and is judged anew every time.
+    settings |= {"sha256": digest(Path(source))} if train is None else {}
+    record = Path(run) / EVALUATION
+    known = read_json(record) if record.exists() else {}
+    if known.get(name, {}).get("settings") == settings and {train or "digits", test} <= NAMED:
+        logger.info("%s: already there, with these settings", record)
+    else:
+        make_folder(Path(run))
+        began = time.monotonic()
+        judge = train_classifier(images, **asdict(classifier), device=place, progress=progress)
+        known[name] = {
+            "accuracy": accuracy(judge, tests),
+            "train_images": len(images),
+            "test_images": len(tests),
+            "seconds": round(time.monotonic() - began, 1),
+            "settings": settings,
+        }
+        write_json(record, known)
+    return {key: value for key, value in known[name].items() if key != "settings"}
+
+
+def _public_folder(run: Path, model: Path | None) -> Path:
+    if model is not None:
+        return Path(model)
+    chosen = Path(run) / CHOSEN
+    return chosen if (chosen / DONE).is_file() else Path(run) / "public"
+
+
+def _statement_of(folder: Path) -> dict | None:
+    """What a public model that `choose` has trained further released about the private records; None of any other."""
+    return read_statement(folder) if was_chosen_privately(folder / MODEL) else None
+
+
+def _released_with(folder: Path) -> ClassEmbeddings:
+    """What `choose` released, which the budget of whatever adapts its model covers."""
+    if not was_chosen_privately(folder / MODEL):
+        raise ValueError(
+            f"{folder} holds no model of `fastloda choose`, whose release --reach would move images toward"
+        )
+    return ClassEmbeddings.load(folder / SUMS)
+
+
+def _draw_preview(model: UNet, folder: Path, seed: int, progress: bool) -> None:
+    labels = class_balanced_labels(PREVIEW_COLUMNS * model.config.num_classes, model.config.num_classes)
+    preview = draw_samples(model, Diffusion(), labels, seed=seed, progress=progress)
+    write_atomically(folder / PREVIEW, sample_grid(preview, labels))
+
+
+def _attach_trained(network: UNet, private: Path, public: Path) -> Path:
+    """Put the run's adapters on the network; returns their file."""
+    if not (private / DONE).is_file():
+        raise FileNotFoundError(
+            f"no adapter in {private}: `fastloda finetune` makes one; or draw from the public model with --public"
+        )
+    if read_json(private / DONE).get("inputs", {}).get(MODEL) != digest(public / MODEL):
+        raise ValueError(f"{private / ADAPTER} adapts another model than {public / MODEL}")
+    load_loda(network, private / ADAPTER)
+    return private / ADAPTER
+
+
+def _trained_classes(private: Path, network: UNet) -> int:
+    """How many classes the adapters were trained on: perhaps fewer than the public model has."""
+    return read_statement(private).get("classes", network.config.num_classes)
+
+
+def _reuse(stage: Stage) -> bool:
+    if done := stage.is_done():
+        logger.info("%s: already there, with these settings", stage.folder)
+    return done

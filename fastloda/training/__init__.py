@@ -1,0 +1,1 @@
+"""A lean private trainer: Poisson sampling, checkpoints, averages, schedules."""

@@ -1,0 +1,64 @@
+"""A training run in one file: written atomically, read without running anything in it, refused if of another run."""
+
+import hashlib
+import io
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastloda.files import write_atomically
+from fastloda.privacy.ranks import World
+
+FORMAT = "fastloda-checkpoint-2"
+# What torch.load raises, between its formats, for a file that is cut short, is something else, or would run code.
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, OSError, EOFError, LookupError, ValueError)
+
+
+class CheckpointError(ValueError):
+    """The file is no checkpoint, is damaged, or belongs to another model or another run."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of everything frozen (values) and trainable (names and shapes): what a checkpoint must agree with."""
+    digest = hashlib.sha256()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if name not in trainable:
+            if hasattr(tensor, "full_tensor"):
+                tensor = tensor.full_tensor()  # sharded: every rank gives its part
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: str | os.PathLike, state: dict, model_fingerprint: str) -> None:
+    """Write `state` (tensors and plain values). A kill at any moment leaves the old file or the new one."""
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, "model": model_fingerprint, "state": state}, content)
+    write_atomically(path, content.getvalue())
+
+
+def load_checkpoint(path: str | os.PathLike, model_fingerprint: str, world: World = World()) -> dict:  # noqa: B008
+    """The saved state, for every rank of a world; rank 0 alone needs to see the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: see the class.
+    """
+    path = Path(path)
+    if not world.from_first(path.is_file):
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        content = io.BytesIO(world.from_first(path.read_bytes))
+        document = torch.load(content, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is no checkpoint, or is damaged: {reason}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of this version ({FORMAT})")
+    if document["model"] != model_fingerprint:
+        raise CheckpointError(f"{path} is a checkpoint of another model: its frozen weights or its adapters differ")
+    return document["state"]
