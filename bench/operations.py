@@ -15,8 +15,10 @@ from machine import DEVICE
 from providers import captured
 from torch import Tensor, nn
 
-from fastloda.loda.arithmetic import ConvOp, on_triton
-from fastloda.per_sample.recipe import PerSampleGrad, Piece, squared_norms
+from fastloda.loda.arithmetic import ConvOp
+from fastloda.per_sample.gradient import PerSampleGrad, squared_norms
+from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.tensors import on_triton
 from fastloda.privacy.clip import clipped_sums
 from fastloda.synthesis.diffusion import paper_unet
 

@@ -5,7 +5,6 @@ bounds epsilon from below. Run it with `python examples/audit_step.py`.
 """
 
 import torch
-from rich import print
 from torch import nn
 
 from fastloda import audit, ghost_dp_step
@@ -36,7 +35,7 @@ def main() -> None:
         optimizer = torch.optim.Adam(model.parameters(), 1e-2)
         step = audit.of_loop(model, training_step(model, optimizer, noise_multiplier))
         report = audit.audit_step(step, records, claim, sampler=sampler, observations=300, progress=False)
-        print(f"\n[bold]A step that adds {title}[/bold]", report, sep="\n")
+        print(f"\nA step that adds {title}", report, sep="\n")
 
 
 if __name__ == "__main__":

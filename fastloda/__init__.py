@@ -12,11 +12,11 @@ from fastloda.loda.layers import LoDAConv2d, LoDALinear
 from fastloda.per_sample.explain import explain
 from fastloda.per_sample.fallback.functional import cover
 from fastloda.per_sample.fallback.register import check_rule, register_rule
-from fastloda.per_sample.gradients import per_sample_grads
 from fastloda.privacy.adaptive import AdaptiveClipping
 from fastloda.privacy.clip import Automatic, PerLayer
+from fastloda.privacy.per_sample import per_sample_grad_norms, per_sample_grads
 from fastloda.privacy.secure_noise import SecureGenerator
-from fastloda.privacy.step import GhostClipper, StepStats, ghost_dp_step, per_sample_grad_norms
+from fastloda.privacy.step import GhostClipper, StepStats, ghost_dp_step
 from fastloda.training.trainer import DPTrainer, PrivateTraining
 
 __version__ = "0.1.0"

@@ -20,8 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle  # noqa: E402
 
-from fastloda import GhostClipper, attach_loda
-from fastloda.loda import arithmetic as ops
+from fastloda import GhostClipper, attach_loda  # noqa: E402
+from fastloda.loda import arithmetic as ops  # noqa: E402
 from fastloda.synthesis.diffusion import digits_unet  # noqa: E402
 
 SAMPLES, VIEWS = 6, 2

@@ -823,7 +823,7 @@ def test_the_report_reads_well_and_is_json():
     text = str(report)
     for check in report.checks:
         assert check.name.split()[0] in text
-    assert "violated" in text and "VIOLATED" in text and f"{report.epsilon_claimed:.2f}" in text
+    assert "VIOLATED" in text and f"{report.epsilon_claimed:.2f}" in text
     assert any(check.verdict == "not run" and "sampler" in check.name for check in report.checks)
 
 

@@ -21,7 +21,8 @@ from test_exact import KINDS, check_float32
 from fastloda import per_sample_grad_norms
 from fastloda.loda import arithmetic as ops
 from fastloda.per_sample import planner as plan
-from fastloda.per_sample.recipe import PerSampleGrad, as_it_is, squared_norms
+from fastloda.per_sample.gradient import PerSampleGrad, squared_norms
+from fastloda.per_sample.recipe import as_it_is
 from fastloda.privacy import clip
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastloda import GhostClipper, PrivacyError
+from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.members import Members
-from fastloda.per_sample.recipe import PerSampleGrad
 from fastloda.per_sample.reductions import LONG, RUN, row_squares, weighted_row_sum
 from fastloda.privacy.sums import FlatSums
 

@@ -1,18 +1,14 @@
-"""What an audit found: one row a check, judged together, as a table or as plain JSON types."""
+"""What an audit found: one row a check, judged together, as lines of text or as plain JSON types."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from fastloda.audit.claim import Claim
 from fastloda.errors import PrivacyError
 
 Verdict = Literal["holds", "violated", "not run"]
-STYLES = {"holds": "green", "violated": "bold red", "not run": "dim"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Check(Finding):
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The checks of one audit. `print` shows them as a table.
+    """The checks of one audit. `print` shows them, a line each.
 
     Attributes:
         claim: what was audited.
@@ -100,30 +96,16 @@ class AuditReport:
         bound = "" if self.epsilon_lower is None else f", lower bound {self.epsilon_lower:.2f} at {self.confidence:.3%}"
         return f"Claimed epsilon {self.epsilon_claimed:.2f} at delta {self.claim.delta:g}{bound}: {verdict}"
 
-    def __rich__(self) -> Table:
-        table = Table(title=self.summary(), caption=self._caption(), expand=False)
-        for name in ("Check", "Measured", "p", "Verdict", "What it means"):
-            table.add_column(name, justify="right" if name == "p" else "left", overflow="fold")
-        for check in self.checks:
-            verdict = f"[{STYLES[check.verdict]}]{check.verdict}[/]"
-            meaning = "" if check.verdict == "holds" else check.meaning
-            table.add_row(check.name, check.statistic, _shown(check.p_value), verdict, meaning)
-        return table
-
     def __str__(self) -> str:
-        console = Console(width=150, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
-
-    def _caption(self) -> str:
-        return f"A step that keeps its claim is called a violation with probability {self.significance:g} at most, by all checks."
+        caption = f"A step that keeps its claim is called a violation with probability {self.significance:g} at most, by all checks."
+        return "\n".join([self.summary(), "", *map(_line, self.checks), "", caption])
 
 
-def _shown(p: float | None) -> str:
-    if p is None:
-        return ""
-    return "< 1e-99" if p < 1e-99 else f"{p:.2g}"
+def _line(check: Check) -> str:
+    p = "" if check.p_value is None else f"  (p {'< 1e-99' if check.p_value < 1e-99 else f'{check.p_value:.2g}'})"
+    verdict = check.verdict.upper() if check.verdict == "violated" else check.verdict
+    line = f"{verdict:<9} {check.name}: {check.statistic}{p}"
+    return line if check.verdict == "holds" or not check.meaning else f"{line}\n{'':<9} {check.meaning}"
 
 
 def judge(findings: Sequence[Finding], significance: float) -> tuple[Check, ...]:

@@ -27,8 +27,8 @@ from fastloda.engine.batch_second import with_batch_second
 from fastloda.engine.loss_check import check_opened, wait_for_backward
 from fastloda.engine.nested import map_tensors, tensors_in
 from fastloda.errors import PrivacyError
-from fastloda.loda.arithmetic import accumulable
 from fastloda.per_sample.members import Members
+from fastloda.per_sample.tensors import accumulable
 from fastloda.privacy.watch import Watch
 
 _ANCHOR = torch.empty(0, requires_grad=True)  # what makes the cut-off outputs differentiable

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import keystr, tree_map_with_path
 
-from fastloda.synthesis.diffusion.schedule import Diffusion
+from fastloda.training.noising import add_noise, draw, draw_timesteps
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers' own LoRA training targets them
 
@@ -50,35 +50,33 @@ def diffusion_losses(
     if not isinstance(views, int) or isinstance(views, bool) or views < 1:
         raise ValueError(f"views must be an integer >= 1, got {views!r}")
     conditions = {name: _per_view(name, value, samples, views) for name, value in conditions.items()}
-    process, predicted_kind = _process(scheduler), _prediction_type(scheduler)
+    alphas_cumprod, predicted_kind = _alphas_cumprod(scheduler), _prediction_type(scheduler)
     x0 = x0.repeat_interleave(views, dim=0)
     if timesteps is None:
-        timesteps = process.draw_timesteps(samples, views=views, generator=generator, device=x0.device)
+        cdf = torch.linspace(0, 1, len(alphas_cumprod) + 1, dtype=torch.float64)[1:]
+        timesteps = draw_timesteps(cdf, samples, views, generator, x0.device)
     if noise is None:
-        device = x0.device if generator is None else generator.device
-        noise = torch.randn(x0.shape, generator=generator, device=device).to(x0)
+        noise = draw(torch.randn, x0.shape, generator, x0.device).to(x0)
     if timesteps.shape != (len(x0),) or noise.shape != x0.shape:
         got = f"{tuple(timesteps.shape)} and {tuple(noise.shape)}"
         raise ValueError(f"expected timesteps ({len(x0)},) and noise {tuple(x0.shape)}, got {got}")
     targets = {
         "epsilon": lambda: noise,
         "sample": lambda: x0,
-        "v_prediction": lambda: process.add_noise(noise, timesteps, -x0),
+        "v_prediction": lambda: add_noise(alphas_cumprod, noise, timesteps, -x0),
     }
-    predicted = unet(process.add_noise(x0, timesteps, noise), timesteps, return_dict=False, **conditions)[0]
+    predicted = unet(add_noise(alphas_cumprod, x0, timesteps, noise), timesteps, return_dict=False, **conditions)[0]
     if predicted.shape != x0.shape:  # a learned variance, which a simple loss leaves untrained
         raise ValueError(f"the U-Net predicts {tuple(predicted.shape)} for images of {tuple(x0.shape)}")
     precise = torch.promote_types(predicted.dtype, torch.float32)
     return (predicted.to(precise) - targets[predicted_kind]().to(precise)).square().flatten(1).mean(1)
 
 
-def _process(scheduler: Any) -> Diffusion:
+def _alphas_cumprod(scheduler: Any) -> Tensor:
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None:
         raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod: flow matching and EDM are not covered")
-    process = Diffusion(len(alphas_cumprod))
-    process.alphas_cumprod = alphas_cumprod.double()
-    return process
+    return alphas_cumprod.double()
 
 
 def _prediction_type(scheduler: Any) -> str:

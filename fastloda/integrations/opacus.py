@@ -21,9 +21,11 @@ except ImportError as error:
     raise ImportError("Opacus is not installed: pip install 'fastloda[opacus]'") from error
 
 from fastloda.kernels.conv import Conv
-from fastloda.loda.arithmetic import ConvOp, LinearOp, channel_sum, sample_rows
+from fastloda.loda.arithmetic import ConvOp, LinearOp
 from fastloda.loda.layers import LoDAConv2d, LoDALinear
-from fastloda.per_sample.recipe import PerSampleGrad, Piece, squared_norms
+from fastloda.per_sample.gradient import PerSampleGrad, squared_norms
+from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.tensors import channel_sum, sample_rows
 
 LoDALayer = LoDAConv2d | LoDALinear
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastloda.files import write_atomically
 from fastloda.loda.attach import NOTHING_TO_SAVE, install_adapters, loda_layers, real_names, separate
 from fastloda.loda.layers import LoDAConv2d, LoDALinear
-from fastloda.wrappers import bare_modules
+from fastloda.loda.wrappers import bare_modules
 
 logger = logging.getLogger("fastloda")
 

@@ -1,7 +1,6 @@
-"""The arithmetic of a LoDA layer and the one place that chooses its implementation.
+"""The arithmetic of a LoDA layer:  z = A * x,  y = W * x + b + s B phi(z).
 
-A LoDA layer computes  z = A * x,  y = W * x + b + s B phi(z).  Triton kernels (`fastloda/kernels/`) compute for CUDA tensors,
-PyTorch for all others; nothing else in the package asks which.
+Triton kernels (`kernels/`) compute for CUDA tensors, PyTorch for all others.
 
 Two ideas keep the cost of privacy low, in both:
 
@@ -14,7 +13,6 @@ Shapes: rows N (samples x views), positions T = H W, channels C in and O out, ra
 consecutive rows; its gradient is the sum over them.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,71 +23,15 @@ from torch import Tensor
 from fastloda.kernels.conv import Conv
 from fastloda.per_sample.amx import compute_dtype, sound_dtype, without_autocast
 from fastloda.per_sample.planner import split_rows
-from fastloda.per_sample.recipe import Fused, Piece
+from fastloda.per_sample.products import conv_piece
+from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.taps import gather_taps
+from fastloda.per_sample.tensors import accumulable, lay_out_taps, on_triton, sample_rows, sum_rows
 
 try:
-    from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad
-except ImportError:  # no Triton: PyTorch computes everything
-    sample_grad = None
-
-A_INPUT, B_INPUT = 2, 3  # places of A and B in (x, W, A, B, b); b may be absent, and the graph counts tensors only
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def on_triton(t: Tensor) -> bool:
-    """Whether Triton kernels compute for t."""
-    return t.is_cuda and sample_grad is not None and t.dtype in KERNEL_DTYPES and t.numel() > 0
-
-
-def conv_piece(
-    grad: Callable[..., Tensor],
-    lay_out: Callable[[Tensor], Tensor],
-    x: Tensor,
-    g: Tensor,
-    conv: Conv | None,
-    scratch_bytes: int,
-    at_hand: Callable[[int], Tensor] | None = None,
-) -> Piece:
-    """The recipe of a convolution weight's per-sample gradients, from its input and the gradient of its output.
-
-    grad(x, g, samples), lay_out and at_hand are PyTorch's way. conv is None where the kernels have none (groups, one or three
-    dimensions).
-    """
-    if conv is None or not on_triton(x) or x.dtype != g.dtype:
-        return Piece(grad, (x, g), scratch_bytes, lay_out=lay_out, at_hand=at_hand)
-    return _kernel_piece(x, g, conv, lambda t, samples: t, lambda grads: grads)
-
-
-def linear_piece(x: Tensor, gy: Tensor) -> Piece:
-    """The recipe of the per-sample gradients of weight.T [C, O] of a product over rows: x [rows, C], gy [rows, O]."""
-    if not on_triton(x) or x.dtype != gy.dtype:
-        return Piece(lambda x, gy, samples: torch.bmm(sample_rows(x, samples).mT, sample_rows(gy, samples)), (x, gy))
-    # a 1 x 1 convolution of images one row high, from O channels to C
-    as_image = lambda t, samples: t.reshape(samples, -1, t.shape[-1]).mT[:, :, None]  # noqa: E731
-    return _kernel_piece(gy, x, Conv((1, 1)), as_image, lambda grads: grads[..., 0, 0])
-
-
-def _kernel_piece(x: Tensor, g: Tensor, conv: Conv, as_image, as_weight) -> Piece:
-    """as_image(tensor, samples) and as_weight(gradient) re-lay what goes into the kernels and comes out."""
-
-    def with_squares(x: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-        grads, squares = sample_grad.sample_grads(as_image(x, samples), as_image(g, samples), conv, samples)
-        return as_weight(grads), squares
-
-    def squares(x: Tensor, g: Tensor, samples: int) -> Tensor:
-        return sample_grad.sample_grad_squares(as_image(x, samples), as_image(g, samples), conv, samples)
-
-    def weighted_sum(x: Tensor, g: Tensor, factors: Tensor) -> Tensor:
-        n = len(factors)
-        return as_weight(sample_grad.weighted_grad_sum(as_image(x, n), as_image(g, n), conv, factors))
-
-    return Piece(lambda *a: with_squares(*a)[0], (x, g), with_squares=with_squares, fused=Fused(squares, weighted_sum))
-
-
-def accumulable(t: Tensor) -> Tensor:
-    """t in the dtype that gradients are accumulated in: float64 stays, all else becomes float32."""
-    return t if t.dtype == torch.float64 else t.float()
+    from fastloda.kernels import adapter_backward, adapter_forward, input_grad
+except ImportError:  # no Triton: never on_triton
+    pass
 
 
 def activation(z: Tensor, slope: float) -> Tensor:
@@ -279,32 +221,6 @@ def _reversed_taps(shape: torch.Size, device: torch.device) -> Tensor:
     return torch.arange(shape.numel(), device=device).view(shape).flip(2, 3).transpose(0, 1).flatten(1)
 
 
-def lay_out_taps(grads: Tensor, kernel: Sequence[int]) -> Tensor:
-    """[n, O prod(kernel), C], the taps reversed as `gather_taps` has them -> [n, O, C, *kernel]."""
-    taps_dims = range(2, 2 + len(kernel))
-    return grads.unflatten(1, (-1, *kernel)).flip(*taps_dims).movedim(-1, 2)
-
-
 def lay_out_B(grads: Tensor) -> Tensor:
     """[n, r, O] -> [n, O, r, 1, 1]."""
     return grads.mT.unsqueeze(-1).unsqueeze(-1)
-
-
-def sum_rows(grad: Tensor, samples: int) -> Tensor:
-    """[N, ...] -> [samples, ...]: summed over each sample's rows."""
-    return grad if grad.shape[0] == samples else grad.view(samples, -1, *grad.shape[1:]).sum(1)
-
-
-def sample_rows(t: Tensor, samples: int) -> Tensor:
-    """[N, ..., C] -> [samples, positions of one sample, C], in the dtype that gradients accumulate in."""
-    return accumulable(t.reshape(samples, -1, t.shape[-1]))
-
-
-def flat_clip_sum(grads: Tensor, factors: Tensor) -> Tensor:
-    """sum_n factors[n] grads[n] of float32 [samples, numbers], on a GPU."""
-    return clip_sum.clip_sum(grads, factors.float())
-
-
-def channel_sum(t: Tensor, samples: int) -> Tensor:
-    """[N, C, *size] -> [samples, C], in the dtype that gradients accumulate in."""
-    return accumulable(t).reshape(samples, len(t) // samples, t.shape[1], -1).sum((1, 3))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastloda.files import write_atomically
 from fastloda.loda.layers import LoDAConv2d, LoDALinear, check_settings, unfilled
-from fastloda.wrappers import bare_modules, without_wrappers
+from fastloda.loda.wrappers import bare_modules, without_wrappers
 
 logger = logging.getLogger("fastloda")
 

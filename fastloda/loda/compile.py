@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastloda.errors import PrivacyError
-from fastloda.loda.arithmetic import accumulable
 from fastloda.loda.attach import ADAPTED, loda_layers
+from fastloda.per_sample.tensors import accumulable
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -2,7 +2,7 @@
 
     z = A * x,   h = phi(z),   y = W * x + b + scale * B h        (LoDA: Liu et al. 2023; phi = identity is LoRA)
 
-Without a private step they are ordinary differentiable layers. For one, `records.py` puts a recorder on the autograd
+Without a private step they are ordinary differentiable layers. For one, `per_sample/backward.py` puts a recorder on the autograd
 node, and the layer's only backward pass hands it what per-sample gradients are made of, instead of summing them.
 """
 
@@ -15,15 +15,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastloda.kernels.conv import Conv
-from fastloda.loda.arithmetic import A_INPUT, B_INPUT, ConvOp, LinearOp
+from fastloda.loda.arithmetic import ConvOp, LinearOp
 from fastloda.loda.rowwise import rowwise_adapter
 from fastloda.per_sample.amx import compute_dtype, without_autocast
+from fastloda.per_sample.rules import FUNCTION_RULES, Rule
 
 ACTIVATIONS = ("leaky_relu", "identity")
+A_INPUT, B_INPUT = 2, 3  # places of A and B in (x, W, A, B, b); b may be absent, and the graph counts tensors only
 
 
 class LoDAFunction(torch.autograd.Function):
-    """y = W * x + b + s B phi(A * x); saves x and z, and nothing of W's gradient. All arithmetic is in `ops.py`."""
+    """y = W * x + b + s B phi(A * x); saves x and z, and nothing of W's gradient. All arithmetic is in `arithmetic.py`."""
+
+    keeps_rows = True
 
     @staticmethod
     def forward(ctx, x, weight, A, B, bias, op, dtype):
@@ -50,6 +54,9 @@ class LoDAFunction(torch.autograd.Function):
                 gA = op.weight_grad(x, gz, A.to(ctx.dtype)).to(A.dtype)
                 gB = piece_B.total().to(B.dtype)
         return gx, None, gA, gB, None, None, None
+
+
+FUNCTION_RULES[LoDAFunction] = Rule(None, (A_INPUT, B_INPUT))
 
 
 def apply_adapter(
@@ -94,7 +101,7 @@ def check_settings(rank: int, activation: str, negative_slope: float, scale: flo
 class _Adapted:
     """What the two layers share: the adapter's parameters and settings, `from_base`, `merge`."""
 
-    by_row: tuple[Tensor, Tensor] | None = None  # A and B for each row, while a compiled model runs (compiled.py)
+    by_row: tuple[Tensor, Tensor] | None = None  # A and B for each row, while a compiled model runs (compile.py)
 
     def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device):
         check_settings(rank, activation, negative_slope, scale)
@@ -196,6 +203,8 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
         ValueError: rank < 1, an unknown activation, a non-finite slope or scale.
     """
 
+    has_per_sample_rule = True
+
     def __init__(
         self,
         in_channels: int,
@@ -249,6 +258,8 @@ class LoDALinear(_Adapted, nn.Linear):
     Parameters: `weight`, `bias` as in nn.Linear, frozen; `loda_A` (rank, in_features); `loda_B` (out_features, rank), zero at
     the start. Arguments and errors as for `LoDAConv2d`.
     """
+
+    has_per_sample_rule = True
 
     def __init__(
         self,

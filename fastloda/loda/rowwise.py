@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastloda.kernels.conv import Conv
-from fastloda.loda.arithmetic import ConvOp, LinearOp, on_triton
+from fastloda.loda.arithmetic import ConvOp, LinearOp
 from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.tensors import on_triton
 
 _SETTINGS = "int[] geometry, float slope, float scale"
 _FORWARD = f"(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, {_SETTINGS}) -> (Tensor, Tensor)"

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import CheckpointError
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.batch_axis import batch_apart, locate
 from fastloda.per_sample.derived import Made
+from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import LossGraph, Use
-from fastloda.per_sample.recipe import PerSampleGrad, Piece
+from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.recomputed import let_rule_read_first, one_recomputation
 from fastloda.per_sample.regions import may_run_again
 from fastloda.per_sample.relaying import TILING, back_to_parameter

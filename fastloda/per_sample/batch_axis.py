@@ -40,7 +40,6 @@ VIEWING |= _kinds("Squeeze", 1) | _kinds("Squeeze", 2)
 ELEMENTWISE = _kinds("Add Addcmul Div Mul Sub")
 BROADCASTING = ELEMENTWISE | _kinds("Expand Repeat")
 RECORDED = "RecordedFunctionBackward"  # tells where the batch is in each of its outputs: see `recorded.py`
-OURS = {RECORDED, COMPILED, "LoDAFunctionBackward"}
 BATCH_FIRST = _kinds("Convolution NativeBatchNorm NativeGroupNorm") | {RECORDED}  # by definition
 ORDERING = _kinds("Index IndexSelect")
 PARTING = _kinds("Slice Split SplitWithSizes Cat")  # may leave some of the samples
@@ -232,8 +231,9 @@ def _claim_below(node: Node, kind: str, claim: Claim, index: int, child: Node, n
 
 
 def _is_python(node: Node) -> bool:
-    """Whether somebody's autograd.Function made the node, whose rows may be anybody's."""
-    return hasattr(type(node), "_forward_cls") and node.name() not in OURS
+    """Whether an autograd.Function made the node that does not say of itself that it `keeps_rows`: they may be anybody's."""
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and node.name() != COMPILED and not getattr(function, "keeps_rows", False)
 
 
 def _reordered(

@@ -20,10 +20,11 @@ from fastloda.per_sample.backward import of_parameter, run_backward
 from fastloda.per_sample.batch_axis import RECORDED, output_shape
 from fastloda.per_sample.fallback.functional import FunctionalRule, cover
 from fastloda.per_sample.fallback.recorded import tensors
+from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import LossGraph, Use, trace
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.planner import Sizes, Way, choose, costs
-from fastloda.per_sample.recipe import PerSampleGrad, Piece
+from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.refusals import check_graph, check_independence, trainable_parameters
 from fastloda.per_sample.rules import uncovered
 

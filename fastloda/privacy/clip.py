@@ -17,8 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastloda.loda.arithmetic import flat_clip_sum, on_triton
-from fastloda.per_sample.recipe import PerSampleGrad, squared_norms
+from fastloda.per_sample.gradient import PerSampleGrad, squared_norms, weighted_sums
 
 BOUNDS_AGREE = 1e-6  # relative; far below the 1e-5 of the promise
 
@@ -147,25 +146,11 @@ def clip_factors(norms: Tensor, bounds: Tensor, mask: Tensor, style: Flat) -> Te
     return torch.where(usable, factors, 0.0)
 
 
-def clipped_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[str, Tensor | None]:
-    """sum_n factors[n] g_n of each parameter (None: unused). What is kept on a GPU is summed in one launch."""
-    kept = {name: grad.kept for name, grad in grads.items() if grad.kept is not None and not grad.again}
-    flat = {name: tensor.reshape(len(tensor), -1) for name, tensor in kept.items() if on_triton(tensor)}
-    some_are_zero = factors.is_cuda or not factors.all()  # a GPU is not asked: the step would wait for its answer
-    sums = {name: grad.weighted_sum(factors, some_are_zero) for name, grad in grads.items() if name not in flat}
-    if flat:
-        total = flat_clip_sum(torch.cat(list(flat.values()), dim=1), factors)
-        parts = total.split([tensor.shape[1] for tensor in flat.values()])
-        as_kept = {name: part.view(1, *kept[name].shape[1:]) for name, part in zip(flat, parts)}
-        sums |= {name: grads[name].order(part)[0] for name, part in as_kept.items()}
-    return sums
-
-
 def group_sums(grads: Mapping[str, PerSampleGrad], groups: Groups, factors: Tensor) -> dict[str, Tensor | None]:
-    """`clipped_sums` with each group's own factors [groups, samples]."""
+    """The clipped sum of each parameter's gradients (None: unused), by its group's factors [groups, samples]."""
     sums = {}
     for names, of_group in zip(groups.values(), factors):
-        sums |= clipped_sums({name: grads[name] for name in names}, of_group)
+        sums |= weighted_sums({name: grads[name] for name in names}, of_group)
     return sums
 
 

@@ -311,3 +311,11 @@ def check_wrappers(model: nn.Module, world: World) -> None:
                 f"{name!r} is sharded over {parameter.device_mesh.size()} ranks, but the step is of {world.size}: those that "
                 "share the weights must make it together; choose another group"
             )
+
+
+def check_not_sharded(sharded: bool) -> None:
+    if sharded:
+        raise ValueError(
+            "losses is empty, but the model's weights are sharded, so that every rank must make every backward pass: give a rank "
+            "that has no sample a masked one"
+        )

@@ -15,17 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastloda.per_sample.amx import check_convolutions
-from fastloda.per_sample.backward import per_sample_grads
+from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads
 from fastloda.per_sample.fallback.functional import cover_modules
-from fastloda.per_sample.graph import trace
 from fastloda.per_sample.members import Members
-from fastloda.per_sample.recipe import PerSampleGrad, squared_norms
-from fastloda.per_sample.refusals import check_graph, check_independence, check_optimizer, trainable_parameters
+from fastloda.per_sample.refusals import check_optimizer, trainable_parameters
 from fastloda.privacy.adaptive import AdaptiveClipping
 from fastloda.privacy.clip import check_max_grad_norm, clip_factors, group_norms, group_sums
 from fastloda.privacy.noise import NoiseOver, NoiseSource, gaussian
-from fastloda.privacy.ranks import Group, World, check_wrappers, hand_back_shards, parameter_facts, value_facts
+from fastloda.privacy.ranks import (
+    Group,
+    World,
+    check_not_sharded,
+    check_wrappers,
+    hand_back_shards,
+    parameter_facts,
+    value_facts,
+)
 from fastloda.privacy.styles import Clipping, clipping_style
 from fastloda.privacy.sums import FlatSums
 from fastloda.privacy.watch import Watch, add_watcher, watch_from_update, watched_since_update
@@ -123,7 +128,7 @@ class GhostClipper:
         group: Group = None,
     ):
         self.max_grad_norm = check_max_grad_norm(max_grad_norm)
-        self.views = _check_views(views)
+        self.views = check_views(views)
         self.clipping = clipping_style(clipping)
         self.model = model
         self.group = group
@@ -167,7 +172,7 @@ class GhostClipper:
         Raises:
             ValueError, PrivacyError: see the message; nothing has changed then.
         """
-        samples, mask = _check_losses(losses, self.views, mask)
+        samples, mask = check_losses(losses, self.views, mask)
         self._world.unchanged(self.group)
         sharded = hand_back_shards(self.model)
         self.check_model()
@@ -190,11 +195,11 @@ class GhostClipper:
     def _add(self, losses: Tensor, samples: int, mask: Tensor, sharded: bool) -> StepStats:
         """`accumulate`, for a model that is known to be the one that the clipper was made for."""
         if not samples:  # an empty Poisson batch adds nothing; its noise comes in privatize
-            _check_not_sharded(sharded)
+            check_not_sharded(sharded)
             return StepStats.none(losses.device)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             world = self.world if sharded else World()
-            grads = _per_sample_grads(losses, self.model, self.parameters, samples, world)
+            grads = compute_per_sample_grads(losses, self.model, self.parameters, samples, world.most)
             norms, bounds = group_norms(grads, self._groups, samples, losses.device), self._shares * self.max_grad_norm
             factors = clip_factors(norms, bounds, mask, self.clipping)
             self._sums.add_(group_sums(grads, self._groups, factors))
@@ -292,38 +297,13 @@ def ghost_dp_step(
         )
     check_optimizer(optimizer, clipper.parameters)
     _check_privatize(noise_multiplier, expected_batch_size)
-    samples, mask = _check_losses(losses, clipper.views, mask)
+    samples, mask = check_losses(losses, clipper.views, mask)
     stats = clipper._add(losses, samples, mask, hand_back_shards(model))  # made just now: not to be looked at once more
     clipper.privatize(noise_multiplier, expected_batch_size, generator)
     del clipper  # which would watch the model from here on by itself
     optimizer.step()
     watch_from_update(model)
     return stats
-
-
-def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -> Tensor:
-    """L2 norms of the samples' gradients over all trainable parameters: [samples], float64; not finite where a gradient is not.
-
-    Leaves `.grad`, and the graph below losses, as they are. Errors as in `GhostClipper`.
-    """
-    samples, _ = _check_losses(losses, _check_views(views), None)
-    world = World.of() if hand_back_shards(model) else World()
-    parameters = trainable_parameters(Members.of(model))
-    if not samples:
-        _check_not_sharded(world.size > 1)
-        return losses.detach().double()
-    with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-        grads = _per_sample_grads(losses, model, parameters, samples, world, retain_graph=True)
-        return squared_norms(grads.values(), samples, losses.device).sqrt()
-
-
-def _per_sample_grads(losses, model, parameters, samples, world, retain_graph=False) -> dict[str, PerSampleGrad]:
-    """world: of the ranks that must make each backward pass together."""
-    graph = trace(losses, parameters)
-    check_graph(graph)
-    check_convolutions(dict(model.named_modules()), graph)
-    check_independence(losses, graph, model, parameters, samples, world.most)
-    return per_sample_grads(losses, graph, parameters, samples, retain_graph)
 
 
 _released: weakref.WeakSet[GhostClipper] = weakref.WeakSet()  # those whose parameters an optimizer has yet to move
@@ -367,39 +347,6 @@ def _noisy_mean(total: Tensor, std: float, count: float, dtype: torch.dtype, gen
     for into, part in zip(mean.split(NOISE_NUMBERS), total.split(NOISE_NUMBERS)):
         into.copy_(gaussian(part.shape, std, part.device, generator).add_(part).div_(count))
     return mean
-
-
-def _check_views(views: int) -> int:
-    if not isinstance(views, int) or isinstance(views, bool) or views < 1:
-        raise ValueError(f"views must be an integer >= 1, got {views!r}")
-    return views
-
-
-def _check_losses(losses: Tensor, views: int, mask: Tensor | None) -> tuple[int, Tensor]:
-    """-> the number of samples and the mask."""
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
-        got = f"a {losses.dtype} tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
-        raise ValueError(f"losses must be a vector with one number per sample (reduction='none'), got {got}")
-    if len(losses) % views:
-        raise ValueError(f"{len(losses)} losses are no multiple of views={views}")
-    samples = len(losses) // views
-    if samples and losses.grad_fn is None:
-        raise ValueError(
-            "losses has no graph: compute it with gradients enabled, from a model with trainable parameters"
-        )
-    if mask is None:
-        return samples, torch.ones(samples, dtype=torch.bool, device=losses.device)
-    if mask.shape != (samples,) or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool of shape ({samples},), got {mask.dtype} of shape {tuple(mask.shape)}")
-    return samples, mask.to(losses.device)
-
-
-def _check_not_sharded(sharded: bool) -> None:
-    if sharded:
-        raise ValueError(
-            "losses is empty, but the model's weights are sharded, so that every rank must make every backward pass: give a rank "
-            "that has no sample a masked one"
-        )
 
 
 def _check_privatize(noise_multiplier: float, expected_batch_size: float) -> None:

@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastloda.errors import PrivacyError
-from fastloda.loda.layers import LoDAConv2d, LoDALinear
 from fastloda.per_sample.amx import watch_convolutions
 from fastloda.per_sample.batch_axis import RECORDED, output_shape
 from fastloda.per_sample.derived import is_marking, marking
@@ -38,7 +37,7 @@ from fastloda.per_sample.rules import may_be_covered, may_cover
 
 KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
-KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, LoDAConv2d, LoDALinear}  # never need looking into
+KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}  # never need looking into
 WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that whole"
 HOLDERS = (nn.ParameterList, nn.ParameterDict)  # never called: what they hold belongs to the layer around them
 
@@ -449,7 +448,9 @@ def _is_free(layer: nn.Module) -> bool:
     """Whether it may have a forward of ours."""
     if isinstance(layer, torch.jit.ScriptModule):  # scripted or traced: its forward pass is not Python's
         return False
-    return not (type(layer) in KNOWN or "forward" in layer.__dict__ or hasattr(type(layer).forward, "row_rule_of"))
+    kind = type(layer)
+    known = kind in KNOWN or "has_per_sample_rule" in vars(kind) or hasattr(kind.forward, "row_rule_of")
+    return not (known or "forward" in layer.__dict__)
 
 
 def _checked(modules: dict[str, nn.Module], name: str) -> nn.Module:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastloda.errors import PrivacyError
-from fastloda.loda.arithmetic import accumulable
 from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.rules import FUNCTION_RULES, Rule
+from fastloda.per_sample.tensors import accumulable
 
 
 class RowRule(Protocol):
@@ -99,6 +99,8 @@ class Recorded:
 
 class RecordedFunction(torch.autograd.Function):
     """The outputs as they are; `recorder` gets their gradients and what makes the parameters' per-sample gradients."""
+
+    keeps_rows = True
 
     @staticmethod
     def forward(ctx, call: Recorded, *outputs_and_parameters: Tensor):

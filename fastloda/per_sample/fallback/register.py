@@ -14,9 +14,9 @@ from fastloda.errors import PrivacyError
 from fastloda.per_sample.backward import per_sample_grads
 from fastloda.per_sample.fallback.functional import own_parameters
 from fastloda.per_sample.fallback.recorded import Recorded, is_recording, of_rows, recorded_call, tensors
+from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import trace
 from fastloda.per_sample.members import Members
-from fastloda.per_sample.recipe import PerSampleGrad
 from fastloda.per_sample.refusals import check_graph, check_independence, trainable_parameters
 from fastloda.per_sample.rules import FUNCTION_RULES, Call, Rule
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Size
 from torch.autograd.graph import Node
 
-from fastloda.loda.arithmetic import A_INPUT, B_INPUT
 from fastloda.per_sample.batch_axis import output_shape
 from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.rules.broadcast import (
@@ -37,8 +36,6 @@ from fastloda.per_sample.rules.norm import batch_norm, group_norm, layer_norm, r
 if TYPE_CHECKING:  # it reads these rules
     from fastloda.per_sample.graph import LossGraph, Use
 
-LODA_NODE = "LoDAFunctionBackward"  # how the autograd graph names a LoDA layer
-
 
 class Rule(NamedTuple):
     """`pieces(call) -> {input: Piece}` for the operation's inputs that may be parameters; None: the node hands them over."""
@@ -49,7 +46,6 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    LODA_NODE: Rule(None, (A_INPUT, B_INPUT)),
     "AddBackward0": Rule(add, (0, 1), varies_along_batch),
     "AddcmulBackward0": Rule(addcmul, (0, 1, 2), varies_along_batch),
     "AddmmBackward0": Rule(addmm, (0, 2)),

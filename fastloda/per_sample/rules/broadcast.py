@@ -12,10 +12,10 @@ from torch import Size, Tensor
 from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
-from fastloda.loda.arithmetic import accumulable
 from fastloda.per_sample.batch_axis import locate, output_shape
 from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.rules.call import Call
+from fastloda.per_sample.tensors import accumulable
 
 Factor = Callable[..., Tensor]  # (gy, *factors) -> grad_output of the parameter, not yet summed
 

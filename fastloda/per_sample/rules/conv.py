@@ -5,10 +5,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from fastloda.kernels.conv import Conv
-from fastloda.loda.arithmetic import accumulable, channel_sum, conv_piece, lay_out_taps, sum_rows
+from fastloda.per_sample.products import conv_piece
 from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.taps import gather_taps
+from fastloda.per_sample.tensors import accumulable, channel_sum, lay_out_taps, sum_rows
 
 
 def convolution(call: Call) -> dict[int, Piece]:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.loda.arithmetic import sample_rows
 from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.rules.call import Call
+from fastloda.per_sample.tensors import sample_rows
 
 SUM, MEAN, MAX = range(3)  # embedding_bag's modes
 

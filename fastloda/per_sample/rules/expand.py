@@ -6,11 +6,11 @@ from torch import Size, Tensor
 from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
-from fastloda.loda.arithmetic import accumulable
 from fastloda.per_sample.batch_axis import output_shape
 from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.relaying import untiled
 from fastloda.per_sample.rules.call import Call
+from fastloda.per_sample.tensors import accumulable
 
 
 def makes_no_copy(node: Node, shape: Size, outer: int) -> bool:

@@ -7,11 +7,12 @@ from torch import Size, Tensor
 from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
-from fastloda.loda.arithmetic import accumulable, linear_piece, sample_rows
 from fastloda.per_sample.batch_axis import locate, output_shape
+from fastloda.per_sample.products import linear_piece
 from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.rules.gram import gram
+from fastloda.per_sample.tensors import accumulable, sample_rows
 
 
 def addmm(call: Call) -> dict[int, Piece]:

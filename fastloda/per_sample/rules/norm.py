@@ -4,9 +4,9 @@ import torch
 from torch import Size, Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.loda.arithmetic import accumulable, channel_sum
 from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.rules.call import Call
+from fastloda.per_sample.tensors import accumulable, channel_sum
 
 
 def group_norm(call: Call) -> dict[int, Piece]:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastloda.training.noising import add_noise, draw, draw_timesteps
+
 TIMESTEPS = 1000
 
 
@@ -73,20 +75,12 @@ class Diffusion:
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Timesteps [n * views] (int64), sample-major, view k from the k-th of `views` equally likely strata.
-
-        The mean over a sample's views estimates the mean over timesteps without bias, and with less variance
-        than independent draws would. Samples are independent of each other.
-        """
-        u = _draw(torch.rand, (n, views), generator, device)
-        u = (torch.arange(views, device=u.device) + u.double()) / views
-        return torch.searchsorted(self._time_cdf.to(u.device), u.flatten(), right=True)
+        """Draw timesteps [n * views] (int64), as often as `time_distribution` says: see `training.noising.draw_timesteps`."""
+        return draw_timesteps(self._time_cdf, n, views, generator, device)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t for images x0 [n, ...], timesteps t [n] and standard normal noise of x0's shape."""
-        column = (-1, *[1] * (x0.dim() - 1))
-        signal, sigma = self.alphas_cumprod.sqrt().to(x0), (1 - self.alphas_cumprod).sqrt().to(x0)
-        return signal[t].view(column) * x0 + sigma[t].view(column) * noise
+        return add_noise(self.alphas_cumprod, x0, t, noise)
 
     def losses(
         self,
@@ -123,22 +117,17 @@ class Diffusion:
         if t is None:
             t = self.draw_timesteps(n, views=views, generator=generator, device=x0.device)
         if noise is None:
-            noise = _draw(torch.randn, x0.shape, generator, x0.device).to(x0.dtype)
+            noise = draw(torch.randn, x0.shape, generator, x0.device).to(x0.dtype)
         if t.shape != y.shape or noise.shape != x0.shape:
             raise ValueError(
                 f"expected t {tuple(y.shape)} and noise {tuple(x0.shape)}, "
                 f"got {tuple(t.shape)} and {tuple(noise.shape)}"
             )
         if label_dropout > 0:
-            dropped = _draw(torch.rand, y.shape, generator, y.device) < label_dropout
+            dropped = draw(torch.rand, y.shape, generator, y.device) < label_dropout
             y = torch.where(dropped, model.null_class, y)
         if flips:
-            mirrored = _draw(torch.rand, y.shape, generator, x0.device) < 0.5
+            mirrored = draw(torch.rand, y.shape, generator, x0.device) < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         predicted = model(self.add_noise(x0, t, noise), t, y)
         return (predicted - noise).square().flatten(1).mean(1)
-
-
-def _draw(random, shape, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
-    """`torch.rand` or `torch.randn` on the generator's device, moved: a seed means the same on any device."""
-    return random(shape, generator=generator, device=generator.device if generator else device).to(device)

@@ -1,0 +1,62 @@
+"""From a vector of losses to every trainable parameter's per-sample gradients, or a refusal by name before anything changes."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastloda.per_sample.amx import check_convolutions
+from fastloda.per_sample.backward import per_sample_grads
+from fastloda.per_sample.gradient import PerSampleGrad
+from fastloda.per_sample.graph import trace
+from fastloda.per_sample.refusals import check_graph, check_independence
+
+
+def compute_per_sample_grads(
+    losses: Tensor,
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    samples: int,
+    agree: Callable[[int], int] = lambda passes: passes,
+    retain_graph: bool = False,
+) -> dict[str, PerSampleGrad]:
+    """Read the graph below losses, refuse what has no exact rule or mixes samples, and run its backward pass.
+
+    Args:
+        losses: [samples * views], sample-major.
+        parameters: all that train, by name.
+        agree: how many backward passes to make where this process wants that many: see `check_independence`.
+
+    Raises:
+        PrivacyError: names the parameter, or the operation.
+    """
+    graph = trace(losses, parameters)
+    check_graph(graph)
+    check_convolutions(dict(model.named_modules()), graph)
+    check_independence(losses, graph, model, parameters, samples, agree)
+    return per_sample_grads(losses, graph, parameters, samples, retain_graph)
+
+
+def check_views(views: int) -> int:
+    if not isinstance(views, int) or isinstance(views, bool) or views < 1:
+        raise ValueError(f"views must be an integer >= 1, got {views!r}")
+    return views
+
+
+def check_losses(losses: Tensor, views: int, mask: Tensor | None) -> tuple[int, Tensor]:
+    """-> the number of samples and the mask."""
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
+        got = f"a {losses.dtype} tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+        raise ValueError(f"losses must be a vector with one number per sample (reduction='none'), got {got}")
+    if len(losses) % views:
+        raise ValueError(f"{len(losses)} losses are no multiple of views={views}")
+    samples = len(losses) // views
+    if samples and losses.grad_fn is None:
+        raise ValueError(
+            "losses has no graph: compute it with gradients enabled, from a model with trainable parameters"
+        )
+    if mask is None:
+        return samples, torch.ones(samples, dtype=torch.bool, device=losses.device)
+    if mask.shape != (samples,) or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool of shape ({samples},), got {mask.dtype} of shape {tuple(mask.shape)}")
+    return samples, mask.to(losses.device)

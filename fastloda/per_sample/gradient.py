@@ -1,0 +1,158 @@
+"""The gradient of one parameter for each sample, kept or made again, whichever is smaller.
+
+Its norm and its clipped sum are both taken from the very same numbers, so that a norm can't underestimate what is summed, however
+much the positions of a sample cancel: from `chunks()`, or from kernels that accumulate alike.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from fastloda.errors import PrivacyError
+from fastloda.per_sample.planner import Sizes, Way, choose, chunk_samples, rows_at_a_time
+from fastloda.per_sample.recipe import Piece, as_it_is
+from fastloda.per_sample.reductions import row_squares, weighted_row_sum
+from fastloda.per_sample.tensors import on_triton
+
+try:
+    from fastloda.kernels.clip_sum import clip_sum
+except ImportError:  # no Triton: never on_triton
+    clip_sum = None
+
+
+@dataclass
+class PerSampleGrad:
+    """The gradient of one parameter for each of `samples` samples, summed over the layer calls that use it."""
+
+    shape: torch.Size
+    samples: int
+    kept: Tensor | None = None
+    lay_out: Callable[[Tensor], Tensor] = as_it_is  # of `kept`
+    again: list[Piece] = field(default_factory=list)
+    squares: Tensor | None = None  # of `kept`, if its only call: [samples, parts], float64
+
+    def add(self, piece: Piece) -> None:
+        """Take in one layer call: as gradients if they are small, else as the recipe."""
+        rows = {t.shape[0] for t in piece.tensors}
+        if any(count % self.samples for count in rows):
+            raise PrivacyError(
+                f"an operation saw {sorted(rows)} rows, no multiple of the {self.samples} samples in losses: the batch must come "
+                "first"
+            )
+        way = choose(self.sizes(piece))
+        if way is not Way.KEPT:
+            self.again.append(replace(piece, at_hand=None, fused=piece.ghost if way is Way.GHOST else piece.fused))
+        elif self.kept is None and piece.with_squares is not None:
+            self.kept, self.squares = piece.with_squares(*piece.tensors, self.samples)
+            self.lay_out = as_it_is
+        else:
+            self._keep(piece)
+
+    def _keep(self, piece: Piece) -> None:
+        grads = piece.raw_of_all(self.samples)
+        if self.kept is None:
+            self.kept, self.lay_out = grads, piece.lay_out
+            self.squares = row_squares(grads)[:, None]  # now, while the gradients are in the cache
+        else:  # a further call may have other ideas of the order
+            self.kept, self.lay_out = self.lay_out(self.kept).add_(piece.lay_out(grads)), as_it_is
+            self.squares = None
+
+    def sizes(self, piece: Piece) -> Sizes:
+        """What the planner chooses by."""
+        fused, ghost = piece.fused is not None, piece.ghost is not None
+        return Sizes(self.samples, self.shape.numel(), piece.nbytes, piece.product, fused, ghost)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(samples, their gradients in the order of `order`) piece by piece, the same numbers each time."""
+        if not self.again:
+            if self.kept is not None:
+                yield slice(0, self.samples), self.kept
+            return
+        # made again in parts that need not be joined: that would be one more pass, over memory fresh from the system
+        sizes = [rows_at_a_time(self.samples, piece.scratch_bytes, piece.tensors[0].device) for piece in self.again]
+        size = min(*sizes, chunk_samples(self.shape.numel()))
+        laid_out = self._sources > 1
+        for start in range(0, self.samples, size):
+            chosen = slice(start, min(start + size, self.samples))
+            parts = [(piece.compute_raw(self.samples, chosen), piece.lay_out) for piece in self.again]
+            if self.kept is not None:
+                parts.append((self.kept[chosen], self.lay_out))
+            grads = [lay_out(part) if laid_out else part for part, lay_out in parts]
+            yield chosen, sum(grads[1:], grads[0])
+
+    @property
+    def _sources(self) -> int:
+        return len(self.again) + (self.kept is not None)
+
+    @property
+    def order(self) -> Callable[[Tensor], Tensor]:
+        """How the gradients in `chunks` are laid out: as the only source of them has it, if there is but one."""
+        if self._sources != 1:
+            return as_it_is
+        return self.again[0].lay_out if self.again else self.lay_out
+
+    @property
+    def _lone(self) -> Piece | None:
+        """The only recipe, if kernels can do with it alone."""
+        alone = self.kept is None and len(self.again) == 1 and self.again[0].fused is not None
+        return self.again[0] if alone else None
+
+    def squared_norms(self) -> Tensor | None:
+        """float64 [samples, parts], whose rows sum to |g_n|^2: no float32 gradient overflows or vanishes in it.
+
+        None if no layer call used the parameter.
+        """
+        if self.squares is not None and not self.again:
+            return self.squares
+        if piece := self._lone:
+            return piece.fused.squares(*piece.tensors, self.samples)
+        parts = [row_squares(grads) for _, grads in self.chunks()]
+        return torch.cat(parts)[:, None] if parts else None
+
+    def weighted_sum(self, factors: Tensor, some_are_zero: bool = True) -> Tensor | None:
+        """sum_n factors[n] g_n, of `shape`; None if no layer call used the parameter. some_are_zero: of the factors, perhaps.
+
+        Raises:
+            PrivacyError: the parameter entered an operation in another shape.
+        """
+        if piece := self._lone:
+            accumulated_in = torch.promote_types(piece.tensors[0].dtype, torch.float32)
+            return self._checked(piece.fused.weighted_sum(*piece.tensors, factors.to(accumulated_in)))
+        if not self._sources:
+            return None
+        if self.again:
+            parts = (weighted_row_sum(grads, factors[chosen], some_are_zero) for chosen, grads in self.chunks())
+            total = reduce(Tensor.add_, parts)
+        else:
+            total = weighted_row_sum(self.kept, factors, some_are_zero)
+        return self._checked(self.order(total.unsqueeze(0)).squeeze(0))
+
+    def _checked(self, total: Tensor) -> Tensor:
+        if total.shape != self.shape:
+            raise PrivacyError(
+                f"a parameter of shape {tuple(self.shape)} entered an operation as {tuple(total.shape)}: no exact rule"
+            )
+        return total
+
+
+def squared_norms(grads: Collection[PerSampleGrad], samples: int, device: torch.device) -> Tensor:
+    """float64 [samples]: |g_n|^2 over all parameters."""
+    parts = [squares for grad in grads if (squares := grad.squared_norms()) is not None]
+    return torch.cat(parts, dim=1).sum(1) if parts else torch.zeros(samples, dtype=torch.float64, device=device)
+
+
+def weighted_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[str, Tensor | None]:
+    """Sum factors[n] g_n of each parameter (None: unused). What is kept on a GPU is summed in one launch."""
+    kept = {name: grad.kept for name, grad in grads.items() if grad.kept is not None and not grad.again}
+    flat = {name: tensor.reshape(len(tensor), -1) for name, tensor in kept.items() if on_triton(tensor)}
+    some_are_zero = factors.is_cuda or not factors.all()  # a GPU is not asked: the step would wait for its answer
+    sums = {name: grad.weighted_sum(factors, some_are_zero) for name, grad in grads.items() if name not in flat}
+    if flat:
+        total = clip_sum(torch.cat(list(flat.values()), dim=1), factors.float())
+        parts = total.split([tensor.shape[1] for tensor in flat.values()])
+        as_kept = {name: part.view(1, *kept[name].shape[1:]) for name, part in zip(flat, parts)}
+        sums |= {name: grads[name].order(part)[0] for name, part in as_kept.items()}
+    return sums

@@ -1,0 +1,51 @@
+"""The norms and gradients of single samples, for a look at them: a private step keeps none."""
+
+import torch
+from torch import Tensor, nn
+
+from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads
+from fastloda.per_sample.gradient import PerSampleGrad, squared_norms
+from fastloda.per_sample.members import Members
+from fastloda.per_sample.refusals import trainable_parameters
+from fastloda.privacy.ranks import World, check_not_sharded, hand_back_shards
+
+
+def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -> Tensor:
+    """L2 norms of the samples' gradients over all trainable parameters: [samples], float64; not finite where a gradient is not.
+
+    Leaves `.grad`, and the graph below losses, as they are. Errors as in `GhostClipper`.
+    """
+    samples, _ = check_losses(losses, check_views(views), None)
+    world = World.of() if hand_back_shards(model) else World()
+    parameters = trainable_parameters(Members.of(model))
+    if not samples:
+        check_not_sharded(world.size > 1)
+        return losses.detach().double()
+    with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
+        grads = compute_per_sample_grads(losses, model, parameters, samples, world.most, retain_graph=True)
+        return squared_norms(grads.values(), samples, losses.device).sqrt()
+
+
+def per_sample_grads(losses: Tensor, model: nn.Module, *, views: int = 1) -> dict[str, Tensor]:
+    """Name -> each sample's gradient, [samples, *parameter.shape]: what Opacus keeps as `p.grad_sample`. They are private.
+
+    Args:
+        losses: [samples * views], as in `GhostClipper`, of the model itself: of a private module it is `to_standard_module()`.
+
+    Leaves `.grad`, and the graph below losses, as they are. A parameter that takes no part has zeros. Raises what `GhostClipper`
+    does.
+    """
+    samples, _ = check_losses(losses, check_views(views), None)
+    parameters = trainable_parameters(Members.of(model))
+    if not samples:
+        return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}
+    with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
+        grads = compute_per_sample_grads(losses, model, parameters, samples, retain_graph=True)
+        return {name: _whole(grads[name], p, samples) for name, p in parameters.items()}
+
+
+def _whole(grad: PerSampleGrad, parameter: Tensor, samples: int) -> Tensor:
+    parts = [part for _, part in grad.chunks()]
+    if not parts:
+        return parameter.new_zeros(samples, *parameter.shape)
+    return grad.order(torch.cat(parts)).reshape(samples, *parameter.shape).clone()

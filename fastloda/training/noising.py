@@ -1,0 +1,33 @@
+"""How an image turns into noise: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+
+def add_noise(alphas_cumprod: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Compute x_t for images x0 [n, ...], timesteps t [n] and standard normal noise of x0's shape; alphas_cumprod [T] is abar."""
+    column = (-1, *[1] * (x0.dim() - 1))
+    signal, sigma = alphas_cumprod.sqrt().to(x0), (1 - alphas_cumprod).sqrt().to(x0)
+    return signal[t].view(column) * x0 + sigma[t].view(column) * noise
+
+
+def draw_timesteps(
+    cdf: Tensor, n: int, views: int = 1, generator: Generator | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """Draw timesteps [n * views] (int64), sample-major, view k from the k-th of `views` equally likely strata of cdf [T].
+
+    The mean over a sample's views estimates the mean over timesteps without bias, and with less variance than independent
+    draws would. Samples are independent of each other.
+    """
+    u = draw(torch.rand, (n, views), generator, device)
+    u = (torch.arange(views, device=u.device) + u.double()) / views
+    return torch.searchsorted(cdf.to(u.device), u.flatten(), right=True)
+
+
+def draw(
+    random: Callable[..., Tensor], shape: tuple, generator: Generator | None, device: torch.device | str | None
+) -> Tensor:
+    """Call `torch.rand` or `torch.randn` on the generator's device, and move what it gives: a seed means the same on any device."""
+    return random(shape, generator=generator, device=generator.device if generator else device).to(device)
