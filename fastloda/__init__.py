@@ -1,6 +1,8 @@
 """FastLoDA: differentially private fine-tuning of convolutional models at almost no extra cost."""
 
-from fastloda.accounting.accountant import PrivacyAccountant, calibrate_noise, compose_epsilon
+from fastloda.accounting.accountant import PrivacyAccountant
+from fastloda.accounting.calibrate import calibrate_noise
+from fastloda.accounting.compose import compose_epsilon
 from fastloda.engine.criterion import CrossEntropyLoss
 from fastloda.engine.engine import PrivacyEngine, make_private, make_private_with_epsilon
 from fastloda.engine.loader import BatchMemoryManager

@@ -19,14 +19,11 @@ from dp_accounting.rdp import rdp_privacy_accountant
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 from scipy.integrate import quad
 
-from fastloda.accounting import accountant
-from fastloda.accounting.accountant import (
-    PrivacyAccountant,
-    PrivacyAccountingWarning,
-    calibrate_noise,
-    compose_epsilon,
-    rdp_epsilon,
-)
+from fastloda.accounting import accountant, calibrate, compose, pld, prv, rdp
+from fastloda.accounting.accountant import PrivacyAccountant
+from fastloda.accounting.calibrate import calibrate_noise
+from fastloda.accounting.compose import PrivacyAccountingWarning, compose_epsilon
+from fastloda.accounting.mechanism import Mechanism, merged
 
 RUN = {
     "sample_rate": 0.02,
@@ -37,8 +34,8 @@ RUN = {
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """An empty cache directory, on disk and in memory."""
-    monkeypatch.setattr(accountant, "user_cache_path", lambda name: tmp_path / name)
-    accountant._epsilon.cache_clear()
+    monkeypatch.setattr(calibrate, "user_cache_path", lambda name: tmp_path / name)
+    compose.least_epsilon.cache_clear()
     return tmp_path / "fastloda" / "noise"
 
 
@@ -57,7 +54,7 @@ def random_case(rng):
             for _ in range(1 + (rng.random() < 0.25))
         ]
         delta = log_uniform(rng, 1e-9, 1e-3)
-        rough, _ = accountant._epsilon(tuple(accountant.Mechanism(*m) for m in mechanisms), delta, compare=False)
+        rough, _ = compose.least_epsilon(tuple(Mechanism(*m) for m in mechanisms), delta, compare=False)
         if 0.2 < rough < 200:
             return mechanisms, delta
 
@@ -87,7 +84,7 @@ def prv_lower(mechanisms, delta, upper):
         return 0.0
 
 
-@pytest.mark.filterwarnings("ignore::fastloda.accounting.accountant.PrivacyAccountingWarning")
+@pytest.mark.filterwarnings("ignore::fastloda.accounting.compose.PrivacyAccountingWarning")
 def test_never_below_the_truth_and_hardly_above(counts, proof):
     cases, unsound, looseness, judged = counts(12, 1000), [], [], 0
     for seed in range(cases):
@@ -132,8 +129,8 @@ def test_known_figures(q, sigma, steps, pld):
 
 @pytest.mark.parametrize(("q", "sigma"), [(0.3, 0.6), (0.01, 0.5), (0.004, 3.0), (1e-4, 1.0), (0.999, 2.0)])
 def test_rdp_at_integer_orders(q, sigma):
-    theirs = rdp_privacy_accountant._compute_rdp_poisson_subsampled_gaussian(q, sigma, accountant.INTEGER)
-    np.testing.assert_allclose(accountant._rdp(q, sigma)[-len(theirs) :], theirs, rtol=1e-9, atol=1e-13)
+    theirs = rdp_privacy_accountant._compute_rdp_poisson_subsampled_gaussian(q, sigma, rdp.INTEGER)
+    np.testing.assert_allclose(rdp._rdp(q, sigma)[-len(theirs) :], theirs, rtol=1e-9, atol=1e-13)
 
 
 def moment_density(x, q, sigma, order):
@@ -146,14 +143,14 @@ def test_rdp_at_fractional_orders(q, sigma):
     # By adaptive quadrature: dp-accounting's series does not converge at the first of these settings and is
     # 0.3% off.
     for index in range(30, 75, 4):
-        order = accountant.FRACTIONAL[index]
+        order = rdp.FRACTIONAL[index]
         edges = np.linspace(-12 * sigma, order + 12 * sigma, 60)
         moment = sum(
             quad(moment_density, *ends, args=(q, sigma, order), epsabs=0, epsrel=1e-13)[0]
             for ends in itertools.pairwise(edges)
         )
         expected = math.log(moment) / (order - 1)
-        assert accountant._rdp(q, sigma)[index] == pytest.approx(expected, rel=1e-9, abs=1e-11)
+        assert rdp._rdp(q, sigma)[index] == pytest.approx(expected, rel=1e-9, abs=1e-11)
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 2.0, 40.0, 1e4])
@@ -251,8 +248,8 @@ def test_calibration_is_never_over_and_hardly_under(counts, proof):
         start = time.monotonic()
         sigma = calibrate_noise(target, delta, q, steps)
         slowest = max(slowest, time.monotonic() - start)
-        accountant._epsilon.cache_clear()
-        accountant._pld.cache_clear()
+        compose.least_epsilon.cache_clear()
+        pld._pld.cache_clear()
         epsilon = PrivacyAccountant(q, sigma).epsilon(delta, steps)
         assert epsilon <= target, (seed, target, delta, q, steps, sigma)
         unders.append(1 - epsilon / target)
@@ -281,8 +278,8 @@ QUESTION = (4.0, 1e-5, 0.02, 300)
 
 
 def count_evaluations(monkeypatch):
-    calls, original = [], accountant._pld_epsilon
-    monkeypatch.setattr(accountant, "_pld_epsilon", lambda *a: calls.append(a) or original(*a))
+    calls, original = [], pld.pld_epsilon
+    monkeypatch.setattr(compose, "pld_epsilon", lambda *a: calls.append(a) or original(*a))
     return lambda: len(calls)
 
 
@@ -290,7 +287,7 @@ def test_calibration_is_remembered_and_verified(cache, monkeypatch):
     sigma = calibrate_noise(*QUESTION)
     (file,) = cache.iterdir()
     assert json.loads(file.read_text())["noise_multiplier"] == sigma
-    accountant._epsilon.cache_clear()
+    compose.least_epsilon.cache_clear()
     evaluations = count_evaluations(monkeypatch)
     assert calibrate_noise(*QUESTION) == sigma
     assert evaluations() == 1
@@ -318,9 +315,9 @@ def test_calibration_is_remembered_and_verified(cache, monkeypatch):
 def test_a_wrong_cache_file_costs_time_and_never_privacy(cache, spoil):
     known = dict(
         zip(("target_epsilon", "delta", "sample_rate", "steps"), QUESTION, strict=True),
-        version=accountant.VERSION,
+        version=calibrate.VERSION,
     )
-    file = accountant._cache_file({k: v for k, v in known.items() if k != "version"})
+    file = calibrate._cache_file({k: v for k, v in known.items() if k != "version"})
     cache.mkdir(parents=True)
     file.write_bytes(spoil(known).encode(errors="surrogateescape"))
     sigma = calibrate_noise(*QUESTION)
@@ -331,11 +328,11 @@ def test_a_wrong_cache_file_costs_time_and_never_privacy(cache, spoil):
 @pytest.mark.parametrize("change", [{"version": 2}, {"steps": 299}, {"delta": 2e-5}, {"extra": 1}])
 def test_only_the_answer_to_the_same_question_is_recalled(cache, change):
     question = dict(zip(("target_epsilon", "delta", "sample_rate", "steps"), QUESTION, strict=True))
-    accountant._remember(question, 0.75)
-    assert accountant._recall(question) == 0.75
+    calibrate._remember(question, 0.75)
+    assert calibrate._recall(question) == 0.75
     (file,) = cache.iterdir()
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert accountant._recall(question) is None
+    assert calibrate._recall(question) is None
 
 
 def test_a_cache_that_cannot_be_written_is_no_cache(cache):
@@ -478,7 +475,7 @@ def test_other_bad_arguments():
         calibrate_noise(1.0, 1e-5, 0.1, 0)
 
 
-@pytest.mark.filterwarnings("ignore::fastloda.accounting.accountant.PrivacyAccountingWarning")
+@pytest.mark.filterwarnings("ignore::fastloda.accounting.compose.PrivacyAccountingWarning")
 @pytest.mark.parametrize(
     ("q", "sigma", "steps", "delta"),
     [
@@ -530,7 +527,7 @@ ABUNDANT = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::fastloda.accounting.accountant.PrivacyAccountingWarning")
+@pytest.mark.filterwarnings("ignore::fastloda.accounting.compose.PrivacyAccountingWarning")
 @pytest.mark.parametrize("mechanisms", ABUNDANT.values(), ids=ABUNDANT)
 def test_no_account_takes_a_minute_or_a_gibibyte(mechanisms):
     mechanisms = mechanisms()
@@ -538,7 +535,7 @@ def test_no_account_takes_a_minute_or_a_gibibyte(mechanisms):
     epsilon = compose_epsilon(mechanisms, 1e-6)
     assert time.monotonic() - start < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
-    assert 0 < epsilon <= rdp_epsilon(mechanisms, 1e-6) * (1 + 1e-12)
+    assert 0 < epsilon <= rdp.rdp_epsilon(merged(mechanisms), 1e-6) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -556,7 +553,7 @@ def test_no_calibration_takes_a_minute(question):
 
 def test_a_schedule_of_noises_costs_hardly_more_than_its_steps_one_by_one():
     schedule = exponential(0.01, 40, end=1.98)  # 20 or so to a cell
-    few = accountant._rounded(tuple(accountant.Mechanism(*m) for m in schedule))
+    few = rdp.worst_of_similar(tuple(Mechanism(*m) for m in schedule))
     exact = pld_epsilon(schedule, 1e-5, 2e-4, pessimistic=True)
     assert exact * 0.9995 <= compose_epsilon(schedule, 1e-5) <= exact * 1.005
     assert sum(m.steps for m in few) == 40 > len(few)
@@ -564,29 +561,28 @@ def test_a_schedule_of_noises_costs_hardly_more_than_its_steps_one_by_one():
 
 @pytest.mark.parametrize("most", [3, 20])
 def test_rounding_costs_at_least_as_much(monkeypatch, most):
-    monkeypatch.setattr(accountant, "MAX_MECHANISMS", most)
+    monkeypatch.setattr(rdp, "MAX_MECHANISMS", most)
     rng = random.Random(most)
     mechanisms = tuple(
-        accountant.Mechanism(log_uniform(rng, 0.01, 0.05), log_uniform(rng, 0.8, 2), rng.randrange(1, 9))
-        for _ in range(40)
+        Mechanism(log_uniform(rng, 0.01, 0.05), log_uniform(rng, 0.8, 2), rng.randrange(1, 9)) for _ in range(40)
     )
-    few = accountant._rounded(mechanisms)
+    few = rdp.worst_of_similar(mechanisms)
     assert len(few) <= most and sum(m.steps for m in few) == sum(m.steps for m in mechanisms)
-    rdp, rounded = (sum(m.steps * accountant._rdp(*m[:2]) for m in some) for some in (mechanisms, few))
-    assert (rounded >= rdp * (1 - 1e-12)).all()
-    assert accountant._rounded(few) == few
+    exact, rounded = (sum(m.steps * rdp._rdp(*m[:2]) for m in some) for some in (mechanisms, few))
+    assert (rounded >= exact * (1 - 1e-12)).all()
+    assert rdp.worst_of_similar(few) == few
 
 
 def test_prv_accountant_is_asked_and_heard(monkeypatch):
-    spent = (accountant.Mechanism(**RUN, steps=300),)
-    lower, upper = accountant._prv_epsilons(*spent, 1e-5)
-    assert 0.97 * upper < lower < accountant._pld_epsilon(spent, 1e-5) < upper
-    epsilon = accountant._epsilon(spent, 1e-5)[0]
-    accountant._epsilon.cache_clear()
-    monkeypatch.setattr(accountant, "_prv_epsilons", lambda m, delta: (0.0, 0.9 * epsilon))
-    assert accountant._epsilon(spent, 1e-5) == (0.9 * epsilon, None)
-    accountant._epsilon.cache_clear()
-    monkeypatch.setattr(accountant, "_prv_epsilons", lambda m, delta: (1.1 * epsilon, 1.2 * epsilon))
+    spent = (Mechanism(**RUN, steps=300),)
+    lower, upper = prv.prv_epsilons(*spent, 1e-5)
+    assert 0.97 * upper < lower < pld.pld_epsilon(spent, 1e-5) < upper
+    epsilon = compose.least_epsilon(spent, 1e-5)[0]
+    compose.least_epsilon.cache_clear()
+    monkeypatch.setattr(compose, "prv_epsilons", lambda m, delta: (0.0, 0.9 * epsilon))
+    assert compose.least_epsilon(spent, 1e-5) == (0.9 * epsilon, None)
+    compose.least_epsilon.cache_clear()
+    monkeypatch.setattr(compose, "prv_epsilons", lambda m, delta: (1.1 * epsilon, 1.2 * epsilon))
     with pytest.warns(PrivacyAccountingWarning, match="dp-accounting says .* prv-accountant .* at least"):
         assert compose_epsilon(spent, 1e-5) == PrivacyAccountant(**RUN).epsilon_rdp(1e-5, 300)
 
@@ -599,7 +595,7 @@ def test_fallback_is_the_rdp_bound_and_says_so_once(monkeypatch, error):
     def broken(*args):
         raise error
 
-    monkeypatch.setattr(accountant, "_pld_epsilon", broken)
+    monkeypatch.setattr(compose, "pld_epsilon", broken)
     run = PrivacyAccountant(**RUN)
     with pytest.warns(PrivacyAccountingWarning, match="RDP bound: valid, but looser") as caught:
         assert run.epsilon(1e-5, 300) == run.epsilon_rdp(1e-5, 300)
@@ -623,7 +619,7 @@ def test_a_bug_is_not_a_fallback(monkeypatch):
     def buggy(*args):
         raise TypeError("a bug")
 
-    monkeypatch.setattr(accountant, "_pld_epsilon", buggy)
+    monkeypatch.setattr(compose, "pld_epsilon", buggy)
     with pytest.raises(TypeError, match="a bug"):
         PrivacyAccountant(**RUN).epsilon(1e-5, 300)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from fastloda import PrivacyAccountant
-from fastloda.engine.accountant import HistoryAccountant
+from fastloda.accounting.history import HistoryAccountant
 
 MECHANISMS = [(1.0, 0.1), (1.0, 0.2), (3.0, 0.1)]  # noise, rate
 

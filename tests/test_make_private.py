@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Subse
 
 from fastloda import LoDAConv2d, PrivacyAccountant, PrivacyError, attach_loda
 from fastloda.accounting import accountant
-from fastloda.engine.accountant import HistoryAccountant
+from fastloda.accounting.history import HistoryAccountant
 from fastloda.engine.engine import PrivacyEngine, make_private, make_private_with_epsilon
 from fastloda.engine.loader import BatchMemoryManager, PoissonLoader
 from fastloda.privacy.adaptive import AdaptiveClipping

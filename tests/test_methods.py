@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastloda.accounting.accountant import compose_epsilon
+from fastloda.accounting.compose import compose_epsilon
 from fastloda.synthesis.baselines import DPSGD
 from fastloda.synthesis.classify import train_classifier
 from fastloda.synthesis.data import ByteImages, LabelledImages, font_digits

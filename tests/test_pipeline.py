@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from fastloda.accounting.accountant import PrivacyAccountant, compose_epsilon
+from fastloda.accounting.accountant import PrivacyAccountant
+from fastloda.accounting.compose import compose_epsilon
 from fastloda.synthesis import stages as pipeline
 from fastloda.synthesis.account import account, read_statement, releases
 from fastloda.synthesis.baselines import DPSGD, run_dpsgd, train_dpsgd

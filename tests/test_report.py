@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastloda.accounting.accountant import compose_epsilon
+from fastloda.accounting.compose import compose_epsilon
 from fastloda.synthesis.account import releases
 from fastloda.synthesis.report import (
     Figure,

@@ -5,7 +5,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastloda.accounting.accountant import PrivacyAccountant, PrivacyAccountingWarning
+from fastloda.accounting.accountant import PrivacyAccountant
+from fastloda.accounting.compose import PrivacyAccountingWarning
 from fastloda.privacy.clip import check_max_grad_norm
 from fastloda.training.trainer import PrivateTraining
 

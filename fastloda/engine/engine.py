@@ -24,8 +24,9 @@ import torch
 from torch import Generator, nn
 from torch.utils.data import DataLoader
 
-from fastloda.accounting.accountant import PrivacyAccountant, calibrate_noise
-from fastloda.engine.accountant import HistoryAccountant
+from fastloda.accounting.accountant import PrivacyAccountant
+from fastloda.accounting.calibrate import calibrate_noise
+from fastloda.accounting.history import HistoryAccountant
 from fastloda.engine.loader import PoissonLoader
 from fastloda.engine.module import PrivateModule, Tape
 from fastloda.engine.optimizer import PRIVACY, Budget, PrivateOptimizer

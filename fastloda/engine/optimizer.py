@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastloda.accounting.accountant import check_mechanism, compose_epsilon
-from fastloda.engine.accountant import HistoryAccountant
+from fastloda.accounting.compose import compose_epsilon
+from fastloda.accounting.history import HistoryAccountant
+from fastloda.accounting.mechanism import check_mechanism
 from fastloda.engine.loader import Tally
 from fastloda.engine.module import Tape
 from fastloda.errors import PrivacyError

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from fastloda.accounting.accountant import PrivacyAccountant, calibrate_noise, compose_epsilon
+from fastloda.accounting.accountant import PrivacyAccountant
+from fastloda.accounting.calibrate import calibrate_noise
+from fastloda.accounting.compose import compose_epsilon
 from fastloda.privacy.noise import describe_together
 from fastloda.synthesis.arguments import Names
 from fastloda.synthesis.budget import ADJACENCY, SAMPLER, STATEMENT, unrecorded_release

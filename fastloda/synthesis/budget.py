@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Self
 
-from fastloda.accounting.accountant import calibrate_noise, compose_epsilon
+from fastloda.accounting.calibrate import calibrate_noise
+from fastloda.accounting.compose import compose_epsilon
 from fastloda.files import write_atomically
 from fastloda.privacy.noise import UNRECORDED, describe_randomness, describe_together
 from fastloda.privacy.styles import ClippingName, clipping_style

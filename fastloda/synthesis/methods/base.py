@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastloda.accounting.accountant import compose_epsilon
+from fastloda.accounting.compose import compose_epsilon
 from fastloda.synthesis.budget import Privacy, check_delta
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import class_balanced_labels

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Generator, Tensor
 
-from fastloda.accounting.accountant import calibrate_noise
+from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.privacy.noise import gaussian
 from fastloda.randomness import make_generators
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fastloda.accounting.accountant import compose_epsilon
+from fastloda.accounting.compose import compose_epsilon
 from fastloda.files import write_atomically
 from fastloda.synthesis.account import releases
 from fastloda.synthesis.data import font_digits

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 
-from fastloda.accounting.accountant import compose_epsilon
+from fastloda.accounting.compose import compose_epsilon
 from fastloda.files import write_atomically
 from fastloda.synthesis.methods import Method
 from fastloda.synthesis.report.html import Figure, Page, render

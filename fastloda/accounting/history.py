@@ -4,8 +4,10 @@ import warnings
 from collections import Counter, defaultdict
 from typing import Any
 
-from fastloda.accounting.accountant import Mechanism, check_mechanism, compose_epsilon, rdp_epsilon
+from fastloda.accounting.compose import compose_epsilon
 from fastloda.accounting.ledger import Counts, Ledger, new_id
+from fastloda.accounting.mechanism import Mechanism, check_delta, check_mechanism, merged
+from fastloda.accounting.rdp import rdp_epsilon
 
 METHODS = ("prv", "rdp")
 IGNORED = {"alphas", "eps_error", "delta_error"}
@@ -64,7 +66,7 @@ class HistoryAccountant:
                 f"{sorted(settings)} ignored: orders and errors are chosen for the least upper bound", stacklevel=2
             )
         spent = [Mechanism(rate, noise, steps) for noise, rate, steps in self.history]
-        return compose_epsilon(spent, delta) if self.method == "prv" else rdp_epsilon(spent, delta)
+        return compose_epsilon(spent, delta) if self.method == "prv" else rdp_epsilon(merged(spent), check_delta(delta))
 
     def state_dict(self) -> dict:
         """Plain values, in Opacus's form, and beside each item of the history the id of the account that counted it."""
