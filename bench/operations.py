@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from fastloda.kernels.conv import Conv
 from machine import DEVICE
 from providers import captured
 from torch import Tensor, nn
 
+from fastloda.kernels.conv import Conv
 from fastloda.loda.arithmetic import ConvOp
 from fastloda.per_sample.gradient import PerSampleGrad, squared_norms
 from fastloda.per_sample.recipe import Piece

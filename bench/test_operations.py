@@ -7,10 +7,11 @@ import operations
 import pytest
 import torch
 from compare import WARMUP, statistics_of
-from fastloda.kernels.conv import Conv
 from machine import CUDA, seconds
 from operations import Layer, Operation, Tensors
 from scales import Scale, scale_of
+
+from fastloda.kernels.conv import Conv
 
 
 @cache

@@ -26,8 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad
 from operations import RANK, Layer, unet_layers  # noqa: E402
+
+from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}

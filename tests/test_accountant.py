@@ -279,7 +279,7 @@ QUESTION = (4.0, 1e-5, 0.02, 300)
 
 def count_evaluations(monkeypatch):
     calls, original = [], pld.pld_epsilon
-    monkeypatch.setattr(compose, "pld_epsilon", lambda *a: calls.append(a) or original(*a))
+    monkeypatch.setattr(pld, "pld_epsilon", lambda *a: calls.append(a) or original(*a))
     return lambda: len(calls)
 
 
@@ -579,10 +579,10 @@ def test_prv_accountant_is_asked_and_heard(monkeypatch):
     assert 0.97 * upper < lower < pld.pld_epsilon(spent, 1e-5) < upper
     epsilon = compose.least_epsilon(spent, 1e-5)[0]
     compose.least_epsilon.cache_clear()
-    monkeypatch.setattr(compose, "prv_epsilons", lambda m, delta: (0.0, 0.9 * epsilon))
+    monkeypatch.setattr(prv, "prv_epsilons", lambda m, delta: (0.0, 0.9 * epsilon))
     assert compose.least_epsilon(spent, 1e-5) == (0.9 * epsilon, None)
     compose.least_epsilon.cache_clear()
-    monkeypatch.setattr(compose, "prv_epsilons", lambda m, delta: (1.1 * epsilon, 1.2 * epsilon))
+    monkeypatch.setattr(prv, "prv_epsilons", lambda m, delta: (1.1 * epsilon, 1.2 * epsilon))
     with pytest.warns(PrivacyAccountingWarning, match="dp-accounting says .* prv-accountant .* at least"):
         assert compose_epsilon(spent, 1e-5) == PrivacyAccountant(**RUN).epsilon_rdp(1e-5, 300)
 
@@ -595,7 +595,7 @@ def test_fallback_is_the_rdp_bound_and_says_so_once(monkeypatch, error):
     def broken(*args):
         raise error
 
-    monkeypatch.setattr(compose, "pld_epsilon", broken)
+    monkeypatch.setattr(pld, "pld_epsilon", broken)
     run = PrivacyAccountant(**RUN)
     with pytest.warns(PrivacyAccountingWarning, match="RDP bound: valid, but looser") as caught:
         assert run.epsilon(1e-5, 300) == run.epsilon_rdp(1e-5, 300)
@@ -619,7 +619,7 @@ def test_a_bug_is_not_a_fallback(monkeypatch):
     def buggy(*args):
         raise TypeError("a bug")
 
-    monkeypatch.setattr(compose, "pld_epsilon", buggy)
+    monkeypatch.setattr(pld, "pld_epsilon", buggy)
     with pytest.raises(TypeError, match="a bug"):
         PrivacyAccountant(**RUN).epsilon(1e-5, 300)
 

@@ -15,15 +15,16 @@ import drawn
 import pytest
 import torch
 import torch.nn.functional as F
-from fastloda.kernels.conv import Conv
 from test_exact import KINDS, check_float32
 
 from fastloda import per_sample_grad_norms
-from fastloda.loda import arithmetic as ops
+from fastloda.kernels.conv import Conv
+from fastloda.loda import arithmetic
+from fastloda.per_sample import gradient, products
 from fastloda.per_sample import planner as plan
 from fastloda.per_sample.gradient import PerSampleGrad, squared_norms
 from fastloda.per_sample.recipe import as_it_is
-from fastloda.privacy import clip
+from fastloda.per_sample.tensors import KERNEL_DTYPES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad, tiles  # noqa: E402
@@ -275,8 +276,8 @@ def test_tiles_are_powers_of_2_whatever_the_shape(itemsize):
 @pytest.fixture
 def on_kernels(monkeypatch):
     """The kernels compute for tensors that the test device holds."""
-    used = lambda t: sample_grad is not None and t.dtype in ops.KERNEL_DTYPES and t.numel() > 0  # noqa: E731
-    for module in (ops, clip):
+    used = lambda t: t.dtype in KERNEL_DTYPES and t.numel() > 0  # noqa: E731
+    for module in (arithmetic, gradient, products):
         monkeypatch.setattr(module, "on_triton", used)
 
 
@@ -313,7 +314,7 @@ def test_a_parameter_that_is_kept_in_part_is_summed_before_its_norm(first_kept, 
     """Two calls of a layer, one's gradients kept, with the kernel's squares, the other's made again."""
     t = Tensors(SHAPES["3 x 3"], torch.float32, torch.channels_last)
     grad = PerSampleGrad(torch.Size([4, 20, 3, 3]), 3)
-    pieces = [ops.conv_piece(None, as_it_is, x, t.gz, SAME, 0) for x in (t.x, t.x.flip(0))]
+    pieces = [products.conv_piece(None, as_it_is, x, t.gz, SAME, 0) for x in (t.x, t.x.flip(0))]
     for piece, kept in zip(pieces, (first_kept, not first_kept)):
         monkeypatch.setattr(plan, "FUSED_KEEP_FACTOR", math.inf if kept else 0.0)
         grad.add(piece)
@@ -321,7 +322,7 @@ def test_a_parameter_that_is_kept_in_part_is_summed_before_its_norm(first_kept, 
     truth = sum(sample_grad.sample_grads_reference(x.double(), t.gz.double(), SAME, 3) for x in (t.x, t.x.flip(0)))
     norms = squared_norms([grad], 3, t.x.device).sqrt()
     torch.testing.assert_close(norms, truth.flatten(1).norm(dim=1), rtol=1e-6, atol=0)
-    summed = clip.clipped_sums({"w": grad}, t.factors)["w"]
+    summed = gradient.weighted_sums({"w": grad}, t.factors)["w"]
     check(summed, lambda G, c: torch.einsum("n...,n->...", G, c), truth.float(), t.factors)
 
 

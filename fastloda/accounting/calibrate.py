@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import scipy  # whose parts are imported when they are first used
 from platformdirs import user_cache_path
-from scipy.optimize import brentq
 
 from fastloda.accounting.compose import least_epsilon, warn_of_loose_bound
 from fastloda.accounting.mechanism import (
@@ -84,7 +84,7 @@ def _solve_noise(bound: Callable[[float], float], target: float, start: float = 
         low, high, step = high, high + step, 2 * step
     while excess(low) < 0:
         low, high, step = low - step, low, 2 * step
-    return math.exp(brentq(excess, low, high, xtol=1e-6))
+    return math.exp(scipy.optimize.brentq(excess, low, high, xtol=1e-6))
 
 
 def _cache_file(question: dict) -> Path:

@@ -10,9 +10,7 @@ import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 
-from fastloda.accounting.mechanism import Mechanism, check_delta, merged
-from fastloda.accounting.pld import pld_epsilon
-from fastloda.accounting.prv import FAILURES, prv_epsilons
+from fastloda.accounting.mechanism import FAILURES, Mechanism, check_delta, merged
 from fastloda.accounting.rdp import rdp_epsilon, worst_of_similar
 
 
@@ -42,6 +40,9 @@ def least_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, compare: bool
     cheap = rdp_epsilon(mechanisms, delta)
     if cheap in (0.0, math.inf) or all(m.sample_rate == 1 for m in mechanisms):
         return cheap, None
+    from fastloda.accounting.pld import pld_epsilon  # here, for their libraries take seconds to import
+    from fastloda.accounting.prv import prv_epsilons
+
     try:
         few = worst_of_similar(mechanisms)
         tight = pld_epsilon(few, delta)

@@ -14,6 +14,8 @@ import numpy as np
 
 MIN_DELTA = 1e-14  # below it the tail of a composed distribution is rounding
 MAX_STEPS = 10**12
+# of dp-accounting and prv-accountant: raised where they can't compute
+FAILURES = (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, ValueError)
 
 
 class Mechanism(NamedTuple):

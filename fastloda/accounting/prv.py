@@ -14,12 +14,10 @@ from prv_accountant.domain import Domain
 from prv_accountant.privacy_random_variables import PrivacyRandomVariableTruncated
 from scipy.stats import norm
 
-from fastloda.accounting.mechanism import Mechanism
+from fastloda.accounting.mechanism import FAILURES, Mechanism
 from fastloda.accounting.rdp import rdp_epsilon
 
 QUICK_GRID = 2**16  # points: a tenth of a second
-# of prv-accountant and dp-accounting: raised where they can't compute
-FAILURES = (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, ValueError)
 
 
 class _Truncated(PrivacyRandomVariableTruncated):
@@ -64,6 +62,13 @@ def prv_epsilons(m: Mechanism, delta: float) -> tuple[float, float]:
             loss = _Truncated(PoissonSubsampledGaussianMechanism(*m[:2]), domain.t_min(), domain.t_max())
             composed = Heterogeneous([CellCentred().discretise(loss, domain)]).compute_composition([m.steps])
             lower, _, upper = composed.compute_epsilon(delta - rounding, delta_error, eps_error)
-    except FAILURES:
+    except (
+        ArithmeticError,
+        AssertionError,
+        IndexError,
+        MemoryError,
+        RuntimeError,
+        ValueError,
+    ):  # where it can't compute
         return 0.0, math.inf
     return (lower, max(0.0, upper)) if lower <= upper < math.inf else (0.0, math.inf)

@@ -8,12 +8,10 @@ the Gaussian mechanism, exactly  Balle, Wang, https://arxiv.org/abs/1805.06530 (
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import gammaln, log_ndtr, logsumexp
-from scipy.stats import norm
+import scipy  # whose parts are imported when they are first used
 
 from fastloda.accounting.mechanism import Mechanism
 
@@ -85,24 +83,29 @@ def _rdp(q: float, sigma: float) -> np.ndarray:
     h = min(sigma, sigma * sigma) / 2
     x = np.arange(-10 * sigma, FRACTIONAL[-1] + 10 * sigma, h)
     ratio = np.logaddexp(math.log1p(-q), math.log(q) + (2 * x - 1) / (2 * sigma * sigma))
-    fractional = logsumexp(norm.logpdf(x, scale=sigma) + FRACTIONAL[:, None] * ratio, axis=1) + math.log(h)
+    fractional = scipy.special.logsumexp(
+        scipy.stats.norm.logpdf(x, scale=sigma) + FRACTIONAL[:, None] * ratio, axis=1
+    ) + math.log(h)
     moments = np.concatenate([fractional, _log_moments(q, sigma)])
     return (moments + 1e-14 * ORDERS) / (ORDERS - 1)  # the summand covers rounding
 
 
-# of the binomial theorem, for all INTEGER orders, one after another: order, k, log(order over k), and where each begins
-_N = np.repeat(INTEGER, INTEGER.astype(int) + 1)
-_K = np.concatenate([np.arange(order + 1) for order in INTEGER])
-_LOG_BINOMIAL = gammaln(_N + 1) - gammaln(_K + 1) - gammaln(_N - _K + 1)
-_STARTS = np.flatnonzero(_K == 0)
+@cache
+def _binomials() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The binomial theorem for all INTEGER orders, one after another: order, k, log(order over k), and where each begins."""
+    orders = np.repeat(INTEGER, INTEGER.astype(int) + 1)
+    k = np.concatenate([np.arange(order + 1) for order in INTEGER])
+    log_gamma = scipy.special.gammaln
+    return orders, k, log_gamma(orders + 1) - log_gamma(k + 1) - log_gamma(orders - k + 1), np.flatnonzero(k == 0)
 
 
 def _log_moments(q: float, sigma: float) -> np.ndarray:
     """The same expectation for integer orders."""
-    terms = _LOG_BINOMIAL + _K * math.log(q) + (_N - _K) * math.log1p(-q) + _K * (_K - 1) / (2 * sigma * sigma)
-    largest = np.maximum.reduceat(terms, _STARTS)
+    orders, k, log_binomial, starts = _binomials()
+    terms = log_binomial + k * math.log(q) + (orders - k) * math.log1p(-q) + k * (k - 1) / (2 * sigma * sigma)
+    largest = np.maximum.reduceat(terms, starts)
     terms -= np.repeat(largest, INTEGER.astype(int) + 1)
-    return largest + np.log(np.add.reduceat(np.exp(terms), _STARTS))
+    return largest + np.log(np.add.reduceat(np.exp(terms), starts))
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
@@ -110,8 +113,8 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     mu = max(mu, 1e-12)  # below it the difference of the two terms is rounding
 
     def excess(epsilon: float) -> float:
-        plus = log_ndtr(mu / 2 - epsilon / mu)
-        minus = epsilon + log_ndtr(-mu / 2 - epsilon / mu)
+        plus = scipy.special.log_ndtr(mu / 2 - epsilon / mu)
+        minus = epsilon + scipy.special.log_ndtr(-mu / 2 - epsilon / mu)
         covered = min(0.0, minus - plus) - 1e-14  # against rounding
         return plus + math.log(-math.expm1(covered)) - math.log(delta)
 
@@ -121,4 +124,4 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
         return math.inf
     if excess(0.0) <= 0:
         return 0.0
-    return min(top, brentq(excess, 0.0, top, xtol=1e-13, rtol=1e-12) * (1 + 1e-11) + 1e-12)
+    return min(top, scipy.optimize.brentq(excess, 0.0, top, xtol=1e-13, rtol=1e-12) * (1 + 1e-11) + 1e-12)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastloda import kernels
 from fastloda.kernels.conv import Conv
 from fastloda.per_sample.amx import compute_dtype, sound_dtype, without_autocast
 from fastloda.per_sample.planner import split_rows
@@ -27,11 +28,6 @@ from fastloda.per_sample.products import conv_piece
 from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.taps import gather_taps
 from fastloda.per_sample.tensors import accumulable, lay_out_taps, on_triton, sample_rows, sum_rows
-
-try:
-    from fastloda.kernels import adapter_backward, adapter_forward, input_grad
-except ImportError:  # no Triton: never on_triton
-    pass
 
 
 def activation(z: Tensor, slope: float) -> Tensor:
@@ -79,8 +75,8 @@ class ConvOp:
         """-> y, z."""
         y = self.convolve(x, weight, bias, self.groups)
         if on_triton(x):
-            z = adapter_forward.project(x, A, self.conv)
-            return adapter_forward.add_(y, z, B, self.slope, self.scale), z
+            z = kernels.adapter_forward.project(x, A, self.conv)
+            return kernels.adapter_forward.add_(y, z, B, self.slope, self.scale), z
         z = self.convolve(x, A).contiguous()  # as backward's products want it
         add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
         return y, z
@@ -88,8 +84,9 @@ class ConvOp:
     def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Piece]:
         """-> gz = phi'(z) . s B^T gy, [N, r, OH, OW], and the recipe of B's per-sample gradients."""
         if on_triton(gy):  # one read of gy gives both
-            gz, parts = adapter_backward.adapter_backward(gy, z, B, self.slope, self.scale)
-            return gz, Piece(adapter_backward.add_parts_reference, (parts,), with_squares=adapter_backward.add_parts)
+            backward = kernels.adapter_backward
+            gz, parts = backward.adapter_backward(gy, z, B, self.slope, self.scale)
+            return gz, Piece(backward.add_parts_reference, (parts,), with_squares=backward.add_parts)
         Bt = self._scaled(B.flatten(1).t())
         gh = torch.bmm(Bt.expand(len(gy), *Bt.shape), positions(gy))
         return activation_grad(gh.view(z.shape), z, self.slope), Piece(self.grad_B, (gy, z), lay_out=lay_out_B)
@@ -104,7 +101,7 @@ class ConvOp:
         """-> dx = W^T * gy + A^T * gz, [N, C, H, W], and the taps of gz if they were made at once, for A's gradient."""
         gx = self._convolution_backward(gy, x, weight, self.groups, (True, False, False))[0]
         if on_triton(gx):
-            return input_grad.add_input_grad_(gx, gz, A, self.conv), None
+            return kernels.input_grad.add_input_grad_(gx, gz, A, self.conv), None
         flat, taps = positions(gx), None
         A_taps = A.take(_reversed_taps(A.shape, A.device))
         for rows in split_rows(len(x), self.taps_bytes(gz, x), x.device):

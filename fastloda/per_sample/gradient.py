@@ -11,16 +11,12 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from fastloda import kernels
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.planner import Sizes, Way, choose, chunk_samples, rows_at_a_time
 from fastloda.per_sample.recipe import Piece, as_it_is
 from fastloda.per_sample.reductions import row_squares, weighted_row_sum
 from fastloda.per_sample.tensors import on_triton
-
-try:
-    from fastloda.kernels.clip_sum import clip_sum
-except ImportError:  # no Triton: never on_triton
-    clip_sum = None
 
 
 @dataclass
@@ -151,7 +147,7 @@ def weighted_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[s
     some_are_zero = factors.is_cuda or not factors.all()  # a GPU is not asked: the step would wait for its answer
     sums = {name: grad.weighted_sum(factors, some_are_zero) for name, grad in grads.items() if name not in flat}
     if flat:
-        total = clip_sum(torch.cat(list(flat.values()), dim=1), factors.float())
+        total = kernels.clip_sum.clip_sum(torch.cat(list(flat.values()), dim=1), factors.float())
         parts = total.split([tensor.shape[1] for tensor in flat.values()])
         as_kept = {name: part.view(1, *kept[name].shape[1:]) for name, part in zip(flat, parts)}
         sums |= {name: grads[name].order(part)[0] for name, part in as_kept.items()}

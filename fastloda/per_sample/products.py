@@ -5,14 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastloda import kernels
 from fastloda.kernels.conv import Conv
 from fastloda.per_sample.recipe import Fused, Piece
 from fastloda.per_sample.tensors import on_triton, sample_rows
-
-try:
-    from fastloda.kernels import sample_grad
-except ImportError:  # no Triton: never on_triton
-    sample_grad = None
 
 
 def conv_piece(
@@ -47,14 +43,14 @@ def _kernel_piece(x: Tensor, g: Tensor, conv: Conv, as_image, as_weight) -> Piec
     """as_image(tensor, samples) and as_weight(gradient) re-lay what goes into the kernels and comes out."""
 
     def with_squares(x: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-        grads, squares = sample_grad.sample_grads(as_image(x, samples), as_image(g, samples), conv, samples)
+        grads, squares = kernels.sample_grad.sample_grads(as_image(x, samples), as_image(g, samples), conv, samples)
         return as_weight(grads), squares
 
     def squares(x: Tensor, g: Tensor, samples: int) -> Tensor:
-        return sample_grad.sample_grad_squares(as_image(x, samples), as_image(g, samples), conv, samples)
+        return kernels.sample_grad.sample_grad_squares(as_image(x, samples), as_image(g, samples), conv, samples)
 
     def weighted_sum(x: Tensor, g: Tensor, factors: Tensor) -> Tensor:
         n = len(factors)
-        return as_weight(sample_grad.weighted_grad_sum(as_image(x, n), as_image(g, n), conv, factors))
+        return as_weight(kernels.sample_grad.weighted_grad_sum(as_image(x, n), as_image(g, n), conv, factors))
 
     return Piece(lambda *a: with_squares(*a)[0], (x, g), with_squares=with_squares, fused=Fused(squares, weighted_sum))

@@ -1,21 +1,23 @@
 """Small steps that per-sample gradients are computed by: rows into samples, the dtype to accumulate in, who computes."""
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-
-try:
-    import triton  # noqa: F401
-except ImportError:  # PyTorch computes everything
-    triton = None
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def on_triton(t: Tensor) -> bool:
-    """Whether Triton kernels compute for t."""
-    return t.is_cuda and triton is not None and t.dtype in KERNEL_DTYPES and t.numel() > 0
+    """Whether Triton kernels compute for t; PyTorch does on a CPU, and where Triton is missing."""
+    return t.is_cuda and _has_triton() and t.dtype in KERNEL_DTYPES and t.numel() > 0
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def accumulable(t: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""The public names, each imported when it is first used: see `__init__.py`."""
+
+from .accounting.accountant import PrivacyAccountant
+from .accounting.calibrate import calibrate_noise
+from .accounting.compose import compose_epsilon
+from .engine.criterion import CrossEntropyLoss
+from .engine.engine import PrivacyEngine, make_private, make_private_with_epsilon
+from .engine.loader import BatchMemoryManager
+from .engine.validator import ModuleValidator
+from .errors import PrivacyError
+from .loda.attach import attach_loda, load_loda, loda_parameters, loda_state_dict, save_loda
+from .loda.compile import compile
+from .loda.layers import LoDAConv2d, LoDALinear
+from .per_sample.explain import explain
+from .per_sample.fallback.functional import cover
+from .per_sample.fallback.register import check_rule, register_rule
+from .privacy.adaptive import AdaptiveClipping
+from .privacy.clip import Automatic, PerLayer
+from .privacy.per_sample import per_sample_grad_norms, per_sample_grads
+from .privacy.secure_noise import SecureGenerator
+from .privacy.step import GhostClipper, StepStats, ghost_dp_step
+from .training.trainer import DPTrainer, PrivateTraining
+
+__version__: str
+__all__ = [
+    "AdaptiveClipping",
+    "Automatic",
+    "BatchMemoryManager",
+    "CrossEntropyLoss",
+    "DPTrainer",
+    "GhostClipper",
+    "LoDAConv2d",
+    "LoDALinear",
+    "ModuleValidator",
+    "PerLayer",
+    "PrivacyAccountant",
+    "PrivacyEngine",
+    "PrivacyError",
+    "PrivateTraining",
+    "SecureGenerator",
+    "StepStats",
+    "attach_loda",
+    "calibrate_noise",
+    "check_rule",
+    "compile",
+    "compose_epsilon",
+    "cover",
+    "explain",
+    "ghost_dp_step",
+    "load_loda",
+    "loda_parameters",
+    "loda_state_dict",
+    "make_private",
+    "make_private_with_epsilon",
+    "per_sample_grad_norms",
+    "per_sample_grads",
+    "register_rule",
+    "save_loda",
+]
