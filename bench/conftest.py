@@ -12,10 +12,9 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 
 import machine  # noqa: E402
+import tables  # noqa: E402
 from results_file import Results  # noqa: E402
 from scales import SCALES, Scale, scale_of  # noqa: E402
-
-from fastloda.synthesis.report import bench  # noqa: E402
 
 RESULTS = StashKey[Results]()
 STARTED = time.monotonic()
@@ -62,7 +61,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     screen = io.StringIO()
     console = Console(file=screen, width=max(150, terminalreporter._tw.fullwidth))
-    for table in bench.tables(results.document):
+    for table in tables.tables(results.document):
         console.print(table.for_terminal())
     terminalreporter.section("FastLoDA beside the others")
     terminalreporter.write(screen.getvalue())

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from fastloda.kernels.conv import Conv
 from fastloda.loda.arithmetic import ConvOp
-from fastloda.per_sample.gradient import PerSampleGrad, squared_norms
+from fastloda.per_sample.gradient import PerSampleGrad, squared_norms, weighted_sums
 from fastloda.per_sample.recipe import Piece
 from fastloda.per_sample.tensors import on_triton
-from fastloda.privacy.clip import clipped_sums
 from fastloda.synthesis.diffusion import paper_unet
 
 RANK, SLOPE, SCALE = 4, 0.1, 1.0
@@ -153,7 +152,7 @@ def clip_and_sum(layers: Counter[Layer], samples: int) -> Operation:
     factors = torch.rand(samples, device=DEVICE, dtype=torch.float64)
     numbers = sum(sizes)
     least = (samples + 1) * numbers * FLOAT32
-    return Operation("clip and sum", lambda: clipped_sums(grads, factors), least, 2 * samples * numbers)
+    return Operation("clip and sum", lambda: weighted_sums(grads, factors), least, 2 * samples * numbers)
 
 
 def _backward(t: Tensors) -> Tensor:

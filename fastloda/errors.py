@@ -1,5 +1,9 @@
-"""The error that a private step raises instead of breaking its promise."""
+"""The errors that a user can mend: each message names what is wrong and what to do."""
 
 
-class PrivacyError(ValueError):
-    """The model, its graph or its optimizer would void the privacy guarantee; the message names what and what to do."""
+class UserError(ValueError):
+    """An argument, a setting or a file can't be what it is."""
+
+
+class PrivacyError(UserError):
+    """The model, its graph or its optimizer would void the privacy guarantee."""

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "bench"))
 
-from fastloda.synthesis.report import bench  # noqa: E402
+import tables  # noqa: E402
 
 OPACUS = """\
 Opacus 1.6's Conv2d reads channels_last memory as if it were NCHW; its gradients and norms are then wrong. The bench feeds it
@@ -26,7 +26,7 @@ def bench_table() -> str:
 
 def _results() -> Iterator[tuple[Path, dict]]:
     """Oldest first."""
-    documents = {path: bench.load(path) for path in (ROOT / "bench" / "results").glob("*.json")}
+    documents = {path: tables.load(path) for path in (ROOT / "bench" / "results").glob("*.json")}
     return iter(sorted(documents.items(), key=lambda item: (item[1]["date"], item[0].name)))
 
 
@@ -34,10 +34,10 @@ def _machine_table(path: Path, document: dict) -> str:
     lead = (
         "One training step, medians of paired, interleaved rounds: FastLoDA's private step against the same step in plain "
         "PyTorch *without* privacy, and against the fastest mode of Opacus that gives right gradients. "
-        f"Memory is the peak allocation of the step. {bench.environment(document)} "
+        f"Memory is the peak allocation of the step. {tables.environment(document)} "
         f"([`{path.name}`](bench/results/{path.name})):"
     )
-    return f"{lead}\n\n{bench.summary_table(document['steps']).to_markdown()}".rstrip() + "\n\n" + OPACUS
+    return f"{lead}\n\n{tables.summary_table(document['steps']).to_markdown()}".rstrip() + "\n\n" + OPACUS
 
 
 def demo_table() -> str:

@@ -18,9 +18,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastloda.synthesis.cli import main
-from fastloda.synthesis.report import bench
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -29,7 +26,18 @@ def instruments():
     """bench/'s modules, which are no package."""
     pytest.importorskip("pytest_benchmark")
     sys.path.insert(0, str(ROOT / "bench"))
-    names = ("cases", "compare", "machine", "measure", "operations", "providers", "results_file", "truth")
+    names = (
+        "cases",
+        "compare",
+        "machine",
+        "measure",
+        "operations",
+        "providers",
+        "report",
+        "results_file",
+        "tables",
+        "truth",
+    )
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path.remove(str(ROOT / "bench"))
 
@@ -303,42 +311,43 @@ def document() -> dict:
     return head | {"peaks": peaks, "steps": [step], "growth": growth, "kernels": [kernel]}
 
 
-def test_the_summary_says_how_much_faster_and_what_nobody_could_run(document):
-    (row,) = bench.summary_table(document["steps"]).rows
+def test_the_summary_says_how_much_faster_and_what_nobody_could_run(instruments, document):
+    (row,) = instruments.tables.summary_table(document["steps"]).rows
     assert row == ["stack", "8", "7.27", "1.10", "1.10", "hooks", "1.82 x", "0.55"]
     del document["steps"][0]["providers"]["Opacus hooks"]
     document["steps"][0]["best_opacus"] = None
     document["steps"][0]["providers"]["FastLoDA"].pop("time_over_best_opacus")
-    assert bench.summary_table(document["steps"]).rows[0][5:] == ["none runs", "", ""]
+    assert instruments.tables.summary_table(document["steps"]).rows[0][5:] == ["none runs", "", ""]
 
 
-def test_an_error_is_shown_not_left_out(document):
-    table = bench.step_table(document["steps"], "title")
+def test_an_error_is_shown_not_left_out(instruments, document):
+    table = instruments.tables.step_table(document["steps"], "title")
     assert [row[:2] for row in table.rows][-1] == ["- Opacus ew", "error"]
     assert "Opacus ew: RuntimeError: it | cannot (stack)" in table.to_markdown()
 
 
-def test_the_command_writes_markdown_and_figures(document, tmp_path, capsys):
+def test_the_report_is_markdown_with_figures(instruments, document, tmp_path, capsys):
     path, out = tmp_path / "m-2026-01-02.json", tmp_path / "out"
     path.write_text(json.dumps(document))
-    assert main(["bench-report", str(path), "--out", str(out)]) == 0
+    instruments.report.main([str(path), "--out", str(out)])
     text = (out / "bench.md").read_text()
     names = {file.name for file in out.glob("*.png")}
     assert len(names) == 4 and all(f"]({name})" in text for name in names)
     assert "| stack | 8 | 7.27 |" in text and "50%" in text
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in out.glob("*.png"))
-    assert "figures: 4" in capsys.readouterr().out
+    assert "4 figures" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", "no JSON", '{"format": 2}'])
-def test_another_file_is_refused_in_one_line(content, tmp_path, capsys):
+def test_another_file_is_refused_in_one_line(instruments, content, tmp_path, capsys):
     path = tmp_path / "x.json"
     path.write_text(content)
-    assert main(["bench-report", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("fastloda bench-report: error: ") and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="2"):
+        instruments.report.main([str(path), "--out", str(tmp_path / "out")])
+    assert "no result file" in capsys.readouterr().err or content == "no JSON" and not (tmp_path / "out").exists()
 
 
-def test_committed_results_can_be_read():
+def test_committed_results_can_be_read(instruments):
     for path in (ROOT / "bench" / "results").glob("*.json"):
-        document = bench.load(path)
-        assert list(bench.tables(document)) and "/" not in document["machine"]
+        document = instruments.tables.load(path)
+        assert list(instruments.tables.tables(document)) and "/" not in document["machine"]

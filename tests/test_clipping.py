@@ -25,9 +25,10 @@ from fastloda.privacy.adaptive import AdaptiveClipping
 from fastloda.privacy.clip import Automatic, Flat, PerLayer, clip_factors
 from fastloda.privacy.styles import STYLES, clipping_style
 from fastloda.synthesis.budget import Privacy, privacy_statement, private_training
-from fastloda.synthesis.cli import build_parser
 from fastloda.synthesis.diffusion import Diffusion
+from fastloda.synthesis.parser import build_parser
 from fastloda.synthesis.settings import FineTuning
+from fastloda.synthesis.stages import finetune
 from fastloda.training.trainer import DPTrainer, PrivateTraining
 
 
@@ -623,11 +624,11 @@ def test_fine_tuning_passes_flips_on(flips, monkeypatch):
 
 
 def test_the_command_line_chooses_style_flips_and_secure_noise():
-    command = ["finetune", "--run", "r", "--privacy.target_epsilon", "3", "--privacy.delta", "1e-5"]
-    parser = build_parser()
+    command = ["--run", "r", "--privacy.target_epsilon", "3", "--privacy.delta", "1e-5"]
+    parser = build_parser("fastloda finetune", finetune)
     for chosen in STYLES:
         options = ["--privacy.clipping", chosen, "--training.flips", "--training.secure_noise"]
-        parsed = parser.instantiate(parser.parse_args(command + options))["finetune"]
+        parsed = parser.instantiate(parser.parse_args(command + options))
         assert parsed.privacy.clipping == chosen and parsed.training.flips and parsed.training.secure_noise
     for wrong in (["--privacy.clipping", "fixed"], ["--training.secure_noise", "--training.seed", "1"]):
         with pytest.raises((ArgumentError, ValueError), match="clipping|secure_noise"):

@@ -8,6 +8,7 @@ from fastloda.accounting.compose import least_epsilon, warn_of_loose_bound
 from fastloda.accounting.ledger import Ledger, new_id
 from fastloda.accounting.mechanism import Mechanism, check_delta, check_noise, check_rate, check_steps, merged
 from fastloda.accounting.rdp import rdp_epsilon
+from fastloda.errors import UserError
 
 METHODS = ("prv", "rdp")
 VERSION = 1  # of the record in checkpoints
@@ -112,17 +113,17 @@ class PrivacyAccountant:
         """
         if not isinstance(state, dict) or not REQUIRED <= set(state) <= set(self.state_dict()):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"a privacy record holds {sorted(self.state_dict())}, got {keys}")
+            raise UserError(f"a privacy record holds {sorted(self.state_dict())}, got {keys}")
         if type(state["version"]) is not int or state["version"] != VERSION:
-            raise ValueError(f"privacy record of version {state['version']!r}, this is version {VERSION}")
+            raise UserError(f"privacy record of version {state['version']!r}, this is version {VERSION}")
         try:
             rate, noise = check_rate(state["sample_rate"]), check_noise(state["noise_multiplier"])
             _check_method(state["method"])
             earlier, entries = merged(state.get("earlier", ())), _entries(state)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"malformed privacy record: {error}") from error
+            raise UserError(f"malformed privacy record: {error}") from error
         if (rate, noise, earlier) != (self.sample_rate, self.noise_multiplier, self.earlier):
-            raise ValueError(
+            raise UserError(
                 f"the record is of sample_rate={rate}, noise_multiplier={noise}, earlier={[*earlier]}; this run has "
                 f"sample_rate={self.sample_rate}, noise_multiplier={self.noise_multiplier}, earlier={[*self.earlier]}"
             )
@@ -167,5 +168,5 @@ def _check_id(value: str) -> str:
 
 def _check_method(value: str) -> str:
     if value not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {value!r}")
+        raise UserError(f"method must be one of {METHODS}, got {value!r}")
     return value

@@ -20,6 +20,7 @@ from fastloda.accounting.mechanism import (
     merged,
 )
 from fastloda.accounting.rdp import rdp_epsilon
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 
 VERSION = 1  # of the cache's files
@@ -43,10 +44,10 @@ def calibrate_noise(
     target, delta = check_real(target_epsilon, "target_epsilon"), check_delta(delta)
     rate, steps = check_rate(sample_rate), check_steps(steps, least=1)
     if not 0 < target <= MAX_EPSILON:
-        raise ValueError(f"target_epsilon must be in (0, {MAX_EPSILON}], got {target_epsilon!r}")
+        raise UserError(f"target_epsilon must be in (0, {MAX_EPSILON}], got {target_epsilon!r}")
     before = merged(earlier)
     if before and (spent := least_epsilon(before, delta)[0]) > 0.95 * target:
-        raise ValueError(
+        raise UserError(
             f"earlier releases cost epsilon {spent:.3g} of the {target:g}: too little is left to train with"
         )
     question = {"target_epsilon": target, "delta": delta, "sample_rate": rate, "steps": steps}

@@ -8,6 +8,7 @@ from fastloda.accounting.compose import compose_epsilon
 from fastloda.accounting.ledger import Counts, Ledger, new_id
 from fastloda.accounting.mechanism import Mechanism, check_delta, check_mechanism, merged
 from fastloda.accounting.rdp import rdp_epsilon
+from fastloda.errors import UserError
 
 METHODS = ("prv", "rdp")
 IGNORED = {"alphas", "eps_error", "delta_error"}
@@ -26,7 +27,7 @@ class HistoryAccountant:
     def __init__(self, method: str = "prv"):
         if method not in METHODS:
             why = ": it is an approximation that can lie below the true epsilon" if method == "gdp" else ""
-            raise ValueError(f"accountant must be one of {METHODS}, got {method!r}{why}")
+            raise UserError(f"accountant must be one of {METHODS}, got {method!r}{why}")
         self.method = method
         self._ledger = Ledger()
 
@@ -85,7 +86,7 @@ class HistoryAccountant:
         try:
             entries = _entries(state)
         except (TypeError, ValueError, LookupError) as error:
-            raise ValueError(f"malformed privacy record: {error}") from error
+            raise UserError(f"malformed privacy record: {error}") from error
         self._ledger.merge(entries)
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastloda.errors import UserError
+
 MIN_DELTA = 1e-14  # below it the tail of a composed distribution is rounding
 MAX_STEPS = 10**12
 # of dp-accounting and prv-accountant: raised where they can't compute
@@ -36,7 +38,7 @@ def merged(mechanisms: Iterable[Sequence]) -> tuple[Mechanism, ...]:
     steps = Counter()
     for item in mechanisms:
         if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 3:
-            raise ValueError(f"each mechanism is (sample_rate, noise_multiplier, steps), got {item!r}")
+            raise UserError(f"each mechanism is (sample_rate, noise_multiplier, steps), got {item!r}")
         checked = check_mechanism(*item)
         steps[checked[:2]] += checked.steps
     return tuple(Mechanism(*key, check_steps(count)) for key, count in sorted(steps.items()) if count)
@@ -50,25 +52,25 @@ def check_real(value: float, name: str) -> float:
     except OverflowError:  # an integer beyond the floats
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value!r}")
+        raise UserError(f"{name} must be finite, got {value!r}")
     return number
 
 
 def check_rate(value: float) -> float:
     if not 0 < (rate := check_real(value, "sample_rate")) <= 1:
-        raise ValueError(f"sample_rate must be in (0, 1], got {value!r}")
+        raise UserError(f"sample_rate must be in (0, 1], got {value!r}")
     return rate
 
 
 def check_noise(value: float) -> float:
     if (noise := check_real(value, "noise_multiplier")) < 0:
-        raise ValueError(f"noise_multiplier must be >= 0, got {value!r}")
+        raise UserError(f"noise_multiplier must be >= 0, got {value!r}")
     return noise
 
 
 def check_delta(value: float) -> float:
     if not MIN_DELTA < (delta := check_real(value, "delta")) < 1:
-        raise ValueError(f"delta must be in ({MIN_DELTA}, 1), got {value!r}")
+        raise UserError(f"delta must be in ({MIN_DELTA}, 1), got {value!r}")
     return delta
 
 
@@ -76,5 +78,5 @@ def check_steps(value: int, name: str = "steps", least: int = 0) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not least <= value <= MAX_STEPS:
-        raise ValueError(f"{name} must be from {least} to {MAX_STEPS}, got {value!r}")
+        raise UserError(f"{name} must be from {least} to {MAX_STEPS}, got {value!r}")
     return int(value)

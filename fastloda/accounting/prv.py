@@ -14,7 +14,7 @@ from prv_accountant.domain import Domain
 from prv_accountant.privacy_random_variables import PrivacyRandomVariableTruncated
 from scipy.stats import norm
 
-from fastloda.accounting.mechanism import FAILURES, Mechanism
+from fastloda.accounting.mechanism import Mechanism
 from fastloda.accounting.rdp import rdp_epsilon
 
 QUICK_GRID = 2**16  # points: a tenth of a second

@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.data import Dataset
 
 from fastloda.audit.step import PrivateStep, Records, Released, Sampler, count, same, split
+from fastloda.errors import UserError
 from fastloda.privacy.step import GhostClipper, StepStats
 from fastloda.privacy.watch import accept_changes
 from fastloda.training.trainer import DPTrainer, PrivateTraining
@@ -43,7 +44,7 @@ def of_loop(
             finally:
                 _put_back(model, before, kept)
         if not gradient:
-            raise ValueError(
+            raise UserError(
                 "the step released nothing: no optimizer took a step, or none of its parameters had a .grad"
             )
         return Released(gradient, unnoised)
@@ -137,7 +138,7 @@ def _gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                 if p.grad is None:
                     continue
                 if name in found:
-                    raise ValueError(f"{name!r} was stepped twice: audit one step at a time")
+                    raise UserError(f"{name!r} was stepped twice: audit one step at a time")
                 found[name] = p.grad.detach().clone()
 
     handle = register_optimizer_step_pre_hook(hook)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fastloda.accounting.accountant import PrivacyAccountant
 from fastloda.accounting.compose import PrivacyAccountingWarning
+from fastloda.errors import UserError
 from fastloda.privacy.clip import check_max_grad_norm
 from fastloda.training.trainer import PrivateTraining
 
@@ -37,12 +38,12 @@ class Claim:
     def __post_init__(self):
         check_max_grad_norm(self.max_grad_norm)
         if not 0 < self.expected_batch_size < math.inf:
-            raise ValueError(f"expected_batch_size must be positive and finite, got {self.expected_batch_size!r}")
+            raise UserError(f"expected_batch_size must be positive and finite, got {self.expected_batch_size!r}")
         if not self.noise_multiplier > 0:
-            raise ValueError(f"noise_multiplier must be > 0, got {self.noise_multiplier!r}: no noise, no claim")
+            raise UserError(f"noise_multiplier must be > 0, got {self.noise_multiplier!r}: no noise, no claim")
         accountant = PrivacyAccountant(self.sample_rate, self.noise_multiplier)
         if not accountant.epsilon_rdp(self.delta, self.steps):  # checks the other numbers
-            raise ValueError(f"steps must be >= 1, got {self.steps!r}")
+            raise UserError(f"steps must be >= 1, got {self.steps!r}")
 
     @classmethod
     def of(cls, settings: PrivateTraining) -> "Claim":

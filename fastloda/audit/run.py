@@ -27,6 +27,7 @@ from fastloda.audit.step import (
     rows,
     seed_for,
 )
+from fastloda.errors import UserError
 
 CHECKS = ("replay", "canary", "noise", "sampler")
 NO_SAMPLER = "No sampler was given: the claim's sample_rate is taken on trust"
@@ -211,11 +212,11 @@ def _check(records, claim, observations, draws, checks, significance) -> None:
         raise TypeError(f"claim must be a Claim, got {claim!r}")
     for name, value, least in (("observations", observations, 100), ("draws", draws, 100)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+            raise UserError(f"{name} must be an integer >= {least}, got {value!r}")
     if isinstance(checks, str) or not checks or not set(checks) <= set(CHECKS):
-        raise ValueError(f"checks must be some of {CHECKS}, got {checks!r}")
+        raise UserError(f"checks must be some of {CHECKS}, got {checks!r}")
     if not 0 < significance < 0.5:
-        raise ValueError(f"significance must be in (0, 0.5), got {significance!r}")
+        raise UserError(f"significance must be in (0, 0.5), got {significance!r}")
 
 
 def _check_repeats(step: PrivateStep, records: Records, seed: int) -> None:
@@ -223,9 +224,9 @@ def _check_repeats(step: PrivateStep, records: Records, seed: int) -> None:
     again = partial(step.replay, usual_batch(records), seed_for(seed, "repeats"))
     first, second = again().flat(), again().flat()
     if not first.isfinite().all():
-        raise ValueError("the step releases NaN or Inf on ordinary records: there is nothing to audit")
+        raise UserError("the step releases NaN or Inf on ordinary records: there is nothing to audit")
     if not torch.equal(first, second):
-        raise ValueError(
+        raise UserError(
             "the step gives two different gradients under the same seed: take all its randomness from the generator that it "
             "is called with, or from torch's global one, and leave the model as it was"
         )

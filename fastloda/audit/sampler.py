@@ -13,6 +13,7 @@ from torch import Generator
 
 from fastloda.audit.report import Finding
 from fastloda.audit.step import Sampler
+from fastloda.errors import UserError
 
 MOST_PAIRED = 500  # records whose pairs are counted
 
@@ -56,7 +57,7 @@ def _inclusions(sampler: Sampler, draws: int, generator: Generator, tick: Callab
     for step in inclusion:
         indices = np.asarray(sampler.draw(generator)).reshape(-1)
         if indices.size and not (0 <= indices.min() and indices.max() < sampler.population):
-            raise ValueError(
+            raise UserError(
                 f"the sampler gave an index outside 0 .. {sampler.population - 1}: {indices.min()} .. {indices.max()}"
             )
         step[indices.astype(int)] = True

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
+from fastloda.errors import UserError
 from fastloda.randomness import generator_states, restore_generators
 
 # One record a row: a tensor, or several of the same length. A step gets them in the form in which the audit got them.
@@ -140,7 +141,7 @@ def check_records(records: Records) -> int:
         )
     lengths = sorted({len(t) for t in tensors})
     if len(lengths) > 1 or lengths[0] < 2:
-        raise ValueError(f"records must be at least 2, and as many in each tensor; got {lengths}")
+        raise UserError(f"records must be at least 2, and as many in each tensor; got {lengths}")
     return lengths[0]
 
 

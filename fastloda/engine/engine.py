@@ -31,7 +31,7 @@ from fastloda.engine.loader import PoissonLoader
 from fastloda.engine.module import PrivateModule, Tape
 from fastloda.engine.optimizer import PRIVACY, Budget, PrivateOptimizer
 from fastloda.engine.validator import ModuleValidator
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.files import write_atomically
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import check_optimizer, trainable_parameters
@@ -121,7 +121,7 @@ class PrivacyEngine:
             clipping, unknown = _adaptive_style(unknown)
         _check_opacus_arguments(poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown)
         if loss_reduction not in REDUCTIONS:
-            raise ValueError(f"loss_reduction must be one of {REDUCTIONS}, got {loss_reduction!r}")
+            raise UserError(f"loss_reduction must be one of {REDUCTIONS}, got {loss_reduction!r}")
         if World.of().size > 1:
             raise PrivacyError("make_private is for one process; DPTrainer trains on several ranks")
         module = module._module if isinstance(module, PrivateModule) else module
@@ -273,7 +273,7 @@ class PrivacyEngine:
         """
         document = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
         if absent := {"module_state_dict", "privacy_accountant_state_dict"} - set(document):
-            raise ValueError(f"{path} lacks {sorted(absent)}")
+            raise UserError(f"{path} lacks {sorted(absent)}")
         self.accountant.load_state_dict(document["privacy_accountant_state_dict"])  # first: it refuses a malformed one
         module.load_state_dict(document["module_state_dict"], **(module_load_dict_kwargs or {}))
         states = {
@@ -302,7 +302,7 @@ class PrivacyEngine:
         if not self.secure_mode:
             return generator
         if generator is not None:
-            raise ValueError("noise_generator and secure_mode=True exclude each other: secure noise can't be seeded")
+            raise UserError("noise_generator and secure_mode=True exclude each other: secure noise can't be seeded")
         return SecureGenerator()
 
 
@@ -342,20 +342,20 @@ def make_private_with_epsilon(
 def _check_opacus_arguments(poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown) -> None:
     """Refuse arguments of Opacus that would mean something else here, and say what to do."""
     if not poisson_sampling:
-        raise ValueError(
+        raise UserError(
             "poisson_sampling=False is refused: for shuffled batches the reported epsilon does not hold; leave it out"
         )
     if grad_sample_mode not in MODES:
-        raise ValueError(
+        raise UserError(
             f"grad_sample_mode must be one of {MODES} (all give the same gradient), got {grad_sample_mode!r}"
         )
     if not wrap_model:
-        raise ValueError(
+        raise UserError(
             "wrap_model=False is refused: train the module that is returned. It shares the parameters with yours, which is its "
             "to_standard_module() and can be saved or used for inference as it is"
         )
     if rand_on_empty:
-        raise ValueError("rand_on_empty=True is refused: the private module handles empty batches; leave it out")
+        raise UserError("rand_on_empty=True is refused: the private module handles empty batches; leave it out")
     if unknown:
         raise TypeError(
             f"make_private does not know {sorted(unknown)}: leave out orders and errors, which the accountant chooses, and give "
@@ -375,12 +375,12 @@ def _parameter_bounds(
 ) -> tuple[PerParameter, float]:
     """-> the style, and the bound on the whole gradient."""
     if clipping != "per_layer":
-        raise ValueError(
+        raise UserError(
             f"max_grad_norm={bounds!r}, a bound for each parameter, needs clipping='per_layer', got {clipping!r}"
         )
     names = {id(p): name for name, p in module.named_parameters()}
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if len(trained) != len(bounds):
-        raise ValueError(f"max_grad_norm has {len(bounds)} bounds for {len(trained)} trainable parameters")
+        raise UserError(f"max_grad_norm has {len(bounds)} bounds for {len(trained)} trainable parameters")
     style = PerParameter({names.get(id(p), "?"): bound for p, bound in zip(trained, bounds)})
     return style, math.hypot(*style.bounds.values())

@@ -5,6 +5,8 @@ import math
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastloda.errors import UserError
+
 DEFAULT_GROUPS = 32  # Wu & He's
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -31,7 +33,7 @@ def replace_batch_norm(model: nn.Module, groups: int | None = None) -> list[str]
             group would hold a single number, which normalises to zero (BatchNorm1d on features, with one channel a group).
     """
     if groups is not None and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 1):
-        raise ValueError(f"groups must be an integer >= 1, got {groups!r}")
+        raise UserError(f"groups must be an integer >= 1, got {groups!r}")
     found = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     replacements = {layer: _group_norm(name, layer, groups) for name, layer in found.items()}
     for parent in list(model.modules()):
@@ -43,16 +45,16 @@ def replace_batch_norm(model: nn.Module, groups: int | None = None) -> list[str]
 
 def _group_norm(name: str, layer: _BatchNorm, groups: int | None) -> nn.GroupNorm:
     if not name:
-        raise ValueError(f"the model is a single {type(layer).__name__}: make a GroupNorm instead")
+        raise UserError(f"the model is a single {type(layer).__name__}: make a GroupNorm instead")
     with_act = hasattr(layer, "drop") and hasattr(layer, "act")
     if type(layer) not in BATCH_NORMS and not with_act:
-        raise ValueError(f"{name!r} is a {type(layer).__name__}, which may compute something else than BatchNorm")
+        raise UserError(f"{name!r} is a {type(layer).__name__}, which may compute something else than BatchNorm")
     channels = layer.num_features
     if groups is None:
         groups = 1 if isinstance(layer, nn.BatchNorm1d) else DEFAULT_GROUPS
     divisor = math.gcd(groups, channels)
     if isinstance(layer, nn.BatchNorm1d) and divisor == channels:
-        raise ValueError(f"{name!r}: {divisor} groups of {channels} features leave one number each: use fewer groups")
+        raise UserError(f"{name!r}: {divisor} groups of {channels} features leave one number each: use fewer groups")
     norm = (GroupNormAct if with_act else nn.GroupNorm)(divisor, channels, layer.eps, affine=False)
     norm.affine, norm.weight, norm.bias = layer.affine, layer.weight, layer.bias
     if with_act:

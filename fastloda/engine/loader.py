@@ -16,7 +16,7 @@ from torch import Generator
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from fastloda.engine.collate import CollateOrEmpty
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.randomness import hold, unpredictable_generator
 from fastloda.training.sampling import poisson_sample
 
@@ -186,7 +186,7 @@ class BatchMemoryManager:
             raise TypeError("data_loader and optimizer must be what one call of fastloda's make_private returned")
         size = max_physical_batch_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"max_physical_batch_size must be an integer >= 1, got {size!r}")
+            raise UserError(f"max_physical_batch_size must be an integer >= 1, got {size!r}")
         self._loader, self._size, self._optimizer = data_loader, size, optimizer
 
     def __enter__(self) -> PoissonLoader:
@@ -200,14 +200,14 @@ def _check_uniform(source: DataLoader) -> None:
     if not isinstance(source, DataLoader):
         raise TypeError(f"data_loader must be a torch DataLoader, got {type(source).__name__}")
     if isinstance(source.dataset, IterableDataset):
-        raise ValueError("an IterableDataset can't be Poisson sampled by record: pass a map-style data set")
+        raise UserError("an IterableDataset can't be Poisson sampled by record: pass a map-style data set")
     if type(source.batch_sampler) is not BatchSampler or type(source.sampler) not in (RandomSampler, SequentialSampler):
         sampler = source.sampler if type(source.batch_sampler) in (BatchSampler, type(None)) else source.batch_sampler
-        raise ValueError(
+        raise UserError(
             f"{type(sampler).__name__} (batch_size={source.batch_size}) would be replaced by Poisson sampling of all records: "
             "pass a DataLoader with a batch_size and no sampler of its own, over a Subset if only some records count"
         )
     if not len(source.dataset) or not len(source):
-        raise ValueError(
+        raise UserError(
             f"data_loader has {len(source.dataset)} records and {len(source)} batches: there is nothing to draw"
         )

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastloda.engine.batch_second import with_batch_second
 from fastloda.engine.loss_check import check_opened, wait_for_backward
 from fastloda.engine.nested import map_tensors, tensors_in
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.tensors import accumulable
 from fastloda.privacy.watch import Watch
@@ -136,7 +136,7 @@ class PrivateModule(nn.Module):
 
     def forward(self, *args, **kwargs) -> Any:
         if _wants_gradient(args, kwargs) and self._trains():
-            raise ValueError(
+            raise UserError(
                 "an input of the private module requires grad, but gradients end at its outputs. Detach the input, or put what "
                 "trains before it into the module. For a generator's loss, call its discriminator within `with model.frozen():`"
             )

@@ -12,7 +12,7 @@ from fastloda.accounting.history import HistoryAccountant
 from fastloda.accounting.mechanism import check_mechanism
 from fastloda.engine.loader import Tally
 from fastloda.engine.module import Tape
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.refusals import check_optimizer
 from fastloda.privacy.adaptive import AdaptiveClipping
 from fastloda.privacy.clip import check_max_grad_norm
@@ -313,5 +313,5 @@ def _check_privacy(groups: list[dict]) -> list[dict]:
             HistoryAccountant().load_state_dict(privacy["accountant"])
             check_max_grad_norm(privacy["max_grad_norm"])
         except (TypeError, LookupError) as error:
-            raise ValueError(f"malformed privacy record in the optimizer's state: {error!r}") from error
+            raise UserError(f"malformed privacy record in the optimizer's state: {error!r}") from error
     return found

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import keystr, tree_map_with_path
 
+from fastloda.errors import UserError
 from fastloda.training.noising import add_noise, draw, draw_timesteps
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers' own LoRA training targets them
@@ -48,7 +49,7 @@ def diffusion_losses(
     """
     samples = len(x0)
     if not isinstance(views, int) or isinstance(views, bool) or views < 1:
-        raise ValueError(f"views must be an integer >= 1, got {views!r}")
+        raise UserError(f"views must be an integer >= 1, got {views!r}")
     conditions = {name: _per_view(name, value, samples, views) for name, value in conditions.items()}
     alphas_cumprod, predicted_kind = _alphas_cumprod(scheduler), _prediction_type(scheduler)
     x0 = x0.repeat_interleave(views, dim=0)
@@ -59,7 +60,7 @@ def diffusion_losses(
         noise = draw(torch.randn, x0.shape, generator, x0.device).to(x0)
     if timesteps.shape != (len(x0),) or noise.shape != x0.shape:
         got = f"{tuple(timesteps.shape)} and {tuple(noise.shape)}"
-        raise ValueError(f"expected timesteps ({len(x0)},) and noise {tuple(x0.shape)}, got {got}")
+        raise UserError(f"expected timesteps ({len(x0)},) and noise {tuple(x0.shape)}, got {got}")
     targets = {
         "epsilon": lambda: noise,
         "sample": lambda: x0,
@@ -67,7 +68,7 @@ def diffusion_losses(
     }
     predicted = unet(add_noise(alphas_cumprod, x0, timesteps, noise), timesteps, return_dict=False, **conditions)[0]
     if predicted.shape != x0.shape:  # a learned variance, which a simple loss leaves untrained
-        raise ValueError(f"the U-Net predicts {tuple(predicted.shape)} for images of {tuple(x0.shape)}")
+        raise UserError(f"the U-Net predicts {tuple(predicted.shape)} for images of {tuple(x0.shape)}")
     precise = torch.promote_types(predicted.dtype, torch.float32)
     return (predicted.to(precise) - targets[predicted_kind]().to(precise)).square().flatten(1).mean(1)
 
@@ -75,16 +76,14 @@ def diffusion_losses(
 def _alphas_cumprod(scheduler: Any) -> Tensor:
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None:
-        raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod: flow matching and EDM are not covered")
+        raise UserError(f"{type(scheduler).__name__} has no alphas_cumprod: flow matching and EDM are not covered")
     return alphas_cumprod.double()
 
 
 def _prediction_type(scheduler: Any) -> str:
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(
-            f"{type(scheduler).__name__} has prediction_type {kind!r}, not epsilon, sample or v_prediction"
-        )
+        raise UserError(f"{type(scheduler).__name__} has prediction_type {kind!r}, not epsilon, sample or v_prediction")
     return kind
 
 
@@ -95,12 +94,12 @@ def _per_view(name: str, condition: Any, samples: int, views: int) -> Any:
         place = f"{name}{keystr(path)}"
         if isinstance(value, Tensor):
             if value.dim() == 0 or len(value) != samples:
-                raise ValueError(
+                raise UserError(
                     f"{place} must have one row for each of {samples} samples, got shape {tuple(value.shape)}"
                 )
             return value.repeat_interleave(views, dim=0)
         if views > 1 and _may_hold_rows(value):
-            raise ValueError(
+            raise UserError(
                 f"{place} is a {type(value).__name__}, whose rows can't be repeated for {views} views: give tensors, in "
                 "dictionaries, lists or tuples"
             )

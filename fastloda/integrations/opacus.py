@@ -20,6 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("Opacus is not installed: pip install 'fastloda[opacus]'") from error
 
+from fastloda.errors import UserError
 from fastloda.kernels.conv import Conv
 from fastloda.loda.arithmetic import ConvOp, LinearOp
 from fastloda.loda.layers import LoDAConv2d, LoDALinear
@@ -94,7 +95,7 @@ def _again(layer: LoDALayer, x: Tensor, A: Tensor) -> tuple[ConvOp | LinearOp, T
     if isinstance(layer, LoDALinear):
         return LinearOp(layer.slope, layer.scale), x, F.linear(x, A)
     if x.dim() != 4:
-        raise ValueError(f"per-sample gradients need inputs [n, C, H, W], got {tuple(x.shape)}")
+        raise UserError(f"per-sample gradients need inputs [n, C, H, W], got {tuple(x.shape)}")
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     conv = Conv(layer.kernel_size, layer.stride, (0, 0), layer.dilation)

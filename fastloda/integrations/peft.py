@@ -19,6 +19,7 @@ import safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.loda.attach import NOTHING_TO_SAVE, install_adapters, loda_layers, real_names, separate
 from fastloda.loda.layers import LoDAConv2d, LoDALinear
@@ -80,12 +81,12 @@ def save_peft(model: nn.Module, folder: str | os.PathLike, *, base_model: str | 
     """
     layers = dict(loda_layers(model))
     if not layers:
-        raise ValueError(NOTHING_TO_SAVE)
+        raise UserError(NOTHING_TO_SAVE)
     if "" in layers:
-        raise ValueError("the model is a single layer, which PEFT can't name: put it into a module")
+        raise UserError("the model is a single layer, which PEFT can't name: put it into a module")
     for name, layer in layers.items():
         if reason := _not_lora(layer):
-            raise ValueError(f"{name}: {reason}, which PEFT's LoRA can't represent; save_loda can")
+            raise UserError(f"{name}: {reason}, which PEFT's LoRA can't represent; save_loda can")
     tensors = {}
     for name, layer in layers.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": layer.loda_A, f"{PREFIX}{name}.lora_B.weight": layer.loda_B}
@@ -121,7 +122,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> list[str]:
     modules = dict(bare_modules(model))
     for name, own_name in real_names(model, settings).items():
         if reason := _differs_in_peft(modules[own_name]):
-            raise ValueError(
+            raise UserError(
                 f"{folder} adapts {name}, a convolution with {reason}, where PEFT's adapter differs from LoDA's"
             )
     if config.get("lora_dropout"):
@@ -179,16 +180,16 @@ def _read_config(folder: Path) -> dict:
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} is no LoRA configuration: peft_type must be 'LORA'")
+        raise UserError(f"{path} is no LoRA configuration: peft_type must be 'LORA'")
     if strange := [key for key in config.keys() - UNDERSTOOD - HARMLESS if config[key]]:
         key = min(strange)
-        raise ValueError(f"{path} sets {key}={config[key]!r}, which is no plain LoRA: not supported")
+        raise UserError(f"{path} sets {key}={config[key]!r}, which is no plain LoRA: not supported")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{path} sets bias={config['bias']!r}: trained biases are not part of an adapter")
+        raise UserError(f"{path} sets bias={config['bias']!r}: trained biases are not part of an adapter")
     if config.get("init_lora_weights", True) not in BASE_UNCHANGED:
-        raise ValueError(
+        raise UserError(
             f"{path} sets init_lora_weights={config['init_lora_weights']!r}, which may have changed the base weights: "
             "save it from PEFT as plain LoRA (path_initial_model_for_weight_conversion)"
         )
@@ -200,26 +201,26 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / TENSORS
     if not path.is_file():
         if (folder / PICKLE).exists():
-            raise ValueError(f"{folder / PICKLE} is a pickle, which could run code: save it from PEFT as safetensors")
+            raise UserError(f"{folder / PICKLE} is a pickle, which could run code: save it from PEFT as safetensors")
         raise FileNotFoundError(f"no adapter file {path}")
     try:
         with safetensors.safe_open(path, "pt") as file:
             found = {key: file.get_tensor(key) for key in file.keys()}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+        raise UserError(f"{path} is no safetensors file: {error}") from error
     tensors = {}
     for key, tensor in found.items():
         match = KEY.fullmatch(key)
         if not match or not tensor.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"{path} holds {key!r} ({tensor.dtype}): only LoRA's A and B of Conv2d and Linear are supported"
             )
         tensors[f"{match[1]}.loda_{match[2]}"] = tensor
     for key in tensors:
         if (other := f"{key[:-1]}{'AB'[key.endswith('A')]}") not in tensors:
-            raise ValueError(f"{path} is damaged: it holds {key} without {other}")
+            raise UserError(f"{path} is damaged: it holds {key} without {other}")
     if not tensors:
-        raise ValueError(f"{path} holds no adapters")
+        raise UserError(f"{path} holds no adapters")
     return tensors
 
 
@@ -228,7 +229,7 @@ def _settings(name: str, config: dict, tensors: dict[str, Tensor], folder: Path)
     alpha = _matched(name, config, "alpha_pattern", "lora_alpha", folder)
     found = next(iter(tensors[f"{name}.loda_A"].shape), 0)
     if rank != found or rank < 1:
-        raise ValueError(f"{folder} is damaged: {name} has r={rank!r} in the configuration, {found} in its tensors")
+        raise UserError(f"{folder} is damaged: {name} has r={rank!r} in the configuration, {found} in its tensors")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return {"rank": rank, "activation": "identity", "negative_slope": 0.1, "scale": scale}
 
@@ -238,10 +239,10 @@ def _matched(name: str, config: dict, pattern_key: str, default_key: str, folder
     default = {"r": 8, "lora_alpha": 8}[default_key]  # LoraConfig's own
     value, patterns = config.get(default_key, default), config.get(pattern_key) or {}
     if not isinstance(patterns, dict):
-        raise ValueError(f"{folder / CONFIG}: {pattern_key} must map names to numbers, got {patterns!r}")
+        raise UserError(f"{folder / CONFIG}: {pattern_key} must map names to numbers, got {patterns!r}")
     for pattern, number in patterns.items():
         if not PLAIN_PATTERN.fullmatch(pattern):
-            raise ValueError(
+            raise UserError(
                 f"{folder / CONFIG}: {pattern_key} has {pattern!r}: only layer names or their ends are supported"
             )
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -249,5 +250,5 @@ def _matched(name: str, config: dict, pattern_key: str, default_key: str, folder
             break
     kinds = int if default_key == "r" else (int, float)
     if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{folder / CONFIG}: {default_key} of {name} is {value!r}, no number")
+        raise UserError(f"{folder / CONFIG}: {default_key} of {name} is {value!r}, no number")
     return value

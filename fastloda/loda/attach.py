@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.loda.layers import LoDAConv2d, LoDALinear, check_settings, unfilled
 from fastloda.loda.wrappers import bare_modules, without_wrappers
@@ -69,19 +70,19 @@ def attach_loda(
     """
     settings = {"rank": rank, "activation": activation, "negative_slope": negative_slope, "scale": scale}
     if adapted := [name for name, _ in loda_layers(model)]:
-        raise ValueError(
+        raise UserError(
             f"the model already has adapters ({adapted[0]!r} and {len(adapted) - 1} more): load or train those"
         )
     matching = _matching(model, targets)
     if "" in matching:
-        raise ValueError(
+        raise UserError(
             f"the model is a single {type(model).__name__}: use LoDAConv2d.from_conv or LoDALinear.from_linear"
         )
     skipped = {name: reason for name, layer in matching.items() if (reason := _reason_to_skip(layer, rank))}
     chosen = {name: layer for name, layer in matching.items() if name not in skipped}
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        raise ValueError(f"no layer to adapt for targets={targets!r}" + (f" ({reasons}; ...)" if skipped else ""))
+        raise UserError(f"no layer to adapt for targets={targets!r}" + (f" ({reasons}; ...)" if skipped else ""))
     replacements = {layer: _adapter(layer, settings) for layer in chosen.values()}
     model.requires_grad_(False)
     _replace(model, replacements)
@@ -134,7 +135,7 @@ def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]
         endings = tuple(targets)
         unknown = [e for e in endings if not any(name == e or name.endswith("." + e) for name in layers | others)]
         if unknown:
-            raise ValueError(f"targets {unknown} match no Conv2d or Linear; the model has {list(layers)[:8]}...")
+            raise UserError(f"targets {unknown} match no Conv2d or Linear; the model has {list(layers)[:8]}...")
         matches = lambda name, layer: any(name == e or name.endswith("." + e) for e in endings)  # noqa: E731
     return {name: layer for name, layer in (layers | others).items() if matches(name, layer)}
 
@@ -212,7 +213,7 @@ def save_loda(model: nn.Module, path: str | os.PathLike) -> None:
     """
     settings = {name: {key: getattr(layer, key) for key in SETTINGS} for name, layer in loda_layers(model)}
     if not settings:
-        raise ValueError(NOTHING_TO_SAVE)
+        raise UserError(NOTHING_TO_SAVE)
     tensors = separate(loda_state_dict(model))
     metadata = {"loda": json.dumps(settings)}  # one key: equal adapters are equal files
     Path(path).parent.mkdir(parents=True, exist_ok=True)  # not after a run that was paid for
@@ -264,27 +265,27 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
     if not path.exists():
         raise FileNotFoundError(f"no adapter file {path}")
     if reason := _no_safetensors(path):
-        raise ValueError(f"{path} is {reason}")
+        raise UserError(f"{path} is {reason}")
     try:
         with safetensors.safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get("loda", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no safetensors file, or is cut short: {error}") from error
+        raise UserError(f"{path} is no safetensors file, or is cut short: {error}") from error
     if settings is None:
-        raise ValueError(f"{path} holds no LoDA adapters, but {_foreign(tensors)}")
+        raise UserError(f"{path} holds no LoDA adapters, but {_foreign(tensors)}")
     try:
         for chosen in settings.values():
             check_settings(**chosen)
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} holds no LoDA adapters, or is damaged: {error}") from error
+        raise UserError(f"{path} holds no LoDA adapters, or is damaged: {error}") from error
     if not settings:
-        raise ValueError(f"{path} holds no LoDA adapters")
+        raise UserError(f"{path} holds no LoDA adapters")
     if set(tensors) != {f"{name}.{key}" for name in settings for key in ("loda_A", "loda_B")}:
-        raise ValueError(f"{path} is damaged: its tensors are not those of the layers in its metadata")
+        raise UserError(f"{path} is damaged: its tensors are not those of the layers in its metadata")
     for name, chosen in settings.items():  # before a layer of that rank is made
         if (rank := chosen["rank"]) != (found := next(iter(tensors[f"{name}.loda_A"].shape), 0)):
-            raise ValueError(f"{path} is damaged: {name} has rank {rank} in the metadata, {found} in its tensors")
+            raise UserError(f"{path} is damaged: {name} has rank {rank} in the metadata, {found} in its tensors")
     return settings, tensors
 
 
@@ -349,7 +350,7 @@ def _in_names_of(
     twice = [name for name, count in Counter(real.values()).items() if count > 1]
     if twice:
         same = [name for name in settings if real.get(name) == twice[0]]
-        raise ValueError(f"{path} has adapters for {same}, which are one layer of this model: another model's adapters")
+        raise UserError(f"{path} has adapters for {same}, which are one layer of this model: another model's adapters")
     renamed = {name: real.get(name, name) for name in settings}
     layers = {renamed[name]: chosen for name, chosen in settings.items()}
     return layers, {
@@ -361,17 +362,17 @@ def _bases(model: nn.Module, settings: dict[str, dict], path: str | os.PathLike)
     modules = dict(bare_modules(model))
     strangers = [name for name in settings if not isinstance(modules.get(name), (nn.Conv2d, nn.Linear))]
     if strangers:
-        raise ValueError(
+        raise UserError(
             f"{path} adapts {strangers[:5]}, no Conv2d or Linear of this model: these are another model's adapters"
         )
     if any(modules[name] is model for name in settings):
-        raise ValueError(
+        raise UserError(
             f"{path} adapts a single layer, which can't be replaced in place: load into LoDAConv2d.from_conv(layer, ...) or "
             "LoDALinear.from_linear(layer, ...)"
         )
     for name in settings:
         if reason := _reason_to_keep(modules[name]):
-            raise ValueError(f"{path} adapts {name!r}, which can't be replaced here: {reason}")
+            raise UserError(f"{path} adapts {name!r}, which can't be replaced here: {reason}")
     return {name: modules[name] for name in settings}
 
 
@@ -385,15 +386,15 @@ def _check_same(
     layers: dict[str, nn.Module], settings: dict[str, dict], tensors: dict[str, Tensor], path: str | os.PathLike
 ) -> None:
     if strangers := sorted(layers.keys() ^ settings.keys()):
-        raise ValueError(f"{path} and the model adapt different layers: {strangers[:5]}")
+        raise UserError(f"{path} and the model adapt different layers: {strangers[:5]}")
     for name, layer in layers.items():
         for key in SETTINGS:
             ours, theirs = getattr(layer, key), settings[name][key]
             if not _same(key, ours, theirs, settings[name]["activation"]):
-                raise ValueError(f"{path}: {name} has {key}={theirs!r}, the model has {ours!r}")
+                raise UserError(f"{path}: {name} has {key}={theirs!r}, the model has {ours!r}")
         for key in ("loda_A", "loda_B"):
             ours, theirs = tuple(getattr(layer, key).shape), tuple(tensors[f"{name}.{key}"].shape)
             if ours != theirs:
-                raise ValueError(
+                raise UserError(
                     f"{path}: {name}.{key} has shape {theirs}, the model has {ours}: another model's adapters"
                 )

@@ -13,7 +13,7 @@ import torch._functorch.config as autograd_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.loda.attach import ADAPTED, loda_layers
 from fastloda.per_sample.tensors import accumulable
 
@@ -102,7 +102,7 @@ def _given_by_row(layers: Sequence[nn.Module], rows: int) -> Iterator[None]:
 
 def _check_mode(mode: str | None = None, options: dict | None = None, **_) -> None:
     if mode in CUDA_GRAPHS or (options or {}).get("triton.cudagraphs"):
-        raise ValueError(
+        raise UserError(
             f"mode={mode!r}, options={options!r} ask for CUDA graphs, which overwrite per-sample gradients that a step still "
             "holds: use the default mode or 'max-autotune-no-cudagraphs'"
         )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastloda.errors import UserError
 from fastloda.kernels.conv import Conv
 from fastloda.loda.arithmetic import ConvOp, LinearOp
 from fastloda.loda.rowwise import rowwise_adapter
@@ -90,12 +91,12 @@ def apply_adapter(
 def check_settings(rank: int, activation: str, negative_slope: float, scale: float) -> None:
     """Raises ValueError, naming the first setting of an adapter that can't be."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
+        raise UserError(f"rank must be an integer >= 1, got {rank!r}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        raise UserError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     for name, value in (("negative_slope", negative_slope), ("scale", scale)):
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
+            raise UserError(f"{name} must be a finite number, got {value!r}")
 
 
 class _Adapted:
@@ -131,14 +132,12 @@ class _Adapted:
             ValueError: the activation is nonlinear, so that no weight computes the adapted layer, or the base is grouped.
         """
         if self.slope != 1.0:
-            raise ValueError(
+            raise UserError(
                 f"cannot merge: activation {self.activation!r} has slope {self.slope} for z < 0, so B phi(A x) is not linear "
                 "in x and no weight equals it; only activation='identity' (LoRA) merges"
             )
         if getattr(self, "groups", 1) != 1:
-            raise ValueError(
-                f"cannot merge: the update B A is dense, but the base convolution has groups={self.groups}"
-            )
+            raise UserError(f"cannot merge: the update B A is dense, but the base convolution has groups={self.groups}")
         merged = self._plain()
         update = self.loda_B.detach().flatten(1) @ self.loda_A.detach().flatten(1)
         weight = self.weight.detach() + self.scale * update.view_as(self.weight)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fastloda.errors import UserError
 from fastloda.per_sample.amx import check_convolutions
 from fastloda.per_sample.backward import per_sample_grads
 from fastloda.per_sample.gradient import PerSampleGrad
@@ -39,7 +40,7 @@ def compute_per_sample_grads(
 
 def check_views(views: int) -> int:
     if not isinstance(views, int) or isinstance(views, bool) or views < 1:
-        raise ValueError(f"views must be an integer >= 1, got {views!r}")
+        raise UserError(f"views must be an integer >= 1, got {views!r}")
     return views
 
 
@@ -47,16 +48,16 @@ def check_losses(losses: Tensor, views: int, mask: Tensor | None) -> tuple[int, 
     """-> the number of samples and the mask."""
     if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
         got = f"a {losses.dtype} tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
-        raise ValueError(f"losses must be a vector with one number per sample (reduction='none'), got {got}")
+        raise UserError(f"losses must be a vector with one number per sample (reduction='none'), got {got}")
     if len(losses) % views:
-        raise ValueError(f"{len(losses)} losses are no multiple of views={views}")
+        raise UserError(f"{len(losses)} losses are no multiple of views={views}")
     samples = len(losses) // views
     if samples and losses.grad_fn is None:
-        raise ValueError(
+        raise UserError(
             "losses has no graph: compute it with gradients enabled, from a model with trainable parameters"
         )
     if mask is None:
         return samples, torch.ones(samples, dtype=torch.bool, device=losses.device)
     if mask.shape != (samples,) or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool of shape ({samples},), got {mask.dtype} of shape {tuple(mask.shape)}")
+        raise UserError(f"mask must be bool of shape ({samples},), got {mask.dtype} of shape {tuple(mask.shape)}")
     return samples, mask.to(losses.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.backward import of_parameter, run_backward
 from fastloda.per_sample.batch_axis import RECORDED, output_shape
 from fastloda.per_sample.fallback.functional import FunctionalRule, cover
@@ -120,16 +120,14 @@ def explain(
     given = [t for t in tensors(inputs) if t.dim()]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not given or not parameters:
-        raise ValueError(
+        raise UserError(
             f"explain needs an input with a batch, got {len(given)}, and trainable parameters, got {len(parameters)}"
         )
     with _as_it_is(model, given), torch.enable_grad():
         losses = loss(model(*inputs)) if loss else _squares(model(*inputs))
         samples = len(given[0])
         if losses.dim() != 1 or len(losses) != samples:
-            raise ValueError(
-                f"loss must give one number for each of {samples} samples, got shape {tuple(losses.shape)}"
-            )
+            raise UserError(f"loss must give one number for each of {samples} samples, got shape {tuple(losses.shape)}")
         found = _explanation(model, losses, parameters, samples)
     if show:
         print(found)
@@ -269,7 +267,7 @@ def _positions(use: Use | None, sizes: Sizes | None) -> int:
 def _squares(outputs: Any) -> Tensor:
     found = [t for t in tensors(outputs) if t.is_floating_point() and t.requires_grad]
     if not found:
-        raise ValueError("the model returns nothing that depends on its trainable parameters: pass a loss")
+        raise UserError("the model returns nothing that depends on its trainable parameters: pass a loss")
     rows = len(found[0])
     return sum(t.reshape(rows, -1).float().square().sum(1) for t in found if t.dim() and len(t) == rows)
 

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastloda.errors import UserError
 from fastloda.privacy.clip import Flat, check_positive
 from fastloda.privacy.noise import NoiseSource, gaussian
 from fastloda.privacy.ranks import World
@@ -55,10 +56,10 @@ class AdaptiveClipping(Flat):
 
     def __post_init__(self):
         if not 0 < self.quantile < 1:
-            raise ValueError(f"quantile must be in (0, 1), got {self.quantile!r}")
+            raise UserError(f"quantile must be in (0, 1), got {self.quantile!r}")
         check_positive("learning_rate", self.learning_rate)
         if not LEAST_BOUND <= self.min_bound < self.max_bound <= LARGEST_BOUND:
-            raise ValueError(
+            raise UserError(
                 f"min_bound must be less than max_bound, both within {LEAST_BOUND} and {LARGEST_BOUND}, got {self.min_bound!r} "
                 f"and {self.max_bound!r}"
             )
@@ -81,7 +82,7 @@ class AdaptiveClipping(Flat):
         if share > LARGEST_SHARE:
             default = "" if self.count_noise is not None else " (expected_batch_size / 20, the default)"
             least = noise_multiplier / (2 * math.sqrt(LARGEST_SHARE))
-            raise ValueError(
+            raise UserError(
                 f"count_noise must be at least {least:.4g} with noise_multiplier={noise_multiplier:.4g}, got {std}{default}"
             )
         return share

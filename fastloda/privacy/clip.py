@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastloda.errors import UserError
 from fastloda.per_sample.gradient import PerSampleGrad, squared_norms, weighted_sums
 
 BOUNDS_AGREE = 1e-6  # relative; far below the 1e-5 of the promise
@@ -104,10 +105,10 @@ class PerLayer(Flat):
         if given is None:
             return [1 / math.sqrt(len(groups))] * len(groups)
         if given.keys() != groups.keys():
-            raise ValueError(f"bounds must name the layers {list(groups)}, got {list(given)}")
+            raise UserError(f"bounds must name the layers {list(groups)}, got {list(given)}")
         total = math.hypot(*given.values())
         if not math.isclose(total, max_grad_norm, rel_tol=BOUNDS_AGREE):
-            raise ValueError(
+            raise UserError(
                 f"bounds must have max_grad_norm={max_grad_norm} as the root of their sum of squares, got {total}"
             )
         return [given[layer] / total for layer in groups]
@@ -160,5 +161,5 @@ def check_max_grad_norm(value: float) -> float:
 
 def check_positive(name: str, value: float) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0 < value < math.inf):
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+        raise UserError(f"{name} must be a positive finite number, got {value!r}")
     return float(value)

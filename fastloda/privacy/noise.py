@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.randomness import hold, unpredictable_generator
 
 
@@ -83,7 +83,7 @@ def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
         got = (
             f"{noise.dtype} of shape {tuple(noise.shape)}" if isinstance(noise, Tensor) else f"a {type(noise).__name__}"
         )
-        raise ValueError(f"{name} must give float64 numbers of shape {tuple(shape)}, in a tensor, got {got}")
+        raise UserError(f"{name} must give float64 numbers of shape {tuple(shape)}, in a tensor, got {got}")
     noise = noise.detach().clone(memory_format=torch.contiguous_format)
     squares = float(noise.square().sum())
     if not math.isfinite(squares):

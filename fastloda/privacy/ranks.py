@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.privacy.watch import bits
 
 # Who takes part: a process group; None, the default one if it is initialised; "alone", this process whatever runs beside it.
@@ -70,7 +70,7 @@ class World:
         """
         if isinstance(group, str):
             if group != "alone":
-                raise ValueError(f'group must be a process group, None or "alone", got {group!r}')
+                raise UserError(f'group must be a process group, None or "alone", got {group!r}')
             return cls()
         if not dist.is_initialized():
             if dist.is_torchelastic_launched():
@@ -81,7 +81,7 @@ class World:
             return cls()
         group = dist.group.WORLD if group is None else group
         if dist.get_rank(group) < 0:
-            raise ValueError(f"rank {dist.get_rank()} is not in the group it was given")
+            raise UserError(f"rank {dist.get_rank()} is not in the group it was given")
         return cls(dist.get_rank(group), dist.get_world_size(group), group, os.getpid())
 
     def unchanged(self, group: Group = None) -> Self:
@@ -196,7 +196,7 @@ class World:
             return  # its own error is on its way up
         if failures:
             raise RuntimeError("; ".join(f"rank {rank} failed: {failure}" for rank, failure in failures.items()))
-        raise ValueError(_differences(statements))
+        raise UserError(_differences(statements))
 
     def _all_reduced(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size == 1:
@@ -315,7 +315,7 @@ def check_wrappers(model: nn.Module, world: World) -> None:
 
 def check_not_sharded(sharded: bool) -> None:
     if sharded:
-        raise ValueError(
+        raise UserError(
             "losses is empty, but the model's weights are sharded, so that every rank must make every backward pass: give a rank "
             "that has no sample a masked one"
         )

@@ -13,6 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastloda.errors import UserError
+
 CHUNK = 1 << 18  # numbers at a time: the temporaries of one chunk stay in the cache
 BITS = 63
 
@@ -37,7 +39,7 @@ class SecureGenerator:
 
     def __post_init__(self):
         if not isinstance(self.averaged, int) or isinstance(self.averaged, bool) or self.averaged < 1:
-            raise ValueError(f"averaged must be an integer >= 1, got {self.averaged!r}")
+            raise UserError(f"averaged must be an integer >= 1, got {self.averaged!r}")
 
     def normal(self, shape: torch.Size) -> Tensor:
         """N(0, 1), float64, on the CPU."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastloda.errors import UserError
 from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads
 from fastloda.per_sample.fallback.functional import cover_modules
 from fastloda.per_sample.members import Members
@@ -188,7 +189,7 @@ class GhostClipper:
         members = Members.of(self.model)
         now = trainable_parameters(members)
         if now.keys() != self.parameters.keys() or any(now[name] is not p for name, p in self.parameters.items()):
-            raise ValueError("the model's trainable parameters changed since GhostClipper was made: make a new one")
+            raise UserError("the model's trainable parameters changed since GhostClipper was made: make a new one")
         self._watch = self._watch or Watch(members)  # an update without an optimizer of PyTorch's ends unseen
         self._watch.check(members, thorough=False)  # what counts no write is compared once, before the noise
 
@@ -292,7 +293,7 @@ def ghost_dp_step(
     watched_since_update(model, Members.of(model))
     clipper = GhostClipper(model, max_grad_norm, views, clipping=clipping, group=group)
     if isinstance(clipper.clipping, AdaptiveClipping):
-        raise ValueError(
+        raise UserError(
             f"clipping={clipping!r} needs one GhostClipper for all steps, which keeps the bound between them"
         )
     check_optimizer(optimizer, clipper.parameters)
@@ -351,6 +352,6 @@ def _noisy_mean(total: Tensor, std: float, count: float, dtype: torch.dtype, gen
 
 def _check_privatize(noise_multiplier: float, expected_batch_size: float) -> None:
     if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
-        raise ValueError(f"noise_multiplier must be finite and >= 0, got {noise_multiplier!r}")
+        raise UserError(f"noise_multiplier must be finite and >= 0, got {noise_multiplier!r}")
     if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
-        raise ValueError(f"expected_batch_size must be positive and finite, got {expected_batch_size!r}")
+        raise UserError(f"expected_batch_size must be positive and finite, got {expected_batch_size!r}")

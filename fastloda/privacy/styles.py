@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from fastloda.errors import UserError
 from fastloda.privacy.adaptive import AdaptiveClipping
 from fastloda.privacy.clip import Automatic, Flat, PerLayer
 
@@ -20,7 +21,7 @@ def clipping_style(clipping: Clipping) -> Flat:
     if isinstance(clipping, Flat):
         return clipping
     if not isinstance(clipping, str) or clipping not in STYLES:
-        raise ValueError(
+        raise UserError(
             f"clipping must be one of {list(STYLES)}, or Automatic, PerLayer or AdaptiveClipping with settings; got {clipping!r}"
         )
     return STYLES[clipping]

@@ -5,6 +5,7 @@ from pathlib import Path
 from fastloda.accounting.accountant import PrivacyAccountant
 from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.accounting.compose import compose_epsilon
+from fastloda.errors import UserError
 from fastloda.privacy.noise import describe_together
 from fastloda.synthesis.arguments import Names
 from fastloda.synthesis.budget import ADJACENCY, SAMPLER, STATEMENT, unrecorded_release
@@ -40,12 +41,12 @@ def account(
     one = {"sample_rate": sample_rate, "steps": steps}
     if composition:
         if any(value is not None for value in (*one.values(), noise_multiplier, target_epsilon)):
-            raise ValueError("--composition takes everything but --delta from the runs: give nothing else")
+            raise UserError("--composition takes everything but --delta from the runs: give nothing else")
         return _compose([read_statement(Path(path)) for path in composition], delta)
     if missing := [f"--{name}" for name, value in one.items() if value is None]:
-        raise ValueError(f"{' and '.join(missing)} missing; or give --composition")
+        raise UserError(f"{' and '.join(missing)} missing; or give --composition")
     if (noise_multiplier is None) == (target_epsilon is None):
-        raise ValueError("give either --noise_multiplier, to get epsilon, or --target_epsilon, to get the noise")
+        raise UserError("give either --noise_multiplier, to get epsilon, or --target_epsilon, to get the noise")
     if noise_multiplier is None:
         noise_multiplier = calibrate_noise(target_epsilon, delta, sample_rate, steps)
     accountant = PrivacyAccountant(sample_rate, noise_multiplier)
@@ -64,7 +65,7 @@ def read_statement(path: Path) -> dict:
         raise FileNotFoundError(f"no {STATEMENT} at {path}: fine-tuning writes it when it has finished")
     statement = read_json(found[0])
     if statement.get("adjacency") != ADJACENCY or statement.get("sampler") != SAMPLER:
-        raise ValueError(f"{found[0]} is no privacy statement of FastLoDA")
+        raise UserError(f"{found[0]} is no privacy statement of FastLoDA")
     return statement
 
 

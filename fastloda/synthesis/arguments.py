@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from jsonargparse.typing import register_type
 
+from fastloda.errors import UserError
+
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -24,7 +26,7 @@ def resolve_device(device: Device) -> torch.device:
         ValueError: "cuda" without a GPU that PyTorch can use.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: PyTorch finds no GPU here; use --device cpu")
+        raise UserError("device cuda: PyTorch finds no GPU here; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)

@@ -9,6 +9,7 @@ from typing import Self
 
 from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.accounting.compose import compose_epsilon
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.privacy.noise import UNRECORDED, describe_randomness, describe_together
 from fastloda.privacy.styles import ClippingName, clipping_style
@@ -63,22 +64,22 @@ class Privacy:
         clipping_style(self.clipping)
         for name in ("target_epsilon", "delta", "epochs", "batch_size", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"privacy.{name} must be positive and finite, got {getattr(self, name)}")
+                raise UserError(f"privacy.{name} must be positive and finite, got {getattr(self, name)}")
         if self.delta >= 1:
-            raise ValueError(f"privacy.delta must be below 1, got {self.delta}")
+            raise UserError(f"privacy.delta must be below 1, got {self.delta}")
         if self.views < 1:
-            raise ValueError(f"privacy.views must be at least 1, got {self.views}")
+            raise UserError(f"privacy.views must be at least 1, got {self.views}")
         if self.records is not None:
             self._check_records()
 
     def _check_records(self):
         if self.records < 1:
-            raise ValueError(f"privacy.records must be at least 1, got {self.records}")
+            raise UserError(f"privacy.records must be at least 1, got {self.records}")
         check_delta("privacy.delta", self.delta, self.records)
         if self.batch_size > self.records:
-            raise ValueError(f"privacy.batch_size {self.batch_size} exceeds the {self.records} records")
+            raise UserError(f"privacy.batch_size {self.batch_size} exceeds the {self.records} records")
         if self.steps < 1:
-            raise ValueError(
+            raise UserError(
                 f"privacy.epochs {self.epochs} over {self.records} records are less than a step of {self.batch_size}"
             )
 
@@ -113,7 +114,7 @@ def nominal_records(given: int | None, count: int, option: str) -> int:
 def check_delta(name: str, delta: float, records: int) -> None:
     """ValueError unless 0 < delta < 1 / records."""
     if records < 1 or not 0 < delta < 1 / records:
-        raise ValueError(
+        raise UserError(
             f"{name} must be below 1 / records = {1 / max(1, records):.3g} and positive, got {delta}: with a larger one, "
             "publishing a random record would count as private"
         )

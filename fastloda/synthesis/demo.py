@@ -11,6 +11,7 @@ from typing import TypeVar
 import docstring_parser
 import rich
 
+from fastloda.errors import UserError
 from fastloda.synthesis import baselines
 from fastloda.synthesis.account import read_statement
 from fastloda.synthesis.arguments import Device, Floats, resolve_device
@@ -148,7 +149,7 @@ class DemoSettings:
         """What the stages would refuse is refused before the first one."""
         for name, value in asdict(self).items():
             if isinstance(value, int) and value < 1:
-                raise ValueError(f"settings.{name} must be at least 1, got {value}")
+                raise UserError(f"settings.{name} must be at least 1, got {value}")
         Adapter(rank=self.rank)
         Classifier(steps=self.classifier_steps, width=self.classifier_width)
         self.public_training(seed=0)
@@ -279,9 +280,9 @@ def demo(
     if quick:
         settings = replace(settings, **QUICK)
     if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+        raise UserError(f"seeds must be at least 1, got {seeds}")
     if len(set(epsilon)) < max(1, len(epsilon)):
-        raise ValueError(f"epsilon must be one number or several different ones, got {list(epsilon)}")
+        raise UserError(f"epsilon must be one number or several different ones, got {list(epsilon)}")
     for budget in epsilon:  # checked before the work begins
         settings.privacy(budget), settings.dpsgd_privacy(budget), settings.choice(budget)
         settings.fine_tuning(budget, seed=0), settings.dpsgd_training(budget, seed=0)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from fastloda.errors import UserError
 from fastloda.synthesis.data import NAMES, LabelledImages, open_dataset, stratified_subset
 from fastloda.synthesis.data.catalogue import ALWAYS_THERE
 from fastloda.synthesis.diffusion import UNetConfig
@@ -81,7 +82,7 @@ def open_for_unet(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
     images = _open_as(name, unet.in_channels, unet.image_size, unet.num_classes, **drawn)
     if images.images.shape[1:] != (unet.in_channels, unet.image_size, unet.image_size):
         wanted = f"{unet.in_channels} x {unet.image_size} x {unet.image_size}"
-        raise ValueError(
+        raise UserError(
             f"{name} has images of {shape_text(images)}, the U-Net is for {wanted}: `fastloda pretrain` sets it by "
             "--unet.in_channels and --unet.image_size"
         )
@@ -98,7 +99,7 @@ def open_to_pretrain(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
     """
     images = open_for_unet(name, unet, **drawn)
     if images.num_classes < unet.num_classes:
-        raise ValueError(
+        raise UserError(
             f"{name} has {images.num_classes} classes, the U-Net is for {unet.num_classes}, and would never see the others: "
             f"set --unet.num_classes {images.num_classes}"
         )
@@ -113,7 +114,7 @@ def open_tests(name: str, train: LabelledImages) -> LabelledImages:
     """
     tests = _open_as(name, train.images.shape[1], train.images.shape[3], train.num_classes)
     if tests.images.shape[1:] != train.images.shape[1:]:
-        raise ValueError(f"the training images are of {shape_text(train)}, {name} of {shape_text(tests)}")
+        raise UserError(f"the training images are of {shape_text(train)}, {name} of {shape_text(tests)}")
     return tests
 
 

@@ -7,6 +7,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.synthesis.diffusion import UNet, UNetConfig
 
@@ -42,7 +43,7 @@ def load_unet(path: Path, device: torch.device | str = "cpu") -> UNet:
         model = UNet(UNetConfig.from_dict(about))
         model.load_state_dict(tensors)
     except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no model of `fastloda pretrain`, or is damaged: {error}") from error
+        raise UserError(f"{path} is no model of `fastloda pretrain`, or is damaged: {error}") from error
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -55,5 +56,5 @@ def was_chosen_privately(path: Path) -> bool:
 def _about(file) -> dict:
     about = json.loads((file.metadata() or {}).get("config", "null"))
     if not isinstance(about, dict):
-        raise ValueError("it has no configuration")
+        raise UserError("it has no configuration")
     return about

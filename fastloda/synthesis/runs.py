@@ -18,12 +18,13 @@ from pathlib import Path
 
 import yaml
 
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 
 CONFIG, DONE = "config.yaml", "done.json"
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """The folder holds something else than what was asked for; the message says what to do."""
 
 
@@ -130,9 +131,9 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
+        raise UserError(f"{path} is damaged: it holds no JSON object")
     return content
 
 

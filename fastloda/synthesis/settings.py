@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from fastloda.errors import UserError
 from fastloda.synthesis.classify import AugmentName, NetworkName, Norm, OptimizerName, make_network
 from fastloda.synthesis.diffusion import TIMESTEPS, Diffusion
 from fastloda.training.schedules import Schedule
@@ -32,11 +33,11 @@ class Adapter:
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ValueError(f"adapter.rank must be at least 1, got {self.rank}")
+            raise UserError(f"adapter.rank must be at least 1, got {self.rank}")
         try:
             re.compile(self.targets or "")
         except re.error as error:
-            raise ValueError(f"adapter.targets is no regular expression: {self.targets!r} ({error})") from error
+            raise UserError(f"adapter.targets is no regular expression: {self.targets!r} ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,16 @@ class FineTuning:
 
     def __post_init__(self):
         if self.secure_noise and self.seed is not None:
-            raise ValueError(f"training.secure_noise can't be seeded: leave out training.seed, got {self.seed}")
+            raise UserError(f"training.secure_noise can't be seeded: leave out training.seed, got {self.seed}")
         if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"training.label_dropout must lie in [0, 1], got {self.label_dropout}")
+            raise UserError(f"training.label_dropout must lie in [0, 1], got {self.label_dropout}")
         first, end = self.timesteps
         if not 0 <= first < end <= TIMESTEPS:
-            raise ValueError(
+            raise UserError(
                 f"training.timesteps must be two numbers, 0 <= first < end <= {TIMESTEPS}, got {[first, end]}"
             )
         if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1 or self.micro_batch_size < 1 or self.warmup < 0:
-            raise ValueError(
+            raise UserError(
                 f"training needs learning_rate > 0, 0 <= ema_decay < 1, micro_batch_size >= 1, warmup >= 0; got {self}"
             )
 
@@ -132,8 +133,8 @@ class Classifier:
 
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 1 or not self.lr > 0 or self.weight_decay < 0:
-            raise ValueError(f"classifier needs steps, batch_size >= 1, lr > 0 and weight_decay >= 0, got {self}")
+            raise UserError(f"classifier needs steps, batch_size >= 1, lr > 0 and weight_decay >= 0, got {self}")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"classifier.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+            raise UserError(f"classifier.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         with torch.device("meta"):  # refuses a width that the network cannot have, without making it
             make_network(self.network, image_size=32, width=self.width, norm=self.norm)

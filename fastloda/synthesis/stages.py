@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.loda.attach import attach_loda, load_loda, save_loda
 from fastloda.randomness import seeded
@@ -159,7 +160,7 @@ def choose(
     base = Path(run) / "public" if model is None else Path(model)
     network = load_unet(base / MODEL, place)
     if was_chosen_privately(base / MODEL):  # what made it would not be counted
-        raise ValueError(f"{base} holds a model of chosen images already: choose for the public model, once")
+        raise UserError(f"{base} holds a model of chosen images already: choose for the public model, once")
     private = open_for_unet(data, network.config)
     nominal = nominal_records(records, len(private), "--records")
     check_delta("delta", delta, nominal)
@@ -335,11 +336,11 @@ def sample(
 def check_sampling(count: int, steps: int, guidance: float, batch_size: int = 1, reach: float = 0.0) -> None:
     """ValueError unless `sample` can do it."""
     if count < 1 or batch_size < 1:
-        raise ValueError(f"count and batch_size must be at least 1, got {count} and {batch_size}")
+        raise UserError(f"count and batch_size must be at least 1, got {count} and {batch_size}")
     if not 1 <= steps <= Diffusion().timesteps or not 0 <= guidance < float("inf"):
-        raise ValueError(f"need 1 <= steps <= {Diffusion().timesteps} and guidance >= 0, got {steps} and {guidance}")
+        raise UserError(f"need 1 <= steps <= {Diffusion().timesteps} and guidance >= 0, got {steps} and {guidance}")
     if not 0 <= reach < float("inf"):
-        raise ValueError(f"reach must be finite and not negative, got {reach}")
+        raise UserError(f"reach must be finite and not negative, got {reach}")
 
 
 def evaluate(
@@ -367,7 +368,7 @@ def evaluate(
         progress: show a bar.
     """
     if train is not None and public:
-        raise ValueError(f"give --train {train} or --public, not both")
+        raise UserError(f"give --train {train} or --public, not both")
     place = resolve_device(device)
     name = train or ("samples-public" if public else "samples")
     source = train or str(Path(run) / name / SAMPLES)
@@ -412,9 +413,7 @@ def _statement_of(folder: Path) -> dict | None:
 def _released_with(folder: Path) -> ClassEmbeddings:
     """What `choose` released, which the budget of whatever adapts its model covers."""
     if not was_chosen_privately(folder / MODEL):
-        raise ValueError(
-            f"{folder} holds no model of `fastloda choose`, whose release --reach would move images toward"
-        )
+        raise UserError(f"{folder} holds no model of `fastloda choose`, whose release --reach would move images toward")
     return ClassEmbeddings.load(folder / SUMS)
 
 
@@ -431,7 +430,7 @@ def _attach_trained(network: UNet, private: Path, public: Path) -> Path:
             f"no adapter in {private}: `fastloda finetune` makes one; or draw from the public model with --public"
         )
     if read_json(private / DONE).get("inputs", {}).get(MODEL) != digest(public / MODEL):
-        raise ValueError(f"{private / ADAPTER} adapts another model than {public / MODEL}")
+        raise UserError(f"{private / ADAPTER} adapts another model than {public / MODEL}")
     load_loda(network, private / ADAPTER)
     return private / ADAPTER
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, default_collate
 
+from fastloda.errors import UserError
+
 Columns = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | Mapping[str, Tensor | np.ndarray]
 
 
@@ -28,14 +30,14 @@ class Batches:
         if self._columns:
             lengths = {len(t) if t.ndim else 0 for t in tree_leaves(data)}
             if len(lengths) != 1 or 0 in lengths:
-                raise ValueError(
+                raise UserError(
                     f"data's tensors must have one record per row, the same number >= 1 each; got {sorted(lengths)}"
                 )
             self.records = lengths.pop()
         elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
             self.records = len(data)
         else:
-            raise ValueError(f"data must be tensors or a map-style Dataset with records, got {type(data).__name__}")
+            raise UserError(f"data must be tensors or a map-style Dataset with records, got {type(data).__name__}")
 
     def read(self, indices: Tensor) -> list:
         """What `batch` takes, for each of the indices."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.privacy.ranks import World
 
@@ -17,7 +18,7 @@ FORMAT = "fastloda-checkpoint-2"
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, OSError, EOFError, LookupError, ValueError)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """The file is no checkpoint, is damaged, or belongs to another model or another run."""
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastloda.accounting.accountant import PrivacyAccountant
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.files import make_place
 from fastloda.interrupts import interrupts_wait
 from fastloda.per_sample.refusals import check_optimizer
@@ -101,20 +101,20 @@ class PrivateTraining:
         for name in ("steps", "views", "micro_batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+                raise UserError(f"{name} must be an integer >= 1, got {value!r}")
         for name in ("expected_batch_size", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
+            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
         if not 0 <= self.warmup <= self.steps:
-            raise ValueError(f"warmup must be between 0 and steps={self.steps}, got {self.warmup!r}")
+            raise UserError(f"warmup must be between 0 and steps={self.steps}, got {self.warmup!r}")
         if self.optimizer not in OPTIMIZERS or self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"unknown optimizer {self.optimizer!r} or schedule {self.schedule!r}")
+            raise UserError(f"unknown optimizer {self.optimizer!r} or schedule {self.schedule!r}")
         if self.target_epsilon is not None and not self.target_epsilon > 0:
-            raise ValueError(f"target_epsilon must be positive, got {self.target_epsilon!r}")
+            raise UserError(f"target_epsilon must be positive, got {self.target_epsilon!r}")
         if self.secure_noise and self.seed is not None:
-            raise ValueError(f"secure_noise can't be seeded: seed must be None, got {self.seed!r}")
+            raise UserError(f"secure_noise can't be seeded: seed must be None, got {self.seed!r}")
         self.accountant().epsilon_rdp(self.delta, 1)  # checks all that it takes
         clipping_style(self.clipping).gradient_noise(self.noise_multiplier, self.expected_batch_size)
 
@@ -398,14 +398,14 @@ class DPTrainer:
         try:
             batch = self._data.batch(read, self._device)
         except (TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"data's records can't be made a batch ({error}): give records of tensors, arrays or numbers of one shape, or "
                 "tuples and dicts of them"
             ) from error
         losses, views = self.losses(self.model, batch, self._generators["losses"]), self.settings.views
         if not isinstance(losses, Tensor) or losses.shape != (len(read) * views,) or not losses.is_floating_point():
             got = f"{losses.dtype} of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
-            raise ValueError(
+            raise UserError(
                 f"losses() must give one floating-point number for each sample and view, as reduction='none' does: a tensor of "
                 f"shape ({len(read) * views},) for {len(read)} samples x {views} views; got {got}"
             )
@@ -584,7 +584,7 @@ def _check_expected(settings: PrivateTraining, records: int) -> None:
     """Fewer than one expected record leave the divisor open."""
     sampled = max(1.0, settings.sample_rate * records)
     if not sampled / FAR <= settings.expected_batch_size <= sampled * FAR:
-        raise ValueError(
+        raise UserError(
             f"expected_batch_size must be sample_rate x records, {settings.sample_rate:g} x {records} = "
             f"{settings.sample_rate * records:g}, got {settings.expected_batch_size:g}: it divides the clipped sum"
         )

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.amx import watch_convolutions
 from fastloda.per_sample.batch_axis import RECORDED, output_shape
 from fastloda.per_sample.derived import is_marking, marking
@@ -455,9 +455,9 @@ def _is_free(layer: nn.Module) -> bool:
 
 def _checked(modules: dict[str, nn.Module], name: str) -> nn.Module:
     if name not in modules:
-        raise ValueError(f"the model has no layer {name!r}; it has {list(modules)[1:20]}")
+        raise UserError(f"the model has no layer {name!r}; it has {list(modules)[1:20]}")
     if not trainable(modules[name]):
-        raise ValueError(f"no parameter of layer {name!r} trains")
+        raise UserError(f"no parameter of layer {name!r} trains")
     return modules[name]
 
 

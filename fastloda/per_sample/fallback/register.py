@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastloda.errors import PrivacyError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.backward import per_sample_grads
 from fastloda.per_sample.fallback.functional import own_parameters
 from fastloda.per_sample.fallback.recorded import Recorded, is_recording, of_rows, recorded_call, tensors
@@ -74,7 +74,7 @@ def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
     inputs = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
     given = [t for t in tensors(inputs) if t.dim()]
     if not given or len(given[0]) < 2:
-        raise ValueError(f"check_rule needs an input with at least two rows, got {[tuple(t.shape) for t in given]}")
+        raise UserError(f"check_rule needs an input with at least two rows, got {[tuple(t.shape) for t in given]}")
     rows = len(given[0])
     parameters = trainable_parameters(Members.of(layer))
     losses = _losses(layer, inputs, torch.arange(rows), rows)
@@ -95,7 +95,7 @@ def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
     errors = {name: error / (sizes[name] or 1.0) for name, error in errors.items()}
     worst = max(errors, key=errors.get)
     if not errors[worst] <= ALLOWED_ERROR:
-        raise ValueError(
+        raise UserError(
             f"the per-sample gradients of {type(layer).__name__} are wrong: those of {worst!r} are off by {errors[worst]:.3g} of "
             f"the largest, allowed is {ALLOWED_ERROR:g}"
         )

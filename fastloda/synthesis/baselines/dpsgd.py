@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.synthesis.arguments import Device, resolve_device
 from fastloda.synthesis.budget import CHECKPOINT, EPSILON_CURVE, STATEMENT, Privacy, private_training, publish
@@ -52,7 +53,7 @@ class DPSGD:
 
     def __post_init__(self):
         if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1 or self.momentum < 0:
-            raise ValueError(f"DP-SGD needs learning_rate > 0, 0 <= ema_decay < 1 and momentum >= 0, got {self}")
+            raise UserError(f"DP-SGD needs learning_rate > 0, 0 <= ema_decay < 1 and momentum >= 0, got {self}")
         augmentation(self.augment)
         with torch.device("meta"):  # refuses a width that the network cannot have, without making it
             make_network(self.network, image_size=32, width=self.width)
@@ -125,7 +126,7 @@ def train_dpsgd(
 def _network(data: LabelledImages, training: DPSGD, seed: int = 0) -> nn.Module:
     channels, height, size = data.images.shape[1:]
     if height != size:
-        raise ValueError(f"a classifier needs square images, not {height} x {size}")
+        raise UserError(f"a classifier needs square images, not {height} x {size}")
     shape = {"in_channels": channels, "num_classes": data.num_classes, "image_size": size}
     return seeded_network(training.network, seed, **shape, width=training.width)
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from fastloda.errors import UserError
+
 Augment = Callable[[Tensor, Generator], Tensor]
 AugmentName = Literal["jitter", "flip-crop", "none"]
 
@@ -52,5 +54,5 @@ def augmentation(augment: AugmentName | Augment) -> Augment | None:
     if callable(augment):
         return augment
     if augment not in AUGMENTS:
-        raise ValueError(f"augment must be one of {', '.join(get_args(AugmentName))}, got {augment!r}")
+        raise UserError(f"augment must be one of {', '.join(get_args(AugmentName))}, got {augment!r}")
     return AUGMENTS[augment]

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from fastloda.errors import UserError
+
 _SMALLEST = 4  # side of the last feature map, at most
 _GROUPS = 8
 
@@ -26,7 +28,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         if min(in_channels, num_classes, width, image_size) < 1 or width % _GROUPS:
             given = f"{in_channels=}, {num_classes=}, {width=}, {image_size=}"
-            raise ValueError(f"each must be at least 1 and width a multiple of {_GROUPS}: {given}")
+            raise UserError(f"each must be at least 1 and width a multiple of {_GROUPS}: {given}")
         blocks = [_block(in_channels, width)]
         channels, side = width, image_size
         while side > _SMALLEST:

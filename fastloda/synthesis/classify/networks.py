@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
+from fastloda.errors import UserError
 from fastloda.randomness import seeded
 
 from .cnn import SmallCNN
@@ -25,7 +26,7 @@ class Network(NamedTuple):
 
 def _small_cnn(norm: str, **config: int) -> SmallCNN:
     if norm != "group":
-        raise ValueError(f"the small CNN has GroupNorm only, not norm={norm!r}")
+        raise UserError(f"the small CNN has GroupNorm only, not norm={norm!r}")
     return SmallCNN(**config)
 
 
@@ -54,7 +55,7 @@ def make_network(
         ValueError: an unknown name, or an argument that the network cannot have.
     """
     if name not in NETWORKS:
-        raise ValueError(f"the classifier must be one of {', '.join(get_args(NetworkName))}, got {name!r}")
+        raise UserError(f"the classifier must be one of {', '.join(get_args(NetworkName))}, got {name!r}")
     make, usual = NETWORKS[name]
     config = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
     return make(**config, width=usual if width is None else width, norm=norm)

@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import nn
 
+from fastloda.errors import UserError
+
 Norm = Literal["group", "batch"]
 
 NORMS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -21,5 +23,5 @@ def norm_layer(norm: Norm, groups: int) -> Callable[[int], nn.Module]:
         ValueError: an unknown norm.
     """
     if norm not in NORMS:
-        raise ValueError(f"norm must be one of {sorted(NORMS)}, got {norm!r}")
+        raise UserError(f"norm must be one of {sorted(NORMS)}, got {norm!r}")
     return partial(NORMS[norm], groups)

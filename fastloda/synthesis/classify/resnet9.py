@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastloda.errors import UserError
+
 from .norms import Norm, norm_layer
 
 _GROUPS = 8
@@ -33,7 +35,7 @@ class ResNet9(nn.Module):
     ):
         super().__init__()
         if min(in_channels, num_classes, width) < 1 or width % _GROUPS or image_size < 8:
-            raise ValueError(
+            raise UserError(
                 f"need image_size >= 8, width a multiple of {_GROUPS}, all else at least 1: "
                 f"{in_channels=}, {num_classes=}, {width=}, {image_size=}"
             )

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
+from fastloda.errors import UserError
+
 from ..data.images import LabelledImages
 from .augment import Augment, AugmentName, augmentation
 from .networks import NetworkName, seeded_network
@@ -87,7 +89,7 @@ def accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 1024) -> 
         ValueError: `data` is empty.
     """
     if not len(data):
-        raise ValueError("accuracy of no images")
+        raise UserError("accuracy of no images")
     return (predict(model, data.images, batch_size) == data.labels.cpu()).float().mean().item()
 
 
@@ -100,8 +102,8 @@ def _batches(count: int, batch_size: int, steps: int, generator: Generator) -> t
 
 def _check(train: LabelledImages, steps: int, batch_size: int) -> None:
     if not len(train):
-        raise ValueError("no images to train on")
+        raise UserError("no images to train on")
     if train.images.shape[2] != train.images.shape[3]:
-        raise ValueError(f"a classifier needs square images, not {list(train.images.shape[2:])}")
+        raise UserError(f"a classifier needs square images, not {list(train.images.shape[2:])}")
     if steps < 1 or batch_size < 1:
-        raise ValueError(f"steps and batch_size must be at least 1, not {steps} and {batch_size}")
+        raise UserError(f"steps and batch_size must be at least 1, not {steps} and {batch_size}")

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastloda.errors import UserError
+
 from .norms import Norm, norm_layer
 
 _GROUPS = 16
@@ -54,7 +56,7 @@ class WideResNet(nn.Module):
     ):
         super().__init__()
         if depth < 10 or (depth - 4) % 6 or min(in_channels, num_classes, width, image_size) < 1:
-            raise ValueError(
+            raise UserError(
                 f"need depth = 6 k + 4 with k >= 1, and all else at least 1: {depth=}, {in_channels=}, {num_classes=}, {width=}"
             )
         blocks, channels = [], 16

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from fastloda.errors import UserError
+
 from .images import read_npz, to_labels
 from .safe_pickle import load_plain_pickle
 
@@ -24,16 +26,16 @@ def read_batch(path: Path) -> Batch:
         return _check(read_npz(path, ("data", "labels")))
     batch = load_plain_pickle(path)
     if not isinstance(batch, dict):
-        raise ValueError(f"holds a {type(batch).__name__}, not a dict")
+        raise UserError(f"holds a {type(batch).__name__}, not a dict")
     return _check({key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()})
 
 
 def _check(batch: dict) -> Batch:
     if missing := {"data", "labels"} - batch.keys():
-        raise ValueError(f"no {' or '.join(sorted(missing))}; it has {sorted(map(str, batch))}")
+        raise UserError(f"no {' or '.join(sorted(missing))}; it has {sorted(map(str, batch))}")
     pixels, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
     if pixels.dtype != np.uint8 or pixels.shape[1:] != (PIXELS,):
-        raise ValueError(f"data must be uint8 [n, {PIXELS}], not {pixels.dtype} {list(pixels.shape)}")
+        raise UserError(f"data must be uint8 [n, {PIXELS}], not {pixels.dtype} {list(pixels.shape)}")
     if labels.shape != pixels.shape[:1]:
-        raise ValueError(f"labels must be of shape [{len(pixels)}], one an image, not {list(labels.shape)}")
+        raise UserError(f"labels must be of shape [{len(pixels)}], one an image, not {list(labels.shape)}")
     return pixels, to_labels(labels)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastloda.errors import UserError
+
 WHITE = 255
 
 
@@ -28,7 +30,7 @@ class ByteImages:
 
     def __init__(self, pixels: Tensor) -> None:
         if pixels.dtype != torch.uint8:
-            raise ValueError(f"pixels must be uint8, not {pixels.dtype}")
+            raise UserError(f"pixels must be uint8, not {pixels.dtype}")
         self.pixels = pixels
 
     def __len__(self) -> int:

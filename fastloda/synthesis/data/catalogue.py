@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastloda.errors import UserError
+
 from .byte_images import ByteImages
 from .cifar10 import WHERE as CIFAR10_FILES
 from .cifar10 import cifar10
@@ -118,17 +120,17 @@ def open_dataset(
     """
     check_split(split)
     if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1, not {size}")
+        raise UserError(f"size must be at least 1, not {size}")
     if channels is not None and channels not in CHANNELS:
-        raise ValueError(f"channels must be 1 or 3, not {channels}")
+        raise UserError(f"channels must be 1 or 3, not {channels}")
     if name in NAMES:
         data = _open_named(name, root, split, size, count, seed)
     else:
         data = _open_path(str(name), root, split, size)
     if not len(data):
-        raise ValueError(f"{name} holds no images")
+        raise UserError(f"{name} holds no images")
     if num_classes is not None and data.num_classes > num_classes:
-        raise ValueError(f"{name} has {data.num_classes} classes, more than the {num_classes} expected")
+        raise UserError(f"{name} has {data.num_classes} classes, more than the {num_classes} expected")
     return data if channels in (None, data.images.shape[1]) else _with_channels(data, channels)
 
 
@@ -139,7 +141,7 @@ def describe(name: str | None = None) -> str:
             [*(f"{each}: {describe(each)}" for each in NAMES), f"FOLDER: {FOLDER_FILES}", f"FILE.npz: {NPZ_FILES}"]
         )
     if name not in NAMES:
-        raise ValueError(f"no data set {name!r}: {', '.join(NAMES)}")
+        raise UserError(f"no data set {name!r}: {', '.join(NAMES)}")
     return (ALWAYS_THERE | FROM_FOLDER)[name].about
 
 
@@ -148,21 +150,21 @@ def _open_named(
 ) -> LabelledImages:
     if name in FROM_FOLDER:
         if root is None:
-            raise ValueError(f"{name} is read from a local folder: say which. {describe(name)}")
+            raise UserError(f"{name} is read from a local folder: say which. {describe(name)}")
         return FROM_FOLDER[name].open(Path(root), split, size)
     if root is not None:
-        raise ValueError(f"{name} needs no folder, but {root} is given")
+        raise UserError(f"{name} needs no folder, but {root} is given")
     if split not in ALWAYS_THERE[name].splits:
-        raise ValueError(f"{name} has no {split} part: draw another set with another seed")
+        raise UserError(f"{name} has no {split} part: draw another set with another seed")
     return ALWAYS_THERE[name].splits[split](count, seed, size)
 
 
 def _open_path(name: str, root: str | Path | None, split: Split, size: int | None) -> LabelledImages:
     path = Path(name)
     if not path.exists() and path.suffix != ".npz":
-        raise ValueError(f"data must be one of {', '.join(NAMES)}, a folder of images or an npz file, got {name!r}")
+        raise UserError(f"data must be one of {', '.join(NAMES)}, a folder of images or an npz file, got {name!r}")
     if root is not None or split != "train":
-        raise ValueError(f"{name} is one split in one place: give the path of the {split} images alone, and no root")
+        raise UserError(f"{name} is one split in one place: give the path of the {split} images alone, and no root")
     return image_folder(path, size=size) if path.is_dir() else load_npz(path)
 
 

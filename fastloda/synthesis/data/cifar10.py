@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastloda.errors import UserError
+
 from .batches import PIXELS, SHAPE, Batch, read_batch
 from .byte_images import to_floats
 from .images import LabelledImages, check_labels, to_labels
@@ -58,6 +60,6 @@ def _from_binary(path: Path) -> Batch:
     """Records of a byte for the label and `PIXELS` for the image."""
     content = np.fromfile(path, np.uint8)
     if len(content) % (1 + PIXELS):
-        raise ValueError(f"{len(content)} bytes are no whole number of records of {1 + PIXELS}")
+        raise UserError(f"{len(content)} bytes are no whole number of records of {1 + PIXELS}")
     records = content.reshape(-1, 1 + PIXELS)
     return records[:, 1:], to_labels(records[:, 0])

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from fastloda.errors import UserError
+
 from .byte_images import to_floats
 from .images import LabelledImages, check_not_dark
 from .published import naming
@@ -38,12 +40,12 @@ def class_names(root: str | Path) -> list[str]:
         raise FileNotFoundError(f"{root}: no subfolders. {WHERE}")
     parts = [name for name in names if name.lower() in _SPLITS]
     if len(parts) == len(names) or any(_classes_in(root / name) for name in parts):
-        raise ValueError(
+        raise UserError(
             f"{root}: {', '.join(parts)} are parts of a data set by their names, not classes: give one of them, as "
             f"{root / parts[0]}. {WHERE}"
         )
     if len(names) == 1 and len(inner := _classes_in(root / names[0])) > 1:
-        raise ValueError(
+        raise UserError(
             f"{root}: {names[0]} would be the only class, but it holds no images itself, and the folders {_some(inner)}: give "
             f"{root / names[0]} if those are the classes, or else put all images into {names[0]} itself"
         )
@@ -78,7 +80,7 @@ def image_folder(root: str | Path, *, size: int | None = None) -> LabelledImages
             path. Or what `class_names` refuses; or all images are so dark that white may not be 255.
     """
     if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1, not {size}")
+        raise UserError(f"size must be at least 1, not {size}")
     files = [_images_in(Path(root) / name) for name in class_names(root)]
     _check_once([path for paths in files for path in paths])
     if strays := sorted(p.name for p in Path(root).glob("[!.]*") if not p.is_dir() and p.suffix.lower() in ENDINGS):
@@ -107,7 +109,7 @@ def _images_in(folder: Path) -> list[Path]:
 def _files_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """All that are not hidden, those of linked folders as well."""
     if (place := folder.resolve()) in above:
-        raise ValueError(f"{folder} is a link to a folder that it is in: remove it")
+        raise UserError(f"{folder} is a link to a folder that it is in: remove it")
     for path in folder.iterdir():
         if not path.name.startswith("."):
             yield from _files_in(path, (*above, place)) if path.is_dir() else (path,)
@@ -118,7 +120,7 @@ def _check_once(paths: list[Path]) -> None:
     first: dict[str, Path] = {}
     for path in paths:
         if (other := first.setdefault(os.path.realpath(path), path)) is not path:
-            raise ValueError(
+            raise UserError(
                 f"{path} and {other} are one file, by a link: a record may be there once; remove one of them"
             )
 
@@ -136,7 +138,7 @@ def _open(path: Path, size: int | None) -> Image.Image:
 
 def _plain(image: Image.Image) -> Image.Image:
     if image.mode not in _GREY | _COLOUR:
-        raise ValueError(f"of mode {image.mode}: only images of 8 bits a channel are read")
+        raise UserError(f"of mode {image.mode}: only images of 8 bits a channel are read")
     mode = "L" if image.mode in _GREY else "RGB"
     if image.mode in _SEE_THROUGH or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -153,4 +155,4 @@ def _check_sizes(paths: list[Path], images: list[Image.Image]) -> None:
     for path, image in zip(paths, images, strict=True):
         if image.size != images[0].size:
             found, first = (f"{each.width} x {each.height}" for each in (image, images[0]))
-            raise ValueError(f"{path}: {found} pixels, but {paths[0]} has {first}; give a size to resize them all to")
+            raise UserError(f"{path}: {found} pixels, but {paths[0]} has {first}; give a size to resize them all to")

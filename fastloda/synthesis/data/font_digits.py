@@ -16,6 +16,8 @@ from PIL import Image, ImageFont
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from fastloda.errors import UserError
+
 from .images import LabelledImages
 
 # Matplotlib's text fonts. Not its symbol fonts (their "0" is blank, a bracket or a prime), not its Display
@@ -79,7 +81,7 @@ def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS)
         ValueError: count or size is less than 1.
     """
     if count < 1 or size < 1:
-        raise ValueError(f"count and size must be at least 1, not {count} and {size}")
+        raise UserError(f"count and size must be at least 1, not {count} and {size}")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count)[torch.randperm(count, generator=generator)] % len(DIGITS)
     glyph = torch.randint(len(FONTS), (count,), generator=generator) * len(DIGITS) + labels

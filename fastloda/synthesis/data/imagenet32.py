@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastloda.errors import UserError
+
 from .batches import PIXELS, SHAPE, Batch, read_batch
 from .byte_images import ByteImages
 from .images import LabelledImages, check_labels
@@ -105,7 +107,7 @@ def as_imagenet32(cifar10: LabelledImages) -> LabelledImages:
         ValueError: these are not ten classes.
     """
     if cifar10.num_classes != len(MATCHES):
-        raise ValueError(f"CIFAR-10 has {len(MATCHES)} classes, these images {cifar10.num_classes}")
+        raise UserError(f"CIFAR-10 has {len(MATCHES)} classes, these images {cifar10.num_classes}")
     labels = torch.tensor([match.label - 1 for match in MATCHES])[cifar10.labels]
     return LabelledImages(cifar10.images, labels, num_classes=CLASSES)
 
@@ -126,11 +128,11 @@ def _numbers(root: Path, classes: Sequence[int | str]) -> torch.Tensor:
     for name in wanted:
         if isinstance(name, str):
             hint = "" if (root / MAP).exists() else f"; others than those of the ten matches need {MAP} in {root}"
-            raise ValueError(f"no class of ImageNet has the WordNet id {name!r}{hint}")
+            raise UserError(f"no class of ImageNet has the WordNet id {name!r}{hint}")
     wanted = torch.tensor(wanted, dtype=torch.int64)
     check_labels(wanted, 1, CLASSES)
     if not len(wanted) or len(wanted.unique()) != len(wanted):
-        raise ValueError(f"classes must be different ones, at least one, not {list(classes)}")
+        raise UserError(f"classes must be different ones, at least one, not {list(classes)}")
     number = torch.full((CLASSES + 1,), -1)
     number[wanted] = torch.arange(len(wanted))
     return number
@@ -144,12 +146,12 @@ def _read_map(root: Path) -> dict[str, int]:
     lines = [line.split() for line in path.read_text().splitlines() if line.startswith("n")]
     with naming(path):
         if any(len(line) < 2 or not line[1].isdecimal() for line in lines):
-            raise ValueError('its lines must be like "n02119789 1 kit_fox"')
+            raise UserError('its lines must be like "n02119789 1 kit_fox"')
         labels = {line[0]: int(line[1]) for line in lines}
         if sorted(labels.values()) != list(range(1, CLASSES + 1)):
-            raise ValueError(f"it must give each of the labels 1 .. {CLASSES} to one WordNet id")
+            raise UserError(f"it must give each of the labels 1 .. {CLASSES} to one WordNet id")
         for match in MATCHES:
             if labels.get(match.wordnet) != match.label:
                 found = labels.get(match.wordnet, "no")
-                raise ValueError(f"it gives {match.wordnet} ({match.imagenet}) label {found}, not {match.label}")
+                raise UserError(f"it gives {match.wordnet} ({match.imagenet}) label {found}, not {match.label}")
     return labels

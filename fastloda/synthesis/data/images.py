@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 
 from .byte_images import WHITE, ByteImages, to_floats
@@ -41,16 +42,16 @@ class LabelledImages:
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if (types := (images.dtype, labels.dtype)) != (torch.float32, torch.int64):
-            raise ValueError(f"images must be float32 and labels int64, not {types[0]} and {types[1]}")
+            raise UserError(f"images must be float32 and labels int64, not {types[0]} and {types[1]}")
         if images.ndim != 4 or images.shape[1] not in CHANNELS:
-            raise ValueError(f"images must be [n, C, H, W] with C in {CHANNELS}, not {list(images.shape)}")
+            raise UserError(f"images must be [n, C, H, W] with C in {CHANNELS}, not {list(images.shape)}")
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels must be of shape [{len(images)}], one an image, not {list(labels.shape)}")
+            raise UserError(f"labels must be of shape [{len(images)}], one an image, not {list(labels.shape)}")
         if not isinstance(images, ByteImages):
             _refuse(images, lambda x: ~x.isfinite(), "images must be finite")
             _refuse(images, lambda x: x.abs() > 1, "images must lie in [-1, 1]")
         if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, not {self.num_classes}")
+            raise UserError(f"num_classes must be at least 1, not {self.num_classes}")
         check_labels(labels, 0, self.num_classes - 1)
 
     def __len__(self) -> int:
@@ -108,7 +109,7 @@ def load_npz(path: str | Path, *, num_classes: int | None = None) -> LabelledIma
             num_classes = int(arrays["num_classes"]) if "num_classes" in arrays else _classes_of(labels)
         return LabelledImages(images, labels, num_classes)
     except (ValueError, TypeError) as error:  # TypeError: a num_classes that is not one number
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _in_range(images: Tensor, black_and_white: np.ndarray | None) -> Tensor:
@@ -117,10 +118,10 @@ def _in_range(images: Tensor, black_and_white: np.ndarray | None) -> Tensor:
         _refuse_other_ranges(images)
         return to_floats(images) if images.dtype == torch.uint8 else images.float()
     if black_and_white.shape != (2,) or black_and_white.dtype.kind not in "iuf":
-        raise ValueError(f"range must be two numbers, those of black and of white, not {black_and_white!r}")
+        raise UserError(f"range must be two numbers, those of black and of white, not {black_and_white!r}")
     black, white = map(float, black_and_white)
     if not -float("inf") < black < white < float("inf"):
-        raise ValueError(f"range must be the number of black, then the larger one of white, not [{black:g}, {white:g}]")
+        raise UserError(f"range must be the number of black, then the larger one of white, not [{black:g}, {white:g}]")
     if (black, white) == (0, WHITE) and images.dtype == torch.uint8:
         return to_floats(images)
     if (black, white) == (-1, 1):
@@ -137,12 +138,12 @@ def _refuse_other_ranges(images: Tensor) -> None:
         way_out = f"Say what black and white are, by an array range=[0, {most}] in the file, or [0, {WHITE}] if they are so dark"
         check_not_dark(most, way_out)
     elif 0 <= least and most <= 1:
-        raise ValueError(
+        raise UserError(
             f"images are floats from {least:g} to {most:g}, where black may be 0 or -1: say which, by an array range=[0, 1] or "
             "range=[-1, 1] in the file"
         )
     elif max(-least, most) > 1:
-        raise ValueError(
+        raise UserError(
             f"images must lie in [-1, 1], not from {least:g} to {most:g}; or say what black and white are, by an array as "
             "range=[0, 255] in the file"
         )
@@ -151,7 +152,7 @@ def _refuse_other_ranges(images: Tensor) -> None:
 def check_not_dark(most: int, way_out: str) -> None:
     """ValueError where bytes use the dark half alone, as masks of 0 and 1 do; most: the largest of all images."""
     if most <= WHITE // 2:
-        raise ValueError(f"images are bytes of at most {most}, dark to black if white is {WHITE}. {way_out}")
+        raise UserError(f"images are bytes of at most {most}, dark to black if white is {WHITE}. {way_out}")
 
 
 def _classes_of(labels: Tensor) -> int:
@@ -161,7 +162,7 @@ def _classes_of(labels: Tensor) -> int:
     count = int(labels.max()) + 1
     if unseen := sorted(set(range(min(count, len(labels) + 1))) - set(labels.flatten().tolist())):
         counted = f"subtract {least}, so that they count from 0, or " if least else ""
-        raise ValueError(
+        raise UserError(
             f"labels are {least} .. {count - 1}, but no image has label {unseen[0]}: {counted}say how many classes there are by "
             f"num_classes={count} in the file"
         )
@@ -177,7 +178,7 @@ def _refuse(values: Tensor, is_bad: Callable[[Tensor], Tensor], rule: str) -> No
     bad = values[is_bad(values)]
     if bad.numel():
         some = ", ".join(f"{value:.8g}" for value in bad[:3].tolist())
-        raise ValueError(f"{rule}; {bad.numel()} of {values.numel()} values do not: {some}")
+        raise UserError(f"{rule}; {bad.numel()} of {values.numel()} values do not: {some}")
 
 
 def read_npz(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
@@ -190,17 +191,17 @@ def read_npz(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) ->
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not an npz file")
+        raise UserError(f"{path}: not an npz file")
     try:
         with np.load(path, allow_pickle=False) as archive:
             if missing := set(needed) - set(archive.files):
-                raise ValueError(f"no array {' or '.join(sorted(missing))}; it has {archive.files}")
+                raise UserError(f"no array {' or '.join(sorted(missing))}; it has {archive.files}")
             wanted = {*needed, *optional} & set(archive.files)
             return {name: np.asarray(archive[name]) for name in wanted}
     except _UNREADABLE as error:
         if "allow_pickle" in str(error):
-            raise ValueError(f"{path}: pickled objects are refused, because unpickling runs code") from error
-        raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: pickled objects are refused, because unpickling runs code") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _to_array(images: Tensor | ByteImages, uint8: bool) -> np.ndarray:
@@ -213,10 +214,10 @@ def _to_array(images: Tensor | ByteImages, uint8: bool) -> np.ndarray:
 def _to_nchw(array: np.ndarray) -> Tensor:
     array = array.astype(np.uint8) if array.dtype == np.bool_ else array
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"images must be uint8 or floats, not {array.dtype}")
+        raise UserError(f"images must be uint8 or floats, not {array.dtype}")
     if array.ndim != 4 or not {array.shape[1], array.shape[3]} & set(CHANNELS):
         rule = f"images must be [n, C, H, W] or [n, H, W, C] with C in {CHANNELS}"
-        raise ValueError(f"{rule}, not {list(array.shape)}")
+        raise UserError(f"{rule}, not {list(array.shape)}")
     if array.shape[1] not in CHANNELS:
         array = array.transpose(0, 3, 1, 2)
     kept = array.dtype if array.dtype in (np.uint8, np.float64) else np.float32
@@ -230,7 +231,7 @@ def to_labels(array: np.ndarray) -> Tensor:
         ValueError: they are no integers.
     """
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"labels must be integers, not {array.dtype}")
+        raise UserError(f"labels must be integers, not {array.dtype}")
     return torch.from_numpy(array.astype(np.int64))
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastloda.errors import UserError
+
 from .byte_images import to_floats
 from .images import LabelledImages, to_labels
 from .published import Split, check_count, check_split, find_file, naming, warn_if_changed
@@ -48,7 +50,7 @@ def mnist(root: str | Path, split: Split = "train", *, size: int = SIDE) -> Labe
     """
     check_split(split)
     if size < SIDE:
-        raise ValueError(f"size must be at least {SIDE}, not {size}")
+        raise UserError(f"size must be at least {SIDE}, not {size}")
     paths = [find_file(root, (name, f"{name}.gz"), FOLDERS, WHERE) for name in FILES[split]]
     for path in paths:
         warn_if_changed(path, MD5.get(path.name))
@@ -65,18 +67,18 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     with naming(path, EOFError, gzip.BadGzipFile, zlib.error), _open(path) as file:
         header = file.read(4 + 4 * len(shape))
         if len(header) < 4 + 4 * len(shape):
-            raise ValueError(f"{len(header)} bytes are no idx file")
+            raise UserError(f"{len(header)} bytes are no idx file")
         zeros, kind, dimensions, *found = struct.unpack(f">HBB{len(shape)}I", header)
         if (zeros, kind, dimensions) != (0, _UNSIGNED_BYTE, len(shape)):
             wanted = bytes([0, 0, _UNSIGNED_BYTE, len(shape)])
-            raise ValueError(f"begins with {header[:4].hex()}, an idx file of such bytes with {wanted.hex()}")
+            raise UserError(f"begins with {header[:4].hex()}, an idx file of such bytes with {wanted.hex()}")
         check_count(found[0], shape[0])
         if tuple(found) != shape:
-            raise ValueError(f"images of {found[1:]} pixels, not {list(shape[1:])}")
+            raise UserError(f"images of {found[1:]} pixels, not {list(shape[1:])}")
         content = file.read(math.prod(shape) + 1)
         if len(content) != math.prod(shape):
             amount = "more" if len(content) > math.prod(shape) else "less"
-            raise ValueError(f"holds {amount} than the {math.prod(shape)} bytes that its header states")
+            raise UserError(f"holds {amount} than the {math.prod(shape)} bytes that its header states")
     return np.frombuffer(bytearray(content), np.uint8).reshape(shape)
 
 

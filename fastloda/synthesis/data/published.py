@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from fastloda.errors import UserError
+
 Split = Literal["train", "test"]
 
 _SHOWN = 6  # names of what a folder holds instead
@@ -45,13 +47,13 @@ def warn_if_changed(path: Path, published: str | None) -> None:
 def check_split(split: str) -> None:
     """ValueError unless there is such a part."""
     if split not in ("train", "test"):
-        raise ValueError(f"split must be train or test, not {split!r}")
+        raise UserError(f"split must be train or test, not {split!r}")
 
 
 def check_count(found: int, published: int) -> None:
     """ValueError unless there are as many images as were published."""
     if found != published:
-        raise ValueError(f"{found} images, not the {published} published")
+        raise UserError(f"{found} images, not the {published} published")
 
 
 @contextmanager
@@ -62,4 +64,4 @@ def naming(path: Path, *errors: type[Exception]) -> Iterator[None]:
     except (ValueError, *errors) as error:
         if str(error).startswith(f"{path}: "):
             raise
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastloda.errors import UserError
+
 _NUMBERS = "biuf"  # kinds of dtypes: no objects, no records
 # What Python and NumPy raise, between them, for a damaged pickle (found by damaging one).
 _DAMAGED = (
@@ -36,7 +38,7 @@ def load_plain_pickle(path: str | Path) -> object:
         try:
             return _Unpickler(file, encoding="bytes").load()
         except _DAMAGED as error:
-            raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
+            raise UserError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -69,7 +71,7 @@ class _DType:
     def __init__(self, code: str | bytes, *_: object) -> None:
         self.dtype = np.dtype(_text(code))
         if self.dtype.kind not in _NUMBERS:
-            raise ValueError(f"only arrays of numbers are read, not of {self.dtype}")
+            raise UserError(f"only arrays of numbers are read, not of {self.dtype}")
 
     def __setstate__(self, state: tuple) -> None:
         self.dtype = self.dtype.newbyteorder(_text(state[1]))
@@ -94,7 +96,7 @@ def _frombuffer(buffer: bytes, dtype: _DType, shape: tuple, order: str) -> np.nd
 def _encode(text: str, encoding: str) -> bytes:
     """How Python 3 writes bytes into a pickle of Python 2's protocol."""
     if encoding != "latin1":
-        raise ValueError(f"bytes written in {encoding!r}")
+        raise UserError(f"bytes written in {encoding!r}")
     return text.encode("latin1")
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Generator, Tensor
 
+from fastloda.errors import UserError
+
 from .images import LabelledImages
 
 
@@ -23,12 +25,12 @@ def stratified_subset(
         ValueError: not exactly one of count and fraction is given, or they do not choose at least one image and at most all.
     """
     if (count is None) == (fraction is None):
-        raise ValueError(f"give count or fraction, not {count=} and {fraction=}")
+        raise UserError(f"give count or fraction, not {count=} and {fraction=}")
     if fraction is not None and not 0 < fraction <= 1:
-        raise ValueError(f"fraction must lie in (0, 1], not {fraction}")
+        raise UserError(f"fraction must lie in (0, 1], not {fraction}")
     chosen = count if fraction is None else round(fraction * len(data))
     if not 1 <= chosen <= len(data):
-        raise ValueError(f"{chosen} of {len(data)} images are no subset")
+        raise UserError(f"{chosen} of {len(data)} images are no subset")
     generator = Generator().manual_seed(seed)
     shares = _shares(data.labels.bincount(minlength=data.num_classes), chosen)
     return data[torch.cat([_draw(data.labels == y, share, generator) for y, share in enumerate(shares)]).sort().values]

@@ -9,6 +9,8 @@ import torch
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
+from fastloda.errors import UserError
+
 from .byte_images import to_floats
 from .images import LabelledImages, check_labels, to_labels
 from .published import Split, check_count, check_split, find_file, naming, warn_if_changed
@@ -43,10 +45,10 @@ def svhn(root: str | Path, split: Split = "train") -> LabelledImages:
     with naming(path, *_DAMAGED):
         content = loadmat(path, variable_names=("X", "y"))
         if missing := {"X", "y"} - content.keys():
-            raise ValueError(f"no {' or '.join(sorted(missing))} in it")
+            raise UserError(f"no {' or '.join(sorted(missing))} in it")
         pixels, labels = content["X"], content["y"].reshape(-1)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
-            raise ValueError(f"X must be uint8 [32, 32, 3, n], not {pixels.dtype} {list(pixels.shape)}")
+            raise UserError(f"X must be uint8 [32, 32, 3, n], not {pixels.dtype} {list(pixels.shape)}")
         check_count(pixels.shape[3], COUNTS[split])
         images = to_floats(torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1))))
         return LabelledImages(images, _digits(labels), num_classes=10)

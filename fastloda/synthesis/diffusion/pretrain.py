@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fastloda.errors import UserError
 from fastloda.randomness import generator_states, make_generators, restore_generators
 from fastloda.synthesis.data.images import LabelledImages
 from fastloda.synthesis.diffusion.schedule import Diffusion
@@ -42,7 +43,7 @@ class PublicTraining:
 
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 1 or not 0 <= self.ema_decay < 1 or not self.learning_rate > 0:
-            raise ValueError(f"need steps, batch_size >= 1, learning_rate > 0 and 0 <= ema_decay < 1, got {self}")
+            raise UserError(f"need steps, batch_size >= 1, learning_rate > 0 and 0 <= ema_decay < 1, got {self}")
 
 
 def pretrain(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastloda.errors import UserError
 from fastloda.synthesis.diffusion.schedule import Diffusion
 
 
@@ -41,17 +42,17 @@ def sample(
     eval mode and returns to the mode it was in. ValueError for arguments that do not fit.
     """
     if method not in ("ddim", "ddpm"):
-        raise ValueError(f'method must be "ddim" or "ddpm", got {method!r}')
+        raise UserError(f'method must be "ddim" or "ddpm", got {method!r}')
     if not 0 <= eta <= 1 or (method == "ddpm" and eta not in (0, 1)):
-        raise ValueError(f"eta must lie in [0, 1], and is 1 for ddpm, got eta={eta} for {method}")
+        raise UserError(f"eta must lie in [0, 1], and is 1 for ddpm, got eta={eta} for {method}")
     if not 1 <= steps <= diffusion.timesteps:
-        raise ValueError(f"steps must lie in 1..{diffusion.timesteps}, got {steps}")
+        raise UserError(f"steps must lie in 1..{diffusion.timesteps}, got {steps}")
     if batch_size < 1 or not math.isfinite(guidance) or guidance < 0:
-        raise ValueError(f"need batch_size >= 1 and guidance >= 0, got {batch_size} and {guidance}")
+        raise UserError(f"need batch_size >= 1 and guidance >= 0, got {batch_size} and {guidance}")
     if generator is not None and seed is not None:
-        raise ValueError(f"give a generator or a seed, not both (seed={seed})")
+        raise UserError(f"give a generator or a seed, not both (seed={seed})")
     if labels.dim() != 1 or labels.is_floating_point() or ((labels < 0) | (labels > model.null_class)).any():
-        raise ValueError(f"labels must be [n] integers in 0..{model.null_class}, got {labels}")
+        raise UserError(f"labels must be [n] integers in 0..{model.null_class}, got {labels}")
 
     schedule = list(_schedule(diffusion, steps, eta=1.0 if method == "ddpm" else eta))
     seeds = _seeds(len(labels), torch.Generator().manual_seed(seed) if seed is not None else generator)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastloda.errors import UserError
 from fastloda.training.noising import add_noise, draw, draw_timesteps
 
 TIMESTEPS = 1000
@@ -29,9 +30,9 @@ class Diffusion:
         time_distribution: Tensor | None = None,
     ):
         if timesteps < 1:
-            raise ValueError(f"timesteps must be at least 1, got {timesteps}")
+            raise UserError(f"timesteps must be at least 1, got {timesteps}")
         if not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+            raise UserError(f"need 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
         self.timesteps = timesteps
         betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
@@ -53,14 +54,14 @@ class Diffusion:
         weights = torch.zeros(TIMESTEPS, dtype=torch.float64)
         for first, end, share in parts:
             if not 0 <= first < end <= TIMESTEPS:
-                raise ValueError(f"a range of timesteps needs 0 <= first < end <= {TIMESTEPS}, got {first} and {end}")
+                raise UserError(f"a range of timesteps needs 0 <= first < end <= {TIMESTEPS}, got {first} and {end}")
             weights[first:end] += share / (end - first)
         return cls(time_distribution=weights)
 
     def _cumulate(self, frequencies: Tensor | list[float]) -> Tensor:
         p = torch.as_tensor(frequencies, dtype=torch.float64, device="cpu")
         if p.shape != (self.timesteps,) or not p.isfinite().all() or p.min() < 0 or p.max() == 0:
-            raise ValueError(
+            raise UserError(
                 f"time_distribution must hold {self.timesteps} finite numbers, none negative, "
                 f"not all 0, got {frequencies}"
             )
@@ -110,16 +111,16 @@ class Diffusion:
         """
         n = x0.shape[0]
         if views < 1 or not 0 <= label_dropout <= 1:
-            raise ValueError(f"need views >= 1 and label_dropout in [0, 1], got {views} and {label_dropout}")
+            raise UserError(f"need views >= 1 and label_dropout in [0, 1], got {views} and {label_dropout}")
         if y.shape != (n,):
-            raise ValueError(f"expected one label per image, got x0 {tuple(x0.shape)} and y {tuple(y.shape)}")
+            raise UserError(f"expected one label per image, got x0 {tuple(x0.shape)} and y {tuple(y.shape)}")
         x0, y = x0.repeat_interleave(views, dim=0), y.repeat_interleave(views)
         if t is None:
             t = self.draw_timesteps(n, views=views, generator=generator, device=x0.device)
         if noise is None:
             noise = draw(torch.randn, x0.shape, generator, x0.device).to(x0.dtype)
         if t.shape != y.shape or noise.shape != x0.shape:
-            raise ValueError(
+            raise UserError(
                 f"expected t {tuple(y.shape)} and noise {tuple(x0.shape)}, "
                 f"got {tuple(t.shape)} and {tuple(noise.shape)}"
             )

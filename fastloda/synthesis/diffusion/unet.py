@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastloda.errors import UserError
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -57,34 +59,34 @@ class UNetConfig:
     def _check_counts(self):
         for name in ("image_size", "in_channels", "width", "blocks_per_level", "num_classes", "norm_groups"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers must be positive, one a level, got {self.multipliers}")
+            raise UserError(f"multipliers must be positive, one a level, got {self.multipliers}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+            raise UserError(f"dropout must lie in [0, 1), got {self.dropout}")
 
     def _check_shapes(self):
         levels, factor = len(self.multipliers), 2 ** (len(self.multipliers) - 1)
         if self.image_size % factor:
-            raise ValueError(f"image_size must be divisible by {factor} for {levels} levels, got {self.image_size}")
+            raise UserError(f"image_size must be divisible by {factor} for {levels} levels, got {self.image_size}")
         if self.width % 2:
-            raise ValueError(f"width must be even, half sines and half cosines of the time, got {self.width}")
+            raise UserError(f"width must be even, half sines and half cosines of the time, got {self.width}")
         if self.class_width <= self.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"class_width must exceed num_classes, for the null class: "
                 f"got class_width={self.class_width}, num_classes={self.num_classes}"
             )
         if not isinstance(self.attention, bool) and not set(self.attention) <= set(range(levels)):
-            raise ValueError(f"attention must name levels in 0..{levels - 1}, got {self.attention}")
+            raise UserError(f"attention must name levels in 0..{levels - 1}, got {self.attention}")
         if self.image_size == factor and self.norm_groups >= self.widths[-1]:
-            raise ValueError(
+            raise UserError(
                 f"norm_groups={self.norm_groups} normalises single values, to zero, at the last "
                 f"level: {self.widths[-1]} channels of 1 x 1"
             )
         joined = [a + b for a, b in pairwise((self.width, *self.widths))]  # a skip meets its neighbour
         for channels in (*self.widths, *joined, *(2 * w for w in self.widths)):
             if channels % min(self.norm_groups, channels):
-                raise ValueError(
+                raise UserError(
                     f"norm_groups={self.norm_groups} does not divide {channels} channels "
                     f"(width={self.width}, multipliers={self.multipliers})"
                 )
@@ -106,7 +108,7 @@ class UNetConfig:
     def from_dict(cls, values: dict) -> "UNetConfig":
         """The inverse of `to_dict`; missing fields take their defaults, unknown ones raise ValueError."""
         if unknown := set(values) - {field.name for field in fields(cls)}:
-            raise ValueError(f"unknown UNetConfig fields: {sorted(unknown)}")
+            raise UserError(f"unknown UNetConfig fields: {sorted(unknown)}")
         return cls(**values)
 
 
@@ -263,7 +265,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noisy images x [n, C, H, W], integer timesteps t [n] and labels y [n] -> the noise, shaped as x."""
         if tuple(x.shape[1:]) != self.image_shape or t.shape != x.shape[:1] or y.shape != x.shape[:1]:
-            raise ValueError(
+            raise UserError(
                 f"expected x [n, {', '.join(map(str, self.image_shape))}], t [n] and y [n], "
                 f"got {tuple(x.shape)}, {tuple(t.shape)} and {tuple(y.shape)}"
             )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastloda.accounting.compose import compose_epsilon
+from fastloda.errors import UserError
 from fastloda.synthesis.budget import Privacy, check_delta
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import class_balanced_labels
@@ -39,7 +40,7 @@ class Budget:
 
     def __post_init__(self):
         if not 0 < self.epsilon < float("inf"):
-            raise ValueError(f"epsilon must be positive and finite, got {self.epsilon}")
+            raise UserError(f"epsilon must be positive and finite, got {self.epsilon}")
         check_delta("delta", self.delta, self.records)
 
     def in_steps(self, steps: int, batch_size: int, **clipping) -> Privacy:

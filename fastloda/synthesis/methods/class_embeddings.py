@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
+from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.synthesis.data import LabelledImages
 
@@ -84,7 +85,7 @@ class ClassEmbeddings:
             numbers = tensors["noise_multiplier"].item(), tensors["records"].item()
             return cls(tensors["frequencies"], tensors["sums"], *numbers)
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is no release of `fastloda choose`, or is damaged: {error}") from error
+            raise UserError(f"{path} is no release of `fastloda choose`, or is damaged: {error}") from error
 
 
 def release_class_embeddings(

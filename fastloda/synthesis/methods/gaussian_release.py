@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Generator, Tensor
 
 from fastloda.accounting.calibrate import calibrate_noise
+from fastloda.errors import UserError
 from fastloda.privacy.noise import gaussian
 from fastloda.randomness import make_generators
 
@@ -18,7 +19,7 @@ def noise_multipliers(budget: Budget, shares: Sequence[float]) -> list[float]:
     Gaussians compose to one whose noise_multiplier^-2 is the sum of theirs.
     """
     if any(share <= 0 for share in shares) or not math.isclose(sum(shares), 1):
-        raise ValueError(f"shares of a budget must be positive and sum to 1, got {shares}")
+        raise UserError(f"shares of a budget must be positive and sum to 1, got {shares}")
     total = calibrate_noise(budget.epsilon, budget.delta, sample_rate=1.0, steps=1)
     return [total / math.sqrt(share) for share in shares]
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastloda.errors import UserError
 from fastloda.randomness import seeded
 
 from .base import Sampler, Spent, Work
@@ -19,7 +20,7 @@ class SmallGenerator(nn.Module):
     def __init__(self, channels: int, size: int, num_classes: int, width: int = 64):
         super().__init__()
         if size % 4:
-            raise ValueError(f"the generator makes images whose side is a multiple of 4, not {size}")
+            raise UserError(f"the generator makes images whose side is a multiple of 4, not {size}")
         self.num_classes, self.shape = num_classes, (2 * width, size // 4, size // 4)
         self.stem = nn.Sequential(
             nn.Linear(_NOISE + num_classes, 4 * width),

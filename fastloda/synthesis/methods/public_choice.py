@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 
+from fastloda.errors import UserError
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import Diffusion
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
@@ -56,11 +57,11 @@ class PublicChoice:
 
     def __post_init__(self):
         if not 0 < self.noise_multiplier < float("inf"):
-            raise ValueError(f"choice.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
+            raise UserError(f"choice.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
         if self.features < 2 or self.drawn < 1 or not self.scale > 0 or not self.tolerance > 0:
-            raise ValueError(f"choice needs features >= 2, drawn >= 1, scale > 0 and tolerance > 0; got {self}")
+            raise UserError(f"choice needs features >= 2, drawn >= 1, scale > 0 and tolerance > 0; got {self}")
         if not 0 <= self.reach < float("inf"):
-            raise ValueError(f"choice.reach must be finite and not negative, got {self.reach}")
+            raise UserError(f"choice.reach must be finite and not negative, got {self.reach}")
 
     def release(
         self, private: LabelledImages, public: LabelledImages, records: int, seed: int, noise: Generator
@@ -82,7 +83,7 @@ class PublicChoice:
         for label, mean in enumerate(released.means):
             members = (public.labels == label).nonzero()[:, 0]
             if not len(members):
-                raise ValueError(f"there is no public image of class {label} to choose")
+                raise UserError(f"there is no public image of class {label} to choose")
             features = released.embed(public.images[members]).double()
             weights[members] = tilted(features, mean, self.tolerance * released.noise) / len(released.means)
         return weights

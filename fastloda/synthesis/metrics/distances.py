@@ -12,6 +12,8 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from fastloda.errors import UserError
+
 from .features import Extractor
 
 NEIGHBOURS = 3  # as in the paper
@@ -89,9 +91,9 @@ def _covered(points: np.ndarray, members: np.ndarray, neighbours: int) -> float:
 
 def _check(real: np.ndarray, generated: np.ndarray, least: int = 2) -> None:
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(f"features must be [n, d] with the same d, got {real.shape} and {generated.shape}")
+        raise UserError(f"features must be [n, d] with the same d, got {real.shape} and {generated.shape}")
     if min(len(real), len(generated)) < least:
-        raise ValueError(f"need at least {least} images of each, got {len(real)} real and {len(generated)} generated")
+        raise UserError(f"need at least {least} images of each, got {len(real)} real and {len(generated)} generated")
     for name, features in (("real", real), ("generated", generated)):
         if not np.isfinite(features).all():
-            raise ValueError(f"features of the {name} images are not finite")
+            raise UserError(f"features of the {name} images are not finite")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastloda.errors import UserError
 from fastloda.synthesis.classify import train_classifier
 from fastloda.synthesis.data.images import LabelledImages
 
@@ -44,7 +45,7 @@ def classifier_features(
     """
     head = getattr(model, "head", None)
     if not isinstance(head, nn.Module):
-        raise ValueError(f"{type(model).__name__} has no layer `head`, whose input would be the features")
+        raise UserError(f"{type(model).__name__} has no layer `head`, whose input would be the features")
     model = model.to(device).eval()
 
     def features(images: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def torchscript_features(
     try:
         network = torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
-        raise ValueError(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
 
     def features(images: Tensor) -> Tensor:
         colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from fastloda.errors import UserError
 from fastloda.synthesis.report.tables import Result, rounded_up
 
 INK, LINE, DOT = "#767b85", "#3b82d6", "#e0803a"  # read on white and on near-black alike: the background is transparent
@@ -26,7 +27,7 @@ def sample_grid(images: Tensor, labels: Tensor, *, columns: int = 20, max_rows: 
     """
     classes = labels.unique()[:max_rows]
     if not len(classes):
-        raise ValueError("a grid of no images")
+        raise UserError("a grid of no images")
     rows = [images[labels == c][:columns] for c in classes]
     scale = max(1, CELL // images.shape[2])
     gap = max(1, scale // 2)

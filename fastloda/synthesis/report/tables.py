@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from rich.box import SIMPLE
 from rich.table import Table as RichTable
 
+from fastloda.errors import UserError
+
 
 @dataclass(frozen=True)
 class Table:
@@ -54,7 +56,7 @@ class Result:
 
     def __post_init__(self):
         if not self.accuracies or not all(0 <= a <= 1 for a in self.accuracies):
-            raise ValueError(f"accuracies must be numbers in [0, 1], at least one; got {self.accuracies}")
+            raise UserError(f"accuracies must be numbers in [0, 1], at least one; got {self.accuracies}")
 
     @property
     def mean(self) -> float:

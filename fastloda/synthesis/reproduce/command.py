@@ -5,6 +5,7 @@ from pathlib import Path
 
 import rich
 
+from fastloda.errors import UserError
 from fastloda.synthesis.arguments import Device, Names, resolve_device
 from fastloda.synthesis.environment import environment
 
@@ -51,9 +52,9 @@ def reproduce(
         progress: show a bar over the cells, and those that run.
     """
     if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+        raise UserError(f"seeds must be at least 1, got {seeds}")
     if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
+        raise UserError(f"jobs must be at least 1, got {jobs}")
     place, folder = resolve_device(device), Path(run or f"runs/{table}{'-quick' * quick}")
     jobs = jobs or default_jobs(place)
     made = Table(Order(table, data, folder, seeds, tuple(methods), features, quick, place))

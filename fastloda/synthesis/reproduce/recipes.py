@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from fastloda.errors import UserError
 from fastloda.synthesis.baselines import DPSGD
 from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, open_dataset, stratified_subset
 from fastloda.synthesis.demo import QUICK, DemoSettings
@@ -77,7 +78,7 @@ class Recipe:
         """These rows alone; all if there are no names. ValueError for a row that the table has not."""
         known = {method.name: method for method in self.methods}
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"{self.name} has no row {', '.join(unknown)}; it has {', '.join(known)}")
+            raise UserError(f"{self.name} has no row {', '.join(unknown)}; it has {', '.join(known)}")
         return replace(self, methods=[known[name] for name in names]) if names else self
 
 
@@ -88,7 +89,7 @@ def recipe(name: TableName, root: Path | None, quick: bool = False) -> Recipe:
         ValueError: an unknown name, or a table that needs files and no root.
     """
     if name not in RECIPES:
-        raise ValueError(f"the table must be one of {', '.join(RECIPES)}, got {name!r}")
+        raise UserError(f"the table must be one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name](root, quick)
 
 
@@ -249,9 +250,7 @@ def _paper(
     subset: float | None = None,
 ) -> Recipe:
     if root is None:
-        raise ValueError(
-            f"{name} reads published files: give their folder with --data (it holds {' and '.join(names)})"
-        )
+        raise UserError(f"{name} reads published files: give their folder with --data (it holds {' and '.join(names)})")
     open_part = lambda name, split: open_dataset(name, root, split, size=32, channels=3)  # noqa: E731
     whole = cache(lambda: open_part(names[0], "train"))
     private = cache(lambda: stratified_subset(whole(), fraction=subset, seed=0)) if subset else whole

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from fastloda.synthesis.report.bench import OURS, PLAIN
+from tables import OURS, PLAIN
+
 from fastloda.synthesis.report.plots import DOT, INK, LINE, drawing
 
 COLOURS = {OURS: DOT, PLAIN: INK, "Opacus hooks": LINE, "Opacus functorch": "#1f5aa6", "Opacus ghost": "#7fb2ea"}

@@ -1,0 +1,72 @@
+"""The options of a subcommand, taken from its function's signature and docstring."""
+
+import argparse
+import inspect
+import re
+from collections.abc import Callable, Sequence
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+
+from fastloda.errors import UserError
+
+POSITIONAL = ("table",)
+
+
+class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A help text that keeps the description's lines."""
+
+
+class _Parser(ArgumentParser):
+    """A parser that raises instead of exiting, and names a type as Python users do."""
+
+    def __init__(self, **options):
+        super().__init__(exit_on_error=False, formatter_class=_Help, **options)
+
+    def format_help(self) -> str:
+        return re.sub(r"<class\s+'([\w.]+)'>", r"\1", super().format_help())
+
+
+def parse(name: str, function: Callable, options: Sequence[str]) -> dict:
+    """Read the function's arguments from options and the files that they name.
+
+    Raises:
+        UserError: an option is unknown, missing or malformed.
+        SystemExit: after --help.
+    """
+    parser = build_parser(name, function)
+    try:
+        chosen = parser.instantiate(parser.parse_args(list(options))).as_dict()
+    except ArgumentError as error:
+        raise UserError(_with_dashes(str(error))) from error
+    del chosen["config"]
+    return chosen
+
+
+def _with_dashes(message: str) -> str:
+    """Name missing arguments as they are typed."""
+    text, colon, names = message.partition("are required: ")
+    return text + colon + ", ".join(n if n in POSITIONAL or not colon else f"--{n}" for n in names.split(", "))
+
+
+def build_parser(name: str, function: Callable) -> ArgumentParser:
+    """Make the parser of one subcommand; name: "fastloda pretrain", say."""
+    text = docstring_parser.parse(function.__doc__)
+    parser = _Parser(prog=name, description=f"{text.short_description}\n\n{text.long_description or ''}")
+    parser.add_argument("--config", action="config", help="YAML file of settings; options win over it")
+    parameters = inspect.signature(function).parameters
+    positional = {argument for argument in POSITIONAL if argument in parameters}
+    for argument in positional:
+        described = next(parameter.description for parameter in text.params if parameter.arg_name == argument)
+        parser.add_argument(argument, type=parameters[argument].annotation, help=described)
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip=positional)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # `--public` alone means `--public true`
+            action.nargs, action.const = "?", True
+    return parser
+
+
+def as_yaml(result: dict) -> str:
+    """Write a subcommand's result as it is printed."""
+    return yaml.safe_dump(result, sort_keys=False, allow_unicode=True, width=1000)
