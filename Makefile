@@ -1,37 +1,51 @@
-# make demo: from nothing to private synthetic digits and a report.  make test: from nothing to all tests.
+# make demo: from nothing to private synthetic digits and a report.  make test: from nothing to all checks and tests.
 VENV ?= .venv
 JOBS ?= 2
 PYTHON := $(VENV)/bin/python
-INSTALLED := $(VENV)/.installed
+FOR_USE := $(VENV)/.for-use
+FOR_TESTS := $(VENV)/.for-tests
+INSTALL := $(PYTHON) -m pip install -q -c constraints.txt
 
-.PHONY: demo test compile prove bench lint clean
+.PHONY: demo check test compile prove bench clean
 
-demo: $(INSTALLED)
+demo: $(FOR_USE)
 	$(VENV)/bin/fastloda demo --run runs/demo
 
-test: $(INSTALLED) compile
+test: check compile
 	$(PYTHON) -m pytest bench -q --bench-scale smoke --benchmark-disable
 	$(PYTHON) -m pytest tests -q -n $(JOBS) --dist loadfile  # each on one thread: see tests/conftest.py
 
+# Lint, format, import directions, types, dead code, spelling: in seconds.
+check: $(FOR_TESTS)
+	$(PYTHON) -m ruff check -q .
+	$(PYTHON) -m ruff format -q --check .
+	$(VENV)/bin/lint-imports --no-logo --no-timings > $(VENV)/imports.txt || (cat $(VENV)/imports.txt && false)
+	$(PYTHON) -m ty check -q
+	$(PYTHON) -m vulture
+	$(PYTHON) -m codespell_lib
+
 # Every Triton kernel, ahead of time and without a GPU, for three generations of cards.
-compile: $(INSTALLED)
+compile: $(FOR_TESTS)
 	$(PYTHON) scripts/compile_check.py
 
 # The slow full counts of the privacy tests; their figures go to docs/results/prove.json.
-prove: $(INSTALLED)
+prove: $(FOR_TESTS)
 	$(PYTHON) -m pytest tests -q --prove
 
-bench: $(INSTALLED)
+bench: $(FOR_TESTS)
 	$(PYTHON) -m pytest bench -q
 
-lint: $(INSTALLED)
-	$(PYTHON) -m pip install -q ruff && $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
-
-$(INSTALLED): setup.py constraints.txt
+$(PYTHON):
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install -q -c constraints.txt -e '.[test,bench]'
-	$(PYTHON) -m pip install -q -c constraints.txt --no-deps timm  # torchvision comes for CUDA alone, and breaks beside a CPU's PyTorch
+
+$(FOR_USE): setup.py constraints.txt | $(PYTHON)
+	$(INSTALL) -e '.[synthesis]'
 	touch $@
+
+$(FOR_TESTS): setup.py constraints.txt | $(PYTHON)
+	$(INSTALL) -e '.[synthesis,test,bench,check]'
+	$(INSTALL) --no-deps timm  # torchvision comes for CUDA alone, and breaks beside a CPU's PyTorch
+	touch $@ $(FOR_USE)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

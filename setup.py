@@ -1,18 +1,23 @@
 """FastLoDA's package. torch is open for users with GPUs; constraints.txt pins it for development and CI."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "fastloda" / "__init__.py").read_text(), re.MULTILINE)[1]
+
 setup(
     name="fastloda",
-    version="0.1.0",
+    version=VERSION,
     description="Differentially private fine-tuning of convolutional models at little extra cost",
-    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=[*find_packages(include=["fastloda", "fastloda.*"]), "fastloda.kernels"],
     package_dir={"fastloda.kernels": "kernels"},
+    package_data={"fastloda": ["py.typed", "*.pyi"]},
     install_requires=[
         "torch>=2.8",
         "numpy>=1.26",
@@ -23,23 +28,27 @@ setup(
         "safetensors>=0.4",
         "platformdirs>=4",
         "tqdm>=4.66",
-        "scikit-learn>=1.4",
-        "matplotlib>=3.8",
-        "jsonargparse[signatures]>=4.49",
-        "PyYAML>=6",
-        "jinja2>=3.1",
-        "docstring-parser>=0.15",
-        "pillow>=10",
-        "rich>=13",
-        "filelock>=3.12",
+        "lazy_loader>=0.4",
     ],
     extras_require={
+        "synthesis": [  # the command: data sets, the paper's system, reports
+            "scikit-learn>=1.4",
+            "matplotlib>=3.8",
+            "jsonargparse[signatures]>=4.49",
+            "PyYAML>=6",
+            "jinja2>=3.1",
+            "docstring-parser>=0.15",
+            "pillow>=10",
+            "rich>=13",
+            "filelock>=3.12",
+        ],
         "triton": ["triton>=3.4"],  # comes with PyTorch's builds for GPUs
         "opacus": ["opacus>=1.6"],
         "diffusers": ["diffusers>=0.35"],
         "peft": ["peft>=0.17"],
         "timm": ["timm>=1.0"],  # needs torchvision, in a build that fits PyTorch's
         "bench": ["pytest>=8", "pytest-benchmark>=5", "opacus>=1.6"],
+        "check": ["ruff>=0.12", "import-linter>=2.5", "ty>=0.0.100", "vulture>=2.14", "codespell>=2.4"],
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",

@@ -319,7 +319,7 @@ def _foreign(tensors: dict[str, Tensor]) -> str:
 FOREIGN = {  # a part of a tensor's name -> what the file is
     r"^base_model\.model\..*lora_": "PEFT's LoRA: fastloda.integrations.peft.load_peft(model, folder) loads it, from the folder "
     "that holds adapter_config.json too",
-    r"lora_(up|down)\.|^lora_(unet|te\d?)_": "a LoRA as webui and kohya write them: diffusers' "
+    r"lora_(up|down)\.|^lora_(unet|te[12]?)_": "a LoRA as webui and kohya write them: diffusers' "
     "pipeline.load_lora_weights loads it",
     r"\.lora_[AB]\.|\.lora\.(up|down)\.": "a LoRA of diffusers: its load_lora_weights or load_lora_adapter loads it",
     r"(^|\.)loda_[AB]$": "a state dict with adapters but not their settings: attach_loda the same ones, and then "
