@@ -15,10 +15,11 @@ from .per_sample.explain import explain
 from .per_sample.fallback.functional import cover
 from .per_sample.fallback.register import check_rule, register_rule
 from .privacy.adaptive import AdaptiveClipping
-from .privacy.clip import Automatic, PerLayer
 from .privacy.per_sample import per_sample_grad_norms, per_sample_grads
 from .privacy.secure_noise import SecureGenerator
-from .privacy.step import GhostClipper, StepStats, ghost_dp_step
+from .privacy.stats import StepStats
+from .privacy.step import GhostClipper, ghost_dp_step
+from .privacy.styles import Automatic, PerLayer
 from .training.trainer import DPTrainer, PrivateTraining
 
 __version__: str

@@ -21,9 +21,10 @@ from torch import Generator, Tensor, nn
 
 from fastloda import GhostClipper, LoDALinear, ghost_dp_step
 from fastloda.per_sample import planner as plan
-from fastloda.privacy.adaptive import AdaptiveClipping
-from fastloda.privacy.clip import Automatic, Flat, PerLayer, clip_factors
-from fastloda.privacy.styles import STYLES, clipping_style
+from fastloda.privacy.adaptive import AdaptiveClipping, centred_count
+from fastloda.privacy.clip import STYLES, clip_factors, clipping_style
+from fastloda.privacy.ranks import World
+from fastloda.privacy.styles import Automatic, Flat, PerLayer
 from fastloda.synthesis.budget import Privacy, privacy_statement, private_training
 from fastloda.synthesis.diffusion import Diffusion
 from fastloda.synthesis.parser import build_parser
@@ -303,15 +304,14 @@ def test_two_processes_move_one_bound(tmp_path):
 
 def test_a_record_moves_the_centred_count_by_one_half_at_most():
     """Added or removed, short or long; masked, or without a finite gradient, by nothing."""
-    adaptive = AdaptiveClipping()
     norms = torch.rand(50, dtype=torch.float64) * 2
     norms[::7] = math.nan
     norms[3::7] = math.inf
     mask = torch.rand(50) < 0.7
-    total = adaptive.centred_count(norms, 1.0, mask)
+    total = centred_count(norms, 1.0, mask)
     for i in range(50):
         others = torch.arange(50) != i
-        moved = (total - adaptive.centred_count(norms[others], 1.0, mask[others])).item()
+        moved = (total - centred_count(norms[others], 1.0, mask[others])).item()
         assert moved == (0.0 if not mask[i] or not norms[i].isfinite() else 0.5 if norms[i] <= 1 else -0.5)
 
 
@@ -391,7 +391,7 @@ def test_the_count_is_nowhere_to_be_read():
     stats = clipper.accumulate(layer(torch.tensor([[0.1], [9.0], [8.0]])).flatten())
     assert stats.totals.shape == (4,)
     clipper.privatize(1.0, 60.0)
-    assert clipper._count == 0
+    assert clipper._bound.observed(World()) == (0,)
 
 
 # ---- refusals

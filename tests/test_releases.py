@@ -17,6 +17,7 @@ from torch import Generator, nn
 
 import fastloda
 from fastloda import DPTrainer, GhostClipper, PrivacyError, PrivateTraining
+from fastloda.privacy import noise as noise_module
 from fastloda.privacy import step as step_module
 from fastloda.privacy.step import ghost_dp_step
 from fastloda.randomness import Secret
@@ -76,19 +77,20 @@ def vector(t: DPTrainer) -> torch.Tensor:
 @pytest.fixture
 def released(monkeypatch):
     """(clipped sum, noise) of each release."""
-    pairs, noisy_mean, gaussian = [], step_module._noisy_mean, step_module.gaussian
+    pairs, add_noise, gaussian = [], step_module.add_noise_, noise_module.gaussian
 
-    def sum_seen(total, *arguments):
+    def sum_seen(sums, *arguments):
+        (total,) = sums
         pairs.append([total.clone()])
-        return noisy_mean(total, *arguments)
+        add_noise([total], *arguments)
 
     def noise_seen(*arguments):
         noise = gaussian(*arguments)
         pairs[-1].append(noise.clone())
         return noise
 
-    monkeypatch.setattr(step_module, "_noisy_mean", sum_seen)
-    monkeypatch.setattr(step_module, "gaussian", noise_seen)
+    monkeypatch.setattr(step_module, "add_noise_", sum_seen)
+    monkeypatch.setattr(noise_module, "gaussian", noise_seen)
     return pairs
 
 

@@ -91,12 +91,12 @@ def test_a_model_may_be_cast_between_steps():
 
 
 def test_noise_drawn_in_parts_is_of_one_piece(monkeypatch):
-    monkeypatch.setattr("fastloda.privacy.step.NOISE_NUMBERS", 100)
+    monkeypatch.setattr("fastloda.privacy.noise.AT_A_TIME", 100)
     model = nn.Linear(1000, 1)
     clipper = GhostClipper(model, max_grad_norm=2.0)
     clipper.privatize(noise_multiplier=3.0, expected_batch_size=6.0)
     noise = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert len(noise.unique()) == 1001
+    assert len(noise.unique()) > 990  # in float32 two of 1001 may be alike by chance
     assert noise.std().item() == pytest.approx(1.0, abs=0.15)
 
 

@@ -282,13 +282,13 @@ def test_a_resumed_run_does_not_repeat_its_batches(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("secure", [True, False])
 def test_the_count_is_on_the_disk_before_the_release(tmp_path, monkeypatch, secure):
-    path, seen, noisy_mean = tmp_path / "run.pt", [], step_module._noisy_mean
+    path, seen, add_noise = tmp_path / "run.pt", [], step_module.add_noise_
 
     def spying(*arguments):
         seen.append(read_intent(path)["steps"])
-        return noisy_mean(*arguments)
+        add_noise(*arguments)
 
-    monkeypatch.setattr(step_module, "_noisy_mean", spying)
+    monkeypatch.setattr(step_module, "add_noise_", spying)
     trainer(dataclasses.replace(SETTINGS, secure_noise=secure), checkpoint=path).fit()
     assert seen == list(range(1, 13))
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, chi2
 from torch import nn
 
-from fastloda import GhostClipper, PrivacyError, attach_loda, compose_epsilon
-from fastloda.engine import engine as make_private
+from fastloda import GhostClipper, PrivacyError, attach_loda, compose_epsilon, make_private
 from fastloda.files import write_atomically
 from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.training.sampling import micro_batches, poisson_sample

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from fastloda.audit.step import PrivateStep, Records, Released, Sampler, count, same, split
 from fastloda.errors import UserError
-from fastloda.privacy.step import GhostClipper, StepStats
+from fastloda.privacy.stats import StepStats
+from fastloda.privacy.step import GhostClipper
 from fastloda.privacy.watch import accept_changes
 from fastloda.training.trainer import DPTrainer, PrivateTraining
 

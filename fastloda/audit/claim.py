@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastloda.accounting.accountant import PrivacyAccountant
 from fastloda.accounting.compose import PrivacyAccountingWarning
 from fastloda.errors import UserError
-from fastloda.privacy.clip import check_max_grad_norm
+from fastloda.privacy.styles import check_max_grad_norm
 from fastloda.training.trainer import PrivateTraining
 
 

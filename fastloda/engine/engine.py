@@ -36,12 +36,12 @@ from fastloda.files import write_atomically
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import check_optimizer, trainable_parameters
 from fastloda.privacy.adaptive import AdaptiveClipping
-from fastloda.privacy.clip import PerParameter, check_positive
+from fastloda.privacy.clip import Clipping
 from fastloda.privacy.noise import NoiseSource
 from fastloda.privacy.ranks import World
 from fastloda.privacy.secure_noise import SecureGenerator
 from fastloda.privacy.step import GhostClipper
-from fastloda.privacy.styles import Clipping
+from fastloda.privacy.styles import PerParameter, check_positive
 
 REDUCTIONS = ("mean", "sum")
 MODES = ("hooks", "functorch", "ew", "ghost")  # of Opacus on one device: for us one and the same, exact gradient

@@ -15,11 +15,12 @@ from fastloda.engine.module import Tape
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.refusals import check_optimizer
 from fastloda.privacy.adaptive import AdaptiveClipping
-from fastloda.privacy.clip import check_max_grad_norm
+from fastloda.privacy.clip import Clipping
 from fastloda.privacy.noise import NoiseSource
 from fastloda.privacy.ranks import World
-from fastloda.privacy.step import GhostClipper, StepStats
-from fastloda.privacy.styles import Clipping
+from fastloda.privacy.stats import StepStats
+from fastloda.privacy.step import GhostClipper
+from fastloda.privacy.styles import check_max_grad_norm
 from fastloda.randomness import hold, renew
 
 PRIVACY = "privacy"  # the key in the state's first parameter group

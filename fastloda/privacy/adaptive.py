@@ -14,6 +14,7 @@ accountant charges for noise multiplier z, Poisson amplification included (ib., 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fastloda.errors import UserError
-from fastloda.privacy.clip import Flat, check_positive
 from fastloda.privacy.noise import NoiseSource, gaussian
 from fastloda.privacy.ranks import World
+from fastloda.privacy.styles import Bound, Flat, check_positive
 
 LARGEST_SHARE = 0.99  # of a step's cost that the count may take: the gradient's noise is then tenfold
 DEFAULT_COUNT_NOISE = 1 / 20  # of the expected batch size, as in the paper
@@ -91,42 +92,53 @@ class AdaptiveClipping(Flat):
         """z_g = (z^-2 - (2 sigma_b)^-2)^(-1/2), and 0 for z = 0, where the count has no noise either."""
         return noise_multiplier / math.sqrt(1 - self.share(noise_multiplier, expected_batch_size))
 
-    def centred_count(self, norms: Tensor, bound: float, mask: Tensor) -> Tensor:
-        """S of norms [samples], float64: each sample adds 1/2 or -1/2; 0 if it is masked or not finite."""
-        halves = torch.where(norms <= bound, 0.5, -0.5).to(norms.dtype)
-        return torch.where(mask & norms.isfinite(), halves, 0.0).sum()
+    def moved(self, bound: float, below: float) -> float:
+        """Compute the next bound, within its limits; below: b, the noisy share of gradients that were not longer."""
+        log = math.log(bound) - self.learning_rate * (below - self.quantile)
+        return math.exp(min(max(log, math.log(self.min_bound)), math.log(self.max_bound)))
 
-    def moved_bound(
-        self,
-        bound: float,
-        count: Tensor,
-        noise_multiplier: float,
-        expected_batch_size: float,
-        world: World,
-        generator: NoiseSource | None,
-    ) -> float:
-        """C exp(-learning_rate (b - quantile)), on all ranks, for C = bound. count: this rank's share of S.
+    def bound_from(self, max_grad_norm: float) -> "MovingBound":
+        """Make the bound that a run of steps starts with: `initial`, or max_grad_norm."""
+        return MovingBound(self.initial or max_grad_norm, self)
 
-        Releases b, with its noise unless noise_multiplier is 0; nothing else of the count leaves this function.
-        """
-        count = world.sum_to_first({"count": count})["count"]
-        moved = count.new_tensor(bound)
+
+class MovingBound(Bound):
+    """The bound C of `AdaptiveClipping`, and the count S of what was observed since the last step.
+
+    S is private, as the clipped sums are: it leaves this object in `observed`, for the noise to be new, and noisy in `move`.
+    """
+
+    def __init__(self, value: float, style: AdaptiveClipping):
+        super().__init__(value)
+        self._style = style
+        self.forget()
+
+    def observe(self, norms: Tensor, mask: Tensor) -> None:
+        """Add to S: 1/2 for each gradient that is not longer than C, -1/2 for a longer one; norms float64."""
+        self._count = self._count.to(norms.device) + centred_count(norms, self.value, mask)
+
+    def forget(self) -> None:
+        self._count = torch.zeros((), dtype=torch.float64)
+
+    def observed(self, world: World) -> Sequence[Tensor]:
+        return (world.sum_to_first({"count": self._count})["count"],)
+
+    def move(
+        self, noise_multiplier: float, expected_batch_size: float, world: World, generator: NoiseSource | None
+    ) -> None:
+        """Set C to C exp(-learning_rate (b - quantile)). Releases b, with its noise unless noise_multiplier is 0."""
+        (count,) = self.observed(world)
+        moved = count.new_tensor(self.value)
         if world.first:
             if noise_multiplier > 0:
-                count = count + gaussian(count.shape, self.count_std(expected_batch_size), count.device, generator)
-            below = count.item() / expected_batch_size + 0.5
-            log = math.log(bound) - self.learning_rate * (below - self.quantile)
-            moved.fill_(math.exp(min(max(log, math.log(self.min_bound)), math.log(self.max_bound))))
+                std = self._style.count_std(expected_batch_size)
+                count = count + gaussian(count.shape, std, count.device, generator)
+            moved.fill_(self._style.moved(self.value, count.item() / expected_batch_size + 0.5))
         world.copy_from_first([moved])
-        return moved.item()
+        self.value = moved.item()
 
-    def statement(self, noise_multiplier: float, expected_batch_size: float) -> dict:
-        return {
-            "mechanism": "Gaussian noise on the sum of clipped per-record gradients, and on the count of the gradients "
-            "within the bound; both divided by the expected batch size",
-            "clipping": self.name,
-            "quantile": self.quantile,
-            "count_noise": self.count_std(expected_batch_size),
-            "gradient_noise_multiplier": self.gradient_noise(noise_multiplier, expected_batch_size),
-            "share_spent_on_count": self.share(noise_multiplier, expected_batch_size),
-        }
+
+def centred_count(norms: Tensor, bound: float, mask: Tensor) -> Tensor:
+    """Compute S of norms [samples], float64: each sample adds 1/2 or -1/2; 0 if it is masked or not finite."""
+    halves = torch.where(norms <= bound, 0.5, -0.5).to(norms.dtype)
+    return torch.where(mask & norms.isfinite(), halves, 0.0).sum()

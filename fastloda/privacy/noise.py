@@ -33,6 +33,8 @@ UNRECORDED = "not on record for every release: take the noise for foreseeable"
 UNFORESEEABLE = "seeded by the operating system"
 SECURE = "noise from the operating system's cryptographically secure generator; sampling seeded by the operating system"
 
+AT_A_TIME = 1 << 22  # numbers: 32 MiB
+
 _begun: set[bytes] = set()  # how each draw from a source of one's own began
 _generators: dict[torch.device, Generator] = {}
 # A forked child must not repeat its parent's noise.
@@ -105,3 +107,11 @@ def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
     elif numbers:
         _begun.add(begin)
     return noise
+
+
+def add_noise_(sums: Iterable[Tensor], std: float, generator: NoiseSource | None = None) -> None:
+    """Add N(0, std^2) to float64 sums in place, a part of each at a time; nothing for std 0."""
+    if std:
+        for total in sums:
+            for part in total.split(AT_A_TIME):
+                part.add_(gaussian(part.shape, std, part.device, generator))

@@ -6,14 +6,9 @@ clipping a count as well, which is accounted for (`fastloda.privacy.adaptive`).
 """
 
 import math
-import warnings
-import weakref
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastloda.errors import UserError
 from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads
@@ -21,8 +16,8 @@ from fastloda.per_sample.fallback.functional import cover_modules
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import check_optimizer, trainable_parameters
 from fastloda.privacy.adaptive import AdaptiveClipping
-from fastloda.privacy.clip import check_max_grad_norm, clip_factors, group_norms, group_sums
-from fastloda.privacy.noise import NoiseOver, NoiseSource, gaussian
+from fastloda.privacy.clip import Clipping, clip_factors, clipping_style, group_norms, group_sums
+from fastloda.privacy.noise import NoiseOver, NoiseSource, add_noise_
 from fastloda.privacy.ranks import (
     Group,
     World,
@@ -32,64 +27,10 @@ from fastloda.privacy.ranks import (
     parameter_facts,
     value_facts,
 )
-from fastloda.privacy.styles import Clipping, clipping_style
-from fastloda.privacy.sums import FlatSums
-from fastloda.privacy.watch import Watch, add_watcher, watch_from_update, watched_since_update
-
-WASTED = 0.95  # of the samples without a finite gradient: the step learned nothing
-NOISE_NUMBERS = 1 << 22  # drawn at a time: 32 MiB
-
-
-@dataclass(frozen=True, repr=False)
-class StepStats:
-    """Counts over the samples of a step. They are statistics of private data: for the operator, not for release.
-
-    Kept on the device until read, so that a step does not wait for the GPU; `+` joins micro-batches.
-    """
-
-    totals: Tensor  # float64 [4]: samples, clipped, nonfinite, sum of the finite samples' losses
-
-    @property
-    def samples(self) -> int:
-        """Samples that were not masked."""
-        return int(self.totals[0])
-
-    @property
-    def clipped(self) -> int:
-        """Samples whose gradient was longer than its bound; with clipping per layer, in some layer."""
-        return int(self.totals[1])
-
-    @property
-    def nonfinite(self) -> int:
-        """Samples that contributed zero because their gradient was not finite."""
-        return int(self.totals[2])
-
-    @classmethod
-    def none(cls, device: torch.device) -> "StepStats":
-        """Those of no samples."""
-        return cls(torch.zeros(4, dtype=torch.float64, device=device))
-
-    @property
-    def wasted(self) -> bool:
-        """Whether nearly no sample had a finite gradient: the step, which is paid for, released noise alone."""
-        return self.nonfinite > WASTED * self.samples
-
-    @property
-    def clipped_fraction(self) -> float:
-        return self.clipped / self.samples if self.samples else 0.0
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean loss over the samples with a finite gradient; NaN if there is none."""
-        finite = self.samples - self.nonfinite
-        return float(self.totals[3]) / finite if finite else math.nan
-
-    def __add__(self, other: "StepStats") -> "StepStats":
-        return StepStats(self.totals + other.totals)
-
-    def __repr__(self) -> str:
-        counts = f"samples={self.samples}, clipped={self.clipped}, nonfinite={self.nonfinite}"
-        return f"StepStats({counts}, mean_loss={self.mean_loss:.6g})"
+from fastloda.privacy.stats import StepStats
+from fastloda.privacy.styles import check_max_grad_norm
+from fastloda.privacy.sums import Alike, FlatSums
+from fastloda.privacy.watch import Watch, add_watcher, resume_after_update, watch_from_update, watched_since_update
 
 
 class GhostClipper:
@@ -128,7 +69,7 @@ class GhostClipper:
         clipping: Clipping = "flat",
         group: Group = None,
     ):
-        self.max_grad_norm = check_max_grad_norm(max_grad_norm)
+        max_grad_norm = check_max_grad_norm(max_grad_norm)
         self.views = check_views(views)
         self.clipping = clipping_style(clipping)
         self.model = model
@@ -143,13 +84,20 @@ class GhostClipper:
         self._watch: Watch | None = Watch(members)  # None from the noise to the end of the update
         add_watcher(model, self)
         self._groups = self.clipping.groups(self.parameters)
-        shares = self.clipping.shares(self._groups, self.max_grad_norm)
+        shares = self.clipping.shares(self._groups, max_grad_norm)
         device = next(iter(self.parameters.values())).device
         self._shares = torch.tensor(shares, dtype=torch.float64, device=device)[:, None]
-        self._adaptive = self.clipping if isinstance(self.clipping, AdaptiveClipping) else None
-        if self._adaptive:
-            self.max_grad_norm = self._adaptive.initial or self.max_grad_norm
+        self._bound = self.clipping.bound_from(max_grad_norm)
         self.reset()
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The bound on a sample's contribution to the sum that is being made."""
+        return self._bound.value
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        self._bound.value = check_max_grad_norm(value)
 
     @property
     def world(self) -> World:
@@ -159,7 +107,7 @@ class GhostClipper:
     def reset(self) -> None:
         """Forget what was accumulated."""
         self._sums = FlatSums(self.parameters)  # anew, for the model may have been moved or cast
-        self._count = self._shares.new_zeros(())  # of adaptive clipping; private, as the sums are
+        self._bound.forget()
         self._stats = StepStats.none(self._shares.device)
 
     def accumulate(self, losses: Tensor, mask: Tensor | None = None) -> StepStats:
@@ -204,9 +152,8 @@ class GhostClipper:
             norms, bounds = group_norms(grads, self._groups, samples, losses.device), self._shares * self.max_grad_norm
             factors = clip_factors(norms, bounds, mask, self.clipping)
             self._sums.add_(group_sums(grads, self._groups, factors))
-        if self._adaptive:
-            self._count += self._adaptive.centred_count(norms[0], self.max_grad_norm, mask)
-        stats = _stats(losses, norms, mask, bounds)
+            self._bound.observe(norms[0], mask)
+        stats = StepStats.of(losses, norms, mask, bounds)
         self._stats += stats
         return stats
 
@@ -236,27 +183,27 @@ class GhostClipper:
         std = self.clipping.gradient_noise(noise_multiplier, expected_batch_size) * self.max_grad_norm
         sums = world.sum_to_first(self._sums.buffers)
         if callable(generator):
-            counts = world.sum_to_first({"count": self._count}) if self._adaptive else {}
-            generator = generator([*sums.values(), *counts.values()])
-        noise = std if world.first else 0.0
-        means = {alike: _noisy_mean(sums[alike], noise, expected_batch_size, alike[1], generator) for alike in sums}
+            generator = generator([*sums.values(), *self._bound.observed(world)])
+        if world.first:
+            add_noise_(sums.values(), std, generator)
+        means = {alike: (total / expected_batch_size).to(alike[1]) for alike, total in sums.items()}
         world.copy_from_first(list(means.values()))
-        if self._adaptive:
-            step = (self.max_grad_norm, self._count, noise_multiplier, expected_batch_size)
-            self.max_grad_norm = self._adaptive.moved_bound(*step, world, generator)
+        self._bound.move(noise_multiplier, expected_batch_size, world, generator)
+        self._hand_over(means)
+
+    def _hand_over(self, means: dict[Alike, Tensor]) -> None:
+        """Put the noisy means into `.grad`, and let the optimizer write to the parameters."""
         for name, grad in self._sums.parted(means).items():
             self.parameters[name].grad = grad
         stats = self._stats
         self.reset()
         self._watch = None
-        _released.add(self)
-        _follow_optimizers()
-        _warn_if_wasted(stats)  # last, for it waits for the GPU
+        resume_after_update(self)
+        stats.warn_if_wasted(stacklevel=3)  # last, for it waits for the GPU
 
     def watch(self) -> None:
         """Take the model as it is now: from here to the noise nothing may change."""
         self._watch = Watch(Members.of(self.model))
-        _released.discard(self)
 
     def _facts(self, noise_multiplier: float, expected_batch_size: float) -> dict[str, object]:
         """What all ranks must agree on."""
@@ -305,49 +252,6 @@ def ghost_dp_step(
     optimizer.step()
     watch_from_update(model)
     return stats
-
-
-_released: weakref.WeakSet[GhostClipper] = weakref.WeakSet()  # those whose parameters an optimizer has yet to move
-
-
-@cache
-def _follow_optimizers() -> None:
-    """Once in a process: let every clipper watch its model again when an optimizer has moved its parameters."""
-
-    def after_step(optimizer: torch.optim.Optimizer, *_) -> None:
-        for clipper in list(_released):
-            own = {id(p) for p in clipper.parameters.values()}
-            if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-                clipper.watch()
-
-    register_optimizer_step_post_hook(after_step)
-
-
-def _stats(losses: Tensor, norms: Tensor, mask: Tensor, bounds: Tensor) -> StepStats:
-    finite, longer = norms.isfinite().all(0), (norms > bounds).any(0)
-    loss = losses.detach().double().view(len(mask), -1).mean(1)
-    counts = [mask, mask & finite & longer, mask & ~finite, torch.where(mask & finite, loss, 0.0)]
-    return StepStats(torch.stack([count.sum(dtype=torch.float64) for count in counts]))
-
-
-def _warn_if_wasted(stats: StepStats) -> None:
-    if stats.wasted:
-        warnings.warn(
-            f"{stats.nonfinite} of {stats.samples} samples had a gradient that is not finite and contributed zero: this step "
-            "released noise alone, and was paid for. Look for an overflow in the model or the loss (float16?), and for "
-            "parameters that are not finite",
-            stacklevel=3,
-        )
-
-
-def _noisy_mean(total: Tensor, std: float, count: float, dtype: torch.dtype, generator: NoiseSource | None) -> Tensor:
-    """(total [numbers] + N(0, std^2)) / count in `dtype`; with noise computed in float64, a part at a time."""
-    if not std:
-        return (total / count).to(dtype)
-    mean = torch.empty_like(total, dtype=dtype)
-    for into, part in zip(mean.split(NOISE_NUMBERS), total.split(NOISE_NUMBERS)):
-        into.copy_(gaussian(part.shape, std, part.device, generator).add_(part).div_(count))
-    return mean
 
 
 def _check_privatize(noise_multiplier: float, expected_batch_size: float) -> None:

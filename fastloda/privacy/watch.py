@@ -6,11 +6,13 @@ watched from the end of one update to the noise of the next.
 """
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.members import Members
@@ -72,7 +74,13 @@ OWN_CHANGES = (
 
 
 class Watcher(Protocol):
-    """Whoever watches a model from step to step."""
+    """Whoever watches a model from step to step.
+
+    Attributes:
+        parameters: those that an update moves, by name.
+    """
+
+    parameters: dict[str, nn.Parameter]
 
     def watch(self) -> None:
         """Take the model as it is now."""
@@ -99,6 +107,29 @@ def watch_from_update(model: nn.Module) -> None:
     _after_update[model] = Watch(Members.of(model))
 
 
+_awaiting_update: WeakSet[Watcher] = WeakSet()
+
+
+def resume_after_update(watcher: Watcher) -> None:
+    """Let a watcher take the model as it is when an optimizer has next moved its parameters."""
+    _awaiting_update.add(watcher)
+    _follow_optimizers()
+
+
+@cache
+def _follow_optimizers() -> None:
+    """Hook into PyTorch's optimizers, once in a process."""
+
+    def after_step(optimizer: torch.optim.Optimizer, *_) -> None:
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for watcher in list(_awaiting_update):
+            if any(id(p) in moved for p in watcher.parameters.values()):
+                _awaiting_update.discard(watcher)
+                watcher.watch()
+
+    register_optimizer_step_post_hook(after_step)
+
+
 def accept_changes(model: nn.Module) -> None:
     """Take a model as it is now, whatever was done to it since its last private step: weights loaded or bounded, say.
 
@@ -106,6 +137,7 @@ def accept_changes(model: nn.Module) -> None:
     """
     _after_update.pop(model, None)
     for watcher in _watchers.get(model, ()):
+        _awaiting_update.discard(watcher)
         watcher.watch()
 
 

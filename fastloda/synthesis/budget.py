@@ -11,8 +11,10 @@ from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.errors import UserError
 from fastloda.files import write_atomically
+from fastloda.privacy.adaptive import AdaptiveClipping
+from fastloda.privacy.clip import ClippingName, clipping_style
 from fastloda.privacy.noise import UNRECORDED, describe_randomness, describe_together
-from fastloda.privacy.styles import ClippingName, clipping_style
+from fastloda.privacy.styles import Automatic, Flat, PerLayer
 from fastloda.synthesis.report.plots import epsilon_plot
 from fastloda.synthesis.runs import CONFIG, DONE, write_json
 from fastloda.training.spent import intent_path
@@ -186,8 +188,27 @@ def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[di
             "secure_noise": settings.secure_noise,
         }
         | _randomness(all_releases)
-        | clipping_style(settings.clipping).statement(settings.noise_multiplier, settings.expected_batch_size)
+        | _clipping(clipping_style(settings.clipping), settings.noise_multiplier, settings.expected_batch_size)
     )
+
+
+def _clipping(style: Flat, noise_multiplier: float, expected_batch_size: float) -> dict:
+    match style:
+        case AdaptiveClipping():
+            return {
+                "mechanism": "Gaussian noise on the sum of clipped per-record gradients, and on the count of the gradients "
+                "within the bound; both divided by the expected batch size",
+                "clipping": style.name,
+                "quantile": style.quantile,
+                "count_noise": style.count_std(expected_batch_size),
+                "gradient_noise_multiplier": style.gradient_noise(noise_multiplier, expected_batch_size),
+                "share_spent_on_count": style.share(noise_multiplier, expected_batch_size),
+            }
+        case Automatic():
+            return {"clipping": style.name, "gamma": style.gamma}
+        case PerLayer():
+            return {"clipping": style.name, "bounds": "equal" if style.bounds is None else dict(style.bounds)}
+    return {"clipping": style.name}
 
 
 def release_statement(what: str, mechanism: Sequence, delta: float, records: int, seed: int | None) -> dict:

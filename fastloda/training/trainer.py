@@ -21,12 +21,13 @@ from fastloda.errors import PrivacyError, UserError
 from fastloda.files import make_place
 from fastloda.interrupts import interrupts_wait
 from fastloda.per_sample.refusals import check_optimizer
-from fastloda.privacy.clip import check_max_grad_norm
+from fastloda.privacy.clip import Clipping, clipping_style
 from fastloda.privacy.noise import NoiseSource, describe_randomness, draws_alike
 from fastloda.privacy.ranks import Group, World, hand_back_shards, replicate
 from fastloda.privacy.secure_noise import SecureGenerator
-from fastloda.privacy.step import GhostClipper, StepStats
-from fastloda.privacy.styles import Clipping, clipping_style
+from fastloda.privacy.stats import StepStats
+from fastloda.privacy.step import GhostClipper
+from fastloda.privacy.styles import check_max_grad_norm
 from fastloda.randomness import Secret, generator_states, restore_generators, restored
 from fastloda.training.average import Average, copy_into
 from fastloda.training.batches import Batches, Columns
@@ -478,7 +479,7 @@ class DPTrainer:
                 f"{self.checkpoint} is of a run with other settings: {different}; use them, or another file"
             )
         self.accountant.load_state_dict(state["accountant"])
-        self.clipper.max_grad_norm = check_max_grad_norm(state["max_grad_norm"])
+        self.clipper.max_grad_norm = state["max_grad_norm"]
         copy_into(self.parameters, state["parameters"])
         self.average.load(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

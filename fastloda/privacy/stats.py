@@ -1,0 +1,80 @@
+"""What the operator of a private step may look at."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WASTED = 0.95  # of the samples without a finite gradient: the step learned nothing
+
+
+@dataclass(frozen=True, repr=False)
+class StepStats:
+    """Counts over the samples of a step. They are statistics of private data: for the operator, not for release.
+
+    Kept on the device until read, so that a step does not wait for the GPU; `+` joins micro-batches.
+    """
+
+    totals: Tensor  # float64 [4]: samples, clipped, nonfinite, sum of the finite samples' losses
+
+    @property
+    def samples(self) -> int:
+        """Samples that were not masked."""
+        return int(self.totals[0])
+
+    @property
+    def clipped(self) -> int:
+        """Samples whose gradient was longer than its bound; with clipping per layer, in some layer."""
+        return int(self.totals[1])
+
+    @property
+    def nonfinite(self) -> int:
+        """Samples that contributed zero because their gradient was not finite."""
+        return int(self.totals[2])
+
+    @classmethod
+    def of(cls, losses: Tensor, norms: Tensor, mask: Tensor, bounds: Tensor) -> "StepStats":
+        """Count over a micro-batch: norms [groups, samples], bounds [groups, 1], mask [samples]."""
+        finite, longer = norms.isfinite().all(0), (norms > bounds).any(0)
+        loss = losses.detach().double().view(len(mask), -1).mean(1)
+        counts = [mask, mask & finite & longer, mask & ~finite, torch.where(mask & finite, loss, 0.0)]
+        return cls(torch.stack([count.sum(dtype=torch.float64) for count in counts]))
+
+    @classmethod
+    def none(cls, device: torch.device) -> "StepStats":
+        """Those of no samples."""
+        return cls(torch.zeros(4, dtype=torch.float64, device=device))
+
+    @property
+    def wasted(self) -> bool:
+        """Whether nearly no sample had a finite gradient: the step, which is paid for, released noise alone."""
+        return self.nonfinite > WASTED * self.samples
+
+    @property
+    def clipped_fraction(self) -> float:
+        return self.clipped / self.samples if self.samples else 0.0
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over the samples with a finite gradient; NaN if there is none."""
+        finite = self.samples - self.nonfinite
+        return float(self.totals[3]) / finite if finite else math.nan
+
+    def warn_if_wasted(self, stacklevel: int = 2) -> None:
+        """Say that a step released noise alone; a GPU is waited for."""
+        if self.wasted:
+            warnings.warn(
+                f"{self.nonfinite} of {self.samples} samples had a gradient that is not finite and contributed zero: this step "
+                "released noise alone, and was paid for. Look for an overflow in the model or the loss (float16?), and for "
+                "parameters that are not finite",
+                stacklevel=stacklevel + 1,
+            )
+
+    def __add__(self, other: "StepStats") -> "StepStats":
+        return StepStats(self.totals + other.totals)
+
+    def __repr__(self) -> str:
+        counts = f"samples={self.samples}, clipped={self.clipped}, nonfinite={self.nonfinite}"
+        return f"StepStats({counts}, mean_loss={self.mean_loss:.6g})"
