@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastloda.kernels.conv import Conv
 from fastloda.loda.arithmetic import ConvOp
 from fastloda.per_sample.gradient import PerSampleGrad, squared_norms, weighted_sums
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.tensors import on_triton
 from fastloda.synthesis.diffusion import paper_unet
 
@@ -75,7 +75,7 @@ class Tensors:
         self.factors = torch.rand(samples, device=DEVICE, dtype=torch.float64)
         self.op = ConvOp(layer.conv, 1, SLOPE, SCALE)
         self.y, self.z = self.op.forward(self.x, self.W, None, self.A, self.B)
-        self.gz, self.piece_B = self.op.backward_up(self.gy, self.z, self.B)
+        self.gz, self.recipe_B = self.op.backward_up(self.gy, self.z, self.B)
 
 
 @dataclass(frozen=True)
@@ -103,17 +103,17 @@ def layer_operations(t: Tensors) -> list[Operation]:
     low, high = 2 * samples * positions * RANK * x.shape[1] * taps, 2 * samples * positions * RANK * gy.shape[1]
     gA_bytes, gB_bytes = (samples * p.numel() * FLOAT32 for p in (A, B))
     full = high // RANK * x.shape[1] * taps
-    piece_A, piece_W = t.op.piece_A(x, gz), t.op.piece_A(x, gy)
+    recipe_A, recipe_W = t.op.recipe_A(x, gz), t.op.recipe_A(x, gy)
     return [
         *(_kernel_forward(t, low, high) if on_triton(x) else _frozen_and_forward(t, low, high, full)),
         Operation("backward: gz, gB", lambda: _backward(t), _bytes(gy, z, gz) + gB_bytes, 2 * high),
-        Operation("gA: norm and store", lambda: _norm_and_store(piece_A, A, samples), _bytes(x, gz) + gA_bytes, low),
-        Operation("gA: norm", lambda: _norm(piece_A, A, samples), _bytes(x, gz), low),
-        Operation("gA: weighted sum", lambda: _again(piece_A, A, samples).weighted_sum(t.factors), _bytes(x, gz), low),
-        Operation("full layer: norm", lambda: _norm(piece_W, t.W, samples), _bytes(x, gy), full),
+        Operation("gA: norm and store", lambda: _norm_and_store(recipe_A, A, samples), _bytes(x, gz) + gA_bytes, low),
+        Operation("gA: norm", lambda: _norm(recipe_A, A, samples), _bytes(x, gz), low),
+        Operation("gA: weighted sum", lambda: _again(recipe_A, A, samples).weighted_sum(t.factors), _bytes(x, gz), low),
+        Operation("full layer: norm", lambda: _norm(recipe_W, t.W, samples), _bytes(x, gy), full),
         Operation(
             "full layer: weighted sum",
-            lambda: _again(piece_W, t.W, samples).weighted_sum(t.factors),
+            lambda: _again(recipe_W, t.W, samples).weighted_sum(t.factors),
             _bytes(x, gy, t.W),
             full,
         ),
@@ -156,24 +156,24 @@ def clip_and_sum(layers: Counter[Layer], samples: int) -> Operation:
 
 
 def _backward(t: Tensors) -> Tensor:
-    _, piece = t.op.backward_up(t.gy, t.z, t.B)
-    return _norm_and_store(piece, t.B, len(t.x))
+    _, recipe = t.op.backward_up(t.gy, t.z, t.B)
+    return _norm_and_store(recipe, t.B, len(t.x))
 
 
-def _norm_and_store(piece: Piece, parameter: Tensor, samples: int) -> Tensor:
-    if piece.with_squares is not None:
-        return piece.with_squares(*piece.tensors, samples)[1].sum(1)
-    kept = piece.compute(samples, slice(0, samples))
+def _norm_and_store(recipe: Recipe, parameter: Tensor, samples: int) -> Tensor:
+    if recipe.with_squares is not None:
+        return recipe.with_squares(*recipe.tensors, samples)[1].sum(1)
+    kept = recipe.compute(samples, slice(0, samples))
     return squared_norms([PerSampleGrad(parameter.shape, samples, kept=kept)], samples, DEVICE)
 
 
-def _norm(piece: Piece, parameter: Tensor, samples: int) -> Tensor:
-    return squared_norms([_again(piece, parameter, samples)], samples, DEVICE)
+def _norm(recipe: Recipe, parameter: Tensor, samples: int) -> Tensor:
+    return squared_norms([_again(recipe, parameter, samples)], samples, DEVICE)
 
 
-def _again(piece: Piece, parameter: Tensor, samples: int) -> PerSampleGrad:
+def _again(recipe: Recipe, parameter: Tensor, samples: int) -> PerSampleGrad:
     """Nothing kept: the gradients are made from the recipe."""
-    return PerSampleGrad(parameter.shape, samples, again=[piece])
+    return PerSampleGrad(parameter.shape, samples, again=[recipe])
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -187,15 +187,15 @@ def check(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_format) 
     y = t.op.reference(x, W, None, A, B)
     dx, *grads = zip(*(torch.autograd.grad(y[n], (x, W, A, B), t.gy[n].double(), retain_graph=True) for n in (0, 1)))
     squares = [sum(g.square().sum() for g in of_sample) for of_sample in zip(grads[1], grads[2])]
-    found = _norm_and_store(t.op.piece_A(t.x, t.gz), A, 2) + _backward(t)
+    found = _norm_and_store(t.op.recipe_A(t.x, t.gz), A, 2) + _backward(t)
     close = lambda a, b: _assert_close(a, b, TOLERANCE[dtype])  # noqa: E731
     close(t.y, y)
     close(t.op.grad_x(t.gy, t.gz, t.x, t.W, t.A), sum(dx))
     close(found, torch.stack(squares))
     for g, gradients, parameter in ((t.gy, grads[0], t.W), (t.gz, grads[1], t.A)):
-        piece = t.op.piece_A(t.x, g)
-        close(_norm(piece, parameter, 2), torch.stack([g.square().sum() for g in gradients]))
-        close(_again(piece, parameter, 2).weighted_sum(t.factors), sum(c * g for c, g in zip(t.factors, gradients)))
+        recipe = t.op.recipe_A(t.x, g)
+        close(_norm(recipe, parameter, 2), torch.stack([g.square().sum() for g in gradients]))
+        close(_again(recipe, parameter, 2).weighted_sum(t.factors), sum(c * g for c, g in zip(t.factors, gradients)))
 
 
 def _assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:

@@ -31,7 +31,7 @@ from fastloda.synthesis.diffusion import Diffusion, class_balanced_labels, digit
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.synthesis.methods import PublicChoice
 from fastloda.synthesis.methods.gaussian_release import noise_stream
-from fastloda.synthesis.methods.moved import moved
+from fastloda.synthesis.methods.pixel_moves import moved
 
 RECORDS, DELTA = 1437, 1e-5
 DEFAULTS = {

@@ -8,7 +8,7 @@ from fastloda.synthesis.methods import PublicChoice
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
 from fastloda.synthesis.methods.gaussian_release import noise_stream
 from fastloda.synthesis.methods.generator import class_means
-from fastloda.synthesis.methods.moved import moved
+from fastloda.synthesis.methods.pixel_moves import moved
 from fastloda.synthesis.methods.public_choice import tilted
 
 
@@ -150,6 +150,6 @@ def test_a_choice_trains_on_moved_images_or_on_public_ones(pool):
 def test_images_are_moved_part_by_part(monkeypatch):
     images = font_digits(60, seed=0)
     released = of_means(torch.zeros(10, 20), noise=0.1)
-    monkeypatch.setattr("fastloda.synthesis.methods.moved._TOGETHER", 30)
+    monkeypatch.setattr("fastloda.synthesis.methods.pixel_moves._TOGETHER", 30)
     halves = [moved(images[part], released, 0.25, progress=False).images for part in (slice(30), slice(30, 60))]
     assert torch.equal(moved(images, released, 0.25, progress=False).images, torch.cat(halves))

@@ -64,7 +64,7 @@ def tied():
     return nn.Sequential(first, nn.SiLU(), second)
 
 
-class Pieces(nn.Module):
+class Recipes(nn.Module):
     """Each sample is cut into two rows for one layer, and only its first row is seen by another."""
 
     def __init__(self, first_of):
@@ -83,7 +83,7 @@ MODELS = {
     "views": (lambda: nn.Sequential(conv(3, 4), nn.SiLU()), 2),
     "layer called twice": (lambda: Twice(conv(3, 3, (1, 3), padding=(0, 1), dilation=(2, 1))), 1),
     "tied adapters": (tied, 1),
-    "more rows, and fewer": (lambda: Pieces(first_of=2), 2),
+    "more rows, and fewer": (lambda: Recipes(first_of=2), 2),
     "checkpoint inside": (lambda: nn.Sequential(conv(3, 4), Checkpointed(nn.Sequential(nn.SiLU(), conv(4, 3)))), 1),
 }
 

@@ -97,7 +97,7 @@ USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # x [N, T, C]
 }
 
 
-class Made(nn.Module):
+class Composite(nn.Module):
     """A value made of two parameters, a network and constants, and features that it is used with."""
 
     def __init__(self, steps: list[str], use: str):
@@ -125,7 +125,7 @@ class Made(nn.Module):
 @st.composite
 def made(draw) -> drawn.Case:
     steps = draw(st.lists(st.sampled_from(sorted(MADE)), min_size=1, max_size=3))
-    model = drawn.thaw_some(draw, Made(steps, draw(st.sampled_from(sorted(USES)))))
+    model = drawn.thaw_some(draw, Composite(steps, draw(st.sampled_from(sorted(USES)))))
     model.above.requires_grad_(True)
     return drawn.draw_case(draw, model, (T, C))
 
@@ -147,7 +147,7 @@ def test_values_made_of_parameters_are_exact(chosen, counts, monkeypatch):
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("step", ["network", "product"])
 def test_every_use_of_what_is_made_is_exact(step, use):
-    model = drawn.randomise(Made([step], use).double())
+    model = drawn.randomise(Composite([step], use).double())
     check_covered(drawn.Case(model, torch.randn(4, T, C, dtype=torch.float64), views=2))
 
 

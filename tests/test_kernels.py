@@ -314,10 +314,10 @@ def test_a_parameter_that_is_kept_in_part_is_summed_before_its_norm(first_kept, 
     """Two calls of a layer, one's gradients kept, with the kernel's squares, the other's made again."""
     t = Tensors(SHAPES["3 x 3"], torch.float32, torch.channels_last)
     grad = PerSampleGrad(torch.Size([4, 20, 3, 3]), 3)
-    pieces = [products.conv_piece(None, as_it_is, x, t.gz, SAME, 0) for x in (t.x, t.x.flip(0))]
-    for piece, kept in zip(pieces, (first_kept, not first_kept)):
+    recipes = [products.conv_recipe(None, as_it_is, x, t.gz, SAME, 0) for x in (t.x, t.x.flip(0))]
+    for recipe, kept in zip(recipes, (first_kept, not first_kept)):
         monkeypatch.setattr(plan, "FUSED_KEEP_FACTOR", math.inf if kept else 0.0)
-        grad.add(piece)
+        grad.add(recipe)
     assert grad.kept is not None and len(grad.again) == 1
     truth = sum(sample_grad.sample_grads_reference(x.double(), t.gz.double(), SAME, 3) for x in (t.x, t.x.flip(0)))
     norms = squared_norms([grad], 3, t.x.device).sqrt()

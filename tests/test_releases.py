@@ -21,7 +21,7 @@ from fastloda.privacy import noise as noise_module
 from fastloda.privacy import step as step_module
 from fastloda.privacy.step import ghost_dp_step
 from fastloda.randomness import Secret
-from fastloda.training.spent import Releases, intent_path
+from fastloda.training.releases import Releases, intent_path
 
 SETTINGS = PrivateTraining(
     sample_rate=0.3,

@@ -75,9 +75,9 @@ def test_the_fused_rms_norm_of_gpus():
     x, gy = torch.randn(4, 3, 5, dtype=torch.float64), torch.randn(4, 3, 5, dtype=torch.float64)
     rstd = x.square().mean(-1, keepdim=True).rsqrt()
     node = SimpleNamespace(_saved_normalized_shape=[5], _saved_input=x, _saved_result1=rstd)
-    piece = rms_norm(Call(node, gy, 4, 1, {1: torch.Size([5])}))[1]
+    recipe = rms_norm(Call(node, gy, 4, 1, {1: torch.Size([5])}))[1]
     weight = torch.ones(5, dtype=torch.float64, requires_grad=True)
-    for i, found in enumerate(piece.compute(4, slice(0, 4))):
+    for i, found in enumerate(recipe.compute(4, slice(0, 4))):
         y = F.rms_norm(x[i], (5,), weight, eps=0.0)
         torch.testing.assert_close(found, torch.autograd.grad(y, weight, gy[i])[0])
 

@@ -24,7 +24,7 @@ from fastloda.synthesis.budget import Privacy, privacy_statement
 from fastloda.synthesis.settings import FineTuning
 from fastloda.training import trainer as trainer_module
 from fastloda.training.checkpoint import CheckpointError, load_checkpoint
-from fastloda.training.spent import intent_path, read_intent
+from fastloda.training.releases import intent_path, read_intent
 from fastloda.training.trainer import DPTrainer, PrivateTraining
 
 # ---- the distribution

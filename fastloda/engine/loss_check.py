@@ -2,7 +2,7 @@
 
 The private step sees the loss only as a gradient at the module's outputs. If that gradient of one sample depended on the
 others, a record could change more than its own clipped gradient. So no gradient enters the outputs before the loss's graph has
-been looked at (`fastloda.engine.separable`). Every backward pass that Python starts goes through PyTorch's engine; `LookingEngine`
+been looked at (`fastloda.engine.sample_flow`). Every backward pass that Python starts goes through PyTorch's engine; `LookingEngine`
 takes its place, looks, and opens the outputs for this one pass. Outputs that were not opened refuse their gradient: so a pass
 that comes another way (from C++, from TorchScript) ends there.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from fastloda.engine.separable import MEAN, SampleFlow
+from fastloda.engine.sample_flow import MEAN, SampleFlow
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.graph import nodes_below
 

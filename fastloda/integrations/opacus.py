@@ -25,7 +25,7 @@ from fastloda.kernels.conv import Conv
 from fastloda.loda.arithmetic import ConvOp, LinearOp
 from fastloda.loda.layers import LoDAConv2d, LoDALinear
 from fastloda.per_sample.gradient import PerSampleGrad, squared_norms
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.tensors import channel_sum, sample_rows
 
 LoDALayer = LoDAConv2d | LoDALinear
@@ -46,7 +46,7 @@ def grad_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor)
     n = len(backprops)
     if not n:
         return {p: p.new_zeros(0, *p.shape) for p in layer.parameters() if p.requires_grad}
-    return {p: piece.compute(n, slice(0, n)) for p, piece in _pieces(layer, *activations, backprops).items()}
+    return {p: recipe.compute(n, slice(0, n)) for p, recipe in _recipes(layer, *activations, backprops).items()}
 
 
 def norm_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -57,37 +57,37 @@ def norm_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor)
     if not n:
         return {p: p.new_zeros(0, dtype=torch.float64) for p in layer.parameters() if p.requires_grad}
     norms = {}
-    for p, piece in _pieces(layer, *activations, backprops).items():
+    for p, recipe in _recipes(layer, *activations, backprops).items():
         grad = PerSampleGrad(p.shape, n)
-        grad.add(piece)
+        grad.add(recipe)
         norms[p] = squared_norms([grad], n, backprops.device).sqrt()
     return norms
 
 
-def _pieces(layer: LoDALayer, x: Tensor, gy: Tensor) -> dict[nn.Parameter, Piece]:
+def _recipes(layer: LoDALayer, x: Tensor, gy: Tensor) -> dict[nn.Parameter, Recipe]:
     """The recipes of the trainable parameters' per-sample gradients."""
     with torch.no_grad(), torch.autocast(gy.device.type, enabled=False):
         x, A, B = (t.to(gy.dtype) for t in (x, layer.loda_A, layer.loda_B))
         op, x, z = _again(layer, x, A)
-        gz, piece_B = op.backward_up(gy, z, B)
+        gz, recipe_B = op.backward_up(gy, z, B)
     groups = getattr(layer, "groups", 1)
 
     def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
         """W's is as A's, with gy for gz, group by group."""
         x, gy = (t.reshape(len(t) * groups, -1, *t.shape[2:]) if groups > 1 else t for t in (x, gy))
         whole = slice(0, samples * groups)
-        return op.piece_A(x, gy).compute(whole.stop, whole).reshape(samples, *layer.weight.shape)
+        return op.recipe_A(x, gy).compute(whole.stop, whole).reshape(samples, *layer.weight.shape)
 
     def bias_grad(gy: Tensor, samples: int) -> Tensor:
         return channel_sum(gy, samples) if isinstance(op, ConvOp) else sample_rows(gy, samples).sum(1)
 
-    pieces = {
-        layer.loda_A: op.piece_A(x, gz),
-        layer.loda_B: piece_B,
-        layer.weight: Piece(weight_grad, (x, gy)),
-        layer.bias: Piece(bias_grad, (gy,)),
+    recipes = {
+        layer.loda_A: op.recipe_A(x, gz),
+        layer.loda_B: recipe_B,
+        layer.weight: Recipe(weight_grad, (x, gy)),
+        layer.bias: Recipe(bias_grad, (gy,)),
     }
-    return {p: piece for p, piece in pieces.items() if p is not None and p.requires_grad}
+    return {p: recipe for p, recipe in recipes.items() if p is not None and p.requires_grad}
 
 
 def _again(layer: LoDALayer, x: Tensor, A: Tensor) -> tuple[ConvOp | LinearOp, Tensor, Tensor]:

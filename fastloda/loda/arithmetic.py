@@ -24,8 +24,8 @@ from fastloda import kernels
 from fastloda.kernels.conv import Conv
 from fastloda.per_sample.amx import compute_dtype, sound_dtype, without_autocast
 from fastloda.per_sample.planner import split_rows
-from fastloda.per_sample.products import conv_piece
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.products import conv_recipe
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.taps import gather_taps
 from fastloda.per_sample.tensors import accumulable, lay_out_taps, on_triton, sample_rows, sum_rows
 
@@ -81,15 +81,15 @@ class ConvOp:
         add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
         return y, z
 
-    def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Piece]:
+    def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
         """-> gz = phi'(z) . s B^T gy, [N, r, OH, OW], and the recipe of B's per-sample gradients."""
         if on_triton(gy):  # one read of gy gives both
             backward = kernels.adapter_backward
             gz, parts = backward.adapter_backward(gy, z, B, self.slope, self.scale)
-            return gz, Piece(backward.add_parts_reference, (parts,), with_squares=backward.add_parts)
+            return gz, Recipe(backward.add_parts_reference, (parts,), with_squares=backward.add_parts)
         Bt = self._scaled(B.flatten(1).t())
         gh = torch.bmm(Bt.expand(len(gy), *Bt.shape), positions(gy))
-        return activation_grad(gh.view(z.shape), z, self.slope), Piece(self.grad_B, (gy, z), lay_out=lay_out_B)
+        return activation_grad(gh.view(z.shape), z, self.slope), Recipe(self.grad_B, (gy, z), lay_out=lay_out_B)
 
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
         """dx = W^T * gy + A^T * gz, [N, C, H, W]."""
@@ -113,11 +113,11 @@ class ConvOp:
         """The ordinary gradient of A, summed over all rows."""
         return self._convolution_backward(gz, x, A, 1, (False, True, False))[1]
 
-    def piece_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Piece:
+    def recipe_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Recipe:
         """The recipe of A's per-sample gradients. taps: of gz, if they are at hand."""
         lay_out = lambda grads: lay_out_taps(grads, self.conv.kernel)  # noqa: E731
         at_hand = None if taps is None else lambda samples: self.grad_A(x, gz, samples, taps)
-        return conv_piece(self.grad_A, lay_out, x, gz, self.conv, self.taps_bytes(gz, x), at_hand)
+        return conv_recipe(self.grad_A, lay_out, x, gz, self.conv, self.taps_bytes(gz, x), at_hand)
 
     def grad_A(self, x: Tensor, gz: Tensor, samples: int, taps: Tensor | None = None) -> Tensor:
         """Gradient of A for each sample, as `lay_out_taps` takes it: [samples, r k^2, C]."""
@@ -180,9 +180,9 @@ class LinearOp:
         y.view(-1, y.shape[-1]).addmm_(activation(z, self.slope).reshape(-1, z.shape[-1]), B.t(), alpha=self.scale)
         return y, z
 
-    def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Piece]:
+    def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
         """-> gz = phi'(z) . s B^T gy, [N, ..., r], and the recipe of B's per-sample gradients."""
-        return activation_grad(gy @ (B * self.scale), z, self.slope), Piece(self.grad_B, (gy, z))
+        return activation_grad(gy @ (B * self.scale), z, self.slope), Recipe(self.grad_B, (gy, z))
 
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
         """dx = W^T gy + A^T gz, [N, ..., C]."""
@@ -198,9 +198,9 @@ class LinearOp:
         """The ordinary gradient of A, summed over all rows."""
         return self.grad_A(x, gz, 1)[0]
 
-    def piece_A(self, x: Tensor, gz: Tensor, taps: None = None) -> Piece:
+    def recipe_A(self, x: Tensor, gz: Tensor, taps: None = None) -> Recipe:
         """The recipe of A's per-sample gradients."""
-        return Piece(self.grad_A, (x, gz))
+        return Recipe(self.grad_A, (x, gz))
 
     def grad_A(self, x: Tensor, gz: Tensor, samples: int) -> Tensor:
         """Gradient of A for each sample: [samples, r, C]."""

@@ -2,7 +2,7 @@
 
     z = A * x,   h = phi(z),   y = W * x + b + scale * B h        (LoDA: Liu et al. 2023; phi = identity is LoRA)
 
-Without a private step they are ordinary differentiable layers. For one, `per_sample/backward.py` puts a recorder on the autograd
+Without a private step they are ordinary differentiable layers. For one, `per_sample/backward.py` puts a receiver on the autograd
 node, and the layer's only backward pass hands it what per-sample gradients are made of, instead of summing them.
 """
 
@@ -32,7 +32,7 @@ class LoDAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, A, B, bias, op, dtype):
-        ctx.op, ctx.dtype, ctx.x_dtype, ctx.recorder = op, dtype, x.dtype, None
+        ctx.op, ctx.dtype, ctx.x_dtype, ctx.receiver = op, dtype, x.dtype, None
         with without_autocast(x.device.type):
             x, w, b, a, up = (None if t is None else t.to(dtype) for t in (x, weight, bias, A, B))
             y, z = op.forward(x, w, b, a, up)
@@ -45,15 +45,15 @@ class LoDAFunction(torch.autograd.Function):
         x, z, weight, A, B = ctx.saved_tensors
         op, gx, taps, gA, gB = ctx.op, None, None, None, None
         with without_autocast(gy.device.type):
-            gz, piece_B = op.backward_up(gy, z, B.to(ctx.dtype))
+            gz, recipe_B = op.backward_up(gy, z, B.to(ctx.dtype))
             if ctx.needs_input_grad[0]:
                 gx, taps = op.backward_down(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype))
                 gx = gx.to(ctx.x_dtype)
-            if ctx.recorder is not None:
-                ctx.recorder(gy, {A_INPUT: op.piece_A(x, gz, taps), B_INPUT: piece_B})
+            if ctx.receiver is not None:
+                ctx.receiver(gy, {A_INPUT: op.recipe_A(x, gz, taps), B_INPUT: recipe_B})
             elif any(ctx.needs_input_grad[A_INPUT : B_INPUT + 1]):
                 gA = op.weight_grad(x, gz, A.to(ctx.dtype)).to(A.dtype)
-                gB = piece_B.total().to(B.dtype)
+                gB = recipe_B.total().to(B.dtype)
         return gx, None, gA, gB, None, None, None
 
 
@@ -69,7 +69,7 @@ def apply_adapter(
     B: Tensor,
     by_row: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The fused Function, or the plain definition where the Function's recorder could not be reached.
+    """The fused Function, or the plain definition where the Function's receiver could not be reached.
 
     That is: under `torch.func` transforms and `torch.compile`, and where the base layer trains too (its own rule then
     covers W). The definition's operations have rules of their own, so that a private step stays exact.

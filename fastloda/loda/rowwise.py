@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastloda.kernels.conv import Conv
 from fastloda.loda.arithmetic import ConvOp, LinearOp
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.tensors import on_triton
 
 _SETTINGS = "int[] geometry, float slope, float scale"
@@ -75,9 +75,9 @@ def _(x, weight, bias, A, B, geometry, slope, scale):
 def _adapter_backward(gy, x, z, weight, A, B, needs_x, geometry, slope, scale):
     op, dtype, rows = _op(geometry, slope, scale), x.dtype, len(A)
     with torch.autocast(x.device.type, enabled=False):
-        gz, piece_B = op.backward_up(gy, z, B[0].to(dtype))
+        gz, recipe_B = op.backward_up(gy, z, B[0].to(dtype))
         gx, taps = op.backward_down(gy, gz, x, weight, A[0].to(dtype)) if needs_x else (None, None)
-        gA, gB = (_row_grads(piece, len(x), rows) for piece in (op.piece_A(x, gz, taps), piece_B))
+        gA, gB = (_row_grads(recipe, len(x), rows) for recipe in (op.recipe_A(x, gz, taps), recipe_B))
     return gx.contiguous(memory_format=_as_x(x, geometry)) if needs_x else x.new_empty(0), gA, gB
 
 
@@ -87,14 +87,14 @@ def _(gy, x, z, weight, A, B, needs_x, geometry, slope, scale):
     return gx, A.new_empty(A.shape), B.new_empty(B.shape)
 
 
-def _row_grads(piece: Piece, seen: int, rows: int) -> Tensor:
+def _row_grads(recipe: Recipe, seen: int, rows: int) -> Tensor:
     """A layer that saw k rows for each of the batch gives their sum; one that saw one for every k gives that to the first."""
     if seen % rows and rows % seen:
         raise ValueError(
             f"a LoDA layer saw {seen} rows in a compiled model whose first input has {rows}: the batch must come first"
         )
     owners = min(seen, rows)
-    grads = piece.lay_out(piece.raw_of_all(owners)).contiguous()
+    grads = recipe.lay_out(recipe.raw_of_all(owners)).contiguous()
     if owners == rows:
         return grads
     spread = grads.new_zeros(rows, *grads.shape[1:])

@@ -1,7 +1,7 @@
 """One backward pass that leaves the per-sample gradients of all trainable parameters, and nothing in `.grad`.
 
 Autograd is asked only for what lies above the parameters: weight gradients summed over the batch are never computed.
-A LoDA layer's node hands over its pieces from its own backward (it needs gz there anyway); any other operation is read
+A LoDA layer's node hands over its recipes from its own backward (it needs gz there anyway); any other operation is read
 by a rule from its saved tensors just before it runs, or from its captured grad_output if nothing below it is needed.
 """
 
@@ -15,18 +15,18 @@ from torch.utils.checkpoint import CheckpointError
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.batch_axis import batch_apart, locate
-from fastloda.per_sample.derived import Made
+from fastloda.per_sample.composites import Composite
 from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import LossGraph, Use
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.recomputed import let_rule_read_first, one_recomputation
 from fastloda.per_sample.regions import may_run_again
 from fastloda.per_sample.relaying import TILING, back_to_parameter
 from fastloda.per_sample.rules import Call, rule_of
 
-# on_record(node, grad_output with the batch first, make_pieces): called once for each operation that uses a trainable parameter.
-# make_pieces(samples) -> {input: Piece}
-OnRecord = Callable[[Node, Tensor, Callable[[int], dict[int, Piece]]], None]
+# on_use(node, grad_output with the batch first, make_recipes): called once for each operation that uses a trainable parameter.
+# make_recipes(samples) -> {input: Recipe}
+OnUse = Callable[[Node, Tensor, Callable[[int], dict[int, Recipe]]], None]
 
 
 def per_sample_grads(
@@ -38,27 +38,27 @@ def per_sample_grads(
     """
     grads = {name: PerSampleGrad(parameter.shape, samples) for name, parameter in parameters.items()}
 
-    def on_record(node: Node, gy: Tensor, make_pieces: Callable[[int], dict[int, Piece]]) -> None:
+    def on_use(node: Node, gy: Tensor, make_recipes: Callable[[int], dict[int, Recipe]]) -> None:
         try:
-            pieces = make_pieces(samples)
+            recipes = make_recipes(samples)
             for use in graph.uses[node]:
-                if use.index not in pieces:
+                if use.index not in recipes:
                     raise PrivacyError(f"used by {node.name()} (input {use.index}) without an exact per-sample rule")
-                grads[use.name].add(of_parameter(use, pieces[use.index], samples))
+                grads[use.name].add(of_parameter(use, recipes[use.index], samples))
         except PrivacyError as error:
             raise PrivacyError(f"{_names(graph, node)}: {error}") from error
 
     weights = losses.new_full(losses.shape, samples / len(losses))
-    run_backward(losses, weights, graph, parameters, on_record, retain_graph)
+    run_backward(losses, weights, graph, parameters, on_use, retain_graph)
     return grads
 
 
-def of_parameter(use: Use, piece: Piece, samples: int) -> Piece:
+def of_parameter(use: Use, recipe: Recipe, samples: int) -> Recipe:
     """The recipe for the parameter itself, from that for what the operation read."""
     if not use.steps:
-        return piece
-    keeps_norm = not any(isinstance(step, Made) or step.node.name() in TILING for step in use.steps)
-    return piece.through(
+        return recipe
+    keeps_norm = not any(isinstance(step, Composite) or step.node.name() in TILING for step in use.steps)
+    return recipe.through(
         back_to_parameter(use.steps), keeps_norm, samples * sum(step.scratch_bytes for step in use.steps)
     )
 
@@ -72,46 +72,46 @@ def run_backward(
     weights: Tensor,
     graph: LossGraph,
     parameters: Mapping[str, nn.Parameter],
-    on_record: OnRecord,
+    on_use: OnUse,
     retain_graph: bool,
 ) -> None:
-    """Backward from sum_i weights[i] losses[i] to the lowest uses of the parameters; every use goes through on_record."""
+    """Backward from sum_i weights[i] losses[i] to the lowest uses of the parameters; every use goes through on_use."""
     if not graph.uses:
         return
-    adapters = [node for node in graph.uses if rule_of(node).pieces is None]
-    others = [node for node in graph.uses if rule_of(node).pieces is not None]
+    adapters = [node for node in graph.uses if rule_of(node).recipes is None]
+    others = [node for node in graph.uses if rule_of(node).recipes is not None]
     lowest = [node for node in others if node not in graph.deeper]
     handles, read = [], {}
     try:
         for node in adapters:
-            node.recorder = _adapter_recorder(node, graph.outer[node], on_record)
+            node.receiver = _from_adapter(node, graph.outer[node], on_use)
         for node in others:  # a lowest one runs too if it shares a parameter with an adapter
-            handles.append(node.register_prehook(_rule_recorder(node, graph, on_record, read, runs=True)))
+            handles.append(node.register_prehook(_by_rule(node, graph, on_use, read, runs=True)))
         adapter_edges = dict.fromkeys(node.next_functions[use.index] for node in adapters for use in graph.uses[node])
         inputs = [GradientEdge(*edge) for edge in (*adapter_edges, *((node, 0) for node in lowest))]
         with one_recomputation(), _unreadable_refused(graph, read), may_run_again(graph.compiled):
             captured = torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)
             for node, gy in zip(lowest, captured[len(adapter_edges) :]):
                 if node not in read:
-                    _rule_recorder(node, graph, on_record, read, runs=False)((gy,))
+                    _by_rule(node, graph, on_use, read, runs=False)((gy,))
     finally:
         for handle in handles:
             handle.remove()
         for node in adapters:
-            node.recorder = None
+            node.receiver = None
 
 
-def _adapter_recorder(node: Node, outer: int, on_record: OnRecord):
-    """For a node that hands over its pieces, or what makes them."""
+def _from_adapter(node: Node, outer: int, on_use: OnUse):
+    """For a node that hands over its recipes, or what makes them."""
 
-    def record(gy: Tensor, pieces: dict[int, Piece] | Callable[[], dict[int, Piece]]) -> None:
-        def make_pieces(samples: int) -> dict[int, Piece]:
-            made = pieces() if callable(pieces) else pieces
+    def record(gy: Tensor, recipes: dict[int, Recipe] | Callable[[], dict[int, Recipe]]) -> None:
+        def make_recipes(samples: int) -> dict[int, Recipe]:
+            made = recipes() if callable(recipes) else recipes
             if outer <= 1 or samples == 1:
                 return made
-            return {index: piece.batch_first(lambda t: _batch_first(t, outer)) for index, piece in made.items()}
+            return {index: recipe.batch_first(lambda t: _batch_first(t, outer)) for index, recipe in made.items()}
 
-        on_record(node, _batch_first(gy, outer), make_pieces)
+        on_use(node, _batch_first(gy, outer), make_recipes)
 
     return record
 
@@ -121,19 +121,19 @@ def _batch_first(t: Tensor, outer: int) -> Tensor:
     return t if not outer or (dim, blocks) == (0, 1) else batch_apart(t, dim, blocks)
 
 
-def _rule_recorder(node: Node, graph: LossGraph, on_record: OnRecord, read: dict[Node, None], runs: bool):
+def _by_rule(node: Node, graph: LossGraph, on_use: OnUse, read: dict[Node, None], runs: bool):
     outer, shapes = graph.outer[node], {use.index: use.shape for use in graph.uses[node]}
 
-    def make_pieces(gy: Tensor, samples: int) -> dict[int, Piece]:
+    def make_recipes(gy: Tensor, samples: int) -> dict[int, Recipe]:
         if runs:
             let_rule_read_first(node)
-        return rule_of(node).pieces(Call(node, gy, samples, outer, shapes))
+        return rule_of(node).recipes(Call(node, gy, samples, outer, shapes))
 
     def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:
         read[node] = None
         if grad_outputs[0] is not None:
             gy = grad_outputs[0].detach()
-            on_record(node, _batch_first(gy, outer), lambda samples: make_pieces(gy, samples))
+            on_use(node, _batch_first(gy, outer), lambda samples: make_recipes(gy, samples))
 
     return prehook
 

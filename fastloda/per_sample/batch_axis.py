@@ -39,8 +39,8 @@ VIEWING = _kinds("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze V
 VIEWING |= _kinds("Squeeze", 1) | _kinds("Squeeze", 2)
 ELEMENTWISE = _kinds("Add Addcmul Div Mul Sub")
 BROADCASTING = ELEMENTWISE | _kinds("Expand Repeat")
-RECORDED = "RecordedFunctionBackward"  # tells where the batch is in each of its outputs: see `recorded.py`
-BATCH_FIRST = _kinds("Convolution NativeBatchNorm NativeGroupNorm") | {RECORDED}  # by definition
+LAYER_CALL = "LayerCallFunctionBackward"  # tells where the batch is in each of its outputs: see `layer_call.py`
+BATCH_FIRST = _kinds("Convolution NativeBatchNorm NativeGroupNorm") | {LAYER_CALL}  # by definition
 ORDERING = _kinds("Index IndexSelect")
 PARTING = _kinds("Slice Split SplitWithSizes Cat")  # may leave some of the samples
 PICKING = _kinds(
@@ -130,7 +130,7 @@ def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
     for node, below_it in reversed(edges.items()):
         kind, claim = node.name(), claims.get(node, 1)
         claims[node] = claim = 1 if kind in BATCH_FIRST and isinstance(claim, int) else claim
-        told = node.call.outer_blocks() if kind == RECORDED and isinstance(claim, int) else ()
+        told = node.call.outer_blocks() if kind == LAYER_CALL and isinstance(claim, int) else ()
         for index, (child, number) in enumerate(below_it):
             if child is None:
                 continue

@@ -17,14 +17,14 @@ from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.backward import of_parameter, run_backward
-from fastloda.per_sample.batch_axis import RECORDED, output_shape
+from fastloda.per_sample.batch_axis import LAYER_CALL, output_shape
 from fastloda.per_sample.fallback.functional import FunctionalRule, cover
-from fastloda.per_sample.fallback.recorded import tensors
+from fastloda.per_sample.fallback.layer_call import tensors
 from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import LossGraph, Use, trace
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.planner import Sizes, Way, choose, costs
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.refusals import check_graph, check_independence, trainable_parameters
 from fastloda.per_sample.rules import uncovered
 
@@ -184,13 +184,13 @@ Found = Mapping[str, Sequence[tuple[Use, Sizes]]]  # parameter -> its uses, and 
 def _sizes(losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], samples: int) -> Found:
     found = {name: [] for name in parameters}
 
-    def on_record(node: Node, gy: Tensor, make_pieces: Callable[[int], dict[int, Piece]]) -> None:
-        pieces = make_pieces(samples)
+    def on_use(node: Node, gy: Tensor, make_recipes: Callable[[int], dict[int, Recipe]]) -> None:
+        recipes = make_recipes(samples)
         for use in graph.uses[node]:
             grad = PerSampleGrad(parameters[use.name].shape, samples)
-            found[use.name].append((use, grad.sizes(of_parameter(use, pieces[use.index], samples))))
+            found[use.name].append((use, grad.sizes(of_parameter(use, recipes[use.index], samples))))
 
-    run_backward(losses, torch.ones_like(losses), graph, parameters, on_record, retain_graph=True)
+    run_backward(losses, torch.ones_like(losses), graph, parameters, on_use, retain_graph=True)
     return found
 
 
@@ -241,7 +241,7 @@ def _way(refused: Sequence[Use], use: Use | None, sizes: Sizes | None) -> tuple[
         return "refused", f"{refused[0].name!r} has no rule for {refused[0].node.name()}"
     if use is None:
         return "unused", "no gradient reached it"
-    if use.node.name() == RECORDED:
+    if use.node.name() == LAYER_CALL:
         slow = isinstance(use.node.call.rule, FunctionalRule)
         return ("functional", "through torch.func: slower") if slow else ("registered", "by its own rule")
     way = choose(sizes)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastloda import kernels
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.planner import Sizes, Way, choose, chunk_samples, rows_at_a_time
-from fastloda.per_sample.recipe import Piece, as_it_is
+from fastloda.per_sample.recipe import Recipe, as_it_is
 from fastloda.per_sample.reductions import row_squares, weighted_row_sum
 from fastloda.per_sample.tensors import on_triton
 
@@ -27,53 +27,53 @@ class PerSampleGrad:
     samples: int
     kept: Tensor | None = None
     lay_out: Callable[[Tensor], Tensor] = as_it_is  # of `kept`
-    again: list[Piece] = field(default_factory=list)
+    again: list[Recipe] = field(default_factory=list)
     squares: Tensor | None = None  # of `kept`, if its only call: [samples, parts], float64
 
-    def add(self, piece: Piece) -> None:
+    def add(self, recipe: Recipe) -> None:
         """Take in one layer call: as gradients if they are small, else as the recipe."""
-        rows = {t.shape[0] for t in piece.tensors}
+        rows = {t.shape[0] for t in recipe.tensors}
         if any(count % self.samples for count in rows):
             raise PrivacyError(
                 f"an operation saw {sorted(rows)} rows, no multiple of the {self.samples} samples in losses: the batch must come "
                 "first"
             )
-        way = choose(self.sizes(piece))
+        way = choose(self.sizes(recipe))
         if way is not Way.KEPT:
-            self.again.append(replace(piece, at_hand=None, fused=piece.ghost if way is Way.GHOST else piece.fused))
-        elif self.kept is None and piece.with_squares is not None:
-            self.kept, self.squares = piece.with_squares(*piece.tensors, self.samples)
+            self.again.append(replace(recipe, at_hand=None, fused=recipe.ghost if way is Way.GHOST else recipe.fused))
+        elif self.kept is None and recipe.with_squares is not None:
+            self.kept, self.squares = recipe.with_squares(*recipe.tensors, self.samples)
             self.lay_out = as_it_is
         else:
-            self._keep(piece)
+            self._keep(recipe)
 
-    def _keep(self, piece: Piece) -> None:
-        grads = piece.raw_of_all(self.samples)
+    def _keep(self, recipe: Recipe) -> None:
+        grads = recipe.raw_of_all(self.samples)
         if self.kept is None:
-            self.kept, self.lay_out = grads, piece.lay_out
+            self.kept, self.lay_out = grads, recipe.lay_out
             self.squares = row_squares(grads)[:, None]  # now, while the gradients are in the cache
         else:  # a further call may have other ideas of the order
-            self.kept, self.lay_out = self.lay_out(self.kept).add_(piece.lay_out(grads)), as_it_is
+            self.kept, self.lay_out = self.lay_out(self.kept).add_(recipe.lay_out(grads)), as_it_is
             self.squares = None
 
-    def sizes(self, piece: Piece) -> Sizes:
+    def sizes(self, recipe: Recipe) -> Sizes:
         """What the planner chooses by."""
-        fused, ghost = piece.fused is not None, piece.ghost is not None
-        return Sizes(self.samples, self.shape.numel(), piece.nbytes, piece.product, fused, ghost)
+        fused, ghost = recipe.fused is not None, recipe.ghost is not None
+        return Sizes(self.samples, self.shape.numel(), recipe.nbytes, recipe.product, fused, ghost)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(samples, their gradients in the order of `order`) piece by piece, the same numbers each time."""
+        """(samples, their gradients in the order of `order`) a few at a time, the same numbers each time."""
         if not self.again:
             if self.kept is not None:
                 yield slice(0, self.samples), self.kept
             return
         # made again in parts that need not be joined: that would be one more pass, over memory fresh from the system
-        sizes = [rows_at_a_time(self.samples, piece.scratch_bytes, piece.tensors[0].device) for piece in self.again]
+        sizes = [rows_at_a_time(self.samples, recipe.scratch_bytes, recipe.tensors[0].device) for recipe in self.again]
         size = min(*sizes, chunk_samples(self.shape.numel()))
         laid_out = self._sources > 1
         for start in range(0, self.samples, size):
             chosen = slice(start, min(start + size, self.samples))
-            parts = [(piece.compute_raw(self.samples, chosen), piece.lay_out) for piece in self.again]
+            parts = [(recipe.compute_raw(self.samples, chosen), recipe.lay_out) for recipe in self.again]
             if self.kept is not None:
                 parts.append((self.kept[chosen], self.lay_out))
             grads = [lay_out(part) if laid_out else part for part, lay_out in parts]
@@ -91,7 +91,7 @@ class PerSampleGrad:
         return self.again[0].lay_out if self.again else self.lay_out
 
     @property
-    def _lone(self) -> Piece | None:
+    def _lone(self) -> Recipe | None:
         """The only recipe, if kernels can do with it alone."""
         alone = self.kept is None and len(self.again) == 1 and self.again[0].fused is not None
         return self.again[0] if alone else None
@@ -103,8 +103,8 @@ class PerSampleGrad:
         """
         if self.squares is not None and not self.again:
             return self.squares
-        if piece := self._lone:
-            return piece.fused.squares(*piece.tensors, self.samples)
+        if recipe := self._lone:
+            return recipe.fused.squares(*recipe.tensors, self.samples)
         parts = [row_squares(grads) for _, grads in self.chunks()]
         return torch.cat(parts)[:, None] if parts else None
 
@@ -114,9 +114,9 @@ class PerSampleGrad:
         Raises:
             PrivacyError: the parameter entered an operation in another shape.
         """
-        if piece := self._lone:
-            accumulated_in = torch.promote_types(piece.tensors[0].dtype, torch.float32)
-            return self._checked(piece.fused.weighted_sum(*piece.tensors, factors.to(accumulated_in)))
+        if recipe := self._lone:
+            accumulated_in = torch.promote_types(recipe.tensors[0].dtype, torch.float32)
+            return self._checked(recipe.fused.weighted_sum(*recipe.tensors, factors.to(accumulated_in)))
         if not self._sources:
             return None
         if self.again:

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloda.per_sample.batch_axis import Edges, carries_batch, follow_batch, output_shape
-from fastloda.per_sample.derived import Consumers, Made, made_nodes, made_uses
+from fastloda.per_sample.composites import Composite, Consumers, composite_nodes, composite_uses
 from fastloda.per_sample.regions import COMPILED, code_number
 from fastloda.per_sample.relaying import TILING, Step, relays
 from fastloda.per_sample.rules import covers
@@ -32,7 +32,7 @@ class Use:
     node: Node
     index: int
     shape: Size
-    steps: tuple[Step | Made, ...] = ()
+    steps: tuple[Step | Composite, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def trace(
 
     places = follow_batch(edges, len(roots[0]) if roots[0].dim() else 1)
     outer = places.outer
-    made = made_nodes(edges, consumers, outer, covered)
+    made = composite_nodes(edges, consumers, outer, covered)
     names = {id(parameter): name for name, parameter in parameters.items()}
     found: dict[Node, list[Use]] = defaultdict(list)
     for leaf in order:
@@ -172,7 +172,7 @@ def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int]
                 pending.append((node, steps))
             elif node not in made:
                 uses[node, index] = Use(name, node, index, output_shape(tensor, number), steps)
-    for (node, index), value in made_uses(leaf, consumers, made).items():
+    for (node, index), value in composite_uses(leaf, consumers, made).items():
         if (node, index) not in uses:
             uses[node, index] = Use(name, node, index, output_shape(value.node, value.number), (value,))
     return list(uses.values())

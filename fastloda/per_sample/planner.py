@@ -26,7 +26,7 @@ FUSED_KEEP_FACTOR = 0.5
 # Ghost must cost less than this share of what it replaces: the counts say nothing of how well each way runs.
 GHOST_FACTOR = 0.5
 FLOPS_PER_BYTE = 8  # of a CPU core: what it computes in float32 while it moves a byte to memory
-# A gradient is written, then read for the norm; cleared of NaN, weighted and summed. Made again, it is written twice.
+# A gradient is written, then read for the norm; cleared of NaN, weighted and summed. Composite again, it is written twice.
 KEPT_PASSES, AGAIN_PASSES = 6, 8
 CHUNK_NUMBERS = 1 << 24  # gradients made again at a time: 64 MiB of float32
 SCRATCH_BYTES = {"cpu": 4 << 20}  # stays in a CPU's cache

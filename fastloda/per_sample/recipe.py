@@ -29,7 +29,7 @@ def as_it_is(grads: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Recipe:
     """`lay_out(grad(*tensors, samples)) -> [samples, *parameter.shape]`; each tensor has samples x k rows, sample-major.
 
     lay_out: only moves each sample's numbers. Norms are taken before it, and a sum over samples is laid out instead of each.
@@ -71,7 +71,7 @@ class Piece:
             return self.grad(*self.tensors, samples)
         return self.compute_raw(samples, slice(0, samples))
 
-    def through(self, back: Callable[[Tensor], Tensor], keeps_norm: bool, scratch_bytes: int = 0) -> "Piece":
+    def through(self, back: Callable[[Tensor], Tensor], keeps_norm: bool, scratch_bytes: int = 0) -> "Recipe":
         """The same for a parameter of which this one is made; back: [samples, *shape here] -> [samples, *shape there].
 
         scratch_bytes: temporaries of `back` for all samples at once.
@@ -93,7 +93,7 @@ class Piece:
         }
         return replace(self, **changed, with_squares=None, at_hand=None)
 
-    def batch_first(self, move: Callable[[Tensor], Tensor]) -> "Piece":
+    def batch_first(self, move: Callable[[Tensor], Tensor]) -> "Recipe":
         """The same from tensors whose batch `move` brings first."""
         return replace(self, tensors=tuple(map(move, self.tensors)), at_hand=None)
 

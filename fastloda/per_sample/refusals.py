@@ -199,7 +199,7 @@ class _Probe:
         samples = len(chosen)
         weights = chosen.repeat_interleave(len(self._losses) // samples).to(self._losses.dtype)
 
-        def on_record(node: Node, gy: Tensor, _) -> None:
+        def on_use(node: Node, gy: Tensor, _) -> None:
             names = ", ".join(repr(use.name) for use in self._graph.uses[node])
             if gy.numel() % samples:
                 raise PrivacyError(
@@ -222,7 +222,7 @@ class _Probe:
             if nonzero.any():
                 self.shown.add(node)
 
-        run_backward(self._losses, weights, self._graph, self._parameters, on_record, retain_graph=True)
+        run_backward(self._losses, weights, self._graph, self._parameters, on_use, retain_graph=True)
 
 
 def _differ(sizes: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from fastloda.privacy.noise import UNRECORDED, describe_randomness, describe_tog
 from fastloda.privacy.styles import Automatic, Flat, PerLayer
 from fastloda.synthesis.report.plots import epsilon_plot
 from fastloda.synthesis.runs import CONFIG, DONE, write_json
-from fastloda.training.spent import intent_path
+from fastloda.training.releases import intent_path
 from fastloda.training.trainer import DPTrainer, PrivateTraining
 
 logger = logging.getLogger("fastloda")

@@ -48,7 +48,7 @@ from fastloda.synthesis.inputs import (
 )
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
 from fastloda.synthesis.methods.gaussian_release import noise_stream
-from fastloda.synthesis.methods.moved import moved
+from fastloda.synthesis.methods.pixel_moves import moved
 from fastloda.synthesis.methods.public_choice import PublicChoice
 from fastloda.synthesis.models import load_unet, save_unet, was_chosen_privately
 from fastloda.synthesis.report.plots import sample_grid

@@ -32,9 +32,9 @@ from fastloda.randomness import Secret, generator_states, restore_generators, re
 from fastloda.training.average import Average, copy_into
 from fastloda.training.batches import Batches, Columns
 from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
+from fastloda.training.releases import Releases
 from fastloda.training.sampling import largest_share, micro_batches, poisson_sample, share
 from fastloda.training.schedules import Schedule, warmup_then
-from fastloda.training.spent import Releases
 from fastloda.training.unmixed import check_steady, halves, is_due, is_power_of_two, look
 
 # losses(model, batch, generator) -> one number per sample and view, [n * views], sample-major
@@ -142,7 +142,7 @@ class DPTrainer:
     A run stops before `target_epsilon` is exceeded. Its checkpoint holds the parameters, optimizer, average, random states, the
     accountant's record, and a secret from which each step's batch and noise follow; a killed run resumes bit for bit, so that a
     step taken again is the very same release, neither lost nor paid twice. A file beside the checkpoint lists the releases
-    beforehand, with a keyed hash of each sum (`fastloda.training.spent`; the two files belong together). A step taken again whose sum is
+    beforehand, with a keyed hash of each sum (`fastloda.training.releases`; the two files belong together). A step taken again whose sum is
     another (other losses, data or shapes) is not released: it and the lost ones after it stay charged and are not made again,
     and training goes on with new batches and new noise. Whether that happened may depend on a single record, if that alone was
     changed in between. With `secure_noise` no release can be repeated: those after the last checkpoint are charged and lost.

@@ -1,7 +1,7 @@
 """Exact per-sample gradients of any layer through `torch.func`: one forward and backward of it for each row, vectorised.
 
 Slower than a rule, and it keeps all per-row gradients. `cover(model)` puts it on the layers whose operations have no rule, and
-has the forward pass mark what is made of parameters alone, which needs none (`made.py`).
+has the forward pass mark what is made of parameters alone, which needs none (`composites.py`).
 """
 
 import functools
@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.amx import watch_convolutions
-from fastloda.per_sample.batch_axis import RECORDED, output_shape
-from fastloda.per_sample.derived import is_marking, marking
-from fastloda.per_sample.fallback.recorded import (
-    Recorded,
+from fastloda.per_sample.batch_axis import LAYER_CALL, output_shape
+from fastloda.per_sample.composites import is_marking, marking
+from fastloda.per_sample.fallback.layer_call import (
+    LayerCall,
+    call_as_one,
     detached,
     differentiable,
-    is_recording,
-    recorded_call,
+    may_be_one,
     tensors,
     trainable,
 )
@@ -123,7 +123,7 @@ def own_parameters(layer: nn.Module) -> tuple[str, ...]:
 class NotByRow(PrivacyError):
     """A call of a layer that takes or gives no rows."""
 
-    def __init__(self, message: str, call: Recorded):
+    def __init__(self, message: str, call: LayerCall):
         super().__init__(message)
         self.layer, self.names = call.layer, call.names
 
@@ -137,7 +137,7 @@ class FunctionalRule:
     vectorised: bool = True
     dims: dict[int, tuple[int, ...]] = field(default_factory=dict)  # number of outputs -> the batch dimension of each
 
-    def row_grads(self, call: Recorded, gys: list[Tensor]) -> dict[str, Tensor]:
+    def row_grads(self, call: LayerCall, gys: list[Tensor]) -> dict[str, Tensor]:
         try:
             rows = len(_batched(call)[0])
             if rows > 2 * self.verified:
@@ -150,7 +150,7 @@ class FunctionalRule:
             raise PrivacyError(f"{self._label(call)} can't be run row by row: {error}. {WHOLE}") from error
         return grads
 
-    def batch_dims(self, call: Recorded) -> tuple[int, ...]:
+    def batch_dims(self, call: LayerCall) -> tuple[int, ...]:
         """Where two rows make another shape than one."""
         found = self.dims.get(len(call.outputs))
         if found is None:
@@ -165,15 +165,15 @@ class FunctionalRule:
             found = self.dims[len(call.outputs)] = tuple(d for (d,) in differ)
         return found
 
-    def _label(self, call: Recorded) -> str:
+    def _label(self, call: LayerCall) -> str:
         return _label(self.name, call.layer)
 
-    def _first_rows(self, call: Recorded, count: int) -> tuple[Tensor, ...]:
+    def _first_rows(self, call: LayerCall, count: int) -> tuple[Tensor, ...]:
         args, kwargs = _with_rows(call, [t[[0] * count] for t in _batched(call)])
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda(call)):
             return call.run({}, args, kwargs)
 
-    def _by_row(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    def _by_row(self, call: LayerCall, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """-> {name: [rows, *shape]}, and the outputs."""
         if self.vectorised:
             try:
@@ -182,7 +182,7 @@ class FunctionalRule:
                 self.vectorised = False
         return self._one_by_one(call, gys)
 
-    def _one_by_one(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    def _one_by_one(self, call: LayerCall, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         dims, own, grads, outputs = self.batch_dims(call), _own(call), [], []
         for row in range(len(_batched(call)[0])):
             args, kwargs = _with_rows(call, [t[row : row + 1] for t in _batched(call)])
@@ -194,7 +194,7 @@ class FunctionalRule:
         joined = tuple(torch.cat(ys, dim) for ys, dim in zip(zip(*outputs), dims))
         return {name: torch.stack(by_row) for name, by_row in zip(own, zip(*grads))}, joined
 
-    def _vectorised(self, call: Recorded, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    def _vectorised(self, call: LayerCall, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         dims = self.batch_dims(call)
         own = {name: p.detach() for name, p in _own(call).items()}
 
@@ -212,7 +212,7 @@ class FunctionalRule:
             grads, outputs = by_row(_batched(call), [gy.movedim(dim, 0) for gy, dim in zip(gys, dims)])
         return grads, tuple(y.squeeze(dim + 1).movedim(0, dim) for y, dim in zip(outputs, dims))
 
-    def _verify(self, call: Recorded, rows: int) -> None:
+    def _verify(self, call: LayerCall, rows: int) -> None:
         """Once more by autograd: the gradients' sum, and that no row's output depends on another row."""
         generator = torch.Generator().manual_seed(0)
         gys = [torch.randn(y.shape, generator=generator).to(y) for y in call.outputs]
@@ -258,7 +258,7 @@ class Composed:
 
 @dataclass
 class Watched:
-    """A layer or model that may make values of its parameters alone, which `made.py` marks in the graph.
+    """A layer or model that may make values of its parameters alone, which `composites.py` marks in the graph.
 
     looked_into: whether all uses of its parameters were looked at.
     """
@@ -272,7 +272,7 @@ Rule = FunctionalRule | Undecided | Composed | Watched
 def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwargs):
     own = [functools.reduce(getattr, name.split("."), layer) for name in names]
     stood_in = any(not isinstance(p, nn.Parameter) for p in own)  # a layer around this one is taken whole
-    if stood_in or not is_recording() or not any(p.requires_grad for p in own):
+    if stood_in or not may_be_one() or not any(p.requires_grad for p in own):
         return type(layer).forward(layer, *args, **kwargs)
     outermost = not is_marking()
     with marking(layer) as marks:
@@ -306,7 +306,7 @@ def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple,
         )
         rule = FunctionalRule(rule.name)
         _install(layer, rule, names)
-    return recorded_call(layer, forward, rule, names, args, kwargs)
+    return call_as_one(layer, forward, rule, names, args, kwargs)
 
 
 def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Use]:
@@ -380,7 +380,7 @@ def _without_rule(model: nn.Module, given: Any, result: Any, tried: Mapping[str,
 
 def _has_rows(use: Use, rows: Collection[int]) -> bool:
     """Raises NotByRow: of a recorded layer, it has none at all."""
-    if use.node.name() == RECORDED:
+    if use.node.name() == LAYER_CALL:
         use.node.call.outer_blocks()
         return True
     numbers = output_shape(use.node).numel()
@@ -408,7 +408,7 @@ def _packed(layer: nn.RNNBase, names: tuple[str, ...], input: PackedSequence, hx
     padded, lengths = pad_packed_sequence(input, batch_first=True)
     rule = FunctionalRule(type(layer).__name__, vectorised=False)
     args = (padded, lengths, _turned(hx))
-    outputs, hidden = recorded_call(layer, _of_padded, rule, names, args, {})
+    outputs, hidden = call_as_one(layer, _of_padded, rule, names, args, {})
     if input.sorted_indices is not None:
         outputs, lengths = outputs[input.sorted_indices], lengths[input.sorted_indices.cpu()]
     data = pack_padded_sequence(outputs, lengths, batch_first=True).data
@@ -461,20 +461,20 @@ def _checked(modules: dict[str, nn.Module], name: str) -> nn.Module:
     return modules[name]
 
 
-def _rows(call: Recorded) -> int:
+def _rows(call: LayerCall) -> int:
     given = [t for t in tensors((call.args, call.kwargs)) if t.dim()]
     if not given:
         raise PrivacyError("it is called without a tensor that has a batch dimension")
     return len(given[0])
 
 
-def _batched(call: Recorded) -> list[Tensor]:
+def _batched(call: LayerCall) -> list[Tensor]:
     """The inputs with as many rows as the first; all others are the same for every sample."""
     rows = _rows(call)
     return [t for t in tensors((call.args, call.kwargs)) if t.dim() and len(t) == rows]
 
 
-def _with_rows(call: Recorded, rows: Sequence[Tensor]) -> tuple[tuple, dict]:
+def _with_rows(call: LayerCall, rows: Sequence[Tensor]) -> tuple[tuple, dict]:
     leaves, tree = tree_flatten((call.args, call.kwargs))
     given, own = iter(rows), {id(t) for t in _batched(call)}
     return tree_unflatten([next(given) if id(leaf) in own else leaf for leaf in leaves], tree)
@@ -484,7 +484,7 @@ def _label(name: str, layer: nn.Module) -> str:
     return f"layer {name or '(the model)'!r} ({type(layer).__name__})"
 
 
-def _own(call: Recorded) -> dict[str, Tensor]:
+def _own(call: LayerCall) -> dict[str, Tensor]:
     return {name: call.layer.get_parameter(name).detach().requires_grad_() for name in call.names}
 
 
@@ -502,5 +502,5 @@ def _rows_alone(gy: Tensor, dim: int, chosen: Tensor) -> Tensor:
     return gy * chosen.view(-1, *[1] * (gy.dim() - dim - 1))
 
 
-def _cuda(call: Recorded) -> list[torch.device]:
+def _cuda(call: LayerCall) -> list[torch.device]:
     return [t.device for t in _batched(call) if t.is_cuda][:1]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.backward import per_sample_grads
 from fastloda.per_sample.fallback.functional import own_parameters
-from fastloda.per_sample.fallback.recorded import Recorded, is_recording, of_rows, recorded_call, tensors
+from fastloda.per_sample.fallback.layer_call import LayerCall, call_as_one, may_be_one, of_rows, tensors
 from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import trace
 from fastloda.per_sample.members import Members
@@ -104,22 +104,22 @@ def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class UserRule:
-    """A layer's rule as `recorded.py` calls it."""
+    """A layer's rule as `layer_call.py` calls it."""
 
     rule: LayerRule
     signature: inspect.Signature
 
-    def row_grads(self, call: Recorded, gys: list[Tensor]) -> dict[str, Tensor]:
+    def row_grads(self, call: LayerCall, gys: list[Tensor]) -> dict[str, Tensor]:
         bound = self.signature.bind(call.layer, *call.args, **call.kwargs)
         bound.apply_defaults()
         with torch.no_grad():
             grads = self.rule(call.layer, bound.args[1:], gys[0] if len(gys) == 1 else tuple(gys))
         return {name: self._checked(grads, call, name, len(gys[0])) for name in call.names}
 
-    def batch_dims(self, call: Recorded) -> Sequence[int]:
+    def batch_dims(self, call: LayerCall) -> Sequence[int]:
         return (0,) * len(call.outputs)
 
-    def _checked(self, grads: Mapping[str, Tensor], call: Recorded, name: str, rows: int) -> Tensor:
+    def _checked(self, grads: Mapping[str, Tensor], call: LayerCall, name: str, rows: int) -> Tensor:
         wanted = (rows, *call.layer.get_parameter(name).shape)
         if name not in grads or tuple(grads[name].shape) != wanted:
             got = f"one of shape {tuple(grads[name].shape)}" if name in grads else "none"
@@ -135,8 +135,8 @@ def _register_layer(target: type[nn.Module], rule: LayerRule) -> LayerRule:
 
     @functools.wraps(plain)
     def forward(self, *args, **kwargs):
-        names = own_parameters(self) if type(self).forward is forward and is_recording() else ()
-        return recorded_call(self, plain, user, names, args, kwargs) if names else plain(self, *args, **kwargs)
+        names = own_parameters(self) if type(self).forward is forward and may_be_one() else ()
+        return call_as_one(self, plain, user, names, args, kwargs) if names else plain(self, *args, **kwargs)
 
     forward.row_rule_of = plain
     target.forward = forward
@@ -144,7 +144,7 @@ def _register_layer(target: type[nn.Module], rule: LayerRule) -> LayerRule:
 
 
 def _register_function(target: type[torch.autograd.Function], rule: FunctionRule) -> FunctionRule:
-    def pieces(call: Call) -> dict:
+    def recipes(call: Call) -> dict:
         if call.samples > 1 and call.place != (0, 1):
             raise PrivacyError(f"the rule registered for {target.__name__} needs the batch first")
         with torch.no_grad():
@@ -156,7 +156,7 @@ def _register_function(target: type[torch.autograd.Function], rule: FunctionRule
             )
         return {index: of_rows(grads[index]) for index in call.shapes}
 
-    FUNCTION_RULES[target] = Rule(pieces, range(1 << 16))
+    FUNCTION_RULES[target] = Rule(recipes, range(1 << 16))
     return rule
 
 

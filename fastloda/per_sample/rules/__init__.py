@@ -1,9 +1,9 @@
 """Exact per-sample gradient rules, one for each operation of the autograd graph that may use a trainable parameter.
 
-A rule sees a `Call` of the operation, its node (saved tensors) and grad_output, and answers with a `Piece` for each
+A rule sees a `Call` of the operation, its node (saved tensors) and grad_output, and answers with a `Recipe` for each
 parameter input, in the shape in which it enters. It may raise `PrivacyError` for a form of the operation that it does not cover.
 Uses by any other operation, as another input, or that `refuses` is true for, are refused before backward runs. A node that
-hands over its pieces itself, by a `recorder` (a LoDA layer, a layer with a rule of its own), has none here.
+hands over its recipes itself, by a `receiver` (a LoDA layer, a layer with a rule of its own), has none here.
 """
 
 from collections.abc import Callable, Collection
@@ -14,7 +14,7 @@ from torch import Size
 from torch.autograd.graph import Node
 
 from fastloda.per_sample.batch_axis import output_shape
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.broadcast import (
     add,
     addcmul,
@@ -38,9 +38,9 @@ if TYPE_CHECKING:  # it reads these rules
 
 
 class Rule(NamedTuple):
-    """`pieces(call) -> {input: Piece}` for the operation's inputs that may be parameters; None: the node hands them over."""
+    """`recipes(call) -> {input: Recipe}` for the operation's inputs that may be parameters; None: the node hands them over."""
 
-    pieces: Callable[[Call], dict[int, Piece]] | None
+    recipes: Callable[[Call], dict[int, Recipe]] | None
     inputs: Collection[int]
     refuses: Callable[[Node, Size, int], bool] = lambda node, shape, outer: False
 
@@ -99,7 +99,7 @@ def covers(node: Node, index: int, shape: Size, outer: int) -> bool:
     None does where the output is complex: a real parameter's gradient is then the real part of a complex product.
     """
     rule = rule_of(node)
-    if rule is None or rule.pieces is not None and any(output.dtype.is_complex for output in node._input_metadata):
+    if rule is None or rule.recipes is not None and any(output.dtype.is_complex for output in node._input_metadata):
         return False
     return index in rule.inputs and not rule.refuses(node, shape, outer)
 

@@ -13,73 +13,73 @@ from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.batch_axis import locate, output_shape
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.tensors import accumulable
 
 Factor = Callable[..., Tensor]  # (gy, *factors) -> grad_output of the parameter, not yet summed
 
 
-def add(call: Call) -> dict[int, Piece]:
+def add(call: Call) -> dict[int, Recipe]:
     """a + alpha b: inputs 0 a and 1 b."""
     factors = (1, call.node._saved_alpha)
     return {
-        index: _piece(call, shape, lambda gy, f=factors[index]: gy, scale=factors[index]) for index, shape in _of(call)
+        index: _recipe(call, shape, lambda gy, f=factors[index]: gy, scale=factors[index]) for index, shape in _of(call)
     }
 
 
-def sub(call: Call) -> dict[int, Piece]:
+def sub(call: Call) -> dict[int, Recipe]:
     """a - alpha b: inputs 0 a and 1 b."""
     factors = (1, -call.node._saved_alpha)
-    return {index: _piece(call, shape, lambda gy: gy, scale=factors[index]) for index, shape in _of(call)}
+    return {index: _recipe(call, shape, lambda gy: gy, scale=factors[index]) for index, shape in _of(call)}
 
 
-def mul(call: Call) -> dict[int, Piece]:
+def mul(call: Call) -> dict[int, Recipe]:
     """a b: inputs 0 a and 1 b, each saved only if the other needs a gradient."""
     others = lambda index: (call.node._saved_other, call.node._saved_self)[index]  # noqa: E731
-    return {index: _piece(call, shape, lambda gy, other: gy * other, others(index)) for index, shape in _of(call)}
+    return {index: _recipe(call, shape, lambda gy, other: gy * other, others(index)) for index, shape in _of(call)}
 
 
-def div(call: Call) -> dict[int, Piece]:
+def div(call: Call) -> dict[int, Recipe]:
     """a / b: inputs 0 a and 1 b."""
     node = call.node
-    pieces = {}
+    recipes = {}
     for index, shape in _of(call):
         if index == 0:
-            pieces[0] = _piece(call, shape, lambda gy, b: gy / b, node._saved_other)
+            recipes[0] = _recipe(call, shape, lambda gy, b: gy / b, node._saved_other)
         else:
-            pieces[1] = _piece(call, shape, lambda gy, a, b: -gy * (a / b) / b, node._saved_self, node._saved_other)
-    return pieces
+            recipes[1] = _recipe(call, shape, lambda gy, a, b: -gy * (a / b) / b, node._saved_self, node._saved_other)
+    return recipes
 
 
-def addcmul(call: Call) -> dict[int, Piece]:
+def addcmul(call: Call) -> dict[int, Recipe]:
     """a + value b c: inputs 0 a, 1 b and 2 c."""
     node = call.node
-    pieces = {}
+    recipes = {}
     for index, shape in _of(call):
         if index == 0:
-            pieces[0] = _piece(call, shape, lambda gy: gy)
+            recipes[0] = _recipe(call, shape, lambda gy: gy)
         else:
             other = node._saved_tensor2 if index == 1 else node._saved_tensor1
-            pieces[index] = _piece(call, shape, lambda gy, other: gy * other, other, scale=node._saved_value)
-    return pieces
+            recipes[index] = _recipe(call, shape, lambda gy, other: gy * other, other, scale=node._saved_value)
+    return recipes
 
 
-def prelu(call: Call) -> dict[int, Piece]:
+def prelu(call: Call) -> dict[int, Recipe]:
     """x where x > 0, else weight x: inputs 0 x and 1 weight, viewed so that it broadcasts."""
     negative = lambda gy, x: gy * x.clamp(max=0)  # noqa: E731
-    return {index: _piece(call, shape, negative, call.node._saved_self) for index, shape in _of(call)}
+    return {index: _recipe(call, shape, negative, call.node._saved_self) for index, shape in _of(call)}
 
 
-def where(call: Call) -> dict[int, Piece]:
+def where(call: Call) -> dict[int, Recipe]:
     """a where the condition holds, else b: inputs 0 a and 1 b."""
     held = call.node._saved_condition
-    return {index: _piece(call, shape, torch.mul, held if index == 0 else ~held) for index, shape in _of(call)}
+    return {index: _recipe(call, shape, torch.mul, held if index == 0 else ~held) for index, shape in _of(call)}
 
 
-def masked_fill(call: Call) -> dict[int, Piece]:
+def masked_fill(call: Call) -> dict[int, Recipe]:
     """a outside the mask, else a number: input 0 a."""
-    return {index: _piece(call, shape, torch.mul, ~call.node._saved_mask) for index, shape in _of(call)}
+    return {index: _recipe(call, shape, torch.mul, ~call.node._saved_mask) for index, shape in _of(call)}
 
 
 def varies_along_batch(node: Node, shape: Size, outer: int) -> bool:
@@ -115,7 +115,7 @@ def _of(call: Call) -> list[tuple[int, Size]]:
     return list(call.shapes.items())
 
 
-def _piece(call: Call, shape: Size, product: Factor, *factors: Tensor, scale: float = 1) -> Piece:
+def _recipe(call: Call, shape: Size, product: Factor, *factors: Tensor, scale: float = 1) -> Recipe:
     """scale product(gy, *factors), summed."""
 
     def grad(*tensors: Tensor) -> Tensor:
@@ -125,4 +125,4 @@ def _piece(call: Call, shape: Size, product: Factor, *factors: Tensor, scale: fl
 
     factors = [factor.expand_as(call.gy) for factor in factors]
     tensors = tuple(call.apart(t) for t in (call.gy, *factors))
-    return Piece(grad, tensors, scratch_bytes=4 * call.gy.numel() if factors else 0)
+    return Recipe(grad, tensors, scratch_bytes=4 * call.gy.numel() if factors else 0)

@@ -5,28 +5,28 @@ from dataclasses import replace
 from torch import Tensor
 
 from fastloda.kernels.conv import Conv
-from fastloda.per_sample.products import conv_piece
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.products import conv_recipe
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.taps import gather_taps
 from fastloda.per_sample.tensors import accumulable, channel_sum, lay_out_taps, sum_rows
 
 
-def convolution(call: Call) -> dict[int, Piece]:
+def convolution(call: Call) -> dict[int, Recipe]:
     """convolution(x, weight, bias): inputs 0 x [N, C, *size], 1 weight [O, C / groups, *kernel], 2 bias [O].
 
     A transposed one is the way back through a convolution from y to x with the same weight [C, O / groups, *kernel]: to the
     weight's gradient, y's is the input and x the gradient.
     """
     node = call.node
-    pieces = {2: Piece(channel_sum, (call.gy,))} if 2 in call.shapes else {}
+    recipes = {2: Recipe(channel_sum, (call.gy,))} if 2 in call.shapes else {}
     if 1 in call.shapes:
         x, gy = (call.gy, node._saved_input) if node._saved_transposed else (node._saved_input, call.gy)
-        pieces[1] = _weight(x, gy, call.shapes[1][2:], node)
-    return pieces
+        recipes[1] = _weight(x, gy, call.shapes[1][2:], node)
+    return recipes
 
 
-def _weight(x: Tensor, gy: Tensor, kernel: tuple[int, ...], node) -> Piece:
+def _weight(x: Tensor, gy: Tensor, kernel: tuple[int, ...], node) -> Recipe:
     saved = (node._saved_stride, node._saved_padding, node._saved_dilation)
     spread = (values * len(kernel) if len(values) == 1 else values for values in saved)  # "valid" saves one
     geometry = (tuple(kernel), *map(tuple, spread))
@@ -46,4 +46,4 @@ def _weight(x: Tensor, gy: Tensor, kernel: tuple[int, ...], node) -> Piece:
     shapes = (gy.shape[1] // groups * kernel.numel(), x.shape[1] // groups)
     product = ("gkq,gcq->gkc", tuple((groups, width, len(x) * positions) for width in shapes))
     lay_out = lambda grads: lay_out_taps(grads, kernel)  # noqa: E731
-    return replace(conv_piece(weight_grad, lay_out, x, gy, flat, taps * gy.element_size()), product=product)
+    return replace(conv_recipe(weight_grad, lay_out, x, gy, flat, taps * gy.element_size()), product=product)

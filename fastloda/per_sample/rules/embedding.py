@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.tensors import sample_rows
 
 SUM, MEAN, MAX = range(3)  # embedding_bag's modes
 
 
-def embedding(call: Call) -> dict[int, Piece]:
+def embedding(call: Call) -> dict[int, Recipe]:
     """embedding(weight [V, D], indices [N, ...]): input 0 weight."""
     node = call.node
     _refuse_counts(node)
@@ -24,10 +24,10 @@ def embedding(call: Call) -> dict[int, Piece]:
             rows = rows * (indices != padding).unsqueeze(-1)
         return _added(rows, indices.unsqueeze(-1).expand_as(rows), entries)
 
-    return {0: Piece(weight_grad, (call.first(call.gy), call.first(node._saved_indices)))}
+    return {0: Recipe(weight_grad, (call.first(call.gy), call.first(node._saved_indices)))}
 
 
-def embedding_bag(call: Call) -> dict[int, Piece]:
+def embedding_bag(call: Call) -> dict[int, Recipe]:
     """embedding_bag(weight [V, D], bags of indices): input 0 weight; one bag a row of gy [bags, D]."""
     node, gy = call.node, call.gy
     _refuse_counts(node)
@@ -41,7 +41,7 @@ def embedding_bag(call: Call) -> dict[int, Piece]:
         rows = (sample_rows(gy, samples).unsqueeze(2) * weights.view(samples, len(gy) // samples, -1, 1)).flatten(1, 2)
         return _added(rows, indices.reshape(*rows.shape[:2], 1).expand_as(rows), entries)
 
-    return {0: Piece(weight_grad, (gy, indices, weights), scratch_bytes=4 * indices.numel() * gy.shape[1])}
+    return {0: Recipe(weight_grad, (gy, indices, weights), scratch_bytes=4 * indices.numel() * gy.shape[1])}
 
 
 def _bags(node, bags: int) -> tuple[Tensor, Tensor]:
@@ -61,14 +61,14 @@ def _bags(node, bags: int) -> tuple[Tensor, Tensor]:
     return indices.long(), weights
 
 
-def _largest(gy: Tensor, largest: Tensor, sizes: Tensor, entries: int) -> Piece:
+def _largest(gy: Tensor, largest: Tensor, sizes: Tensor, entries: int) -> Recipe:
     """largest [bags, D]: the index whose entry each output is; an empty bag has none."""
 
     def weight_grad(gy: Tensor, largest: Tensor, sizes: Tensor, samples: int) -> Tensor:
         rows = sample_rows(gy, samples) * (sizes > 0).reshape(samples, -1, 1)
         return _added(rows, largest.long().clamp(min=0).reshape(rows.shape), entries)
 
-    return Piece(weight_grad, (gy, largest, sizes))
+    return Recipe(weight_grad, (gy, largest, sizes))
 
 
 def _added(rows: Tensor, indices: Tensor, entries: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.batch_axis import output_shape
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.relaying import untiled
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.tensors import accumulable
@@ -18,11 +18,11 @@ def makes_no_copy(node: Node, shape: Size, outer: int) -> bool:
     return bool(outer) and output_shape(node).numel() == shape.numel()
 
 
-def tile(call: Call) -> dict[int, Piece]:
+def tile(call: Call) -> dict[int, Recipe]:
     """expand(p) or p.repeat(...): input 0. A sample's gradient is the sum over its copies."""
     shape = call.shapes[0]
     if call.samples == 1:
-        return {0: Piece(lambda gy, samples: _copies(gy[0][None], shape), (call.gy[None],))}
+        return {0: Recipe(lambda gy, samples: _copies(gy[0][None], shape), (call.gy[None],))}
     dim, blocks = call.place
     own = ((1,) * (call.gy.dim() - len(shape)) + tuple(shape))[dim]  # entries of p within the batch's dimension
     rows = call.gy.shape[dim] // blocks
@@ -38,7 +38,7 @@ def tile(call: Call) -> dict[int, Piece]:
         )  # [samples, copies x own, *other dimensions]
         return _copies(own_first.movedim(1, 1 + dim), shape)
 
-    return {0: Piece(grad, (call.apart(call.gy),))}
+    return {0: Recipe(grad, (call.apart(call.gy),))}
 
 
 def _copies(grads: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -8,52 +8,52 @@ from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.batch_axis import locate, output_shape
-from fastloda.per_sample.products import linear_piece
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.products import linear_recipe
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.rules.gram import gram
 from fastloda.per_sample.tensors import accumulable, sample_rows
 
 
-def addmm(call: Call) -> dict[int, Piece]:
+def addmm(call: Call) -> dict[int, Recipe]:
     """addmm(bias, x, weight.T): inputs 0 bias [O], 1 x [rows, C], 2 weight.T [C, O]."""
     node = call.node
     if node._saved_alpha != 1 or node._saved_beta != 1:
         raise PrivacyError("addmm with alpha or beta other than 1 has no per-sample rule")
-    pieces = {}
+    recipes = {}
     if 0 in call.shapes:
         if call.shapes[0] != call.gy.shape[1:]:
             raise PrivacyError(
                 f"addmm adds a matrix of shape {tuple(call.shapes[0])}: only a bias has a per-sample rule"
             )
-        pieces[0] = Piece(bias_grad, (call.first(call.gy),))
-    return pieces | ({2: weight(call, node._saved_mat1)} if 2 in call.shapes else {})
+        recipes[0] = Recipe(bias_grad, (call.first(call.gy),))
+    return recipes | ({2: weight(call, node._saved_mat1)} if 2 in call.shapes else {})
 
 
-def mm(call: Call) -> dict[int, Piece]:
+def mm(call: Call) -> dict[int, Recipe]:
     """mm(x, weight.T): inputs 0 x [rows, C], 1 weight.T [C, O]."""
     return {1: weight(call, call.node._saved_self)}
 
 
-def mv(call: Call) -> dict[int, Piece]:
+def mv(call: Call) -> dict[int, Recipe]:
     """mv(x, p): inputs 0 x [rows, C], 1 p [C]."""
     grad = lambda x, gy, samples: (sample_rows(x, samples) * sample_rows(gy, samples)).sum(1)  # noqa: E731
-    return {1: Piece(grad, (call.first(call.node._saved_self), call.first(call.gy[:, None])))}
+    return {1: Recipe(grad, (call.first(call.node._saved_self), call.first(call.gy[:, None])))}
 
 
-def bmm(call: Call) -> dict[int, Piece]:
+def bmm(call: Call) -> dict[int, Recipe]:
     """bmm(x, p): inputs 0 x [G, rows, C], 1 p [G, C, O]; and bmm(p, x): 0 p [G, O, C], 1 x [G, C, rows]. As einsum makes them."""
     dim, _ = call.place
     right = lambda x, gy: torch.einsum("ngtc,ngto->ngco", x, gy)  # noqa: E731
     left = lambda x, gy: torch.einsum("ngct,ngot->ngoc", x, gy)  # noqa: E731
-    pieces = {}
+    recipes = {}
     for index in call.shapes:
         rows_dim, product = (1, right) if index == 1 else (2, left)
         x = call.node._saved_self if index == 1 else call.node._saved_mat2
         if call.samples > 1 and dim != rows_dim:
             raise PrivacyError("the batch must be among the rows of what a parameter is multiplied with by bmm")
-        pieces[index] = Piece(_of_groups(product, rows_dim), (call.apart(x), call.apart(call.gy)))
-    return pieces
+        recipes[index] = Recipe(_of_groups(product, rows_dim), (call.apart(x), call.apart(call.gy)))
+    return recipes
 
 
 def one_for_each_row(node: Node, shape: Size, outer: int) -> bool:
@@ -61,7 +61,7 @@ def one_for_each_row(node: Node, shape: Size, outer: int) -> bool:
     return bool(outer) and locate(output_shape(node), outer)[0] == 0
 
 
-def bilinear(call: Call) -> dict[int, Piece]:
+def bilinear(call: Call) -> dict[int, Recipe]:
     """x1 W x2 for each output (nn.Bilinear): input 1 W [O, C1, C2], x1 [rows, C1] and x2 [rows, C2]."""
     node = call.node
     form = tuple(map(tuple, (node._saved_expand1, node._saved_expand2, node._saved_expand3, node._saved_sumdim)))
@@ -71,15 +71,15 @@ def bilinear(call: Call) -> dict[int, Piece]:
     def grad(x1: Tensor, x2: Tensor, gy: Tensor, samples: int) -> Tensor:
         return torch.einsum("nti,ntj,nto->noij", *(sample_rows(t, samples) for t in (x1, x2, gy)))
 
-    return {1: Piece(grad, tuple(call.first(t) for t in (node._saved_i1, node._saved_i3, call.gy)))}
+    return {1: Recipe(grad, tuple(call.first(t) for t in (node._saved_i1, node._saved_i3, call.gy)))}
 
 
-def weight(call: Call, x: Tensor) -> Piece:
+def weight(call: Call, x: Tensor) -> Recipe:
     """The recipe for weight.T [C, O] from x [rows, C] and gy [rows, O]."""
     x, gy = call.first(x), call.first(call.gy)
     rows = x.shape[:-1].numel()
-    piece = replace(linear_piece(x, gy), product=("tc,to->co", ((rows, x.shape[-1]), (rows, gy.shape[-1]))))
-    return piece if piece.fused else replace(piece, ghost=gram(x))
+    recipe = replace(linear_recipe(x, gy), product=("tc,to->co", ((rows, x.shape[-1]), (rows, gy.shape[-1]))))
+    return recipe if recipe.fused else replace(recipe, ghost=gram(x))
 
 
 def bias_grad(gy: Tensor, samples: int) -> Tensor:

@@ -4,12 +4,12 @@ import torch
 from torch import Size, Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.tensors import accumulable, channel_sum
 
 
-def group_norm(call: Call) -> dict[int, Piece]:
+def group_norm(call: Call) -> dict[int, Recipe]:
     """native_group_norm(x, weight, bias): inputs 0 x [N, C, *size], 1 weight [C], 2 bias [C]."""
     node, gy = call.node, call.gy
     groups = node._saved_group
@@ -20,10 +20,10 @@ def group_norm(call: Call) -> dict[int, Piece]:
         return channel_sum(accumulable(gy) * normalised.view(gy.shape), samples)
 
     saved = (node._saved_input, node._saved_result1, node._saved_result2)
-    return {1: Piece(weight_grad, (gy, *saved)), 2: Piece(channel_sum, (gy,))}
+    return {1: Recipe(weight_grad, (gy, *saved)), 2: Recipe(channel_sum, (gy,))}
 
 
-def batch_norm(call: Call) -> dict[int, Piece]:
+def batch_norm(call: Call) -> dict[int, Recipe]:
     """native_batch_norm(x, weight, bias) by running statistics: inputs 0 x [N, C, *size], 1 weight [C], 2 bias [C]."""
     node, gy = call.node, call.gy
     if node._saved_training:
@@ -35,10 +35,10 @@ def batch_norm(call: Call) -> dict[int, Piece]:
         normalised = (accumulable(x) - mean.view(channels)) * rstd.view(channels)
         return channel_sum(accumulable(gy) * normalised, samples)
 
-    return {1: Piece(weight_grad, (gy, node._saved_input)), 2: Piece(channel_sum, (gy,))}
+    return {1: Recipe(weight_grad, (gy, node._saved_input)), 2: Recipe(channel_sum, (gy,))}
 
 
-def layer_norm(call: Call) -> dict[int, Piece]:
+def layer_norm(call: Call) -> dict[int, Recipe]:
     """native_layer_norm(x, weight, bias): inputs 0 x [N, ..., *normalised], 1 weight and 2 bias [*normalised]."""
     node = call.node
     shape = Size(node._saved_normalized_shape)
@@ -48,11 +48,11 @@ def layer_norm(call: Call) -> dict[int, Piece]:
 
     saved = (node._saved_input, node._saved_result1, node._saved_result2)
     tensors = tuple(call.first(t) for t in (call.gy, *saved))
-    bias = Piece(lambda gy, samples: position_sum(gy, shape, samples), tensors[:1])
-    return {1: Piece(weight_grad, tensors), 2: bias}
+    bias = Recipe(lambda gy, samples: position_sum(gy, shape, samples), tensors[:1])
+    return {1: Recipe(weight_grad, tensors), 2: bias}
 
 
-def rms_norm(call: Call) -> dict[int, Piece]:
+def rms_norm(call: Call) -> dict[int, Recipe]:
     """_fused_rms_norm(x, weight), as on GPUs; elsewhere RMSNorm ends in a product. Inputs 0 x [N, ..., *normalised], 1 weight."""
     node = call.node
     shape = Size(node._saved_normalized_shape)
@@ -62,7 +62,7 @@ def rms_norm(call: Call) -> dict[int, Piece]:
     def weight_grad(gy: Tensor, x: Tensor, rstd: Tensor, samples: int) -> Tensor:
         return position_sum(accumulable(gy) * (accumulable(x) * rstd), shape, samples)
 
-    return {1: Piece(weight_grad, tuple(call.first(t) for t in (call.gy, node._saved_input, rstd)))}
+    return {1: Recipe(weight_grad, tuple(call.first(t) for t in (call.gy, node._saved_input, rstd)))}
 
 
 def position_sum(t: Tensor, shape: torch.Size, samples: int) -> Tensor:

@@ -13,7 +13,7 @@ from fastloda.synthesis.data import LabelledImages
 from .base import Budget, ByEpsilon, Sampler, Work
 from .dp_loda import DPLoDA
 from .gaussian_release import noise_stream
-from .moved import moved
+from .pixel_moves import moved
 from .public_choice import PublicChoice
 
 

@@ -28,7 +28,7 @@ from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 
 from .base import Release
 from .class_embeddings import ClassEmbeddings, random_frequencies, release_class_embeddings
-from .moved import moved
+from .pixel_moves import moved
 
 FURTHER = PublicTraining(steps=600, learning_rate=1e-3, ema_decay=0.99)
 

@@ -163,7 +163,7 @@ def _end_with_parent() -> None:
 
 @cache
 def _workers_table() -> Table:
-    """Made by the first cell, not at the start: what goes wrong then would be told as a broken pool."""
+    """Composite by the first cell, not at the start: what goes wrong then would be told as a broken pool."""
     return Table(_workers_order)
 
 

@@ -1,7 +1,7 @@
 """A layer as one operation of the graph that hands a private step the per-sample gradients of its own parameters.
 
 While the layer runs, its own parameters are stood in for by detached copies, so that the graph of its inputs is PyTorch's own
-and no operation inside uses them. `RecordedFunction` then takes the outputs and the parameters, and a rule makes the gradients:
+and no operation inside uses them. `LayerCallFunction` then takes the outputs and the parameters, and a rule makes the gradients:
 
     rule.row_grads(call, gradients of the outputs) -> {name: per-row gradients [rows, *parameter.shape]}
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.recipe import Piece
+from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules import FUNCTION_RULES, Rule
 from fastloda.per_sample.tensors import accumulable
 
@@ -27,15 +27,15 @@ from fastloda.per_sample.tensors import accumulable
 class RowRule(Protocol):
     """How the per-sample gradients of a layer's parameters are made."""
 
-    def row_grads(self, call: "Recorded", gys: list[Tensor]) -> Mapping[str, Tensor]:
+    def row_grads(self, call: "LayerCall", gys: list[Tensor]) -> Mapping[str, Tensor]:
         """{name: [rows, *parameter.shape]} for call.names, from the gradients of call.outputs."""
 
-    def batch_dims(self, call: "Recorded") -> Sequence[int]:
+    def batch_dims(self, call: "LayerCall") -> Sequence[int]:
         """The dimension of each of call.outputs that is the batch."""
 
 
 @dataclass(frozen=True)
-class Recorded:
+class LayerCall:
     """One call of a layer: what its rule needs, and what its ordinary gradient needs."""
 
     layer: nn.Module
@@ -51,8 +51,8 @@ class Recorded:
     def label(self) -> str:
         return f"layer {type(self.layer).__name__}"
 
-    def pieces(self, gys: list[Tensor]) -> dict[int, Piece]:
-        """{input of the RecordedFunction: recipe}"""
+    def recipes(self, gys: list[Tensor]) -> dict[int, Recipe]:
+        """{input of the LayerCallFunction: recipe}"""
         grads = self.rule.row_grads(self, gys)
         return {len(self.outputs) + i: of_rows(grads[name]) for i, name in enumerate(self.names)}
 
@@ -97,14 +97,14 @@ class Recorded:
                 )
 
 
-class RecordedFunction(torch.autograd.Function):
-    """The outputs as they are; `recorder` gets their gradients and what makes the parameters' per-sample gradients."""
+class LayerCallFunction(torch.autograd.Function):
+    """The outputs as they are; `receiver` gets their gradients and what makes the parameters' per-sample gradients."""
 
     keeps_rows = True
 
     @staticmethod
-    def forward(ctx, call: Recorded, *outputs_and_parameters: Tensor):
-        ctx.call, ctx.recorder = call, None
+    def forward(ctx, call: LayerCall, *outputs_and_parameters: Tensor):
+        ctx.call, ctx.receiver = call, None
         count = len(call.outputs)
         ctx.save_for_backward(*outputs_and_parameters[count:])
         return tuple(output.clone() for output in outputs_and_parameters[:count])
@@ -113,14 +113,14 @@ class RecordedFunction(torch.autograd.Function):
     def backward(ctx, *gys: Tensor):
         call, own = ctx.call, [None] * len(ctx.call.names)
         gys = [gy.detach() for gy in gys]
-        if ctx.recorder is not None:
-            ctx.recorder(call.batch_first(gys), lambda: call.pieces(gys))
+        if ctx.receiver is not None:
+            ctx.receiver(call.batch_first(gys), lambda: call.recipes(gys))
         else:
             own = _ordinary(call, ctx.saved_tensors, gys)
         return None, *gys, *own
 
 
-def recorded_call(
+def call_as_one(
     layer: nn.Module, forward: Callable, rule: RowRule, names: Sequence[str], args: tuple, kwargs: dict
 ) -> Any:
     """forward(layer, *args, **kwargs), with those of the parameters `names` that train going through `rule`."""
@@ -135,10 +135,10 @@ def recorded_call(
         return result
     device = outputs[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    call = Recorded(
+    call = LayerCall(
         layer, forward, rule, names, *detached((args, kwargs)), tuple(t.detach() for t in outputs), (device, autocast)
     )
-    for i, output in zip(places, RecordedFunction.apply(call, *outputs, *parameters)):
+    for i, output in zip(places, LayerCallFunction.apply(call, *outputs, *parameters)):
         leaves[i] = output
     return tree_unflatten(leaves, tree)
 
@@ -158,7 +158,7 @@ def _stood_in_for(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[N
             holder[key] = p
 
 
-def is_recording() -> bool:
+def may_be_one() -> bool:
     """Whether a layer called now is to enter the graph as one operation: never within torch.func or torch.compile."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     return torch.is_grad_enabled() and not transformed and not torch.compiler.is_compiling()
@@ -180,7 +180,7 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-def _ordinary(call: Recorded, parameters: tuple[Tensor, ...], gys: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _ordinary(call: LayerCall, parameters: tuple[Tensor, ...], gys: list[Tensor]) -> tuple[Tensor | None, ...]:
     """The parameters' gradients, summed over the batch."""
     own = {name: p.detach().requires_grad_() for name, p in zip(call.names, parameters)}
     with torch.enable_grad():
@@ -193,9 +193,9 @@ def _ordinary(call: Recorded, parameters: tuple[Tensor, ...], gys: list[Tensor])
     return torch.autograd.grad(ys, list(own.values()), gys, allow_unused=True)
 
 
-def of_rows(grads: Tensor) -> Piece:
+def of_rows(grads: Tensor) -> Recipe:
     """Per-row gradients, summed over a sample's rows."""
-    return Piece(lambda t, samples: accumulable(t).reshape(samples, -1, *t.shape[1:]).sum(1), (grads,))
+    return Recipe(lambda t, samples: accumulable(t).reshape(samples, -1, *t.shape[1:]).sum(1), (grads,))
 
 
 def _size(t: Tensor) -> float:
@@ -203,4 +203,4 @@ def _size(t: Tensor) -> float:
     return float(finite.abs().amax()) if finite.numel() else 0.0
 
 
-FUNCTION_RULES[RecordedFunction] = Rule(None, range(1 << 16))
+FUNCTION_RULES[LayerCallFunction] = Rule(None, range(1 << 16))

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
-from fastloda.per_sample.batch_axis import RECORDED, Edges, carries_batch, output_shape
+from fastloda.per_sample.batch_axis import LAYER_CALL, Edges, carries_batch, output_shape
 from fastloda.per_sample.relaying import RELAYING, TILING, relays
 
 MARK = "fastloda: made of parameters and constants"
@@ -105,7 +105,7 @@ def marking(model: nn.Module) -> Iterator[Marking]:
         yield mode
 
 
-class Made(NamedTuple):
+class Composite(NamedTuple):
     """Output `number` of `node`, made of the parameter whose graph begins at `leaf`; see `relaid.Step`."""
 
     node: Node
@@ -129,7 +129,7 @@ class Made(NamedTuple):
             return torch.stack(by_sample)
 
 
-def made_nodes(
+def composite_nodes(
     edges: Mapping[Node, Edges],
     consumers: Consumers,
     outer: Mapping[Node, int],
@@ -152,7 +152,7 @@ def made_nodes(
     made: set[Node] = set()
 
     def fits(node: Node, consumer: Node, index: int, number: int) -> bool:
-        if consumer.name() == RECORDED and index < len(consumer.call.outputs):  # goes through, and is not used
+        if consumer.name() == LAYER_CALL and index < len(consumer.call.outputs):  # goes through, and is not used
             return False
         return consumer in made or covers(consumer, index, output_shape(node, number), outer[consumer])
 
@@ -165,7 +165,7 @@ def made_nodes(
     return frozenset(made)
 
 
-def made_uses(leaf: Node, consumers: Consumers, made: frozenset[Node]) -> dict[tuple[Node, int], Made]:
+def composite_uses(leaf: Node, consumers: Consumers, made: frozenset[Node]) -> dict[tuple[Node, int], Composite]:
     """(operation, its input) -> what it reads there that is made of the parameter whose graph begins at leaf."""
     uses, seen, pending = {}, {leaf}, [leaf]
     while pending:
@@ -176,7 +176,7 @@ def made_uses(leaf: Node, consumers: Consumers, made: frozenset[Node]) -> dict[t
                     seen.add(consumer)
                     pending.append(consumer)
             elif node is not leaf:
-                uses[consumer, index] = Made(node, number, leaf)
+                uses[consumer, index] = Composite(node, number, leaf)
     return uses
 
 
