@@ -13,11 +13,12 @@ from weakref import ReferenceType, WeakSet
 
 from torch import Tensor
 from torch.autograd import Variable
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastloda.engine.sample_flow import MEAN, SampleFlow
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.graph import nodes_below
+from fastloda.per_sample.node import Node
 
 SUM = 2  # as criterions save their reduction
 BOUNDARY = "PrivateOutputsBackward"  # how the autograd graph names a private module's outputs

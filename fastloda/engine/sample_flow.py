@@ -19,11 +19,12 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Size, Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample import batch_axis as layout
 from fastloda.per_sample.batch_axis import Edges, indices_by_dim, output_shape, signed, wrapped
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.regions import COMPILED, may_run_again
 
 NONE, MEAN = 0, 1  # reductions, as PyTorch's losses save them

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.nn.modules.conv import _ConvNd
 
 from fastloda.errors import PrivacyError
+from fastloda.per_sample.node import Node
 
 if TYPE_CHECKING:
     from fastloda.per_sample.graph import LossGraph

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointError
 
 from fastloda.errors import PrivacyError
@@ -18,6 +18,7 @@ from fastloda.per_sample.batch_axis import batch_apart, locate
 from fastloda.per_sample.composites import Composite
 from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import LossGraph, Use
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.recomputed import let_rule_read_first, one_recomputation
 from fastloda.per_sample.regions import may_run_again

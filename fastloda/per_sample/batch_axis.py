@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
-from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.regions import COMPILED
 
 Edges = tuple[tuple[Node | None, int], ...]  # to the nodes that gradients go to, and which of their outputs each is

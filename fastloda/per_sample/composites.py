@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from fastloda.per_sample.batch_axis import LAYER_CALL, Edges, carries_batch, output_shape
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.relaying import RELAYING, TILING, relays
 
 MARK = "fastloda: made of parameters and constants"

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.backward import of_parameter, run_backward
@@ -23,6 +22,7 @@ from fastloda.per_sample.fallback.layer_call import tensors
 from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import LossGraph, Use, trace
 from fastloda.per_sample.members import Members
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.planner import Sizes, Way, choose, costs
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.refusals import check_graph, check_independence, trainable_parameters

@@ -12,11 +12,11 @@ from functools import cache
 
 import torch
 from torch import Size, Tensor, nn
-from torch.autograd.graph import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloda.per_sample.batch_axis import Edges, carries_batch, follow_batch, output_shape
 from fastloda.per_sample.composites import Composite, Consumers, composite_nodes, composite_uses
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.regions import COMPILED, code_number
 from fastloda.per_sample.relaying import TILING, Step, relays
 from fastloda.per_sample.rules import covers

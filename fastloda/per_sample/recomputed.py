@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from functools import cache
 
 import torch.utils.checkpoint
-from torch.autograd.graph import Node
+
+from fastloda.per_sample.node import Node
 
 # `with one_recomputation():` what is read after backward costs no recomputation of its own. Older PyTorch has no such thing.
 one_recomputation = getattr(torch.utils.checkpoint, "GraphExecGroup", nullcontext)

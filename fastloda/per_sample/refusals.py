@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -20,6 +19,7 @@ from fastloda.errors import PrivacyError
 from fastloda.per_sample.backward import run_backward
 from fastloda.per_sample.graph import LossGraph
 from fastloda.per_sample.members import Members
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.regions import COMPILED
 from fastloda.per_sample.rules import uncovered
 

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from itertools import count
 from weakref import WeakKeyDictionary
 
-from torch.autograd.graph import Node
-
 from fastloda.errors import PrivacyError
+from fastloda.per_sample.node import Node
 
 COMPILED = "CompiledFunctionBackward"
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Size, Tensor
-from torch.autograd.graph import Node
 
 from fastloda.per_sample.batch_axis import VIEWING, output_shape, signed, wrapped
+from fastloda.per_sample.node import Node
 
 
 class Step(NamedTuple):

@@ -11,9 +11,9 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Size
-from torch.autograd.graph import Node
 
 from fastloda.per_sample.batch_axis import output_shape
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.broadcast import (
     add,

@@ -9,10 +9,10 @@ from math import prod
 
 import torch
 from torch import Size, Tensor
-from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.batch_axis import locate, output_shape
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.tensors import accumulable

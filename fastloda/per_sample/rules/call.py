@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Size, Tensor
-from torch.autograd.graph import Node
 
 from fastloda.per_sample.batch_axis import batch_apart, locate
+from fastloda.per_sample.node import Node
 
 
 class Call(NamedTuple):

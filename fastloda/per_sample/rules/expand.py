@@ -3,10 +3,10 @@ an adapter in a compiled model. The copies have gradients of their own, which is
 """
 
 from torch import Size, Tensor
-from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.batch_axis import output_shape
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.relaying import untiled
 from fastloda.per_sample.rules.call import Call

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 from torch import Size, Tensor
-from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.batch_axis import locate, output_shape
+from fastloda.per_sample.node import Node
 from fastloda.per_sample.products import linear_recipe
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.call import Call
