@@ -199,6 +199,6 @@ def check(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_format) 
 
 
 def _assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """By length. (tests/test_kernels.py is the strict judge.)"""
+    """By length. (tests/kernels/test_kernels.py is the strict judge.)"""
     off = (found.double() - wanted).norm() / wanted.norm()
     assert off <= tolerance, f"off by {off:.2g} of its length"

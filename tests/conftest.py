@@ -31,6 +31,12 @@ def proof(request):
     return lambda name, value: _figures.__setitem__(name, value)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Calibrated noise is looked up nowhere but in this session."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -11,8 +11,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import check_exact, check_float32, distance, use_plan
 from hypothesis import strategies as st
-from test_exact import check_exact, check_float32, distance, use_plan
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 

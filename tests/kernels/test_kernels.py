@@ -15,7 +15,7 @@ import drawn
 import pytest
 import torch
 import torch.nn.functional as F
-from test_exact import KINDS, check_float32
+from exactness import KINDS, check_float32
 
 from fastloda import per_sample_grad_norms
 from fastloda.kernels.conv import Conv

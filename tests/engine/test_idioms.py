@@ -10,11 +10,9 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_make_private import (  # noqa: F401
+from loops import (
     DELTA,
-    HUGE,
     assert_same,
-    cache,
     first_batch,
     gradients,
     private,

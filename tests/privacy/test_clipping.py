@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fuzz import SLACK, Fuzz, fuzzed
 from hypothesis import strategies as st
 from jsonargparse import ArgumentError
-from test_sensitivity import SLACK, Fuzz, fuzzed
 from torch import Generator, Tensor, nn
 
 from fastloda import GhostClipper, LoDALinear, ghost_dp_step

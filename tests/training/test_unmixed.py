@@ -292,7 +292,7 @@ def test_adapters_and_a_compiled_model_train(monkeypatch):
     x, y = torch.randn(RECORDS, 1, 6, 6), small_data()[1]
     t = trainer(lambda m, b, g: cross_entropy(m(b[0]), b[1]), {"steps": 2}, model=model, data=(x, y))
     assert t.fit().step == 2
-    assert fastloda.compile  # compiled ones: tests/test_compile.py trains them
+    assert fastloda.compile  # compiled ones: tests/loda/test_compile.py trains them
 
 
 def test_the_schedule_is_public_and_thin():

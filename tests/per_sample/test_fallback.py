@@ -12,8 +12,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import check_exact, use_plan
 from hypothesis import strategies as st
-from test_exact import check_exact, use_plan
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_gpu_check_installs_all_that_the_benches_import():
     script = """
 import runpy, sys
 needed = runpy.run_path("scripts/gpu_check", run_name="checked")["NEEDED"]
-sys.path[:0] = ["bench", "tests", "scripts"]
+sys.path[:0] = ["bench", "tests/helpers", "scripts"]
 for name in {"sklearn", "yaml", "jsonargparse", "docstring_parser", "filelock", "platformdirs", "jinja2"} - set(needed):
     if name not in ("filelock", "yaml"):  # PyTorch's own
         sys.modules[name] = None  # importing it fails

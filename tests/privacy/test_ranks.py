@@ -38,7 +38,7 @@ from fastloda.training.checkpoint import CheckpointError, fingerprint
 from fastloda.training.sampling import largest_share, micro_batches, poisson_sample, share
 
 RANKS = 2
-EXAMPLE = Path(__file__).parent.parent / "examples" / "distributed.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 GROUP_TIMEOUT, LAUNCH_TIMEOUT = 40, 240  # seconds; a launch takes about ten
 SETTINGS = PrivateTraining(
     sample_rate=0.3,
