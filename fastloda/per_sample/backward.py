@@ -6,9 +6,11 @@ by a rule from its saved tensors just before it runs, or from its captured grad_
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointError
@@ -20,10 +22,12 @@ from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import LossGraph, Use
 from fastloda.per_sample.node import Node
 from fastloda.per_sample.recipe import Recipe
-from fastloda.per_sample.recomputed import let_rule_read_first, one_recomputation
 from fastloda.per_sample.regions import may_run_again
 from fastloda.per_sample.relaying import TILING, back_to_parameter
 from fastloda.per_sample.rules import Call, rule_of
+
+# `with one_recomputation():` what is read after backward costs no recomputation of its own. Older PyTorch has no such thing.
+one_recomputation = getattr(torch.utils.checkpoint, "GraphExecGroup", nullcontext)
 
 # on_use(node, grad_output with the batch first, make_recipes): called once for each operation that uses a trainable parameter.
 # make_recipes(samples) -> {input: Recipe}
@@ -151,3 +155,38 @@ def _unreadable_refused(graph: LossGraph, read: Mapping[Node, None]) -> Iterator
             f"{_names(graph, next(reversed(read)))} trains inside torch.utils.checkpoint, and torch {torch.__version__} lets no "
             "rule read its input there: leave that layer out of the checkpoint (use_reentrant=True does not help), or freeze it"
         ) from error
+
+
+# ---- activation checkpointing recomputes what an operation saved when it is first read, and forgets each tensor as it is read, so
+# that it can be freed early. A rule's read comes before the operation's own.
+
+
+def let_rule_read_first(node: Node) -> None:
+    """The next read of each tensor that checkpointing recomputes for this operation leaves it for one more.
+
+    The handles are private to PyTorch. Where it keeps them otherwise nothing is done, and the second read raises CheckpointError.
+    """
+    for name in _raw_saved(type(node)):
+        holder = getattr(getattr(node, name), "data", None)
+        handles = getattr(holder, "handles", None)
+        if type(handles) is dict:
+            holder.handles = _KeptForOneMore(handles)
+
+
+class _KeptForOneMore(dict):
+    """Backward pass -> handle of the recomputed tensor, set to None as it is read: from the second time on."""
+
+    def __init__(self, handles: dict):
+        super().__init__(handles)
+        self._read = set()
+
+    def __setitem__(self, backward: int, handle) -> None:
+        if handle is None and backward not in self._read:
+            self._read.add(backward)
+        else:
+            super().__setitem__(backward, handle)
+
+
+@cache
+def _raw_saved(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))

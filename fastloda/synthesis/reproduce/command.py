@@ -33,13 +33,13 @@ def reproduce(
 ) -> None:
     """Compare all methods, as the paper's tables do: fit each at each epsilon, judge its images, write a report.
 
-    digits and digits-1pct need no files. table2 (CIFAR-10, public ImageNet32), table3 (1% of CIFAR-10) and table4 (MNIST,
+    digits needs no files. table2 (CIFAR-10, public ImageNet32), table3 (1% of CIFAR-10) and table4 (MNIST,
     public SVHN) read the published files from --data. Each cell, a method at an epsilon with a seed, is done once:
     interrupted, the same command continues. Writes results.json, results.md and report.html, with the published value,
     marked as such, beside the measured one. Seeds are fixed, so that it can be repeated: an experiment, not a private release.
 
     Args:
-        table: digits, digits-1pct, table2, table3 or table4.
+        table: digits, table2, table3 or table4.
         data: folder with the published files; what must lie where is said if something is missing.
         run: the folder for everything; default: runs/ and the table's name.
         seeds: repetitions of each cell; the table has their mean and standard deviation.

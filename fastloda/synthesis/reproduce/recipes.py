@@ -40,7 +40,7 @@ from fastloda.synthesis.stages import DIGITS_UNET
 from .published import CIFAR10, CIFAR10_1PCT, MNIST, Accuracies
 
 T = TypeVar("T")
-TableName = Literal["digits", "digits-1pct", "table2", "table3", "table4"]
+TableName = Literal["digits", "table2", "table3", "table4"]
 EPSILONS, DELTA = (1.0, 5.0, 10.0), 1e-5
 
 
@@ -107,30 +107,21 @@ BEFOREHAND = "set beforehand, after the method's paper; not tuned"
 
 
 def _digits(root: Path | None, quick: bool) -> Recipe:
-    return _of_digits("digits", "Private handwritten digits, public font digits", lambda: digits_split()[0], quick)
-
-
-def _digits_1pct(root: Path | None, quick: bool) -> Recipe:
-    title = "One percent of the handwritten digits, public font digits"
-    private = cache(lambda: stratified_subset(digits_split()[0], fraction=0.01, seed=0))
-    return _of_digits("digits-1pct", title, private, quick)
-
-
-def _of_digits(name: TableName, title: str, private: Callable[[], LabelledImages], quick: bool) -> Recipe:
     demo = replace(DemoSettings(), **(QUICK if quick else {"synthetic_images": IMAGES}))
     model = PublicModel(DIGITS_UNET, demo.public_training(seed=0))
     half = replace(model.conditional, steps=max(1, model.conditional.steps // 2))
     latent_model = replace(model, unet=LATENT_DIGITS, conditional=half)
-    count = len(private())
+    private = digits_split()[0]
+    count = len(private)
     tunings = _by_epsilon(lambda epsilon: _demo_tuning(demo, epsilon, count))
     loda, choices = DPLoDA(model, tunings), _by_epsilon(lambda epsilon: _moving(demo, epsilon))
     judge = Classifier(steps=demo.classifier_steps, width=demo.classifier_width)
     moments = {"steps": 20, "encoder_steps": 20} if quick else {"steps": 700, "encoder_steps": 800}
     return Recipe(
-        name=name,
-        title=title,
+        name="digits",
+        title="Private handwritten digits, public font digits",
         lead=f"{count:,} real digits of 8 x 8 pixels are private, digits drawn from fonts public; tested on 360 other real ones.",
-        private=private,
+        private=lambda: private,
         test=lambda: digits_split()[1],
         public=cache(partial(font_digits, demo.public_images, seed=0)),
         methods=[
@@ -316,7 +307,6 @@ def _latent(scale: _Scale, model: PublicModel, tunings: ByEpsilon[PrivateTuning]
 
 RECIPES: dict[TableName, Callable[[Path | None, bool], Recipe]] = {
     "digits": _digits,
-    "digits-1pct": _digits_1pct,
     "table2": lambda root, quick: _paper(
         "table2",
         "Table II: CIFAR-10",
