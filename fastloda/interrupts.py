@@ -2,14 +2,14 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def interrupts_wait() -> Iterator[list[int]]:
+def interrupts_wait() -> Generator[list[int]]:
     """SIGINT (Ctrl-C) and SIGTERM go into the list inside, and take effect on leaving; a second one takes effect at once.
 
     Only the main thread has signals; elsewhere the list stays empty. A signal that is ignored (nohup) stays ignored.

@@ -9,6 +9,7 @@ import os
 import random
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Generator as Yielding
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -169,7 +170,7 @@ def restore_generators(generators: Mapping[str, Generator], states: Mapping[str,
 
 
 @contextmanager
-def restored(generators: Mapping[str, Generator]) -> Iterator[None]:
+def restored(generators: Mapping[str, Generator]) -> Yielding[None]:
     """Whatever is drawn inside, `generators` and the global ones are after as they were before."""
     states = generator_states(generators)
     try:
@@ -179,7 +180,7 @@ def restored(generators: Mapping[str, Generator]) -> Iterator[None]:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Yielding[None]:
     """PyTorch's global CPU generator starts from `seed` inside, and is as it was after."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs

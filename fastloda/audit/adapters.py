@@ -1,6 +1,7 @@
 """A user's own training code as a PrivateStep: it runs as it is, is watched, and is undone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Generator as Yielding
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -127,7 +128,7 @@ def of_trainer(
 
 
 @contextmanager
-def _gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def _gradients(model: nn.Module) -> Yielding[dict[str, Tensor]]:
     """name -> .grad, of what any optimizer steps on meanwhile."""
     found: dict[str, Tensor] = {}
     names = {id(p): name for name, p in model.named_parameters()}

@@ -1,7 +1,8 @@
 """The step under audit: a function of the records and of the randomness, which may be called again and again."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator as Yielding
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -111,7 +112,7 @@ def as_released(value: object) -> Released:
 
 
 @contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
+def own_randomness(seed: int) -> Yielding[None]:
     """torch's global generators run from `seed`, and are then as they were."""
     before = generator_states({})
     # torch.manual_seed takes milliseconds where there is no accelerator

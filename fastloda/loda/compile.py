@@ -4,7 +4,7 @@ A compiled region is one node of the autograd graph, in which no rule can tell t
 once for each row of the batch (`rowwise.py`): the `expand` outside has one gradient per row, which a rule covers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -88,7 +88,7 @@ def _leading_size(arguments) -> int:
 
 
 @contextmanager
-def _given_by_row(layers: Sequence[nn.Module], rows: int) -> Iterator[None]:
+def _given_by_row(layers: Sequence[nn.Module], rows: int) -> Generator[None]:
     """Without gradients nothing is given, and the layers compile as what they are made of."""
     before = [layer.by_row for layer in layers]
     try:

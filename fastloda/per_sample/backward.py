@@ -5,7 +5,7 @@ A LoDA layer's node hands over its recipes from its own backward (it needs gz th
 by a rule from its saved tensors just before it runs, or from its captured grad_output if nothing below it is needed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
@@ -144,7 +144,7 @@ def _by_rule(node: Node, graph: LossGraph, on_use: OnUse, read: dict[Node, None]
 
 
 @contextmanager
-def _unreadable_refused(graph: LossGraph, read: Mapping[Node, None]) -> Iterator[None]:
+def _unreadable_refused(graph: LossGraph, read: Mapping[Node, None]) -> Generator[None]:
     """A PrivacyError with a name, should this version of PyTorch let a checkpointed tensor be read only once."""
     try:
         yield

@@ -9,7 +9,7 @@ The autograd graph does not tell constants from inputs. So the forward pass is w
 buffers and numbers only is marked in the graph, and nothing else is.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -94,7 +94,7 @@ def is_marking() -> bool:
 
 
 @contextmanager
-def marking(model: nn.Module) -> Iterator[Marking]:
+def marking(model: nn.Module) -> Generator[Marking]:
     """Mark what is computed inside; the outermost model around this one says what its parameters are.
 
     Not where torch.compile compiles a part of it, which would then not be compiled.

@@ -6,7 +6,7 @@ The costs are those that the planner counts: bytes held until the clip factors a
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +135,7 @@ def explain(
 
 
 @contextmanager
-def _as_it_is(model: nn.Module, given: Sequence[Tensor]) -> Iterator[None]:
+def _as_it_is(model: nn.Module, given: Sequence[Tensor]) -> Generator[None]:
     """Covered inside, and the same afterwards."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = {t.device for t in given if t.is_cuda}

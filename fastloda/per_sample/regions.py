@@ -1,6 +1,6 @@
 """Regions of the graph that torch.compile made one operation of: which code they run, and whether it may run again."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from itertools import count
 from weakref import WeakKeyDictionary
@@ -20,7 +20,7 @@ def code_number(region: Node) -> int:
 
 
 @contextmanager
-def may_run_again(regions: Collection[Node]) -> Iterator[None]:
+def may_run_again(regions: Collection[Node]) -> Generator[None]:
     """Backward inside, with the graph kept, must not find that a region gave away the memory of what it saved.
 
     PyTorch 2.13 takes a region compiled without donated buffers, whose list of them is None, for one that has some.

@@ -8,7 +8,7 @@ and no operation inside uses them. `LayerCallFunction` then takes the outputs an
 Without a private step the layer trains as ever: its parameters' gradients come from one more forward and backward of it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -62,7 +62,7 @@ class LayerCall:
         return torch.cat([gy.reshape(len(gy), -1) for gy in rows], 1)
 
     @contextmanager
-    def as_called(self) -> Iterator[None]:
+    def as_called(self) -> Generator[None]:
         """The autocast of the forward pass."""
         device, dtype = self.autocast
         with torch.autocast(device, dtype, enabled=dtype is not None):
@@ -144,7 +144,7 @@ def call_as_one(
 
 
 @contextmanager
-def _stood_in_for(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _stood_in_for(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Generator[None]:
     """Other tensors in every place of the layer that holds one of the named parameters: ties stay ties."""
     instead = {id(layer.get_parameter(name)): t for name, t in tensors.items()}
     holders = [module._parameters for module in layer.modules()]
