@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from collections.abc import Generator as Yielding
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -147,16 +147,16 @@ def make_generators(devices: Mapping[str, torch.device | str], seed: int | None)
     return {name: Generator(device).manual_seed(s) for (name, device), s in zip(devices.items(), seeds)}
 
 
-def generator_states(generators: Mapping[str, Generator]) -> dict[str, Tensor | tuple]:
+def generator_states(generators: Mapping[str, Generator]) -> dict[str, Any]:
     """The states of `generators`, and of the global ones of torch, numpy and Python, which dropout and data sets draw from."""
     states = {name: generator.get_state() for name, generator in generators.items()} | {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    kind, words, *rest = np.random.get_state()
+    kind, words, *rest = cast(tuple, np.random.get_state())
     return states | {"numpy": (kind, words.tolist(), *rest), "python": random.getstate()}
 
 
-def restore_generators(generators: Mapping[str, Generator], states: Mapping[str, Tensor | tuple]) -> None:
+def restore_generators(generators: Mapping[str, Generator], states: Mapping[str, Any]) -> None:
     """Undo `generator_states`."""
     for name, generator in generators.items():
         generator.set_state(states[name])

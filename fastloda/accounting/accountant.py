@@ -37,7 +37,7 @@ class PrivacyAccountant:
         self.noise_multiplier = check_noise(noise_multiplier)
         self.method = _check_method(method)
         self.earlier = merged(earlier)
-        self._ledger = Ledger()
+        self._ledger: Ledger[str] = Ledger()
         self._warned = False
 
     @property

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from fastloda.accounting.compose import compose_epsilon
@@ -12,6 +13,7 @@ from fastloda.errors import UserError
 
 METHODS = ("prv", "rdp")
 IGNORED = {"alphas", "eps_error", "delta_error"}
+Noise = tuple[float, float]  # noise_multiplier, sample_rate
 
 
 class HistoryAccountant:
@@ -29,7 +31,7 @@ class HistoryAccountant:
             why = ": it is an approximation that can lie below the true epsilon" if method == "gdp" else ""
             raise UserError(f"accountant must be one of {METHODS}, got {method!r}{why}")
         self.method = method
-        self._ledger = Ledger()
+        self._ledger: Ledger[Noise] = Ledger()
 
     @property
     def history(self) -> list[tuple[float, float, int]]:
@@ -90,11 +92,11 @@ class HistoryAccountant:
         self._ledger.merge(entries)
 
 
-def _entries(state: dict) -> dict[str, Counts]:
+def _entries(state: dict) -> Mapping[str, Counts[Noise]]:
     """A record's counts by id; a new one where it has none."""
     history = state["history"]
     ids = state.get("ids", [new_id()] * len(history))
-    entries: dict[str, Counter] = defaultdict(Counter)
+    entries: dict[str, Counter[Noise]] = defaultdict(Counter)
     for id, (noise, rate, steps) in zip(ids, history, strict=True):
         if not isinstance(id, str):
             raise TypeError(f"an id must be a string, got {id!r}")

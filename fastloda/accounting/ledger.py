@@ -7,9 +7,11 @@ their own. A count under one id grows in one place only; so of two of them the l
 import os
 from collections import Counter
 from collections.abc import Hashable, Mapping
+from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-Counts = Mapping[Hashable, int]
+M = TypeVar("M", bound=Hashable)  # what stands for a mechanism
+Counts = Mapping[M, int]
 
 _ids: "WeakKeyDictionary[Ledger, str]" = (
     WeakKeyDictionary()
@@ -22,11 +24,11 @@ def new_id() -> str:
     return os.urandom(16).hex()
 
 
-class Ledger:
+class Ledger(Generic[M]):
     """Counts steps by mechanism, and takes in what other ledgers have counted."""
 
     def __init__(self):
-        self._by_id: dict[str, Counter] = {}
+        self._by_id: dict[str, Counter[M]] = {}
 
     @property
     def id(self) -> str:
@@ -34,20 +36,20 @@ class Ledger:
         return _ids.setdefault(self, new_id())
 
     @property
-    def entries(self) -> dict[str, Counts]:
+    def entries(self) -> dict[str, Counts[M]]:
         """What each ledger has counted, as far as this one knows."""
         return {id: dict(counts) for id, counts in self._by_id.items()}
 
     @property
-    def total(self) -> Counts:
+    def total(self) -> Counts[M]:
         """The steps of each mechanism, whoever counted them."""
         return sum(self._by_id.values(), Counter())
 
-    def count(self, mechanism: Hashable, steps: int) -> None:
+    def count(self, mechanism: M, steps: int) -> None:
         """Add steps that this ledger's owner has taken."""
         self._by_id.setdefault(self.id, Counter())[mechanism] += steps
 
-    def merge(self, entries: Mapping[str, Counts]) -> None:
+    def merge(self, entries: Mapping[str, Counts[M]]) -> None:
         """Take in other ledgers' counts: the larger one of the same id, and all of an id that is new."""
         for id, counts in entries.items():
             if larger := self._by_id.get(id, Counter()) | Counter(counts):

@@ -11,7 +11,7 @@ from prv_accountant import PoissonSubsampledGaussianMechanism
 from prv_accountant.composers import Heterogeneous
 from prv_accountant.discretisers import CellCentred
 from prv_accountant.domain import Domain
-from prv_accountant.privacy_random_variables import PrivacyRandomVariableTruncated
+from prv_accountant.privacy_random_variables import PrivacyRandomVariable, PrivacyRandomVariableTruncated
 from scipy.stats import norm
 
 from fastloda.accounting.mechanism import Mechanism
@@ -20,7 +20,7 @@ from fastloda.accounting.rdp import rdp_epsilon
 QUICK_GRID = 2**16  # points: a tenth of a second
 
 
-class _Truncated(PrivacyRandomVariableTruncated):
+class _Truncated(PrivacyRandomVariableTruncated, PrivacyRandomVariable):
     """A privacy loss cut off at the grid's ends, with an exact mean.
 
     prv-accountant integrates its CDF between fixed points and misses it on wide grids ("Discrete mean differs
@@ -56,7 +56,7 @@ def prv_epsilons(m: Mechanism, delta: float) -> tuple[float, float]:
     rounding = m.steps * 2.0**-52 + QUICK_GRID * float(np.finfo(np.longdouble).eps)
     if eps_error > 0.05 * rdp_epsilon((m,), delta) or limit > 4000 or rounding > delta / 1000:
         return 0.0, math.inf
-    domain = Domain(-limit, limit + mesh, QUICK_GRID)
+    domain = Domain(-limit, limit + mesh, QUICK_GRID)  # ty: ignore[abstract-class-instantiation]  # it means a static method
     try:
         with np.errstate(all="ignore"):
             loss = _Truncated(PoissonSubsampledGaussianMechanism(*m[:2]), domain.t_min(), domain.t_max())

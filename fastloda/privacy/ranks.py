@@ -34,7 +34,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,8 @@ from fastloda.privacy.watch import bits
 
 # Who takes part: a process group; None, the default one if it is initialised; "alone", this process whatever runs beside it.
 Group = ProcessGroup | Literal["alone"] | None
-T, Key = TypeVar("T"), TypeVar("Key")
+T = TypeVar("T")
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class World:
         if self.size == 1:
             return tensors
         flat = self._flat(list(tensors.values()))
-        dist.reduce(flat, dist.get_global_rank(self.group, 0), group=self.group)
+        dist.reduce(flat, group=self.group, group_dst=0)
         if not self.first:
             return tensors
         sums = {name: torch.empty_like(t) for name, t in tensors.items()}
@@ -132,7 +133,7 @@ class World:
         if self.size == 1:
             return
         flat = self._flat(tensors)
-        dist.broadcast(flat.view(torch.uint8), dist.get_global_rank(self.group, 0), group=self.group)
+        dist.broadcast(flat.view(torch.uint8), group=self.group, group_src=0)
         if not self.first:
             _scatter(flat, tensors)
 
@@ -148,7 +149,7 @@ class World:
         """Every rank's value, by rank. Pickled: for small things."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -156,13 +157,13 @@ class World:
         """What compute() returns, or raises, on rank 0, which alone calls it."""
         if self.size == 1:
             return compute()
-        outcome = [None, None]
+        outcome: list[Any] = [None, None]
         if self.first:
             try:
                 outcome[0] = compute()
             except Exception as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, dist.get_global_rank(self.group, 0), group=self.group)
+        dist.broadcast_object_list(outcome, group=self.group, group_src=0)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
@@ -196,7 +197,7 @@ class World:
             return  # its own error is on its way up
         if failures:
             raise RuntimeError("; ".join(f"rank {rank} failed: {failure}" for rank, failure in failures.items()))
-        raise UserError(_differences(statements))
+        raise UserError(_differences([facts for facts in statements if not isinstance(facts, str)]))
 
     def _all_reduced(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size == 1:

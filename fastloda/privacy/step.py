@@ -6,6 +6,7 @@ clipping a count as well, which is accounted for (`fastloda.privacy.adaptive`).
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -183,12 +184,14 @@ class GhostClipper:
         std = self.clipping.gradient_noise(noise_multiplier, expected_batch_size) * self.max_grad_norm
         sums = world.sum_to_first(self._sums.buffers)
         if callable(generator):
-            generator = generator([*sums.values(), *self._bound.observed(world)])
+            source = cast(NoiseOver, generator)([*sums.values(), *self._bound.observed(world)])
+        else:
+            source = generator
         if world.first:
-            add_noise_(sums.values(), std, generator)
+            add_noise_(sums.values(), std, source)
         means = {alike: (total / expected_batch_size).to(alike[1]) for alike, total in sums.items()}
         world.copy_from_first(list(means.values()))
-        self._bound.move(noise_multiplier, expected_batch_size, world, generator)
+        self._bound.move(noise_multiplier, expected_batch_size, world, source)
         self._hand_over(means)
 
     def _hand_over(self, means: dict[Alike, Tensor]) -> None:
