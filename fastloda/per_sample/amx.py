@@ -7,7 +7,7 @@ its own convolutions of that kind in a wider dtype, on every processor; those of
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ def _check(what: str, dtype: torch.dtype, device: torch.device, geometry: "_Conv
         )
 
 
-def _is_suspect(layer: nn.Module) -> bool:
+def _is_suspect(layer: nn.Module) -> TypeGuard[_ConvNd]:
     """A convolution of the faulty geometry on the CPU; a LoDA layer computes its own in another dtype."""
     if not isinstance(layer, _ConvNd) or "loda_A" in layer._parameters:
         return False

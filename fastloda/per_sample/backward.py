@@ -24,7 +24,7 @@ from fastloda.per_sample.node import Node
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.regions import may_run_again
 from fastloda.per_sample.relaying import TILING, back_to_parameter
-from fastloda.per_sample.rules import Call, rule_of
+from fastloda.per_sample.rules import Call, Recipes, recipes_of
 
 # `with one_recomputation():` what is read after backward costs no recomputation of its own. Older PyTorch has no such thing.
 one_recomputation = getattr(torch.utils.checkpoint, "GraphExecGroup", nullcontext)
@@ -83,22 +83,23 @@ def run_backward(
     """Backward from sum_i weights[i] losses[i] to the lowest uses of the parameters; every use goes through on_use."""
     if not graph.uses:
         return
-    adapters = [node for node in graph.uses if rule_of(node).recipes is None]
-    others = [node for node in graph.uses if rule_of(node).recipes is not None]
+    by_node = {node: recipes_of(node) for node in graph.uses}
+    adapters = [node for node, recipes in by_node.items() if recipes is None]
+    others = {node: recipes for node, recipes in by_node.items() if recipes is not None}
     lowest = [node for node in others if node not in graph.deeper]
     handles, read = [], {}
     try:
         for node in adapters:
             node.receiver = _from_adapter(node, graph.outer[node], on_use)
-        for node in others:  # a lowest one runs too if it shares a parameter with an adapter
-            handles.append(node.register_prehook(_by_rule(node, graph, on_use, read, runs=True)))
+        for node, recipes in others.items():  # a lowest one runs too if it shares a parameter with an adapter
+            handles.append(node.register_prehook(_by_rule(node, recipes, graph, on_use, read, runs=True)))
         adapter_edges = dict.fromkeys(node.next_functions[use.index] for node in adapters for use in graph.uses[node])
         inputs = [GradientEdge(*edge) for edge in (*adapter_edges, *((node, 0) for node in lowest))]
         with one_recomputation(), _unreadable_refused(graph, read), may_run_again(graph.compiled):
             captured = torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)
             for node, gy in zip(lowest, captured[len(adapter_edges) :]):
                 if node not in read:
-                    _by_rule(node, graph, on_use, read, runs=False)((gy,))
+                    _by_rule(node, others[node], graph, on_use, read, runs=False)((gy,))
     finally:
         for handle in handles:
             handle.remove()
@@ -111,7 +112,7 @@ def _from_adapter(node: Node, outer: int, on_use: OnUse):
 
     def record(gy: Tensor, recipes: dict[int, Recipe] | Callable[[], dict[int, Recipe]]) -> None:
         def make_recipes(samples: int) -> dict[int, Recipe]:
-            made = recipes() if callable(recipes) else recipes
+            made = recipes if isinstance(recipes, dict) else recipes()
             if outer <= 1 or samples == 1:
                 return made
             return {index: recipe.batch_first(lambda t: _batch_first(t, outer)) for index, recipe in made.items()}
@@ -126,13 +127,13 @@ def _batch_first(t: Tensor, outer: int) -> Tensor:
     return t if not outer or (dim, blocks) == (0, 1) else batch_apart(t, dim, blocks)
 
 
-def _by_rule(node: Node, graph: LossGraph, on_use: OnUse, read: dict[Node, None], runs: bool):
+def _by_rule(node: Node, recipes: Recipes, graph: LossGraph, on_use: OnUse, read: dict[Node, None], runs: bool):
     outer, shapes = graph.outer[node], {use.index: use.shape for use in graph.uses[node]}
 
     def make_recipes(gy: Tensor, samples: int) -> dict[int, Recipe]:
         if runs:
             let_rule_read_first(node)
-        return rule_of(node).recipes(Call(node, gy, samples, outer, shapes))
+        return recipes(Call(node, gy, samples, outer, shapes))
 
     def prehook(grad_outputs: tuple[Tensor | None, ...]) -> None:
         read[node] = None
@@ -169,7 +170,7 @@ def let_rule_read_first(node: Node) -> None:
     for name in _raw_saved(type(node)):
         holder = getattr(getattr(node, name), "data", None)
         handles = getattr(holder, "handles", None)
-        if type(handles) is dict:
+        if holder is not None and type(handles) is dict:
             holder.handles = _KeptForOneMore(handles)
 
 

@@ -119,7 +119,7 @@ class BatchPlaces(NamedTuple):
     shared: frozenset[Node] = frozenset()
 
 
-def follow_batch(edges: Mapping[Node, Edges], rows: int) -> BatchPlaces:
+def follow_batch(edges: dict[Node, Edges], rows: int) -> BatchPlaces:
     """Follow a batch of `rows` samples downwards. edges: of each node, which comes before the ones that read it."""
     if rows == 1:
         return BatchPlaces(dict.fromkeys(edges, 0), {}, [])

@@ -27,7 +27,7 @@ MARK = "fastloda: made of parameters and constants"
 READING = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
 AS_ANOTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}  # read the first's values
 # read no values
-LIKE_ANOTHER = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like}
+LIKE_ANOTHER: set[Callable] = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like}
 LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
 WHOLE_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__}
 
@@ -77,9 +77,10 @@ class Marking(TorchFunctionMode):
             storage = _storage(t)
             if storage is not None:
                 self._public[id(storage)] = storage
-                if t.grad_fn is not None:
-                    t.grad_fn.metadata[MARK] = None
-                    self.count += _is_made(t.grad_fn)
+                node: Node = t.grad_fn
+                if node is not None:
+                    node.metadata[MARK] = None
+                    self.count += _is_made(node)
 
 
 def _is_made(node: Node) -> bool:
@@ -131,7 +132,7 @@ class Composite(NamedTuple):
 
 
 def composite_nodes(
-    edges: Mapping[Node, Edges],
+    edges: dict[Node, Edges],
     consumers: Consumers,
     outer: Mapping[Node, int],
     covers: Callable[[Node, int, Size, int], bool],

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -205,8 +206,8 @@ def _row(
     names = [name for name in parameters if name.rpartition(".")[0] == layer]
     uses = [pair for name in names for pair in found.get(name, ())]
     refused = [lacking[name] for name in names if name in lacking]
-    use, sizes = max(uses, key=lambda pair: pair[1].numbers, default=(None, None))
-    way, note = _way(refused, use, sizes)
+    largest = max(uses, key=lambda pair: pair[1].numbers, default=None)
+    way, note = _way(refused, largest)
     planned = [costs(s)[choose(s)] for _, s in uses]
     return Row(
         layer=layer or "(the model)",
@@ -214,11 +215,11 @@ def _row(
         operations=tuple(dict.fromkeys(map(_operation, [u for u, _ in uses] + refused))),
         parameters=sum(parameters[name].numel() for name in names),
         samples=samples,
-        positions=_positions(use, sizes),
+        positions=_positions(largest),
         way=way,
         gradient_bytes=sum(4 * s.samples * s.numbers for _, s in uses),
         recipe_bytes=sum(s.recipe for _, s in uses),
-        flops=_flops(sizes, [s for _, s in uses]),
+        flops=_flops(largest, [s for _, s in uses]),
         held_bytes=sum(cost.held for cost in planned),
         planned_flops=sum(cost.flops for cost in planned),
         note=note,
@@ -229,18 +230,19 @@ def _operation(use: Use) -> str:
     return use.node.name().removesuffix("0").removesuffix("Backward")
 
 
-def _flops(largest: Sizes | None, all_sizes: Sequence[Sizes]) -> dict[str, int]:
+def _flops(largest: tuple[Use, Sizes] | None, all_sizes: Sequence[Sizes]) -> dict[str, int]:
     """By each way that is open to the largest; the others go the same way, or as planned where it is not open to them."""
-    ways = costs(largest) if largest else ()
+    ways = costs(largest[1]) if largest else ()
     return {str(way): sum((costs(s).get(way) or costs(s)[choose(s)]).flops for s in all_sizes) for way in ways}
 
 
-def _way(refused: Sequence[Use], use: Use | None, sizes: Sizes | None) -> tuple[str, str]:
+def _way(refused: Sequence[Use], largest: tuple[Use, Sizes] | None) -> tuple[str, str]:
     """-> the way, and why no other."""
     if refused:
         return "refused", f"{refused[0].name!r} has no rule for {refused[0].node.name()}"
-    if use is None:
+    if largest is None:
         return "unused", "no gradient reached it"
+    use, sizes = largest
     if use.node.name() == LAYER_CALL:
         slow = isinstance(use.node.call.rule, FunctionalRule)
         return ("functional", "through torch.func: slower") if slow else ("registered", "by its own rule")
@@ -255,9 +257,10 @@ def _way(refused: Sequence[Use], use: Use | None, sizes: Sizes | None) -> tuple[
     return way, f"ghost: {costs(sizes)[Way.GHOST].time / costs(sizes)[way].time:.2g} x the cost of {way}"
 
 
-def _positions(use: Use | None, sizes: Sizes | None) -> int:
-    if use is None:
+def _positions(largest: tuple[Use, Sizes] | None) -> int:
+    if largest is None:
         return 0
+    use, sizes = largest
     if sizes.product:
         return sizes.product[1][0][0 if len(sizes.product[1][0]) == 2 else 2] // sizes.samples
     entries = use.shape[-1] if "Embedding" in use.node.name() else use.shape.numel()
@@ -269,7 +272,7 @@ def _squares(outputs: Any) -> Tensor:
     if not found:
         raise UserError("the model returns nothing that depends on its trainable parameters: pass a loss")
     rows = len(found[0])
-    return sum(t.reshape(rows, -1).float().square().sum(1) for t in found if t.dim() and len(t) == rows)
+    return reduce(torch.add, (t.reshape(rows, -1).float().square().sum(1) for t in found if t.dim() and len(t) == rows))
 
 
 # ---- as text

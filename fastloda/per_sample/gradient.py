@@ -14,7 +14,7 @@ from torch import Tensor
 from fastloda import kernels
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.planner import Sizes, Way, choose, chunk_samples, rows_at_a_time
-from fastloda.per_sample.recipe import Recipe, as_it_is
+from fastloda.per_sample.recipe import Fused, Recipe, as_it_is
 from fastloda.per_sample.reductions import row_squares, weighted_row_sum
 from fastloda.per_sample.tensors import on_triton
 
@@ -91,10 +91,12 @@ class PerSampleGrad:
         return self.again[0].lay_out if self.again else self.lay_out
 
     @property
-    def _lone(self) -> Recipe | None:
-        """The only recipe, if kernels can do with it alone."""
-        alone = self.kept is None and len(self.again) == 1 and self.again[0].fused is not None
-        return self.again[0] if alone else None
+    def _lone(self) -> tuple[Fused, tuple[Tensor, ...]] | None:
+        """The only recipe's kernels and tensors, if they can do with it alone."""
+        if self.kept is not None or len(self.again) != 1:
+            return None
+        (recipe,) = self.again
+        return (recipe.fused, recipe.tensors) if recipe.fused is not None else None
 
     def squared_norms(self) -> Tensor | None:
         """float64 [samples, parts], whose rows sum to |g_n|^2: no float32 gradient overflows or vanishes in it.
@@ -103,8 +105,9 @@ class PerSampleGrad:
         """
         if self.squares is not None and not self.again:
             return self.squares
-        if recipe := self._lone:
-            return recipe.fused.squares(*recipe.tensors, self.samples)
+        if lone := self._lone:
+            fused, tensors = lone
+            return fused.squares(*tensors, self.samples)
         parts = [row_squares(grads) for _, grads in self.chunks()]
         return torch.cat(parts)[:, None] if parts else None
 
@@ -114,16 +117,17 @@ class PerSampleGrad:
         Raises:
             PrivacyError: the parameter entered an operation in another shape.
         """
-        if recipe := self._lone:
-            accumulated_in = torch.promote_types(recipe.tensors[0].dtype, torch.float32)
-            return self._checked(recipe.fused.weighted_sum(*recipe.tensors, factors.to(accumulated_in)))
-        if not self._sources:
-            return None
+        if lone := self._lone:
+            fused, tensors = lone
+            accumulated_in = torch.promote_types(tensors[0].dtype, torch.float32)
+            return self._checked(fused.weighted_sum(*tensors, factors.to(accumulated_in)))
         if self.again:
             parts = (weighted_row_sum(grads, factors[chosen], some_are_zero) for chosen, grads in self.chunks())
             total = reduce(Tensor.add_, parts)
-        else:
+        elif self.kept is not None:
             total = weighted_row_sum(self.kept, factors, some_are_zero)
+        else:
+            return None
         return self._checked(self.order(total.unsqueeze(0)).squeeze(0))
 
     def _checked(self, total: Tensor) -> Tensor:

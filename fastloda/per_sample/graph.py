@@ -163,7 +163,8 @@ def _entered(node: Node) -> tuple[Node, Edges, Iterator[tuple[Node | None, int]]
 
 def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> list[Use]:
     """Those after steps that only re-lay the parameter, and those of what is made of it."""
-    uses, pending = {}, [(leaf, ())]
+    uses: dict[tuple[Node, int], Use] = {}
+    pending: list[tuple[Node, tuple[Step, ...]]] = [(leaf, ())]
     while pending:
         tensor, before = pending.pop()
         for node, index, number in consumers[tensor]:

@@ -22,7 +22,11 @@ class Members(NamedTuple):
         seen: set[int] = set()
         for name, module in found.modules.items():
             prefix = f"{name}." if name else ""
-            for held, into in ((module._parameters, found.parameters), (module._buffers, found.buffers)):
+            places: list[tuple[dict, dict]] = [
+                (module._parameters, found.parameters),
+                (module._buffers, found.buffers),
+            ]
+            for held, into in places:
                 for key, tensor in held.items():
                     if tensor is not None and id(tensor) not in seen:
                         seen.add(id(tensor))

@@ -74,8 +74,9 @@ def costs(sizes: Sizes) -> dict[Way, Cost]:
     }
     if sizes.fused:
         ways[Way.AGAIN] = Cost(sizes.recipe, 2 * sizes.recipe, 2 * flops)
-    if sizes.ghost:
-        ways[Way.GHOST] = Cost(sizes.recipe, 10 * sizes.recipe, 2 * (flops + gram_flops(sizes)))
+    if sizes.ghost and sizes.product:  # of a linear map, which is one
+        gram = gram_flops(sizes.samples, sizes.product[1])
+        ways[Way.GHOST] = Cost(sizes.recipe, 10 * sizes.recipe, 2 * (flops + gram))
     return ways
 
 
@@ -95,14 +96,14 @@ def product_flops(equation: str, shapes: tuple) -> int:
     return int(contract_path(equation, *shapes, shapes=True)[1].opt_cost)
 
 
-def gram_flops(sizes: Sizes) -> int:
+def gram_flops(samples: int, shapes: tuple) -> int:
     """sum_ts <x_t, x_s> <g_t, g_s> for each sample of a linear map."""
-    (rows, inputs), (_, outputs) = sizes.product[1]
-    positions = rows // sizes.samples
+    (rows, inputs), (_, outputs) = shapes
+    positions = rows // samples
     if positions == 1:  # |x|^2 |g|^2
         return 2 * rows * (inputs + outputs)
     grams = [product_flops("tc,sc->ts", ((positions, width),) * 2) for width in (inputs, outputs)]
-    return sizes.samples * (sum(grams) + product_flops("ts,ts->", ((positions, positions),) * 2))
+    return samples * (sum(grams) + product_flops("ts,ts->", ((positions, positions),) * 2))
 
 
 def chunk_samples(parameter_numbers: int) -> int:

@@ -78,8 +78,10 @@ class Recipe:
         """
 
         def of(fused: Fused | None) -> Fused | None:
-            summed = lambda *arguments: back(fused.weighted_sum(*arguments)[None])[0]  # noqa: E731
-            return Fused(fused.squares, summed) if fused and keeps_norm else None
+            if fused is None or not keeps_norm:
+                return None
+            summed = fused.weighted_sum
+            return Fused(fused.squares, lambda *arguments: back(summed(*arguments)[None])[0])
 
         grad, lay_out = self.grad, lambda grads: back(self.lay_out(grads))
         if not keeps_norm:

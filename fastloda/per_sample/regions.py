@@ -30,7 +30,7 @@ def may_run_again(regions: Collection[Node]) -> Generator[None]:
     """
     for region in regions:
         metadata = getattr(getattr(type(region), "_forward_cls", None), "metadata", None)
-        if getattr(metadata, "bw_donated_idxs", ()) is None:
+        if metadata is not None and getattr(metadata, "bw_donated_idxs", ()) is None:
             metadata.bw_donated_idxs = []
     try:
         yield

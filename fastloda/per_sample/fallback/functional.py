@@ -35,7 +35,17 @@ from fastloda.per_sample.planner import chunk_samples
 from fastloda.per_sample.refusals import parting
 from fastloda.per_sample.rules import may_be_covered, may_cover
 
-KNOWN = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
+KNOWN: set[type[nn.Module]] = {
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Embedding,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+}
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
 KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}  # never need looking into
 WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that whole"
@@ -115,8 +125,12 @@ def cover_modules(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Cov
 
 def own_parameters(layer: nn.Module) -> tuple[str, ...]:
     """Names of the trainable parameters that the layer holds itself, in a list or dictionary, or through parametrizations."""
-    held = {key: m for key, m in layer._modules.items() if key == "parametrizations" or isinstance(m, HOLDERS)}
-    inside = (f"{key}.{name}" for key, module in held.items() for name in trainable(module))
+    inside = (
+        f"{key}.{name}"
+        for key, module in layer._modules.items()
+        if module is not None and (key == "parametrizations" or isinstance(module, HOLDERS))
+        for name in trainable(module)
+    )
     return (*trainable(layer, recurse=False), *inside)
 
 
@@ -200,7 +214,7 @@ class FunctionalRule:
 
         def of_row(row: list[Tensor], gys: list[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
             args, kwargs = _with_rows(call, [t[None] for t in row])
-            outputs, back = torch.func.vjp(lambda own: call.run(own, args, kwargs), own)
+            outputs, back = torch.func.vjp(lambda own: call.run(own, args, kwargs), own)[:2]  # the third would be aux
             return back(tuple(gy.unsqueeze(dim) for gy, dim in zip(gys, dims)))[0], outputs
 
         at_a_time = chunk_samples(sum(p.numel() for p in own.values()))
@@ -288,7 +302,7 @@ def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwar
 
 
 def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple, kwargs: dict):
-    forward = _composed if isinstance(layer, nn.RNNBase) else type(layer).forward
+    forward: Callable = _composed if isinstance(layer, nn.RNNBase) else type(layer).forward
     if isinstance(layer, nn.RNNBase) and isinstance(args[0] if args else kwargs.get("input"), PackedSequence):
         return _packed(layer, names, *args, **kwargs)
     if isinstance(rule, (Composed, Watched)):
@@ -367,8 +381,10 @@ def _without_rule(model: nn.Module, given: Any, result: Any, tried: Mapping[str,
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = {len(t) for t in (*outputs, *tensors(given)) if t.dim()}
     try:
-        graph = trace(outputs, parameters, may_cover) if outputs else None
-        uses = [use for of_node in graph.uses.values() for use in of_node] if graph else []
+        if not outputs:
+            return []
+        graph = trace(outputs, parameters, may_cover)
+        uses = [use for of_node in graph.uses.values() for use in of_node]
         return [
             use.name for use in uses if use.node in graph.shared or not may_be_covered(use) or not _has_rows(use, rows)
         ]

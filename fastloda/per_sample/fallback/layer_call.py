@@ -112,12 +112,12 @@ class LayerCallFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gys: Tensor):
         call, own = ctx.call, [None] * len(ctx.call.names)
-        gys = [gy.detach() for gy in gys]
+        detached_gys = [gy.detach() for gy in gys]
         if ctx.receiver is not None:
-            ctx.receiver(call.batch_first(gys), lambda: call.recipes(gys))
+            ctx.receiver(call.batch_first(detached_gys), lambda: call.recipes(detached_gys))
         else:
-            own = _ordinary(call, ctx.saved_tensors, gys)
-        return None, *gys, *own
+            own = _ordinary(call, ctx.saved_tensors, detached_gys)
+        return None, *detached_gys, *own
 
 
 def call_as_one(
@@ -147,7 +147,7 @@ def call_as_one(
 def _stood_in_for(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Generator[None]:
     """Other tensors in every place of the layer that holds one of the named parameters: ties stay ties."""
     instead = {id(layer.get_parameter(name)): t for name, t in tensors.items()}
-    holders = [module._parameters for module in layer.modules()]
+    holders: list[dict[str, Any]] = [module._parameters for module in layer.modules()]
     places = [(holder, key, p) for holder in holders for key, p in holder.items() if id(p) in instead]
     try:
         for holder, key, p in places:
@@ -189,8 +189,8 @@ def _ordinary(call: LayerCall, parameters: tuple[Tensor, ...], gys: list[Tensor]
     used = [(y, gy) for y, gy in zip(outputs, gys) if y.requires_grad]
     if not used:
         return (None,) * len(own)
-    ys, gys = zip(*used)
-    return torch.autograd.grad(ys, list(own.values()), gys, allow_unused=True)
+    ys, used_gys = zip(*used)
+    return torch.autograd.grad(ys, list(own.values()), used_gys, allow_unused=True)
 
 
 def of_rows(grads: Tensor) -> Recipe:

@@ -5,6 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import check_graph, check_independence, trainable_parameters
 from fastloda.per_sample.rules import FUNCTION_RULES, Call, Rule
 
-LayerRule = Callable[[nn.Module, tuple, Tensor], Mapping[str, Tensor]]
+LayerRule = Callable[[nn.Module, tuple, Any], Mapping[str, Tensor]]  # the gradient of one output, or a tuple of several
 FunctionRule = Callable[..., Mapping[int, Tensor]]
 ALLOWED_ERROR = 1e-9  # relative, in float64
 
@@ -89,11 +90,12 @@ def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
         truth = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for (name, p), grad in zip(parameters.items(), truth):
             grad = torch.zeros_like(p) if grad is None else grad
-            got = torch.zeros_like(p) if found[name] is None else found[name][row]
+            by_row = found[name]
+            got = torch.zeros_like(p) if by_row is None else by_row[row]
             errors[name] = max(errors[name], _largest(got - grad))
             sizes[name] = max(sizes[name], _largest(grad))
     errors = {name: error / (sizes[name] or 1.0) for name, error in errors.items()}
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= ALLOWED_ERROR:
         raise UserError(
             f"the per-sample gradients of {type(layer).__name__} are wrong: those of {worst!r} are off by {errors[worst]:.3g} of "
@@ -138,7 +140,7 @@ def _register_layer(target: type[nn.Module], rule: LayerRule) -> LayerRule:
         names = own_parameters(self) if type(self).forward is forward and may_be_one() else ()
         return call_as_one(self, plain, user, names, args, kwargs) if names else plain(self, *args, **kwargs)
 
-    forward.row_rule_of = plain
+    vars(forward)["row_rule_of"] = plain
     target.forward = forward
     return rule
 

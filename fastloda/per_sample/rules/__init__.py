@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Size
 
+from fastloda.errors import PrivacyError
 from fastloda.per_sample.batch_axis import output_shape
 from fastloda.per_sample.node import Node
 from fastloda.per_sample.recipe import Recipe
@@ -36,11 +37,13 @@ from fastloda.per_sample.rules.norm import batch_norm, group_norm, layer_norm, r
 if TYPE_CHECKING:  # it reads these rules
     from fastloda.per_sample.graph import LossGraph, Use
 
+Recipes = Callable[[Call], dict[int, Recipe]]
+
 
 class Rule(NamedTuple):
     """`recipes(call) -> {input: Recipe}` for the operation's inputs that may be parameters; None: the node hands them over."""
 
-    recipes: Callable[[Call], dict[int, Recipe]] | None
+    recipes: Recipes | None
     inputs: Collection[int]
     refuses: Callable[[Node, Size, int], bool] = lambda node, shape, outer: False
 
@@ -75,6 +78,14 @@ FUNCTION_RULES: dict[type, Rule] = {}  # by the autograd.Function itself: its na
 def rule_of(node: Node) -> Rule | None:
     own = FUNCTION_RULES.get(getattr(type(node), "_forward_cls", None))
     return own or RULES.get(node.name())
+
+
+def recipes_of(node: Node) -> Recipes | None:
+    """What makes the recipes of a covered operation; None: the node hands them over."""
+    rule = rule_of(node)
+    if rule is None:
+        raise PrivacyError(f"used by {node.name()} without an exact per-sample rule")
+    return rule.recipes
 
 
 def uncovered(graph: "LossGraph") -> "list[Use]":

@@ -6,6 +6,7 @@ with entries of its own for each row of the batch has no gradient per sample.
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -118,11 +119,10 @@ def _of(call: Call) -> list[tuple[int, Size]]:
 def _recipe(call: Call, shape: Size, product: Factor, *factors: Tensor, scale: float = 1) -> Recipe:
     """scale product(gy, *factors), summed."""
 
-    def grad(*tensors: Tensor) -> Tensor:
-        *tensors, samples = tensors
+    def grad(*tensors_and_samples: Any) -> Tensor:
+        *tensors, samples = tensors_and_samples
         total = summed(product(*map(accumulable, tensors)) if factors else tensors[0], shape, samples)
         return total * scale  # a new tensor: the sum may be gy itself
 
-    factors = [factor.expand_as(call.gy) for factor in factors]
-    tensors = tuple(call.apart(t) for t in (call.gy, *factors))
+    tensors = tuple(call.apart(t) for t in (call.gy, *(factor.expand_as(call.gy) for factor in factors)))
     return Recipe(grad, tensors, scratch_bytes=4 * call.gy.numel() if factors else 0)

@@ -1,6 +1,7 @@
 """Convolutions of one, two and three dimensions, grouped or not, with zero padding; and transposed ones."""
 
 from dataclasses import replace
+from math import prod
 
 from torch import Tensor
 
@@ -40,10 +41,10 @@ def _weight(x: Tensor, gy: Tensor, kernel: tuple[int, ...], node) -> Recipe:
         grad = taps @ accumulable(x).reshape(rows * groups, -1, size).mT  # [N groups, O / groups k^d, C / groups]
         return sum_rows(grad.view(rows, -1, grad.shape[-1]), samples)
 
-    positions = x.shape[2:].numel()
-    taps = gy.shape[:2].numel() * kernel.numel() * positions
+    positions = prod(x.shape[2:])
+    taps = prod(gy.shape[:2]) * prod(kernel) * positions
     flat = Conv(*geometry) if len(kernel) == 2 and groups == 1 else None
-    shapes = (gy.shape[1] // groups * kernel.numel(), x.shape[1] // groups)
+    shapes = (gy.shape[1] // groups * prod(kernel), x.shape[1] // groups)
     product = ("gkq,gcq->gkc", tuple((groups, width, len(x) * positions) for width in shapes))
     lay_out = lambda grads: lay_out_taps(grads, kernel)  # noqa: E731
     return replace(conv_recipe(weight_grad, lay_out, x, gy, flat, taps * gy.element_size()), product=product)

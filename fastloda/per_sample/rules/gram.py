@@ -12,6 +12,8 @@ to k u S^2 / 2 |g|^2, about 1e-12 for 16 positions, unless they cancel to 1e-6 o
 the gradient's, never smaller.
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -63,5 +65,5 @@ def _rows(x: Tensor, gy: Tensor, samples: int, part: slice) -> tuple[Tensor, ...
 
 
 def _parts(x: Tensor, gy: Tensor, samples: int):
-    positions = x.shape[:-1].numel() // samples
+    positions = prod(x.shape[:-1]) // samples
     return split_rows(samples, 8 * samples * positions * (x.shape[-1] + gy.shape[-1] + 2 * positions), x.device)

@@ -1,6 +1,7 @@
 """Linear maps: y = x W^T + b over rows, however many rows a sample has, together or sequence first."""
 
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Size, Tensor
@@ -77,7 +78,7 @@ def bilinear(call: Call) -> dict[int, Recipe]:
 def weight(call: Call, x: Tensor) -> Recipe:
     """The recipe for weight.T [C, O] from x [rows, C] and gy [rows, O]."""
     x, gy = call.first(x), call.first(call.gy)
-    rows = x.shape[:-1].numel()
+    rows = prod(x.shape[:-1])
     recipe = replace(linear_recipe(x, gy), product=("tc,to->co", ((rows, x.shape[-1]), (rows, gy.shape[-1]))))
     return recipe if recipe.fused else replace(recipe, ghost=gram(x))
 
