@@ -15,6 +15,7 @@ consecutive rows; its gradient is the sum over them.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ class ConvOp:
 
     def taps_bytes(self, gz: Tensor, x: Tensor) -> int:
         """Size of the taps of gz for all rows: r k^2 / C of x."""
-        return gz.shape[:2].numel() * self.conv.taps * x.shape[2:].numel() * x.element_size()
+        return prod(gz.shape[:2]) * self.conv.taps * prod(x.shape[2:]) * x.element_size()
 
     @property
     def _steps(self) -> tuple:
@@ -150,7 +151,8 @@ class ConvOp:
         if computed_in == dtype:
             return F.conv2d(x, weight, bias, *self._steps, groups)
         with without_autocast(x.device.type):
-            x, weight, bias = (None if t is None else t.to(computed_in) for t in (x, weight, bias))
+            x, weight = x.to(computed_in), weight.to(computed_in)
+            bias = None if bias is None else bias.to(computed_in)
             return F.conv2d(x, weight, bias, *self._steps, groups).to(dtype)
 
     def _convolution_backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool, bool]):
@@ -198,8 +200,8 @@ class LinearOp:
         """The ordinary gradient of A, summed over all rows."""
         return self.grad_A(x, gz, 1)[0]
 
-    def recipe_A(self, x: Tensor, gz: Tensor, taps: None = None) -> Recipe:
-        """The recipe of A's per-sample gradients."""
+    def recipe_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Recipe:
+        """The recipe of A's per-sample gradients, for which taps do not serve."""
         return Recipe(self.grad_A, (x, gz))
 
     def grad_A(self, x: Tensor, gz: Tensor, samples: int) -> Tensor:

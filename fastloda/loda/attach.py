@@ -7,8 +7,9 @@ import os
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import torch
@@ -24,6 +25,8 @@ logger = logging.getLogger("fastloda")
 
 ADAPTED = (LoDAConv2d, LoDALinear)
 ADAPTABLE = (nn.Conv2d, nn.Linear)
+Adaptable = nn.Conv2d | nn.Linear
+L = TypeVar("L", bound=nn.Module)
 NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # though their weights may have two dimensions
 Targets = type | str | Iterable[str] | Callable[[str, nn.Module], bool]
 SETTINGS = ("rank", "activation", "negative_slope", "scale")
@@ -79,18 +82,18 @@ def attach_loda(
             f"the model is a single {type(model).__name__}: use LoDAConv2d.from_conv or LoDALinear.from_linear"
         )
     skipped = {name: reason for name, layer in matching.items() if (reason := _reason_to_skip(layer, rank))}
-    chosen = {name: layer for name, layer in matching.items() if name not in skipped}
+    chosen = {name: layer for name, layer in matching.items() if isinstance(layer, ADAPTABLE) and name not in skipped}
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise UserError(f"no layer to adapt for targets={targets!r}" + (f" ({reasons}; ...)" if skipped else ""))
-    replacements = {layer: _adapter(layer, settings) for layer in chosen.values()}
+    replacements: dict[nn.Module, nn.Module] = {layer: _adapter(layer, settings) for layer in chosen.values()}
     model.requires_grad_(False)
     _replace(model, replacements)
     _say_what_is_left(skipped, chosen, matching)
     return Adapted(chosen, skipped)
 
 
-def _say_what_is_left(skipped: dict[str, str], chosen: dict[str, nn.Module], matching: dict[str, nn.Module]) -> None:
+def _say_what_is_left(skipped: dict[str, str], chosen: Mapping[str, nn.Module], matching: dict[str, nn.Module]) -> None:
     left = []
     for reason in dict.fromkeys(skipped.values()):
         left.append((_listed([name for name in skipped if skipped[name] == reason]), reason))
@@ -126,7 +129,8 @@ def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]
         convolutions = {name: m for name, m in layers.items() if isinstance(m, nn.Conv2d)}
         return (convolutions or layers) | others
     if isinstance(targets, (type, tuple)) and all(isinstance(t, type) for t in _as_tuple(targets)):
-        matches = lambda name, layer: isinstance(layer, targets)  # noqa: E731
+        kinds = _as_tuple(targets)
+        matches = lambda name, layer: isinstance(layer, kinds)  # noqa: E731
     elif callable(targets):
         matches, others = targets, {}  # it is asked about Conv2d and Linear alone
     elif isinstance(targets, str):
@@ -147,6 +151,7 @@ def _as_tuple(value) -> tuple:
 def _reason_to_skip(layer: nn.Module, rank: int) -> str | None:
     if reason := _reason_to_keep(layer):
         return reason
+    assert isinstance(layer, ADAPTABLE)  # or there was a reason
     narrowest = min(layer.weight.shape[0], getattr(layer, "in_channels", layer.weight.shape[1]))
     return f"rank {rank} > min(C_in, C_out) = {narrowest}" if rank > narrowest else None
 
@@ -164,22 +169,23 @@ def _reason_to_keep(layer: nn.Module) -> str | None:
     return None
 
 
-def _adapter(layer: nn.Module, settings: dict) -> nn.Module:
-    make = LoDAConv2d.from_conv if isinstance(layer, nn.Conv2d) else LoDALinear.from_linear
-    return make(layer, **settings)
+def _adapter(layer: Adaptable, settings: dict) -> LoDAConv2d | LoDALinear:
+    if isinstance(layer, nn.Conv2d):
+        return LoDAConv2d.from_conv(layer, **settings)
+    return LoDALinear.from_linear(layer, **settings)
 
 
-def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """At every place where a layer stands: a module may be registered under several names."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
                 if name == "_orig_mod":  # what torch.compile made of the old one is kept beside it
                     parent.__setstate__(parent.__getstate__())
 
 
-def _layers(model: nn.Module, types: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+def _layers(model: nn.Module, types: tuple[type[L], ...]) -> Iterator[tuple[str, L]]:
     """(name, layer) of the layers of these types, each once, under its first name."""
     seen = set()
     for name, module in bare_modules(model):
@@ -358,22 +364,23 @@ def _in_names_of(
     }
 
 
-def _bases(model: nn.Module, settings: dict[str, dict], path: str | os.PathLike) -> dict[str, nn.Module]:
+def _bases(model: nn.Module, settings: dict[str, dict], path: str | os.PathLike) -> dict[str, Adaptable]:
     modules = dict(bare_modules(model))
-    strangers = [name for name in settings if not isinstance(modules.get(name), (nn.Conv2d, nn.Linear))]
+    bases = {name: layer for name in settings if isinstance(layer := modules.get(name), ADAPTABLE)}
+    strangers = [name for name in settings if name not in bases]
     if strangers:
         raise UserError(
             f"{path} adapts {strangers[:5]}, no Conv2d or Linear of this model: these are another model's adapters"
         )
-    if any(modules[name] is model for name in settings):
+    if any(layer is model for layer in bases.values()):
         raise UserError(
             f"{path} adapts a single layer, which can't be replaced in place: load into LoDAConv2d.from_conv(layer, ...) or "
             "LoDALinear.from_linear(layer, ...)"
         )
-    for name in settings:
-        if reason := _reason_to_keep(modules[name]):
+    for name, layer in bases.items():
+        if reason := _reason_to_keep(layer):
             raise UserError(f"{path} adapts {name!r}, which can't be replaced here: {reason}")
-    return {name: modules[name] for name in settings}
+    return bases
 
 
 def _same(key: str, ours, theirs, activation: str) -> bool:
@@ -383,7 +390,7 @@ def _same(key: str, ours, theirs, activation: str) -> bool:
 
 
 def _check_same(
-    layers: dict[str, nn.Module], settings: dict[str, dict], tensors: dict[str, Tensor], path: str | os.PathLike
+    layers: Mapping[str, nn.Module], settings: dict[str, dict], tensors: dict[str, Tensor], path: str | os.PathLike
 ) -> None:
     if strangers := sorted(layers.keys() ^ settings.keys()):
         raise UserError(f"{path} and the model adapt different layers: {strangers[:5]}")

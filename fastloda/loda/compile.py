@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastloda.errors import PrivacyError, UserError
 from fastloda.loda.attach import ADAPTED, loda_layers
+from fastloda.loda.layers import LoDAConv2d, LoDALinear
 from fastloda.per_sample.tensors import accumulable
 
 M = TypeVar("M", bound=nn.Module)
@@ -64,7 +65,7 @@ def compile(model: M, **options) -> M:
     return model
 
 
-def _by_row(call: Callable, layers: Sequence[nn.Module], options: dict) -> Callable:
+def _by_row(call: Callable, layers: Sequence[LoDAConv2d | LoDALinear], options: dict) -> Callable:
     """call, compiled, for layers that see their adapters by row."""
 
     def whole(*args, **kwargs):  # PyTorch's own modules are traced only from outside, not if compiled themselves
@@ -88,16 +89,20 @@ def _leading_size(arguments) -> int:
 
 
 @contextmanager
-def _given_by_row(layers: Sequence[nn.Module], rows: int) -> Generator[None]:
+def _given_by_row(layers: Sequence[LoDAConv2d | LoDALinear], rows: int) -> Generator[None]:
     """Without gradients nothing is given, and the layers compile as what they are made of."""
     before = [layer.by_row for layer in layers]
     try:
         for layer in layers if torch.is_grad_enabled() else ():
-            layer.by_row = tuple(accumulable(p).expand(rows, *p.shape) for p in (layer.loda_A, layer.loda_B))
+            layer.by_row = _repeated(layer.loda_A, rows), _repeated(layer.loda_B, rows)
         yield
     finally:
         for layer, given in zip(layers, before):
             layer.by_row = given
+
+
+def _repeated(parameter: Tensor, rows: int) -> Tensor:
+    return accumulable(parameter).expand(rows, *parameter.shape)
 
 
 def _check_mode(mode: str | None = None, options: dict | None = None, **_) -> None:

@@ -7,7 +7,7 @@ node, and the layer's only backward pass hands it what per-sample gradients are 
 """
 
 import math
-from typing import Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,8 @@ def apply_adapter(
         raise TypeError(f"the input is {x.dtype}, the layer's weight {weight.dtype}")
     base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if by_row is not None and not base_trains:
-        x, weight, bias = (None if t is None else t.to(compute_dtype(x)) for t in (x, weight, bias))
+        dtype = compute_dtype(x)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return rowwise_adapter(op, x, weight, bias, *by_row)
     if base_trains or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op.reference(x, weight, bias, A.to(x.dtype), B.to(x.dtype))
@@ -99,9 +100,13 @@ def check_settings(rank: int, activation: str, negative_slope: float, scale: flo
             raise UserError(f"{name} must be a finite number, got {value!r}")
 
 
-class _Adapted:
+class _Adapted(nn.Module if TYPE_CHECKING else object):
     """What the two layers share: the adapter's parameters and settings, `from_base`, `merge`."""
 
+    weight: Tensor
+    bias: Tensor | None
+    loda_A: nn.Parameter
+    loda_B: nn.Parameter
     by_row: tuple[Tensor, Tensor] | None = None  # A and B for each row, while a compiled model runs (compile.py)
 
     def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device):
@@ -136,16 +141,21 @@ class _Adapted:
                 f"cannot merge: activation {self.activation!r} has slope {self.slope} for z < 0, so B phi(A x) is not linear "
                 "in x and no weight equals it; only activation='identity' (LoRA) merges"
             )
-        if getattr(self, "groups", 1) != 1:
-            raise UserError(f"cannot merge: the update B A is dense, but the base convolution has groups={self.groups}")
+        if (groups := getattr(self, "groups", 1)) != 1:
+            raise UserError(f"cannot merge: the update B A is dense, but the base convolution has groups={groups}")
         merged = self._plain()
         update = self.loda_B.detach().flatten(1) @ self.loda_A.detach().flatten(1)
         weight = self.weight.detach() + self.scale * update.view_as(self.weight)
         merged.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
-        merged.bias = self.bias
+        if isinstance(self.bias, nn.Parameter):
+            merged.bias = self.bias
         return merged.train(self.training)
 
-    def _adopt(self, base: nn.Module) -> Self:
+    def _plain(self) -> nn.Conv2d | nn.Linear:
+        """The ordinary layer of the same shape."""
+        raise NotImplementedError
+
+    def _adopt(self, base: nn.Conv2d | nn.Linear) -> Self:
         """Take over the base layer's own tensors and mode (nothing is copied), with a new adapter on its device."""
         self.weight, self.bias = base.weight, base.bias
         for parameter in base.parameters(recurse=False):
@@ -168,12 +178,16 @@ class _Adapted:
 
         return super()._apply(apart, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         """A `state_dict` of the unadapted layer loads too: the adapter then keeps its values, and in any case its dtype."""
         for key in (prefix + "loda_A", prefix + "loda_B"):
             if key in state_dict:
                 state_dict[key] = state_dict[key].to(self.loda_A.dtype)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         adapter = {prefix + "loda_A", prefix + "loda_B"}
         if prefix + "weight" in state_dict and adapter.isdisjoint(state_dict):
             missing_keys[:] = [key for key in missing_keys if key not in adapter]
@@ -214,7 +228,7 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device=None,
         dtype=None,
         *,
@@ -237,8 +251,9 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
     def _plain(self) -> nn.Conv2d:
         return nn.Conv2d(**_conv_arguments(self), device="meta")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] (or [C, H, W]) -> y [N, O, OH, OW]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [N, C, H, W] (or [C, H, W]) -> y [N, O, OH, OW]."""
+        x = input
         if x.dim() == 3:
             return self(x.unsqueeze(0)).squeeze(0)
         left, right, top, bottom = self._reversed_padding_repeated_twice
@@ -285,12 +300,12 @@ class LoDALinear(_Adapted, nn.Linear):
     def _plain(self) -> nn.Linear:
         return nn.Linear(**_linear_arguments(self), device="meta")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, ..., C] (or [C]) -> y [N, ..., O]."""
-        if x.dim() == 1:
-            return self(x.unsqueeze(0)).squeeze(0)
+    def forward(self, input: Tensor) -> Tensor:
+        """input [N, ..., C] (or [C]) -> y [N, ..., O]."""
+        if input.dim() == 1:
+            return self(input.unsqueeze(0)).squeeze(0)
         op = LinearOp(self.slope, self.scale)
-        return apply_adapter(op, x, self.weight, self.bias, self.loda_A, self.loda_B, self.by_row)
+        return apply_adapter(op, input, self.weight, self.bias, self.loda_A, self.loda_B, self.by_row)
 
 
 def unfilled(base: nn.Conv2d | nn.Linear, **adapter) -> LoDAConv2d | LoDALinear:

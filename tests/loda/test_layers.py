@@ -99,6 +99,13 @@ def test_unbatched_input():
     torch.testing.assert_close(linear(x[0, :, 0, 0]), linear(x[:, :, 0, 0])[0])
 
 
+def test_the_input_may_be_named_as_pytorch_names_it():
+    conv, linear = adapted_conv(), drawn.randomise(LoDALinear(4, 6).double())
+    x = images()
+    assert torch.equal(conv(input=x), conv(x))
+    assert torch.equal(linear(input=x[..., 0, 0]), linear(x[..., 0, 0]))
+
+
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("padding", [dict(padding=1), dict(padding=2, padding_mode="reflect"), dict(stride=2)])
 def test_memory_format_is_kept(padding, format):

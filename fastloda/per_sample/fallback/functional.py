@@ -35,17 +35,8 @@ from fastloda.per_sample.planner import chunk_samples
 from fastloda.per_sample.refusals import parting
 from fastloda.per_sample.rules import may_be_covered, may_cover
 
-KNOWN: set[type[nn.Module]] = {
-    nn.Linear,
-    nn.Bilinear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.Embedding,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-}
+KNOWN: set[type[nn.Module]] = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding}
+KNOWN |= {nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
 KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}  # never need looking into
 WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that whole"
