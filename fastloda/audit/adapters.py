@@ -107,7 +107,7 @@ def of_trainer(
         size = -(-max(1, present) // parts) if parts > 1 else settings.micro_batch_size
         rate = 1.0 if present else NEVER
         made = trainer(_Rows(records, max(1, present)), generator, sample_rate=rate, micro_batch_size=size)
-        return of_loop(made.model, lambda *_: made.train_step()).release(records, generator)
+        return of_loop(made.model, lambda *_: made.train_step())(records, generator)
 
     seen = _Rows(records, population)
     sampling: list[DPTrainer] = []  # one trainer, from draw to draw

@@ -94,7 +94,7 @@ class NoiseRecord:
         single = {name: Scale(part.min().item(), self.pairs) for name, part in parts}
         p = {("", name): s.p_too_small for name, s in tensors.items()}
         p |= {("a coordinate of ", name): s.p_too_small for name, s in single.items()}
-        of, name = min(p, key=p.get)
+        of, name = min(p, key=p.__getitem__)
         std = (single if of else tensors)[name].std
         return Finding(
             "noise in each tensor",

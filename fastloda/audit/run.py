@@ -129,7 +129,8 @@ def _observe(step, records, claim, canary: Neighbours | None, observations, gene
     outside = usual_batch(records)
     inside = outside if canary is None else join(outside, canary.added)
     batches = {"out": outside, "in": inside}
-    direction = None if canary is None else canary.share / canary.share.norm()
+    share = None if canary is None else canary.share
+    direction = None if share is None else share / share.norm()
     projections, waiting, noise = {"out": [], "in": []}, {}, None
     for _ in range(observations):
         for name, batch in batches.items():
@@ -200,7 +201,7 @@ def _few(observations: int) -> int:
 # ---- checks of the arguments
 
 
-def _callable(step: object) -> Release:
+def _callable(step: Release) -> Release:
     if not callable(step):
         raise TypeError(f"step must be a PrivateStep or a function (records, generator) -> gradient, got {step!r}")
     return step

@@ -91,6 +91,8 @@ class PrivateStep:
         """One step. With parts=1 it is `release`, so that what trains is what is audited."""
         if parts == 1:
             return as_released(self.release(records, generator))
+        if self.release_in_parts is None:
+            raise TypeError("the step has no release_in_parts")
         return as_released(self.release_in_parts(records, generator, parts))
 
     def replay(self, records: Records, seed: int, parts: int = 1) -> Released:

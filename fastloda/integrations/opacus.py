@@ -87,7 +87,7 @@ def _recipes(layer: LoDALayer, x: Tensor, gy: Tensor) -> dict[nn.Parameter, Reci
         layer.weight: Recipe(weight_grad, (x, gy)),
         layer.bias: Recipe(bias_grad, (gy,)),
     }
-    return {p: recipe for p, recipe in recipes.items() if p is not None and p.requires_grad}
+    return {p: recipe for p, recipe in recipes.items() if isinstance(p, nn.Parameter) and p.requires_grad}
 
 
 def _again(layer: LoDALayer, x: Tensor, A: Tensor) -> tuple[ConvOp | LinearOp, Tensor, Tensor]:

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
-STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
+STANDARDISED = (StdConv2d, StdConv2dSame, *SCALED)
+Standardised = StdConv2d | StdConv2dSame | ScaledStdConv2d | ScaledStdConv2dSame
 
 
 def fold_weight_standardization(model: nn.Module) -> list[str]:
@@ -26,7 +28,7 @@ def fold_weight_standardization(model: nn.Module) -> list[str]:
     return [name for name, layer in layers.items() if layer in folded]
 
 
-def _folded(layer: nn.Conv2d) -> nn.Conv2d:
+def _folded(layer: Standardised) -> nn.Conv2d:
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
     conv = nn.Conv2d(**{name: getattr(layer, name) for name in names}, bias=layer.bias is not None, device="meta")
     conv.weight = nn.Parameter(_standardised(layer), requires_grad=layer.weight.requires_grad)
@@ -35,8 +37,8 @@ def _folded(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 @torch.no_grad()
-def _standardised(layer: nn.Conv2d) -> Tensor:
+def _standardised(layer: Standardised) -> Tensor:
     """As timm's forward computes it: zero mean and unit variance over each filter, times the gain of the scaled kind."""
     rows = layer.weight.reshape(1, layer.out_channels, -1)
-    gain = (layer.gain * layer.scale).view(-1) if hasattr(layer, "gain") else None
+    gain = (layer.gain * layer.scale).view(-1) if isinstance(layer, SCALED) else None
     return F.batch_norm(rows, None, None, gain, training=True, momentum=0.0, eps=layer.eps).view_as(layer.weight)
