@@ -1,7 +1,7 @@
 """Exponential moving average of parameters. Post-processing: free of privacy cost."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Average:
         torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> Generator[None]:
         """The average stands in the parameters inside, the parameters' own values after."""
         own = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:

@@ -1,6 +1,6 @@
 """The private records, read one by one, and batches of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Batches:
                     f"data's tensors must have one record per row, the same number >= 1 each; got {sorted(lengths)}"
                 )
             self.records = lengths.pop()
-        elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data):
+        elif hasattr(data, "__getitem__") and isinstance(data, Sized) and len(data):
             self.records = len(data)
         else:
             raise UserError(f"data must be tensors or a map-style Dataset with records, got {type(data).__name__}")

@@ -39,7 +39,7 @@ class Releases:
         self.sums: dict[int, str] = {}
         self._size = 0
         if self.path and self.path.exists():
-            self._read(self.path.read_bytes())
+            self._read(self.path)
 
     @property
     def last(self) -> int:
@@ -63,21 +63,21 @@ class Releases:
         """
         entry = {"steps": account["steps"], "sum": hashed}
         if self.path:
-            self._write(entry if self.account else account | entry)
+            self._write(self.path, entry if self.account else account | entry)
         self.account = account
         self.sums[account["steps"]] = hashed
 
-    def _write(self, entry: dict) -> None:
+    def _write(self, path: Path, entry: dict) -> None:
         line = (json.dumps(entry) + "\n").encode()
-        if not self._size and not self.path.exists():
-            write_atomically(self.path, line)
+        if not self._size and not path.exists():
+            write_atomically(path, line)
         else:
-            self._append(line)
+            self._append(path, line)
         self._size += len(line)
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, path: Path, line: bytes) -> None:
         try:
-            with self.path.open("r+b") as file:
+            with path.open("r+b") as file:
                 self.check_alone()
                 file.seek(0, os.SEEK_END)
                 try:
@@ -85,25 +85,26 @@ class Releases:
                     file.flush()
                     os.fsync(file.fileno())
                 except OSError:
-                    os.truncate(self.path, self._size)
+                    os.truncate(path, self._size)
                     raise
         except OSError as error:
-            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
-    def _read(self, content: bytes) -> None:
+    def _read(self, path: Path) -> None:
         """The first line holds the account. A last one that a power cut left unfinished was never released."""
+        content = path.read_bytes()
         lines = content.splitlines(keepends=True)
         if len(lines) > 1 and not lines[-1].endswith(b"\n"):
-            os.truncate(self.path, len(content) - len(lines.pop()))
+            os.truncate(path, len(content) - len(lines.pop()))
         try:
             entries = [json.loads(line) for line in lines]
             self.sums = {entry["steps"]: entry.get("sum", "") for entry in entries}
             account = {key: value for key, value in entries[0].items() if key != "sum"}
             self.account = account | {"steps": entries[-1]["steps"]}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.path} is damaged: {error or type(error).__name__}") from error
+            raise CheckpointError(f"{path} is damaged: {error or type(error).__name__}") from error
         if not all(type(number) is int and type(hashed) is str for number, hashed in self.sums.items()):
-            raise CheckpointError(f"{self.path} is damaged: it holds no privacy record")
+            raise CheckpointError(f"{path} is damaged: it holds no privacy record")
         self._size = sum(map(len, lines))
 
 

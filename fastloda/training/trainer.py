@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,10 +215,10 @@ class DPTrainer:
         self.clipper.check_model()  # the try may have written to it
         self._agree()
         if self.checkpoint:
-            self.world.from_first(lambda: make_place(self.checkpoint))
+            self.world.from_first(partial(make_place, self.checkpoint))
         resumes = self.checkpoint is not None and self.world.from_first(self.checkpoint.exists)
-        if resumes:
-            self._resume()
+        if self.checkpoint and resumes:
+            self._resume(self.checkpoint)
         self._releases = self.world.from_first(lambda: Releases(self.checkpoint))
         self._settle(resumes)
         self.clipper.watch()  # resuming has written to the parameters
@@ -451,7 +451,7 @@ class DPTrainer:
         if self.checkpoint:
             state = self.state_dict()
             self.world.from_first(self._releases.check_alone)
-            self.world.from_first(lambda: save_checkpoint(self.checkpoint, state, self._fingerprint))
+            self.world.from_first(partial(save_checkpoint, self.checkpoint, state, self._fingerprint))
 
     def state_dict(self) -> dict:
         """Everything from which training continues bit for bit, on any rank."""
@@ -472,8 +472,8 @@ class DPTrainer:
         # the two steps that are paid for.
         return state if self.settings.secure_noise else state | {"secret": self._secret.key.hex()}
 
-    def _resume(self) -> None:
-        state = load_checkpoint(self.checkpoint, self._fingerprint, self.world)
+    def _resume(self, checkpoint: Path) -> None:
+        state = load_checkpoint(checkpoint, self._fingerprint, self.world)
         if different := _differences(state["settings"] | {"records": state["records"]}, self.settings, self.records):
             raise CheckpointError(
                 f"{self.checkpoint} is of a run with other settings: {different}; use them, or another file"
