@@ -9,7 +9,7 @@ import copy
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -43,7 +43,8 @@ class CollateOrEmpty:
     """
 
     def __init__(self, collate_fn: Callable, dataset: Dataset):
-        self.collate_fn, self.dataset = collate_fn, dataset
+        self.collate_fn = collate_fn
+        self.dataset: Any = dataset  # map-style: of its methods no stub knows
         self.empty, self.batches = None, 0
 
     def __call__(self, records: list) -> Any:
@@ -176,11 +177,11 @@ def _mixes(halves: Halves, *batches: Any) -> bool:
 
 def _mixes_as_read(halves: Halves, batches: tuple, items_are_rows: bool) -> bool:
     count = len(halves[0]) + len(halves[1])
-    batches = [list(_leaves(batch, count if items_are_rows else None)) for batch in batches]
-    if len({len(leaves) for leaves in batches}) > 1:
+    leaves_of = [list(_leaves(batch, count if items_are_rows else None)) for batch in batches]
+    if len({len(leaves) for leaves in leaves_of}) > 1:
         return False  # the form of the batch depends on the records: there is nothing to compare
     changed, by_row, mixed = np.zeros((2, count), bool), [], False
-    for leaves in zip(*batches):
+    for leaves in zip(*leaves_of):
         same, in_rows = [leaf.values for leaf in leaves], leaves[0].in_rows
         if len({(values.shape, values.dtype.kind) for values in same}) > 1:
             continue
@@ -192,7 +193,7 @@ def _mixes_as_read(halves: Halves, batches: tuple, items_are_rows: bool) -> bool
         mixed |= rows is None
         if in_rows and rows is not None and rows.shape[1] == count:
             changed |= rows
-    return (mixed or changed.all(0).any()) and not _only_in_another_order(by_row, halves)
+    return bool(mixed or changed.all(0).any()) and not _only_in_another_order(by_row, halves)
 
 
 def _rows_of_one_half(changed: np.ndarray, count: int) -> np.ndarray | None:
@@ -200,7 +201,8 @@ def _rows_of_one_half(changed: np.ndarray, count: int) -> np.ndarray | None:
 
     One of `count` rows, if there is one: the batch's.
     """
-    found = [changed.any(tuple(d for d in range(1, changed.ndim) if d != dim)) for dim in range(1, changed.ndim)]
+    dims = range(1, changed.ndim)
+    found = [np.asarray(changed.any(tuple(d for d in dims if d != dim))) for dim in dims]
     found = [rows for rows in found if not rows.all(0).any()]
     return max(found, key=lambda rows: rows.shape[1] == count, default=None)
 
@@ -257,7 +259,7 @@ def _is_plain(values: list | tuple) -> bool:
 
 
 @contextmanager
-def _nothing_drawn(collate_fn: Callable) -> Iterator[None]:
+def _nothing_drawn(collate_fn: Callable) -> Generator[None]:
     """Puts the global random generators, and those that collate_fn holds, back to where they were."""
     with ExitStack() as after, torch.random.fork_rng(range(torch.cuda.device_count()) if _on_gpu() else []):
         after.callback(random.setstate, random.getstate())

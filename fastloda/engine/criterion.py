@@ -22,8 +22,14 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        own = {"weight": self.weight, "ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
-        losses = F.cross_entropy(input, target, **own, reduction="none")
+        losses = F.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction="none",
+        )
         if losses.dim() > 1:
             labels = target.dim() < input.dim()  # or else probabilities of the classes
             counted = target != self.ignore_index if labels else torch.ones_like(losses, dtype=torch.bool)

@@ -18,7 +18,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Generator, nn
@@ -75,7 +75,7 @@ class PrivacyEngine:
         data_loader: DataLoader,
         *,
         noise_multiplier: float,
-        max_grad_norm: float | Sequence[float],
+        max_grad_norm: float | list[float] | tuple[float, ...],
         criterion: Any = None,
         batch_first: bool = True,
         loss_reduction: str = "mean",
@@ -130,7 +130,7 @@ class PrivacyEngine:
         if isinstance(max_grad_norm, (list, tuple)):
             clipping, max_grad_norm = _parameter_bounds(module, optimizer, max_grad_norm, clipping)
         loader = PoissonLoader.like(data_loader, repeatable=isinstance(noise_generator, Generator))
-        expected_batch_size = loader.sample_rate * len(loader.dataset)
+        expected_batch_size = loader.sample_rate * loader.batch_sampler.records
         PrivacyAccountant(loader.sample_rate, noise_multiplier)  # checks both
         clipper = GhostClipper(module, max_grad_norm, clipping=clipping)
         clipper.clipping.gradient_noise(noise_multiplier, expected_batch_size)
@@ -165,7 +165,7 @@ class PrivacyEngine:
         target_epsilon: float,
         target_delta: float,
         epochs: float,
-        max_grad_norm: float | Sequence[float],
+        max_grad_norm: float | list[float] | tuple[float, ...],
         **options: Any,
     ) -> Private | PrivateGhost:
         """`make_private` with the least noise for which `epochs` passes cost at most (target_epsilon, target_delta).
@@ -227,7 +227,7 @@ class PrivacyEngine:
     def save_checkpoint(
         self,
         *,
-        path: str | os.PathLike | io.IOBase,
+        path: str | os.PathLike | IO[bytes],
         module: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         noise_scheduler: Any = None,
@@ -258,7 +258,7 @@ class PrivacyEngine:
     def load_checkpoint(
         self,
         *,
-        path: str | os.PathLike | io.IOBase,
+        path: str | os.PathLike | IO[bytes],
         module: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         noise_scheduler: Any = None,
@@ -312,7 +312,7 @@ def make_private(
     data_loader: DataLoader,
     *,
     noise_multiplier: float,
-    max_grad_norm: float | Sequence[float],
+    max_grad_norm: float | list[float] | tuple[float, ...],
     **options: Any,
 ) -> Private | PrivateGhost:
     """`PrivacyEngine().make_private`; the returned optimizer's `epsilon(delta)` tells what has been spent."""
@@ -329,7 +329,7 @@ def make_private_with_epsilon(
     target_epsilon: float,
     target_delta: float,
     epochs: float,
-    max_grad_norm: float | Sequence[float],
+    max_grad_norm: float | list[float] | tuple[float, ...],
     **options: Any,
 ) -> Private | PrivateGhost:
     """`PrivacyEngine().make_private_with_epsilon`; see there."""
@@ -382,5 +382,5 @@ def _parameter_bounds(
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if len(trained) != len(bounds):
         raise UserError(f"max_grad_norm has {len(bounds)} bounds for {len(trained)} trainable parameters")
-    style = PerParameter({names.get(id(p), "?"): bound for p, bound in zip(trained, bounds)})
-    return style, math.hypot(*style.bounds.values())
+    by_name = {names.get(id(p), "?"): bound for p, bound in zip(trained, bounds)}
+    return PerParameter(by_name), math.hypot(*by_name.values())

@@ -17,8 +17,8 @@ class GroupNormAct(nn.GroupNorm):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
 
 
 def replace_batch_norm(model: nn.Module, groups: int | None = None) -> list[str]:
@@ -38,7 +38,7 @@ def replace_batch_norm(model: nn.Module, groups: int | None = None) -> list[str]
     replacements = {layer: _group_norm(name, layer, groups) for name, layer in found.items()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if isinstance(child, _BatchNorm) and child in replacements:
                 parent._modules[name] = replacements[child]
     return list(found)
 

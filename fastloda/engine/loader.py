@@ -9,9 +9,8 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Generator
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
@@ -19,6 +18,9 @@ from fastloda.engine.collate import CollateOrEmpty
 from fastloda.errors import PrivacyError, UserError
 from fastloda.randomness import hold, unpredictable_generator
 from fastloda.training.sampling import poisson_sample
+
+if TYPE_CHECKING:  # it reads the tally
+    from fastloda.engine.optimizer import PrivateOptimizer
 
 _batch_numbers = itertools.count()
 
@@ -128,6 +130,8 @@ class PoissonLoader(DataLoader):
         tally: what was handed out.
     """
 
+    batch_sampler: PoissonBatches
+
     def __init__(self, source: DataLoader, batches: PoissonBatches, collate: Callable, tally: Tally):
         self.sample_rate, self.tally = batches.sample_rate, tally
         names = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator")
@@ -150,8 +154,8 @@ class PoissonLoader(DataLoader):
         generator = generator or unpredictable_generator()
         if isinstance(source, PoissonLoader):
             return cls(source, source.batch_sampler.drawn_by(generator), source.collate_fn, Tally())
-        _check_uniform(source)
-        batches = PoissonBatches(len(source.dataset), 1 / len(source), len(source), generator)
+        records = _check_uniform(source)
+        batches = PoissonBatches(records, 1 / len(source), len(source), generator)
         return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset), Tally())
 
     def split(self, max_records: int) -> "PoissonLoader":
@@ -159,7 +163,7 @@ class PoissonLoader(DataLoader):
         whole = self.batch_sampler
         return PoissonLoader(self, whole.drawn_by(whole.generator, max_records), self.collate_fn, self.tally)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:  # a generator, where a DataLoader promises a class of its own
         self.tally.drawn.clear()  # what an earlier pass left unused
         iterator = super().__iter__()
         parts = self.batch_sampler.parts
@@ -181,7 +185,7 @@ class BatchMemoryManager:
         TypeError, ValueError: loader and optimizer are not those that one call of make_private returned, or the size is < 1.
     """
 
-    def __init__(self, *, data_loader: PoissonLoader, max_physical_batch_size: int, optimizer: torch.optim.Optimizer):
+    def __init__(self, *, data_loader: PoissonLoader, max_physical_batch_size: int, optimizer: "PrivateOptimizer"):
         if not isinstance(data_loader, PoissonLoader) or data_loader.tally is not getattr(optimizer, "tally", None):
             raise TypeError("data_loader and optimizer must be what one call of fastloda's make_private returned")
         size = max_physical_batch_size
@@ -196,7 +200,8 @@ class BatchMemoryManager:
         self._optimizer.drop_parts()
 
 
-def _check_uniform(source: DataLoader) -> None:
+def _check_uniform(source: DataLoader) -> int:
+    """Refuse what Poisson batches would silently replace; returns the number of records."""
     if not isinstance(source, DataLoader):
         raise TypeError(f"data_loader must be a torch DataLoader, got {type(source).__name__}")
     if isinstance(source.dataset, IterableDataset):
@@ -207,7 +212,8 @@ def _check_uniform(source: DataLoader) -> None:
             f"{type(sampler).__name__} (batch_size={source.batch_size}) would be replaced by Poisson sampling of all records: "
             "pass a DataLoader with a batch_size and no sampler of its own, over a Subset if only some records count"
         )
-    if not len(source.dataset) or not len(source):
-        raise UserError(
-            f"data_loader has {len(source.dataset)} records and {len(source)} batches: there is nothing to draw"
-        )
+    dataset: Any = source.dataset  # map-style, of which no stub says that it has a length
+    records = len(dataset)
+    if not records or not len(source):
+        raise UserError(f"data_loader has {records} records and {len(source)} batches: there is nothing to draw")
+    return records

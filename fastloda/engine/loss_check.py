@@ -7,7 +7,7 @@ takes its place, looks, and opens the outputs for this one pass. Outputs that we
 that comes another way (from C++, from TorchScript) ends there.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from weakref import ReferenceType, WeakSet
 
@@ -28,7 +28,7 @@ Edge = tuple[Node, int]  # an operation, and which of its outputs
 _waiting: WeakSet[object] = WeakSet()  # outputs that a backward pass may still reach
 
 
-class LookingEngine(type(Variable._execution_engine)):
+class LookingEngine(type(Variable._execution_engine)):  # ty: ignore[unsupported-base]  # PyTorch's, or who replaced it
     """PyTorch's engine for backward passes, which looks at a private loss before it runs."""
 
     def run_backward(self, tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs):
@@ -39,7 +39,7 @@ class LookingEngine(type(Variable._execution_engine)):
             return super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
 
 
-def wait_for_backward(outputs: object) -> None:
+def wait_for_backward(outputs: Node) -> None:
     """Let every backward pass that reaches these outputs be looked at; outputs: their node of the graph."""
     if not isinstance(Variable._execution_engine, LookingEngine):
         Variable._execution_engine = LookingEngine()
@@ -47,7 +47,7 @@ def wait_for_backward(outputs: object) -> None:
     _waiting.add(outputs)
 
 
-def check_opened(outputs: object) -> None:
+def check_opened(outputs: Node) -> None:
     """Refuse a gradient for outputs whose loss was not looked at.
 
     Raises:
@@ -67,7 +67,7 @@ def _edge(root: Tensor | GradientEdge) -> Edge:
 
 
 @contextmanager
-def _opened(roots: Sequence[Edge], reached: Sequence[Node]) -> Iterator[None]:
+def _opened(roots: Sequence[Edge], reached: Sequence[Node]) -> Generator[None]:
     if reached:
         check_loss(roots, reached)
     for node in reached:

@@ -14,7 +14,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -88,7 +88,7 @@ class Tape:
         """l' [rows], on the module's own graph."""
         with torch.enable_grad():
             terms = [accumulable(y) * accumulable(g) for y, g in self._reached]
-            losses = sum(term.reshape(len(term), -1).sum(1) for term in terms)
+            losses = functools.reduce(torch.add, (term.reshape(len(term), -1).sum(1) for term in terms))
             return losses * len(losses) if self.loss_reduction == "mean" else losses
 
 
@@ -162,7 +162,7 @@ class PrivateModule(nn.Module):
         return any(p.requires_grad for p in self._module.parameters())
 
     @contextmanager
-    def frozen(self) -> Iterator[Self]:
+    def frozen(self) -> Generator[Self]:
         """Within it the module is a fixed function of its inputs, to which gradients pass; nothing is left for a private step.
 
         For a generator that learns from a private discriminator: the parameters were released privately, and whatever is computed

@@ -1,6 +1,7 @@
 """An optimizer whose `step()` is the private step: clip, sum, noise once, divide, count, and only then move."""
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,12 +16,11 @@ from fastloda.engine.module import Tape
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.refusals import check_optimizer
 from fastloda.privacy.adaptive import AdaptiveClipping
-from fastloda.privacy.clip import Clipping
 from fastloda.privacy.noise import NoiseSource
 from fastloda.privacy.ranks import World
 from fastloda.privacy.stats import StepStats
 from fastloda.privacy.step import GhostClipper
-from fastloda.privacy.styles import check_max_grad_norm
+from fastloda.privacy.styles import Flat, check_max_grad_norm
 from fastloda.randomness import hold, renew
 
 PRIVACY = "privacy"  # the key in the state's first parameter group
@@ -87,7 +87,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         *,
         noise_multiplier: float,
         max_grad_norm: float,
-        clipping: Clipping,
+        clipping: Flat,
         sample_rate: float,
         expected_batch_size: float,
         generator: NoiseSource | None = None,
@@ -125,7 +125,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """What all steps have cost, other optimizers' of the same engine included: an upper bound, add/remove adjacency."""
         return self.accountant.get_epsilon(delta)
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One private step, or a part of one. A closure is called once, before it; its loss is returned.
 
         Raises:
@@ -139,7 +139,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._check_ready()
         part = self.tally.take(self._tape.rows)
         self._warn_of_schedules(part.batch)
-        if part.batch != self._batch:  # also drops the parts of a batch that was left before its end
+        if (
+            part.batch != self._batch or self._clipper is None
+        ):  # also drops the parts of a batch that was left before its end
             self._batch, self._clipper, self.stats = part.batch, self._new_clipper(), None
         check_optimizer(self.original_optimizer, self._clipper.parameters)
         stats = self._clipper.accumulate(self._tape.losses() if part.records else torch.zeros(0))
@@ -147,7 +149,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.stats = stats if self.stats is None else self.stats + stats
         self._tape.clear()
         if part.last:
-            self._release()
+            self._release(self._clipper)
         self._settings = self._group_settings()
         return loss
 
@@ -208,12 +210,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         clipper.max_grad_norm = self.max_grad_norm  # where adaptive clipping left it, not where it starts
         return clipper
 
-    def _release(self) -> None:
-        clipper = self._clipper
+    def _release(self, clipper: GhostClipper) -> None:
         clipper.privatize(self.noise_multiplier, self.expected_batch_size, self.generator)
         if self.loss_reduction == "sum":
             for parameter in clipper.parameters.values():
-                parameter.grad.mul_(self.expected_batch_size)
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.expected_batch_size)
         if isinstance(self.clipping, AdaptiveClipping):  # otherwise it is the caller's, who may have changed it by now
             self.max_grad_norm = clipper.max_grad_norm
         self._batch = self._clipper = None
@@ -230,11 +232,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.param_groups = groups
 
     @property
-    def state(self) -> dict:
+    def state(self) -> defaultdict[Tensor, Any]:
         return self.original_optimizer.state
 
     @state.setter
-    def state(self, state: dict) -> None:
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
         self.original_optimizer.state = state
 
     @property

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple, NoReturn
+from typing import Generic, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Size, Tensor
@@ -95,26 +95,27 @@ class Total:
 
 
 State = Rows | One | Total
+S = TypeVar("S", bound=State)
 MEAN_OF_ALL, SUM_OF_ALL = Total(averaged=True), Total(averaged=False)
 
 
-class Input(NamedTuple):
+class Input(NamedTuple, Generic[S]):
     """What enters an operation as its differentiable input `index`."""
 
     index: int
-    state: State
+    state: S
     shape: Size
     source: tuple[Node, int]
 
 
-class Operation(NamedTuple):
+class Operation(NamedTuple, Generic[S]):
     """An operation above the outputs, with those of its inputs that depend on them."""
 
     node: Node
     kind: str  # without "Backward0"
     number: int  # of the output in question
     shape: Size  # of that output
-    inputs: list[Input]
+    inputs: list[Input[S]]
 
     def refuse(self, why: str) -> NoReturn:
         raise PrivacyError(f"samples mix in the loss: {self.kind} {why}. {REMEDY}")
@@ -129,7 +130,7 @@ class Operation(NamedTuple):
         saved = [saved] if isinstance(saved, int) else (list(saved) if saved else range(count))
         return {wrapped(dim, count) for dim in saved}
 
-    def moved(self, given: Input, places: Mapping[int, int]) -> Rows:
+    def moved(self, given: Input[Rows], places: Mapping[int, int]) -> Rows:
         found = given.state.moved(given.shape, self.shape, places)
         if found is None:
             self.refuse("tears the rows of the batch apart")
@@ -237,14 +238,15 @@ class SampleFlow:
         states = [given.state for given in op.inputs]
         if any(isinstance(state, Total) for state in states):
             return self._linear(op)
-        if all(isinstance(state, One) for state in states):
-            if len({state.owner for state in states}) == 1:
-                return states[0]
-            return self._stacked(op) if op.kind in ("Stack", "Cat") else self._linear(op)
-        if any(isinstance(state, One) for state in states):
+        ones = [state for state in states if isinstance(state, One)]
+        if len(ones) == len(states):
+            if len({one.owner for one in ones}) == 1:
+                return ones[0]
+            return self._stacked(cast("Operation[One]", op)) if op.kind in ("Stack", "Cat") else self._linear(op)
+        if ones:
             return self._linear(op)
         rule = RULES.get(op.kind) or (_pointwise if _is_pointwise(op.kind) else _opaque)
-        return rule(self, op, place)
+        return rule(self, cast("Operation[Rows]", op), place)
 
     def _linear(self, op: Operation) -> State:
         """Of what was summed over samples, or comes from several of them."""
@@ -261,7 +263,7 @@ class SampleFlow:
             return MEAN_OF_ALL
         return replace(total, by=(*total.by, factor))
 
-    def _stacked(self, op: Operation) -> State:
+    def _stacked(self, op: Operation[One]) -> State:
         """One sample's numbers after the other's: rows, if it is all of them in order."""
         owners = [given.state.owner for given in op.inputs]
         parts = {given.shape for given in op.inputs}
@@ -270,7 +272,7 @@ class SampleFlow:
         dim = wrapped(op.node._saved_dim, len(op.shape))
         return Rows(prod(op.shape[:dim]), self.whole)
 
-    def pick(self, op: Operation, given: Input, entries: Sequence[int]) -> None:
+    def pick(self, op: Operation, given: Input[Rows], entries: Sequence[int]) -> None:
         """Note that an operation takes only some of the batch's entries."""
         self.picked[given.source].update(entries)
         self.sizes[given.source] = given.state.entries
@@ -308,23 +310,23 @@ class SampleFlow:
                 )
 
 
-Rule = Callable[[SampleFlow, Operation, int], State]
+Rule = Callable[[SampleFlow, Operation[Rows], int], State]
 
 
-def _joint(flow: SampleFlow, op: Operation, states: Sequence[Rows]) -> Rows:
+def _joint(flow: SampleFlow, op: Operation[Rows], states: Sequence[Rows]) -> Rows:
     """Of an operation that takes the numbers of several inputs in pairs."""
     if any(state != states[0] for state in states):
         op.refuse("takes outputs of different samples together")
     return states[0]
 
 
-def _pointwise(flow: SampleFlow, op: Operation, place: int) -> State:
+def _pointwise(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     if getattr(op.node, "_saved_reduction", NONE) != NONE:
         return _reduced(flow, op, place)
     return _aligned(flow, op, place)
 
 
-def _aligned(flow: SampleFlow, op: Operation, place: int) -> State:
+def _aligned(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """Number by number, with broadcasting."""
     states = []
     for given in op.inputs:
@@ -336,7 +338,7 @@ def _aligned(flow: SampleFlow, op: Operation, place: int) -> State:
     return joint
 
 
-def _reduced(flow: SampleFlow, op: Operation, place: int) -> State:
+def _reduced(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """A criterion that has reduced its losses."""
     _joint(flow, op, [given.state for given in op.inputs])
     mean = op.node._saved_reduction == MEAN
@@ -368,21 +370,21 @@ def _constant_factor(op: Operation) -> float | None:
     return 1 / other.item() if op.kind == "Div" else other.item()
 
 
-def _added(op: Operation, mean: bool) -> Total:
+def _added(op: Operation[Rows], mean: bool) -> Total:
     whole = all(run.start == 0 and len(run) == len(op.inputs[0].state.owners[0]) for run in op.inputs[0].state.owners)
     if mean and not whole:
         op.refuse("averages over a part of the samples: take a sum")
     return MEAN_OF_ALL if mean else SUM_OF_ALL
 
 
-def _view(flow: SampleFlow, op: Operation, place: int) -> State:
+def _view(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     state = op.inputs[0].state
     if not state.fits(op.shape):
         op.refuse("cuts the outputs across the samples")
     return state
 
 
-def _reduce(flow: SampleFlow, op: Operation, place: int) -> State:
+def _reduce(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """A sum, mean, maximum, norm, ... over some dimensions."""
     (given,) = op.inputs
     summed = op.dims() if hasattr(op.node, "_saved_dim") else set(range(len(given.shape)))
@@ -395,7 +397,7 @@ def _reduce(flow: SampleFlow, op: Operation, place: int) -> State:
     return _added(op, mean=op.kind == "Mean")
 
 
-def _along(flow: SampleFlow, op: Operation, place: int) -> State:
+def _along(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """A softmax, cumulative sum, sort, ... along a dimension."""
     (given,) = op.inputs
     if not op.dims().isdisjoint(given.state.dims(given.shape)):
@@ -403,7 +405,7 @@ def _along(flow: SampleFlow, op: Operation, place: int) -> State:
     return op.moved(given, {d: d for d in range(len(given.shape))})
 
 
-def _renorm(flow: SampleFlow, op: Operation, place: int) -> State:
+def _renorm(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """Norms over all dimensions but one."""
     (given,) = op.inputs
     if not op.dims().issuperset(given.state.dims(given.shape)):
@@ -411,7 +413,7 @@ def _renorm(flow: SampleFlow, op: Operation, place: int) -> State:
     return given.state
 
 
-def _padded(flow: SampleFlow, op: Operation, place: int) -> State:
+def _padded(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """Constants beside the numbers of each sample; a batch of the same size may still be another part of it."""
     (given,) = op.inputs
     last, pad = len(given.shape) - 1, op.node._saved_pad
@@ -420,7 +422,7 @@ def _padded(flow: SampleFlow, op: Operation, place: int) -> State:
     return op.moved(given, {d: d for d in range(len(given.shape))})
 
 
-def _reordered(flow: SampleFlow, op: Operation, place: int) -> State:
+def _reordered(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """A flip or roll of some dimensions."""
     (given,) = op.inputs
     if not op.dims("_saved_dims").isdisjoint(given.state.dims(given.shape)):
@@ -428,7 +430,7 @@ def _reordered(flow: SampleFlow, op: Operation, place: int) -> State:
     return given.state
 
 
-def _permuted(flow: SampleFlow, op: Operation, place: int) -> State:
+def _permuted(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     (given,) = op.inputs
     count, node = len(given.shape), op.node
     order = list(range(count))
@@ -442,7 +444,7 @@ def _permuted(flow: SampleFlow, op: Operation, place: int) -> State:
     return op.moved(given, {d: place for place, d in enumerate(order)})
 
 
-def _repeated(flow: SampleFlow, op: Operation, place: int) -> State:
+def _repeated(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """The batch several times over, one after the other; or copies within each sample's numbers."""
     (given,) = op.inputs
     (*_, dim), shift = given.state.dims(given.shape), len(op.shape) - len(given.shape)
@@ -456,7 +458,7 @@ def _repeated(flow: SampleFlow, op: Operation, place: int) -> State:
     return Rows(prod(op.shape[: dim + shift]), given.state.owners * (op.shape[dim + shift] // entries))
 
 
-def _parted(flow: SampleFlow, op: Operation, place: int) -> State:
+def _parted(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """One index, or a range of them, of a dimension."""
     (given,) = op.inputs
     node, count, state = op.node, len(given.shape), given.state
@@ -504,7 +506,7 @@ def _runs(owners: Sequence[int]) -> tuple[range, ...]:
     return tuple(runs)
 
 
-def _joined(flow: SampleFlow, op: Operation, place: int) -> State:
+def _joined(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """A Cat or Stack."""
     count = len(op.shape)
     dim, stack = wrapped(op.node._saved_dim, count), op.kind == "Stack"
@@ -520,7 +522,7 @@ def _joined(flow: SampleFlow, op: Operation, place: int) -> State:
     return Rows(op.inputs[0].state.outer, _runs(owners))
 
 
-def _product(flow: SampleFlow, op: Operation, place: int) -> State:
+def _product(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """A matrix product: of rows and constants, or of each sample's own matrices."""
     *letters, out = PRODUCTS[op.kind]
     kept, contracted = [], []
@@ -542,7 +544,7 @@ def _product(flow: SampleFlow, op: Operation, place: int) -> State:
     return SUM_OF_ALL if contracted else _joint(flow, op, kept)
 
 
-def _batch_first(flow: SampleFlow, op: Operation, place: int) -> State:
+def _batch_first(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """An operation that is defined for a batch in the first dimension."""
     first = all(given.index == 0 and given.state.dims(given.shape) == [0] for given in op.inputs)
     if getattr(op.node, "_saved_reduction", NONE) != NONE:
@@ -554,7 +556,7 @@ def _batch_first(flow: SampleFlow, op: Operation, place: int) -> State:
     return _joint(flow, op, [op.moved(given, {0: 0}) for given in op.inputs])
 
 
-def _layer_norm(flow: SampleFlow, op: Operation, place: int) -> State:
+def _layer_norm(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     given = op.inputs[0]
     first = len(given.shape) - len(op.node._saved_normalized_shape)
     if given.index or len(op.inputs) > 1 or any(d >= first for d in given.state.dims(given.shape)):
@@ -562,7 +564,7 @@ def _layer_norm(flow: SampleFlow, op: Operation, place: int) -> State:
     return given.state
 
 
-def _ctc(flow: SampleFlow, op: Operation, place: int) -> State:
+def _ctc(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """ctc_loss(log_probs [T, N, C]) -> [N]."""
     (given,) = op.inputs
     if given.state.dims(given.shape) != [1]:
@@ -570,7 +572,7 @@ def _ctc(flow: SampleFlow, op: Operation, place: int) -> State:
     return Rows(1, given.state.owners)
 
 
-def _indexed(flow: SampleFlow, op: Operation, place: int) -> State:
+def _indexed(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """x[indices], some of which may be tensors: each sample may only find its own row."""
     (given,) = op.inputs
     _saved(op, "_saved_indices")
@@ -609,7 +611,7 @@ def _saved(op: Operation, name: str):
         op.refuse_unseen(f"can't be read ({error}): leave the criterion out of torch.utils.checkpoint")
 
 
-def _opaque(flow: SampleFlow, op: Operation, place: int) -> State:
+def _opaque(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     """An operation that is not known: its backward must keep the samples apart, for enough choices to part any two."""
     node, samples = op.node, flow.samples
     rows = Rows(1, flow.whole)
@@ -642,7 +644,7 @@ def _placed(node: Node, number: int) -> dict:
     return {"dtype": metadata.dtype, "device": metadata.device}
 
 
-def _gradients(node: Node, number: int, gy: Tensor, edges: Sequence[GradientEdge]) -> list[Tensor | None]:
+def _gradients(node: Node, number: int, gy: Tensor, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
     with may_run_again([node] if node.name() == COMPILED else []):
         return torch.autograd.grad([GradientEdge(node, number)], edges, [gy], retain_graph=True, allow_unused=True)
 
