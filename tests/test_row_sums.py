@@ -96,7 +96,7 @@ def test_noise_drawn_in_parts_is_of_one_piece(monkeypatch):
     clipper = GhostClipper(model, max_grad_norm=2.0)
     clipper.privatize(noise_multiplier=3.0, expected_batch_size=6.0)
     noise = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert len(noise.unique()) == 1001
+    assert len(noise.unique()) > 990  # in float32 two of 1001 may be alike by chance
     assert noise.std().item() == pytest.approx(1.0, abs=0.15)
 
 
