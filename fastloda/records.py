@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
 
@@ -106,7 +106,7 @@ def _adapter_recorder(node: Node, outer: int, on_record: OnRecord):
     def record(gy: Tensor, pieces: dict[int, Piece] | Callable[[], dict[int, Piece]]) -> None:
         def make_pieces(samples: int) -> dict[int, Piece]:
             made = pieces() if callable(pieces) else pieces
-            if outer <= 1 or samples == 1:
+            if samples == 1 or _has_batch_first(gy.shape, outer):
                 return made
             return {index: piece.batch_first(lambda t: _batch_first(t, outer)) for index, piece in made.items()}
 
@@ -115,9 +115,12 @@ def _adapter_recorder(node: Node, outer: int, on_record: OnRecord):
     return record
 
 
+def _has_batch_first(shape: Size, outer: int) -> bool:
+    return not outer or locate(shape, outer) == (0, 1)
+
+
 def _batch_first(t: Tensor, outer: int) -> Tensor:
-    dim, blocks = locate(t.shape, outer)
-    return t if not outer or (dim, blocks) == (0, 1) else batch_apart(t, dim, blocks)
+    return t if _has_batch_first(t.shape, outer) else batch_apart(t, *locate(t.shape, outer))
 
 
 def _rule_recorder(node: Node, graph: LossGraph, on_record: OnRecord, read: dict[Node, None], runs: bool):
