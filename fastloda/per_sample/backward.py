@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointError
 
@@ -113,7 +113,7 @@ def _from_adapter(node: Node, outer: int, on_use: OnUse):
     def record(gy: Tensor, recipes: dict[int, Recipe] | Callable[[], dict[int, Recipe]]) -> None:
         def make_recipes(samples: int) -> dict[int, Recipe]:
             made = recipes if isinstance(recipes, dict) else recipes()
-            if outer <= 1 or samples == 1:
+            if samples == 1 or _has_batch_first(gy.shape, outer):
                 return made
             return {index: recipe.batch_first(lambda t: _batch_first(t, outer)) for index, recipe in made.items()}
 
@@ -122,9 +122,12 @@ def _from_adapter(node: Node, outer: int, on_use: OnUse):
     return record
 
 
+def _has_batch_first(shape: Size, outer: int) -> bool:
+    return not outer or locate(shape, outer) == (0, 1)
+
+
 def _batch_first(t: Tensor, outer: int) -> Tensor:
-    dim, blocks = locate(t.shape, outer)
-    return t if not outer or (dim, blocks) == (0, 1) else batch_apart(t, dim, blocks)
+    return t if _has_batch_first(t.shape, outer) else batch_apart(t, *locate(t.shape, outer))
 
 
 def _by_rule(node: Node, recipes: Recipes, graph: LossGraph, on_use: OnUse, read: dict[Node, None], runs: bool):

@@ -62,8 +62,8 @@ class _Spread(NamedTuple):
 def _spread(
     out_size: Sizes, in_size: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> _Spread | None:
-    """None for a 1 x 1 convolution, whose taps are g itself."""
-    if all(sizes == (1, 1, 0) for sizes in zip(kernel, stride, padding)):
+    """None for a 1 x 1 convolution, whose taps are g itself, unless output padding makes a transposed one's input longer."""
+    if in_size == tuple(out_size) and all(sizes == (1, 1, 0) for sizes in zip(kernel, stride, padding)):
         return None
     reaches = [d * (k - 1) for k, d in zip(kernel, dilation)]
     margins = [max(0, reach - p) for reach, p in zip(reaches, padding)]

@@ -60,7 +60,9 @@ def randomise_adapters(model: nn.Module) -> None:
 
 def assert_same_outputs(model, other):
     x = torch.randn(3, 3, 4, 6, dtype=torch.float64)
-    torch.testing.assert_close(model.eval()(x), other.eval()(x), rtol=1e-12, atol=1e-12)
+    wanted = other.eval()(x)
+    rounding = 1e-14 * wanted.abs().max().item()  # some outputs are small differences of large ones
+    torch.testing.assert_close(model.eval()(x), wanted, rtol=1e-12, atol=1e-12 + rounding)
 
 
 # ---- round trips
@@ -144,6 +146,7 @@ def lora_configs(draw) -> dict:
 
 
 def check_import(settings: dict, folder):
+    torch.manual_seed(0)
     plain = Net().double()
     wrapped = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(**settings)).double()
     randomise_adapters(wrapped)

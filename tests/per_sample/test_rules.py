@@ -55,7 +55,28 @@ def test_exact_under_every_plan(kind, chosen, counts, monkeypatch):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bag"])
 def test_float32_is_as_good_as_pytorch(kind, counts):
     cases, small, full = KINDS[kind]
+    cases = cases.filter(varies) if kind == "norm" else cases
     drawn.hold_for(cases, counts(small // 5, full // 3), check_float32_with_fused_kernels_off)
+
+
+@pytest.mark.parametrize("order", ["pooled", "unbound", "permuted", "copied", "rows", "stacked"])
+def test_an_adapter_on_sequences_of_one_position(order):
+    """[1, N, C]: what comes before the batch is 1, and yet the batch is not the first dimension."""
+    layers = nn.Sequential(LoDALinear(3, 3, rank=2), LoDALinear(3, 3, rank=2))
+    model = drawn.randomise(drawn.SequenceFirst(layers, order).double())
+    check_exact(drawn.Case(model, torch.randn(4, 1, 3, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("make", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+def test_output_padding_beyond_a_single_tap(make):
+    model = drawn.randomise(make(2, 2, 1, dilation=2, output_padding=1).double())
+    dims = 1 + [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d].index(make)
+    check_exact(drawn.Case(model, torch.randn(3, 2, *[3] * dims, dtype=torch.float64)))
+
+
+def varies(case):
+    """Whether the inputs are not all alike: what is left of a constant after normalisation is float32's rounding alone."""
+    return case.x.std() > 0 if case.x.numel() > 1 else True
 
 
 def check_float32_with_fused_kernels_off(case):
@@ -126,13 +147,14 @@ def ghosts(monkeypatch):
     return taken
 
 
+GRAM_ROUNDING = 1e-13  # k u S^2 of `rules/gram.py` for up to 1,000 roundings, of activations and gradients near 1
 GHOSTS = {"linear": drawn.plain_linears(), "stack": drawn.stacks(), "attention": drawn.attentions()}
 
 
 @pytest.mark.parametrize("kind", GHOSTS)
 def test_ghost_is_exact(kind, counts, monkeypatch):
     taken = ghosts(monkeypatch)
-    drawn.hold_for(GHOSTS[kind], counts(25, 500), check_exact)
+    drawn.hold_for(GHOSTS[kind], counts(25, 500), lambda case: check_exact(case, GRAM_ROUNDING))
     assert taken
 
 
