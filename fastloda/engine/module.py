@@ -13,7 +13,6 @@ backward pass then work as for any losses.
 import functools
 import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -24,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastloda.engine.batch_second import with_batch_second
-from fastloda.engine.loss_check import check_opened, wait_for_backward
+from fastloda.engine.loss_check import check_arrived, wait_for_backward
 from fastloda.engine.nested import map_tensors, tensors_in
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.members import Members
@@ -105,7 +104,7 @@ class PrivateOutputs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        check_opened(ctx)
+        check_arrived(ctx, grads)
         ctx.tape.record(ctx.cut, grads)
         return None, None, None
 
@@ -189,9 +188,7 @@ class PrivateModule(nn.Module):
         wanted = tuple(filter(_is_computed, tensors_in(outputs)))
         if not wanted:
             return outputs
-        cut = PrivateOutputs.apply(self._tape, wanted, _ANCHOR)
-        cut[0].grad_fn.handed_out = [weakref.ref(output) for output in cut]
-        cut = iter(cut)
+        cut = iter(PrivateOutputs.apply(self._tape, wanted, _ANCHOR))
         return map_tensors(outputs, lambda t: next(cut) if _is_computed(t) else t)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

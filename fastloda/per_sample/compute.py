@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastloda.errors import UserError
 from fastloda.per_sample.amx import check_convolutions
+from fastloda.per_sample.averages import check_not_averaged
 from fastloda.per_sample.backward import per_sample_grads
 from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import trace
@@ -31,8 +32,9 @@ def compute_per_sample_grads(
     Raises:
         PrivacyError: names the parameter, or the operation.
     """
-    graph = trace(losses, parameters)
+    graph = trace(losses, parameters, alone=samples == 1)
     check_graph(graph)
+    check_not_averaged(losses)
     check_convolutions(dict(model.named_modules()), graph)
     check_independence(losses, graph, model, parameters, samples, agree)
     return per_sample_grads(losses, graph, parameters, samples, retain_graph)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastloda.errors import UserError
 from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads
 from fastloda.per_sample.fallback.functional import cover_modules
+from fastloda.per_sample.looking_engine import look_at_backward
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import check_optimizer, trainable_parameters
 from fastloda.privacy.adaptive import AdaptiveClipping
@@ -32,6 +33,8 @@ from fastloda.privacy.stats import StepStats
 from fastloda.privacy.styles import check_max_grad_norm
 from fastloda.privacy.sums import Alike, FlatSums
 from fastloda.privacy.watch import Watch, add_watcher, resume_after_update, watch_from_update, watched_since_update
+
+look_at_backward()  # from here on, for a loss may hold a gradient that was made before any clipper
 
 
 class GhostClipper:

@@ -1,0 +1,54 @@
+"""PyTorch's engine for backward passes, replaced by one that looks at each pass that Python starts.
+
+What a backward pass is, is known when it starts: later it is too late to refuse it, or its graph is gone.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+
+from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from fastloda.per_sample.averages import mark_averaged
+from fastloda.per_sample.node import Node
+
+Edge = tuple[Node, int]  # an operation, and which of its outputs
+Look = Callable[[Sequence[Edge], Sequence[Tensor | None]], AbstractContextManager[None]]
+
+_looks: list[Look] = []
+
+
+class LookingEngine(type(Variable._execution_engine)):  # ty: ignore[unsupported-base]  # PyTorch's, or who replaced it
+    """PyTorch's engine, which enters every look around a pass, and marks the gradients that losses may go on from."""
+
+    def run_backward(self, tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs):
+        starts = [(_edge(root), grad) for root, grad in zip(tensors, grad_tensors) if _is_root(root)]
+        with ExitStack() as looking:
+            if not inputs:  # with inputs the pass ends above them
+                for look in _looks:
+                    looking.enter_context(look([root for root, _ in starts], [grad for _, grad in starts]))
+            grads = super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
+        if create_graph:
+            mark_averaged([node for (node, _), _ in starts], inputs or (), grads)
+        return grads
+
+
+def look_at_backward(look: Look | None = None) -> None:
+    """Let PyTorch's engine be one that looks.
+
+    look: entered around each pass that reaches all leaves, with what it starts from and the gradient that each root starts with.
+    """
+    if look is not None and look not in _looks:
+        _looks.append(look)
+    if not isinstance(Variable._execution_engine, LookingEngine):
+        Variable._execution_engine = LookingEngine()
+
+
+def _is_root(given: Tensor | GradientEdge) -> bool:
+    return isinstance(given, GradientEdge) or given.requires_grad
+
+
+def _edge(root: Tensor | GradientEdge) -> Edge:
+    edge = root if isinstance(root, GradientEdge) else get_gradient_edge(root)
+    return edge.node, edge.output_nr
