@@ -337,7 +337,7 @@ def test_peft_tuners_are_exact():
 
 @pytest.mark.filterwarnings("ignore")
 def test_swin_transformers_are_exact_with_shifted_windows():
-    from test_timm import timm
+    from timm_models import timm
 
     size = dict(img_size=8, patch_size=2, window_size=2, embed_dim=4, depths=(2,), num_heads=(2,), num_classes=3)
     for kind in (timm.models.swin_transformer.SwinTransformer, timm.models.swin_transformer_v2.SwinTransformerV2):

@@ -7,31 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from outputs import C, Leaf, N, Several, T, Y, outputs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastloda import PrivacyError
 from fastloda.engine.module import PrivateModule, Tape
-
-N, C, T = 6, 5, 4
-Y = torch.tensor([0, 3, 1, 4, 2, 2])
-
-
-class Leaf(nn.Module):
-    """A model that gives back its parameter, so that a test chooses the outputs."""
-
-    def __init__(self, values):
-        super().__init__()
-        self.values = nn.Parameter(values)
-
-    def forward(self, x):
-        return self.values + 0 * x.sum()
-
-
-def outputs(*shape, reduction="mean", seed=0):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    module = PrivateModule(Leaf(values), Tape(reduction))
-    return module(torch.zeros(1)), module._tape
 
 
 class Contrast(torch.autograd.Function):
@@ -503,17 +484,6 @@ def test_a_grid_that_happens_to_have_as_many_entries_as_there_are_samples():
         out = PrivateModule(Leaf(torch.randn(rows, 1)), Tape("mean"))(torch.zeros(1))
         with pytest.raises(PrivacyError, match="broadcasts"):
             (out - torch.randn(rows)).abs().mean().backward()
-
-
-class Several(nn.Module):
-    """A model of several outputs."""
-
-    def __init__(self, *shapes):
-        super().__init__()
-        self.outputs = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
-
-    def forward(self, x):
-        return [values + 0 * x.sum() for values in self.outputs]
 
 
 @pytest.mark.parametrize("shape", [(), (1, N, C), (T, N, C), (2 * N,)])
