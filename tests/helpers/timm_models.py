@@ -52,3 +52,6 @@ except (ImportError, RuntimeError):  # built for another PyTorch: operator torch
     sys.meta_path.remove(placeholder)
     forget_torchvision()
 import timm  # noqa: E402, F401
+from timm.layers import GroupNorm, GroupNormAct, ScaledStdConv2d, StdConv2d, StdConv2dSame  # noqa: E402, F401
+from timm.models.resnet import BasicBlock, ResNet  # noqa: E402, F401
+from timm.models.resnetv2 import ResNetV2  # noqa: E402, F401

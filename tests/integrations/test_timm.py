@@ -6,10 +6,17 @@ import drawn
 import oracle
 import pytest
 import torch
-from timm.layers import GroupNorm, GroupNormAct, ScaledStdConv2d, StdConv2d, StdConv2dSame
-from timm.models.resnet import BasicBlock, ResNet
-from timm.models.resnetv2 import ResNetV2
-from timm_models import timm  # noqa: I001, imports it where torchvision is missing
+from timm_models import (
+    BasicBlock,
+    GroupNorm,
+    GroupNormAct,
+    ResNet,
+    ResNetV2,
+    ScaledStdConv2d,
+    StdConv2d,
+    StdConv2dSame,
+    timm,
+)
 from torch import nn
 
 from fastloda import GhostClipper, LoDAConv2d, PrivacyError, attach_loda, per_sample_grad_norms
