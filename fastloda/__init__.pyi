@@ -20,7 +20,8 @@ from .privacy.secure_noise import SecureGenerator
 from .privacy.stats import StepStats
 from .privacy.step import GhostClipper, ghost_dp_step
 from .privacy.styles import Automatic, PerLayer
-from .training.trainer import DPTrainer, PrivateTraining
+from .training.settings import PrivateTraining
+from .training.trainer import DPTrainer
 
 __version__: str
 __all__ = [

@@ -15,7 +15,8 @@ from fastloda.errors import UserError
 from fastloda.privacy.stats import StepStats
 from fastloda.privacy.step import GhostClipper
 from fastloda.privacy.watch import accept_changes
-from fastloda.training.trainer import DPTrainer, PrivateTraining
+from fastloda.training.settings import PrivateTraining
+from fastloda.training.trainer import DPTrainer
 
 
 def of_loop(

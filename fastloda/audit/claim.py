@@ -9,7 +9,7 @@ from fastloda.accounting.accountant import PrivacyAccountant
 from fastloda.accounting.compose import PrivacyAccountingWarning
 from fastloda.errors import UserError
 from fastloda.privacy.styles import check_max_grad_norm
-from fastloda.training.trainer import PrivateTraining
+from fastloda.training.settings import PrivateTraining
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from fastloda.privacy.styles import Automatic, Flat, PerLayer
 from fastloda.synthesis.report.plots import epsilon_plot
 from fastloda.synthesis.runs import CONFIG, DONE, write_json
 from fastloda.training.releases import intent_path
-from fastloda.training.trainer import DPTrainer, PrivateTraining
+from fastloda.training.settings import PrivateTraining
+from fastloda.training.trainer import DPTrainer
 
 logger = logging.getLogger("fastloda")
 

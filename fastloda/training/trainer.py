@@ -1,144 +1,34 @@
-"""Private training, top to bottom: Poisson sampling, micro-batches, the private step, EMA, budget, checkpoints."""
+"""Private training, top to bottom: a Poisson batch, its micro-batches, the private step, the update, the checkpoint."""
 
 import math
 import os
-import warnings
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fastloda.accounting.accountant import PrivacyAccountant
 from fastloda.errors import PrivacyError, UserError
-from fastloda.files import make_place
 from fastloda.interrupts import interrupts_wait
-from fastloda.per_sample.refusals import check_optimizer
-from fastloda.privacy.clip import Clipping, clipping_style
-from fastloda.privacy.noise import NoiseSource, describe_randomness, draws_alike
-from fastloda.privacy.ranks import Group, World, hand_back_shards, replicate
-from fastloda.privacy.secure_noise import SecureGenerator
+from fastloda.privacy.ranks import Group, hand_back_shards, replicate
 from fastloda.privacy.stats import StepStats
 from fastloda.privacy.step import GhostClipper
-from fastloda.privacy.styles import check_max_grad_norm
-from fastloda.randomness import Secret, generator_states, restore_generators, restored
-from fastloda.training.average import Average, copy_into
+from fastloda.randomness import generator_states, restore_generators, restored
 from fastloda.training.batches import Batches, Columns
-from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
-from fastloda.training.releases import Releases
-from fastloda.training.sampling import largest_share, micro_batches, poisson_sample, share
-from fastloda.training.schedules import Schedule, warmup_then
-from fastloda.training.unmixed import (
-    Evaluated,
-    Signs,
-    check_steady,
-    evaluated,
-    halves,
-    is_due,
-    is_power_of_two,
-    look,
-    places,
-)
+from fastloda.training.looks import Looks
+from fastloda.training.mixing import Evaluated, check_steady, evaluated
+from fastloda.training.run_state import OtherRelease, RunState
+from fastloda.training.sampling import largest_share, micro_batches, share
+from fastloda.training.settings import PrivateTraining
+from fastloda.training.waste import Waste
 
 # losses(model, batch, generator) -> one number per sample and view, [n * views], sample-major
 Losses = Callable[[nn.Module, Any, Generator], Tensor]
-
-WASTED_STEPS, WASTED_SAMPLES = 3, 20  # in a row, and in all of them together: then a run stops
-FAR = 20  # times sample_rate x records, or less than a 20th of it: then expected_batch_size is a slip
-CURVE_POINTS = 64  # of the epsilon shown while training; between them the next larger one is shown
-
-
-@dataclass(frozen=True)
-class PrivateTraining:
-    """Settings of a private run. All are public: none may be computed from the private records.
-
-    Attributes:
-        sample_rate: probability that a record enters a step's batch.
-        expected_batch_size: sample_rate x the public count of records; the divisor of the clipped sum. On several ranks, of
-            all of them together.
-        steps: optimizer steps, noisy ones, empty batches included.
-        noise_multiplier: standard deviation of the noise over max_grad_norm; 0 trains without privacy. With adaptive clipping
-            the number that both releases of a step together cost (`fastloda.privacy.adaptive`).
-        delta: at which epsilon is reported.
-        target_epsilon: training stops before epsilon would exceed it; None: after `steps`.
-        max_grad_norm: L2 bound on a sample's contribution; where it starts, with adaptive clipping.
-        clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings, as in `GhostClipper`.
-        views: noise levels / augmentations per sample, averaged before clipping.
-        micro_batch_size: samples in a rank's memory at a time; the logical batch does not depend on it.
-        fixed_shape: pad the last micro-batch with masked records, so that shapes never vary.
-        optimizer, learning_rate, weight_decay, momentum (SGD), betas (Adam): as in torch.optim.
-        warmup: steps of linear warm-up; schedule: what follows, down to zero for "cosine".
-        ema_decay: of the average of the parameters, by step; 0 averages nothing.
-        seed: of sampling and noise. None, the default, takes both from the operating system; a number makes a run that can be
-            repeated, and whose noise can be foreseen: for experiments only.
-        secure_noise: noise from a cryptographically secure generator (`SecureGenerator`, which also says what it costs). It can't
-            be repeated, so seed must be None, and steps that a crash took after the last checkpoint are charged and lost.
-        earlier: releases about the same records before this run, as `compose_epsilon` takes them; epsilon and target_epsilon
-            cover them too.
-    """
-
-    sample_rate: float
-    expected_batch_size: float
-    steps: int
-    noise_multiplier: float
-    delta: float
-    target_epsilon: float | None = None
-    max_grad_norm: float = 1.0
-    views: int = 1
-    micro_batch_size: int = 256
-    fixed_shape: bool = True
-    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup: int = 0
-    schedule: Schedule = "constant"
-    ema_decay: float = 0.0
-    seed: int | None = None
-    clipping: Clipping = "flat"
-    secure_noise: bool = False
-    earlier: tuple[tuple[float, float, int], ...] = ()
-
-    def __post_init__(self):
-        check_max_grad_norm(self.max_grad_norm)
-        for name in ("steps", "views", "micro_batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} must be an integer >= 1, got {value!r}")
-        for name in ("expected_batch_size", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
-        if not 0 <= self.warmup <= self.steps:
-            raise UserError(f"warmup must be between 0 and steps={self.steps}, got {self.warmup!r}")
-        if self.optimizer not in OPTIMIZERS or self.schedule not in ("constant", "cosine"):
-            raise UserError(f"unknown optimizer {self.optimizer!r} or schedule {self.schedule!r}")
-        if self.target_epsilon is not None and not self.target_epsilon > 0:
-            raise UserError(f"target_epsilon must be positive, got {self.target_epsilon!r}")
-        if self.secure_noise and self.seed is not None:
-            raise UserError(f"secure_noise can't be seeded: seed must be None, got {self.seed!r}")
-        self.accountant().epsilon_rdp(self.delta, 1)  # checks all that it takes
-        clipping_style(self.clipping).gradient_noise(self.noise_multiplier, self.expected_batch_size)
-
-    def accountant(self) -> PrivacyAccountant:
-        """Of a run with these settings, at its start."""
-        return PrivacyAccountant(self.sample_rate, self.noise_multiplier, earlier=self.earlier)
-
-
-OPTIMIZERS = {
-    "sgd": lambda params, c: torch.optim.SGD(params, c.learning_rate, momentum=c.momentum, weight_decay=c.weight_decay),
-    "adam": lambda params, c: torch.optim.Adam(params, c.learning_rate, c.betas, weight_decay=c.weight_decay),
-    "adamw": lambda params, c: torch.optim.AdamW(params, c.learning_rate, c.betas, weight_decay=c.weight_decay),
-}
 
 
 class DPTrainer:
@@ -174,7 +64,7 @@ class DPTrainer:
             `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer is made, and looked
             at in its first step, in steps 2, 4, 8, ..., in random ones, and where losses stand out: with other records beside
             it, and all else as it was, a record must have the same loss and gradient, and, where nothing is drawn at random, at
-            another place of the batch too (`fastloda.training.unmixed`). The run's course is the same with it. What `losses` keeps of
+            another place of the batch too (`fastloda.training.mixing`). The run's course is the same with it. What `losses` keeps of
             earlier steps' records no look can see: keep nothing.
         settings: see PrivateTraining.
         checkpoint: file to save to and resume from; its folder is made if there is none. None keeps nothing.
@@ -199,59 +89,31 @@ class DPTrainer:
         progress: bool = True,
         group: Group = None,
     ):
-        self.model, self.losses, self.settings = model, losses, settings
+        self.model, self.losses, self.settings, self.checkpoint_every = model, losses, settings, checkpoint_every
         self._data = Batches(data)
-        self.records = self._data.records
-        _check_expected(settings, self.records)
+        settings.check_records(self._data.records)
         self.clipper = GhostClipper(
             model, settings.max_grad_norm, settings.views, clipping=settings.clipping, group=group
         )
-        self.progress = progress and self.world.first
         self.parameters = self.clipper.parameters
-        self.optimizer = OPTIMIZERS[settings.optimizer](list(self.parameters.values()), settings)
-        check_optimizer(self.optimizer, self.parameters)
-        self.schedule = warmup_then(self.optimizer, settings.schedule, settings.steps, settings.warmup)
-        self.average = Average(self.parameters, settings.ema_decay)
-        self.accountant = settings.accountant()
-        self._device = next(iter(self.parameters.values())).device
-        self._secret = self._new_secret()
-        self._generators = {"losses": self._losses_stream("")}
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.checkpoint_every = checkpoint_every
-        self._fingerprint = fingerprint(model)
-        self._looks, self._look_due, self._look_closely = 0, True, True
-        self._signs = Signs()
+        self.run = RunState(
+            settings, self._data.records, self.clipper, None if checkpoint is None else Path(checkpoint)
+        )
+        self.progress = progress and self.world.first
+        self._looks = Looks(self.run, self._data, self._evaluate)
+        self._waste = Waste(self.run.device)
         self._moving = False  # between the release of a gradient and the end of the update that it makes
-        self._wasted = StepStats.none(self._device)  # of the last steps in a row that were
-        self._wasted_steps = 0
         self._try_losses()
         self.clipper.check_model()  # the try may have written to it
         self._agree()
-        if self.checkpoint:
-            self.world.from_first(partial(make_place, self.checkpoint))
-        resumes = self.checkpoint is not None and self.world.from_first(self.checkpoint.exists)
-        if self.checkpoint and resumes:
-            self._resume(self.checkpoint)
-        self._releases = self.world.from_first(lambda: Releases(self.checkpoint))
-        self._settle(resumes)
-        self.clipper.watch()  # resuming has written to the parameters
-        if self.world.size > 1:
-            self.last_step  # noqa: B018, computed by rank 0 while all are here
-
-    def _agree(self) -> None:
-        """Refuse ranks that would make different runs; let them start from the same parameters."""
-        facts = {"records": self.records, "checkpoint_every": self.checkpoint_every, "the model": self._fingerprint}
-        self.world.check_same(asdict(self.settings) | facts | {"having a checkpoint": self.checkpoint is not None})
-        replicate(self.model, self.clipper.group)
-        self.average.load({name: p.detach() for name, p in self.parameters.items()})
+        self.run.open()
 
     def _try_losses(self) -> None:
-        """One batch and its losses, of which nothing is kept: what can't work fails before anything is paid for."""
-        chosen, _ = next(
-            micro_batches(torch.arange(self.records), self.settings.micro_batch_size, self.settings.fixed_shape)
-        )
+        """Compute the losses of one batch, of which nothing is kept: what can't work fails before anything is paid for."""
+        settings = self.settings
+        chosen, _ = next(micro_batches(torch.arange(self.records), settings.micro_batch_size, settings.fixed_shape))
         try:
-            with restored(self._generators):
+            with restored(self.run.generators):
                 read = self._data.read(chosen)
             self._evaluate(read, [])
         except (NameError, AttributeError):
@@ -261,19 +123,36 @@ class DPTrainer:
                 self.world.tell_failure(error)  # the others wait in _agree
             raise
 
-    @property
-    def world(self) -> World:
-        """The ranks that train together."""
-        return self.clipper.world
+    def _agree(self) -> None:
+        """Refuse ranks that would make different runs; let them start from the same parameters."""
+        facts = {"records": self.records, "checkpoint_every": self.checkpoint_every, "the model": self.run.fingerprint}
+        self.world.check_same(asdict(self.settings) | facts | {"having a checkpoint": self.checkpoint is not None})
+        replicate(self.model, self.clipper.group)
+        self.average.load({name: p.detach() for name, p in self.parameters.items()})
 
-    @property
-    def step(self) -> int:
-        """Private steps taken."""
-        return self.accountant.steps
+    world = property(lambda self: self.run.world, doc="The ranks that train together.")
+    step = property(lambda self: self.run.step, doc="Private steps taken.")
+    last_step = property(
+        lambda self: self.run.last_step, doc="Where training ends: at the end of the steps or the budget."
+    )
+    records = property(lambda self: self.run.records, doc="How many there are.")
+    checkpoint = property(lambda self: self.run.checkpoint, doc="The file that it saves to, if any.")
+    optimizer = property(lambda self: self.run.optimizer)
+    schedule = property(lambda self: self.run.schedule, doc="Of the learning rate.")
+    average = property(lambda self: self.run.average, doc="Of the parameters, by step.")
+    accountant = property(lambda self: self.run.accountant)
 
     def epsilon(self) -> float:
-        """What has been spent, at the settings' delta: an upper bound."""
+        """Bound what has been spent, at the settings' delta."""
         return self.accountant.epsilon(self.settings.delta)
+
+    def save(self) -> None:
+        """Write the checkpoint; see `RunState.save`."""
+        self.run.save()
+
+    def state_dict(self) -> dict:
+        """Collect everything from which training continues bit for bit, on any rank."""
+        return self.run.state_dict()
 
     def fit(self) -> "DPTrainer":
         """Train to the end of the steps or of the budget, whichever comes first.
@@ -283,7 +162,7 @@ class DPTrainer:
         error on one of them is not followed by a save.
         """
         last = self.last_step
-        epsilons = self._epsilon_by_step(last)
+        epsilons = self.run.epsilon_by_step(last) if self.progress else lambda step: math.nan
         if self.checkpoint and not self.world.from_first(self.checkpoint.exists):
             self.save()
         with (
@@ -329,60 +208,35 @@ class DPTrainer:
         return stats
 
     def _take_step(self) -> StepStats | None:
-        """None: it would have been another release than the one on record, which is charged; nothing was released."""
-        settings = self.settings
+        """Take a step; None if it would have been another release than the one on record: that is charged, nothing released."""
         if self.step >= self.last_step:
             raise PrivacyError(f"all {self.last_step} private steps are taken, or the budget is spent: no step is left")
-        self._check_worth_it()
-        indices = poisson_sample(self.records, settings.sample_rate, self._secret.generator(f"batch {self.step + 1}"))
-        self._look_due |= is_due(self.step + 1, self._secret)
-        before, key = generator_states(self._generators), self._secret.key
+        self._waste.check(self.parameters, self.step)
+        self._looks.schedule()
+        before, key = generator_states(self.run.generators), self.run.secret.key
         try:
-            stats = self._accumulate(indices)
-            if self._secret.key != key:
+            stats = self._accumulate(self.run.batch())
+            if self.run.secret.key != key:
                 raise PrivacyError(
                     "this process was forked in the middle of a step, whose batch is its parent's: the next step is its own"
                 )
-            self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self._noise_over)
+            settings = self.settings
+            self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self.run.noise_over)
         except BaseException as error:
             self.clipper.reset()  # a record may not be in the next step's sum as well
-            restore_generators(self._generators, before)
-            if not isinstance(error, _OtherRelease):
+            restore_generators(self.run.generators, before)
+            if not isinstance(error, OtherRelease):
                 raise
-            self._charge(error.last, "gave other sums when they were taken again")
+            self.run.charge(error.last, "gave other sums when they were taken again")
             self.save()
             return None
-        if self._look_closely and self._looks:  # at all that the first step takes
-            self._look_due = self._look_closely = False
+        self._looks.step_taken()
         self._moving = True
-        self.accountant.step()  # before the update: a step that fails from here on has been paid for
-        self.optimizer.step()
-        self.schedule.step()
-        self.average.update(self.step)
+        self.run.update()
         self._moving = False
         stats = StepStats(self.world.sum(stats.totals))
-        if stats.wasted:
-            self._wasted, self._wasted_steps = self._wasted + stats, self._wasted_steps + 1
-        elif stats.samples:
-            self._wasted, self._wasted_steps = StepStats.none(self._device), 0
+        self._waste.add(stats)
         return stats
-
-    def _check_worth_it(self) -> None:
-        """Refuse to pay for more steps of nothing."""
-        norms = torch._foreach_norm([p.detach() for p in self.parameters.values()])  # quick: one look for all
-        if not torch.stack([norm.float() for norm in norms]).isfinite().all():
-            for name, p in self.parameters.items():
-                if not p.isfinite().all():
-                    raise RuntimeError(
-                        f"parameter {name!r} is not finite after step {self.step}, and no later gradient can be: start anew with "
-                        "what trains in float32 or bfloat16, or a lower learning rate (and this run's releases as `earlier`)"
-                    )
-        if self._wasted_steps >= WASTED_STEPS and self._wasted.samples >= WASTED_SAMPLES:
-            raise RuntimeError(
-                f"{self._wasted.nonfinite} of {self._wasted.samples} samples of the last {self._wasted_steps} steps had no "
-                "finite gradient: their budget bought noise alone, and no more is spent. Look for an overflow in the model or "
-                "the losses (float16?); a new trainer goes on from the checkpoint"
-            )
 
     def _accumulate(self, indices: Tensor) -> StepStats:
         """The clipped sum of this rank's share of the sampled records."""
@@ -391,14 +245,12 @@ class DPTrainer:
         together = math.ceil(largest_share(indices, world.size) / settings.micro_batch_size) if sharded else 0
         own = share(indices, world.rank, world.size)
         parts = list(micro_batches(own, settings.micro_batch_size, settings.fixed_shape, at_least=together))
-        before = generator_states(self._generators)
+        before = generator_states(self.run.generators)
         try:
             stats, losses = self._accumulate_parts(parts)
-            closely = self._look_closely and self._looks
-            if self._signs.read(losses) and not closely and not sharded:
+            if not sharded and self._looks.are_surprised_by(losses):
                 self.clipper.reset()
-                restore_generators(self._generators, before)
-                self._look_due = self._look_closely = True
+                restore_generators(self.run.generators, before)
                 stats, _ = self._accumulate_parts(parts)
         except Exception as error:
             if not sharded:  # the others wait in privatize; with sharded weights, in the middle of a pass
@@ -408,10 +260,10 @@ class DPTrainer:
 
     def _accumulate_parts(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[StepStats, list[Tensor]]:
         """-> the counts, and the losses of each micro-batch."""
-        stats, found = StepStats.none(self._device), []
+        stats, found = StepStats.none(self.run.device), []
         for chosen, mask in parts:
             read = self._data.read(chosen)
-            seen = self._look(read, chosen) if self._look_due else None
+            seen = self._looks.look(read, chosen) if self._looks.due else None
             losses = self._losses_of(read)
             found.append(losses.detach())
             if seen is not None:
@@ -422,13 +274,13 @@ class DPTrainer:
     def _losses_of(self, read: list) -> Tensor:
         """[n * views], with their graph."""
         try:
-            batch = self._data.batch(read, self._device)
+            batch = self._data.batch(read, self.run.device)
         except (TypeError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"data's records can't be made a batch ({error}): give records of tensors, arrays or numbers of one shape, or "
                 "tuples and dicts of them"
             ) from error
-        losses, views = self.losses(self.model, batch, self._generators["losses"]), self.settings.views
+        losses, views = self.losses(self.model, batch, self.run.generators["losses"]), self.settings.views
         if not isinstance(losses, Tensor) or losses.shape != (len(read) * views,) or not losses.is_floating_point():
             got = f"{losses.dtype} of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
             raise UserError(
@@ -442,195 +294,8 @@ class DPTrainer:
         sharded = hand_back_shards(self.model)
         try:
             # with gradients enabled the same kernels run as in training; FSDP2 would wait for a backward pass
-            with restored(self._generators) as drew, torch.set_grad_enabled(not sharded):
+            with restored(self.run.generators) as drew, torch.set_grad_enabled(not sharded):
                 return evaluated(self._losses_of(read), choices, self.parameters.values(), drew)
         finally:
             hand_back_shards(self.model)
             torch.clear_autocast_cache()
-
-    def _look(self, read: list, chosen: Tensor) -> Tensor | None:
-        """The losses of what was read, if no record's depend on another's; None if they were read with a partner."""
-        self._look_due, self._looks = self._look_closely, self._looks + 1
-        name = f"look {self._looks} at step {self.step + 1} on rank {self.world.rank}"
-        alone = len(read) == 1 < self.settings.micro_batch_size
-        with restored(self._generators):
-            if alone:
-                chosen = torch.cat([chosen, self._others(chosen, name)])
-                read = read + self._data.read(chosen[1:])
-            parts = halves(len(read), self._look_closely or is_power_of_two(self.step + 1), self._secret, name)
-            replaced = [(part, self._data.read(self._others(chosen[part], name))) for part in parts]
-        order = places(len(read), self.settings.fixed_shape, self._secret, name)
-        own = look(self._evaluate, read, replaced, order, steady=not hand_back_shards(self.model))
-        return None if alone else own
-
-    def _others(self, chosen: Tensor, name: str) -> Tensor:
-        """Another record for each, if there are two."""
-        stream = self._secret.generator(f"others of {chosen.tolist()}, {name}")
-        return (chosen + torch.randint(1, max(2, self.records), chosen.shape, generator=stream)) % self.records
-
-    def save(self) -> None:
-        """Write the checkpoint, atomically; by rank 0, and none goes on before it is written.
-
-        Raises:
-            PrivacyError: it is another run's by now, which has released something since.
-        """
-        if self.checkpoint:
-            state = self.state_dict()
-            self.world.from_first(self._releases.check_alone)
-            self.world.from_first(partial(save_checkpoint, self.checkpoint, state, self._fingerprint))
-
-    def state_dict(self) -> dict:
-        """Everything from which training continues bit for bit, on any rank."""
-        by_rank = self.world.gather(generator_states(self._generators))
-        state = {
-            "settings": asdict(self.settings),
-            "records": self.records,
-            "randomness": describe_randomness(self.settings.seed, self.settings.secure_noise),
-            "accountant": self.accountant.state_dict(),
-            "max_grad_norm": self.clipper.max_grad_norm,
-            "parameters": {name: p.detach().clone() for name, p in self.parameters.items()},
-            "average": dict(self.average.values),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": {"last_epoch": self.schedule.last_epoch},
-            "generators": by_rank,
-        }
-        # With secure noise the batches are not repeated either: the same batch under new noise would be less private than
-        # the two steps that are paid for.
-        return state if self.settings.secure_noise else state | {"secret": self._secret.key.hex()}
-
-    def _resume(self, checkpoint: Path) -> None:
-        state = load_checkpoint(checkpoint, self._fingerprint, self.world)
-        if different := _differences(state["settings"] | {"records": state["records"]}, self.settings, self.records):
-            raise CheckpointError(
-                f"{self.checkpoint} is of a run with other settings: {different}; use them, or another file"
-            )
-        self.accountant.load_state_dict(state["accountant"])
-        self.clipper.max_grad_norm = state["max_grad_norm"]
-        copy_into(self.parameters, state["parameters"])
-        self.average.load(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.last_epoch = state["schedule"]["last_epoch"]
-        if "secret" in state:
-            self._secret = Secret(bytes.fromhex(state["secret"]))
-        by_rank = state["generators"]
-        if len(by_rank) == self.world.size:
-            restore_generators(self._generators, by_rank[self.world.rank])
-        else:
-            self._generators["losses"] = self._losses_stream(f" of {self.world.size}, from step {self.step}")
-
-    # ---- no two sums under one noise, and no release that is not counted
-
-    def _new_secret(self) -> Secret:
-        """Rank 0's, on all ranks: they share the batches."""
-        return Secret(self.world.from_first(lambda: Secret.of_seed(self.settings.seed).key))
-
-    def _losses_stream(self, which: str) -> Generator:
-        """Each rank has one of its own."""
-        return self._secret.generator(f"losses of rank {self.world.rank}{which}", self._device)
-
-    def _noise_over(self, sums: Sequence[Tensor]) -> NoiseSource:
-        """The noise of the next release, which is on record when this returns; sums: what it will hide.
-
-        The same secret, number and sums give the same noise, if the bound that scales it is the same, too, and the kind of
-        device, for each draws other numbers from a stream. A seeded run's noise does not follow from the sums, which round
-        otherwise in other micro-batches: such runs can be compared, and their noise can be foreseen anyway.
-
-        Raises:
-            _OtherRelease: a release of that number is on record, over other sums or with noise that can't be repeated.
-        """
-        settings, number = self.settings, self.step + 1
-        scale = f"bound {self.clipper.max_grad_norm} on {draws_alike(self._device)}"
-        hashed = self._secret.digest(f"sums {number}, {scale}", sums).hex()
-        self.world.from_first(lambda: self._put_on_record(number, "" if settings.secure_noise else hashed))
-        if settings.secure_noise:
-            return SecureGenerator()
-        over = hashed if settings.seed is None else ""
-        return self._secret.generator(f"noise {number} {over}", self._device)
-
-    def _put_on_record(self, number: int, hashed: str) -> None:
-        if number > self._releases.last:
-            self._releases.add(self.accountant.state_dict() | {"steps": number}, hashed)
-        elif not hashed or self._releases.sums.get(number) != hashed:
-            raise _OtherRelease(self._releases.last)
-
-    def _settle(self, resumes: bool) -> None:
-        """Compare the releases on record with the checkpoint's count. Those after it may be taken again, if they can be."""
-        settings, last = self.settings, self._releases.last
-        if self._releases.account:
-            try:
-                settings.accountant().load_state_dict(self._releases.account)
-            except ValueError as error:
-                raise CheckpointError(f"{self._releases.path} is of another run: {error}") from error
-        if self.step > last:
-            gone = f"{self._releases.path} is gone or older than {self.checkpoint}: steps that were released may be missing"
-            if settings.secure_noise:
-                raise CheckpointError(gone)
-            if settings.seed is None:
-                self._secret = self._new_secret()
-                warnings.warn(f"{gone}; batches and noise start anew", stacklevel=3)
-        elif self.step < last and (settings.secure_noise or settings.seed is None and not resumes):
-            self._charge(last, "may have been released after the last checkpoint, with noise that can't be repeated")
-
-    def _charge(self, last: int, why: str) -> None:
-        """Count the releases on record up to the last, which are not made again, so that the budget holds."""
-        lost = last - self.step
-        self.accountant.step(lost)
-        self.schedule.last_epoch += lost
-        warnings.warn(f"{lost} steps {why}: they are charged, and not made again", stacklevel=4)
-
-    @cached_property
-    def last_step(self) -> int:
-        """Where training ends: settings.steps, or fewer if their epsilon would exceed target_epsilon."""
-        return self.world.from_first(self._last_step)
-
-    def _last_step(self) -> int:
-        s = self.settings
-        if s.target_epsilon is None or self.accountant.epsilon(s.delta, s.steps) <= s.target_epsilon:
-            return s.steps
-        affordable = bisect_right(
-            range(1, s.steps), s.target_epsilon, key=lambda t: self.accountant.epsilon(s.delta, t)
-        )
-        warnings.warn(
-            f"{s.steps} steps would exceed epsilon {s.target_epsilon}: training stops after {affordable}; calibrate_noise "
-            "gives the noise for all of them",
-            stacklevel=5,
-        )
-        return max(affordable, self.step)
-
-    def _epsilon_by_step(self, last: int) -> Callable[[int], float]:
-        spacing = max(1, math.ceil(last / CURVE_POINTS))
-        counts = list(range(spacing, last + spacing, spacing))
-        if not self.progress:
-            return lambda step: math.nan
-        curve = self.accountant.epsilon_curve(self.settings.delta, counts)  # coarse: about 2% above the final figure
-        final = self.accountant.epsilon(self.settings.delta, last)
-        return lambda step: min(final, curve[math.ceil(step / spacing) - 1])
-
-
-def _check_expected(settings: PrivateTraining, records: int) -> None:
-    """Fewer than one expected record leave the divisor open."""
-    sampled = max(1.0, settings.sample_rate * records)
-    if not sampled / FAR <= settings.expected_batch_size <= sampled * FAR:
-        raise UserError(
-            f"expected_batch_size must be sample_rate x records, {settings.sample_rate:g} x {records} = "
-            f"{settings.sample_rate * records:g}, got {settings.expected_batch_size:g}: it divides the clipped sum"
-        )
-
-
-class _OtherRelease(Exception):
-    """The step would not be the release on record under its number, but another one."""
-
-    @property
-    def last(self) -> int:
-        """The number of the last release on record."""
-        return self.args[0]
-
-
-# May differ on resume: they change neither the mechanism nor the trajectory of what was trained so far.
-_FREE_TO_CHANGE = {"target_epsilon", "fixed_shape"}
-
-
-def _differences(saved: dict, settings: PrivateTraining, records: int) -> str:
-    now = asdict(settings) | {"records": records}
-    changed = [name for name in now if name not in _FREE_TO_CHANGE and saved.get(name) != now[name]]
-    return ", ".join(f"{name} is {saved.get(name)!r} there and {now[name]!r} here" for name in changed)

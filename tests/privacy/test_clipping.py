@@ -30,7 +30,8 @@ from fastloda.synthesis.diffusion import Diffusion
 from fastloda.synthesis.parser import build_parser
 from fastloda.synthesis.settings import FineTuning
 from fastloda.synthesis.stages import finetune
-from fastloda.training.trainer import DPTrainer, PrivateTraining
+from fastloda.training.settings import PrivateTraining
+from fastloda.training.trainer import DPTrainer
 
 
 def layer_of(name: str) -> str:

@@ -426,7 +426,7 @@ def streams(rank, folder):
     left = {}
     for seed in (None, 3):
         t = trainer(dataclasses.replace(SETTINGS, seed=seed))
-        left[seed] = t._secret.key, t._generators["losses"].get_state(), t.progress
+        left[seed] = t.run.secret.key, t.run.generators["losses"].get_state(), t.progress
     shown = DPTrainer(small_model(), small_data(), plain_losses, SETTINGS, progress=True).progress
     return left, shown
 
@@ -437,8 +437,8 @@ def test_ranks_share_the_sampling_and_have_losses_of_their_own(two_ranks):
         assert first[seed][0] == second[seed][0]
         assert not torch.equal(first[seed][1], second[seed][1])
     seeded = trainer()
-    assert first[3][0] == seeded._secret.key and first[None][0] != seeded._secret.key
-    assert torch.equal(first[3][1], seeded._generators["losses"].get_state())  # rank 0's are those of one process
+    assert first[3][0] == seeded.run.secret.key and first[None][0] != seeded.run.secret.key
+    assert torch.equal(first[3][1], seeded.run.generators["losses"].get_state())  # rank 0's are those of one process
     assert (first_shows, second_shows) == (True, False)
 
 
@@ -577,7 +577,7 @@ def handed_over(rank, folder):
         fastloda.training.trainer.save_checkpoint = save
     path = folder / "from-one.pt" if rank == 0 else folder / "not-on-this-machine" / "from-one.pt"
     taken_over = trainer(checkpoint=path)
-    stream = taken_over._generators["losses"].get_state()
+    stream = taken_over.run.generators["losses"].get_state()
     return len(saves), taken_over.step, stream, values(taken_over.fit())
 
 
@@ -588,7 +588,7 @@ def test_seeded_runs_go_on_with_another_number_of_ranks(two_ranks, folder):
         assert step == 3
         assert_close(after, values(whole))
     assert [saves for saves, *_ in left] == [1, 0]
-    fresh = trainer()._generators["losses"].get_state()
+    fresh = trainer().run.generators["losses"].get_state()
     streams = [stream for _, _, stream, _ in left] + [fresh]
     assert all(not torch.equal(a, b) for i, a in enumerate(streams) for b in streams[:i])
 
@@ -610,9 +610,9 @@ def test_private_runs_get_new_noise_with_another_number_of_ranks(two_ranks, fold
     for t in resumes:
         assert t.step == 3
         assert_same_bits({name: p.detach() for name, p in t.parameters.items()}, saved["parameters"])
-        assert t._secret.key.hex() != saved["secret"]
-        assert not torch.equal(t._generators["losses"].get_state(), saved["generators"][0]["losses"])
-    assert resumes[0]._secret.key != resumes[1]._secret.key
+        assert t.run.secret.key.hex() != saved["secret"]
+        assert not torch.equal(t.run.generators["losses"].get_state(), saved["generators"][0]["losses"])
+    assert resumes[0].run.secret.key != resumes[1].run.secret.key
     assert resumes[0].fit().step == SETTINGS.steps
 
 

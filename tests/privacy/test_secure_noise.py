@@ -25,7 +25,8 @@ from fastloda.synthesis.settings import FineTuning
 from fastloda.training import trainer as trainer_module
 from fastloda.training.checkpoint import CheckpointError, load_checkpoint
 from fastloda.training.releases import intent_path, read_intent
-from fastloda.training.trainer import DPTrainer, PrivateTraining
+from fastloda.training.settings import PrivateTraining
+from fastloda.training.trainer import DPTrainer
 
 # ---- the distribution
 
@@ -169,7 +170,7 @@ def trainer(settings=SETTINGS, **options) -> DPTrainer:
 
 
 def state_of(t: DPTrainer) -> dict:
-    return load_checkpoint(t.checkpoint, t._fingerprint)
+    return load_checkpoint(t.checkpoint, t.run.fingerprint)
 
 
 def test_it_has_no_seed():

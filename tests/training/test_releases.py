@@ -237,14 +237,14 @@ def test_without_the_list_of_releases_batches_and_noise_start_anew(tmp_path):
     for _ in range(2):
         first.train_step()
     first.save()
-    key, lines = first._secret.key, intent_path(path).read_bytes().splitlines(keepends=True)
+    key, lines = first.run.secret.key, intent_path(path).read_bytes().splitlines(keepends=True)
     for content in (None, lines[0]):
         intent_path(path).unlink()
         if content:
             intent_path(path).write_bytes(content)
         with pytest.warns(UserWarning, match="gone or older"):
             second = trainer(checkpoint=path)
-        assert second.step == 2 and second._secret.key != key
+        assert second.step == 2 and second.run.secret.key != key
         second.train_step()
         assert Releases(path).last == 3
 

@@ -19,7 +19,8 @@ from fastloda import GhostClipper, PrivacyError, attach_loda, compose_epsilon, m
 from fastloda.files import write_atomically
 from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.training.sampling import micro_batches, poisson_sample
-from fastloda.training.trainer import DPTrainer, PrivateTraining
+from fastloda.training.settings import PrivateTraining
+from fastloda.training.trainer import DPTrainer
 
 SETTINGS = PrivateTraining(
     sample_rate=0.2,

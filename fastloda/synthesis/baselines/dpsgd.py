@@ -22,7 +22,8 @@ from fastloda.synthesis.classify import AugmentName, NetworkName, augmentation, 
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.runs import Stage
 from fastloda.training.average import copy_into
-from fastloda.training.trainer import DPTrainer, PrivateTraining
+from fastloda.training.settings import PrivateTraining
+from fastloda.training.trainer import DPTrainer
 
 WEIGHTS = "classifier.safetensors"
 

@@ -13,7 +13,8 @@ from torch import Generator, nn
 
 from fastloda import DPTrainer, PrivacyError, PrivateTraining, attach_loda
 from fastloda.randomness import Secret
-from fastloda.training import unmixed
+from fastloda.training import mixing
+from fastloda.training.looks import Looks
 
 SETTINGS = PrivateTraining(
     sample_rate=0.4,
@@ -272,7 +273,7 @@ def test_a_batch_that_one_bad_record_changes_is_looked_at_when_it_comes(losses, 
     x[5] = torch.nan if losses is not capped else 1e4
     batches = iter([[1, 2, 3, 4, 6]] * 5 + [[1, 2, 3, 4, 5, 6]] * 9)
     monkeypatch.setattr("fastloda.training.trainer.poisson_sample", lambda *_: torch.tensor(next(batches)))
-    monkeypatch.setattr(DPTrainer, "_others", lambda self, chosen, name: (chosen + 11) % 40)
+    monkeypatch.setattr(Looks, "_others", lambda self, chosen, name: (chosen + 11) % 40)
     monkeypatch.setattr("fastloda.training.trainer.is_due", lambda step, _: step in (1, 2, 4))
     t = trainer(losses, {"steps": 12, "fixed_shape": False}, data=(x, y))
     with pytest.raises(PrivacyError, match="skipped or rescaled for one of its records"):
@@ -299,15 +300,15 @@ def test_a_batch_of_one_record_is_looked_at_with_a_partner(monkeypatch):
 def looked_at(losses, samples, leaf=None):
     """The losses of records 0, 1, ..., by both halves and another order; leaf: what trains in them."""
     secret = Secret()
-    parts = unmixed.halves(samples, True, secret, "look")
+    parts = mixing.halves(samples, True, secret, "look")
     replaced = [(part, list(range(20, 20 + int(part.sum())))) for part in parts]
-    order = unmixed.places(samples, bool(samples % 2), secret, "look")
+    order = mixing.places(samples, bool(samples % 2), secret, "look")
     parameters = [] if leaf is None else [leaf]
 
     def evaluate(read, choices):
-        return unmixed.evaluated(losses(read), choices, parameters, lambda: False)
+        return mixing.evaluated(losses(read), choices, parameters, lambda: False)
 
-    return unmixed.look(evaluate, list(range(samples)), replaced, order, steady=True)
+    return mixing.look(evaluate, list(range(samples)), replaced, order, steady=True)
 
 
 @settings(max_examples=25, deadline=None)
@@ -429,15 +430,15 @@ def test_honest_losses_train_as_if_nobody_looked(kind, monkeypatch):
     runs, batches = [], []
     for watched in (True, False):
         if not watched:
-            monkeypatch.setattr(DPTrainer, "_look", lambda *_: None)
+            monkeypatch.setattr(Looks, "look", lambda *_: None)
             monkeypatch.setattr(DPTrainer, "_try_losses", lambda _: None)
         torch.manual_seed(5)
         np.random.seed(5)
         random.seed(5)
         t = trainer(losses, {"steps": 9} | change, model=small_model(**model))
         if runs:
-            t._secret.key = runs[0]._secret.key
-            t._generators["losses"] = t._losses_stream("")
+            t.run.secret.key = runs[0].run.secret.key
+            t.run.generators["losses"] = t.run._losses_stream("")
         runs.append(t)
         t.fit()
         batches.append((torch.rand(3), np.random.rand(), random.random()))
@@ -459,9 +460,9 @@ def test_adapters_and_a_compiled_model_train(monkeypatch):
 
 def test_the_schedule_is_public_and_thin():
     secret = Secret()
-    due = [step for step in range(1, 4097) if unmixed.is_due(step, secret)]
+    due = [step for step in range(1, 4097) if mixing.is_due(step, secret)]
     assert {2**k for k in range(13)} <= set(due) and len(due) <= 2 * 13
-    assert due != [step for step in range(1, 4097) if unmixed.is_due(step, Secret())]
+    assert due != [step for step in range(1, 4097) if mixing.is_due(step, Secret())]
     calls = []
 
     def counted(model, batch, generator):
@@ -470,7 +471,7 @@ def test_the_schedule_is_public_and_thin():
 
     t = trainer(counted, {"steps": 64, "micro_batch_size": 40, "sample_rate": 0.9, "expected_batch_size": 36})
     t.fit()
-    looks = sum(unmixed.is_due(step, t._secret) for step in range(1, 65))
+    looks = sum(mixing.is_due(step, t.run.secret) for step in range(1, 65))
     assert len(calls) == 1 + 64 + 3 * looks + 7  # at the start; training; looks; both halves at 1, 2, 4, ... 64
 
 

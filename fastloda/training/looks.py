@@ -1,0 +1,72 @@
+"""When and how a trainer looks whether records mix: in its first step, on a schedule that no record decides, and at odd losses."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastloda.privacy.ranks import hand_back_shards
+from fastloda.randomness import restored
+from fastloda.training.batches import Batches
+from fastloda.training.mixing import Evaluated, Signs, halves, is_due, is_power_of_two, look, places
+from fastloda.training.run_state import RunState
+
+
+class Looks:
+    """The looks of one run (`mixing.look`).
+
+    Attributes:
+        due: whether the next micro-batch is to be looked at.
+        closely: whether both halves and all places are; so it is in the first step.
+
+    Args:
+        evaluate: what was read of each record, and the choices whose gradients are wanted -> losses and gradients, under the
+            same random states at every call.
+    """
+
+    def __init__(self, run: RunState, data: Batches, evaluate: Callable[[list, Sequence[Tensor]], Evaluated]):
+        self._run, self._data, self._evaluate = run, data, evaluate
+        self._count, self._signs = 0, Signs()
+        self.due = self.closely = True
+
+    def schedule(self) -> None:
+        """Make the next step's look due, if it is."""
+        self.due |= is_due(self._run.step + 1, self._run.secret)
+
+    def step_taken(self) -> None:
+        """End the close look that a step has had."""
+        if self.closely and self._count:
+            self.due = self.closely = False
+
+    def are_surprised_by(self, losses: Sequence[Tensor]) -> bool:
+        """Whether a step's losses, by micro-batch, are odd and have not been looked at closely: then a close look is due."""
+        if self._signs.read(losses) and not (self.closely and self._count):
+            self.due = self.closely = True
+            return True
+        return False
+
+    def look(self, read: list, chosen: Tensor) -> Tensor | None:
+        """Compute the losses of what was read, if no record's depend on another's; None if they were read with a partner.
+
+        Raises:
+            PrivacyError: they do.
+        """
+        run, settings = self._run, self._run.settings
+        self.due, self._count = self.closely, self._count + 1
+        name = f"look {self._count} at step {run.step + 1} on rank {run.world.rank}"
+        alone = len(read) == 1 < settings.micro_batch_size
+        with restored(run.generators):
+            if alone:
+                chosen = torch.cat([chosen, self._others(chosen, name)])
+                read = read + self._data.read(chosen[1:])
+            parts = halves(len(read), self.closely or is_power_of_two(run.step + 1), run.secret, name)
+            replaced = [(part, self._data.read(self._others(chosen[part], name))) for part in parts]
+        order = places(len(read), settings.fixed_shape, run.secret, name)
+        own = look(self._evaluate, read, replaced, order, steady=not hand_back_shards(run.clipper.model))
+        return None if alone else own
+
+    def _others(self, chosen: Tensor, name: str) -> Tensor:
+        """Choose another record for each, if there are two."""
+        records = self._run.records
+        stream = self._run.secret.generator(f"others of {chosen.tolist()}, {name}")
+        return (chosen + torch.randint(1, max(2, records), chosen.shape, generator=stream)) % records

@@ -1,0 +1,251 @@
+"""What a private run goes on from: its account, its secret, its random streams, all that training moves, and its releases.
+
+No two sums are released under one noise, and no release goes uncounted, through crashes, changed code and changed data.
+"""
+
+import math
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+
+from torch import Generator, Tensor
+
+from fastloda.errors import UserError
+from fastloda.files import make_place
+from fastloda.per_sample.refusals import check_optimizer
+from fastloda.privacy.noise import NoiseSource, describe_randomness, draws_alike
+from fastloda.privacy.ranks import World
+from fastloda.privacy.secure_noise import SecureGenerator
+from fastloda.privacy.step import GhostClipper
+from fastloda.randomness import Secret, generator_states, restore_generators
+from fastloda.training.average import Average, copy_into
+from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
+from fastloda.training.releases import Releases
+from fastloda.training.sampling import poisson_sample
+from fastloda.training.schedules import warmup_then
+from fastloda.training.settings import OPTIMIZERS, PrivateTraining
+
+CURVE_POINTS = 64  # of the epsilon shown while training; between them the next larger one is shown
+
+
+class OtherRelease(Exception):
+    """The step would not be the release on record under its number, but another one."""
+
+    def __init__(self, last: int):
+        super().__init__(last)
+        self.last = last  # the number of the last release on record
+
+
+class RunState:
+    """The state of a private run, in memory and on disk.
+
+    Attributes:
+        optimizer, schedule, average: what training moves beside the clipper's parameters.
+        accountant: the steps that were taken.
+        secret: from which each step's batch and noise follow; the same on all ranks.
+        generators: of what the losses draw; each rank has its own.
+        checkpoint: the file to save to; None keeps nothing.
+    """
+
+    def __init__(self, settings: PrivateTraining, records: int, clipper: GhostClipper, checkpoint: Path | None):
+        self.settings, self.records, self.clipper, self.checkpoint = settings, records, clipper, checkpoint
+        self.parameters = clipper.parameters
+        self.optimizer = OPTIMIZERS[settings.optimizer](list(self.parameters.values()), settings)
+        check_optimizer(self.optimizer, self.parameters)
+        self.schedule = warmup_then(self.optimizer, settings.schedule, settings.steps, settings.warmup)
+        self.average = Average(self.parameters, settings.ema_decay)
+        self.accountant = settings.accountant()
+        self.device = next(iter(self.parameters.values())).device
+        self.secret = self._new_secret()
+        self.generators = {"losses": self._losses_stream("")}
+        self.fingerprint = fingerprint(clipper.model)
+
+    @property
+    def world(self) -> World:
+        """The ranks that train together."""
+        return self.clipper.world
+
+    @property
+    def step(self) -> int:
+        """Private steps taken."""
+        return self.accountant.steps
+
+    def open(self) -> None:
+        """Go on from the checkpoint, if there is one, and from the list of releases beside it.
+
+        Raises:
+            CheckpointError: one of them is damaged, or of another model or other settings.
+        """
+        checkpoint, resumes = self.checkpoint, False
+        if checkpoint:
+            self.world.from_first(partial(make_place, checkpoint))
+            resumes = self.world.from_first(checkpoint.exists)
+            if resumes:
+                self._load(checkpoint)
+        self.releases = self.world.from_first(lambda: Releases(checkpoint))
+        self._settle(resumes)
+        self.clipper.watch()  # loading has written to the parameters
+        if self.world.size > 1:
+            self.last_step  # noqa: B018, computed by rank 0 while all are here
+
+    def batch(self) -> Tensor:
+        """Draw the indices of the next step's Poisson batch, alike on all ranks, and each time it is asked for."""
+        drawn_by = self.secret.generator(f"batch {self.step + 1}")
+        return poisson_sample(self.records, self.settings.sample_rate, drawn_by)
+
+    def noise_over(self, sums: Sequence[Tensor]) -> NoiseSource:
+        """Give the noise of the next release, which is on record when this returns; sums: what it will hide.
+
+        The same secret, number and sums give the same noise, if the bound that scales it is the same, too, and the kind of
+        device, for each draws other numbers from a stream. A seeded run's noise does not follow from the sums, which round
+        otherwise in other micro-batches: such runs can be compared, and their noise can be foreseen anyway.
+
+        Raises:
+            OtherRelease: a release of that number is on record, over other sums or with noise that can't be repeated.
+        """
+        settings, number = self.settings, self.step + 1
+        scale = f"bound {self.clipper.max_grad_norm} on {draws_alike(self.device)}"
+        hashed = self.secret.digest(f"sums {number}, {scale}", sums).hex()
+        self.world.from_first(lambda: self._put_on_record(number, "" if settings.secure_noise else hashed))
+        if settings.secure_noise:
+            return SecureGenerator()
+        over = hashed if settings.seed is None else ""
+        return self.secret.generator(f"noise {number} {over}", self.device)
+
+    def _put_on_record(self, number: int, hashed: str) -> None:
+        if number > self.releases.last:
+            self.releases.add(self.accountant.state_dict() | {"steps": number}, hashed)
+        elif not hashed or self.releases.sums.get(number) != hashed:
+            raise OtherRelease(self.releases.last)
+
+    def update(self) -> None:
+        """Count the step whose gradient has just been released, and make the update."""
+        self.accountant.step()  # first: a step that fails from here on has been paid for
+        self.optimizer.step()
+        self.schedule.step()
+        self.average.update(self.step)
+
+    def charge(self, last: int, why: str) -> None:
+        """Count the releases on record up to the last, which are not made again, so that the budget holds."""
+        lost = last - self.step
+        self.accountant.step(lost)
+        self.schedule.last_epoch += lost
+        warnings.warn(f"{lost} steps {why}: they are charged, and not made again", stacklevel=4)
+
+    def save(self) -> None:
+        """Write the checkpoint, atomically; by rank 0, and none goes on before it is written.
+
+        Raises:
+            PrivacyError: it is another run's by now, which has released something since.
+        """
+        if self.checkpoint:
+            state = self.state_dict()
+            self.world.from_first(self.releases.check_alone)
+            self.world.from_first(partial(save_checkpoint, self.checkpoint, state, self.fingerprint))
+
+    def state_dict(self) -> dict:
+        """Collect everything from which training continues bit for bit, on any rank."""
+        by_rank = self.world.gather(generator_states(self.generators))
+        state = {
+            "settings": asdict(self.settings),
+            "records": self.records,
+            "randomness": describe_randomness(self.settings.seed, self.settings.secure_noise),
+            "accountant": self.accountant.state_dict(),
+            "max_grad_norm": self.clipper.max_grad_norm,
+            "parameters": {name: p.detach().clone() for name, p in self.parameters.items()},
+            "average": dict(self.average.values),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {"last_epoch": self.schedule.last_epoch},
+            "generators": by_rank,
+        }
+        # With secure noise the batches are not repeated either: the same batch under new noise would be less private than
+        # the two steps that are paid for.
+        return state if self.settings.secure_noise else state | {"secret": self.secret.key.hex()}
+
+    def _load(self, checkpoint: Path) -> None:
+        state = load_checkpoint(checkpoint, self.fingerprint, self.world)
+        if different := _differences(state["settings"] | {"records": state["records"]}, self.settings, self.records):
+            raise CheckpointError(
+                f"{checkpoint} is of a run with other settings: {different}; use them, or another file"
+            )
+        self.accountant.load_state_dict(state["accountant"])
+        self.clipper.max_grad_norm = state["max_grad_norm"]
+        copy_into(self.parameters, state["parameters"])
+        self.average.load(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        if "secret" in state:
+            self.secret = Secret(bytes.fromhex(state["secret"]))
+        by_rank = state["generators"]
+        if len(by_rank) == self.world.size:
+            restore_generators(self.generators, by_rank[self.world.rank])
+        else:
+            self.generators["losses"] = self._losses_stream(f" of {self.world.size}, from step {self.step}")
+
+    def _settle(self, resumes: bool) -> None:
+        """Compare the releases on record with the checkpoint's count. Those after it may be taken again, if they can be."""
+        settings, last = self.settings, self.releases.last
+        if self.releases.account:
+            try:
+                settings.accountant().load_state_dict(self.releases.account)
+            except UserError as error:
+                raise CheckpointError(f"{self.releases.path} is of another run: {error}") from error
+        if self.step > last:
+            gone = (
+                f"{self.releases.path} is gone or older than {self.checkpoint}: steps that were released may be missing"
+            )
+            if settings.secure_noise:
+                raise CheckpointError(gone)
+            if settings.seed is None:
+                self.secret = self._new_secret()
+                warnings.warn(f"{gone}; batches and noise start anew", stacklevel=4)
+        elif self.step < last and (settings.secure_noise or settings.seed is None and not resumes):
+            self.charge(last, "may have been released after the last checkpoint, with noise that can't be repeated")
+
+    def _new_secret(self) -> Secret:
+        """Draw rank 0's, on all ranks: they share the batches."""
+        return Secret(self.world.from_first(lambda: Secret.of_seed(self.settings.seed).key))
+
+    def _losses_stream(self, which: str) -> Generator:
+        """Make this rank's own."""
+        return self.secret.generator(f"losses of rank {self.world.rank}{which}", self.device)
+
+    @cached_property
+    def last_step(self) -> int:
+        """Where training ends: settings.steps, or fewer if their epsilon would exceed target_epsilon."""
+        return self.world.from_first(self._last_step)
+
+    def _last_step(self) -> int:
+        s = self.settings
+        if s.target_epsilon is None or self.accountant.epsilon(s.delta, s.steps) <= s.target_epsilon:
+            return s.steps
+        affordable = bisect_right(
+            range(1, s.steps), s.target_epsilon, key=lambda t: self.accountant.epsilon(s.delta, t)
+        )
+        warnings.warn(
+            f"{s.steps} steps would exceed epsilon {s.target_epsilon}: training stops after {affordable}; calibrate_noise "
+            "gives the noise for all of them",
+            stacklevel=5,
+        )
+        return max(affordable, self.step)
+
+    def epsilon_by_step(self, last: int) -> Callable[[int], float]:
+        """Bound epsilon at every step up to the last, from a coarse curve that is computed once."""
+        spacing = max(1, math.ceil(last / CURVE_POINTS))
+        counts = list(range(spacing, last + spacing, spacing))
+        curve = self.accountant.epsilon_curve(self.settings.delta, counts)  # coarse: about 2% above the final figure
+        final = self.accountant.epsilon(self.settings.delta, last)
+        return lambda step: min(final, curve[math.ceil(step / spacing) - 1])
+
+
+# May differ on resume: they change neither the mechanism nor the trajectory of what was trained so far.
+_FREE_TO_CHANGE = {"target_epsilon", "fixed_shape"}
+
+
+def _differences(saved: dict, settings: PrivateTraining, records: int) -> str:
+    now = asdict(settings) | {"records": records}
+    changed = [name for name in now if name not in _FREE_TO_CHANGE and saved.get(name) != now[name]]
+    return ", ".join(f"{name} is {saved.get(name)!r} there and {now[name]!r} here" for name in changed)

@@ -1,0 +1,110 @@
+"""The settings of a private run."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastloda.accounting.accountant import PrivacyAccountant
+from fastloda.errors import UserError
+from fastloda.privacy.clip import Clipping, clipping_style
+from fastloda.privacy.styles import check_max_grad_norm
+from fastloda.training.schedules import Schedule
+
+FAR = 20  # times sample_rate x records, or less than a 20th of it: then expected_batch_size is a slip
+
+
+@dataclass(frozen=True)
+class PrivateTraining:
+    """Settings of a private run. All are public: none may be computed from the private records.
+
+    Attributes:
+        sample_rate: probability that a record enters a step's batch.
+        expected_batch_size: sample_rate x the public count of records; the divisor of the clipped sum. On several ranks, of
+            all of them together.
+        steps: optimizer steps, noisy ones, empty batches included.
+        noise_multiplier: standard deviation of the noise over max_grad_norm; 0 trains without privacy. With adaptive clipping
+            the number that both releases of a step together cost (`fastloda.privacy.adaptive`).
+        delta: at which epsilon is reported.
+        target_epsilon: training stops before epsilon would exceed it; None: after `steps`.
+        max_grad_norm: L2 bound on a sample's contribution; where it starts, with adaptive clipping.
+        clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings, as in `GhostClipper`.
+        views: noise levels / augmentations per sample, averaged before clipping.
+        micro_batch_size: samples in a rank's memory at a time; the logical batch does not depend on it.
+        fixed_shape: pad the last micro-batch with masked records, so that shapes never vary.
+        optimizer, learning_rate, weight_decay, momentum (SGD), betas (Adam): as in torch.optim.
+        warmup: steps of linear warm-up; schedule: what follows, down to zero for "cosine".
+        ema_decay: of the average of the parameters, by step; 0 averages nothing.
+        seed: of sampling and noise. None, the default, takes both from the operating system; a number makes a run that can be
+            repeated, and whose noise can be foreseen: for experiments only.
+        secure_noise: noise from a cryptographically secure generator (`SecureGenerator`, which also says what it costs). It can't
+            be repeated, so seed must be None, and steps that a crash took after the last checkpoint are charged and lost.
+        earlier: releases about the same records before this run, as `compose_epsilon` takes them; epsilon and target_epsilon
+            cover them too.
+    """
+
+    sample_rate: float
+    expected_batch_size: float
+    steps: int
+    noise_multiplier: float
+    delta: float
+    target_epsilon: float | None = None
+    max_grad_norm: float = 1.0
+    views: int = 1
+    micro_batch_size: int = 256
+    fixed_shape: bool = True
+    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = 0
+    schedule: Schedule = "constant"
+    ema_decay: float = 0.0
+    seed: int | None = None
+    clipping: Clipping = "flat"
+    secure_noise: bool = False
+    earlier: tuple[tuple[float, float, int], ...] = ()
+
+    def __post_init__(self):
+        check_max_grad_norm(self.max_grad_norm)
+        for name in ("steps", "views", "micro_batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{name} must be an integer >= 1, got {value!r}")
+        for name in ("expected_batch_size", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
+        if not 0 <= self.warmup <= self.steps:
+            raise UserError(f"warmup must be between 0 and steps={self.steps}, got {self.warmup!r}")
+        if self.optimizer not in OPTIMIZERS or self.schedule not in ("constant", "cosine"):
+            raise UserError(f"unknown optimizer {self.optimizer!r} or schedule {self.schedule!r}")
+        if self.target_epsilon is not None and not self.target_epsilon > 0:
+            raise UserError(f"target_epsilon must be positive, got {self.target_epsilon!r}")
+        if self.secure_noise and self.seed is not None:
+            raise UserError(f"secure_noise can't be seeded: seed must be None, got {self.seed!r}")
+        self.accountant().epsilon_rdp(self.delta, 1)  # checks all that it takes
+        clipping_style(self.clipping).gradient_noise(self.noise_multiplier, self.expected_batch_size)
+
+    def check_records(self, records: int) -> None:
+        """Refuse an expected_batch_size that is far from sample_rate x records; fewer than one expected record leave it open."""
+        sampled = max(1.0, self.sample_rate * records)
+        if not sampled / FAR <= self.expected_batch_size <= sampled * FAR:
+            raise UserError(
+                f"expected_batch_size must be sample_rate x records, {self.sample_rate:g} x {records} = "
+                f"{self.sample_rate * records:g}, got {self.expected_batch_size:g}: it divides the clipped sum"
+            )
+
+    def accountant(self) -> PrivacyAccountant:
+        """Make the accountant of a run with these settings, at its start."""
+        return PrivacyAccountant(self.sample_rate, self.noise_multiplier, earlier=self.earlier)
+
+
+OPTIMIZERS = {
+    "sgd": lambda params, c: torch.optim.SGD(params, c.learning_rate, momentum=c.momentum, weight_decay=c.weight_decay),
+    "adam": lambda params, c: torch.optim.Adam(params, c.learning_rate, c.betas, weight_decay=c.weight_decay),
+    "adamw": lambda params, c: torch.optim.AdamW(params, c.learning_rate, c.betas, weight_decay=c.weight_decay),
+}
