@@ -1,11 +1,13 @@
 """A privacy budget: from a promise (epsilon, delta) to a private run's settings, and the statement of what it spent."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+from torch import nn
 
 from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.accounting.compose import compose_epsilon
@@ -17,9 +19,11 @@ from fastloda.privacy.noise import UNRECORDED, describe_randomness, describe_tog
 from fastloda.privacy.styles import Automatic, Flat, PerLayer
 from fastloda.synthesis.report.plots import epsilon_plot
 from fastloda.synthesis.runs import CONFIG, DONE, write_json
+from fastloda.training.average import copy_into
+from fastloda.training.batches import Columns
 from fastloda.training.releases import intent_path
 from fastloda.training.settings import PrivateTraining
-from fastloda.training.trainer import DPTrainer
+from fastloda.training.trainer import DPTrainer, Losses
 
 logger = logging.getLogger("fastloda")
 
@@ -146,6 +150,29 @@ def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optim
     noise = calibrate_noise(privacy.target_epsilon, privacy.delta, privacy.sample_rate, privacy.steps, earlier)
     logger.info("noise multiplier %.3f at sample rate %.3g", noise, privacy.sample_rate)
     return replace(settings, noise_multiplier=noise)
+
+
+def private_trainer(
+    model: nn.Module,
+    records: Columns,
+    losses: Losses,
+    privacy: Privacy,
+    optimization: Mapping[str, Any],
+    *,
+    checkpoint: Path | None = None,
+    earlier: Sequence[Sequence] = (),
+    progress: bool = True,
+) -> DPTrainer:
+    """Make the trainer of a private run with the least noise that keeps the promise; see `private_training`."""
+    fixed_shape = next(model.parameters()).device.type != "cpu"
+    settings = private_training(privacy, earlier, fixed_shape=fixed_shape, **optimization)
+    return DPTrainer(model, records, losses, settings, checkpoint=checkpoint, progress=progress)
+
+
+def fit_average(trainer: DPTrainer) -> None:
+    """Train to the end, and leave the average of the parameters in the model: it is what is released."""
+    trainer.fit()
+    copy_into(trainer.parameters, trainer.average.values)
 
 
 def publish(trainer: DPTrainer, privacy: Privacy, folder: Path, earlier: Sequence[dict] = ()) -> None:

@@ -12,7 +12,6 @@ import docstring_parser
 import rich
 
 from fastloda.errors import UserError
-from fastloda.synthesis import baselines
 from fastloda.synthesis.account import read_statement
 from fastloda.synthesis.arguments import Device, Floats, resolve_device
 from fastloda.synthesis.budget import EPSILON_CURVE, Privacy
@@ -20,12 +19,23 @@ from fastloda.synthesis.classify import accuracy
 from fastloda.synthesis.data import digits_split
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.environment import environment
+from fastloda.synthesis.methods.dp_sgd import DPSGD as DPSGDTraining
 from fastloda.synthesis.methods.public_choice import PublicChoice
 from fastloda.synthesis.report.demo import CHOSEN_ONLY, DPSGD, LODA, NO_PRIVACY, PUBLIC_ONLY, Outcome
 from fastloda.synthesis.report.tables import result_table
 from fastloda.synthesis.runs import seconds_taken
 from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
-from fastloda.synthesis.stages import CHOSEN, GRID, check_sampling, choose, evaluate, finetune, pretrain, sample
+from fastloda.synthesis.stages import (
+    CHOSEN,
+    GRID,
+    check_sampling,
+    choose,
+    evaluate,
+    finetune,
+    pretrain,
+    sample,
+    train_classifier_privately,
+)
 from fastloda.training.schedules import Schedule
 
 logger = logging.getLogger("fastloda")
@@ -204,9 +214,9 @@ class DemoSettings:
             seed=seed,
         )
 
-    def dpsgd_training(self, epsilon: float, seed: int) -> baselines.DPSGD:
+    def dpsgd_training(self, epsilon: float, seed: int) -> DPSGDTraining:
         s = self.at(epsilon)
-        return baselines.DPSGD(
+        return DPSGDTraining(
             learning_rate=s.dpsgd_learning_rate,
             momentum=s.dpsgd_momentum,
             ema_decay=s.dpsgd_ema_decay,
@@ -353,7 +363,7 @@ class _Experiment:
         train, test = digits_split()
         classifier = self._stage(
             f"{name}: DP-SGD, {s.dpsgd_privacy(epsilon).steps} private steps",
-            lambda: baselines.run_dpsgd(
+            lambda: train_classifier_privately(
                 folder, s.dpsgd_privacy(epsilon), train, s.dpsgd_training(epsilon, seed), **self._common
             ),
             folder / "dpsgd",

@@ -4,6 +4,7 @@ pretrain    public/model.safetensors, samples.png
 choose      chosen/model.safetensors, samples.png, sums.safetensors, privacy.json: the public model, moved nearer
 finetune    private/adapter.safetensors, privacy.json, epsilon.png, checkpoint.pt (the one file that must stay private)
 sample      samples/samples.npz, grid.png; of the public model alone: samples-public/
+dpsgd       dpsgd/classifier.safetensors, privacy.json: the classifier trained on the private images themselves
 evaluate    evaluation.json
 """
 
@@ -14,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fastloda.errors import UserError
 from fastloda.files import write_atomically
@@ -27,8 +30,9 @@ from fastloda.synthesis.budget import (
     STATEMENT,
     Privacy,
     check_delta,
+    fit_average,
     nominal_records,
-    private_training,
+    private_trainer,
     publish,
     release_statement,
 )
@@ -48,6 +52,7 @@ from fastloda.synthesis.inputs import (
     open_to_pretrain,
 )
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
+from fastloda.synthesis.methods.dp_sgd import DPSGD, make_classifier, train_dpsgd
 from fastloda.synthesis.methods.gaussian_release import noise_stream
 from fastloda.synthesis.methods.pixel_moves import moved
 from fastloda.synthesis.methods.public_choice import PublicChoice
@@ -55,7 +60,6 @@ from fastloda.synthesis.models import load_unet, save_unet, was_chosen_privately
 from fastloda.synthesis.report.plots import sample_grid
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, Stage, digest, make_folder, read_json, write_json
 from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
-from fastloda.training.trainer import DPTrainer
 
 logger = logging.getLogger("fastloda")
 
@@ -66,6 +70,7 @@ MODEL, ADAPTER, SAMPLES, GRID, EVALUATION = (
     "grid.png",
     "evaluation.json",
 )
+CLASSIFIER_WEIGHTS = "classifier.safetensors"
 CHOSEN, PRIVATE, SUMS, PREVIEW = "chosen", "private", "sums.safetensors", "samples.png"
 PREVIEW_COLUMNS = 10  # images of each class in it
 
@@ -261,25 +266,49 @@ def finetune(
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
     stage = Stage(Path(run) / PRIVATE, settings, (public / MODEL,), outputs, private=True)
     if not _reuse(stage):
-        private = private_training(
-            privacy,
-            [release for statement in before for release in releases(statement)],
-            fixed_shape=place.type != "cpu",
-            **training.optimization(),
-        )
         # [:] of a tensor is that tensor, and of bytes floats
         records, losses = (images.images[:], images.labels), training.losses(privacy.views)
-        checkpoint = stage.folder / CHECKPOINT
-        trainer = DPTrainer(network, records, losses, private, checkpoint=checkpoint, progress=progress)
+        earlier = [release for statement in before for release in releases(statement)]
+        options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": earlier, "progress": progress}
+        trainer = private_trainer(network, records, losses, privacy, training.optimization(), **options)
         with stage.work():
-            trainer.fit()
-            with trainer.average.in_place():
-                save_loda(network, stage.folder / ADAPTER)
+            fit_average(trainer)
+            save_loda(network, stage.folder / ADAPTER)
             publish(
                 trainer, privacy, stage.folder, [known for statement in before for known in known_releases(statement)]
             )
             write_json(stage.folder / STATEMENT, read_statement(stage.folder) | {"classes": images.num_classes})
     return read_statement(stage.folder)
+
+
+def train_classifier_privately(
+    run: Path,
+    privacy: Privacy,
+    data: LabelledImages,
+    training: DPSGD,
+    *,
+    device: Device = "auto",
+    progress: bool = True,
+) -> nn.Module:
+    """Train a classifier by DP-SGD, in the run's folder dpsgd/.
+
+    `privacy.records` must be given. Done before with the same settings, it is loaded; interrupted, it continues.
+
+    Raises:
+        RunError: the folder holds a classifier of other settings.
+    """
+    place = resolve_device(device)
+    settings = {"privacy": asdict(privacy), "training": asdict(training), "device": place.type}
+    stage = Stage(Path(run) / "dpsgd", settings, outputs=(CLASSIFIER_WEIGHTS, STATEMENT, EPSILON_CURVE), private=True)
+    if not stage.is_done():
+        with stage.work():
+            options = {"device": place, "checkpoint": stage.folder / CHECKPOINT, "progress": progress}
+            model, trainer = train_dpsgd(data, privacy, training, **options)
+            write_atomically(stage.folder / CLASSIFIER_WEIGHTS, lambda path: save_file(model.state_dict(), path))
+            publish(trainer, privacy, stage.folder)
+    model = make_classifier(data, training)
+    model.load_state_dict(load_file(stage.folder / CLASSIFIER_WEIGHTS))
+    return model.to(place).eval()
 
 
 def sample(

@@ -566,15 +566,15 @@ def test_resume_on_as_many_ranks_is_bitwise_equal(two_ranks):
 @case
 def handed_over(rank, folder):
     """From two ranks to one (by the test) and from one to two."""
-    saves, save = [], fastloda.training.trainer.save_checkpoint
-    fastloda.training.trainer.save_checkpoint = lambda *arguments: (saves.append(1), save(*arguments))
+    saves, save = [], fastloda.training.run_state.save_checkpoint
+    fastloda.training.run_state.save_checkpoint = lambda *arguments: (saves.append(1), save(*arguments))
     try:
         t = trainer(checkpoint=folder / "from-two.pt")
         for _ in range(3):
             t.train_step()
         t.save()
     finally:
-        fastloda.training.trainer.save_checkpoint = save
+        fastloda.training.run_state.save_checkpoint = save
     path = folder / "from-one.pt" if rank == 0 else folder / "not-on-this-machine" / "from-one.pt"
     taken_over = trainer(checkpoint=path)
     stream = taken_over.run.generators["losses"].get_state()

@@ -22,7 +22,7 @@ from fastloda.privacy.noise import gaussian
 from fastloda.privacy.secure_noise import SecureGenerator, box_muller, uniform
 from fastloda.synthesis.budget import Privacy, privacy_statement
 from fastloda.synthesis.settings import FineTuning
-from fastloda.training import trainer as trainer_module
+from fastloda.training import run_state as run_state_module
 from fastloda.training.checkpoint import CheckpointError, load_checkpoint
 from fastloda.training.releases import intent_path, read_intent
 from fastloda.training.settings import PrivateTraining
@@ -266,8 +266,8 @@ def test_steps_before_the_first_checkpoint_are_charged_too(tmp_path):
 
 def test_a_resumed_run_does_not_repeat_its_batches(tmp_path, monkeypatch):
     """New noise on the same batch would cost more than the step that is charged for it."""
-    batches, sample = [], trainer_module.poisson_sample
-    monkeypatch.setattr(trainer_module, "poisson_sample", lambda *a: batches.append(sample(*a)) or batches[-1])
+    batches, sample = [], run_state_module.poisson_sample
+    monkeypatch.setattr(run_state_module, "poisson_sample", lambda *a: batches.append(sample(*a)) or batches[-1])
     first = trainer(checkpoint=tmp_path / "run.pt")
     first.train_step()
     first.save()

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fastloda.accounting.compose import compose_epsilon
-from fastloda.synthesis.baselines import DPSGD
 from fastloda.synthesis.classify import train_classifier
 from fastloda.synthesis.data import ByteImages, LabelledImages, font_digits
 from fastloda.synthesis.diffusion import Diffusion, digits_unet
@@ -40,6 +39,7 @@ from fastloda.synthesis.methods.class_embeddings import fourier_features
 from fastloda.synthesis.methods.dp_diffusion import TIME_WEIGHTS
 from fastloda.synthesis.methods.dp_ldm import tune_attention_alone
 from fastloda.synthesis.methods.dp_mepf import Perceptual
+from fastloda.synthesis.methods.dp_sgd import DPSGD
 from fastloda.synthesis.methods.gaussian_release import noise_multipliers, noise_stream, release_class_sums
 from fastloda.synthesis.methods.generator import class_means
 from fastloda.synthesis.settings import Adapter, Classifier, FineTuning

@@ -12,19 +12,20 @@ import pytest
 import torch
 import yaml
 
+from fastloda import DPTrainer
 from fastloda.accounting.accountant import PrivacyAccountant
 from fastloda.accounting.compose import compose_epsilon
+from fastloda.synthesis import budget
 from fastloda.synthesis import stages as pipeline
 from fastloda.synthesis.account import account, read_statement, releases
-from fastloda.synthesis.baselines import DPSGD, run_dpsgd, train_dpsgd
-from fastloda.synthesis.baselines.dpsgd import _augmented_losses
-from fastloda.synthesis.budget import Privacy, private_training
+from fastloda.synthesis.budget import Privacy
 from fastloda.synthesis.classify import AUGMENTS, seeded_network
 from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, load_npz
 from fastloda.synthesis.diffusion import UNetConfig
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods import PublicChoice, Release
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
+from fastloda.synthesis.methods.dp_sgd import DPSGD, augmented_losses, train_dpsgd
 from fastloda.synthesis.methods.generator import class_means
 from fastloda.synthesis.models import load_unet, was_chosen_privately
 from fastloda.synthesis.runs import RunError, Stage
@@ -259,7 +260,7 @@ def test_finished_stages_are_left_alone(run, caplog):
 
 @pytest.mark.parametrize("when", [1, 2])
 def test_an_interrupted_fine_tuning_continues_bit_for_bit(run, public_run, monkeypatch, when):
-    monkeypatch.setattr(pipeline, "DPTrainer", functools.partial(pipeline.DPTrainer, checkpoint_every=1))
+    monkeypatch.setattr(budget, "DPTrainer", functools.partial(DPTrainer, checkpoint_every=1))
     with monkeypatch.context() as patch:
         _interrupt(patch, "fastloda.training.trainer.DPTrainer.train_step", when)
         with pytest.raises(KeyboardInterrupt):
@@ -727,18 +728,18 @@ def test_dpsgd_trains_privately_and_resumes(tmp_path, monkeypatch):
     data = font_digits(64, seed=0)
     privacy = Privacy(10.0, 1e-5, epochs=2, batch_size=32, records=64, max_grad_norm=1.0, views=2)
     options = {"device": "cpu", "progress": False}
-    model = run_dpsgd(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
+    model = pipeline.train_classifier_privately(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
     assert not model.training
     statement = read_statement(tmp_path / "dpsgd")
     assert statement["epsilon"] <= 10 and statement["steps"] == 4 and statement["views"] == 2
     start = seeded_network("cnn", 0, width=8)
     assert not torch.equal(model.head.weight, start.head.weight)
-    monkeypatch.setattr("fastloda.synthesis.baselines.dpsgd.train_dpsgd", None)  # a finished one is loaded
-    again = run_dpsgd(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
+    monkeypatch.setattr("fastloda.synthesis.stages.train_dpsgd", None)  # a finished one is loaded
+    again = pipeline.train_classifier_privately(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
     images = data.images[:5]
     assert torch.equal(model(images), again(images))
     with pytest.raises(RunError, match="width is 8 there and 16 here"):
-        run_dpsgd(tmp_path, privacy, data, DPSGD(width=16, seed=0), **options)
+        pipeline.train_classifier_privately(tmp_path, privacy, data, DPSGD(width=16, seed=0), **options)
 
 
 def test_dpsgd_views_are_different_copies_of_each_record(monkeypatch):
@@ -748,17 +749,17 @@ def test_dpsgd_views_are_different_copies_of_each_record(monkeypatch):
         seen.append(x)
         return torch.zeros(len(x), 10)
 
-    losses = _augmented_losses(4, "jitter")(model, (data.images, data.labels), torch.Generator().manual_seed(0))
+    losses = augmented_losses(4, "jitter")(model, (data.images, data.labels), torch.Generator().manual_seed(0))
     assert losses.shape == (12,)
     copies = seen[0].view(3, 4, -1)
     assert len(copies.flatten(0, 1).unique(dim=0)) == 12
     monkeypatch.setitem(AUGMENTS, "jitter", lambda images, generator: images)
-    _augmented_losses(4, "jitter")(model, (data.images, data.labels), torch.Generator())
+    augmented_losses(4, "jitter")(model, (data.images, data.labels), torch.Generator())
     assert torch.equal(seen[1].view(3, 4, 1, 8, 8), data.images[:, None].expand(3, 4, 1, 8, 8))  # sample-major
 
 
 def test_dpsgd_refuses_what_is_not_square():
     oblong = LabelledImages(torch.zeros(9, 1, 8, 6), torch.zeros(9).long(), 2)
-    settings = private_training(Privacy(10.0, 1e-5, epochs=1, batch_size=9, records=9))
+    privacy = Privacy(10.0, 1e-5, epochs=1, batch_size=9, records=9)
     with pytest.raises(ValueError, match="square"):
-        train_dpsgd(oblong, settings, progress=False)
+        train_dpsgd(oblong, privacy, DPSGD(), progress=False)

@@ -145,7 +145,7 @@ def test_a_step_over_another_sum_has_other_noise_and_stays_charged(tmp_path, rel
 
 def test_only_what_differs_is_charged_and_its_batches_are_not_taken_again(tmp_path, monkeypatch):
     """The losses change from a step on: those before it are repeated to the bit, and nothing is sampled twice."""
-    path, batches, sample = tmp_path / "run.pt", [], fastloda.training.trainer.poisson_sample
+    path, batches, sample = tmp_path / "run.pt", [], fastloda.training.run_state.poisson_sample
     monkeypatch.setattr(
         fastloda.training.trainer, "poisson_sample", lambda *a: batches.append(sample(*a)) or batches[-1]
     )

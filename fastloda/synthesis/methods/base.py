@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fastloda.errors import UserError
 from fastloda.synthesis.budget import Privacy, check_delta
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import class_balanced_labels
+from fastloda.training.trainer import DPTrainer
 
 from .cost import StepCost
 
@@ -57,6 +58,12 @@ class Release(NamedTuple):
     sample_rate: float
     noise_multiplier: float
     steps: int
+
+    @classmethod
+    def of(cls, trainer: DPTrainer) -> Self:
+        """Describe what a private run has released."""
+        settings = trainer.settings
+        return cls("clipped gradients", settings.sample_rate, settings.noise_multiplier, trainer.step)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from fastloda.randomness import seeded
-from fastloda.synthesis.budget import CHECKPOINT, Privacy, private_training
+from fastloda.synthesis.budget import CHECKPOINT, Privacy, fit_average, private_trainer
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.synthesis.models import load_unet, save_unet
 from fastloda.synthesis.settings import FineTuning
-from fastloda.training.average import copy_into
-from fastloda.training.trainer import DPTrainer
 
 from .base import Budget, Release, Sampler, Spent, Work
 from .cost import step_cost
@@ -139,14 +137,13 @@ def tune(
     """
     options = replace(tuning.training, seed=work.seed).optimization()
     before = [release[1:] for release in earlier]
-    settings = private_training(tuning.privacy(budget), before, fixed_shape=work.device.type != "cpu", **options)
     losses = tuning.training.losses(tuning.views, tuning.diffusion())
     records = (coder.encode(private.images)[:], private.labels)
     work.folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = work.folder / CHECKPOINT
-    trainer = DPTrainer(model, records, losses, settings, checkpoint=checkpoint, progress=work.progress).fit()
-    copy_into(trainer.parameters, trainer.average.values)
-    release = Release("clipped gradients", settings.sample_rate, settings.noise_multiplier, trainer.step)
+    where = {"checkpoint": work.folder / CHECKPOINT, "earlier": before, "progress": work.progress}
+    trainer = private_trainer(model, records, losses, tuning.privacy(budget), options, **where)
+    fit_average(trainer)
+    release = Release.of(trainer)
     found = sampler(model, tuning, private.num_classes, Spent(budget.delta, (*earlier, release)), work, coder)
     return replace(found, cost=step_cost(trainer, records))
 

@@ -1,13 +1,117 @@
-"""DP-SGD: the classifier itself trained privately on the private images, without public data (De et al. 2022)."""
+"""DP-SGD without synthetic images: the classifier itself is trained privately, on the private images (De et al. 2022).
 
-from dataclasses import dataclass, replace
+Each record enters a step as several jittered copies, whose gradients are averaged before clipping (augmentation multiplicity):
+they lower the gradient's variance and cost no privacy.
+"""
 
-from fastloda.synthesis.baselines.dpsgd import DPSGD, train_dpsgd
-from fastloda.synthesis.budget import CHECKPOINT, Privacy, private_training
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from fastloda.errors import UserError
+from fastloda.synthesis.budget import CHECKPOINT, Privacy, fit_average, private_trainer
+from fastloda.synthesis.classify import AugmentName, NetworkName, augmentation, make_network, seeded_network
 from fastloda.synthesis.data import LabelledImages
+from fastloda.training.trainer import DPTrainer
 
 from .base import Budget, ByEpsilon, PrivateClassifier, Release, Spent, Work
 from .cost import step_cost
+
+
+@dataclass(frozen=True)
+class DPSGD:
+    """How the classifier is trained.
+
+    Attributes:
+        optimizer: sgd or adam.
+        learning_rate: of the optimizer.
+        momentum: of sgd.
+        ema_decay: of the average of the weights, which is what is released.
+        network: cnn, resnet9, wrn-16-4 or wrn-40-4, with GroupNorm.
+        width: as the network counts it (cnn: channels of the first layer, a multiple of 8). Default: the usual one.
+        augment: of each view: jitter (digits), flip-crop (natural images) or none.
+        seed: see `PrivateTraining`.
+    """
+
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = 0.3
+    momentum: float = 0.9
+    ema_decay: float = 0.95
+    network: NetworkName = "cnn"
+    width: int | None = 16
+    augment: AugmentName = "jitter"
+    seed: int | None = None
+
+    def __post_init__(self):
+        if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1 or self.momentum < 0:
+            raise UserError(f"DP-SGD needs learning_rate > 0, 0 <= ema_decay < 1 and momentum >= 0, got {self}")
+        augmentation(self.augment)
+        with torch.device("meta"):  # refuses a width that the network cannot have, without making it
+            make_network(self.network, image_size=32, width=self.width)
+
+    def optimization(self) -> dict:
+        """The fields that `PrivateTraining` has too."""
+        of_the_network = ("network", "width", "augment")
+        return {name: value for name, value in asdict(self).items() if name not in of_the_network}
+
+
+def train_dpsgd(
+    data: LabelledImages,
+    privacy: Privacy,
+    training: DPSGD,
+    *,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> tuple[nn.Module, DPTrainer]:
+    """Train a network privately, on `privacy.views` augmented copies a record: its averaged weights, in eval mode.
+
+    Also returns the trainer, which knows what was spent. Resumes from `checkpoint`.
+
+    Raises:
+        UserError: `data` is empty or not square.
+        CheckpointError: the checkpoint is damaged, or of other settings.
+    """
+    model, records = make_classifier(data, training, training.seed or 0).to(device), (data.images[:], data.labels)
+    losses, options = (
+        augmented_losses(privacy.views, training.augment),
+        {"checkpoint": checkpoint, "progress": progress},
+    )
+    trainer = private_trainer(model, records, losses, privacy, training.optimization(), **options)
+    fit_average(trainer)
+    return model.eval(), trainer
+
+
+def make_classifier(data: LabelledImages, training: DPSGD, seed: int = 0) -> nn.Module:
+    """Make the untrained network for images like these.
+
+    Raises:
+        UserError: they are not square.
+    """
+    channels, height, size = data.images.shape[1:]
+    if height != size:
+        raise UserError(f"a classifier needs square images, not {height} x {size}")
+    shape = {"in_channels": channels, "num_classes": data.num_classes, "image_size": size}
+    return seeded_network(training.network, seed, **shape, width=training.width)
+
+
+def augmented_losses(views: int, augment: AugmentName):
+    """Make the cross-entropy of augmented copies, for a trainer."""
+    change = augmentation(augment)
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor], generator: Generator) -> Tensor:
+        """Cross-entropy [n * views], sample-major."""
+        images, labels = (t.repeat_interleave(views, dim=0) for t in batch)
+        if change is not None:  # augmentations draw on the CPU, whatever the trainer's device
+            seed = torch.randint(2**62, (1,), generator=generator, device=generator.device).item()
+            images = change(images, Generator().manual_seed(seed))
+        return F.cross_entropy(model(images), labels, reduction="none")
+
+    return losses
 
 
 @dataclass(frozen=True)
@@ -43,11 +147,8 @@ class DirectDPSGD:
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> PrivateClassifier:
         direct = self.runs.at(budget.epsilon)
         training = replace(direct.training, seed=work.seed)
-        fixed_shape = work.device.type != "cpu"
-        settings = private_training(direct.privacy(budget), fixed_shape=fixed_shape, **training.optimization())
         work.folder.mkdir(parents=True, exist_ok=True)
         options = {"device": work.device, "checkpoint": work.folder / CHECKPOINT, "progress": work.progress}
-        network, trainer = train_dpsgd(private, settings, training, **options)
-        release = Release("clipped gradients", settings.sample_rate, settings.noise_multiplier, trainer.step)
+        network, trainer = train_dpsgd(private, direct.privacy(budget), training, **options)
         cost = step_cost(trainer, (private.images[:], private.labels))
-        return PrivateClassifier(network, Spent(budget.delta, (release,)), cost)
+        return PrivateClassifier(network, Spent(budget.delta, (Release.of(trainer),)), cost)

@@ -9,7 +9,6 @@ from typing import Literal, TypeVar
 import torch
 
 from fastloda.errors import UserError
-from fastloda.synthesis.baselines import DPSGD
 from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, open_dataset, stratified_subset
 from fastloda.synthesis.demo import QUICK, DemoSettings
 from fastloda.synthesis.diffusion import UNetConfig, digits_unet, paper_unet
@@ -34,6 +33,7 @@ from fastloda.synthesis.methods import (
 )
 from fastloda.synthesis.methods.autoencoder import LATENT_CHANNELS
 from fastloda.synthesis.methods.dp_diffusion import TIME_WEIGHTS
+from fastloda.synthesis.methods.dp_sgd import DPSGD
 from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
 from fastloda.synthesis.stages import DIGITS_UNET
 
