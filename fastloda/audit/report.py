@@ -97,7 +97,8 @@ class AuditReport:
         return f"Claimed epsilon {self.epsilon_claimed:.2f} at delta {self.claim.delta:g}{bound}: {verdict}"
 
     def __str__(self) -> str:
-        caption = f"A step that keeps its claim is called a violation with probability {self.significance:g} at most, by all checks."
+        chance = f"probability {self.significance:g} at most"
+        caption = f"A step that keeps its claim is called a violation with {chance}, by all checks."
         return "\n".join([self.summary(), "", *map(_line, self.checks), "", caption])
 
 

@@ -102,8 +102,8 @@ class PrivacyEngine:
                 one for each of the optimizer's trainable parameters.
             loss_reduction: "mean" or "sum": what the loss is of the samples' own losses. The gradient is the noisy sum of
                 clipped gradients, for "mean" over the expected batch size.
-            clipping: "flat", "automatic", "per_layer", "adaptive", or a style with settings (`fastloda.privacy.clip`). "adaptive" takes
-                Opacus's settings too, by Opacus's names.
+            clipping: "flat", "automatic", "per_layer", "adaptive", or a style with settings (`fastloda.privacy.clip`).
+                "adaptive" takes Opacus's settings too, by Opacus's names.
             noise_generator: for experiments that must repeat; the data loader's own generator then draws the batches, too.
                 Without it, neither can be foreseen, however the data loader or torch is seeded. Or an object of one's own whose
                 `normal(shape)` gives the noise (`NormalNumbers`).
@@ -238,7 +238,7 @@ class PrivacyEngine:
         module_state_dict_kwargs: dict[str, Any] | None = None,
         torch_save_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Write module, optimizer, schedulers (`fastloda.engine.schedulers`) and account into one file, atomically, in Opacus's form.
+        """Write module, optimizer, schedulers (`schedulers.py`) and account into one file, atomically, in Opacus's form.
 
         The random generators are not in it: a resumed run draws anew. Raises OSError.
         """

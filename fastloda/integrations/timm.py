@@ -14,8 +14,8 @@ def fold_weight_standardization(model: nn.Module) -> list[str]:
     """Replace weight-standardised convolutions in place by nn.Conv2d with the weight they compute; returns their names.
 
     The model's output is unchanged, and `attach_loda` can adapt these layers: their base is frozen anyway. To train such
-    a layer's own weight privately, leave it as it is: per-sample gradients pass through the standardisation (`fastloda.per_sample.composites`).
-    Layers that pad by the size of their input (dynamic "same" padding) are left alone.
+    a layer's own weight privately, leave it as it is: per-sample gradients pass through the standardisation
+    (`fastloda.per_sample.composites`). Layers that pad by the size of their input (dynamic "same" padding) are left alone.
 
     Weight standardisation: Qiao et al. 2019; scaled: Brock et al. 2021.
     """

@@ -5,7 +5,7 @@ sample's rows are then N apart, not together. `outer` tells: the number of block
 order, 1 where the batch comes first, T in [T, N, C]. It is the same for every view of a tensor, which is what makes it easy
 to follow. 0 stands for a lone row, which owns every tensor, wherever its batch dimension is.
 
-What is read here is a proposal. The probe in `coverage.py` checks it: backward from some samples must leave the rows that
+What is read here is a proposal. The probe in `refusals.py` checks it: backward from some samples must leave the rows that
 belong to the others exactly zero. A wrong proposal is refused, never used.
 
 Rows that are picked by an index or a mask are whose the data says, another time otherwise. So the indices are read at every step:

@@ -40,7 +40,7 @@ class LossGraph:
     """The uses of the trainable parameters below a loss, per operation."""
 
     uses: Mapping[Node, list[Use]]  # in an order in which inputs come before the operations that read them
-    outer: Mapping[Node, int]  # blocks before the batch coordinate in the output of each: see `layout.py`
+    outer: Mapping[Node, int]  # blocks before the batch coordinate in the output of each: see `batch_axis.py`
     deeper: frozenset[Node]  # operations with other uses below them, which backward must pass through
     signature: int  # of the operations, their dimensions and whether a factor is 0 or 1; whatever the batch size
     operations: frozenset[str]

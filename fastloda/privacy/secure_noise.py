@@ -2,7 +2,7 @@
 
 Whoever sees enough numbers of PyTorch's Mersenne Twister can compute all that follow; from the system's generator (ChaCha20 on
 Linux, reseeded by the kernel) no one can. It can't be seeded and holds no state here: noise can't be repeated, not by a forked
-process, and not by a run that resumes, whose steps done again are charged again (`intent.py`).
+process, and not by a run that resumes, whose steps done again are charged again (`training/releases.py`).
 """
 
 import math

@@ -56,7 +56,7 @@ class GhostClipper:
     Args:
         max_grad_norm: the bound on a sample's contribution. With adaptive clipping where it starts; the attribute then moves.
         views: losses per sample, averaged before clipping.
-        clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings (`fastloda.privacy.clip`, `.adaptive`).
+        clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings (`privacy/styles.py`).
         group: the process group of those ranks. None: the default one, if it is initialised; "alone": this process only.
 
     Raises:

@@ -42,7 +42,7 @@ class DPTrainer:
     A run stops before `target_epsilon` is exceeded. Its checkpoint holds the parameters, optimizer, average, random states, the
     accountant's record, and a secret from which each step's batch and noise follow; a killed run resumes bit for bit, so that a
     step taken again is the very same release, neither lost nor paid twice. A file beside the checkpoint lists the releases
-    beforehand, with a keyed hash of each sum (`fastloda.training.releases`; the two files belong together). A step taken again whose sum is
+    beforehand, with a keyed hash of each sum (`releases.py`; the two files belong together). A step taken again whose sum is
     another (other losses, data or shapes) is not released: it and the lost ones after it stay charged and are not made again,
     and training goes on with new batches and new noise. Whether that happened may depend on a single record, if that alone was
     changed in between. With `secure_noise` no release can be repeated: those after the last checkpoint are charged and lost.
@@ -64,7 +64,7 @@ class DPTrainer:
             `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer is made, and looked
             at in its first step, in steps 2, 4, 8, ..., in random ones, and where losses stand out: with other records beside
             it, and all else as it was, a record must have the same loss and gradient, and, where nothing is drawn at random, at
-            another place of the batch too (`fastloda.training.mixing`). The run's course is the same with it. What `losses` keeps of
+            another place of the batch too (`mixing.py`). The run's course is the same with it. What `losses` keeps of
             earlier steps' records no look can see: keep nothing.
         settings: see PrivateTraining.
         checkpoint: file to save to and resume from; its folder is made if there is none. None keeps nothing.

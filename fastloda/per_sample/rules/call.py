@@ -15,7 +15,7 @@ class Call(NamedTuple):
     node: Node
     gy: Tensor
     samples: int
-    outer: int  # blocks before the batch coordinate: see `layout.py`
+    outer: int  # blocks before the batch coordinate: see `batch_axis.py`
     shapes: Mapping[int, Size]  # input -> the shape in which a parameter enters there
 
     @property
