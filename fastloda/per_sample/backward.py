@@ -167,8 +167,8 @@ def _unreadable_refused(graph: LossGraph, read: Mapping[Node, None]) -> Generato
         ) from error
 
 
-# ---- activation checkpointing recomputes what an operation saved when it is first read, and forgets each tensor as it is read, so
-# that it can be freed early. A rule's read comes before the operation's own.
+# ---- Activation checkpointing recomputes what an operation saved when it is first read, and forgets each tensor as it is read,
+# so that it can be freed early. A rule's read comes before the operation's own.
 
 
 def let_rule_read_first(node: Node) -> None:

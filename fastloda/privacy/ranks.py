@@ -2,9 +2,10 @@
 
     share of the records --accumulate--> clipped sums --reduce--> rank 0: + noise, once --broadcast--> .grad
 
-Run a script with `torchrun`, call `torch.distributed.init_process_group()` in it, and a `GhostClipper` or `DPTrainer` finds the
-others by itself. A trainer parts each batch among the ranks. In a loop of your own, draw one Poisson sample on all ranks and
-take each one's `fastloda.training.sampling.share`: a record on two ranks would be clipped on each, and contribute double the bound.
+Run a script with `torchrun`, call `torch.distributed.init_process_group()` in it, and a `GhostClipper` or `DPTrainer` finds
+the others by itself. A trainer parts each batch among the ranks. In a loop of your own, draw one Poisson sample on all ranks
+and take each one's `fastloda.training.sampling.share`: a record on two ranks would be clipped on each, and contribute double
+the bound.
 
 One flat buffer goes to rank 0 and one comes back. An all-reduce of the sums would move as many bytes, but then the noise would
 have to be sent as well; and only rank 0 ever holds the sum before it is noised. What comes back are the bits of rank 0's

@@ -1,6 +1,7 @@
 """Data sets as the command line names them: NAME, a folder of images, or an npz file.
 
-NAME is one of `data.NAMES`, as in "mnist:/data/mnist", "cifar10-test:/data" or "cifar10@1%:/data": the folder that a published set lies in follows the colon, "-test" means its test part, and "@500" or "@1%" a stratified subset.
+NAME is one of `data.NAMES`, as in "mnist:/data/mnist", "cifar10-test:/data" or "cifar10@1%:/data": the folder that a
+published set lies in follows the colon, "-test" means its test part, and "@500" or "@1%" a stratified subset.
 """
 
 import logging

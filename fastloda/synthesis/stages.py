@@ -141,8 +141,9 @@ def choose(
 ) -> dict:
     """Train the public model a little further, on those public images that resemble the private ones.
 
-    Optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public images
-    those are, and how they are moved to be more like them (`methods/public_choice.py`). Writes chosen/ in the run's folder; `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too, whichever model
+    Optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public images those
+    are, and how they are moved to be more like them (`methods/public_choice.py`). Writes chosen/ in the run's folder;
+    `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too, whichever model
     it adapts. All of chosen/ may be released, on the terms in its privacy.json. Interrupted, it continues; the sum is drawn
     once. Comes before `finetune`, in a run of its own if there is one already.
 

@@ -1,4 +1,4 @@
-"""When and how a trainer looks whether records mix: in its first step, on a schedule that no record decides, and at odd losses."""
+"""When a trainer looks whether records mix: in its first step, on a schedule that no record decides, and at odd losses."""
 
 from collections.abc import Callable, Sequence
 

@@ -29,5 +29,5 @@ def draw_timesteps(
 def draw(
     random: Callable[..., Tensor], shape: tuple, generator: Generator | None, device: torch.device | str | None
 ) -> Tensor:
-    """Call `torch.rand` or `torch.randn` on the generator's device, and move what it gives: a seed means the same on any device."""
+    """Call `torch.rand` or `torch.randn` on the generator's device, and move the result: a seed means the same on any device."""
     return random(shape, generator=generator, device=generator.device if generator else device).to(device)

@@ -80,7 +80,8 @@ def check_bf16(case):
 def bf16_errors(case):
     """PyTorch's own error on each sample under autocast; where a kink of LeakyReLU is near, chance decides its size.
 
-    On processors with AMX oneDNN gets some convolutions wrong (`per_sample/amx.py`); PyTorch without oneDNN then stands in for it.
+    On processors with AMX oneDNN gets some convolutions wrong (`per_sample/amx.py`); PyTorch without oneDNN then stands in
+    for it.
     """
     truth = case.truth()
 
