@@ -33,8 +33,8 @@ def compile(model: M, **options) -> M:
     In place, as `nn.Module.compile`: names, `state_dict`, adapter files, hooks and train / eval mode stay the model's own;
     copies and pickles of it are eager. What is reached:
 
-    - No graph breaks: `fullgraph=True` holds where it does for the unadapted model, the paper's U-Net included. A LoDA layer
-    is a single operation that the compiler does not look into, of the eager layer's arithmetic, as are its gradients;
+    - No graph breaks: `fullgraph=True` holds where it does for the unadapted model, the paper's U-Net included. A LoDA
+      layer is a single operation that the compiler does not look into, of the eager layer's arithmetic, as are its gradients;
       what lies between the layers is fused. Without gradients (sampling) the layers are fused too.
     - Where PyTorch gives up compiling (graph breaks, too many versions), the rest runs eagerly and stays exact.
     - The first batch size gets code of its own, the second one code for all further sizes (`dynamic` of torch.compile);
