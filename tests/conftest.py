@@ -5,11 +5,15 @@ import os
 import platform
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True
+)  # nobody's change fails by chance; --prove draws anew
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 PROOF_FILE = Path(__file__).parent.parent / "docs" / "results" / "prove.json"
 _figures: dict[str, object] = {}
@@ -17,6 +21,11 @@ _figures: dict[str, object] = {}
 
 def pytest_addoption(parser):
     parser.addoption("--prove", action="store_true", help="full counts (slow); writes docs/results/prove.json")
+
+
+def pytest_configure(config):
+    if not config.getoption("--prove"):
+        hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from fastloda.training.batches import Batches
 from fastloda.training.mixing import Evaluated, Signs, halves, is_due, is_power_of_two, look, places
 from fastloda.training.run_state import RunState
 
+SOME = 32  # records of a look that is not close
+
 
 class Looks:
     """The looks of one run (`mixing.look`).
@@ -46,7 +48,9 @@ class Looks:
         return False
 
     def look(self, read: list, chosen: Tensor) -> Tensor | None:
-        """Compute the losses of what was read, if no record's depend on another's; None if they were read with a partner.
+        """Compute the losses of what was read, if none depends on another record; None if some only, or others, were looked at.
+
+        A look that is not close takes some of the records only, so that all looks of a run cost little, unless shapes are fixed.
 
         Raises:
             PrivacyError: they do.
@@ -55,6 +59,10 @@ class Looks:
         self.due, self._count = self.closely, self._count + 1
         name = f"look {self._count} at step {run.step + 1} on rank {run.world.rank}"
         alone = len(read) == 1 < settings.micro_batch_size
+        some = SOME < len(read) and not (self.closely or settings.fixed_shape)
+        if some:
+            kept = torch.randperm(len(read), generator=run.secret.generator(f"some of {name}"))[:SOME].sort().values
+            read, chosen = [read[i] for i in kept.tolist()], chosen[kept]
         with restored(run.generators):
             if alone:
                 chosen = torch.cat([chosen, self._others(chosen, name)])
@@ -63,7 +71,7 @@ class Looks:
             replaced = [(part, self._data.read(self._others(chosen[part], name))) for part in parts]
         order = places(len(read), settings.fixed_shape, run.secret, name)
         own = look(self._evaluate, read, replaced, order, steady=not hand_back_shards(run.clipper.model))
-        return None if alone else own
+        return None if alone or some else own
 
     def _others(self, chosen: Tensor, name: str) -> Tensor:
         """Choose another record for each, if there are two."""

@@ -341,7 +341,7 @@ def disagreements(rank, folder):
 def test_ranks_that_disagree_are_refused_on_all_ranks(two_ranks, what):
     for left in two_ranks("disagreements"):
         error, untouched = left[what]
-        assert error.startswith("ValueError: the ranks disagree: ")
+        assert error.startswith("UserError: the ranks disagree: ")
         assert untouched
         assert {"nan": "noise_multiplier is 1.0 on rank 0, nan on rank 1"}.get(what, what) in error
 
@@ -474,7 +474,7 @@ def disagreeing_runs(rank, folder):
 def test_ranks_with_different_runs_are_refused_on_all_ranks(two_ranks):
     for left in two_ranks("disagreeing_runs"):
         for what, error in left.items():
-            assert error.startswith("ValueError: the ranks disagree: ") and f"{what} is " in error, (what, error)
+            assert error.startswith("UserError: the ranks disagree: ") and f"{what} is " in error, (what, error)
 
 
 @case
@@ -681,7 +681,7 @@ def test_a_sharded_base_gives_the_same_gradients(two_ranks):
             assert_close(found, grads(clipper))
             assert nonfinite == (3 if rank else 0)
             assert rank or torch.allclose(norms, expected, rtol=1e-9)
-        assert refused.startswith("ValueError: losses is empty")
+        assert refused.startswith("UserError: losses is empty")
 
 
 @case

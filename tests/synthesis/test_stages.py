@@ -362,21 +362,21 @@ def die_at(patch, target: str) -> None:
 @pytest.mark.parametrize(
     "when",
     [
-        "pipeline.noise_stream",
-        "pipeline.release_statement",
-        "pipeline.write_json",
+        "stages.noise_stream",
+        "stages.release_statement",
+        "stages.write_json",
         "diffusion.pretrain._Run.train_step",
     ],
 )
 def test_a_choice_killed_anywhere_is_stated_as_it_was_released(public_run, monkeypatch, when):
     with monkeypatch.context() as patch:
-        die_at(patch, f"fastloda.{when}")
+        die_at(patch, f"fastloda.synthesis.{when}")
         with pytest.raises(KeyboardInterrupt):
             choose(public_run, **CHOOSING)
     sums, released = public_run / "chosen" / "sums.safetensors", None
     if sums.exists():
         released = sums.read_bytes()
-    assert (released is None) == (when == "pipeline.noise_stream")
+    assert (released is None) == (when == "stages.noise_stream")
     statement = choose(public_run, **CHOOSING)
     assert released in (None, sums.read_bytes())
     assert statement["epsilon"] == compose_epsilon([(1.0, 20.0, 1)], 1e-5) and statement["records"] == 1437

@@ -299,7 +299,7 @@ def test_a_batch_of_one_record_is_looked_at_with_a_partner(monkeypatch):
 
 def looked_at(losses, samples, leaf=None):
     """The losses of records 0, 1, ..., by both halves and another order; leaf: what trains in them."""
-    secret = Secret()
+    secret = Secret.of_seed(samples)
     parts = mixing.halves(samples, True, secret, "look")
     replaced = [(part, list(range(20, 20 + int(part.sum())))) for part in parts]
     order = mixing.places(samples, bool(samples % 2), secret, "look")

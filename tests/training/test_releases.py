@@ -147,7 +147,7 @@ def test_only_what_differs_is_charged_and_its_batches_are_not_taken_again(tmp_pa
     """The losses change from a step on: those before it are repeated to the bit, and nothing is sampled twice."""
     path, batches, sample = tmp_path / "run.pt", [], fastloda.training.run_state.poisson_sample
     monkeypatch.setattr(
-        fastloda.training.trainer, "poisson_sample", lambda *a: batches.append(sample(*a)) or batches[-1]
+        fastloda.training.run_state, "poisson_sample", lambda *a: batches.append(sample(*a)) or batches[-1]
     )
     first = trainer(checkpoint=path)
     first.save()
@@ -177,7 +177,7 @@ def test_a_step_over_the_same_sum_with_other_noise_is_another_release(tmp_path, 
     if change == "bound":
         second.clipper.max_grad_norm = 2.0
     else:
-        monkeypatch.setattr(fastloda.training.trainer, "draws_alike", lambda device: "another GPU")
+        monkeypatch.setattr(fastloda.training.run_state, "draws_alike", lambda device: "another GPU")
     with pytest.warns(UserWarning, match="1 steps gave other sums"):
         second.train_step()
     assert second.step == 2 and len(released) == 2
