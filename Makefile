@@ -19,8 +19,8 @@ test: check compile
 check: $(FOR_TESTS)
 	$(PYTHON) -m ruff check -q .
 	$(PYTHON) -m ruff format -q --check .
-	$(VENV)/bin/lint-imports --no-logo --no-timings > $(VENV)/imports.txt || (cat $(VENV)/imports.txt && false)
-	$(PYTHON) -m ty check -q
+	$(VENV)/bin/lint-imports --no-logo > $(VENV)/imports.txt || (cat $(VENV)/imports.txt && false)
+	$(VENV)/bin/ty check -q --python $(VENV)
 	$(PYTHON) -m vulture
 	$(PYTHON) -m codespell_lib
 
