@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fastloda import DPTrainer
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.synthesis.account import releases
 from fastloda.synthesis.report import (
@@ -291,7 +292,7 @@ def test_an_interrupted_demo_continues_to_the_same_result(demo_run, tmp_path, mo
     monkeypatch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
     options = {"epsilon": (10.0,), "seeds": 1, "settings": _tiny(), "progress": False}
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.DPTrainer, "fit", _interrupt)
+        patch.setattr(DPTrainer, "fit", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             demo.demo(tmp_path / "run", **options)
     made = (tmp_path / "run" / "seed-0" / "public" / "model.safetensors").stat().st_mtime_ns
