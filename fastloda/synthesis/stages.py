@@ -339,7 +339,6 @@ def sample(
         reach: distance, for pixels in [-1, 1], by which a pixel may easily be moved to make the images agree better with the
             release of `fastloda choose`; 0.1 helps a little on digits. It costs no budget. 0: no moves.
         public: whether to draw from the model without the adapter, into samples-public/; chosen/ has its own privacy.json.
-            privacy.json.
         model: folder of the public model; default: chosen/ in the run's folder, or else public/.
         batch_size: number of images at a time; the result does not depend on it.
         device: device to compute on.

@@ -87,11 +87,15 @@ class LabelledImages:
 def load_npz(path: str | Path, *, num_classes: int | None = None) -> LabelledImages:
     """Read labelled images from an npz file, written by `LabelledImages.save_npz` or by anyone else.
 
-    `images`: uint8 or floats, [n, C, H, W] or [n, H, W, C], C = 1 or 3. Where both readings are possible, as for [n, 3, 8,
-    3], it is [n, C, H, W]. `range`: optional; the values of black and white. Default: [0, 255] for uint8, [-1, 1] for floats.
-    Without it, images that look as if another range was meant (floats without a negative value; uint8 in the dark half only)
-    are refused: what one record holds may not decide how all are read. `labels`: integers [n], from 0. `num_classes`:
-    optional. The argument wins over the file; with neither it is the largest label + 1, and each class must have an image.
+    `images`: uint8 or floats, [n, C, H, W] or [n, H, W, C], C = 1 or 3. Where both readings are possible, as for
+    [n, 3, 8, 3], it is [n, C, H, W].
+    `range`: optional; the values of black and white. Default: [0, 255] for uint8, [-1, 1] for floats. Without it, images that
+    look as if another range was meant (floats without a negative value; uint8 in the dark half only) are refused: what one
+    record holds may not decide how all are read.
+    `labels`: integers [n], from 0.
+    `num_classes`: optional. The argument wins over the file; with neither it is the largest label + 1, and each class must
+    have an image.
+
     Nothing is ever unpickled.
 
     Raises:

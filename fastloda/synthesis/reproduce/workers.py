@@ -83,9 +83,7 @@ class Table:
         return f"{self.cells[index].name}: {accuracies}, {sum(result['seconds'].values()):.0f} s"
 
     def _extractor(self) -> Callable[[], Extractor]:
-        """Make the function that returns the extractor: a user's file is read now, to refuse it early; the default when
-        needed.
-        """
+        """Make the function that returns the extractor: a user's file is read at once, to refuse it before the work."""
         device = self.order.device
         if self.order.features is not None:
             found = torchscript_features(self.order.features, device=device)
