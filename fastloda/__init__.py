@@ -1,7 +1,7 @@
 """FastLoDA: differentially private fine-tuning of convolutional models at almost no extra cost.
 
-The public names are listed in `__init__.pyi`, and imported when they are first used: so `fastloda --help` need not wait for
-PyTorch.
+The public names are listed in `__init__.pyi` and imported when they are first used, so that `fastloda --help` need not wait
+for PyTorch.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""`python -m fastloda` is `fastloda`."""
+"""Run the command `fastloda` by `python -m fastloda`."""
 
 import sys
 

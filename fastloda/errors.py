@@ -1,9 +1,9 @@
-"""The errors that a user can mend: each message names what is wrong and what to do."""
+"""Errors that a user can mend: each message names what is wrong and what to do."""
 
 
 class UserError(ValueError):
-    """An argument, a setting or a file can't be what it is."""
+    """An error in an argument, a setting or a file."""
 
 
 class PrivacyError(UserError):
-    """The model, its graph or its optimizer would void the privacy guarantee."""
+    """An error of a model, a graph or an optimizer that would void the privacy guarantee."""

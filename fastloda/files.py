@@ -1,4 +1,4 @@
-"""Files that are either the old or the new one, never half of either, also after kill -9 or a power cut."""
+"""Atomic writes: a file holds the old content or the new, never half of either, even after kill -9 or a power cut."""
 
 import errno
 import fcntl
@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-# What file systems without locks say.
+# Error numbers of file systems without locks.
 _NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK))
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | Callable[[Path], None]) -> None:
-    """Write bytes, or let `content(temporary_path)` write, then move into place durably.
+    """Write the bytes `content`, or let `content(temporary_path)` write them, and move the file to `path` durably.
 
     Raises:
-        OSError: naming `path`, when the folder is missing or unwritable, or the disk is full; the old file is untouched.
+        OSError: the folder is missing or unwritable, or the disk is full; it names `path`, and the old file is untouched.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -37,10 +37,10 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[Path], 
 
 
 def make_place(path: str | os.PathLike) -> None:
-    """Make the folder that a private file is to be written into, for its owner only, and see that `write_atomically` can.
+    """Make the folder of the private file `path`, for its owner only, and check that `write_atomically` can write there.
 
     Raises:
-        OSError: it can't, and what it would say.
+        OSError: it can't; the message is the one that writing would give.
     """
     path = Path(path)
     try:
@@ -53,7 +53,7 @@ def make_place(path: str | os.PathLike) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """An empty file beside it."""
+    """Create an empty temporary file beside `path`."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
@@ -69,7 +69,7 @@ def _umask() -> int:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
+    """Flush a file, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -79,16 +79,16 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def held(file: IO, wait: bool = True) -> Generator[None]:
-    """Hold an open file inside, which no two processes do at a time, as far as its file system has locks.
+    """Lock an open file inside the context against other processes, if its file system has locks.
 
     Raises:
-        BlockingIOError: another process holds it, and wait is False.
+        BlockingIOError: another process holds the lock, and wait is False.
     """
     _lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     try:
         yield
     finally:
-        _lock(file, fcntl.LOCK_UN)  # closing it would leave it to forked children
+        _lock(file, fcntl.LOCK_UN)  # closing the file would leave the lock to forked children
 
 
 def _lock(file: IO, how: int) -> None:

@@ -1,4 +1,4 @@
-"""Signals that end a run, kept waiting until it has saved what it did."""
+"""Deferral of the signals that end a run until it has saved its work."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def interrupts_wait() -> Generator[list[int]]:
-    """SIGINT (Ctrl-C) and SIGTERM go into the list inside, and take effect on leaving; a second one takes effect at once.
+    """Defer SIGINT (Ctrl-C) and SIGTERM, listed in the list inside, to the end of the context; a second one acts at once.
 
     Only the main thread has signals; elsewhere the list stays empty. A signal that is ignored (nohup) stays ignored.
     """

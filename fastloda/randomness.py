@@ -1,4 +1,4 @@
-"""Random streams: unpredictable or repeatable, held by a checkpoint, and never the same in a forked child."""
+"""Random streams that are unpredictable or repeatable, can be saved in a checkpoint, and differ in each forked child."""
 
 import functools
 import hashlib
@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-# A CPU generator's state in bytes: 24 of a header, then the Mersenne Twister's 624 words in 8 bytes each, then a tail.
+# The bytes of a CPU generator's state: a header of 24, then the Mersenne Twister's 624 words of 8 bytes each, then a tail.
 _HEADER, _WORDS = 24, 624
-_KEY = 32  # bytes of a secret
-_FEW, _DEEP = 64, 4  # containers and depths in which generators are sought
+_KEY = 32  # bytes of a secret's key
+_FEW, _DEEP = 64, 4  # largest container and greatest depth in which generators are looked for
 T = TypeVar("T")
 
 
 def unpredictable_generator(device: torch.device | str = "cpu") -> Generator:
-    """Seeded by the operating system. A CPU generator uses 32 bits of a seed, few enough to try all: its state is filled."""
+    """Make a generator from the system's randomness; on the CPU its whole state, for of a seed only 32 bits count."""
     return _generator_of(os.urandom, device)
 
 
 def _generator_of(draw: Callable[[int], bytes], device: torch.device | str) -> Generator:
-    """draw: count -> so many random bytes."""
+    """Make a generator whose seed or state is filled by `draw(count)`, which returns `count` random bytes."""
     generator = Generator(device).manual_seed(int.from_bytes(draw(8), "little") >> 1)
     if generator.device.type == "cpu":
         state = generator.get_state()
@@ -41,9 +41,9 @@ def _generator_of(draw: Callable[[int], bytes], device: torch.device | str) -> G
 
 
 class Secret:
-    """A key, and the random streams that follow from it, each by its name: independent for whoever does not have the key.
+    """A secret key, from which named random streams follow, independent for whoever does not have the key.
 
-    Drawn by the operating system unless it is given. A forked child, and a copy, has another key.
+    The key is drawn by the operating system unless it is given. A forked child and a copy get another key.
     """
 
     def __init__(self, key: bytes | None = None):
@@ -52,18 +52,18 @@ class Secret:
 
     @classmethod
     def of_seed(cls, seed: int | None) -> "Secret":
-        """Foreseeable for whoever knows the seed; None: drawn by the operating system."""
+        """Make the secret that follows from `seed`, foreseeable for whoever knows it; None: drawn by the operating system."""
         return cls(None if seed is None else hashlib.sha256(f"fastloda seed {seed}".encode()).digest())
 
     def digest(self, name: str, tensors: Iterable[Tensor] = ()) -> bytes:
-        """A keyed hash of a name and the tensors' very bits: without the key it tells nothing about them."""
+        """Compute a keyed hash of a name and the tensors' bits, which tells nothing about them without the key."""
         code = hmac.new(self.key, f"{name}\n".encode(), "sha256")
         for t in tensors:
             code.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return code.digest()
 
     def generator(self, name: str, device: torch.device | str = "cpu") -> Generator:
-        """The stream of that name."""
+        """Make the generator of the stream called `name`."""
         bytes_of = hashlib.shake_256(self.digest(name)).digest(8 + 4 * _WORDS)
         return _generator_of(io.BytesIO(bytes_of).read, device)
 
@@ -76,7 +76,7 @@ _held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def hold(source: T) -> T:
-    """A generator, or what draws from some, of which forked children will draw other numbers than this process."""
+    """Register a generator, or an object that draws from some, so that forked children draw other numbers; return it."""
     try:
         _held[id(source)] = source
     except TypeError as error:
@@ -88,7 +88,7 @@ def hold(source: T) -> T:
 
 
 def renew(source: Any, devices: Container[str] = ("cpu", "cuda")) -> None:
-    """Seed a generator, or those that an object draws from, by the operating system."""
+    """Reseed a generator, or those that an object draws from, from the operating system."""
     for generator in generators_in([source, getattr(source, "normal", None)]):
         if isinstance(generator, Generator):
             if generator.device.type in devices:
@@ -110,7 +110,7 @@ os.register_at_fork(after_in_child=_part_from_parent)
 
 
 def generators_in(value: Any, depth: int = _DEEP) -> Iterator[Any]:
-    """Yield the generators of torch, numpy and random that a function, an object, or what they hold draws from."""
+    """Yield the generators of torch, numpy and random that `value` (a function, an object, a container) draws from."""
     if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
         if not isinstance(value, random.SystemRandom):  # which has no state
             yield value
@@ -120,7 +120,7 @@ def generators_in(value: Any, depth: int = _DEEP) -> Iterator[Any]:
 
 
 def _held_by(value: Any) -> list:
-    """What a function or an object refers to, as far as it is no data."""
+    """List what a function or an object refers to, except large containers of data."""
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if inspect.ismethod(value):
@@ -140,7 +140,7 @@ def _held_by(value: Any) -> list:
 
 
 def make_generators(devices: Mapping[str, torch.device | str], seed: int | None) -> dict[str, Generator]:
-    """Name -> an independent generator on its device; seeded by the operating system if seed is None."""
+    """Make an independent generator for each name, on its device; seeded by the operating system if seed is None."""
     if seed is None:
         return {name: unpredictable_generator(device) for name, device in devices.items()}
     seeds = torch.randint(2**62, (len(devices),), generator=Generator().manual_seed(seed)).tolist()
@@ -148,7 +148,7 @@ def make_generators(devices: Mapping[str, torch.device | str], seed: int | None)
 
 
 def generator_states(generators: Mapping[str, Generator]) -> dict[str, Any]:
-    """The states of `generators`, and of the global ones of torch, numpy and Python, which dropout and data sets draw from."""
+    """Collect the states of `generators` and of torch's, numpy's and Python's global ones, which dropout and data sets use."""
     states = {name: generator.get_state() for name, generator in generators.items()} | {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -157,7 +157,7 @@ def generator_states(generators: Mapping[str, Generator]) -> dict[str, Any]:
 
 
 def restore_generators(generators: Mapping[str, Generator], states: Mapping[str, Any]) -> None:
-    """Undo `generator_states`."""
+    """Set `generators` and the global ones to the states that `generator_states` returned."""
     for name, generator in generators.items():
         generator.set_state(states[name])
     torch.set_rng_state(states["torch"])
@@ -171,7 +171,7 @@ def restore_generators(generators: Mapping[str, Generator], states: Mapping[str,
 
 @contextmanager
 def restored(generators: Mapping[str, Generator]) -> Yielding[Callable[[], bool]]:
-    """Whatever is drawn inside, `generators` and the global ones are after as they were before; yields whether it is any yet."""
+    """Restore `generators` and the global ones after the context; yields a function that tells whether any was used."""
     states = generator_states(generators)
 
     def drew() -> bool:
@@ -187,7 +187,7 @@ def restored(generators: Mapping[str, Generator]) -> Yielding[Callable[[], bool]
 
 @contextmanager
 def seeded(seed: int) -> Yielding[None]:
-    """PyTorch's global CPU generator starts from `seed` inside, and is as it was after."""
+    """Seed PyTorch's global CPU generator with `seed` inside the context, and restore it after."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
         yield

@@ -1,4 +1,4 @@
-"""A user's own training code as a PrivateStep: it runs as it is, is watched, and is undone."""
+"""Adapters that make a PrivateStep of a user's own training code: it runs unchanged, is watched, and its effects are undone."""
 
 from collections.abc import Callable
 from collections.abc import Generator as Yielding
@@ -25,14 +25,14 @@ def of_loop(
     *,
     run_in_parts: Callable[[Records, Generator, int], object] | None = None,
 ) -> PrivateStep:
-    """A training loop's inner part, of any library: `run(records, generator)` takes one step on `model`, in place.
+    """Make a PrivateStep of any library's training loop: `run(records, generator)` takes one step on `model` in place.
 
     The private gradient is what the optimizers find in `.grad` when they step; whatever else changes in the model's
     parameters and buffers counts as unnoised. Parameters, buffers and `.grad` are then put back; an optimizer's own state is
     not. Noise must come from the generator or from torch's global one (Opacus: give neither `secure_mode` nor a generator,
     or `optimizer.generator = generator`).
 
-    run_in_parts(records, generator, parts), if given, takes the same step in micro-batches.
+    `run_in_parts(records, generator, parts)`, if given, takes the same step in that many micro-batches.
     """
 
     def watched(take_step: Callable[[], object]) -> Released:
@@ -68,9 +68,9 @@ def of_ghost_step(
     views: int = 1,
     **clipping,
 ) -> PrivateStep:
-    """GhostClipper on a model: losses(model, records) -> [records * views], as `ghost_dp_step` takes them.
+    """Make a PrivateStep of GhostClipper on `model`; losses(model, records) -> [records * views], as for `ghost_dp_step`.
 
-    clipping: further arguments of GhostClipper. Errors as there.
+    `clipping` are further arguments of GhostClipper, which raises the errors.
     """
     clipper = GhostClipper(model, max_grad_norm, views=views, **clipping)
     optimizer = torch.optim.SGD(list(clipper.parameters.values()), lr=0.0)
@@ -91,12 +91,13 @@ def of_trainer(
     records: Records,
     population: int = 200,
 ) -> PrivateStep:
-    """A trainer's `train_step`, and its sampler.
+    """Make a PrivateStep of a trainer's `train_step` and its sampler.
 
-    make(data, settings) -> a trainer of the user's model and losses on these data, without a checkpoint. The audit gives
-    it data and seeds, and the sampling rate 1 where all records shall be in the batch; all else is as in `settings`.
+    `make(data, settings)` returns a trainer of the user's model and losses on these data, without a checkpoint. The audit
+    chooses the data and the seeds, and the sample rate 1 where all records must be in the batch; all else is as in
+    `settings`.
 
-    records: stand in, over and over, for the `population` records from which the sampler is seen to choose.
+    `records` are repeated to `population` rows, from which the sampler is watched as it chooses.
     """
 
     def trainer(data: Dataset, generator: Generator, **changes) -> DPTrainer:
@@ -111,11 +112,11 @@ def of_trainer(
         return of_loop(made.model, lambda *_: made.train_step())(records, generator)
 
     seen = _Rows(records, population)
-    sampling: list[DPTrainer] = []  # one trainer, from draw to draw
+    sampling: list[DPTrainer] = []  # one trainer for all draws, made at the first
 
     def draw(generator: Generator) -> list[int]:
         if not sampling:
-            # in one micro-batch, whose records are read before any that the trainer looks at besides
+            # one micro-batch, whose records are read before those that the trainer reads to check the data
             sampling.append(trainer(seen, generator, steps=MANY_STEPS, micro_batch_size=population))
         seen.fetched.clear()
         stats: list[StepStats] = []
@@ -130,7 +131,7 @@ def of_trainer(
 
 @contextmanager
 def _gradients(model: nn.Module) -> Yielding[dict[str, Tensor]]:
-    """name -> .grad, of what any optimizer steps on meanwhile."""
+    """Collect a copy of the .grad of each parameter, by name, that any optimizer steps on inside the context."""
     found: dict[str, Tensor] = {}
     names = {id(p): name for name, p in model.named_parameters()}
 
@@ -157,11 +158,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _put_back(model: nn.Module, before: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Writes only what changed: FastLoDA's steps refuse frozen tensors that were written to."""
+    """Restore the tensors `before` of `model` to the values `kept`; write only what changed, for steps refuse other writes."""
     for name, tensor in before.items():
         if not same(tensor, kept[name]):
             tensor.copy_(kept[name])
-    for name, buffer in model.named_buffers():  # one that the step replaced
+    for name, buffer in model.named_buffers():  # a buffer that the step replaced by another tensor
         if name in before and buffer is not before[name]:
             owner, _, own = name.rpartition(".")
             setattr(model.get_submodule(owner), own, before[name])
@@ -178,7 +179,7 @@ MANY_STEPS = 10**6
 
 
 class _Rows(Dataset):
-    """The audit's records, repeated to a length; remembers what was fetched. Of none, there are zeros, to pad with."""
+    """A data set of the audit's records, or zeros if none, repeated to `length`, that lists the indices fetched."""
 
     def __init__(self, records: Records, length: int):
         self._tensors = [records] if isinstance(records, Tensor) else list(records)

@@ -1,8 +1,8 @@
-"""White-box canary: how well an observer of the release can tell whether one record was in the batch.
+"""A white-box canary: how well an observer of the releases can tell whether one record was in the batch.
 
-Observers who see the gradient project it on the canary's own share (Nasr et al., https://arxiv.org/abs/2302.07956), which
-neighbour replay has shown exactly. If the step is a Gaussian mechanism, the projections with and without the canary are two
-normal distributions at a distance of mu standard deviations.
+The observer projects each released gradient on the canary's own contribution (Nasr et al., https://arxiv.org/abs/2302.07956),
+which neighbour replay has measured exactly. If the step is a Gaussian mechanism, the projections with and without the canary
+have two normal distributions whose means are mu standard deviations apart.
 """
 
 import math
@@ -14,11 +14,11 @@ from scipy.stats import beta, norm
 from fastloda.audit.claim import Claim
 from fastloda.audit.report import Finding
 
-PILOT = 20  # one in so many of the observations without the canary only places the threshold
+PILOT = 20  # one in 20 of the observations without the canary only places the threshold
 
 
 class GaussianMu:
-    """Bounds on mu from means and standard deviation: an observation is normal, of equal variance in and out.
+    """Bounds on mu from projections with (`inside`) and without (`outside`) the canary, taken as normal with equal variance.
 
     t = mu_hat sqrt(N/2) is noncentral t; its normal approximation is Johnson and Welch's (Biometrika 31, 1940).
     """
@@ -34,18 +34,18 @@ class GaussianMu:
         self._spread = math.sqrt(1 + t * t / (2 * df)) if math.isfinite(t) else 1.0
 
     def lower(self, significance: float) -> float:
-        """Exceeds the true mu with this probability."""
+        """Compute a lower bound on mu, which exceeds the true mu with probability `significance`."""
         return max(0.0, (self._centre - norm.isf(significance) * self._spread) / self._root)
 
     def p_value(self, mu: float) -> float:
-        """Of the claim that the true value is at most mu."""
+        """Compute the p-value of the claim that the true value is at most `mu`."""
         return float(norm.sf((self._centre - mu * self._root) / self._spread))
 
 
 class CountedMu:
-    """Bounds on mu from counts of wrong guesses at one threshold, each by Clopper and Pearson at half the significance.
+    """Bounds on mu from wrong guesses at one threshold: two Clopper-Pearson bounds, each at half the significance.
 
-    A mechanism that is mu-GDP leaves Phi^-1(1 - false positive rate) + Phi^-1(1 - false negative rate) <= mu.
+    Of a mu-GDP mechanism, Phi^-1(1 - false positive rate) + Phi^-1(1 - false negative rate) <= mu.
     """
 
     def __init__(self, inside: np.ndarray, outside: np.ndarray, threshold: float):
@@ -58,7 +58,7 @@ class CountedMu:
         return max(0.0, float(norm.isf(false_positives) + norm.isf(false_negatives)))
 
     def p_value(self, mu: float) -> float:
-        """The significance at which the lower bound reaches mu; 1 if it never does."""
+        """Compute the significance at which the lower bound reaches `mu`; 1 if it never does."""
 
         def excess(log_p: float) -> float:
             return self.lower(math.exp(log_p)) - mu
@@ -69,18 +69,18 @@ class CountedMu:
 
 
 def _upper(successes: int, trials: int, significance: float) -> float:
-    """Clopper-Pearson's upper bound on a probability."""
+    """Compute Clopper-Pearson's upper bound on a probability."""
     return 1.0 if successes >= trials else float(beta.isf(significance, successes + 1, trials - successes))
 
 
 def guess(inside: np.ndarray, outside: np.ndarray, share: float) -> CountedMu:
-    """Threshold half the canary's share above where a pilot says that the observations without it lie."""
+    """Count guesses at a threshold half the canary's `share` above the mean of a pilot part of `outside`."""
     pilot = max(10, len(outside) // PILOT)
     return CountedMu(inside, outside[pilot:], outside[:pilot].mean() + share / 2)
 
 
 def findings(gaussian: GaussianMu, counted: CountedMu, claim: Claim, record: str, observations: int) -> list[Finding]:
-    """How both estimates stand to the claim."""
+    """Compare both estimates of mu with the claim."""
     meaning = (
         "The canary is told apart better than the claim allows: too little noise, or too large a share of one record"
     )

@@ -17,12 +17,12 @@ class Claim:
     """DP-SGD's promise about one step, and how often the step is taken.
 
     Attributes:
-        noise_multiplier: standard deviation of the noise on the clipped sum, over max_grad_norm; > 0.
+        noise_multiplier: standard deviation of the noise on the clipped sum, divided by max_grad_norm; > 0.
         max_grad_norm: L2 bound on one record's contribution to the clipped sum.
         expected_batch_size: divisor of the noisy sum; 1 where the step releases the sum itself.
         sample_rate: probability with which a record enters a step.
-        steps: how many steps a training run takes.
-        delta: at which epsilon is stated.
+        steps: number of steps of a training run.
+        delta: the delta for which epsilon is computed.
 
     Raises:
         ValueError, TypeError: a number is out of range; without noise there is no claim to audit.
@@ -47,21 +47,21 @@ class Claim:
 
     @classmethod
     def of(cls, settings: PrivateTraining) -> "Claim":
-        """The claim of a trainer's settings."""
+        """Make the claim of a trainer's settings."""
         return cls(**{name: getattr(settings, name) for name in cls.__dataclass_fields__})
 
     @property
     def mu(self) -> float:
-        """What the step promises without sampling: to be mu-GDP (Dong et al., https://arxiv.org/abs/1905.02383)."""
+        """The mu for which the step without sampling is claimed to be mu-GDP (Dong et al., https://arxiv.org/abs/1905.02383)."""
         return 1 / self.noise_multiplier
 
     @property
     def noise_std(self) -> float:
-        """Of each coordinate of the released gradient."""
+        """The standard deviation of the noise on each coordinate of the released gradient."""
         return self.noise_multiplier * self.max_grad_norm / self.expected_batch_size
 
     def epsilons(self, mus: Sequence[float]) -> list[float]:
-        """Epsilon of the whole training, were each step's Gaussian mechanism of this mu: all by the same accountant."""
+        """Compute the whole training's epsilon for each of `mus`, the mu of one step's Gaussian mechanism, by one accountant."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", PrivacyAccountingWarning)

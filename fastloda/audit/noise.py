@@ -1,6 +1,6 @@
-"""Noise alone: two steps on the same records differ by noise only, so that each pair of steps shows d values of it.
+"""Checks of the noise alone: two steps on the same records differ by noise only, so each pair shows d values of it.
 
-D = (release - release') / (sqrt(2) noise_std) is N(0, I) under the claim, and independent from pair to pair.
+D = (release - release') / (sqrt(2) noise_std) is N(0, I) under the claim, and independent of other pairs.
 """
 
 import math
@@ -17,7 +17,7 @@ from fastloda.audit.claim import Claim
 from fastloda.audit.report import Finding
 from fastloda.audit.step import Released
 
-WATCHED = 64  # coordinates kept pair by pair, for what is not a running sum
+WATCHED = 64  # coordinates whose values are kept for each pair, for statistics that no running sum gives
 LAGS = 4
 LAGGED = [(lag, parity) for lag in range(LAGS) for parity in (0, 1)]
 
@@ -35,7 +35,7 @@ class Scale:
 
     @property
     def p_too_small(self) -> float:
-        """Of the claim, by chi-square; more noise than claimed is no violation."""
+        """The p-value of the claim by a chi-square test against too little noise; more noise than claimed is no violation."""
         return float(chi2.cdf(self.squares, self.values))
 
 
@@ -50,11 +50,11 @@ class NoiseRecord:
         self._watched = _watch(list(self.names.values()))
         self._samples, self._lengths, self._largest = [], [], 0.0
         self._before: deque[Tensor] = deque(maxlen=LAGS)
-        self._lagged = np.zeros((LAGS, 2))  # by parity: where two batches alternate, correlations may too
+        self._lagged = np.zeros((LAGS, 2))  # by parity: where two batches alternate, correlations may alternate too
         self._seen: set[tuple[str, bytes]] = set()
 
     def add(self, batch: str, one: Tensor, other: Tensor) -> None:
-        """The releases [d] of two steps on the same records, called `batch`."""
+        """Add the releases [d] of two steps on the same records, which are called `batch`."""
         self._seen |= {(batch, release[self._watched].numpy().tobytes()) for release in (one, other)}
         d = (one - other) / (math.sqrt(2) * self.claim.noise_std)
         self.pairs += 1
@@ -88,7 +88,7 @@ class NoiseRecord:
         )
 
     def _each_tensor(self) -> Finding:
-        """The worst tensor and the worst single coordinate."""
+        """Test the scale of the noise in the tensor and in the single coordinate that have the least."""
         parts = list(zip(self.names, self._squares.split(list(self.names.values()))))
         tensors = {name: Scale(part.sum().item(), part.numel() * self.pairs) for name, part in parts}
         single = {name: Scale(part.min().item(), self.pairs) for name, part in parts}
@@ -104,7 +104,7 @@ class NoiseRecord:
         )
 
     def _tails(self) -> Finding:
-        """Kurtosis of the watched values; the largest of all."""
+        """Test the kurtosis of the watched values and the largest of all values."""
         values = np.concatenate(self._samples)
         largest = self._largest / self.scale.std
         below = math.exp(self.scale.values * math.log1p(-2 * norm.sf(largest)))  # P(largest value <= largest)
@@ -120,7 +120,7 @@ class NoiseRecord:
         )
 
     def _dispersion(self) -> Finding:
-        """|D|^2 is chi-square with d degrees of freedom; where coordinates repeat each other it varies more."""
+        """Test that |D|^2 varies as chi-square with d degrees of freedom; it varies more where coordinates repeat each other."""
         lengths = np.array(self._lengths) / self.scale.std**2
         z = np.where(
             lengths > self.size, -norm.ppf(chi2.sf(lengths, self.size)), norm.ppf(chi2.cdf(lengths, self.size))
@@ -136,7 +136,7 @@ class NoiseRecord:
         )
 
     def _alike(self) -> Finding:
-        """The most correlated two of the watched coordinates."""
+        """Test the two most correlated of the watched coordinates."""
         x = np.stack(self._samples)
         x = x[:, x.std(0) > 0]
         k = x.shape[1]
@@ -153,7 +153,7 @@ class NoiseRecord:
         )
 
     def _steps(self) -> Finding:
-        """Correlation of the noise of successive steps; and the same noise twice, however far apart."""
+        """Test the correlation of successive steps' noise, and whether the same noise came twice, however far apart."""
         terms = {(lag, parity): sum(i % 2 == parity for i in range(lag + 2, self.pairs + 1)) for lag, parity in LAGGED}
         z = [self._lagged[k] / self.scale.std**2 / math.sqrt(self.size * n) for k, n in terms.items() if n]
         worst = max(z, key=abs, default=0.0)
@@ -172,12 +172,12 @@ SHAPE = ("noise tails", "noise lengths", "noise between coordinates", "noise bet
 
 
 def _smallness(scale: Scale) -> float:
-    """p of too little noise; 0 where it is not even a number."""
+    """Compute the p-value against too little noise; 0 where the noise is not finite."""
     return scale.p_too_small if math.isfinite(scale.squares) else 0.0
 
 
 def _watch(sizes: list[int]) -> Tensor:
-    """The first two coordinates of every tensor, so that equal noise in two of them shows, and some at random."""
+    """Choose coordinates to watch: the first two of each tensor, so that equal noise in two tensors shows, and random others."""
     starts = np.cumsum([0, *sizes[:-1]])
     firsts = [start + i for start, size in zip(starts, sizes) for i in range(min(2, size))][: WATCHED // 2]
     others = np.setdiff1d(np.random.default_rng(0).permutation(sum(sizes))[:WATCHED], firsts)
@@ -189,14 +189,14 @@ def _watch(sizes: list[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Spread:
-    """Noise of a few steps on one batch; scale is None where the step failed."""
+    """The noise of a few steps on one batch; `scale` is None where the step failed with `error`."""
 
     batch: str
     scale: Scale | None
     error: str = ""
 
     def p_value(self, usual: Scale) -> float:
-        """Of the claim that the noise is what it is at the usual batch, no more and no less: an F test."""
+        """Compute the p-value of the claim that the noise is as large as at the usual batch, by a two-sided F test."""
         if self.scale is None or not (math.isfinite(self.scale.squares) and math.isfinite(usual.squares)):
             return 0.0
         if not usual.squares:
@@ -223,7 +223,7 @@ def at_other_batches(spreads: list[Spread], usual: Scale) -> Finding:
 
 
 def at_empty_batch(releases: list[Tensor], claim: Claim, error: str, usual: Scale) -> Finding:
-    """Nothing but the usual noise, around zero."""
+    """Test that steps on the empty batch release the usual noise around zero, and nothing else."""
     meaning = "A Poisson batch may be empty: that step must be noised, taken and counted like any other"
     if error:
         return Finding("empty batch", error, meaning, holds=False)

@@ -1,6 +1,7 @@
-"""Neighbour replay: the same seed with and without one record. The noise cancels, and what is left is the record's share.
+"""Neighbour replay: one step under the same seed with and without one record. The noise cancels; the record's share is left.
 
-It must be at most max_grad_norm / expected_batch_size, for any record in any company (Cebere et al. 2602.17454).
+The norm of the share must be at most max_grad_norm / expected_batch_size, for any record beside any others (Cebere et al.
+2602.17454).
 """
 
 import math
@@ -14,10 +15,10 @@ from fastloda.audit.claim import Claim
 from fastloda.audit.report import Finding
 from fastloda.audit.step import PrivateStep, Records, Released, count, each, join, rows, same, seed_for
 
-SLACK = 1e-5  # what DP-SGD's bound is allowed for rounding
-COARSE = 0.01  # of max_grad_norm: rounding up to here is taken for no more than the bound's last digits
+SLACK = 1e-5  # relative tolerance of the bound, for DP-SGD's own rounding
+COARSE = 0.01  # fraction of max_grad_norm up to which the releases' rounding still allows a verdict
 FINER = "The released numbers are rounded too much: let the step release its gradient, in float32 or float64"
-ORDINARY = 8  # records used as they are
+ORDINARY = 8  # number of records used unchanged
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,14 @@ class Neighbours:
     """Two batches that differ by one record, and what that record did to the release.
 
     Attributes:
-        share: [d], the difference of the releases, times expected_batch_size; None if the step failed.
-        tolerance: of its norm, for the rounding of both releases.
-        error: why the step failed.
-        unnoised: what else differs between the two after the step.
+        company: name of the batch that the record was added to.
+        record: name of the record added.
+        without: the batch without the record.
+        added: the record, in a batch of one.
+        share: [d], the difference of the releases times expected_batch_size; None if the step failed.
+        tolerance: error of the share's norm due to the rounding of both releases.
+        error: the reason why the step failed, or "".
+        unnoised: names of what else differs between the two models after the step.
     """
 
     company: str
@@ -42,7 +47,7 @@ class Neighbours:
 
     @property
     def contribution(self) -> float:
-        """Norm of the record's share; infinite where it is not finite or the step failed."""
+        """The norm of the record's share; infinite where it is not finite or the step failed."""
         norm = math.inf if self.share is None else self.share.norm().item()
         return norm if math.isfinite(norm) else math.inf
 
@@ -54,7 +59,7 @@ class Neighbours:
 
 
 def _spoil(value: float) -> Callable[[Tensor], Tensor]:
-    """Replace one number of each record."""
+    """Make a function that replaces the first number of each record by `value`."""
 
     def spoil(t: Tensor) -> Tensor:
         t = t.clone().flatten(1) if t.dim() > 1 else t.clone()[:, None]
@@ -78,19 +83,19 @@ HOSTILE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def hostile(record: Records, name: str) -> Records:
-    """The record made hostile in its floating-point tensors; labels and tokens stay what they are."""
+    """Apply the change called `name` in HOSTILE to the record's floating-point tensors; labels and tokens stay."""
     return each(lambda t: HOSTILE[name](t) if t.is_floating_point() and t.numel() else t, record)
 
 
 def candidates(records: Records) -> dict[str, Records]:
-    """Single records to add: ordinary ones and hostile ones."""
+    """Choose single records to add: ordinary ones and hostile ones, by name."""
     n = count(records)
     ordinary = {f"record {i}": rows(records, slice(i, i + 1)) for i in range(n - 1, max(-1, n - 1 - ORDINARY), -1)}
     return ordinary | {name: hostile(rows(records, slice(n - 1, n)), name) for name in HOSTILE}
 
 
 def companies(records: Records) -> dict[str, Records]:
-    """Batches to add to; the first is the usual one."""
+    """Make the batches that records are added to, by name; the first is the usual one."""
     usual = usual_batch(records)
     first, large = rows(usual, slice(0, 1)), hostile(rows(usual, slice(0, 1)), "a record x 1e4")
     return {
@@ -103,7 +108,7 @@ def companies(records: Records) -> dict[str, Records]:
 
 
 def usual_batch(records: Records) -> Records:
-    """The records that are in the batch; the rest are candidates."""
+    """Take the records that are in the batch; the others are candidates."""
     return rows(records, slice(0, min(ORDINARY, count(records) // 2)))
 
 
@@ -111,7 +116,7 @@ def usual_batch(records: Records) -> Records:
 
 
 def replay(step: PrivateStep, records: Records, claim: Claim, seed: int, tick: Callable) -> list[Neighbours]:
-    """Every candidate beside every company, at the end and at the start of the batch; then in micro-batches."""
+    """Replay the step with every candidate beside every company, at the end or the start of the batch; then in micro-batches."""
     found = []
     for name, company in companies(records).items():
         found += _replay_beside(step, name, company, candidates(records), claim, seed, tick)
@@ -152,7 +157,7 @@ def _replay_beside(
 
 
 def _attempt(step: PrivateStep, records: Records, seed: int, parts: int) -> tuple[Released | None, str]:
-    """A step that fails on some records tells that they were there: a finding, not a bug of the audit."""
+    """Take one step, or return its error: a step that fails on some records reveals them, which is a finding."""
     try:
         return step.replay(records, seed, parts), ""
     except Exception as error:  # whatever a user's step may raise
@@ -160,7 +165,7 @@ def _attempt(step: PrivateStep, records: Records, seed: int, parts: int) -> tupl
 
 
 def _different(a: Released, b: Released) -> tuple[str, ...]:
-    """Names of what the two steps left different although no noise covers it."""
+    """List the names of what the two steps left different although no noise covers it."""
     names = dict.fromkeys([*a.unnoised, *b.unnoised])
     return tuple(
         n for n in names if n not in a.unnoised or n not in b.unnoised or not same(a.unnoised[n], b.unnoised[n])
@@ -171,7 +176,7 @@ def _different(a: Released, b: Released) -> tuple[str, ...]:
 
 
 def sensitivity(neighbours: list[Neighbours], claim: Claim) -> Finding:
-    """The largest share of any one record; no verdict where rounding may hide one over the bound."""
+    """Compare the largest share of any record with the bound; no verdict where rounding may hide a violation."""
     bound = claim.max_grad_norm * (1 + SLACK)
 
     def excess(n: Neighbours) -> float:
@@ -199,7 +204,7 @@ def sensitivity(neighbours: list[Neighbours], claim: Claim) -> Finding:
 
 
 def coverage(step: PrivateStep, neighbours: list[Neighbours]) -> Finding:
-    """Nothing but the private gradient may depend on a record."""
+    """Check that nothing but the private gradient depends on a record."""
     if not step.shows_state:
         why = "A plain callable shows its gradient only: audit the loop (of_loop) to see what else it changes"
         return Finding("nothing unnoised", "", why)
@@ -212,7 +217,7 @@ def coverage(step: PrivateStep, neighbours: list[Neighbours]) -> Finding:
 
 
 def choose_canary(neighbours: list[Neighbours], records: Records) -> Neighbours | None:
-    """The record whose finite share beside the usual batch is the largest, of those that are more than rounding."""
+    """Choose the record with the largest finite share beside the usual batch, of those above rounding; None if there is none."""
     usual = next(iter(companies(records)))
     able = [n for n in neighbours if n.company == usual and n.tolerance < n.contribution < math.inf]
     return max(able, key=lambda n: n.contribution, default=None)

@@ -1,4 +1,4 @@
-"""What an audit found: one row a check, judged together, as lines of text or as plain JSON types."""
+"""The result of an audit: checks judged together, shown as lines of text or as plain JSON types."""
 
 import math
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ Verdict = Literal["holds", "violated", "not run"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One check before it is judged.
+    """The result of one check before it is judged.
 
     Attributes:
-        name: of the check.
-        statistic: what was measured, in words and numbers.
-        p_value: probability of a result this bad if the claim holds; None where no chance is involved.
-        holds: for a check without p_value; None: it was not run.
-        meaning: what a violation would mean; for one not run, why.
+        name: name of the check.
+        statistic: the measured value, in words and numbers.
+        p_value: probability of a result this bad if the claim holds; None if the check involves no chance.
+        holds: verdict of a check without p_value; None if it was not run.
+        meaning: explanation of a violation; for a check that was not run, the reason.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Check(Finding):
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The checks of one audit. `print` shows them, a line each.
+    """The checks of one audit; `print` shows one line for each.
 
     Attributes:
-        claim: what was audited.
-        checks: in the order in which they ran.
-        epsilon_claimed: the accountant's, of the claim.
-        epsilon_lower: lower bound on what the whole training spends, from the canary: the larger of the two below.
-        epsilon_lower_gaussian: the same where the noise is taken to be Gaussian (which other checks test).
-        epsilon_lower_counts: by Clopper-Pearson, from mere counts of right and wrong guesses.
-        confidence: of each of the two bounds.
-        significance: probability that a step that keeps its claim is called a violation by any check, at most.
+        claim: the claim that was audited.
+        checks: the checks in the order in which they ran.
+        epsilon_claimed: the epsilon that the accountant computes from the claim.
+        epsilon_lower: lower bound on the epsilon of the whole training, from the canary: the larger of the next two.
+        epsilon_lower_gaussian: lower bound if the noise is Gaussian (which other checks test).
+        epsilon_lower_counts: lower bound by Clopper-Pearson, from counts of wrong guesses only.
+        confidence: confidence of each of the two bounds.
+        significance: largest probability that any check calls a step that keeps its claim a violation.
     """
 
     claim: Claim
@@ -71,24 +71,24 @@ class AuditReport:
 
     @property
     def passed(self) -> bool:
-        """No check that ran found a violation."""
+        """Whether no check that ran found a violation."""
         return not self.violations
 
     def raise_if_violated(self) -> "AuditReport":
-        """Raises PrivacyError naming the violations."""
+        """Raise PrivacyError, naming the violations, or return the report."""
         if self.violations:
             found = "; ".join(f"{check.name}: {check.statistic}" for check in self.violations)
             raise PrivacyError(f"the step breaks its claim: {found}")
         return self
 
     def to_dict(self) -> dict:
-        """Plain JSON types; an infinite epsilon becomes the string "inf"."""
+        """Convert the report to plain JSON types; an infinite epsilon becomes the string "inf"."""
         content = asdict(self) | {"epsilon_lower": self.epsilon_lower, "passed": self.passed}
         content["checks"] = [asdict(check) for check in self.checks]
         return {name: "inf" if value == math.inf else value for name, value in content.items()}
 
     def summary(self) -> str:
-        """One line."""
+        """Summarise the report in one line."""
         idle = [check.name for check in self.checks if check.verdict == "not run"]
         verdict = f"no violation found; not run: {', '.join(idle)}" if idle else "the claim holds"
         if not self.passed:
@@ -110,7 +110,7 @@ def _line(check: Check) -> str:
 
 
 def judge(findings: Sequence[Finding], significance: float) -> tuple[Check, ...]:
-    """Bonferroni: with K findings of chance, each is held against significance / K."""
+    """Judge the findings by Bonferroni's rule: of K findings with a p-value, each is compared with significance / K."""
     limit = share(findings, significance)
     return tuple(Check(**asdict(finding), verdict=_verdict(finding, limit)) for finding in findings)
 

@@ -1,4 +1,4 @@
-"""The audit: neighbour replay, canary, noise and sampler on one step, judged together."""
+"""The audit itself: neighbour replay, canary, noise and sampler checks on one step, judged together."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -46,17 +46,17 @@ def audit_step(
     seed: int = 0,
     progress: bool = True,
 ) -> AuditReport:
-    """Hold a private step against its claim: what it lets out of one record, and how much noise it really adds.
+    """Audit a private step against its claim: how much one record can move the release, and how much noise is added.
 
     >>> step = of_ghost_step(model, losses, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=64)
     >>> print(audit_step(step, (images, labels), Claim(1.0, 1.0, 64, sample_rate=0.01, steps=1000)))
 
-    Four kinds of check, each of which sees what the others miss:
+    There are four kinds of check, each of which sees what the others miss:
 
     - replay: under the same seed, one record more, ordinary or hostile (huge, NaN, Inf), moves the release by at most
-      max_grad_norm / expected_batch_size; in any company, in micro-batches; and nothing else that the step changes depends on it.
-    - canary: the record with the largest share is guessed at from noisy releases, `observations` with and as many without it;
-      the lower bound on epsilon follows, composed over the claim's steps and sampling.
+      max_grad_norm / expected_batch_size, beside any batch and in micro-batches; nothing else that changes depends on it.
+    - canary: an observer of `observations` noisy releases with the record of the largest share, and of as many without it,
+      guesses which is which; the lower bound on epsilon that follows is composed over the claim's steps and sampling.
     - noise: its scale, law and independence, over coordinates, tensors, steps, micro-batches, batch sizes, the empty batch.
     - sampler: records enter independently, with the claimed probability.
 
@@ -65,15 +65,15 @@ def audit_step(
 
     Args:
         step: a PrivateStep (of_ghost_step, of_loop, of_trainer), or a function (records, generator) -> private gradient.
-        records: 2 or more, one a row, in one tensor or several. Half of them, at most 8, are the batch; others come and go.
-        claim: what the step is said to do.
-        observations: of the canary, each way; the time is that of about 2.5 x observations + 150 steps.
-        sampler: how training chooses records; default: the step's own, if it has one.
-        draws: steps of the sampler.
-        checks: which of CHECKS to run; the canary needs the replay, and brings it along.
-        significance: probability of a false alarm in the whole audit, at most (Bonferroni over all checks of chance).
-        seed: of all that is random; the same audit gives the same report.
-        progress: show a bar.
+        records: at least 2 records, one a row, in one tensor or several; half of them, at most 8, form the batch.
+        claim: the claim about the step.
+        observations: number of steps with the canary, and of steps without; all takes about 2.5 x observations + 150 steps.
+        sampler: the sampler by which training chooses records; default: the step's own, if it has one.
+        draws: number of batches drawn from the sampler.
+        checks: the checks to run, of CHECKS; "canary" needs the replay, and runs it too.
+        significance: largest probability of a false alarm in the whole audit (Bonferroni over all checks with a p-value).
+        seed: seed of all random numbers; the same audit gives the same report.
+        progress: whether to show a progress bar.
 
     Raises:
         ValueError, TypeError: a bad argument; or the step does not repeat itself under a seed, so that nothing can be replayed.
@@ -115,7 +115,7 @@ def _report(claim: Claim, found: list[Finding], mus, significance: float) -> Aud
     each = share(found, significance)
     lower = [mu.lower(each) for mu in mus] if mus else []
     claimed, *bounds = claim.epsilons([claim.mu, *lower])
-    # The accountant is good to half a percent: what is under the claim in mu stays under it in epsilon.
+    # The accountant's error is up to half a percent: a mu below the claimed one must not get a larger epsilon.
     bounds = [min(b, claimed) if mu <= claim.mu else b for b, mu in zip(bounds, lower)]
     gaussian, counted = bounds or (None, None)
     return AuditReport(claim, judge(found, significance), claimed, gaussian, counted, 1 - each, significance)
@@ -125,7 +125,7 @@ def _report(claim: Claim, found: list[Finding], mus, significance: float) -> Aud
 
 
 def _observe(step, records, claim, canary: Neighbours | None, observations, generator, tick):
-    """Successive steps of one random stream, with and without the canary -> the noise, and both estimates of mu."""
+    """Observe successive steps of one random stream, with and without the canary -> the noise, and both estimates of mu."""
     outside = usual_batch(records)
     inside = outside if canary is None else join(outside, canary.added)
     batches = {"out": outside, "in": inside}
@@ -194,7 +194,7 @@ def _releases(step, batch, parts, times, generator, tick) -> tuple[list[Tensor],
 
 
 def _few(observations: int) -> int:
-    """Pairs of steps on each of the other batches."""
+    """Compute the number of pairs of steps on each of the other batches."""
     return min(100, max(10, observations // 40))
 
 
@@ -221,7 +221,7 @@ def _check(records, claim, observations, draws, checks, significance) -> None:
 
 
 def _check_repeats(step: PrivateStep, records: Records, seed: int) -> None:
-    """A step that works, on an ordinary batch, and that replays."""
+    """Refuse a step that fails on an ordinary batch, or that does not repeat itself under a seed."""
     again = partial(step.replay, usual_batch(records), seed_for(seed, "repeats"))
     first, second = again().flat(), again().flat()
     if not first.isfinite().all():

@@ -1,4 +1,4 @@
-"""Is the sampler Poisson's? Every record enters every step by itself, with the claimed probability.
+"""Checks that the sampler is Poisson's: every record enters every step independently, with the claimed probability.
 
 The accountant's amplification holds for no other sampler (Chua et al. 2403.17673, Lebeda et al. 2405.20769). Each statistic
 has a known distribution under independent coin flips.
@@ -15,7 +15,7 @@ from fastloda.audit.report import Finding
 from fastloda.audit.step import Sampler
 from fastloda.errors import UserError
 
-MOST_PAIRED = 500  # records whose pairs are counted
+MOST_PAIRED = 500  # largest number of records whose pairs are counted
 
 MEANING = {
     "rate": "Records enter more or less often than the accountant was told",
@@ -29,7 +29,7 @@ MEANING = {
 def audit_sampler(
     sampler: Sampler, rate: float, draws: int, generator: Generator, tick: Callable[[], None]
 ) -> list[Finding]:
-    """Findings from `draws` successive steps; each is a binomial or normal test of two sides."""
+    """Test `draws` successive batches of the sampler, each property by a two-sided binomial or normal test."""
     inclusion, twice = _inclusions(sampler, draws, generator, tick)
     once = Finding(
         "sampler: each record once",
@@ -52,7 +52,7 @@ def audit_sampler(
 
 
 def _inclusions(sampler: Sampler, draws: int, generator: Generator, tick: Callable) -> tuple[np.ndarray, int]:
-    """-> bool [draws, population], and how many draws held a record twice."""
+    """Draw batches -> inclusion, bool [draws, population], and the number of draws that held a record twice."""
     inclusion, twice = np.zeros((draws, sampler.population), dtype=bool), 0
     for step in inclusion:
         indices = np.asarray(sampler.draw(generator)).reshape(-1)
@@ -72,7 +72,7 @@ def _rate(inclusion: np.ndarray, rate: float) -> tuple[str, float]:
 
 
 def _dispersion(counts: np.ndarray, trials: int, rate: float) -> tuple[str, float]:
-    """Mean squared deviation of binomial counts: skewed where they are small, hence a law of the same three moments."""
+    """Test the mean squared deviation of binomial counts; small counts are skewed, so the law has the same three moments."""
     k = np.arange(trials + 1)
     weights, variance = binom.pmf(k, trials, rate), trials * rate * (1 - rate)
     square = (k - trials * rate) ** 2 / variance - 1
@@ -93,7 +93,7 @@ def _both(one: tuple[str, float], other: tuple[str, float]) -> tuple[str, float]
 
 
 def _pairs(inclusion: np.ndarray, rate: float) -> tuple[str, float]:
-    """The pair that meets most often."""
+    """Test how often the most and the least frequent pair of records were in one batch."""
     x = inclusion[:, :MOST_PAIRED].astype(np.float32)
     if x.shape[1] < 2:
         return "", 1.0
@@ -104,10 +104,11 @@ def _pairs(inclusion: np.ndarray, rate: float) -> tuple[str, float]:
 
 
 def _successive(inclusion: np.ndarray, rate: float, v: float) -> tuple[str, float]:
-    """How many records of a step are in the next one too.
+    """Test how many records of a step are in the next step too.
 
-    Centred, the terms are uncorrelated with variance v^2, and their sum normal if the expected number is large; if it is
-    small, the number is binomial. Elsewhere each p is too small at most, so that the larger one counts.
+    The centred terms are uncorrelated with variance v^2 (v = rate (1 - rate)). Their sum is normal if the expected count is
+    large; if it is small, the count is binomial. Outside its range each p-value is only ever too small, so the larger one is
+    used.
     """
     centred, again = inclusion - rate, int((inclusion[1:] & inclusion[:-1]).sum())
     trials = centred[1:].size

@@ -1,4 +1,4 @@
-"""The step under audit: a function of the records and of the randomness, which may be called again and again."""
+"""The step under audit: a function of the records and of the randomness that can be called again and again."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,28 +12,28 @@ from torch import Generator, Tensor
 from fastloda.errors import UserError
 from fastloda.randomness import generator_states, restore_generators
 
-# One record a row: a tensor, or several of the same length. A step gets them in the form in which the audit got them.
+# One record a row, in one tensor or in several of the same length. A step gets records in the form that the audit was given.
 Records = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Released:
-    """What one step lets out.
+    """The output of one step.
 
     Attributes:
-        gradient: name -> private gradient, noise included, as the optimizer gets it.
-        unnoised: name -> value of whatever else the step changed: buffers, frozen parameters.
+        gradient: mapping from name to private gradient, noise included, as the optimizer gets it.
+        unnoised: mapping from name to value of everything else that the step changed: buffers, frozen parameters.
     """
 
     gradient: Mapping[str, Tensor]
     unnoised: Mapping[str, Tensor] = field(default_factory=dict)
 
     def flat(self) -> Tensor:
-        """[d], float64, on the CPU."""
+        """Concatenate the gradients to one vector [d], float64, on the CPU."""
         return torch.cat([g.detach().flatten().double().cpu() for g in self.gradient.values()])
 
     def rounding(self) -> float:
-        """Norm of what rounding may have changed, twice over: to the tensors' own dtypes, or in numbers that they came from."""
+        """Bound the norm of the rounding error, to the tensors' own dtypes and in the numbers that they were computed from."""
         return math.hypot(*(_rounding(g.detach()) for g in self.gradient.values()))
 
 
@@ -46,26 +46,26 @@ def _rounding(g: Tensor) -> float:
 
 
 def _common_step(g: Tensor) -> float:
-    """The largest power of 2 of which all numbers are multiples, as differences of much larger numbers are; 0 if all are 0."""
+    """Compute the largest power of 2 that divides all numbers, as it divides differences of larger floats; 0 if all are 0."""
     mantissa, exponent = torch.frexp(g[g.isfinite() & (g != 0)])
     whole = (mantissa * 2.0**53).long()
     return torch.ldexp((whole & -whole).double(), exponent - 53).min().item() if len(whole) else 0.0
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; NaN is the same as NaN only."""
+    """Tell whether two tensors hold the same numbers; NaN equals NaN only."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """draw(generator) -> indices of the records that one step takes, of `population` records."""
+    """A sampler: draw(generator) -> indices of the records that one step takes, out of `population` records."""
 
     draw: Callable[[Generator], Sequence[int] | Tensor]
     population: int
 
 
-# Called with the records and a CPU generator; the private gradient comes as a tensor, as name -> tensor, or as Released.
+# A function of the records and a CPU generator that returns the private gradient: a tensor, name -> tensor, or Released.
 Release = Callable[[Records, Generator], Tensor | Mapping[str, Tensor] | Released]
 
 
@@ -74,12 +74,12 @@ class PrivateStep:
     """A step as the audit sees it; `release` alone will do.
 
     Attributes:
-        release: (records, generator) -> what one step on exactly these records lets out. Its noise must come from the
-            generator, or from torch's global one, and it must leave everything as it was, so that it repeats. Whatever else
-            is random (dropout, timesteps) must belong to a record, whoever is beside it.
-        release_in_parts: (records, generator, parts) -> the same step in that many micro-batches.
-        sampler: how training chooses a step's records.
-        shows_state: `Released.unnoised` lists whatever a step changes besides what the gradient covers.
+        release: function (records, generator) -> the output of one step on exactly these records. Its noise must come from
+            the generator, or from torch's global one, and it must leave everything as it was, so that it repeats. Whatever
+            else is random (dropout, timesteps) must belong to a record, whoever is beside it.
+        release_in_parts: function (records, generator, parts) -> the output of the same step in that many micro-batches.
+        sampler: the sampler by which training chooses a step's records.
+        shows_state: whether `Released.unnoised` lists everything that a step changes besides what the gradient covers.
     """
 
     release: Release
@@ -88,7 +88,7 @@ class PrivateStep:
     shows_state: bool = False
 
     def __call__(self, records: Records, generator: Generator, parts: int = 1) -> Released:
-        """One step. With parts=1 it is `release`, so that what trains is what is audited."""
+        """Take one step. With parts=1 it is `release`, so that what trains is what is audited."""
         if parts == 1:
             return as_released(self.release(records, generator))
         if self.release_in_parts is None:
@@ -96,13 +96,13 @@ class PrivateStep:
         return as_released(self.release_in_parts(records, generator, parts))
 
     def replay(self, records: Records, seed: int, parts: int = 1) -> Released:
-        """One step with all its randomness from `seed`."""
+        """Take one step with all its randomness drawn from `seed`."""
         with own_randomness(seed):
             return self(records, Generator().manual_seed(seed), parts)
 
 
 def as_released(value: object) -> Released:
-    """Raises TypeError for what is no gradient."""
+    """Convert what a step returned to Released. Raises TypeError if it is no gradient."""
     if isinstance(value, Tensor):
         value = {"gradient": value}
     if isinstance(value, Mapping):
@@ -115,7 +115,7 @@ def as_released(value: object) -> Released:
 
 @contextmanager
 def own_randomness(seed: int) -> Yielding[None]:
-    """torch's global generators run from `seed`, and are then as they were."""
+    """Seed torch's global generators with `seed` inside the context, and restore their states after it."""
     before = generator_states({})
     # torch.manual_seed takes milliseconds where there is no accelerator
     seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
@@ -127,7 +127,7 @@ def own_randomness(seed: int) -> Yielding[None]:
 
 
 def seed_for(seed: int, name: str) -> int:
-    """A seed of its own for each use."""
+    """Derive a seed from `seed` for the use called `name`."""
     number = int.from_bytes(name.encode(), "little") % (2**61 - 1)
     return int(torch.randint(2**62, (), generator=Generator().manual_seed((seed * 1_000_003 + number) % 2**62)))
 
@@ -136,7 +136,7 @@ def seed_for(seed: int, name: str) -> int:
 
 
 def check_records(records: Records) -> int:
-    """-> how many there are."""
+    """Check that `records` has the right form, and return their number. Raises TypeError, ValueError."""
     tensors = [records] if isinstance(records, Tensor) else records
     if not isinstance(tensors, Sequence) or not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
         raise TypeError(
@@ -149,7 +149,7 @@ def check_records(records: Records) -> int:
 
 
 def each(function: Callable[..., Tensor], *records: Records) -> Records:
-    """Apply to every tensor of records, keeping their form."""
+    """Apply `function` to every tensor of `records`, keeping their form."""
     if isinstance(records[0], Tensor):
         return function(*records)
     return tuple(function(*tensors) for tensors in zip(*records))
@@ -168,6 +168,6 @@ def count(records: Records) -> int:
 
 
 def split(records: Records, parts: int) -> list[Records]:
-    """Into at most `parts` micro-batches, none of them empty."""
+    """Split records into at most `parts` micro-batches, none of them empty."""
     size = -(-count(records) // parts)
     return [rows(records, slice(i, i + size)) for i in range(0, count(records), size)] if size else []

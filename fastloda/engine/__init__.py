@@ -1,1 +1,1 @@
-"""Opacus's interface: private model, optimizer and loader around a training loop that stays as it is."""
+"""Opacus's interface: a private model, optimizer and data loader for a training loop that stays as it is."""

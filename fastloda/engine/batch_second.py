@@ -1,4 +1,4 @@
-"""Modules that keep the batch second, [positions, records, ...], as functions whose batch comes first."""
+"""Calls of modules whose batch is the second dimension, [positions, records, ...], in code that expects it first."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,10 @@ from fastloda.errors import PrivacyError
 
 
 def with_batch_second(batch_first: Callable, function: Callable, args: tuple, kwargs: dict) -> Any:
-    """`batch_first(function, args, kwargs)`, whose function has the batch first in all it takes and gives.
+    """Call `batch_first(function, args, kwargs)` with a function whose inputs and outputs have the batch first.
 
-    Inputs of two dimensions or more have the batch second. Outputs may have it anywhere (a classifier's logits have it first): it
-    is the dimension that grows when one made-up record becomes two, which is tried at each call.
+    Inputs of two dimensions or more have the batch second. Outputs may have it anywhere (a classifier's logits have it
+    first): its place is the dimension that grows when one made-up record becomes two, which is tried at each call.
 
     Raises:
         PrivacyError: an output with a gradient has no such dimension.

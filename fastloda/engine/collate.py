@@ -1,8 +1,8 @@
-"""What stands between a data set and a private loop: a collate_fn that makes empty batches too, and may not mix records.
+"""A wrapper of a data loader's collate_fn that makes empty batches too and refuses a collate_fn that mixes records.
 
 One record moves the clipped sum by at most max_grad_norm if each row of a batch comes from one record. A collate_fn can break
-that (mixup, a mean over the batch) before any gradient is there to show it. So it is tried on other data, where the records are
-read: half of them are replaced, then the other half, and no value of the batch may change both times.
+that (mixup, a mean over the batch) before any gradient shows it. So it is tried on other data where the records are read:
+half of them are replaced, then the other half, and no value of the batch may change both times.
 """
 
 import copy
@@ -22,7 +22,7 @@ from fastloda.errors import PrivacyError
 from fastloda.randomness import generators_in
 
 _halves = random.SystemRandom()  # draws from no generator that a training run uses
-RELATIVE, ABSOLUTE = 1e-5, 1e-8  # differences below are rounding
+RELATIVE, ABSOLUTE = 1e-5, 1e-8  # tolerances: smaller differences are rounding
 _UNSTEADY = (
     "so that it can't be seen whether it mixes them: let it draw from the global generators of torch, numpy or random, which "
     "PyTorch seeds in each worker"
@@ -31,20 +31,20 @@ _PLAIN = (np.generic, bool, int, float, complex, str, bytes)
 
 
 class CollateOrEmpty:
-    """`collate_fn`, which also makes a batch of no records: what it makes of one record, cut to 0 rows.
+    """A collate_fn like the given one that also makes a batch of no records: the batch of one record, cut to 0 rows.
 
-    It reads no record before a batch is asked of it: in a worker, if there are any, where the data set may open its files. At a
-    worker's batches 1, 2, 4, 8, ... of two or more records it looks whether collate_fn mixes them. What it tries leaves all
+    It reads no record before a batch is asked of it: in a worker, if there are any, where the data set may open its files. At
+    a worker's batches 1, 2, 4, 8, ... of two or more records it checks whether collate_fn mixes them. Its trials leave all
     random generators as they were.
 
     Raises:
         PrivacyError: collate_fn mixes records.
-        TypeError: it returns values that can't be made empty, or the data set's __getitems__ no list of records.
+        TypeError: collate_fn's values can't be made empty, or the data set's __getitems__ returns no list of records.
     """
 
     def __init__(self, collate_fn: Callable, dataset: Dataset):
         self.collate_fn = collate_fn
-        self.dataset: Any = dataset  # map-style: of its methods no stub knows
+        self.dataset: Any = dataset  # map-style: the type stubs do not declare all its methods
         self.empty, self.batches = None, 0
 
     def __call__(self, records: list) -> Any:
@@ -70,9 +70,9 @@ class CollateOrEmpty:
         return _without_rows(one, two)
 
     def _refuse_mixed_reading(self, count: int) -> None:
-        """Look at a data set that reads a batch at once: with other records read after them, the first must stay."""
+        """Refuse a data set that reads a batch at once if the first records change when others are read after them."""
         dataset = self.dataset
-        while type(dataset) is Subset:  # which reads one by one where its data set does
+        while type(dataset) is Subset:  # a Subset reads record by record where its data set does
             dataset = dataset.dataset
         if not getattr(dataset, "__getitems__", None):
             return
@@ -105,7 +105,7 @@ class CollateOrEmpty:
             replaced = [
                 self._try(records, {i: _halves.choice(kept) for i in others}) for kept, others in (halves, halves[::-1])
             ]
-        except Exception as error:  # the made-up records are none that it can take
+        except Exception as error:  # collate_fn can't take the made-up records
             warnings.warn(
                 f"whether collate_fn mixes records was not seen, for it takes no copies of them ({error!r}): each row must "
                 "come from its own record",
@@ -123,13 +123,13 @@ class CollateOrEmpty:
         )
 
     def _try(self, records: list, sources: dict[int, int]) -> Any:
-        """The batch of copies of the records, where i is made up from sources[i], under the random numbers to come."""
+        """Collate copies of the records, record i made up from record sources[i], under the random numbers that come next."""
         with _nothing_drawn(self.collate_fn):
             return self.collate_fn([_like(records[sources.get(i, i)], own) for i, own in enumerate(records)])
 
 
 def _like(values: Any, shape: Any) -> Any:
-    """A copy of `values` in the shapes of `shape`, cut or repeated: what is padded or drawn by length then stays as it is."""
+    """Copy `values` into the shapes of `shape`, cut or repeated, so that padding and numbers drawn by length stay the same."""
     if isinstance(values, Tensor) and isinstance(shape, Tensor) and values.numel():
         values = values.detach()
         if values.shape == shape.shape:
@@ -151,14 +151,14 @@ def _like(values: Any, shape: Any) -> Any:
         return shape
 
 
-# ---- which values come from whom
+# ---- which values come from which record
 
 
 Halves = tuple[list[int], list[int]]
 
 
 def _differ(one: list, two: list) -> bool:
-    """Whether two readings of the same records do; values of another shape may be padded to their batches'."""
+    """Tell whether two readings of the same records differ; values whose shapes differ may be padded, and are not compared."""
     leaves = [list(_leaves(records, None)) for records in (one, two)]
     pairs = [(a.values, b.values) for a, b in zip(*leaves)]
     return len(leaves[0]) == len(leaves[1]) and any(
@@ -167,10 +167,10 @@ def _differ(one: list, two: list) -> bool:
 
 
 def _mixes(halves: Halves, *batches: Any) -> bool:
-    """Whether a row of the first batch has changed in the second, where other records stand for one half, and in the third too.
+    """Tell whether a row of the first batch changed in the second, with one half of the records replaced, and in the third.
 
-    What the fields of a batch hold at one row is one row. The same rows in another order, sorted by content, are no others.
-    A list of as many items as records may be the fields or the records: either reading may show that nothing is mixed.
+    One row is what all fields of a batch hold at one index. The same rows in another order, sorted by content, are unchanged.
+    A list of as many items as records may hold the fields or the records; nothing is mixed if either reading says so.
     """
     return all(_mixes_as_read(halves, batches, items_are_rows) for items_are_rows in (False, True))
 
@@ -197,9 +197,9 @@ def _mixes_as_read(halves: Halves, batches: tuple, items_are_rows: bool) -> bool
 
 
 def _rows_of_one_half(changed: np.ndarray, count: int) -> np.ndarray | None:
-    """[2, ...], what has changed in either half -> [2, rows] along a dimension whose rows changed in one half at most, if any.
+    """Find a dimension whose rows changed for one half at most: changed [2, ...] -> [2, rows], or None if there is none.
 
-    One of `count` rows, if there is one: the batch's.
+    A dimension of `count` rows, which is the batch's, is preferred.
     """
     dims = range(1, changed.ndim)
     found = [np.asarray(changed.any(tuple(d for d in dims if d != dim))) for dim in dims]
@@ -208,7 +208,7 @@ def _rows_of_one_half(changed: np.ndarray, count: int) -> np.ndarray | None:
 
 
 def _only_in_another_order(by_row: list[list[np.ndarray]], halves: Halves) -> bool:
-    """Whether the rows of the records that stayed are all there again, in each of the two batches."""
+    """Tell whether each of the two batches still has all rows of the records that were not replaced, in some order."""
     count = len(halves[0]) + len(halves[1])
     rows = [Counter(tuple(_key(leaf[i]) for leaf in batch) for i in range(count)) for batch in zip(*by_row)]
     return all((rows[0] & found).total() >= len(kept) for found, kept in zip(rows[1:], halves))
@@ -219,7 +219,7 @@ def _key(row: np.ndarray | np.generic) -> bytes | str:
 
 
 def _changed(plain: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """[2, ...]: what differs in each of the others, by more than rounding."""
+    """Mark the values that differ by more than rounding in each of the other batches: bool [2, ...]."""
     changed = np.stack([plain != other for other in others])
     if plain.dtype.kind in "fc" and changed.all(0).any():
         changed &= ~np.stack([np.isclose(plain, other, RELATIVE, ABSOLUTE, equal_nan=True) for other in others])
@@ -227,14 +227,14 @@ def _changed(plain: np.ndarray, *others: np.ndarray) -> np.ndarray:
 
 
 class _Leaf(NamedTuple):
-    """Numbers or strings of a batch; in_rows: they may have a row for each record (in a list of records they have none)."""
+    """An array of numbers or strings in a batch; in_rows: it may have a row for each record (not inside a list of records)."""
 
     values: np.ndarray
     in_rows: bool
 
 
 def _leaves(batch: Any, count: int | None, in_rows: bool = True, depth: int = 16) -> Iterator[_Leaf]:
-    """All that a batch holds, a plain list as one array; lists of `count` items have one for each record."""
+    """Yield all arrays in a batch, a plain list as one array; a list of `count` items is taken as one item a record."""
     if isinstance(batch, Tensor) and batch.is_nested:
         yield from _leaves(batch.unbind(), count, in_rows, depth)
     elif isinstance(batch, Tensor):
@@ -260,7 +260,7 @@ def _is_plain(values: list | tuple) -> bool:
 
 @contextmanager
 def _nothing_drawn(collate_fn: Callable) -> Generator[None]:
-    """Puts the global random generators, and those that collate_fn holds, back to where they were."""
+    """Restore the global random generators, and those that collate_fn holds, after the context."""
     with ExitStack() as after, torch.random.fork_rng(range(torch.cuda.device_count()) if _on_gpu() else []):
         after.callback(random.setstate, random.getstate())
         after.callback(np.random.set_state, np.random.get_state())
@@ -284,7 +284,7 @@ def _on_gpu() -> bool:
 
 
 def _without_rows(one: Any, two: Any) -> Any:
-    """What one record gave, without what grew when there were two."""
+    """Cut the batch of one record along the dimensions that grow in the batch of two."""
     if isinstance(one, (Tensor, np.ndarray)) and type(one) is type(two) and one.ndim == two.ndim:
         grew = [a != b for a, b in zip(one.shape, two.shape)]
         if any(grew):
@@ -300,7 +300,7 @@ def _without_rows(one: Any, two: Any) -> Any:
         return type(one)(*fields) if hasattr(one, "_fields") else type(one)(fields)
     elif isinstance(one, (str, int, float, type(None))) and one == two:
         return one
-    elif type(one) is int and (one, two) == (1, 2):  # how many records there are
+    elif type(one) is int and (one, two) == (1, 2):  # the number of records
         return 0
     elif getattr(one, "__dict__", None) and type(one) is type(two):
         made = copy.copy(one)

@@ -17,8 +17,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     flattened to rows, [samples * positions, classes], each row counts alike: an ignored one counts as 0, but counts.
 
     Args:
-        reduction: "mean" or "sum" over the samples, or "none": the samples' own losses, [samples].
-        weight, ignore_index, label_smoothing: PyTorch's.
+        reduction: "mean" or "sum" over the samples, or "none" for the samples' own losses, [samples].
+        weight, ignore_index, label_smoothing: the arguments of PyTorch's loss.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             reduction="none",
         )
         if losses.dim() > 1:
-            labels = target.dim() < input.dim()  # or else probabilities of the classes
+            labels = target.dim() < input.dim()  # otherwise the targets are probabilities of the classes
             counted = target != self.ignore_index if labels else torch.ones_like(losses, dtype=torch.bool)
             losses = losses.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
         return {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[self.reduction]

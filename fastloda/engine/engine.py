@@ -1,4 +1,4 @@
-"""Opacus's front door: `make_private` takes an ordinary training loop's three objects and returns private ones.
+"""Opacus's interface: `make_private` takes an ordinary training loop's model, optimizer and loader and returns private ones.
 
     model, optimizer, loader = fastloda.make_private(model, optimizer, loader, noise_multiplier=1.1, max_grad_norm=1.0)
     for x, y in loader:
@@ -7,10 +7,9 @@
         loss.backward()
         optimizer.step()
 
-The names and their meaning are those of `opacus.PrivacyEngine` (https://opacus.ai/api/privacy_engine.html), so that its import
-is all that changes. What differs, differs for privacy: batches are Poisson batches and no others, the sampling and the noise
-can't be foreseen unless generators are given, a sample that is not finite contributes zero, and a step without a batch of its
-own is refused.
+The names and their meaning are those of `opacus.PrivacyEngine` (https://opacus.ai/api/privacy_engine.html), so that only its
+import changes. The differences serve privacy: all batches are Poisson batches, sampling and noise can't be foreseen unless
+generators are given, a sample that is not finite contributes zero, and a step without a new batch is refused.
 """
 
 import io
@@ -46,8 +45,8 @@ from fastloda.privacy.step import GhostClipper
 from fastloda.privacy.styles import PerParameter, check_positive
 
 REDUCTIONS = ("mean", "sum")
-MODES = ("hooks", "functorch", "ew", "ghost")  # of Opacus on one device: for us one and the same, exact gradient
-OPACUS_ADAPTIVE = {  # its settings of adaptive clipping -> ours
+MODES = ("hooks", "functorch", "ew", "ghost")  # Opacus's modes on one device; here all give the same, exact gradient
+OPACUS_ADAPTIVE = {  # Opacus's names of adaptive clipping's settings -> ours
     "target_unclipped_quantile": "quantile",
     "clipbound_learning_rate": "learning_rate",
     "unclipped_num_std": "count_noise",
@@ -59,7 +58,7 @@ PrivateGhost = tuple[PrivateModule, PrivateOptimizer, Any, PoissonLoader]
 
 
 class PrivacyEngine:
-    """Makes training private, and keeps the account of what it spends, over all that it has made private.
+    """An engine that makes training private, and accounts for all that it has made private.
 
     Args:
         accountant: "prv", or "rdp" (looser). "gdp" is refused: it can lie below the true epsilon.
@@ -89,35 +88,35 @@ class PrivacyEngine:
         rand_on_empty: bool = False,
         **unknown: Any,
     ) -> Private | PrivateGhost:
-        """Private counterparts of a training loop's module, optimizer and data loader; the three given ones stay as they are.
+        """Make private counterparts of a training loop's module, optimizer and data loader; the given ones stay as they are.
 
         Args:
-            module: with some trainable parameters, each covered by a rule; the rest frozen. It may be in eval mode.
-            optimizer: any first-order one over exactly the trainable parameters (frozen ones may be listed). What a private
-                optimizer has spent, or one whose state was loaded, is added to the account.
-            data_loader: over a map-style data set, with a batch_size. Each step then draws every record with probability
-                1 / len(data_loader). The size of the data set is taken to be public.
-            noise_multiplier: the noise's standard deviation on the sum of clipped gradients, over max_grad_norm.
+            module: a module with some trainable parameters, each covered by a rule, and the rest frozen; eval mode is allowed.
+            optimizer: any first-order optimizer over exactly the trainable parameters (frozen ones may be listed). The
+                account of a private optimizer, or of one whose state was loaded, is added to the engine's.
+            data_loader: a loader over a map-style data set, with a batch_size. Each step then draws every record with
+                probability 1 / len(data_loader). The size of the data set is taken to be public.
+            noise_multiplier: standard deviation of the noise on the sum of clipped gradients, divided by max_grad_norm.
             max_grad_norm: the largest L2 norm of what one record contributes; with clipping="per_layer" also a list of bounds,
                 one for each of the optimizer's trainable parameters.
-            loss_reduction: "mean" or "sum": what the loss is of the samples' own losses. The gradient is the noisy sum of
-                clipped gradients, for "mean" over the expected batch size.
+            loss_reduction: how the loss reduces the samples' losses: "mean" or "sum". The gradient is the noisy sum of
+                clipped gradients, divided by the expected batch size for "mean".
             clipping: "flat", "automatic", "per_layer", "adaptive", or a style with settings (`fastloda.privacy.clip`).
                 "adaptive" takes Opacus's settings too, by Opacus's names.
-            noise_generator: for experiments that must repeat; the data loader's own generator then draws the batches, too.
-                Without it, neither can be foreseen, however the data loader or torch is seeded. Or an object of one's own whose
-                `normal(shape)` gives the noise (`NormalNumbers`).
-            grad_sample_mode: any of Opacus's for one device; the gradient is the same, and exact. "ghost" makes the return
-                value (module, optimizer, criterion, data_loader), with criterion (default: CrossEntropyLoss) as it is.
+            noise_generator: a generator for experiments that must repeat; the data loader's own generator then draws the
+                batches. Without it, neither can be foreseen, however the data loader or torch is seeded. Or an object whose
+                `normal(shape)` draws the noise (`NormalNumbers`).
+            grad_sample_mode: any mode of Opacus for one device; the gradient is the same, and exact. "ghost" makes the return
+                value (module, optimizer, criterion, data_loader), with criterion (default: CrossEntropyLoss) unchanged.
             batch_first: False if inputs have the batch second (`fastloda.engine.batch_second`).
-            poisson_sampling, wrap_model, rand_on_empty: of Opacus, at their defaults only.
+            poisson_sampling, wrap_model, rand_on_empty: arguments of Opacus, accepted at their defaults only.
 
         The loss must be the mean (or sum) of one loss per sample, each of which depends on its own sample only. A loss that
         visibly does not is refused by `loss.backward()` (`fastloda.engine.loss_check`).
 
         Raises:
-            ValueError, TypeError: an argument that can't be honoured, and what to do instead.
-            PrivacyError: a model or an optimizer that would void the guarantee. Nothing has changed in either case.
+            ValueError, TypeError: an argument can't be honoured; the message says what to do instead.
+            PrivacyError: the model or the optimizer would void the guarantee. Nothing has changed in either case.
         """
         if clipping == "adaptive":
             clipping, unknown = _adaptive_style(unknown)
@@ -127,7 +126,7 @@ class PrivacyEngine:
         if World.of().size > 1:
             raise PrivacyError("make_private is for one process; DPTrainer trains on several ranks")
         module = module._module if isinstance(module, PrivateModule) else module
-        spent = optimizer.state_dict()["param_groups"]  # by a private optimizer, or one whose state was loaded
+        spent = optimizer.state_dict()["param_groups"]  # with the account of a private optimizer or of a loaded state
         optimizer = optimizer.original_optimizer if isinstance(optimizer, PrivateOptimizer) else optimizer
         if isinstance(max_grad_norm, (list, tuple)):
             clipping, max_grad_norm = _parameter_bounds(module, optimizer, max_grad_norm, clipping)
@@ -170,15 +169,15 @@ class PrivacyEngine:
         max_grad_norm: float | list[float] | tuple[float, ...],
         **options: Any,
     ) -> Private | PrivateGhost:
-        """`make_private` with the least noise for which `epochs` passes cost at most (target_epsilon, target_delta).
+        """Call `make_private` with the least noise for which `epochs` passes cost at most (target_epsilon, target_delta).
 
-        The steps of those passes, half a pass for epochs=0.5, are all that the budget pays for: the optimizer refuses to take
-        another, and counts those that a loaded state brings. If steps have less noise than planned (a schedule), the run ends
-        before the budget is exceeded, and each step waits for the accountant. Finding the noise takes 1 to 60 s the first time
-        (`calibrate_noise`). Further arguments as for `make_private`.
+        The budget pays for the steps of those passes (half a pass for epochs=0.5) and no others: the optimizer refuses to
+        take more, and counts those of a loaded state. If steps have less noise than planned (a schedule), the run ends before
+        the budget is exceeded, and each step waits for the accountant. Finding the noise takes 1 to 60 s the first time
+        (`calibrate_noise`). Further arguments are those of `make_private`.
 
         Raises:
-            ValueError, TypeError, PrivacyError: as make_private; and if this engine has spent privacy already.
+            ValueError, TypeError, PrivacyError: make_private refuses, or this engine has spent privacy already.
         """
         if len(self.accountant):
             raise PrivacyError(
@@ -198,11 +197,11 @@ class PrivacyEngine:
         return made
 
     def get_epsilon(self, delta: float, **settings: Any) -> float:
-        """What has been spent so far: an upper bound, for adding or removing one record (`HistoryAccountant.get_epsilon`)."""
+        """Compute epsilon spent so far: an upper bound, for adding or removing one record (`HistoryAccountant.get_epsilon`)."""
         return self.accountant.get_epsilon(delta, **settings)
 
     def is_compatible(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> bool:
-        """Whether `validate` finds nothing."""
+        """Tell whether `validate` finds nothing."""
         try:
             self.validate(module=module, optimizer=optimizer, data_loader=data_loader)
         except (PrivacyError, ValueError, TypeError):
@@ -210,7 +209,7 @@ class PrivacyEngine:
         return True
 
     def validate(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> None:
-        """Raise what make_private would; a trainable layer without a rule shows at the first step only."""
+        """Raise the error that make_private would raise; a trainable layer without a rule shows at the first step only."""
         parameters = trainable_parameters(Members.of(module))
         if optimizer is not None:
             check_optimizer(optimizer, parameters)
@@ -219,10 +218,10 @@ class PrivacyEngine:
 
     @staticmethod
     def get_compatible_module(module: nn.Module) -> nn.Module:
-        """A copy whose layers don't mix samples (`ModuleValidator.fix`); the optimizer must be made of the copy's parameters.
+        """Copy a module and replace its layers that mix samples (`ModuleValidator.fix`); optimize the copy's parameters.
 
         Raises:
-            PrivacyError, ValueError: a layer for which there is no replacement.
+            PrivacyError, ValueError: a layer has no replacement.
         """
         return ModuleValidator.fix_and_validate(module)
 
@@ -268,16 +267,15 @@ class PrivacyEngine:
         module_load_dict_kwargs: dict[str, Any] | None = None,
         torch_load_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Undo `save_checkpoint`, into what make_private returned. The account is added to: what was spent stays spent.
+        """Load a file of `save_checkpoint` into what make_private returned; its account is added to the one here.
 
-        The file can't run code (weights_only). What it lacks stays as it is, with a warning. Returns what it holds besides.
-        Raises ValueError, RuntimeError, OSError; the account, module and optimizer are then as they were.
+        The file can't run code (weights_only). What it lacks stays as it is, with a warning. Returns the file's contents.
         """
         document = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
         if absent := {"module_state_dict", "privacy_accountant_state_dict"} - set(document):
             raise UserError(f"{path} lacks {sorted(absent)}")
         account = document["privacy_accountant_state_dict"]
-        HistoryAccountant().load_state_dict(account)  # first: it refuses a malformed one
+        HistoryAccountant().load_state_dict(account)  # first, for it refuses a malformed account
         schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
         given = {name: value for name, value in (schedulers | {"optimizer": optimizer}).items() if value is not None}
         with _as_before_if_it_fails(module, *given.values()):
@@ -287,7 +285,7 @@ class PrivacyEngine:
                 if state is None:
                     warnings.warn(f"{path} has no {name}_state_dict: the {name} stays as it is", stacklevel=2)
                 elif name == "optimizer" and not any(PRIVACY in group for group in state["param_groups"]):
-                    # Opacus's, whose account is loaded below
+                    # a state of Opacus, whose account is loaded below
                     getattr(value, "original_optimizer", value).load_state_dict(state)
                 else:
                     value.load_state_dict(state)
@@ -308,7 +306,7 @@ class PrivacyEngine:
 
 @contextmanager
 def _as_before_if_it_fails(module: nn.Module, *others: Any) -> Yielding[None]:
-    """Give all of them their states back where loading others fails halfway."""
+    """Restore the states of `module` and `others` if an error leaves the context."""
     before = [(module, {name: t.clone() if isinstance(t, Tensor) else t for name, t in module.state_dict().items()})]
     before += [(other, other.state_dict()) for other in others]
     try:
@@ -328,7 +326,7 @@ def make_private(
     max_grad_norm: float | list[float] | tuple[float, ...],
     **options: Any,
 ) -> Private | PrivateGhost:
-    """`PrivacyEngine().make_private`; the returned optimizer's `epsilon(delta)` tells what has been spent."""
+    """Call `PrivacyEngine().make_private`; the returned optimizer's `epsilon(delta)` tells what has been spent."""
     return PrivacyEngine().make_private(
         module, optimizer, data_loader, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, **options
     )
@@ -345,7 +343,7 @@ def make_private_with_epsilon(
     max_grad_norm: float | list[float] | tuple[float, ...],
     **options: Any,
 ) -> Private | PrivateGhost:
-    """`PrivacyEngine().make_private_with_epsilon`; see there."""
+    """Call `PrivacyEngine().make_private_with_epsilon`; see there."""
     budget = {"target_epsilon": target_epsilon, "target_delta": target_delta, "epochs": epochs}
     return PrivacyEngine().make_private_with_epsilon(
         module, optimizer, data_loader, **budget, max_grad_norm=max_grad_norm, **options
@@ -353,7 +351,7 @@ def make_private_with_epsilon(
 
 
 def _check_opacus_arguments(poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown) -> None:
-    """Refuse arguments of Opacus that would mean something else here, and say what to do."""
+    """Refuse arguments of Opacus that would mean something else here, and say what to do instead."""
     if not poisson_sampling:
         raise UserError(
             "poisson_sampling=False is refused: for shuffled batches the reported epsilon does not hold; leave it out"
@@ -377,7 +375,7 @@ def _check_opacus_arguments(poisson_sampling, grad_sample_mode, wrap_model, rand
 
 
 def _adaptive_style(options: dict[str, Any]) -> tuple[AdaptiveClipping, dict[str, Any]]:
-    """-> the style that Opacus's settings make, and the other options."""
+    """Split `options` -> the style made from Opacus's settings of adaptive clipping, and the other options."""
     given = {name: options[name] for name in OPACUS_ADAPTIVE.keys() & options.keys()}
     style = AdaptiveClipping(**{OPACUS_ADAPTIVE[name]: value for name, value in given.items()})
     return style, {name: value for name, value in options.items() if name not in given}
@@ -386,7 +384,7 @@ def _adaptive_style(options: dict[str, Any]) -> tuple[AdaptiveClipping, dict[str
 def _parameter_bounds(
     module: nn.Module, optimizer: torch.optim.Optimizer, bounds: Sequence[float], clipping: Clipping
 ) -> tuple[PerParameter, float]:
-    """-> the style, and the bound on the whole gradient."""
+    """Make per-parameter clipping of `bounds`, one for each trainable parameter -> the style, and the bound on the gradient."""
     if clipping != "per_layer":
         raise UserError(
             f"max_grad_norm={bounds!r}, a bound for each parameter, needs clipping='per_layer', got {clipping!r}"

@@ -1,4 +1,4 @@
-"""GroupNorm in place of BatchNorm, which takes its statistics over the batch and so has no per-sample gradient."""
+"""Replacement of BatchNorm, whose batch statistics leave no per-sample gradient, by GroupNorm."""
 
 import math
 
@@ -7,12 +7,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastloda.errors import UserError
 
-DEFAULT_GROUPS = 32  # Wu & He's
+DEFAULT_GROUPS = 32  # the default of Wu & He 2018
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class GroupNormAct(nn.GroupNorm):
-    """GroupNorm, then dropout and activation, as timm's BatchNormAct2d has them in one layer."""
+    """A GroupNorm followed by dropout and activation, as timm's BatchNormAct2d has them in one layer."""
 
     drop: nn.Module
     act: nn.Module
@@ -24,13 +24,13 @@ class GroupNormAct(nn.GroupNorm):
 def replace_batch_norm(model: nn.Module, groups: int | None = None) -> list[str]:
     """Replace every BatchNorm in place by GroupNorm (Wu & He 2018) with the same scale and shift; returns their names.
 
-    The model must be trained or fine-tuned afterwards: pretrained weights expect other statistics. The number of groups is the
-    greatest common divisor of `groups` and the channels. Default: of 32, and for BatchNorm1d, which may see one number a channel,
-    one group, as LayerNorm has. timm's BatchNormAct2d keeps its dropout and activation.
+    The model must be trained or fine-tuned afterwards: pretrained weights expect other statistics. The number of groups is
+    the greatest common divisor of `groups` and the channels. Default: 32; for BatchNorm1d, which may see one number a
+    channel, one group, as in LayerNorm. timm's BatchNormAct2d keeps its dropout and activation.
 
     Raises:
-        ValueError: groups < 1; the model is itself a BatchNorm; a subclass of BatchNorm may compute something else; or every
-            group would hold a single number, which normalises to zero (BatchNorm1d on features, with one channel a group).
+        ValueError: groups < 1; the model is itself a BatchNorm; a layer is a subclass of BatchNorm, which may compute
+            something else; or each group would hold a single number, normalised to zero (BatchNorm1d, one channel a group).
     """
     if groups is not None and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 1):
         raise UserError(f"groups must be an integer >= 1, got {groups!r}")

@@ -26,9 +26,9 @@ _batch_numbers = itertools.count()
 
 
 class Part(NamedTuple):
-    """`records` of the logical batch number `batch`: all of them, or (`split`) as many as fit; `last` ends the batch.
+    """A part of the logical batch number `batch`: all its records, or (`split`) as many as fit; `last` ends the batch.
 
-    `process` drew it, and may use it; in a forked child it would be in the steps of both.
+    Only the process that drew it, `process`, may use it: a forked child's steps would use its records a second time.
     """
 
     process: int
@@ -39,20 +39,20 @@ class Part(NamedTuple):
 
 
 class Tally:
-    """The parts that a loader has handed out and no step has used yet."""
+    """The queue of parts of batches that a loader has handed out and no step has used yet."""
 
     def __init__(self):
         self.drawn: deque[Part] = deque()
 
     def __reduce__(self):
-        """A copy begins empty: a batch is for one step."""
+        """Make a copy empty, for a batch is for one step."""
         return Tally, ()
 
     def take(self, rows: int) -> Part:
-        """The part that a step over `rows` samples uses; it, and what was skipped before it, can't be used again.
+        """Take the part that a step over `rows` samples uses off the queue, with all parts before it, which were skipped.
 
         Raises:
-            PrivacyError: no part has that many records, or it can't be told which part of a split batch this is.
+            PrivacyError: no part has that many records, or parts of two split batches are in the queue.
         """
         while self.drawn and self.drawn[0].process != os.getpid():
             self.drawn.popleft()
@@ -80,7 +80,7 @@ class Tally:
 
 
 class PoissonBatches(Sampler[list[int]]):
-    """`steps` batches, each of every record with probability `sample_rate`; in parts of up to `max_records`, if given."""
+    """A sampler of `steps` batches, each with every record with probability `sample_rate`, in parts of up to `max_records`."""
 
     def __init__(
         self, records: int, sample_rate: float, steps: int, generator: Generator, max_records: int | None = None
@@ -90,23 +90,23 @@ class PoissonBatches(Sampler[list[int]]):
         self.parts: deque[Part] = deque()
 
     def drawn_by(self, generator: Generator, max_records: int | None = None) -> "PoissonBatches":
-        """As many batches at the same rate, from another generator or in other parts."""
+        """Make a sampler of as many batches at the same rate, drawn by another generator or in other parts."""
         return PoissonBatches(self.records, self.sample_rate, self.steps, generator, max_records)
 
     def __getstate__(self) -> dict:
-        """A copy draws batches of its own: of equal ones two runs would tell more than the accountant counts."""
+        """Leave out the generator: two runs on equal batches would tell more than is accounted, so a copy draws its own."""
         return self.__dict__ | {"generator": None, "parts": deque()}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, generator=hold(unpredictable_generator()))
 
     def __len__(self) -> int:
-        """Steps; the expected number of physical batches where they are split."""
+        """Return the number of steps, or the expected number of physical batches where batches are split."""
         parts = self.sample_rate * self.records / self.max_records if self.max_records else 1
         return math.ceil(self.steps * max(1, parts))
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.parts = deque()  # of this pass over the data: an iterator that lives on keeps its own
+        self.parts = deque()  # a new queue for this pass over the data: an older iterator keeps its own
         return self._draw(self.parts)
 
     def _draw(self, parts: deque[Part]) -> Iterator[list[int]]:
@@ -127,7 +127,7 @@ class PoissonLoader(DataLoader):
 
     Attributes:
         sample_rate: 1 / len(source), so that a batch has source.batch_size records on average.
-        tally: what was handed out.
+        tally: the parts that were handed out and not used.
     """
 
     batch_sampler: PoissonBatches
@@ -141,14 +141,14 @@ class PoissonLoader(DataLoader):
 
     @classmethod
     def like(cls, source: DataLoader, *, repeatable: bool = False) -> "PoissonLoader":
-        """Of any DataLoader over a map-style data set that samples uniformly. No record is read: that is for the workers.
+        """Make a PoissonLoader from a DataLoader that samples a map-style data set uniformly; only the workers read records.
 
         Args:
             repeatable: let the source's generator, if it has one, draw the batches, for an experiment whose batches can be
                 foreseen. Otherwise they can't be: the source's generator seeds the workers, and nothing else.
 
         Raises:
-            TypeError, ValueError: it samples in a way that Poisson batches would silently replace, or can't.
+            TypeError, ValueError: the source samples in a way that Poisson batches can't replace, or would replace silently.
         """
         generator = getattr(source, "generator", None) if repeatable else None
         generator = generator or unpredictable_generator()
@@ -159,7 +159,7 @@ class PoissonLoader(DataLoader):
         return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset), Tally())
 
     def split(self, max_records: int) -> "PoissonLoader":
-        """The same, each batch in parts of up to max_records."""
+        """Make a loader of the same batches, each in parts of up to max_records."""
         whole = self.batch_sampler
         return PoissonLoader(self, whole.drawn_by(whole.generator, max_records), self.collate_fn, self.tally)
 
@@ -173,7 +173,7 @@ class PoissonLoader(DataLoader):
 
 
 class BatchMemoryManager:
-    """Bounds the memory of a step: hands out large Poisson batches in parts; the loop stays as it is (as in Opacus).
+    """A context that bounds the memory of a step: it hands out large Poisson batches in parts; the loop stays (as in Opacus).
 
     >>> with BatchMemoryManager(data_loader=loader, max_physical_batch_size=64, optimizer=optimizer) as memory_safe_loader:
     ...     for x, y in memory_safe_loader:
@@ -182,7 +182,7 @@ class BatchMemoryManager:
     ...         optimizer.step()            # adds up; the noisy step comes with the last part
 
     Raises:
-        TypeError, ValueError: loader and optimizer are not those that one call of make_private returned, or the size is < 1.
+        TypeError, ValueError: loader and optimizer are not from one call of make_private, or the size is < 1.
     """
 
     def __init__(self, *, data_loader: PoissonLoader, max_physical_batch_size: int, optimizer: "PrivateOptimizer"):
@@ -201,7 +201,7 @@ class BatchMemoryManager:
 
 
 def _check_uniform(source: DataLoader) -> int:
-    """Refuse what Poisson batches would silently replace; returns the number of records."""
+    """Refuse a loader that Poisson batches would replace silently; return the number of records."""
     if not isinstance(source, DataLoader):
         raise TypeError(f"data_loader must be a torch DataLoader, got {type(source).__name__}")
     if isinstance(source.dataset, IterableDataset):
@@ -212,7 +212,7 @@ def _check_uniform(source: DataLoader) -> int:
             f"{type(sampler).__name__} (batch_size={source.batch_size}) would be replaced by Poisson sampling of all records: "
             "pass a DataLoader with a batch_size and no sampler of its own, over a Subset if only some records count"
         )
-    dataset: Any = source.dataset  # map-style, of which no stub says that it has a length
+    dataset: Any = source.dataset  # map-style; the type stubs do not declare its length
     records = len(dataset)
     if not records or not len(source):
         raise UserError(f"data_loader has {records} records and {len(source)} batches: there is nothing to draw")

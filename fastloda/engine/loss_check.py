@@ -1,4 +1,4 @@
-"""What may stand between a private module's outputs and the loss: a mean, or sum, of each sample's own loss.
+"""Checks of the graph between a private module's outputs and the loss: it must be a mean, or sum, of each sample's own loss.
 
 The private step sees the loss only as a gradient at the module's outputs. If that gradient of one sample depended on the
 others, a record could change more than its own clipped gradient. So no gradient enters the outputs before the loss's graph has
@@ -19,21 +19,21 @@ from fastloda.per_sample.looking_engine import Edge, look_at_backward
 from fastloda.per_sample.node import Node
 from fastloda.per_sample.sample_flow import MEAN, SampleFlow
 
-SUM = 2  # as criterions save their reduction
+SUM = 2  # the number by which criterions save reduction="sum"
 BOUNDARY = "PrivateOutputsBackward"  # how the autograd graph names a private module's outputs
 
 _waiting: WeakSet[object] = WeakSet()  # outputs that a backward pass may still reach
 
 
 def wait_for_backward(outputs: Node) -> None:
-    """Let every backward pass that reaches these outputs be looked at; outputs: their node of the graph."""
+    """Register the outputs, by their node of the graph, so that every backward pass that reaches them is checked."""
     look_at_backward(_opened)
     outputs.passes = []
     _waiting.add(outputs)
 
 
 def check_arrived(outputs: Node, grads: Grads) -> None:
-    """Refuse gradients of outputs whose loss was not looked at, or that a hook has changed.
+    """Refuse gradients of outputs whose loss was not checked, or gradients that a hook has changed.
 
     Raises:
         PrivacyError: with what to do.
@@ -48,7 +48,7 @@ def check_arrived(outputs: Node, grads: Grads) -> None:
 
 @contextmanager
 def _opened(roots: Sequence[Edge], grads: Grads) -> Generator[None]:
-    """Let the outputs below take the gradients of one backward pass; roots, grads: what it starts from."""
+    """Let private outputs below `roots`, where a backward pass starts with the gradients `grads`, take gradients in this pass."""
     below = nodes_below([node for node, _ in roots]) if _waiting else {}
     reached = [node for node in below if node.name() == BOUNDARY]
     if not reached:
@@ -64,7 +64,7 @@ def _opened(roots: Sequence[Edge], grads: Grads) -> Generator[None]:
         yield
     except BaseException:
         for tape in fresh:
-            tape.clear()  # of a pass that has not reached all outputs
+            tape.clear()  # this pass may not have reached all outputs
         raise
     finally:
         for node in reached:
@@ -76,7 +76,7 @@ def _opened(roots: Sequence[Edge], grads: Grads) -> Generator[None]:
 def check_loss(roots: Sequence[Edge], below: Mapping[Node, Edges], boundaries: Sequence[Node]) -> None:
     """Refuse a loss that couples samples, trains something outside the private module, or is reduced in another way.
 
-    roots: what backward starts from; below: its graph; boundaries: the outputs of private modules in it.
+    `roots` are where backward starts, `below` is its graph, and `boundaries` are the outputs of private modules in it.
 
     Raises:
         PrivacyError: with the reason; no gradient has been computed then.
@@ -109,12 +109,12 @@ def check_loss(roots: Sequence[Edge], below: Mapping[Node, Edges], boundaries: S
 
 
 def _check_reduction(nodes: Sequence[Node], rows: int, loss_reduction: str) -> None:
-    """The reductions over the batch that PyTorch's own criterions leave in the graph."""
+    """Refuse reductions over the batch, as PyTorch's criterions leave them in the graph, that differ from loss_reduction."""
     reductions = [getattr(node, "_saved_reduction", None) for node in nodes]
     kinds = [node.name() for node in nodes]
     averages = [node for node, r in zip(nodes, reductions) if r == MEAN]
     means = len(averages) + kinds.count("MeanBackward0")
-    batchwide = means < rows  # as many as there are samples: the user takes them one by one
+    batchwide = means < rows  # as many means as samples: the user takes the losses one by one
     if loss_reduction == "sum" and means and batchwide:
         raise PrivacyError("the loss is a mean, but make_private was told loss_reduction='sum'")
     divides = {"MeanBackward0", "MeanBackward1", "DivBackward0", "MulBackward0"}

@@ -1,4 +1,4 @@
-"""A module whose `loss.backward()` ends at its outputs, for the private step to go on from there.
+"""A module whose `loss.backward()` ends at its outputs, where the private step takes over.
 
 An ordinary training loop reduces the losses to their mean before it calls backward, which leaves no losses of single samples.
 But the mean's gradient at the module's outputs has a row for each sample, g_n = (1/N) dl_n/dy_n, and
@@ -30,7 +30,7 @@ from fastloda.per_sample.members import Members
 from fastloda.per_sample.tensors import accumulable
 from fastloda.privacy.watch import Watch
 
-_ANCHOR = torch.empty(0, requires_grad=True)  # what makes the cut-off outputs differentiable
+_ANCHOR = torch.empty(0, requires_grad=True)  # makes the outputs differentiable that are cut off from their graph
 
 
 class Tape:
@@ -38,18 +38,18 @@ class Tape:
 
     def __init__(self, loss_reduction: str):
         self.loss_reduction = loss_reduction
-        self.grown: dict[tuple, int] = {}  # of earlier losses: see `SampleFlow`
+        self.grown: dict[tuple, int] = {}  # what `SampleFlow` learned from earlier losses
         self.clear()
 
     def __reduce__(self):
-        """A copy begins empty: what backward left belongs to the original's step."""
+        """Make a copy empty, for what backward left belongs to the original's step."""
         return Tape, (self.loss_reduction,)
 
     def clear(self) -> None:
         self._backward, self._reached = None, []
 
     def record(self, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
-        """Take in the outputs of one forward pass. Raises PrivacyError, and changes nothing, for a second backward pass."""
+        """Store the outputs of one forward pass, with their gradients. Raises PrivacyError for a second backward pass."""
         backward = torch._C._current_graph_task_id()
         if self._reached and backward != self._backward:
             raise PrivacyError(
@@ -71,7 +71,7 @@ class Tape:
 
     @property
     def rows(self) -> int:
-        """Samples that backward has reached. Raises PrivacyError if the outputs do not agree on them."""
+        """The number of samples that backward has reached. Raises PrivacyError if the outputs do not agree on it."""
         rows = {len(output) for output, _ in self._reached}
         if len(rows) > 1:
             raise PrivacyError(
@@ -84,7 +84,7 @@ class Tape:
         return not self._reached
 
     def losses(self) -> Tensor:
-        """l' [rows], on the module's own graph."""
+        """Compute the losses l' [rows], on the module's own graph."""
         with torch.enable_grad():
             terms = [accumulable(y) * accumulable(g) for y, g in self._reached]
             losses = functools.reduce(torch.add, (term.reshape(len(term), -1).sum(1) for term in terms))
@@ -92,7 +92,7 @@ class Tape:
 
 
 class PrivateOutputs(torch.autograd.Function):
-    """The outputs, cut off from their graph; what backward brings goes onto the tape."""
+    """A function that cuts the outputs off from their graph; its backward stores the gradients on the tape."""
 
     @staticmethod
     def forward(ctx, tape, outputs, anchor):
@@ -110,7 +110,7 @@ class PrivateOutputs(torch.autograd.Function):
 
 
 class PrivateModule(nn.Module):
-    """A module that trains privately in an ordinary loop; made by `make_private`, used like the module it wraps.
+    """A module that trains privately in an ordinary loop, made by `make_private` and used like the module it wraps.
 
     Its parameters get no gradient from `loss.backward()`, only from the private optimizer's step. Attributes that are not its
     own are those of the wrapped module, `_module`; a method among them (`encode`) is private as a call of the module is. Its
@@ -123,7 +123,7 @@ class PrivateModule(nn.Module):
 
     Raises:
         PrivacyError: forward wrote to a buffer or a frozen parameter.
-        TypeError, ValueError: an output that can't be looked into, or an input that wants a gradient.
+        TypeError, ValueError: an output can't be looked into, or an input requires grad.
     """
 
     def __init__(self, module: nn.Module, tape: Tape, *, batch_first: bool = True):
@@ -142,12 +142,12 @@ class PrivateModule(nn.Module):
         return self._run(self._module, args, kwargs)
 
     def _run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """What `function`, the wrapped module or a method of it, makes, cut off from its graph."""
+        """Call `function`, the wrapped module or a method of it, and cut its outputs off from their graph."""
         watch = Watch(Members.of(self._module))
         run = functools.partial(with_batch_second, self._made) if self._batch_second else self._made
         made = run(function, args, kwargs)
         if function is self._module or any(map(_is_computed, tensors_in(made))):
-            watch.check(Members.of(self._module))  # a method that makes nothing to learn from may write what it likes
+            watch.check(Members.of(self._module))  # a method whose results have no gradient may write to the module
         return made
 
     def _made(self, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -162,10 +162,10 @@ class PrivateModule(nn.Module):
 
     @contextmanager
     def frozen(self) -> Generator[Self]:
-        """Within it the module is a fixed function of its inputs, to which gradients pass; nothing is left for a private step.
+        """Make the module a fixed function of its inputs in the context: gradients reach the inputs, but no private step.
 
-        For a generator that learns from a private discriminator: the parameters were released privately, and whatever is computed
-        from them is private as well, as long as the inputs were not made of records.
+        It is for a generator that learns from a private discriminator: the parameters were released privately, and whatever
+        is computed from them is private as well, as long as the inputs were not made of records.
         """
         trained = [p for p in self._module.parameters() if p.requires_grad]
         for p in trained:
@@ -177,7 +177,7 @@ class PrivateModule(nn.Module):
                 p.requires_grad_(True)
 
     def _without_samples(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """The outputs for no samples, by way of a made-up one: many a module reshapes in a way that needs a row."""
+        """Compute the outputs for no samples from one made-up sample, for many modules reshape in a way that needs a row."""
         blank = lambda t: t.new_zeros(1, *t.shape[1:]) if isinstance(t, Tensor) and t.dim() and not len(t) else t  # noqa: E731
         with torch.no_grad():
             args, kwargs = tree_map(blank, (args, kwargs))
@@ -206,7 +206,7 @@ class PrivateModule(nn.Module):
         super().zero_grad(set_to_none)
 
     def to_standard_module(self) -> nn.Module:
-        """The wrapped module."""
+        """Return the wrapped module."""
         return self._module
 
     def __getattr__(self, name: str) -> Any:
@@ -219,17 +219,17 @@ class PrivateModule(nn.Module):
             return functools.wraps(found)(functools.partial(self._call, found)) if inspect.ismethod(found) else found
 
     def _call(self, method: Callable, *args, **kwargs) -> Any:
-        """A method of the wrapped module, whose results are cut off if it makes them of records."""
+        """Call a method of the wrapped module; its results are cut off from their graph if its arguments have tensors."""
         of_records = any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs)))
         if (
             not torch.is_grad_enabled() or not of_records or _wants_gradient(args, kwargs)
-        ):  # the last: e.g. a loss of outputs
+        ):  # the last condition: a method may compute a loss of outputs
             return method(*args, **kwargs)
         return self._run(method, args, kwargs)
 
 
 def _is_computed(t: Tensor) -> bool:
-    """Whether it has a gradient, and is no parameter that was handed out."""
+    """Tell whether tensor `t` has a gradient and is no parameter that the module handed out."""
     return t.requires_grad and not isinstance(t, nn.Parameter)
 
 

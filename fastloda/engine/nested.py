@@ -1,4 +1,4 @@
-"""Tensors wherever a model's output holds them: in tuples, lists and dicts, and in the attributes of objects."""
+"""Search for tensors in a model's output: in tuples, lists and dicts, and in the attributes of objects."""
 
 import copy
 from collections.abc import Callable
@@ -11,9 +11,9 @@ CONTAINERS = (tuple, list, dict, set, frozenset)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """`value` with `change` of every tensor in it, always in the same order; objects whose attributes change are copied.
+    """Apply `change` to every tensor in `value`, always in the same order; objects whose attributes change are copied.
 
-    So are distributions, dataclasses and transformers' caches looked into; modules, classes and functions are not.
+    Distributions, dataclasses and transformers' caches are looked into too; modules, classes and functions are not.
 
     Raises:
         TypeError: a container or an object with slots that can't be looked into.
@@ -31,7 +31,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
         if not hasattr(leaf, "__dict__") or isinstance(leaf, (type, nn.Module)):
             return leaf
         if id(leaf) not in made:
-            made[id(leaf)] = leaf  # should it hold itself
+            made[id(leaf)] = leaf  # in case the object holds itself
             old, structure = tree_flatten(vars(leaf))
             new = [changed(held) for held in old]
             if any(a is not b for a, b in zip(old, new)):
@@ -43,7 +43,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All that `map_tensors` would change, in its order."""
+    """List the tensors that `map_tensors` would change, in its order."""
     found: list[Tensor] = []
     map_tensors(value, lambda t: found.append(t) or t)
     return found

@@ -1,4 +1,4 @@
-"""An optimizer whose `step()` is the private step: clip, sum, noise once, divide, count, and only then move."""
+"""An optimizer whose `step()` is the private step: clip, sum, add noise once, divide, count, and only then update."""
 
 import warnings
 from collections import defaultdict
@@ -23,12 +23,12 @@ from fastloda.privacy.step import GhostClipper
 from fastloda.privacy.styles import Flat, check_max_grad_norm
 from fastloda.randomness import hold, renew
 
-PRIVACY = "privacy"  # the key in the state's first parameter group
-PASSING = ("step", "_opt_called", "grad_scale", "found_inf")  # what schedulers and scalers put on an optimizer
+PRIVACY = "privacy"  # key of the account in the state's first parameter group
+PASSING = ("step", "_opt_called", "grad_scale", "found_inf")  # attributes set by schedulers and scalers
 
 
 class Budget(NamedTuple):
-    """What a run may spend: (epsilon, delta), calibrated for `steps` of one noise multiplier and sample rate."""
+    """A run's privacy budget (epsilon, delta), calibrated for `steps` of one noise multiplier and sample rate."""
 
     epsilon: float
     delta: float
@@ -37,10 +37,10 @@ class Budget(NamedTuple):
     steps: int
 
     def check(self, spent: list[tuple[float, float, int]]) -> None:
-        """Refuse what costs more. Steps of more noise, or of a lower rate, cost no more than those planned: they are counted.
+        """Refuse `spent` if it costs more than the budget; steps of more noise or a lower rate cost no more than planned.
 
         Raises:
-            PrivacyError: `spent`, (noise_multiplier, sample_rate, steps) each, exceeds the budget.
+            PrivacyError: `spent`, a list of (noise_multiplier, sample_rate, steps), exceeds the budget.
         """
         if all(noise >= self.noise_multiplier and rate <= self.sample_rate for noise, rate, _ in spent):
             if sum(steps for *_, steps in spent) > self.steps:
@@ -55,7 +55,7 @@ class Budget(NamedTuple):
 
 
 class PrivateOptimizer(torch.optim.Optimizer):
-    """Wraps a first-order `torch.optim.Optimizer`, for `make_private`; schedulers see the wrapped one's groups and state.
+    """A wrapper of a first-order optimizer, for `make_private`; schedulers see the wrapped one's groups and state.
 
     `step()` takes what `loss.backward()` left at the private module's outputs. After a part of a batch (BatchMemoryManager) it
     only adds up the clipped gradients; the last part brings the noise, the accountant's count and the update. An empty batch is
@@ -67,12 +67,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     Attributes:
         original_optimizer: the wrapped optimizer.
-        noise_multiplier, max_grad_norm: may be changed between batches, by a rule that is public; the accountant is told the
-            noise of each step. Adaptive clipping moves max_grad_norm by itself.
-        expected_batch_size: sample_rate x records: the divisor, unless loss_reduction is "sum".
-        budget: what the account may reach, or None; `step` refuses beyond it.
-        stats: counts of the last logical batch (`StepStats`; its mean_loss is NaN, for the losses are not seen here). They are
-            private: for the operator.
+        noise_multiplier, max_grad_norm: numbers that may be changed between batches, by a public rule; each step is accounted
+            for with its own noise. Adaptive clipping changes max_grad_norm by itself.
+        expected_batch_size: sample_rate x records, the divisor of the noisy sum unless loss_reduction is "sum".
+        budget: the budget beyond which `step` refuses, or None.
+        stats: counts of the last logical batch (`StepStats`; mean_loss is NaN, for the losses are not known here). They are
+            private, for the operator only.
     """
 
     _step_supports_amp_scaling = True  # so that GradScaler calls step(), which can refuse it
@@ -103,7 +103,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._world = World.of()
         self._batch: int | None = None  # the logical batch that the clipper holds parts of
         self._clipper: GhostClipper | None = None
-        self._settings: list[dict] = []  # of the parameter groups, at the last part of a batch
+        self._settings: list[dict] = []  # settings of the parameter groups at the last part of a batch
 
     @property
     def loss_reduction(self) -> str:
@@ -111,26 +111,26 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     @property
     def last_step(self) -> int | None:
-        """Steps that the budget pays for, or None."""
+        """The number of steps that the budget pays for, or None."""
         return self.budget and self.budget.steps
 
     @property
     def accumulating(self) -> bool:
-        """Whether the last `step()` was but a part of a batch: added up, not yet noised, counted, or moved by."""
+        """Whether the last `step()` was only a part of a batch, whose gradients were added up without noise, count or update."""
         return self._batch is not None
 
     _is_last_step_skipped = accumulating  # Opacus's name
 
     def epsilon(self, delta: float) -> float:
-        """What all steps have cost, other optimizers' of the same engine included: an upper bound, add/remove adjacency."""
+        """Compute what all steps have cost, with those of the engine's other optimizers: an upper bound, add/remove adjacency."""
         return self.accountant.get_epsilon(delta)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One private step, or a part of one. A closure is called once, before it; its loss is returned.
+        """Take one private step, or a part of one. A closure is called once, before it; its loss is returned.
 
         Raises:
-            PrivacyError: no backward pass, no batch, a spent budget, or what GhostClipper and check_optimizer refuse. No
-                parameter has changed then.
+            PrivacyError: there was no backward pass or no batch, the budget is spent, or GhostClipper or check_optimizer
+                refuse. No parameter has changed then.
         """
         loss = None
         if closure is not None:
@@ -158,12 +158,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.zero_grad(set_to_none)
 
     def drop_parts(self) -> None:
-        """Forget what was handed out and not used, and the parts of a batch that was left before its end."""
+        """Drop the parts handed out and not used, and the sum of a batch that was left before its end."""
         self.tally.drawn.clear()
         self._batch = self._clipper = None
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
-        """Refuse what Opacus's BatchMemoryManager calls before each part of a batch."""
+        """Refuse the call that Opacus's BatchMemoryManager makes before each part of a batch."""
         raise PrivacyError(
             "Opacus's BatchMemoryManager hands out parts of a batch without saying whose records they have: write `from fastloda "
             "import BatchMemoryManager` for its import, and leave the loop as it is"
@@ -182,7 +182,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._world.unchanged()
         check_mechanism(
             self.sample_rate, self.noise_multiplier, 1
-        )  # what the account would refuse is not to be released
+        )  # a mechanism that the account refuses must not be released
         if self.budget:
             self.budget.check([*self.accountant.history, (self.noise_multiplier, self.sample_rate, 1)])
         drawn = self.tally.drawn
@@ -205,9 +205,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
 
     def _new_clipper(self) -> GhostClipper:
-        """Anew for each batch: in between, the module may have moved to another device or have been loaded."""
+        """Make a clipper for each batch: in between, the module may have moved to another device or have been loaded."""
         clipper = GhostClipper(self._module, self.max_grad_norm, clipping=self.clipping)
-        clipper.max_grad_norm = self.max_grad_norm  # where adaptive clipping left it, not where it starts
+        clipper.max_grad_norm = self.max_grad_norm  # adaptive clipping's present bound, not its first
         return clipper
 
     def _release(self, clipper: GhostClipper) -> None:
@@ -216,7 +216,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             for parameter in clipper.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.expected_batch_size)
-        if isinstance(self.clipping, AdaptiveClipping):  # otherwise it is the caller's, who may have changed it by now
+        if isinstance(self.clipping, AdaptiveClipping):  # otherwise the caller's, who may have changed it by now
             self.max_grad_norm = clipper.max_grad_norm
         self._batch = self._clipper = None
         # before the update: a step that fails from here on has been paid for
@@ -248,9 +248,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.defaults = defaults
 
     def state_dict(self) -> dict:
-        """Return the wrapped optimizer's, with the account and the clipping bound in its first group, under "privacy".
+        """Return the wrapped optimizer's state, with the account and the clipping bound in its first group, under "privacy".
 
-        There it stays when an ordinary optimizer loads and saves it, until `make_private` or `load_state_dict` takes it in.
+        They stay there when an ordinary optimizer loads and saves it, until `make_private` or `load_state_dict` reads them.
         """
         state = self.original_optimizer.state_dict()
         privacy = {"accountant": self.accountant.state_dict(), "max_grad_norm": self.max_grad_norm}
@@ -258,10 +258,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return state | {"param_groups": [first | {PRIVACY: privacy}, *others]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load the wrapped optimizer's state, add its account to this one's, and go on from its adaptive clipping bound.
+        """Load the wrapped optimizer's state, add its account to this one's, and continue from its adaptive clipping bound.
 
         Raises:
-            ValueError: the state is another optimizer's, or malformed; nothing has changed then.
+            ValueError: the state belongs to another optimizer, or is malformed; nothing has changed then.
         """
         groups = state_dict["param_groups"]
         _check_privacy(groups)
@@ -275,7 +275,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.take_in(groups)
 
     def take_in(self, groups: list[dict]) -> None:
-        """Add the accounts that parameter groups brought with them, and go on from their adaptive clipping bound."""
+        """Add the accounts in parameter groups to this one's, and continue from their adaptive clipping bound."""
         for privacy in _check_privacy(groups):
             self.accountant.load_state_dict(privacy["accountant"])
             if isinstance(self.clipping, AdaptiveClipping):
@@ -285,12 +285,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.add_param_group(param_group)
 
     def __getstate__(self) -> dict:
-        """Leave out what a copy must not have: parts of a batch, a scheduler's `step`."""
+        """Leave out what a copy must not have: parts of a batch, and attributes that schedulers and scalers set."""
         state = {name: value for name, value in self.__dict__.items() if name not in PASSING}
         return state | {"_batch": None, "_clipper": None}
 
     def __setstate__(self, state: dict) -> None:
-        """A copy's generators draw other noise."""
+        """Restore a copy, and reseed its generators so that they draw other noise."""
         self.__dict__.update(state)
         if self.generator is not None:
             renew(hold(self.generator))
@@ -309,7 +309,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
 
 def _check_privacy(groups: list[dict]) -> list[dict]:
-    """What parameter groups hold under "privacy". Raises ValueError if it is malformed."""
+    """Check and list what parameter groups hold under "privacy". Raises ValueError if it is malformed."""
     found = [group[PRIVACY] for group in groups if PRIVACY in group]
     for privacy in found:
         try:

@@ -1,4 +1,4 @@
-"""Public schedules of the noise and of the clipping bound, with the names and the meaning of `opacus.schedulers`.
+"""Public schedules of the noise and of the clipping bound, with the names and meaning of `opacus.schedulers`.
 
 >>> noise_scheduler = ExponentialNoise(optimizer, gamma=0.99)
 >>> for x, y in loader:
@@ -6,7 +6,7 @@
 ...     optimizer.step()
 ...     noise_scheduler.step()
 
-Each step is accounted for with the noise it had. After a part of a batch (BatchMemoryManager) a schedule stays where it is.
+Each step is accounted for with its own noise. After a part of a batch (BatchMemoryManager) a schedule does not advance.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from fastloda.engine.optimizer import PrivateOptimizer
 
 
 class _Scheduler:
-    """A rule for one attribute of a private optimizer, applied when it is made and at each `step()`."""
+    """A schedule of one attribute of a private optimizer, applied when it is made and at each `step()`."""
 
     attribute: str
 
@@ -39,16 +39,16 @@ class _Scheduler:
         return getattr(self.optimizer, self.attribute)
 
     def value(self) -> float:
-        """What the attribute becomes at `last_epoch`."""
+        """Compute the attribute's value at step `last_epoch`."""
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        """Plain values: all but the optimizer and functions, and where the schedule has brought its attribute."""
+        """Return plain values: all but the optimizer and functions, and the attribute's present value as "now"."""
         held = {name: held for name, held in vars(self).items() if name != "optimizer" and not callable(held)}
         return held | {"now": self.now}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on from there. Opacus's states don't say where the attribute was: it stays as it is, with a warning."""
+        """Continue from a state. Opacus's states don't hold the attribute's value, which then stays as it is, with a warning."""
         state = dict(state_dict)
         now = state.pop("now", None)
         if now is None:
@@ -96,30 +96,30 @@ class _Lambda(_Scheduler):
 
 
 class ExponentialNoise(_Exponential, _Noise):
-    """A noise that each step multiplies by gamma."""
+    """A schedule that multiplies the noise multiplier by gamma at each step."""
 
 
 class StepNoise(_Step, _Noise):
-    """A noise that every step_size-th step multiplies by gamma."""
+    """A schedule that multiplies the noise multiplier by gamma at every step_size-th step."""
 
 
 class LambdaNoise(_Lambda, _Noise):
-    """A noise of noise_lambda(number of steps) times the first."""
+    """A schedule that sets the noise multiplier to noise_lambda(number of steps) times its first value."""
 
     def __init__(self, optimizer: PrivateOptimizer, *, noise_lambda: Callable[[int], float], last_epoch: int = -1):
         super().__init__(optimizer, noise_lambda, last_epoch)
 
 
 class ExponentialGradClip(_Exponential, _GradClip):
-    """A clipping bound that each step multiplies by gamma."""
+    """A schedule that multiplies the clipping bound by gamma at each step."""
 
 
 class StepGradClip(_Step, _GradClip):
-    """A clipping bound that every step_size-th step multiplies by gamma."""
+    """A schedule that multiplies the clipping bound by gamma at every step_size-th step."""
 
 
 class LambdaGradClip(_Lambda, _GradClip):
-    """A clipping bound of scheduler_function(number of steps) times the first."""
+    """A schedule that sets the clipping bound to scheduler_function(number of steps) times its first value."""
 
     def __init__(
         self, optimizer: PrivateOptimizer, *, scheduler_function: Callable[[int], float], last_epoch: int = -1

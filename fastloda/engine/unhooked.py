@@ -1,12 +1,12 @@
-"""Whether the gradients of a backward pass reach each operation as the ones before it left them.
+"""A check that the gradients of a backward pass reach each operation unchanged from the operations before it.
 
 A graph that keeps the samples apart promises nothing if a gradient hook rewrites what passes between its operations: one that
-divides by the norm of the whole gradient couples all samples. PyTorch does not tell which hooks a graph has. So each operation
-of a private loss gets a hook of ours, first of its hooks, which sees what arrived after all others' hooks, and what it leaves
-before them. One gradient is passed on as the same tensor, so that nothing is computed to compare it; several are added up.
-Hooks that only look (retain_grad, logging) pass.
+divides by the norm of the whole gradient couples all samples. PyTorch does not tell which hooks a graph has. So each
+operation of a private loss gets a hook of ours, before its other hooks, which sees the gradients that arrive after all
+others' hooks and those that the operation computes before them. A single gradient is passed on as the same tensor, so that
+comparing it costs nothing; several are added up. Hooks that only look (retain_grad, logging) pass.
 
-Nor does it promise anything if what an operation saved for its backward pass is altered by `saved_tensors_hooks` on the way.
+It promises nothing either if `saved_tensors_hooks` alter what an operation saved for its backward pass.
 """
 
 from collections import defaultdict
@@ -25,11 +25,11 @@ Grads = Sequence[Tensor | None]
 
 
 class UnhookedPass:
-    """One backward pass, from which gradients may be taken only where no hook has changed them.
+    """A backward pass from which gradients may be taken only where no hook has changed them.
 
     Args:
-        roots: what the pass starts from.
-        grads: the gradient that each of them starts with.
+        roots: edges of the graph that the pass starts from.
+        grads: gradients that the roots start with.
     """
 
     def __init__(self, roots: Sequence[tuple[Node | None, int]], grads: Grads):
@@ -37,7 +37,7 @@ class UnhookedPass:
         self._leave(roots, grads)
 
     def watch(self, below: Mapping[Node, Edges]) -> list[RemovableHandle]:
-        """Look at all operations of `below`; the handles end that."""
+        """Hook all operations of `below`; removing the returned handles ends it."""
         return [_first_hook(node, partial(self._passed, node, edges)) for node, edges in below.items()]
 
     def _passed(self, node: Node, edges: Edges, left: Grads, arrived: Grads) -> None:
@@ -50,7 +50,7 @@ class UnhookedPass:
                 self._left[edge].append((grad, grad._version))
 
     def check(self, node: Node, arrived: Grads) -> None:
-        """Refuse gradients that are not what the operations above `node` left.
+        """Refuse gradients that are not what the operations above `node` computed.
 
         Raises:
             PrivacyError: with what to do.
@@ -65,7 +65,7 @@ class UnhookedPass:
 
 
 def check_saved(nodes: Iterable[Node]) -> None:
-    """Refuse operations whose saved values somebody's hooks hand back; PyTorch's own, of checkpoints and offloading, are exact.
+    """Refuse operations whose saved values a user's hooks hand back; PyTorch's own, of checkpoints and offloading, are exact.
 
     Raises:
         PrivacyError: with what to do.
@@ -88,10 +88,10 @@ def _saved_names(kind: type) -> tuple[str, ...]:
 
 
 def _first_hook(node: Node, hook: Callable[[Grads, Grads], None]) -> RemovableHandle:
-    """Call it with what the operation makes and what it got, before any other hook on what it makes."""
+    """Call `hook` with the gradients that the operation makes and those that it got, before any other hook on them."""
     handle = node.register_hook(hook)
     hooks = handle.hooks_dict_ref()
-    if len(hooks) > 1:  # PyTorch calls them in the order in which they came, whatever move_to_end says
+    if len(hooks) > 1:  # PyTorch calls hooks in the order in which they were added, whatever move_to_end says
         others = {key: other for key, other in hooks.items() if key != handle.id}
         hooks.clear()
         hooks.update({handle.id: hook, **others})
@@ -99,7 +99,7 @@ def _first_hook(node: Node, hook: Callable[[Grads, Grads], None]) -> RemovableHa
 
 
 def _is_sum(grad: Tensor | None, parts: Sequence[tuple[Tensor, int]]) -> bool:
-    """Whether the gradient is the sum of what was left, of which nothing was written to since."""
+    """Tell whether `grad` is the sum of `parts`, (gradient, version) each, of which none was written to since."""
     if grad is None or not parts:
         return grad is None and not parts
     if any(part._version != version for part, version in parts):
@@ -112,7 +112,7 @@ def _is_sum(grad: Tensor | None, parts: Sequence[tuple[Tensor, int]]) -> bool:
 
 
 def _is_close(whole: Tensor, grad: Tensor, parts: Sequence[Tensor]) -> bool:
-    """Whether the parts, added up in another order, may give the gradient; or NaN does not equal itself."""
+    """Tell whether `parts`, added up in another order, may give `grad`, with NaN equal to NaN."""
     if whole.shape != grad.shape:
         return False
     sizes = torch.stack([part.abs() for part in parts]).sum(0).nan_to_num(0, 0, 0)

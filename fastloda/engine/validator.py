@@ -1,4 +1,4 @@
-"""What keeps a model from private training, and a copy of it without: Opacus's `ModuleValidator`.
+"""Opacus's `ModuleValidator`: it finds the layers that keep a model from private training, and makes a copy without them.
 
 >>> model = ModuleValidator.fix(torchvision.models.resnet18(num_classes=10))
 >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)     # of the copy's parameters
@@ -16,14 +16,14 @@ from fastloda.per_sample.refusals import check_layers
 
 
 class ModuleValidator:
-    """The layers that mix samples: finds them, and replaces those that have a counterpart which does not."""
+    """A validator that finds the layers that mix samples, and replaces those that have a counterpart which does not."""
 
     @staticmethod
     def validate(module: nn.Module, *, strict: bool = False) -> list[PrivacyError]:
-        """What is wrong with each layer. Layers that only the first step can judge (without a rule, mixing samples) pass.
+        """List the errors of all layers. Layers that only the first step can judge (without a rule, mixing samples) pass.
 
         Raises:
-            PrivacyError: strict, and something is.
+            PrivacyError: `strict` is True, and there are errors.
         """
         errors = []
         for name, layer in Members.of(module).modules.items():
@@ -37,14 +37,14 @@ class ModuleValidator:
 
     @classmethod
     def is_valid(cls, module: nn.Module) -> bool:
-        """Whether `validate` finds nothing."""
+        """Tell whether `validate` finds nothing."""
         return not cls.validate(module)
 
     @staticmethod
     def fix(module: nn.Module) -> nn.Module:
-        """A copy with GroupNorm for every BatchNorm (`replace_batch_norm`), and InstanceNorm without running statistics.
+        """Copy a module with GroupNorm for BatchNorm (`replace_batch_norm`), and InstanceNorm without running statistics.
 
-        All else trains as it is, LSTM and MultiheadAttention too. Raises ValueError: a BatchNorm that can't be replaced.
+        All other layers, LSTM and MultiheadAttention too, train unchanged. Raises ValueError if a BatchNorm can't be replaced.
         """
         module = copy.deepcopy(module)
         replace_batch_norm(module)
@@ -56,7 +56,7 @@ class ModuleValidator:
 
     @classmethod
     def fix_and_validate(cls, module: nn.Module) -> nn.Module:
-        """`fix`; and raise a PrivacyError for what is still wrong."""
+        """Copy a module by `fix`, and raise a PrivacyError for what is still wrong."""
         module = cls.fix(module)
         cls.validate(module, strict=True)
         return module

@@ -1,4 +1,4 @@
-"""Diffusers: one loss per sample for its U-Nets and schedulers.
+"""Diffusers: losses per sample for its U-Nets and schedulers.
 
 `attach_loda`, `save_loda`, `load_loda` and the private step take diffusers' models as they are, and the adapted model stays
 what a pipeline expects. `attach_loda(unet)` adapts every convolution; `attach_loda(unet, targets=ATTENTION)` the
@@ -14,7 +14,7 @@ from torch.utils._pytree import keystr, tree_map_with_path
 from fastloda.errors import UserError
 from fastloda.training.noising import add_noise, draw, draw_timesteps
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers' own LoRA training targets them
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the targets of diffusers' own LoRA training
 
 
 def diffusion_losses(
@@ -28,24 +28,24 @@ def diffusion_losses(
     noise: Tensor | None = None,
     **conditions: Any,
 ) -> Tensor:
-    """Mean squared error of what the U-Net predicts, one number per sample and view: [n * views].
+    """Compute the mean squared error of the U-Net's prediction, one number per sample and view: [n * views].
 
-    Rows i * views .. (i + 1) * views - 1 belong to sample i, as `ghost_dp_step(..., views=views)` takes them. View k's
-    timestep comes from the k-th of `views` equal ranges; its noise is its own.
+    Rows i * views .. (i + 1) * views - 1 belong to sample i, as `ghost_dp_step(..., views=views)` takes them. View k draws
+    its timestep from the k-th of `views` equal ranges, and its own noise.
 
     Args:
-        unet: UNet2DModel, UNet2DConditionModel, or any model called alike: unet(x_t, t, return_dict=False, **conditions)[0].
-        scheduler: any with `alphas_cumprod` (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...): it gives x_t = sqrt(abar_t) x0 +
-            sqrt(1 - abar_t) noise, and by its `prediction_type` what is predicted: the noise ("epsilon"), x0 ("sample"), or
+        unet: UNet2DModel, UNet2DConditionModel, or any model with the call unet(x_t, t, return_dict=False, **conditions)[0].
+        scheduler: any scheduler with `alphas_cumprod` (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...): it gives x_t = sqrt(abar_t)
+            x0 + sqrt(1 - abar_t) noise, and by its `prediction_type` the target: the noise ("epsilon"), x0 ("sample"), or
             sqrt(abar_t) noise - sqrt(1 - abar_t) x0 ("v_prediction"; Salimans & Ho 2022).
         x0: [n, C, H, W], images in [-1, 1] or latents.
-        generator: of the timesteps and the noise; PyTorch's global one if None.
-        timesteps [n * views], noise [n * views, C, H, W]: given instead of drawn.
+        generator: generator of the timesteps and the noise; PyTorch's global one if None.
+        timesteps, noise: [n * views] integers and [n * views, C, H, W], instead of those that would be drawn.
         conditions: class_labels, encoder_hidden_states, added_cond_kwargs, ... for the U-Net. Every tensor in them, also inside
             dictionaries, lists and tuples (IP-Adapter, ControlNet), has one row per sample, which all of its views share.
 
     Raises:
-        ValueError: the scheduler or a shape does not fit, with the value.
+        ValueError: the scheduler or a shape does not fit; the message has the value.
     """
     samples = len(x0)
     if not isinstance(views, int) or isinstance(views, bool) or views < 1:
@@ -88,7 +88,7 @@ def _prediction_type(scheduler: Any) -> str:
 
 
 def _per_view(name: str, condition: Any, samples: int, views: int) -> Any:
-    """Each sample's row of every tensor in a condition, once per view, however the tensors are nested."""
+    """Repeat each sample's row of every tensor in a condition once per view, however the tensors are nested."""
 
     def repeated(path: tuple, value: Any) -> Any:
         place = f"{name}{keystr(path)}"
@@ -109,7 +109,7 @@ def _per_view(name: str, condition: Any, samples: int, views: int) -> Any:
 
 
 def _may_hold_rows(value: Any) -> bool:
-    """Arrays and objects; not numbers, words and functions."""
+    """Tell whether a value may hold rows of samples: arrays and objects may; numbers, strings and functions may not."""
     return (
         not isinstance(value, (str, bytes))
         and not callable(value)

@@ -6,9 +6,9 @@ Opacus keeps a layer's input x and its output gradient gy. From them, with z = A
 
     gz = phi'(z) . (s B^T gy),   gA[n] = gz[n] against x[n],   gB[n] = s gy[n] against phi(z[n])
 
-come as in FastLoDA's own step: without im2col, for any geometry and memory layout. Norms are those of these gradients, never
-an underestimate. Frozen weights get nothing. The "functorch" mode needs no registration (and fails on an empty batch, as it does
-for any layer); for "ew" PyTorch raises, for its expanded weights do not know these layers.
+follow as in FastLoDA's own step: without im2col, for any geometry and memory layout. Norms are those of these gradients,
+never an underestimate. Frozen weights get none. The "functorch" mode needs no registration (and fails on an empty batch, as
+it does for any layer); for "ew" PyTorch raises, for its expanded weights do not know these layers.
 """
 
 import torch
@@ -38,10 +38,10 @@ def register() -> None:
 
 
 def grad_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Trainable parameter -> its gradient for each of n samples: [n, *parameter.shape], float32 (or float64).
+    """Compute the gradient of each trainable parameter for each of n samples: [n, *parameter.shape], float32 (or float64).
 
-    activations: [x], with x [n, C, H, W] for a convolution, [n, ..., C] for a linear layer; backprops: the gradient of the
-    samples' own losses by the output. n may be 0.
+    `activations` is [x], with x [n, C, H, W] for a convolution and [n, ..., C] for a linear layer; `backprops` is the
+    gradient of the samples' own losses with respect to the output. n may be 0.
     """
     n = len(backprops)
     if not n:
@@ -50,8 +50,9 @@ def grad_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor)
 
 
 def norm_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Trainable parameter -> the norm of its gradient for each of n samples: [n], float64, for in a parameter's own bfloat16 it
-    would be rounded, perhaps down; arguments as for `grad_samples`.
+    """Compute the norm of each trainable parameter's gradient for each of n samples: [n], float64.
+
+    In a parameter's own bfloat16 the norm would be rounded, perhaps down. The arguments are those of `grad_samples`.
     """
     n = len(backprops)
     if not n:
@@ -65,7 +66,7 @@ def norm_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor)
 
 
 def _recipes(layer: LoDALayer, x: Tensor, gy: Tensor) -> dict[nn.Parameter, Recipe]:
-    """The recipes of the trainable parameters' per-sample gradients."""
+    """Make the recipes of the trainable parameters' per-sample gradients."""
     with torch.no_grad(), torch.autocast(gy.device.type, enabled=False):
         x, A, B = (t.to(gy.dtype) for t in (x, layer.loda_A, layer.loda_B))
         op, x, z = _again(layer, x, A)
@@ -73,7 +74,7 @@ def _recipes(layer: LoDALayer, x: Tensor, gy: Tensor) -> dict[nn.Parameter, Reci
     groups = getattr(layer, "groups", 1)
 
     def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
-        """W's is as A's, with gy for gz, group by group."""
+        """Compute the gradient of W as that of A, with gy for gz, group by group."""
         x, gy = (t.reshape(len(t) * groups, -1, *t.shape[2:]) if groups > 1 else t for t in (x, gy))
         whole = slice(0, samples * groups)
         return op.recipe_A(x, gy).compute(whole.stop, whole).reshape(samples, *layer.weight.shape)
@@ -91,7 +92,7 @@ def _recipes(layer: LoDALayer, x: Tensor, gy: Tensor) -> dict[nn.Parameter, Reci
 
 
 def _again(layer: LoDALayer, x: Tensor, A: Tensor) -> tuple[ConvOp | LinearOp, Tensor, Tensor]:
-    """-> the layer's operation, its input with any padding in it, and z = A * x."""
+    """Compute a layer's forward pass again -> its operation, its input with any padding in it, and z = A * x."""
     if isinstance(layer, LoDALinear):
         return LinearOp(layer.slope, layer.scale), x, F.linear(x, A)
     if x.dim() != 4:

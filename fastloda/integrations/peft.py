@@ -1,4 +1,4 @@
-"""LoRA adapters to and from PEFT's format: adapter_config.json and adapter_model.safetensors in a folder.
+"""Conversion of LoRA adapters to and from PEFT's format: adapter_config.json and adapter_model.safetensors in a folder.
 
 With the identity activation LoDA is LoRA (Hu et al. 2021), A and B have the same shapes in both, and PEFT's lora_alpha / r is
 LoDA's scale. PEFT itself is not needed, and nothing in the files can run code. diffusers' models that take LoRA load such a
@@ -30,9 +30,9 @@ logger = logging.getLogger("fastloda")
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 KEY = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
-DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers looks for LoraConfig's arguments
+DIFFUSERS_METADATA = "lora_adapter_metadata"  # the key under which diffusers looks for LoraConfig's arguments
 
-# What a LoraConfig may say without changing what A and B compute on the base layers; anything else must be neutral.
+# Settings of a LoraConfig that are read here, or that do not change what A and B compute; all others must be neutral.
 UNDERSTOOD = {
     "peft_type",
     "r",
@@ -60,22 +60,22 @@ BASE_UNCHANGED = (
     True,
     False,
     "gaussian",
-)  # ways to start A and B that leave the base weights alone; PiSSA, say, does not
+)  # initialisations of A and B that leave the base weights alone; PiSSA, say, does not
 PLAIN_PATTERN = re.compile(r"\^?(?:[\w\-.]|\\[.\-])*")  # no repetition: a regular expression that can't take long
 
 
 def save_peft(model: nn.Module, folder: str | os.PathLike, *, base_model: str | None = None) -> None:
-    """Write the adapters as PEFT's LoRA, for `PeftModel.from_pretrained(the unadapted model, folder)`.
+    """Write a model's adapters as PEFT's LoRA, for `PeftModel.from_pretrained(the unadapted model, folder)`.
 
     Layers of different rank or scale go into PEFT's rank_pattern and alpha_pattern. Each file is written atomically, and
     the folder has no configuration while its tensors change.
 
     Args:
-        folder: made if missing.
+        folder: folder to write into; made if missing.
         base_model: name or path of the unadapted model, which PEFT's AutoPeftModel looks for.
 
     Raises:
-        ValueError: the model has no adapters, or one that PEFT can't represent, by name and with the reason: a nonlinear
+        ValueError: the model has no adapters, or one that PEFT can't represent, which is named with the reason: a nonlinear
             activation; a convolution with groups, dilation or a padding other than by zeros, where PEFT's adapter differs.
         OSError: a file cannot be written.
     """
@@ -103,16 +103,16 @@ def save_peft(model: nn.Module, folder: str | os.PathLike, *, base_model: str | 
 def load_peft(model: nn.Module, folder: str | os.PathLike) -> list[str]:
     """Load PEFT's LoRA into a model, first attaching it as adapters with the identity activation if the model has none.
 
-    The model then gives PEFT's outputs in eval mode, and trains on, also privately; lora_dropout is not taken over.
+    The model then gives PEFT's outputs in eval mode, and can be trained further, also privately; lora_dropout is dropped.
 
     Returns:
-        The adapted names.
+        The names of the adapted layers.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the files are damaged, or of another model; the adapter is no plain LoRA of Conv2d and Linear, by the name
-            of the setting or the layer (DoRA, trained biases, PiSSA, ...); it is pickled (adapter_model.bin), which could run
-            code; or the model has other adapters. The model is as before.
+        ValueError: the files are damaged, or belong to another model; the adapter is no plain LoRA of Conv2d and Linear
+            (DoRA, trained biases, PiSSA, ...), with the name of the setting or layer; it is pickled (adapter_model.bin),
+            which could run code; or the model has other adapters. The model is unchanged then.
     """
     folder = Path(folder)
     config, tensors = _read_config(folder), _read_tensors(folder)
@@ -141,7 +141,7 @@ def _not_lora(layer: LoDAConv2d | LoDALinear) -> str | None:
 
 
 def _differs_in_peft(layer: nn.Module) -> str | None:
-    """PEFT gives A of a convolution its kernel, stride and padding, and B its groups, but nothing else."""
+    """Say why PEFT's adapter of a layer would differ: PEFT gives a convolution's A its kernel, stride and padding only."""
     if not isinstance(layer, nn.Conv2d):
         return None
     if layer.groups != 1:
@@ -152,7 +152,7 @@ def _differs_in_peft(layer: nn.Module) -> str | None:
 
 
 def _config(layers: dict[str, LoDAConv2d | LoDALinear]) -> dict:
-    """LoraConfig's arguments: the commonest rank and alpha, and patterns for the layers that have others."""
+    """Make LoraConfig's arguments: the commonest rank and alpha, and patterns for the layers that have others."""
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.scale * layer.rank for name, layer in layers.items()}
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -166,7 +166,7 @@ def _config(layers: dict[str, LoDAConv2d | LoDALinear]) -> dict:
 
 
 def _exactly(name: str) -> str:
-    """The pattern that matches this name alone."""
+    """Make the pattern that matches this name alone."""
     return "^" + re.escape(name)
 
 
@@ -197,7 +197,7 @@ def _read_config(folder: Path) -> dict:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Under LoDA's names: "name.loda_A" and "name.loda_B"."""
+    """Read the tensors, and rename them to LoDA's "name.loda_A" and "name.loda_B"."""
     path = folder / TENSORS
     if not path.is_file():
         if (folder / PICKLE).exists():
@@ -235,8 +235,8 @@ def _settings(name: str, config: dict, tensors: dict[str, Tensor], folder: Path)
 
 
 def _matched(name: str, config: dict, pattern_key: str, default_key: str, folder: Path) -> float:
-    """The number for a layer: that of the first pattern that matches the end of its name, as PEFT looks it up."""
-    default = {"r": 8, "lora_alpha": 8}[default_key]  # LoraConfig's own
+    """Look up the number of a layer as PEFT does: that of the first pattern that matches the end of its name."""
+    default = {"r": 8, "lora_alpha": 8}[default_key]  # LoraConfig's defaults
     value, patterns = config.get(default_key, default), config.get(pattern_key) or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{folder / CONFIG}: {pattern_key} must map names to numbers, got {patterns!r}")

@@ -1,4 +1,4 @@
-"""timm: adapters on its weight-standardised ResNets (BiT, NFNet), whose convolutions are functions of their weight."""
+"""timm: adapters on its weight-standardised ResNets (BiT, NFNet), whose convolutions compute with a function of their weight."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ def fold_weight_standardization(model: nn.Module) -> list[str]:
     a layer's own weight privately, leave it as it is: per-sample gradients pass through the standardisation
     (`fastloda.per_sample.composites`). Layers that pad by the size of their input (dynamic "same" padding) are left alone.
 
-    Weight standardisation: Qiao et al. 2019; scaled: Brock et al. 2021.
+    Sources: Qiao et al. 2019 for weight standardisation, Brock et al. 2021 for the scaled kind.
     """
     layers = {name: module for name, module in model.named_modules() if type(module) in STANDARDISED}
     folded = {layer: _folded(layer) for layer in layers.values() if not getattr(layer, "same_pad", False)}
@@ -38,7 +38,7 @@ def _folded(layer: Standardised) -> nn.Conv2d:
 
 @torch.no_grad()
 def _standardised(layer: Standardised) -> Tensor:
-    """As timm's forward computes it: zero mean and unit variance over each filter, times the gain of the scaled kind."""
+    """Standardise the weight as timm's forward does: zero mean, unit variance over each filter, times the gain if scaled."""
     rows = layer.weight.reshape(1, layer.out_channels, -1)
     gain = (layer.gain * layer.scale).view(-1) if isinstance(layer, SCALED) else None
     return F.batch_norm(rows, None, None, gain, training=True, momentum=0.0, eps=layer.eps).view_as(layer.weight)

@@ -26,17 +26,17 @@ def account(
 ) -> dict:
     """Compute epsilon for given noise, the noise for a given epsilon, or the epsilon of several runs together.
 
-    Epsilon is an upper bound for Poisson-sampled DP-SGD and add/remove adjacency (`fastloda.accounting.accountant`); that of
-    Renyi DP stands beside it.
+    Epsilon is an upper bound for Poisson-sampled DP-SGD and add/remove adjacency (`fastloda.accounting.accountant`); the bound
+    by Renyi DP stands beside it.
 
     Args:
         delta: probability with which the bound may fail.
-        sample_rate: probability that a record enters a step's batch: batch size / records.
-        noise_multiplier: standard deviation of the noise over the clip norm.
-        steps: optimizer steps.
-        target_epsilon: give this instead of noise_multiplier to get the noise.
-        composition: several runs on the same records instead of all these: their folders, or privacy.json files, with
-            commas between. What `choose` released before a run is counted with the run.
+        sample_rate: probability that a record enters a step's batch: batch size / number of records.
+        noise_multiplier: standard deviation of the noise divided by the clipping bound.
+        steps: number of optimizer steps.
+        target_epsilon: epsilon for which to compute the noise; give it instead of noise_multiplier.
+        composition: several runs on the same records, in place of all these options: their folders or privacy.json files,
+            separated by commas. What `choose` released before a run is counted with the run.
     """
     one = {"sample_rate": sample_rate, "steps": steps}
     if composition:
@@ -55,10 +55,10 @@ def account(
 
 
 def read_statement(path: Path) -> dict:
-    """privacy.json: the file itself, or that of a run's folder or of its private/.
+    """Read privacy.json from `path`: the file itself, a run's folder, or that folder's private/.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is none of ours.
+        FileNotFoundError, ValueError: there is no such file, or it is no statement of ours.
     """
     found = [p for p in (path, path / STATEMENT, path / "private" / STATEMENT) if p.is_file()]
     if not found:
@@ -70,13 +70,13 @@ def read_statement(path: Path) -> dict:
 
 
 def releases(statement: dict) -> list[tuple]:
-    """All that a statement's epsilon covers, as `compose_epsilon` takes it."""
+    """List all releases that a statement's epsilon covers, as `compose_epsilon` takes them."""
     own = tuple(statement[name] for name in MECHANISM)
     return [*map(tuple, statement.get("earlier", ())), own]
 
 
 def known_releases(statement: dict) -> list[dict]:
-    """The same with what is known of how the noise of each was drawn."""
+    """List all releases that a statement covers, with what is known of how the noise of each was drawn."""
     if "releases" in statement:
         return statement["releases"]
     *earlier, own = map(unrecorded_release, releases(statement))

@@ -12,15 +12,15 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class Floats(tuple[float, ...]):
-    """Numbers: "1,10" on the command line, a number or a list in a configuration file."""
+    """A tuple of numbers: "1,10" on the command line, a number or a list in a configuration file."""
 
 
 class Names(tuple[str, ...]):
-    """Strings: "a,b" on the command line, a string or a list in a configuration file."""
+    """A tuple of strings: "a,b" on the command line, a string or a list in a configuration file."""
 
 
 def resolve_device(device: Device) -> torch.device:
-    """`auto` is the GPU if there is one.
+    """Choose the device by its name; "auto" is the GPU if there is one.
 
     Raises:
         ValueError: "cuda" without a GPU that PyTorch can use.

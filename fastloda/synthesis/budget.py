@@ -1,4 +1,4 @@
-"""A privacy budget: from a promise (epsilon, delta) to a private run's settings, and the statement of what it spent."""
+"""A privacy budget: a promise (epsilon, delta), a private run's settings that keep it, and the statement of what it spent."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -41,21 +41,21 @@ Better kept: {DONE}; the time that training took depends, a little, on the recor
 
 @dataclass(frozen=True)
 class Privacy:
-    """The promise, and what else fixes the noise. All of it is public: none may be computed from the private records.
+    """The promise, and what else determines the noise. All is public: none may be computed from the private records.
 
     Attributes:
-        target_epsilon: upper bound on epsilon that training may not exceed; 1 is strong, 10 is common in research.
+        target_epsilon: upper bound on epsilon, which training may not exceed; 1 is strong, 10 is common in research.
         delta: probability with which the bound may fail; must be below 1 / records.
         epochs: expected number of times that a record is used.
-        batch_size: expected records a step; large batches need less noise per record.
+        batch_size: expected number of records in a step; large batches need less noise per record.
         records: the public, nominal number of records; sample_rate = batch_size / records and the number of steps
             follow from it. Default: the count of the data, which is thereby made public.
-        max_grad_norm: bound on the L2 norm of a record's gradient. A small one clips all gradients, as is usual in
-            diffusion, and Adam makes up for the scale. With adaptive clipping, where the bound starts.
-        views: noise levels per record and step, averaged before clipping.
-        clipping: flat (a gradient longer than max_grad_norm is shortened to it), automatic (all are scaled to just below
-            it), per_layer (each layer has an equal share of it), or adaptive (it follows the median of the norms, for a
-            part of the same budget).
+        max_grad_norm: bound on the L2 norm of a record's gradient. A small bound clips all gradients, as is usual in
+            diffusion, and Adam makes up for the scale. With adaptive clipping, the first bound.
+        views: number of noise levels per record and step, averaged before clipping.
+        clipping: style of clipping: flat (a gradient longer than max_grad_norm is shortened to it), automatic (all are scaled
+            to just below it), per_layer (each layer has an equal share of it), or adaptive (the bound follows the median of
+            the norms, for a part of the same budget).
     """
 
     target_epsilon: float
@@ -92,26 +92,26 @@ class Privacy:
 
     @classmethod
     def for_steps(cls, steps: int, batch_size: int, records: int, **promise) -> Self:
-        """A promise that is spent in so many steps; promise: the other fields but epochs."""
+        """Make a promise that `steps` steps spend; `promise` are the other fields except epochs."""
         return cls(epochs=steps * batch_size / records, batch_size=batch_size, records=records, **promise)
 
     def with_records(self, count: int) -> "Privacy":
-        """`records` filled in by the data's own count, if it was left open."""
+        """Fill in `records` by `count`, the data's own number, if it is not given."""
         return replace(self, records=nominal_records(self.records, count, "--privacy.records"))
 
     @property
     def sample_rate(self) -> float:
-        """Probability that a record enters a step's batch."""
+        """The probability that a record enters a step's batch."""
         return self.batch_size / self.records
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
+        """The number of optimizer steps."""
         return round(self.epochs / self.sample_rate)
 
 
 def nominal_records(given: int | None, count: int, option: str) -> int:
-    """The public number of records: the one given, or else the data's own, which is thereby made public."""
+    """Return the public number of records: `given`, or else the data's own `count`, which is thereby made public."""
     if given is None:
         logger.info("note: the number of records, %d, is treated as public; or give %s", count, option)
         return count
@@ -119,7 +119,7 @@ def nominal_records(given: int | None, count: int, option: str) -> int:
 
 
 def check_delta(name: str, delta: float, records: int) -> None:
-    """ValueError unless 0 < delta < 1 / records."""
+    """Refuse a delta outside 0 < delta < 1 / records with a ValueError; the message calls it `name`."""
     if records < 1 or not 0 < delta < 1 / records:
         raise UserError(
             f"{name} must be below 1 / records = {1 / max(1, records):.3g} and positive, got {delta}: with a larger one, "
@@ -128,10 +128,10 @@ def check_delta(name: str, delta: float, records: int) -> None:
 
 
 def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optimization) -> PrivateTraining:
-    """The trainer's settings, with the least noise that keeps the promise. Takes 1 to 20 s, less if asked before.
+    """Make the trainer's settings with the least noise that keeps the promise. Takes 1 to 20 s, less if asked before.
 
-    earlier: releases about the same records, as `compose_epsilon` takes them, that the promise covers too.
-    optimization: the other fields of `PrivateTraining`.
+    `earlier` are releases about the same records, as `compose_epsilon` takes them, that the promise covers too;
+    `optimization` are the other fields of `PrivateTraining`.
     """
     settings = PrivateTraining(  # checked before the noise is sought, which takes a while
         sample_rate=privacy.sample_rate,
@@ -170,15 +170,15 @@ def private_trainer(
 
 
 def fit_average(trainer: DPTrainer) -> None:
-    """Train to the end, and leave the average of the parameters in the model: it is what is released."""
+    """Train to the end, and leave the average of the parameters in the model: the average is what is released."""
     trainer.fit()
     copy_into(trainer.parameters, trainer.average.values)
 
 
 def publish(trainer: DPTrainer, privacy: Privacy, folder: Path, earlier: Sequence[dict] = ()) -> None:
-    """What a private run says about itself: privacy.json, epsilon.png, and README.txt on what may leave the folder.
+    """Write a private run's public account: privacy.json, epsilon.png, and README.txt on what may leave the folder.
 
-    earlier: as in `privacy_statement`.
+    `earlier` is as in `privacy_statement`.
     """
     write_atomically(folder / "README.txt", README.encode())
     write_atomically(folder / EPSILON_CURVE, _epsilon_curve(trainer))
@@ -186,9 +186,9 @@ def publish(trainer: DPTrainer, privacy: Privacy, folder: Path, earlier: Sequenc
 
 
 def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[dict] = ()) -> dict:
-    """What was spent, and on what terms: JSON values, all of them public.
+    """Make the statement of what a run spent, and on what terms: JSON values, all of them public.
 
-    earlier: what is known of the releases in the settings' `earlier`, as a statement's own "releases" say it.
+    `earlier` describes the releases in the settings' `earlier`, as a statement's own "releases" do.
     """
     settings, accountant = trainer.settings, trainer.accountant
     own = (settings.sample_rate, settings.noise_multiplier, trainer.step)
@@ -240,7 +240,7 @@ def _clipping(style: Flat, noise_multiplier: float, expected_batch_size: float) 
 
 
 def release_statement(what: str, mechanism: Sequence, delta: float, records: int, seed: int | None) -> dict:
-    """The same of the single release of a sum over the records; mechanism: as `compose_epsilon` takes it."""
+    """Make the statement of a single release of a sum over the records; `mechanism` is as `compose_epsilon` takes it."""
     sample_rate, noise_multiplier, steps = mechanism
     return {
         "epsilon": compose_epsilon([mechanism], delta),
@@ -257,7 +257,7 @@ def release_statement(what: str, mechanism: Sequence, delta: float, records: int
 
 
 def unrecorded_release(mechanism: Sequence) -> dict:
-    """A release of which nobody has written down how its noise was drawn."""
+    """Describe a release of which it is not recorded how its noise was drawn."""
     return _release(mechanism, None, UNRECORDED)
 
 
@@ -267,7 +267,7 @@ def _release(mechanism: Sequence, seed_was_fixed: bool | None, randomness: str) 
 
 
 def _randomness(all_releases: Sequence[dict]) -> dict:
-    """How the noise of each release was drawn, and of all together: foreseeable as soon as one is, or may be."""
+    """Describe how the noise of each release was drawn, and of all together: foreseeable as soon as one is, or may be."""
     return {
         "seed_was_fixed": any(release["seed_was_fixed"] is not False for release in all_releases),
         "randomness": describe_together(release["randomness"] for release in all_releases),
@@ -281,7 +281,7 @@ def _accountant() -> str:
 
 
 def _epsilon_curve(trainer: DPTrainer) -> bytes:
-    """PNG: what was spent, by step."""
+    """Draw the epsilon spent by each step, as PNG."""
     settings, spent = trainer.settings, trainer.epsilon()
     # Epsilon rises fastest at the start, where the points are densest.
     counts = sorted({0, 1} | {round(trainer.step * (i / CURVE_POINTS) ** 2) for i in range(CURVE_POINTS + 1)})

@@ -1,4 +1,4 @@
-"""The command `fastloda`: functions of the package are its subcommands, their docstrings its help.
+"""The command `fastloda`: its subcommands are functions of the package, their help texts those functions' docstrings.
 
 A bad input gives one line on stderr and exit code 2, before anything is changed; a bug keeps its traceback. What takes long to
 import waits until a subcommand is known.
@@ -104,7 +104,7 @@ def _fail(name: str, message: str) -> int:
 
 @contextmanager
 def _notes_to_stderr() -> Iterator[None]:
-    """Show what the package logs and warns of, a line each; logging and warnings are as they were after."""
+    """Print the package's log messages and warnings to stderr, a line each, inside the context."""
     logger, handler = logging.getLogger("fastloda"), logging.StreamHandler(sys.stderr)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)

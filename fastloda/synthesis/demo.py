@@ -1,4 +1,4 @@
-"""The whole idea in one command: real digits as private data, fonts as public data, one table, one report."""
+"""The whole method in one command: real digits as private data, fonts as public data, one table, one report."""
 
 import logging
 import time
@@ -42,8 +42,8 @@ logger = logging.getLogger("fastloda")
 
 T = TypeVar("T")
 
-STRICT = 3.0  # budgets below it have settings of their own
-PRIVATE_RECORDS = 1437  # published with the data set
+STRICT = 3.0  # the epsilon below which the strict settings are used
+PRIVATE_RECORDS = 1437  # the number published with the data set
 
 
 @dataclass(frozen=True)
@@ -55,56 +55,57 @@ class DemoSettings:
     docs/results/demo-tuning.md).
 
     Attributes:
-        public_images: enough that the public model does not memorise; drawn in seconds.
-        public_steps: what two cores train in two to four minutes.
-        public_batch_size: what a CPU core takes in half a second.
+        public_images: enough for the public model not to memorise them; they are drawn in seconds.
+        public_steps: as many as two cores train in two to four minutes.
+        public_batch_size: as large as a CPU core computes in half a second.
         public_learning_rate: the first value tried on the font digits.
         public_ema_decay: an average over the last quarter of the public steps, by rule of thumb.
-        choice_images: public digits to choose from; drawn in ten seconds.
-        choice_noise: on the stand-in at epsilon 10; with 4 the choice alone costs epsilon 0.93.
-        strict_choice_noise: below epsilon 3; on MNIST at epsilon 1, 4.2 did a little better than 5.3.
+        choice_images: as many public digits to choose from as are drawn in ten seconds.
+        choice_noise: chosen on the stand-in at epsilon 10; with 4 the choice alone costs epsilon 0.93.
+        strict_choice_noise: used below epsilon 3; on MNIST at epsilon 1, 4.2 did a little better than 5.3.
         choice_tolerance: on the stand-in, 2 gave classifiers as good as 1 and 4, from more different digits than 1.
-        strict_choice_tolerance: below epsilon 3, where chosen digits are moved; on MNIST, 4 did better than 2, 8 and 20.
-        choice_reach: on MNIST at epsilon 5 and 10, moved digits did no better than those as chosen.
-        strict_choice_reach: below epsilon 3; between 0.25 and 0.5, which did best on MNIST and on its most typical digits.
-        choice_steps: set beforehand, a third of the public ones.
-        choice_learning_rate: set beforehand, half of the public one.
+        strict_choice_tolerance: used below epsilon 3, where chosen digits are moved; on MNIST, 4 did better than 2, 8 and 20.
+        choice_reach: on MNIST at epsilon 5 and 10, moved digits did no better than unmoved ones.
+        strict_choice_reach: used below epsilon 3; between 0.25 and 0.5, which did best on MNIST and on its most typical
+            digits.
+        choice_steps: set beforehand, about a third of the public steps.
+        choice_learning_rate: set beforehand, half of the public learning rate.
         choice_ema_decay: set beforehand.
-        delta: below 1 / 1,437 by two orders of magnitude; the value that is usual for sets of up to 10^5 records.
-        batch_size: set beforehand, a sixth of the records.
+        delta: two orders of magnitude below 1 / 1,437; the usual value for sets of up to 10^5 records.
+        batch_size: set beforehand, about a sixth of the records.
         steps: on the stand-in at epsilon 10, 400 did better than 250.
-        strict_steps: below epsilon 3; on the stand-in at epsilon 1, 100 did as well as 250.
+        strict_steps: used below epsilon 3; on the stand-in at epsilon 1, 100 did as well as 250.
         views: on the stand-in at epsilon 10, 2 did as well as 4.
-        strict_views: below epsilon 3; on the stand-in at epsilon 1, 4 did better than 2, and as well as 8.
-        max_grad_norm: below all gradients' norms, as usual for diffusion: each counts alike, and no private norm was
-            looked at.
-        learning_rate: on the stand-in at epsilon 10, between 0.0015 and 0.02.
-        strict_learning_rate: below epsilon 3; on the stand-in at epsilon 1, between 0.0015 and 0.016.
-        schedule: on the stand-in, the cosine did a little better than a constant rate.
-        timesteps: on the stand-in at epsilon 10, 100 to 800 did as well as all, 200 to 800 and 100 to 700, or better.
-        strict_timesteps: below epsilon 3; on the stand-in at epsilon 1, better than all, 300 to 700 and 300 to 900.
+        strict_views: used below epsilon 3; on the stand-in at epsilon 1, 4 did better than 2, and as well as 8.
+        max_grad_norm: below the norms of all gradients, as is usual for diffusion, so that each counts alike; no private norm
+            was looked at.
+        learning_rate: chosen on the stand-in at epsilon 10, between 0.0015 and 0.02.
+        strict_learning_rate: used below epsilon 3; chosen on the stand-in at epsilon 1, between 0.0015 and 0.016.
+        schedule: on the stand-in, the cosine schedule did a little better than a constant rate.
+        timesteps: on the stand-in at epsilon 10, 100 to 800 did as well as or better than all, 200 to 800 and 100 to 700.
+        strict_timesteps: used below epsilon 3; on the stand-in at epsilon 1, better than all, 300 to 700 and 300 to 900.
         ema_decay: set beforehand.
-        label_dropout: as in the paper.
-        rank: as in the paper.
+        label_dropout: the paper's value.
+        rank: the paper's value.
         synthetic_images: on the stand-in at epsilon 10, 12,000 did a little better than 4,000; about eight for each private
             record.
         sampler_steps: on the stand-in at epsilon 10, 25 did as well as 50.
         guidance: on the stand-in at epsilon 10, 0 did better than 0.5, 1 and 2.
-        strict_guidance: below epsilon 3; on the stand-in at epsilon 1, 0.25 and 0.5 did a little better than 0.
+        strict_guidance: used below epsilon 3; on the stand-in at epsilon 1, 0.25 and 0.5 did a little better than 0.
         classifier_steps: set beforehand; the same for every row but DP-SGD.
-        classifier_width: channels; the same for every row but DP-SGD.
-        dpsgd_batch_size: of DP-SGD; the best of 16 trials on 1,437 jittered font digits standing in for the private
-            ones, at epsilon 10: 256, 512 or all of them.
-        dpsgd_steps: as dpsgd_batch_size: 50 to 500.
-        dpsgd_strict_steps: below epsilon 3.
-        dpsgd_views: as dpsgd_batch_size: 2 or 4.
-        dpsgd_max_grad_norm: as dpsgd_batch_size: 0.3 or 1.
-        dpsgd_learning_rate: as dpsgd_batch_size: 0.1 to 1 for SGD, which did better than Adam at 1e-3 and 3e-3.
-        dpsgd_strict_learning_rate: below epsilon 3; on the stand-in at epsilon 1, between 0.02 and 0.8.
-        dpsgd_momentum: the usual one.
+        classifier_width: set beforehand, in channels of the first layer; the same for every row but DP-SGD.
+        dpsgd_batch_size: the best of 16 trials of DP-SGD on 1,437 jittered font digits standing in for the private ones, at
+            epsilon 10: 256, 512 or all of them.
+        dpsgd_steps: chosen as dpsgd_batch_size was, among 50 to 500.
+        dpsgd_strict_steps: used below epsilon 3.
+        dpsgd_views: chosen as dpsgd_batch_size was, of 2 and 4.
+        dpsgd_max_grad_norm: chosen as dpsgd_batch_size was, of 0.3 and 1.
+        dpsgd_learning_rate: chosen as dpsgd_batch_size was, among 0.1 to 1 for SGD, which beat Adam at 1e-3 and 3e-3.
+        dpsgd_strict_learning_rate: used below epsilon 3; chosen on the stand-in at epsilon 1, between 0.02 and 0.8.
+        dpsgd_momentum: the usual value.
         dpsgd_ema_decay: an average over the last tenth of the steps, by rule of thumb.
-        dpsgd_width: as dpsgd_batch_size: 16 or 32; fewer parameters take less noise.
-        dpsgd_strict_width: below epsilon 3; on the stand-in at epsilon 1, 8 did better than 16 and 32.
+        dpsgd_width: chosen as dpsgd_batch_size was, of 16 and 32; fewer parameters take less noise.
+        dpsgd_strict_width: used below epsilon 3; on the stand-in at epsilon 1, 8 did better than 16 and 32.
     """
 
     public_images: int = 20_000
@@ -156,7 +157,7 @@ class DemoSettings:
     dpsgd_strict_width: int = 8
 
     def __post_init__(self):
-        """What the stages would refuse is refused before the first one."""
+        """Refuse before the first stage what the stages would refuse."""
         for name, value in asdict(self).items():
             if isinstance(value, int) and value < 1:
                 raise UserError(f"settings.{name} must be at least 1, got {value}")
@@ -167,17 +168,17 @@ class DemoSettings:
             check_sampling(self.synthetic_images, self.sampler_steps, guidance)
 
     def at(self, epsilon: float) -> "DemoSettings":
-        """The settings for a budget: below epsilon 3 the strict ones stand in for their namesakes."""
+        """Take the settings for a budget: below epsilon 3 the strict ones replace their namesakes."""
         strict = {name.replace("strict_", ""): value for name, value in asdict(self).items() if "strict_" in name}
         return replace(self, **strict) if epsilon < STRICT else self
 
     def privacy(self, epsilon: float) -> Privacy:
-        """Of the adapters."""
+        """Make the promise of the adapters' training."""
         s = self.at(epsilon)
         return s._promise(epsilon, s.batch_size, s.steps, s.max_grad_norm, s.views)
 
     def dpsgd_privacy(self, epsilon: float) -> Privacy:
-        """Of the classifier trained directly."""
+        """Make the promise of the classifier that is trained by DP-SGD."""
         s = self.at(epsilon)
         return s._promise(epsilon, s.dpsgd_batch_size, s.dpsgd_steps, s.dpsgd_max_grad_norm, s.dpsgd_views)
 
@@ -229,7 +230,7 @@ class DemoSettings:
         return Privacy.for_steps(steps, batch_size, PRIVATE_RECORDS, **promise)
 
     def reasons(self) -> dict[str, str]:
-        """How each was chosen: the docstring above, or that it was set for this run."""
+        """Say how each setting was chosen: by the docstring above, or that it was set for this run."""
         texts = {param.arg_name: param.description for param in docstring_parser.parse(self.__doc__).params}
         changed = {f.name: f.default for f in fields(self) if getattr(self, f.name) != f.default}
         return {
@@ -239,7 +240,7 @@ class DemoSettings:
 
 
 SETTINGS, EPSILONS, DEFAULT_RUN = DemoSettings(), Floats([10.0]), Path("runs/demo")
-# About a minute: the machinery works, the images do not resemble digits yet.
+# These settings take about a minute: they show that all stages work, but the images do not resemble digits yet.
 QUICK = {
     "public_images": 1000,
     "public_steps": 30,
@@ -269,23 +270,23 @@ def demo(
     device: Device = "auto",
     progress: bool = True,
 ) -> None:
-    """Pre-train on fonts, fine-tune privately on real digits, generate, judge: one table and report.html.
+    """Pre-train on fonts, fine-tune privately on real digits, generate images, test them: one table and report.html.
 
-    1,437 handwritten digits stand for private data, digits drawn from fonts are the public data. A noisy statistic says
-    which of these are like the private ones, and the public model is trained further on them before adapters are trained
+    1,437 handwritten digits stand for private data; digits drawn from fonts are the public data. A noisy statistic says
+    which public digits are like the private ones, and the public model is trained further on them before adapters are trained
     privately; the budget covers both. A classifier is trained on synthetic digits alone and tested on 360 real ones;
-    beside it stand the digits of both public models, DP-SGD on the private digits, and training without privacy.
+    it is compared with classifiers of both public models' digits, DP-SGD on the private digits, and training without privacy.
     Writes report.html, results.json and results.md. Interrupted, it continues when it is called again. Its seeds are
     fixed, so that it can be repeated: an experiment, not a private release.
 
     Args:
-        run: the folder for everything.
-        epsilon: privacy budgets, with commas between.
-        seeds: repetitions of all stages; the table has their mean and standard deviation.
-        quick: about a minute on two cores instead of several, with steps and counts that show the machinery and no more.
-        settings: all hyper-parameters.
-        device: where to compute.
-        progress: show bars.
+        run: folder for all results.
+        epsilon: privacy budgets, separated by commas.
+        seeds: number of repetitions of all stages; the table has their mean and standard deviation.
+        quick: whether to take about a minute on two cores instead of several, with too few steps and images for good results.
+        settings: all hyper-parameters, and how each was chosen.
+        device: device to compute on.
+        progress: whether to show progress bars.
     """
     if quick:
         settings = replace(settings, **QUICK)
@@ -311,7 +312,7 @@ def demo(
 
 @dataclass
 class _Experiment:
-    """Runs the stages, and keeps what they found, as `Outcome` has it."""
+    """An experiment that runs the stages and keeps their results in the form that `Outcome` has."""
 
     run: Path
     settings: DemoSettings
@@ -323,7 +324,7 @@ class _Experiment:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def public_part(self, seed: int) -> None:
-        """The public model and its samples, and the classifier without privacy."""
+        """Make the public model and its samples, and the classifier without privacy."""
         s, folder, name = self.settings, self._folder(seed), f"seed {seed}"
         self._stage(
             f"{name}: pre-train on {s.public_images} font digits",
@@ -335,7 +336,7 @@ class _Experiment:
         self._judge(f"{name}: no privacy", folder, seed, (NO_PRIVACY, float("inf")), train="digits")
 
     def private_part(self, seed: int, epsilon: float) -> None:
-        """The chosen public model, the adapters and their samples, and DP-SGD, at one budget."""
+        """Make the chosen public model, the adapters and their samples, and DP-SGD's classifier, at one budget."""
         s, folder, name = self.settings, self._folder(seed, epsilon), f"seed {seed}, epsilon {epsilon:g}"
         model, guidance = {"model": folder / CHOSEN}, s.at(epsilon).guidance
         options = {
@@ -372,7 +373,7 @@ class _Experiment:
         self.accuracies[DPSGD, epsilon].append(accuracy(classifier, test))
 
     def outcome(self) -> Outcome:
-        """All that was found, with the figures of seed 0."""
+        """Collect all results, with the figures of seed 0."""
         epsilons = sorted({epsilon for _, epsilon, _ in self.statements})
         grids = {"Before: samples of the public model": self._folder(0) / "samples-public" / GRID}
         curves = {}
@@ -411,7 +412,7 @@ class _Experiment:
         self.accuracies[key].append(found["accuracy"])
 
     def _stage(self, name: str, work: Callable[[], T], folder: Path | None = None) -> T:
-        """Do one stage; its line on the terminal, and the time that its work took, whenever that was."""
+        """Do one stage: log a line, and note the time that its work took, whenever that was."""
         logger.info("[%d/%d] %s", len(self.seconds) + 1, self.stages, name)
         began = time.monotonic()
         found = work()

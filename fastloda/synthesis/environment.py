@@ -1,4 +1,4 @@
-"""What numbers were measured on, to stand beside them."""
+"""A description of the machine and the versions on which numbers were measured."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ import torch
 
 
 def environment(device: torch.device) -> dict:
-    """What the numbers were measured on."""
+    """Describe the machine, the device and the versions of libraries."""
     return {
         "device": torch.cuda.get_device_name()
         if device.type == "cuda"

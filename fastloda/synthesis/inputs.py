@@ -16,7 +16,7 @@ from fastloda.synthesis.diffusion import UNetConfig
 
 logger = logging.getLogger("fastloda")
 
-NAMED = frozenset(  # what is the same everywhere, and needs no file
+NAMED = frozenset(  # data sets that are the same everywhere and need no file
     f"{name}-test" if split == "test" else name for name, drawn in ALWAYS_THERE.items() for split in drawn.splits
 )
 
@@ -26,7 +26,7 @@ _NAME = re.compile(
 
 
 class _Named(NamedTuple):
-    """What a name of the command line asks for."""
+    """The data set, part and subset that a name on the command line stands for."""
 
     name: str
     split: str
@@ -44,10 +44,10 @@ def open_images(
     size: int | None = None,
     channels: int | None = None,
 ) -> LabelledImages:
-    """A data set as the command line names it; the options are those of `open_dataset`.
+    """Open a data set as the command line names it; the options are those of `open_dataset`.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, it is damaged, or it has more classes than num_classes.
+        FileNotFoundError, ValueError: there is no such data set, it is damaged, or it has more classes than num_classes.
     """
     options = {"num_classes": num_classes, "count": count, "seed": seed, "size": size, "channels": channels}
     if (named := _parse(name)) is None:
@@ -59,7 +59,7 @@ def open_images(
 
 
 def full_name(data: str) -> str:
-    """The same from any working directory."""
+    """Make the name of a data set independent of the working directory: its paths become absolute."""
     named = _parse(data)
     if named is None:
         return str(Path(data).resolve())
@@ -69,15 +69,15 @@ def full_name(data: str) -> str:
 
 
 def files_of(data: str) -> tuple[Path, ...]:
-    """The npz file, if it is one."""
+    """List the npz file that a name of a data set stands for, or nothing if it stands for something else."""
     return (Path(data),) if _parse(data) is None and not Path(data).is_dir() else ()
 
 
 def open_for_unet(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
-    """`open_images`, refused unless the U-Net can take them.
+    """Open images by `open_images`, and refuse those that the U-Net can't take.
 
     Raises:
-        ValueError: their shape is not the U-Net's, or they have more classes.
+        ValueError: the images' shape is not the U-Net's, or they have more classes.
     """
     images = _open_as(name, unet.in_channels, unet.image_size, unet.num_classes, **drawn)
     if images.images.shape[1:] != (unet.in_channels, unet.image_size, unet.image_size):
@@ -92,10 +92,10 @@ def open_for_unet(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
 
 
 def open_to_pretrain(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
-    """`open_for_unet`, refused also if they have fewer classes: those that it never saw would be sampled.
+    """Open images by `open_for_unet`, and refuse fewer classes than the U-Net's, for it would be sampled in unseen classes.
 
     Raises:
-        ValueError: they have, or what `open_for_unet` refuses.
+        ValueError: the images have fewer classes, or `open_for_unet` refuses them.
     """
     images = open_for_unet(name, unet, **drawn)
     if images.num_classes < unet.num_classes:
@@ -107,10 +107,10 @@ def open_to_pretrain(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
 
 
 def open_tests(name: str, train: LabelledImages) -> LabelledImages:
-    """`open_images` to test what was trained on `train`, refused unless they are of the same shape.
+    """Open images by `open_images` to test what was trained on `train`, and refuse those of another shape.
 
     Raises:
-        ValueError: they are not, or they have more classes.
+        ValueError: the shape is another, or there are more classes.
     """
     tests = _open_as(name, train.images.shape[1], train.images.shape[3], train.num_classes)
     if tests.images.shape[1:] != train.images.shape[1:]:
@@ -119,17 +119,17 @@ def open_tests(name: str, train: LabelledImages) -> LabelledImages:
 
 
 def shape_text(images: LabelledImages) -> str:
-    """Of one image, "1 x 8 x 8"."""
+    """Write the shape of one image as "1 x 8 x 8"."""
     return " x ".join(map(str, images.images.shape[1:]))
 
 
 def _open_as(name: str, channels: int, size: int, num_classes: int, **drawn) -> LabelledImages:
-    """Grey images become colour where that is wanted; the other way would lose what was there."""
+    """Open images, and make grey ones colour if three channels are wanted; colours are not made grey, which would lose them."""
     return open_images(name, num_classes=num_classes, size=size, channels=3 if channels == 3 else None, **drawn)
 
 
 def _parse(text: str) -> _Named | None:
-    """None: it is a path."""
+    """Parse the name of a data set; None if it is a path."""
     if (match := _NAME.fullmatch(text)) is None:
         return None
     percent, count = match["percent"], match["count"]

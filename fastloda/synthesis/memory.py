@@ -1,4 +1,4 @@
-"""The most memory that a computation allocates at a time."""
+"""The peak memory of a computation."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 
 
 def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that run() allocates at most at a time, beyond what is there before: CUDA's allocator, or the profiler's events."""
+    """Measure the peak of bytes that run() allocates beyond those there before, by CUDA's allocator or the CPU profiler."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

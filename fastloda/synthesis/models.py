@@ -1,4 +1,4 @@
-"""The public model in one file: a U-Net's weights as safetensors, its configuration in the metadata."""
+"""Files of the public model: a U-Net's weights as safetensors, its configuration in the metadata."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ PRIVATELY = "chosen_privately"
 
 
 def save_unet(model: UNet, path: Path, chosen_privately: bool = False) -> None:
-    """Write it, atomically. chosen_privately: its public images were, which costs a budget; the file says so wherever it goes.
+    """Write a U-Net to `path` atomically; the file says whether its public images were chosen privately, at a budget's cost.
 
     Raises:
         OSError: the file cannot be written.
@@ -27,11 +27,11 @@ def save_unet(model: UNet, path: Path, chosen_privately: bool = False) -> None:
 
 
 def load_unet(path: Path, device: torch.device | str = "cpu") -> UNet:
-    """The U-Net, in channels_last, which convolutions are fastest in.
+    """Load a U-Net in channels_last, in which convolutions are fastest.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of `save_unet`'s, or damaged.
+        ValueError: the file is not one of `save_unet`, or is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no public model {path}: make one with `fastloda pretrain`")
@@ -48,7 +48,7 @@ def load_unet(path: Path, device: torch.device | str = "cpu") -> UNet:
 
 
 def was_chosen_privately(path: Path) -> bool:
-    """Of a file that `load_unet` takes."""
+    """Tell whether the public images of the model in `path` were chosen privately, at a budget's cost."""
     with safetensors.safe_open(path, "pt") as file:
         return PRIVATELY in _about(file)
 

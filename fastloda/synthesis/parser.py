@@ -15,11 +15,11 @@ POSITIONAL = ("table",)
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A help text that keeps the description's lines."""
+    """A formatter of help texts that keeps the description's lines."""
 
 
 class _Parser(ArgumentParser):
-    """A parser that raises instead of exiting, and names a type as Python users do."""
+    """A parser that raises errors instead of exiting, and names types as Python does."""
 
     def __init__(self, **options):
         super().__init__(exit_on_error=False, formatter_class=_Help, **options)
@@ -45,13 +45,13 @@ def parse(name: str, function: Callable, options: Sequence[str]) -> dict:
 
 
 def _with_dashes(message: str) -> str:
-    """Name missing arguments as they are typed."""
+    """Write the names of missing arguments as they are typed."""
     text, colon, names = message.partition("are required: ")
     return text + colon + ", ".join(n if n in POSITIONAL or not colon else f"--{n}" for n in names.split(", "))
 
 
 def build_parser(name: str, function: Callable) -> ArgumentParser:
-    """Make the parser of one subcommand; name: "fastloda pretrain", say."""
+    """Make the parser of one subcommand, called `name` in its help ("fastloda pretrain", say)."""
     text = docstring_parser.parse(function.__doc__)
     parser = _Parser(prog=name, description=f"{text.short_description}\n\n{text.long_description or ''}")
     parser.add_argument("--config", action="config", help="YAML file of settings; options win over it")
@@ -68,5 +68,5 @@ def build_parser(name: str, function: Callable) -> ArgumentParser:
 
 
 def as_yaml(result: dict) -> str:
-    """Write a subcommand's result as it is printed."""
+    """Convert a subcommand's result to the YAML that is printed."""
     return yaml.safe_dump(result, sort_keys=False, allow_unicode=True, width=1000)

@@ -1,9 +1,9 @@
-"""A run's folder: every stage has one inside it, with its results and with what they were made from.
+"""A run's folder: every stage has a folder in it, with its results and with what they were made from.
 
     config.yaml    the stage's settings, written before its work begins; `fastloda STAGE --config` takes the file
     done.json      written last: the sha256 of each input file, and how long the work took
 
-So a stage that is asked for twice works once, a killed one continues, and results of different settings never mix.
+So a stage that is asked for twice works once, a killed stage continues, and results of different settings never mix.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ CONFIG, DONE, LOCK = "config.yaml", "done.json", ".lock"
 
 
 class RunError(UserError):
-    """The folder holds something else than what was asked for; the message says what to do."""
+    """An error of a folder that holds something else than was asked for; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's folder.
+    """A stage and its folder.
 
     Attributes:
-        folder: of this stage alone.
-        settings: everything that its results depend on, as the command line takes it.
-        inputs: the files of other stages that it reads. Never private data: its hash would be a statistic of it.
+        folder: folder of this stage alone.
+        settings: all settings that its results depend on, in the command line's form.
+        inputs: files of other stages that it reads. Never private data: their hash would be a statistic of them.
         outputs: names of the files that it leaves in `folder`.
-        private: whether it spends a privacy budget; the folder is then its owner's alone.
+        private: whether it spends a privacy budget; the folder is then accessible to its owner only.
     """
 
     folder: Path
@@ -47,10 +47,10 @@ class Stage:
     private: bool = False
 
     def is_done(self) -> bool:
-        """Whether the results are there, of these settings and these inputs; nothing is changed.
+        """Tell whether the results are there, of these settings and these inputs; nothing is changed.
 
         Raises:
-            RunError: the folder holds those of others, finished or half done, or has lost some.
+            RunError: the folder holds results of other settings or inputs, finished or not, or has lost some results.
         """
         if (known := self._read(CONFIG, yaml.safe_load)) is None:
             if (self.folder / DONE).exists():
@@ -68,10 +68,10 @@ class Stage:
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """Do the stage's work inside: the settings are written before it, and the mark that it is done after it.
+        """Do the stage's work in the context: the settings are written before it, and the mark that it is done after it.
 
         Raises:
-            RunError: it is private, and another process does its work, or has done it since it was asked.
+            RunError: the stage is private, and another process does its work, or has just finished it.
         """
         make_folder(self.folder, 0o700 if self.private else 0o777)
         with self._alone() if self.private else nullcontext():
@@ -103,7 +103,7 @@ class Stage:
 
     @property
     def way_out(self) -> str:
-        """What to do with a folder that does not hold what was asked for."""
+        """The advice for a folder that does not hold what was asked for."""
         spent = ", but what was released from it still counts" if self.private else ""
         return f"Use those, another --run, or delete it (rm -r {shlex.quote(str(self.folder))}{spent})"
 
@@ -121,15 +121,15 @@ class Stage:
 
 
 def seconds_taken(folder: Path) -> float:
-    """How long a finished stage's work took; of a resumed one, its last part."""
+    """Read how many seconds a finished stage's work took; of a resumed one, its last part."""
     return read_json(folder / DONE)["seconds"]
 
 
 def make_folder(folder: Path, mode: int = 0o777) -> None:
-    """Make a folder and its parents, if it is not there.
+    """Make a folder and its parents, if they are not there.
 
     Raises:
-        OSError: naming it; also where a file of that name is.
+        OSError: the folder, which is named, can't be made; also if a file has its name.
     """
     try:
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
@@ -138,17 +138,17 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 
 def digest(path: Path) -> str:
-    """A file's sha256."""
+    """Compute a file's sha256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object.
+    """Read a JSON object from a file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
+        ValueError: the file holds something else.
     """
     try:
         content = json.loads(path.read_text())
@@ -160,12 +160,12 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Atomically, indented; numbers that JSON lacks are refused."""
+    """Write a value as indented JSON, atomically; numbers that JSON lacks are refused."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def plain(settings: Mapping) -> dict:
-    """As it comes back from YAML or JSON: tuples are lists, paths strings."""
+    """Convert settings to the form in which YAML or JSON returns them: tuples become lists, paths strings."""
     return json.loads(json.dumps(settings, default=str))
 
 

@@ -1,4 +1,4 @@
-"""The settings of the stages that have no type of their own elsewhere; the command line reads them from here."""
+"""Settings of the stages that are not defined elsewhere; the command line reads them from here."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -18,9 +18,9 @@ class Adapter:
     """The low-dimensional adapter of each convolution (LoDA).
 
     Attributes:
-        rank: channels between its two convolutions.
-        activation: between them; "identity" is LoRA.
-        negative_slope: of leaky_relu.
+        rank: number of channels between its two convolutions.
+        activation: activation between the convolutions; "identity" is LoRA.
+        negative_slope: slope of leaky_relu below 0.
         scale: factor of the adapter's output.
         targets: regular expression that the whole name of a layer must match; default: every convolution.
     """
@@ -42,23 +42,23 @@ class Adapter:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How the adapters learn from the noisy gradients.
+    """Settings of the adapters' training on noisy gradients.
 
     Attributes:
-        optimizer: adam, adamw or sgd.
-        learning_rate: of the optimizer.
-        warmup: steps of linear warm-up.
-        schedule: of the learning rate after it.
-        ema_decay: of the average of the adapters over the steps, which is what is released.
-        label_dropout: share of labels dropped, for classifier-free guidance.
+        optimizer: name of the optimizer: adam, adamw or sgd.
+        learning_rate: learning rate of the optimizer.
+        warmup: number of steps of linear warm-up.
+        schedule: schedule of the learning rate after the warm-up.
+        ema_decay: decay of the moving average of the adapters over the steps, which is what is released.
+        label_dropout: share of labels that are dropped, for classifier-free guidance.
         flips: whether each view of an image is mirrored left to right with probability 1/2. For photographs, not for digits.
-        timesteps: from the first up to, not including, the second, the adapters are trained. The noisiest images say
-            little about the private ones, and the least noisy little about their shape: both would only cost signal.
-        micro_batch_size: records in memory at a time; the result does not depend on it.
-        seed: of sampling and noise. Default: the operating system's randomness. A number makes an experiment that can
+        timesteps: range of timesteps, without its end, on which the adapters are trained. The noisiest images say little
+            about the private ones, and the least noisy little about their shape: both would only cost signal.
+        micro_batch_size: number of records in memory at a time; the result does not depend on it.
+        seed: seed of sampling and noise. Default: the operating system's randomness. A number makes an experiment that can
             be repeated, and whose noise can be foreseen.
-        secure_noise: noise from the operating system's cryptographically secure generator; without a seed only. It takes
-            longer to draw, and steps that a crash took after the last checkpoint are charged and lost.
+        secure_noise: whether noise comes from the operating system's cryptographically secure generator; only without a seed.
+            It takes longer to draw, and steps that a crash took after the last checkpoint are charged and lost.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -89,34 +89,34 @@ class FineTuning:
             )
 
     def losses(self, views: int, diffusion: Diffusion | None = None) -> Losses:
-        """The diffusion loss, one number per sample and view, for a trainer; on `timesteps`, unless a process is given."""
+        """Make the diffusion loss for a trainer, one number per sample and view, on `timesteps` unless a process is given."""
         diffusion = Diffusion.between(*self.timesteps) if diffusion is None else diffusion
         options = {"views": views, "label_dropout": self.label_dropout, "flips": self.flips}
         return lambda model, batch, generator: diffusion.losses(model, *batch, **options, generator=generator)
 
     def optimization(self) -> dict:
-        """The fields that `PrivateTraining` has too."""
+        """Collect the fields that `PrivateTraining` has too."""
         of_the_losses = ("label_dropout", "timesteps", "flips")
         return {name: value for name, value in asdict(self).items() if name not in of_the_losses}
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """The network that is trained to judge images.
+    """Settings of the classifier that tests images.
 
     Attributes:
-        network: cnn (the small one), resnet9, wrn-16-4 or wrn-40-4.
-        steps: optimizer steps, whatever the number of images.
-        batch_size: images a step.
-        optimizer: adamw, or sgd with Nesterov momentum 0.9.
-        lr: its peak learning rate, with a cosine schedule.
-        weight_decay: of the optimizer.
+        network: architecture: cnn (the small one), resnet9, wrn-16-4 or wrn-40-4.
+        steps: number of optimizer steps, whatever the number of images.
+        batch_size: number of images in a step.
+        optimizer: name of the optimizer: adamw, or sgd with Nesterov momentum 0.9.
+        lr: peak learning rate, with a cosine schedule.
+        weight_decay: weight decay of the optimizer.
         label_smoothing: share of a label that is spread over all classes.
-        augment: jitter (turn and shift: digits), flip-crop (natural images) or none.
-        norm: group, or batch, which the small CNN has not.
-        width: as the network counts it: channels of the first layer (cnn 32, resnet9 64) or widening factor (4). Default:
-            the usual one.
-        seed: of its weights, batches and jitter.
+        augment: augmentation: jitter (turn and shift: digits), flip-crop (natural images) or none.
+        norm: normalisation: group, or batch, which the small CNN does not have.
+        width: width as the network counts it: channels of the first layer (cnn 32, resnet9 64) or widening factor (4).
+            Default: the usual one.
+        seed: seed of its weights, batches and augmentation.
     """
 
     network: NetworkName = "cnn"
@@ -136,5 +136,5 @@ class Classifier:
             raise UserError(f"classifier needs steps, batch_size >= 1, lr > 0 and weight_decay >= 0, got {self}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"classifier.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        with torch.device("meta"):  # refuses a width that the network cannot have, without making it
+        with torch.device("meta"):  # to refuse a width that the network cannot have, without making the network
             make_network(self.network, image_size=32, width=self.width, norm=self.norm)

@@ -1,4 +1,4 @@
-"""The stages from public images to private synthetic ones: functions on a run's folder; `runs.py` lets them resume.
+"""The stages from public images to private synthetic ones: functions on a run's folder, which `runs.py` lets resume.
 
 pretrain    public/model.safetensors, samples.png
 choose      chosen/model.safetensors, samples.png, sums.safetensors, privacy.json: the public model, moved nearer
@@ -72,9 +72,9 @@ MODEL, ADAPTER, SAMPLES, GRID, EVALUATION = (
 )
 CLASSIFIER_WEIGHTS = "classifier.safetensors"
 CHOSEN, PRIVATE, SUMS, PREVIEW = "chosen", "private", "sums.safetensors", "samples.png"
-PREVIEW_COLUMNS = 10  # images of each class in it
+PREVIEW_COLUMNS = 10  # number of images of each class in the preview
 
-with torch.device("meta"):  # for its configuration alone: no weights are drawn
+with torch.device("meta"):  # only the configuration is needed: no weights are drawn
     DIGITS_UNET = digits_unet().config
 
 
@@ -97,16 +97,16 @@ def pretrain(
     Writes public/ in the run's folder. Interrupted, it continues from its checkpoint when it is called again.
 
     Args:
-        run: the run's folder.
+        run: folder of the run.
         data: public images with labels: font-digits or colour-font-digits; a published set in a folder, as in svhn:FOLDER,
             imagenet32:FOLDER or imagenet10:FOLDER (its ten classes that match CIFAR-10's); a folder of images, with a
             subfolder for each class; or an npz file with arrays `images` (uint8, or floats in [-1, 1], or else their `range`,
             as [0, 1]; NCHW or NHWC) and `labels` (from 0), perhaps `num_classes`. It must have the U-Net's classes.
-        count: of images to draw for font-digits and colour-font-digits.
+        count: number of images to draw for font-digits and colour-font-digits.
         unet: shape of the U-Net; the default fits 8 x 8 digits.
-        training: the optimization.
-        device: where to compute.
-        progress: show a bar.
+        training: settings of the optimization.
+        device: device to compute on.
+        progress: whether to show a progress bar.
     """
     place = resolve_device(device)
     settings = {"data": full_name(data), "count": count, "unet": asdict(unet), "training": asdict(training)}
@@ -121,7 +121,7 @@ def pretrain(
             train_on_public(model, Diffusion(), images, training, checkpoint=checkpoint, progress=progress)
             save_unet(model, stage.folder / MODEL)
             _draw_preview(model, stage.folder, training.seed, progress)
-        checkpoint.unlink(missing_ok=True)  # its work is done
+        checkpoint.unlink(missing_ok=True)  # the finished model replaces it
     return {"model": str(stage.folder / MODEL)}
 
 
@@ -139,34 +139,34 @@ def choose(
     device: Device = "auto",
     progress: bool = True,
 ) -> dict:
-    """Train the public model a little further, on those public images that resemble the private ones.
+    """Train the public model a little further on those public images that resemble the private ones.
 
-    Optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public images those
-    are, and how they are moved to be more like them (`methods/public_choice.py`). Writes chosen/ in the run's folder;
-    `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too, whichever model
-    it adapts. All of chosen/ may be released, on the terms in its privacy.json. Interrupted, it continues; the sum is drawn
-    once. Comes before `finetune`, in a run of its own if there is one already.
+    This stage is optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public
+    images these are, and how to move them to be more like the private ones (`methods/public_choice.py`). Writes chosen/ in the
+    run's folder; `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too,
+    whichever model it adapts. All of chosen/ may be released, on the terms in its privacy.json. Interrupted, it continues; the
+    sum is drawn once. It must come before `finetune`, in a run of its own if there is one already.
 
     Args:
-        run: the run's folder.
-        delta: at which epsilon is reported; that of `finetune`, below 1 / records.
-        choice: the release, and the training that follows it; noise_multiplier alone sets its price, 0.7 for 5, 0.4 for 8 at
-            delta 1e-5.
-        records: the public, nominal number of private records. Default: the count of the data, which is thereby made public.
-            Classes are taken to be as frequent as one another.
+        run: folder of the run.
+        delta: delta for which epsilon is reported; the same as for `finetune`, below 1 / records.
+        choice: settings of the release and of the training that follows it; only noise_multiplier sets its cost, epsilon 0.7
+            for 5 and 0.4 for 8 at delta 1e-5.
+        records: public, nominal number of private records. Default: the count of the data, which is thereby made public. All
+            classes are taken to be equally frequent.
         data: private images, as in `fastloda finetune`.
         public: public images to choose from, as in `fastloda pretrain`; more different ones are better.
-        count: of images to draw for font-digits and colour-font-digits.
+        count: number of images to draw for font-digits and colour-font-digits.
         model: folder of the public model; default: public/ in the run's folder.
-        seed: of the noise and all else. Default: the operating system's randomness; a number makes an experiment that can be
-            repeated, and whose noise can be foreseen.
-        device: where to compute.
-        progress: show a bar.
+        seed: seed of the noise and all else. Default: the operating system's randomness; a number makes an experiment that
+            can be repeated, and whose noise can be foreseen.
+        device: device to compute on.
+        progress: whether to show a progress bar.
     """
     place = resolve_device(device)
     base = Path(run) / "public" if model is None else Path(model)
     network = load_unet(base / MODEL, place)
-    if was_chosen_privately(base / MODEL):  # what made it would not be counted
+    if was_chosen_privately(base / MODEL):  # the release that made it would not be counted
         raise UserError(f"{base} holds a model of chosen images already: choose for the public model, once")
     private = open_for_unet(data, network.config)
     nominal = nominal_records(records, len(private), "--records")
@@ -197,7 +197,7 @@ def choose(
 
 
 def _check_comes_first(chosen: Path, private: Path) -> None:
-    """RunError where adapters are there already, whose statement could not count what is about to be released."""
+    """Refuse with a RunError where adapters were trained already, whose statement could not count the coming release."""
     if (private / CONFIG).exists() and not (chosen / SUMS).exists():
         raise RunError(
             f"{private} was fine-tuned already, and its {STATEMENT} would not count what `fastloda choose` releases: choose in "
@@ -209,7 +209,7 @@ def _check_comes_first(chosen: Path, private: Path) -> None:
 def _released_once(
     stage: Stage, choice: PublicChoice, private: LabelledImages, pool: LabelledImages, seed: int | None
 ) -> ClassEmbeddings:
-    """The noisy sums, written down before anything is made of them: an interrupted stage does not release them again."""
+    """Release the noisy sums, saved before anything is made of them, so that an interrupted stage does not release them again."""
     sums, statement = stage.folder / SUMS, stage.folder / STATEMENT
     if not sums.exists():
         if statement.exists():
@@ -242,16 +242,16 @@ def finetune(
     and starting anew spends it anew; what both released then counts together (`fastloda account --composition`).
 
     Args:
-        run: the run's folder.
-        privacy: the promise, from which the noise is computed.
+        run: folder of the run.
+        privacy: promise of privacy, from which the noise is computed.
         data: private images with labels: digits or colour-digits; mnist:FOLDER or cifar10:FOLDER; or a folder of images or
             an npz file as in `fastloda pretrain`. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class. They may
             have fewer classes than the model; how many is taken to be public.
         model: folder of the public model; default: chosen/ in the run's folder, or else public/.
-        adapter: what is trained.
-        training: the optimization.
-        device: where to compute.
-        progress: show a bar. Its loss and clipped fraction are private: for the operator's eyes.
+        adapter: settings of the adapters that are trained.
+        training: settings of the optimization.
+        device: device to compute on.
+        progress: whether to show a progress bar. Its loss and clipped fraction are private: for the operator's eyes.
     """
     place = resolve_device(device)
     public = _public_folder(run, model)
@@ -259,14 +259,14 @@ def finetune(
     images = open_for_unet(data, network.config)
     privacy = privacy.with_records(len(images))
     before = _released_before(run, public)
-    with seeded(training.seed or 0):  # only where A starts: public, and independent of the noise
+    with seeded(training.seed or 0):  # seeds A's initial values only, which are public and independent of the noise
         attach_loda(network, **asdict(adapter))
     settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter)}
     settings |= {"training": asdict(training), "device": place.type}
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
     stage = Stage(Path(run) / PRIVATE, settings, (public / MODEL,), outputs, private=True)
     if not _reuse(stage):
-        # [:] of a tensor is that tensor, and of bytes floats
+        # images[:] is the tensor itself, or bytes converted to floats
         records, losses = (images.images[:], images.labels), training.losses(privacy.views)
         earlier = [release for statement in before for release in releases(statement)]
         options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": earlier, "progress": progress}
@@ -290,9 +290,10 @@ def train_classifier_privately(
     device: Device = "auto",
     progress: bool = True,
 ) -> nn.Module:
-    """Train a classifier by DP-SGD, in the run's folder dpsgd/.
+    """Train a classifier by DP-SGD, in dpsgd/ of the run's folder.
 
-    `privacy.records` must be given. Done before with the same settings, it is loaded; interrupted, it continues.
+    `privacy.records` must be given. If it was done with the same settings, the classifier is loaded; interrupted, it
+    continues.
 
     Raises:
         RunError: the folder holds a classifier of other settings.
@@ -325,23 +326,23 @@ def sample(
     device: Device = "auto",
     progress: bool = True,
 ) -> dict:
-    """Draw synthetic images, as many of each class that it was trained on, from the fine-tuned model.
+    """Draw synthetic images from the fine-tuned model, equally many of each class that it was trained on.
 
     Writes samples/ in the run's folder. They are as private as the adapter that they come from, however many are drawn.
 
     Args:
-        run: the run's folder.
-        count: of images.
-        steps: of the DDIM sampler.
+        run: folder of the run.
+        count: number of images.
+        steps: number of steps of the DDIM sampler.
         guidance: weight of classifier-free guidance; above 0 it doubles the time.
-        seed: of the images; it is independent of training, and need not be secret.
-        reach: how far a pixel, in [-1, 1], may easily be moved to where the images agree better with what `fastloda choose`
-            released; 0.1 helps a little on digits. It costs no budget. 0: not at all.
-        public: draw from the model without the adapter, into samples-public/; that of chosen/ has its own privacy.json.
+        seed: seed of the images; it is independent of training, and need not be secret.
+        reach: distance, for pixels in [-1, 1], by which a pixel may easily be moved to make the images agree better with the
+            release of `fastloda choose`; 0.1 helps a little on digits. It costs no budget. 0: no moves.
+        public: whether to draw from the model without the adapter, into samples-public/; chosen/ has its own privacy.json.
         model: folder of the public model; default: chosen/ in the run's folder, or else public/.
-        batch_size: images at a time; the result does not depend on it.
-        device: where to compute.
-        progress: show a bar.
+        batch_size: number of images at a time; the result does not depend on it.
+        device: device to compute on.
+        progress: whether to show a progress bar.
     """
     check_sampling(count, steps, guidance, batch_size, reach)
     place = resolve_device(device)
@@ -380,7 +381,7 @@ def sample(
 
 
 def check_sampling(count: int, steps: int, guidance: float, batch_size: int = 1, reach: float = 0.0) -> None:
-    """ValueError unless `sample` can do it."""
+    """Refuse with a ValueError what `sample` can't do."""
     if count < 1 or batch_size < 1:
         raise UserError(f"count and batch_size must be at least 1, got {count} and {batch_size}")
     if not 1 <= steps <= Diffusion().timesteps or not 0 <= guidance < float("inf"):
@@ -404,14 +405,14 @@ def evaluate(
     Adds its accuracy to evaluation.json in the run's folder. The epsilon of the run does not cover the test images.
 
     Args:
-        run: the run's folder.
+        run: folder of the run.
         test: real images with labels: digits-test (360 digits that no other stage uses), colour-digits-test,
             mnist-test:FOLDER, cifar10-test:FOLDER, a folder of images or an npz file.
-        train: train on these instead: anything that `pretrain` and `finetune` take. On private images this has no privacy.
-        public: train on samples-public/ instead of samples/.
-        classifier: its training.
-        device: where to compute.
-        progress: show a bar.
+        train: images to train on instead: anything that `pretrain` and `finetune` take. On private images this has no privacy.
+        public: whether to train on samples-public/ instead of samples/.
+        classifier: settings of the classifier and its training.
+        device: device to compute on.
+        progress: whether to show a progress bar.
     """
     if train is not None and public:
         raise UserError(f"give --train {train} or --public, not both")
@@ -423,7 +424,7 @@ def evaluate(
     images = open_images(source)
     tests = open_tests(test, images)
     settings = {"train": name, "test": test, "classifier": asdict(classifier), "device": place.type}
-    # Synthetic images are known by their hash; a file of private ones is not hashed, and is judged anew every time.
+    # Synthetic images are identified by their hash; a file of private ones is not hashed, and is tested again each time.
     settings |= {"sha256": digest(Path(source))} if train is None else {}
     record = Path(run) / EVALUATION
     known = read_json(record) if record.exists() else {}
@@ -445,7 +446,7 @@ def evaluate(
 
 
 def _public_folder(run: Path, model: Path | None) -> Path:
-    """Raises RunError where `choose` was begun: which model is meant hangs on whether it is to be finished."""
+    """Find the public model's folder. Raises RunError if `choose` was begun and not finished, for its model may be meant."""
     if model is not None:
         return Path(model)
     chosen, public = Path(run) / CHOSEN, Path(run) / "public"
@@ -460,7 +461,7 @@ def _public_folder(run: Path, model: Path | None) -> Path:
 
 
 def _released_before(run: Path, public: Path) -> list[dict]:
-    """The statements of what `choose` released about the private records, for the model that is adapted, or in this run."""
+    """Read the statements of what `choose` released about the private records, for the adapted model or in this run."""
     chosen, folders = Path(run) / CHOSEN, []
     if was_chosen_privately(public / MODEL):
         folders.append(public)
@@ -470,7 +471,7 @@ def _released_before(run: Path, public: Path) -> list[dict]:
 
 
 def _released_with(folder: Path) -> ClassEmbeddings:
-    """What `choose` released, which the budget of whatever adapts its model covers."""
+    """Load what `choose` released, which the budget of anything that adapts its model covers."""
     if not was_chosen_privately(folder / MODEL):
         raise UserError(f"{folder} holds no model of `fastloda choose`, whose release --reach would move images toward")
     return ClassEmbeddings.load(folder / SUMS)
@@ -483,7 +484,7 @@ def _draw_preview(model: UNet, folder: Path, seed: int, progress: bool) -> None:
 
 
 def _attach_trained(network: UNet, private: Path, public: Path) -> Path:
-    """Put the run's adapters on the network; returns their file."""
+    """Attach the run's adapters to the network; return their file."""
     if not (private / DONE).is_file():
         raise FileNotFoundError(
             f"no adapter in {private}: `fastloda finetune` makes one; or draw from the public model with --public"
@@ -495,7 +496,7 @@ def _attach_trained(network: UNet, private: Path, public: Path) -> Path:
 
 
 def _trained_classes(private: Path, network: UNet) -> int:
-    """How many classes the adapters were trained on: perhaps fewer than the public model has."""
+    """Read the number of classes that the adapters were trained on, perhaps fewer than the public model has."""
     return read_statement(private).get("classes", network.config.num_classes)
 
 

@@ -1,1 +1,1 @@
-"""A lean private trainer: Poisson sampling, checkpoints, averages, schedules."""
+"""The private trainer, with Poisson sampling, checkpoints, averages and learning-rate schedules."""

@@ -1,4 +1,4 @@
-"""Exponential moving average of parameters. Post-processing: free of privacy cost."""
+"""An exponential moving average of parameters. It is post-processing, without privacy cost."""
 
 import contextlib
 from collections.abc import Generator, Mapping
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class Average:
-    """average <- d average + (1 - d) parameters, with d = min(decay, (1 + step) / (10 + step)): a young average follows closely.
+    """A moving average: average <- d average + (1 - d) parameters, with d = min(decay, (1 + step) / (10 + step)).
 
-    decay 0 is the parameters themselves.
+    A young average follows the parameters closely; with decay 0 it equals them.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float):
@@ -18,13 +18,13 @@ class Average:
         self.values = {name: p.detach().clone() for name, p in parameters.items()}
 
     def update(self, step: int) -> None:
-        """Call after optimizer step number `step`, counted from 1."""
+        """Update the average after optimizer step number `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Generator[None]:
-        """The average stands in the parameters inside, the parameters' own values after."""
+        """Put the average into the parameters inside the context, and restore their own values after it."""
         own = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
             copy_into(self.parameters, self.values)
@@ -38,7 +38,7 @@ class Average:
 
 
 def copy_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """parameters[name] <- values[name]"""
+    """Copy values[name] into parameters[name], for each name."""
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)

@@ -1,4 +1,4 @@
-"""The private records, read one by one, and batches of them."""
+"""The private records, read one by one, and the batches made of them."""
 
 from collections.abc import Mapping, Sized
 from typing import Any
@@ -15,10 +15,10 @@ Columns = Tensor | np.ndarray | tuple[Tensor | np.ndarray, ...] | Mapping[str, T
 
 
 class Batches:
-    """A map-style Dataset, or columns: tensors or arrays with one record per row, one, a tuple or a dict of them.
+    """Records in a map-style Dataset, or in columns: a tensor or array with one record per row, or a tuple or dict of them.
 
     Attributes:
-        records: how many.
+        records: number of records.
 
     Raises:
         ValueError: the data is neither, or could be both, or is empty.
@@ -40,11 +40,11 @@ class Batches:
             raise UserError(f"data must be tensors or a map-style Dataset with records, got {type(data).__name__}")
 
     def read(self, indices: Tensor) -> list:
-        """What `batch` takes, for each of the indices."""
+        """Read the records of `indices`, in the form that `batch` takes."""
         return indices.tolist() if self._columns else [self._data[i] for i in indices.tolist()]
 
     def batch(self, read: list, device: torch.device) -> Any:
-        """The batch of what was read, as `default_collate` makes it or in the columns' structure; its tensors on the device."""
+        """Make a batch of `read`, as `default_collate` does or in the columns' structure; tensors on the device."""
         if self._columns:
             rows = torch.tensor(read, dtype=torch.long)
             batch = tree_map(lambda t: _rows(t, rows), self._data)
@@ -54,7 +54,7 @@ class Batches:
 
 
 def _are_columns(data: object) -> bool:
-    """Raises ValueError: it is open what a record is, on which all privacy rests."""
+    """Tell whether `data` is columns. Raises ValueError if it is unclear what a record is, on which all privacy rests."""
     held = (
         list(data.values()) if isinstance(data, Mapping) else list(data) if isinstance(data, (tuple, list)) else [data]
     )

@@ -1,4 +1,4 @@
-"""A training run in one file: written atomically, read without running anything in it, refused if of another run."""
+"""Checkpoints of a training run: one file, written atomically, read without running code, refused for another run."""
 
 import hashlib
 import io
@@ -16,11 +16,11 @@ FORMAT = "fastloda-checkpoint-2"
 
 
 class CheckpointError(UserError):
-    """The file is no checkpoint, is damaged, or belongs to another model or another run."""
+    """An error of a file that is no checkpoint, is damaged, or belongs to another model or another run."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of everything frozen (values) and trainable (names and shapes): what a checkpoint must agree with."""
+    """Compute a hash of all frozen values and of the names and shapes of trainable ones, with which a checkpoint must agree."""
     digest = hashlib.sha256()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in model.state_dict().items():
@@ -33,18 +33,18 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save_checkpoint(path: str | os.PathLike, state: dict, model_fingerprint: str) -> None:
-    """Write `state` (tensors and plain values). A kill at any moment leaves the old file or the new one."""
+    """Write `state` (tensors and plain values) to `path`. A kill at any moment leaves the old file or the new one."""
     content = io.BytesIO()
     torch.save({"format": FORMAT, "model": model_fingerprint, "state": state}, content)
     write_atomically(path, content.getvalue())
 
 
 def load_checkpoint(path: str | os.PathLike, model_fingerprint: str, world: World = World()) -> dict:  # noqa: B008
-    """The saved state, for every rank of a world; rank 0 alone needs to see the file.
+    """Load the saved state on every rank of a world; rank 0 alone needs to see the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: see the class.
+        CheckpointError: the file is no checkpoint, is damaged, or belongs to another model.
     """
     path = Path(path)
     if not world.from_first(path.is_file):

@@ -1,4 +1,4 @@
-"""When a trainer looks whether records mix: in its first step, on a schedule that no record decides, and at odd losses."""
+"""The times at which a trainer checks whether records mix: the first step, a schedule without records, and odd losses."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,19 +11,19 @@ from fastloda.training.batches import Batches
 from fastloda.training.mixing import Evaluated, Signs, halves, is_due, is_power_of_two, look, places
 from fastloda.training.run_state import RunState
 
-SOME = 32  # records of a look that is not close
+SOME = 32  # number of records in a look that is not close
 
 
 class Looks:
-    """The looks of one run (`mixing.look`).
+    """The looks of one run: its checks whether records mix (`mixing.look`).
 
     Attributes:
-        due: whether the next micro-batch is to be looked at.
-        closely: whether both halves and all places are; so it is in the first step.
+        due: whether the next micro-batch must be looked at.
+        closely: whether the look replaces both halves and all places, as in the first step.
 
     Args:
-        evaluate: what was read of each record, and the choices whose gradients are wanted -> losses and gradients, under the
-            same random states at every call.
+        evaluate: function (records read, choices whose gradients are wanted) -> losses and gradients, under the same random
+            states at every call.
     """
 
     def __init__(self, run: RunState, data: Batches, evaluate: Callable[[list, Sequence[Tensor]], Evaluated]):
@@ -32,28 +32,28 @@ class Looks:
         self.due = self.closely = True
 
     def schedule(self) -> None:
-        """Make the next step's look due, if it is."""
+        """Mark a look as due if the schedule has one in the next step."""
         self.due |= is_due(self._run.step + 1, self._run.secret)
 
     def step_taken(self) -> None:
-        """End the close look that a step has had."""
+        """End the close look if a step has had it."""
         if self.closely and self._count:
             self.due = self.closely = False
 
     def are_surprised_by(self, losses: Sequence[Tensor]) -> bool:
-        """Whether a step's losses, by micro-batch, are odd and have not been looked at closely: then a close look is due."""
+        """Tell whether a step's losses, by micro-batch, are odd and not yet looked at closely; then mark a close look as due."""
         if self._signs.read(losses) and not (self.closely and self._count):
             self.due = self.closely = True
             return True
         return False
 
     def look(self, read: list, chosen: Tensor) -> Tensor | None:
-        """Compute the losses of what was read, if none depends on another record; None if some only, or others, were looked at.
+        """Look at the records `read`, of indices `chosen`: return the losses, or None if some only, or others, were looked at.
 
         A look that is not close takes some of the records only, so that all looks of a run cost little, unless shapes are fixed.
 
         Raises:
-            PrivacyError: they do.
+            PrivacyError: a loss depends on another record.
         """
         run, settings = self._run, self._run.settings
         self.due, self._count = self.closely, self._count + 1
@@ -74,7 +74,7 @@ class Looks:
         return None if alone or some else own
 
     def _others(self, chosen: Tensor, name: str) -> Tensor:
-        """Choose another record for each, if there are two."""
+        """Choose another record for each of `chosen`, if there are two."""
         records = self._run.records
         stream = self._run.secret.generator(f"others of {chosen.tolist()}, {name}")
         return (chosen + torch.randint(1, max(2, records), chosen.shape, generator=stream)) % records

@@ -1,10 +1,10 @@
-"""Whether each loss depends on its own record only, looked at in the losses' values and in the gradients that they give.
+"""A check that each loss depends on its own record only, by the losses' values and the gradients that they give.
 
-The probe of the private step sees how gradients flow between samples. What has no gradient it can't see: a statistic of the batch
-under detach(), targets scaled by the batch, views in another order than the samples'. So some records of a batch are replaced by
-others, with all random generators as they were: the losses of those that stayed must stay too, and so must the parameters'
-gradients of them, which show what the losses hide behind a large constant, or in a surrogate whose value says nothing. Where
-nothing is drawn at random, the records are also put into another order, since one more record would move those after it.
+The private step's probe sees how gradients flow between samples, but not what has no gradient: a statistic of the batch under
+detach(), targets scaled by the batch, views in another order than the samples'. So some records of a batch are replaced by
+others, with all random generators as they were. The losses of the remaining records must stay the same, and so must their
+gradients, which show what the losses hide behind a large constant, or in a surrogate whose value means nothing. If nothing is
+drawn at random, the records are also put into another order, since one more record would move those after it.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -16,20 +16,20 @@ from torch import Tensor
 from fastloda.errors import PrivacyError
 from fastloda.randomness import Secret
 
-# Relative to a loss: more is not rounding, which is nearly always zero in a batch of the same shape.
+# Largest change relative to a loss that counts as rounding, which is nearly always zero in a batch of the same shape.
 CHANGED = 1e-5
-# Relative to a gradient, or to a loss at another place of the batch, where kernels add up in another order.
+# Largest changes relative to a gradient, and to a loss at another place of the batch, where kernels add in another order.
 CHANGED_GRADIENT, CHANGED_PLACE = 1e-3, 0.1
-# Between two calls with the same batch: more is no kernel that adds up in varying order.
+# Largest relative change between two calls with the same batch that kernels can cause by adding in a varying order.
 UNSTEADY = 1e-3
 
 
 class Evaluated(NamedTuple):
-    """What a call of losses() gave.
+    """The result of one call of losses().
 
     Attributes:
-        losses: [samples * views]
-        gradients: float64 [choices, parameters], the norms of the gradients of each choice of samples; NaN: not known.
+        losses: the losses, [samples * views].
+        gradients: norms of the gradients of each choice of samples, float64 [choices, parameters]; NaN if not known.
         drew: whether random numbers were drawn.
     """
 
@@ -41,7 +41,7 @@ class Evaluated(NamedTuple):
 def evaluated(
     losses: Tensor, choices: Sequence[Tensor], parameters: Collection[Tensor], drew: Callable[[], bool]
 ) -> Evaluated:
-    """choices: of samples, bool [samples] each; without a graph of the losses their gradients are not known."""
+    """Compute gradient norms of `choices` of samples, bool [samples] each; they are not known if the losses have no graph."""
     gradients = torch.full((len(choices), len(parameters)), torch.nan, dtype=torch.float64)
     for number, chosen in enumerate(choices if losses.grad_fn is not None else ()):
         weights = chosen.to(losses.device).repeat_interleave(len(losses) // len(chosen)) & losses.detach().isfinite()
@@ -50,7 +50,7 @@ def evaluated(
                 losses, list(parameters), weights.to(losses.dtype), retain_graph=True, allow_unused=True
             )
             norms = [losses.new_zeros(()) if g is None else torch.linalg.vector_norm(g) for g in found]
-        except RuntimeError:  # the private step tells by name what has no backward pass
+        except RuntimeError:  # a missing backward pass, which the private step refuses by name
             break
         gradients[number] = torch.stack([norm.double() for norm in norms]).cpu()
     return Evaluated(losses.detach().clone(), gradients, drew())
@@ -61,20 +61,20 @@ def is_power_of_two(step: int) -> bool:
 
 
 def is_due(step: int, secret: Secret) -> bool:
-    """Whether to look at a step: at 1, 2, 4, 8, ..., and at a random one between any two of them. Independent of the data."""
+    """Tell whether a look is due at `step`: at 1, 2, 4, 8, ..., and at a random one between any two, whatever the data."""
     power = 1 << (step.bit_length() - 1)
     drawn = secret.generator(f"look after {power}")
     return is_power_of_two(step) or step == power + int(torch.randint(power, (), generator=drawn))
 
 
 def halves(samples: int, both: bool, secret: Secret, name: str) -> list[Tensor]:
-    """Which samples to replace, bool [samples]: a random half; or that and then the other."""
+    """Choose the samples to replace, bool [samples]: a random half, or, for `both`, that half and then the other."""
     chosen = torch.randperm(samples, generator=secret.generator(name)) < samples // 2
     return [chosen, ~chosen] if both else [chosen]
 
 
 def places(samples: int, all_of_them: bool, secret: Secret, name: str) -> list[int]:
-    """A random order of the samples, or of half of them."""
+    """Draw a random order of the samples, or of half of them."""
     order = torch.randperm(samples, generator=secret.generator(f"order of {name}")).tolist()
     return order if all_of_them else order[samples // 2 :]
 
@@ -86,17 +86,17 @@ def look(
     order: Sequence[int],
     steady: bool,
 ) -> Tensor:
-    """The losses [samples * views] of what was read, if those of the records that stay do not change with the others.
+    """Compute the losses [samples * views] of the records read, and refuse losses that change when other records change.
 
     Args:
-        evaluate: what was read of each record, and the choices whose gradients are wanted -> losses and gradients, under the
-            same random states at every call.
-        replaced: which samples to replace, and by what; one evaluation for each.
-        order: places of samples, all or some, in which they are put as well if nothing is drawn at random.
-        steady: evaluate once more where something has changed, to tell rounding and other causes from the records.
+        evaluate: function (records read, choices whose gradients are wanted) -> losses and gradients, under the same random
+            states at every call.
+        replaced: pairs of samples to replace and records to replace them by; one evaluation for each pair.
+        order: places, of all samples or some, that make the other order if nothing is drawn at random.
+        steady: whether to evaluate again after a change, to tell rounding and other causes from the records.
 
     Raises:
-        PrivacyError: they do; or they change without it.
+        PrivacyError: the losses or gradients change with other records, or from call to call.
     """
     stay = [~chosen for chosen, _ in replaced]
     own = evaluate(read, stay)
@@ -118,12 +118,12 @@ def look(
 
 
 def _allowed(losses: Tensor) -> tuple[float, float]:
-    """Of the losses' and the gradients' changes."""
+    """Compute the allowed relative changes of the losses and of the gradients."""
     return _rounding(losses), CHANGED_GRADIENT
 
 
 def _changes(a: Evaluated, b: Evaluated, kept: Tensor, number: int) -> tuple[float, float]:
-    """The largest of a loss of those kept, and of a parameter's gradient of choice `number` where both are finite."""
+    """Compute the largest relative change of a kept sample's loss, and of a parameter's finite gradient of choice `number`."""
     losses = relative_change(a.losses, b.losses).view(len(kept), -1)[kept.to(a.losses.device)]
     gradients = relative_change(a.gradients[number], b.gradients[0])
     finite = a.gradients[number].isfinite() & b.gradients[0].isfinite()
@@ -132,7 +132,7 @@ def _changes(a: Evaluated, b: Evaluated, kept: Tensor, number: int) -> tuple[flo
 
 
 def _refuse_changes(losses: Tensor, changes: Sequence[float], noise: Sequence[float], replaced: str) -> None:
-    """Raise PrivacyError for what is larger than rounding, and than eight times what changes without any record."""
+    """Refuse changes larger than rounding, and than eight times the changes that come without other records (`noise`)."""
     loss, gradient = (
         change if change > max(8 * by_itself, allowed) else 0.0
         for change, by_itself, allowed in zip(changes, noise, _allowed(losses))
@@ -156,7 +156,7 @@ def _refuse_changes(losses: Tensor, changes: Sequence[float], noise: Sequence[fl
 
 
 def _check_places(own: Tensor, moved: Tensor, order: Sequence[int], samples: int) -> None:
-    """Refuse losses that follow a record's place in the batch, or how many records there are: one more would move others."""
+    """Refuse losses that depend on a record's place in the batch or on the batch's size: one more record would move others."""
     change = float(relative_change(own.view(samples, -1)[list(order)].flatten(), moved).max())
     if change > CHANGED_PLACE:
         raise PrivacyError(
@@ -168,17 +168,17 @@ def _check_places(own: Tensor, moved: Tensor, order: Sequence[int], samples: int
 
 
 class Signs:
-    """What tells that a batch may have been skipped or rescaled for one of its records, which shows in no other batch.
+    """Signs that a batch may have been skipped or rescaled for one of its records, which shows in no other batch.
 
-    Losses of which some are not finite, losses that are all the same, or a loss twice as large as any that was looked at. The
-    first two are looked at when they have come 1, 2, 4, 8, ... times. Records decide only whether a fault is found.
+    The signs are losses that are not all finite, losses that are all the same, and a loss twice as large as any looked at
+    before. The first two count when they have come 1, 2, 4, 8, ... times. Records decide only whether a fault is found.
     """
 
     def __init__(self):
         self._largest, self._times = 0.0, {"not finite": 0, "all the same": 0}
 
     def read(self, batches: Sequence[Tensor]) -> bool:
-        """Whether to look at a step's losses, by micro-batch; they count as looked at from then on."""
+        """Tell whether a step's losses, one tensor a micro-batch, call for a look; they count as looked at from then on."""
         batches = [losses for losses in batches if len(losses) > 1]
         if not batches:
             return False
@@ -196,10 +196,10 @@ class Signs:
 
 
 def check_steady(before: Tensor, after: Tensor) -> float:
-    """The largest relative change between two calls with the same batch and the same random states.
+    """Compute the largest relative change between two calls with the same batch and the same random states.
 
     Raises:
-        PrivacyError: it is none of rounding.
+        PrivacyError: the change is larger than rounding.
     """
     largest = float(relative_change(before, after).max()) if len(before) else 0.0
     if largest > max(UNSTEADY, _rounding(before)):
@@ -213,7 +213,7 @@ def check_steady(before: Tensor, after: Tensor) -> float:
 
 
 def relative_change(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b| over |a|, or over the mean of |a| where that is larger; 0 where both are equal or both NaN."""
+    """Compute |a - b| over |a|, or over the mean of |a| where that is larger; 0 where both are equal or both NaN."""
     a, b = a.double(), b.double()
     same = (a == b) | (a.isnan() & b.isnan())
     typical = a[a.isfinite()].abs().mean().nan_to_num(0.0)

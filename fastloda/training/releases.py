@@ -1,7 +1,7 @@
-"""The releases of a run, each written down before it is made.
+"""The list of a run's releases, each written to disk before it is made.
 
-A step taken again after a crash is the same release, paid for once, if it sums the same: then it gets the same noise. If its
-sum is another (other losses, other data, noise that can't be repeated), it is another release, and the lost one stays paid for.
+A step repeated after a crash is the same release, paid for once, if its sum is the same: then it gets the same noise. If its
+sum differs (other losses, other data, noise that can't be repeated), it is another release, and the lost one stays paid for.
 So each release goes to the disk first, durably, into a file beside the checkpoint: its number, and a keyed hash of its sum, which
 tells nothing without the key in the checkpoint. A crash can over-count by one step, never under-count.
 """
@@ -18,20 +18,20 @@ from fastloda.training.checkpoint import CheckpointError
 
 
 def intent_path(checkpoint: Path) -> Path:
-    """The file beside a checkpoint: a line for each release. Nothing in it tells of the records without the key."""
+    """Return the path of the file beside a checkpoint that lists releases; without the key it tells nothing of records."""
     return checkpoint.with_name(f"{checkpoint.name}.spent")
 
 
 class Releases:
-    """The numbers of a run's releases and the hashes of their sums, in the file beside a checkpoint, or here only.
+    """The numbers of a run's releases and the hashes of their sums, in the file beside a checkpoint, or in memory only.
 
     Attributes:
-        account: `PrivacyAccountant.state_dict()` with the last release counted; None before the first.
-        sums: number -> hash; "" for a release whose noise can't be repeated.
+        account: state of the `PrivacyAccountant` with the last release counted; None before the first.
+        sums: mapping from number to hash; "" for a release whose noise can't be repeated.
     """
 
     def __init__(self, checkpoint: Path | None = None):
-        """Read what is there.
+        """Read the file, if there is one.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -62,10 +62,10 @@ class Releases:
             )
 
     def add(self, account: dict, hashed: str) -> None:
-        """One more, counted in account. On the disk when this returns.
+        """Add a release, counted in `account`, with its sum's hash `hashed`; it is on the disk when this returns.
 
         Raises:
-            OSError: it could not be written, and is not counted.
+            OSError: the release could not be written, and is not counted.
             PrivacyError: another process writes to the file.
         """
         entry = {"steps": account["steps"], "sum": hashed}
@@ -75,7 +75,7 @@ class Releases:
         self.sums[account["steps"]] = hashed
 
     def _write(self, path: Path, entry: dict) -> None:
-        """Append a line while no other process can; the first one makes the file."""
+        """Append a line to the file under a lock; the first line makes the file."""
         line = (json.dumps(entry) + "\n").encode()
         try:
             handle = os.open(path, os.O_RDWR | os.O_APPEND | (0 if self._size else os.O_CREAT), 0o666)
@@ -95,7 +95,7 @@ class Releases:
         self._size += len(line)
 
     def _read(self, file: BinaryIO, path: Path) -> None:
-        """The first line holds the account. A last one that a power cut left unfinished was never released."""
+        """Read the account and the sums. The first line holds the account; an unfinished last line was never released."""
         lines = file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
@@ -115,5 +115,5 @@ class Releases:
 
 
 def read_intent(checkpoint: Path) -> dict | None:
-    """The account after the last release on record; None if there is none. Raises CheckpointError if the file is damaged."""
+    """Read the account after the last release on record; None if there is none. Raises CheckpointError if it is damaged."""
     return Releases(checkpoint).account

@@ -1,4 +1,4 @@
-"""What a private run goes on from: its account, its secret, its random streams, all that training moves, and its releases.
+"""The state from which a private run continues: its account, secret, random streams, optimizer, average and releases.
 
 No two sums are released under one noise, and no release goes uncounted, through crashes, changed code and changed data.
 """
@@ -28,11 +28,11 @@ from fastloda.training.sampling import poisson_sample
 from fastloda.training.schedules import warmup_then
 from fastloda.training.settings import OPTIMIZERS, PrivateTraining
 
-CURVE_POINTS = 64  # of the epsilon shown while training; between them the next larger one is shown
+CURVE_POINTS = 64  # points of the epsilon curve shown while training; between them the next larger value is shown
 
 
 class OtherRelease(Exception):
-    """The step would not be the release on record under its number, but another one."""
+    """An exception for a step that would be another release than the one on record under its number."""
 
     def __init__(self, last: int):
         super().__init__(last)
@@ -43,11 +43,11 @@ class RunState:
     """The state of a private run, in memory and on disk.
 
     Attributes:
-        optimizer, schedule, average: what training moves beside the clipper's parameters.
-        accountant: the steps that were taken.
-        secret: from which each step's batch and noise follow; the same on all ranks.
-        generators: of what the losses draw; each rank has its own.
-        checkpoint: the file to save to; None keeps nothing.
+        optimizer, schedule, average: objects that training changes beside the clipper's parameters.
+        accountant: accountant of the steps taken.
+        secret: secret from which each step's batch and noise follow; the same on all ranks.
+        generators: generators that the losses draw from; each rank has its own.
+        checkpoint: file to save to; None saves nothing.
     """
 
     def __init__(self, settings: PrivateTraining, records: int, clipper: GhostClipper, checkpoint: Path | None):
@@ -70,14 +70,14 @@ class RunState:
 
     @property
     def step(self) -> int:
-        """Private steps taken."""
+        """The number of private steps taken."""
         return self.accountant.steps
 
     def open(self) -> None:
-        """Go on from the checkpoint, if there is one, and from the list of releases beside it.
+        """Continue from the checkpoint, if there is one, and from the list of releases beside it.
 
         Raises:
-            CheckpointError: one of them is damaged, or of another model or other settings.
+            CheckpointError: one of the files is damaged, or belongs to another model or other settings.
         """
         checkpoint, resumes = self.checkpoint, False
         if checkpoint:
@@ -92,14 +92,14 @@ class RunState:
             self.last_step  # noqa: B018, computed by rank 0 while all are here
 
     def batch(self) -> Tensor:
-        """Draw the indices of the next step's Poisson batch, alike on all ranks, and each time it is asked for."""
+        """Draw the indices of the next step's Poisson batch, the same on all ranks and at each call."""
         drawn_by = self.secret.generator(f"batch {self.step + 1}")
         return poisson_sample(self.records, self.settings.sample_rate, drawn_by)
 
     def noise_over(self, sums: Sequence[Tensor]) -> NoiseSource:
-        """Give the noise of the next release, which is on record when this returns; sums: what it will hide.
+        """Make the noise of the next release, which is on record when this returns; it will hide `sums`.
 
-        The same secret, number and sums give the same noise, if the bound that scales it is the same, too, and the kind of
+        The same secret, number and sums give the same noise if the bound that scales it is the same too, and the kind of
         device, for each draws other numbers from a stream. A seeded run's noise does not follow from the sums, which round
         otherwise in other micro-batches: such runs can be compared, and their noise can be foreseen anyway.
 
@@ -129,17 +129,17 @@ class RunState:
         self.average.update(self.step)
 
     def charge(self, last: int, why: str) -> None:
-        """Count the releases on record up to the last, which are not made again, so that the budget holds."""
+        """Charge the releases on record up to number `last`, which are not repeated, so that the budget holds."""
         lost = last - self.step
         self.accountant.step(lost)
         self.schedule.last_epoch += lost
         warnings.warn(f"{lost} steps {why}: they are charged, and not made again", stacklevel=4)
 
     def save(self) -> None:
-        """Write the checkpoint, atomically; by rank 0, and none goes on before it is written.
+        """Write the checkpoint atomically by rank 0; no rank continues before it is written.
 
         Raises:
-            PrivacyError: it is another run's by now, which has released something since.
+            PrivacyError: another run has released something with this checkpoint since.
         """
         if self.checkpoint:
             state = self.state_dict()
@@ -186,7 +186,7 @@ class RunState:
             self.generators["losses"] = self._losses_stream(f" of {self.world.size}, from step {self.step}")
 
     def _settle(self, resumes: bool) -> None:
-        """Compare the releases on record with the checkpoint's count. Those after it may be taken again, if they can be."""
+        """Compare the releases on record with the checkpoint's count, and charge those after it that can't be repeated."""
         settings, last = self.settings, self.releases.last
         if self.releases.account:
             try:
@@ -206,16 +206,16 @@ class RunState:
             self.charge(last, "may have been released after the last checkpoint, with noise that can't be repeated")
 
     def _new_secret(self) -> Secret:
-        """Draw rank 0's, on all ranks: they share the batches."""
+        """Draw the secret on rank 0 and share it with all ranks, which share the batches."""
         return Secret(self.world.from_first(lambda: Secret.of_seed(self.settings.seed).key))
 
     def _losses_stream(self, which: str) -> Generator:
-        """Make this rank's own."""
+        """Make this rank's own generator for the losses; `which` extends its name."""
         return self.secret.generator(f"losses of rank {self.world.rank}{which}", self.device)
 
     @cached_property
     def last_step(self) -> int:
-        """Where training ends: settings.steps, or fewer if their epsilon would exceed target_epsilon."""
+        """The step at which training ends: settings.steps, or fewer if their epsilon would exceed target_epsilon."""
         return self.world.from_first(self._last_step)
 
     def _last_step(self) -> int:
@@ -241,7 +241,7 @@ class RunState:
         return lambda step: min(final, curve[math.ceil(step / spacing) - 1])
 
 
-# May differ on resume: they change neither the mechanism nor the trajectory of what was trained so far.
+# Settings that may differ on resume: they change neither the mechanism nor the course of what was trained so far.
 _FREE_TO_CHANGE = {"target_epsilon", "fixed_shape"}
 
 

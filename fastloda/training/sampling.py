@@ -11,17 +11,17 @@ from torch import Generator, Tensor
 
 
 def poisson_sample(records: int, sample_rate: float, generator: Generator) -> Tensor:
-    """Indices of the records of one step, ascending, possibly none. Drawn in float64: float32 would inflate small rates."""
+    """Draw the indices of one step's records, ascending, possibly none; in float64, for float32 would inflate small rates."""
     return (torch.rand(records, dtype=torch.float64, generator=generator) < sample_rate).nonzero().flatten()
 
 
 def share(indices: Tensor, rank: int, ranks: int) -> Tensor:
-    """What a rank takes of a sample: record i is always rank i mod ranks', so that no record is on two ranks."""
+    """Select the indices of one rank's records: record i is always rank i mod ranks', so that no record is on two ranks."""
     return indices[indices % ranks == rank]
 
 
 def largest_share(indices: Tensor, ranks: int) -> int:
-    """How many records the rank with most of them takes."""
+    """Count the records of the rank that has most of them."""
     return int(torch.bincount(indices % ranks, minlength=ranks).max())
 
 
@@ -31,7 +31,7 @@ def micro_batches(
     """Split a logical batch into (indices, mask) of `size`, each record once; the last is padded with masked records.
 
     fixed_shape=False leaves the last one short instead, which saves its padding's work where shapes may vary.
-    at_least: how many micro-batches to make, none of them empty; those that no record is left for hold masked ones only.
+    `at_least` is the least number of micro-batches, none of them empty; those without records hold masked ones only.
     """
     parts = indices.split(size)
     for chosen in (*parts, *[indices[:0]] * (at_least - len(parts))):

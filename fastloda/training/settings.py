@@ -12,7 +12,7 @@ from fastloda.privacy.clip import Clipping, clipping_style
 from fastloda.privacy.styles import check_max_grad_norm
 from fastloda.training.schedules import Schedule
 
-FAR = 20  # times sample_rate x records, or less than a 20th of it: then expected_batch_size is a slip
+FAR = 20  # factor from sample_rate x records, either way, beyond which expected_batch_size is taken for a mistake
 
 
 @dataclass(frozen=True)
@@ -21,25 +21,26 @@ class PrivateTraining:
 
     Attributes:
         sample_rate: probability that a record enters a step's batch.
-        expected_batch_size: sample_rate x the public count of records; the divisor of the clipped sum. On several ranks, of
-            all of them together.
-        steps: optimizer steps, noisy ones, empty batches included.
-        noise_multiplier: standard deviation of the noise over max_grad_norm; 0 trains without privacy. With adaptive clipping
-            the number that both releases of a step together cost (`fastloda.privacy.adaptive`).
-        delta: at which epsilon is reported.
-        target_epsilon: training stops before epsilon would exceed it; None: after `steps`.
-        max_grad_norm: L2 bound on a sample's contribution; where it starts, with adaptive clipping.
-        clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings, as in `GhostClipper`.
-        views: noise levels / augmentations per sample, averaged before clipping.
-        micro_batch_size: samples in a rank's memory at a time; the logical batch does not depend on it.
-        fixed_shape: pad the last micro-batch with masked records, so that shapes never vary.
-        optimizer, learning_rate, weight_decay, momentum (SGD), betas (Adam): as in torch.optim.
-        warmup: steps of linear warm-up; schedule: what follows, down to zero for "cosine".
-        ema_decay: of the average of the parameters, by step; 0 averages nothing.
-        seed: of sampling and noise. None, the default, takes both from the operating system; a number makes a run that can be
-            repeated, and whose noise can be foreseen: for experiments only.
-        secure_noise: noise from a cryptographically secure generator (`SecureGenerator`, which also says what it costs). It can't
-            be repeated, so seed must be None, and steps that a crash took after the last checkpoint are charged and lost.
+        expected_batch_size: sample_rate x the public number of records, over all ranks; the divisor of the clipped sum.
+        steps: number of noisy optimizer steps, empty batches included.
+        noise_multiplier: standard deviation of the noise divided by max_grad_norm; 0 trains without privacy. With adaptive
+            clipping, the noise multiplier that both releases of a step together cost (`fastloda.privacy.adaptive`).
+        delta: the delta for which epsilon is reported.
+        target_epsilon: bound on epsilon before which training stops; None trains for `steps`.
+        max_grad_norm: L2 bound on a sample's contribution; with adaptive clipping, its first value.
+        clipping: style of clipping: "flat", "automatic", "per_layer", "adaptive", or a style object, as in `GhostClipper`.
+        views: number of noise levels or augmentations per sample, averaged before clipping.
+        micro_batch_size: number of samples in a rank's memory at a time; the logical batch does not depend on it.
+        fixed_shape: whether to pad the last micro-batch with masked records, so that shapes never vary.
+        optimizer, learning_rate, weight_decay, momentum, betas: arguments as in torch.optim (momentum of SGD, betas of Adam).
+        warmup: number of steps of linear warm-up.
+        schedule: learning rate after the warm-up: "constant", or "cosine", which ends at zero.
+        ema_decay: decay of the moving average of the parameters; 0 averages nothing.
+        seed: seed of sampling and noise. None, the default, takes both from the operating system; a number makes a run that
+            can be repeated, and whose noise can be foreseen: for experiments only.
+        secure_noise: whether noise comes from a cryptographically secure generator (`SecureGenerator`, which states its
+            cost). It can't be repeated, so seed must be None, and steps that a crash took after the last checkpoint are
+            charged and lost.
         earlier: releases about the same records before this run, as `compose_epsilon` takes them; epsilon and target_epsilon
             cover them too.
     """
@@ -90,7 +91,7 @@ class PrivateTraining:
         clipping_style(self.clipping).gradient_noise(self.noise_multiplier, self.expected_batch_size)
 
     def check_records(self, records: int) -> None:
-        """Refuse an expected_batch_size that is far from sample_rate x records; fewer than one expected record leave it open."""
+        """Refuse an expected_batch_size far from sample_rate x records; below one expected record, far from 1."""
         sampled = max(1.0, self.sample_rate * records)
         if not sampled / FAR <= self.expected_batch_size <= sampled * FAR:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Private training, top to bottom: a Poisson batch, its micro-batches, the private step, the update, the checkpoint."""
+"""The private trainer: a Poisson batch, its micro-batches, the private step, the update, the checkpoint."""
 
 import math
 import os
@@ -27,24 +27,24 @@ from fastloda.training.sampling import largest_share, micro_batches, share
 from fastloda.training.settings import PrivateTraining
 from fastloda.training.waste import Waste
 
-# losses(model, batch, generator) -> one number per sample and view, [n * views], sample-major
+# A function losses(model, batch, generator) -> one number per sample and view, [n * views], sample-major.
 Losses = Callable[[nn.Module, Any, Generator], Tensor]
 
 
 class DPTrainer:
-    """Trains a model's trainable parameters on private records under (epsilon, delta)-DP, add/remove adjacency.
+    """A trainer of a model's trainable parameters on private records under (epsilon, delta)-DP, add/remove adjacency.
 
     >>> settings = PrivateTraining(sample_rate=0.1, expected_batch_size=100, steps=50, noise_multiplier=2.0, delta=1e-5)
     >>> trainer = DPTrainer(model, (images, labels), losses, settings, checkpoint="run/private.pt")
     >>> trainer.fit()                  # continues from the checkpoint if there is one
     >>> trainer.epsilon()              # what was spent
 
-    A run stops before `target_epsilon` is exceeded. Its checkpoint holds the parameters, optimizer, average, random states, the
-    accountant's record, and a secret from which each step's batch and noise follow; a killed run resumes bit for bit, so that a
-    step taken again is the very same release, neither lost nor paid twice. A file beside the checkpoint lists the releases
-    beforehand, with a keyed hash of each sum (`releases.py`; the two files belong together). A step taken again whose sum is
-    another (other losses, data or shapes) is not released: it and the lost ones after it stay charged and are not made again,
-    and training goes on with new batches and new noise. Whether that happened may depend on a single record, if that alone was
+    A run stops before `target_epsilon` is exceeded. Its checkpoint holds the parameters, optimizer, average, random states,
+    the accountant's state, and a secret from which each step's batch and noise follow. A killed run resumes bit for bit: a
+    repeated step is the same release, neither lost nor paid twice. A file beside the checkpoint lists each release before it
+    is made, with a keyed hash of its sum (`releases.py`; the two files belong together). A repeated step whose sum differs
+    (other losses, data or shapes) is not released: it and the lost steps after it stay charged and are not repeated, and
+    training continues with new batches and new noise. Whether that happened may depend on a single record, if that alone was
     changed in between. With `secure_noise` no release can be repeated: those after the last checkpoint are charged and lost.
     No two sums ever have the same noise, in a forked child neither: unless `seed` is given, it follows from the sum as well.
     Keep the checkpoint private: it holds the secret. What the progress bar shows (loss, clipped fraction) depends on private
@@ -57,24 +57,24 @@ class DPTrainer:
     checkpoint. With as many ranks as wrote it, a run resumes bit for bit; with another number the losses are drawn anew.
 
     Args:
-        model: with some trainable parameters, each covered by a rule.
+        model: a model with some trainable parameters, each covered by a rule.
         data: tensors or arrays with one record per row (one, a tuple or a dict of them), or a map-style Dataset; the same on
             every rank. Batches have the same structure, or the one that `default_collate` makes of the Dataset's records.
-        losses: (model, batch, generator) -> [n * views] losses, each of its own record only. Its randomness must come from
-            `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer is made, and looked
-            at in its first step, in steps 2, 4, 8, ..., in random ones, and where losses stand out: with other records beside
-            it, and all else as it was, a record must have the same loss and gradient, and, where nothing is drawn at random, at
-            another place of the batch too (`mixing.py`). The run's course is the same with it. What `losses` keeps of
-            earlier steps' records no look can see: keep nothing.
-        settings: see PrivateTraining.
-        checkpoint: file to save to and resume from; its folder is made if there is none. None keeps nothing.
-        checkpoint_every: steps between saves.
-        progress: show the bar.
-        group: the ranks that train together. None: all, if a process group is initialised; "alone": this process only.
+        losses: function (model, batch, generator) -> [n * views] losses, each of its own record only. Its randomness comes
+            from `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer is made, and
+            looked at in its first step, in steps 2, 4, 8, ..., in random ones, and where losses stand out: with other records
+            beside it, and all else as it was, a record must have the same loss and gradient, and, where nothing is drawn at
+            random, at another place of the batch too (`mixing.py`). The run's course is the same with it. What `losses` keeps
+            of earlier steps' records no look can see: keep nothing.
+        settings: the settings of the run.
+        checkpoint: file to save to and resume from; its folder is made if there is none. None saves nothing.
+        checkpoint_every: number of steps between saves.
+        progress: whether to show a progress bar.
+        group: the ranks that train together. None takes all, if a process group is initialised; "alone" this process only.
 
     Raises:
-        ValueError, PrivacyError: before anything is changed, with the reason.
-        CheckpointError: the checkpoint is damaged, or of another model or other settings.
+        ValueError, PrivacyError: the arguments are refused, with the reason, before anything is changed.
+        CheckpointError: the checkpoint is damaged, or belongs to another model or other settings.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class DPTrainer:
         self.progress = progress and self.world.first
         self._looks = Looks(self.run, self._data, self._evaluate)
         self._waste = Waste(self.run.device)
-        self._moving = False  # between the release of a gradient and the end of the update that it makes
+        self._moving = False  # True from a gradient's release to the end of its update
         self._try_losses()
-        self.clipper.check_model()  # the try may have written to it
+        self.clipper.check_model()  # losses() may have written to the model
         self._agree()
         self.run.open()
 
     def _try_losses(self) -> None:
-        """Compute the losses of one batch, of which nothing is kept: what can't work fails before anything is paid for."""
+        """Compute the losses of one batch and drop them, so that what can't work fails before anything is paid for."""
         settings = self.settings
         chosen, _ = next(micro_batches(torch.arange(self.records), settings.micro_batch_size, settings.fixed_shape))
         try:
@@ -117,33 +117,33 @@ class DPTrainer:
                 read = self._data.read(chosen)
             self._evaluate(read, [])
         except (NameError, AttributeError):
-            return  # losses() may name the trainer that is being made; the first step calls it before it pays
+            return  # losses() may refer to the trainer that is being made; the first step calls it before it pays
         except Exception as error:
             if not hand_back_shards(self.model):
                 self.world.tell_failure(error)  # the others wait in _agree
             raise
 
     def _agree(self) -> None:
-        """Refuse ranks that would make different runs; let them start from the same parameters."""
+        """Refuse ranks whose runs would differ, and start all ranks from the same parameters."""
         facts = {"records": self.records, "checkpoint_every": self.checkpoint_every, "the model": self.run.fingerprint}
         self.world.check_same(asdict(self.settings) | facts | {"having a checkpoint": self.checkpoint is not None})
         replicate(self.model, self.clipper.group)
         self.average.load({name: p.detach() for name, p in self.parameters.items()})
 
     world = property(lambda self: self.run.world, doc="The ranks that train together.")
-    step = property(lambda self: self.run.step, doc="Private steps taken.")
+    step = property(lambda self: self.run.step, doc="The number of private steps taken.")
     last_step = property(
-        lambda self: self.run.last_step, doc="Where training ends: at the end of the steps or the budget."
+        lambda self: self.run.last_step, doc="The step at which training ends, by the steps or by the budget."
     )
-    records = property(lambda self: self.run.records, doc="How many there are.")
-    checkpoint = property(lambda self: self.run.checkpoint, doc="The file that it saves to, if any.")
+    records = property(lambda self: self.run.records, doc="The number of records.")
+    checkpoint = property(lambda self: self.run.checkpoint, doc="The file to save to, if any.")
     optimizer = property(lambda self: self.run.optimizer)
-    schedule = property(lambda self: self.run.schedule, doc="Of the learning rate.")
-    average = property(lambda self: self.run.average, doc="Of the parameters, by step.")
+    schedule = property(lambda self: self.run.schedule, doc="The schedule of the learning rate.")
+    average = property(lambda self: self.run.average, doc="The moving average of the parameters.")
     accountant = property(lambda self: self.run.accountant)
 
     def epsilon(self) -> float:
-        """Bound what has been spent, at the settings' delta."""
+        """Compute an upper bound on epsilon spent so far, at the settings' delta."""
         return self.accountant.epsilon(self.settings.delta)
 
     def save(self) -> None:
@@ -155,11 +155,11 @@ class DPTrainer:
         return self.run.state_dict()
 
     def fit(self) -> "DPTrainer":
-        """Train to the end of the steps or of the budget, whichever comes first.
+        """Train until the steps or the budget end, whichever comes first.
 
-        Saves before the first step, every `checkpoint_every` steps, and at the end, by whatever it comes: an error, or SIGINT
-        (Ctrl-C) or SIGTERM, which take effect after the step that they fall into (a second one at once). On several ranks an
-        error on one of them is not followed by a save.
+        It saves before the first step, every `checkpoint_every` steps, and at the end, even if the end is an error, or SIGINT
+        (Ctrl-C) or SIGTERM, which take effect after the current step (a second signal at once). With several ranks nothing is
+        saved after an error on one of them.
         """
         last = self.last_step
         epsilons = self.run.epsilon_by_step(last) if self.progress else lambda step: math.nan
@@ -176,7 +176,7 @@ class DPTrainer:
                     except PrivacyError:
                         if self.step < last:
                             raise
-                        break  # the steps that were left are charged, and not made
+                        break  # the remaining steps are charged, and not made
                     bar.set_postfix_str(
                         f"loss {stats.mean_loss:.4f}, clipped {stats.clipped_fraction:.0%}, epsilon {epsilons(self.step):.2f}"
                     )
@@ -185,21 +185,21 @@ class DPTrainer:
                         self.save()
             except BaseException:
                 if self.world.size == 1 and not self._moving:
-                    with suppress(PrivacyError):  # then it is another run's
+                    with suppress(PrivacyError):  # raised if the checkpoint is another run's by now
                         self.save()
                 raise
             self.save()
         return self
 
     def train_step(self) -> StepStats:
-        """One private step over one Poisson batch, which may be empty: it is noised and counted all the same.
+        """Take one private step over one Poisson batch, which may be empty: it is noised and counted all the same.
 
-        A step in which nearly no sample has a finite gradient releases noise alone, and is paid for; some in a row are refused
-        to go on (`WASTED_STEPS`). That the run stops then is no release: who sees it learns that nearly all samples of each of
-        these steps overflowed, which one record decides only where their count is at the limit.
+        A step in which nearly no sample has a finite gradient releases noise alone, and is paid for; after several such steps
+        in a row no more are taken (`WASTED_STEPS`). That stop is no release: who sees it learns that nearly all samples of
+        each of these steps overflowed, which one record decides only where their count is at the limit.
 
         Raises:
-            PrivacyError: the steps, or the budget, are spent; or samples mix (see losses).
+            PrivacyError: the steps or the budget are spent, or samples mix (see losses).
             RuntimeError: the last steps were wasted, or the parameters are no longer finite.
         """
         stats = None
@@ -208,7 +208,7 @@ class DPTrainer:
         return stats
 
     def _take_step(self) -> StepStats | None:
-        """Take a step; None if it would have been another release than the one on record: that is charged, nothing released."""
+        """Take a step; return None if it would be another release than the one on record, which is charged and not released."""
         if self.step >= self.last_step:
             raise PrivacyError(f"all {self.last_step} private steps are taken, or the budget is spent: no step is left")
         self._waste.check(self.parameters, self.step)
@@ -239,7 +239,7 @@ class DPTrainer:
         return stats
 
     def _accumulate(self, indices: Tensor) -> StepStats:
-        """The clipped sum of this rank's share of the sampled records."""
+        """Accumulate the clipped sum of this rank's share of the sampled records."""
         settings, world = self.settings, self.world
         sharded = hand_back_shards(self.model)
         together = math.ceil(largest_share(indices, world.size) / settings.micro_batch_size) if sharded else 0
@@ -259,7 +259,7 @@ class DPTrainer:
         return stats
 
     def _accumulate_parts(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[StepStats, list[Tensor]]:
-        """-> the counts, and the losses of each micro-batch."""
+        """Accumulate the clipped sum of micro-batches (indices, mask) -> the counts, and the losses of each micro-batch."""
         stats, found = StepStats.none(self.run.device), []
         for chosen, mask in parts:
             read = self._data.read(chosen)
@@ -272,7 +272,7 @@ class DPTrainer:
         return stats, found
 
     def _losses_of(self, read: list) -> Tensor:
-        """[n * views], with their graph."""
+        """Compute the losses [n * views] of the records read, with their graph."""
         try:
             batch = self._data.batch(read, self.run.device)
         except (TypeError, RuntimeError, ValueError) as error:
@@ -290,7 +290,7 @@ class DPTrainer:
         return losses
 
     def _evaluate(self, read: list, choices: Sequence[Tensor]) -> Evaluated:
-        """The losses alone, and the choices' gradients; random states and FSDP2's shards are after as they were before."""
+        """Compute the losses and the choices' gradients, and restore the random states and FSDP2's shards."""
         sharded = hand_back_shards(self.model)
         try:
             # with gradients enabled the same kernels run as in training; FSDP2 would wait for a backward pass

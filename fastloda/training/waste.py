@@ -1,4 +1,4 @@
-"""Whether a run still buys anything: its parameters are finite, and so are some gradients."""
+"""A check that a run still gains anything: its parameters are finite, and so are some gradients."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastloda.privacy.stats import StepStats
 
-WASTED_STEPS, WASTED_SAMPLES = 3, 20  # in a row, and in all of them together: then a run stops
+WASTED_STEPS, WASTED_SAMPLES = 3, 20  # wasted steps in a row, and samples in all of them, at which a run stops
 
 
 class Waste:
@@ -21,19 +21,19 @@ class Waste:
         self._steps, self._stats = 0, StepStats.none(self._device)
 
     def add(self, stats: StepStats) -> None:
-        """Take in a step's counts, of all ranks."""
+        """Add a step's counts, summed over all ranks."""
         if stats.wasted:
             self._steps, self._stats = self._steps + 1, self._stats + stats
         elif stats.samples:
             self._forget()
 
     def check(self, parameters: Mapping[str, Tensor], step: int) -> None:
-        """Refuse to pay for more steps of nothing.
+        """Refuse to pay for more steps that gain nothing.
 
         Raises:
             RuntimeError: a parameter is not finite after the step, or the last steps were wasted.
         """
-        norms = torch._foreach_norm([p.detach() for p in parameters.values()])  # quick: one look for all
+        norms = torch._foreach_norm([p.detach() for p in parameters.values()])  # one call for all parameters is fast
         if not torch.stack([norm.float() for norm in norms]).isfinite().all():
             for name, p in parameters.items():
                 if not p.isfinite().all():

@@ -1,4 +1,4 @@
-"""Classifiers: generated images are worth what one learns from them about real ones."""
+"""Classifiers, which measure generated images by what can be learned from them about real ones."""
 
 from .augment import AUGMENTS, AugmentName, augmentation, flip_crop, jitter
 from .cnn import SmallCNN

@@ -1,4 +1,4 @@
-"""What is done to images on their way into a classifier: small changes that keep the label."""
+"""Augmentations of images for a classifier: small random changes that keep the label."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -19,7 +19,7 @@ _MAX_SHIFT = 0.125  # of the image's side: one pixel of 8
 def jitter(images: Tensor, generator: Generator) -> Tensor:
     """Turn each image [n, C, H, W] by up to 0.15 rad and shift it by up to an eighth of its side.
 
-    What moves in is the edge, extended. `generator` is a CPU generator: a seed augments alike on any device.
+    The edge fills what moves in. `generator` is a CPU generator, so that a seed augments alike on any device.
     """
     unit = 2 * torch.rand(len(images), 3, generator=generator).to(images.device) - 1
     angle = _MAX_ANGLE * unit[:, 0]
@@ -50,7 +50,7 @@ AUGMENTS: dict[AugmentName, Augment | None] = {"jitter": jitter, "flip-crop": fl
 
 
 def augmentation(augment: AugmentName | Augment) -> Augment | None:
-    """By name, or a function of your own. ValueError for an unknown name."""
+    """Look up an augmentation by its name; a function is returned as it is. Raises ValueError for an unknown name."""
     if callable(augment):
         return augment
     if augment not in AUGMENTS:

@@ -4,21 +4,21 @@ from torch import Tensor, nn
 
 from fastloda.errors import UserError
 
-_SMALLEST = 4  # side of the last feature map, at most
+_SMALLEST = 4  # largest side of the last feature map
 _GROUPS = 8
 
 
 class SmallCNN(nn.Module):
-    """Images [n, C, S, S] to logits [n, num_classes]: 3 x 3 convolutions, S halved down to 4, one Linear.
+    """A small CNN from images [n, C, S, S] to logits [n, num_classes]: 3 x 3 convolutions, S halved down to 4, one Linear.
 
     Only Conv2d and Linear have parameters. GroupNorm has none of its own: the next layer has a scale already,
     and under DP-SGD every parameter costs noise.
 
     Args:
-        in_channels: C.
+        in_channels: number of channels C.
         num_classes: number of logits.
-        width: channels at full size, twice that below; a multiple of 8 (the groups).
-        image_size: S.
+        width: number of channels at full size, twice that below; a multiple of 8 (the groups).
+        image_size: side S of the images.
 
     Raises:
         ValueError: an argument is less than 1, or `width` is no multiple of 8.

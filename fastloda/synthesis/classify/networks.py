@@ -18,7 +18,7 @@ NetworkName = Literal["cnn", "resnet9", "wrn-16-4", "wrn-40-4"]
 
 
 class Network(NamedTuple):
-    """make(in_channels=, num_classes=, width=, image_size=, norm=) -> module; width: the usual one."""
+    """A network: make(in_channels=, num_classes=, width=, image_size=, norm=) -> module, and its usual width."""
 
     make: Callable[..., nn.Module]
     width: int
@@ -47,12 +47,12 @@ def make_network(
     width: int | None = None,
     norm: Norm = "group",
 ) -> nn.Module:
-    """The network with weights from PyTorch's global generator.
+    """Make a network with weights from PyTorch's global generator.
 
-    width: as the network counts it; None is the usual one. norm: "group", or "batch" where no privacy is wanted.
+    `width` is counted as the network does; None is its usual one. `norm` is "group", or "batch" where no privacy is wanted.
 
     Raises:
-        ValueError: an unknown name, or an argument that the network cannot have.
+        ValueError: the name is unknown, or the network can't have an argument.
     """
     if name not in NETWORKS:
         raise UserError(f"the classifier must be one of {', '.join(get_args(NetworkName))}, got {name!r}")
@@ -62,6 +62,6 @@ def make_network(
 
 
 def seeded_network(name: NetworkName, seed: int, **config) -> nn.Module:
-    """As `make_network`, with the weights that `seed` gives, on the CPU; global generators stay as they were."""
+    """Make a network as `make_network` does, with the weights that `seed` gives, on the CPU; global generators are restored."""
     with seeded(seed):
         return make_network(name, **config)

@@ -17,10 +17,10 @@ NORMS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def norm_layer(norm: Norm, groups: int) -> Callable[[int], nn.Module]:
-    """channels -> layer. "group" treats every sample alone; "batch" mixes them, and a private step refuses it.
+    """Make a function channels -> layer. "group" treats every sample alone; "batch" mixes them, which a private step refuses.
 
     Raises:
-        ValueError: an unknown norm.
+        ValueError: the norm is unknown.
     """
     if norm not in NORMS:
         raise UserError(f"norm must be one of {sorted(NORMS)}, got {norm!r}")

@@ -11,17 +11,17 @@ _GROUPS = 8
 
 
 class ResNet9(nn.Module):
-    """Images [n, C, S, S] to logits [n, num_classes]: 3 x 3 convolutions of `width` to 8 `width` channels, two residual blocks.
+    """A ResNet-9 from images [n, C, S, S] to logits [n, num_classes]: `width` to 8 `width` channels, two residual blocks.
 
     Args:
-        in_channels: C.
+        in_channels: number of channels C.
         num_classes: number of logits.
-        width: channels of the first layer, 64 in the original; a multiple of 8.
-        image_size: S, at least 8: it is halved three times.
-        norm: "group" or "batch".
+        width: number of channels of the first layer, 64 in the original; a multiple of 8.
+        image_size: side S of the images, at least 8: it is halved three times.
+        norm: normalisation, "group" or "batch".
 
     Raises:
-        ValueError: an argument that cannot be.
+        ValueError: an argument is out of range.
     """
 
     def __init__(

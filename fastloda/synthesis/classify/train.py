@@ -1,4 +1,4 @@
-"""Training without privacy, and scoring: a fixed number of steps, whatever the size of the set."""
+"""Training of classifiers without privacy, in a fixed number of steps whatever the size of the set, and their scores."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ OPTIMIZERS: dict[OptimizerName, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
 }
-_LOG_EVERY = 50  # steps between looks at the loss, each of which waits for the GPU
+_LOG_EVERY = 50  # steps between displays of the loss, each of which waits for the GPU
 
 
 def train_classifier(
@@ -41,7 +41,7 @@ def train_classifier(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> nn.Module:
-    """A network of `NETWORKS` trained on `train` with a cosine schedule; no privacy. Returned in eval mode.
+    """Train a network of `NETWORKS` on `train` with a cosine schedule, without privacy, and return it in eval mode.
 
     `steps` counts batches, not epochs, so that sets of different sizes get the same training. All randomness
     comes from `seed`; global generators stay as they were.
@@ -73,7 +73,7 @@ def train_classifier(
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 1024) -> Tensor:
-    """The most likely class, int64 [n] on the CPU, of images [n, C, H, W]; the model's mode is kept."""
+    """Predict the most likely class of images [n, C, H, W]: int64 [n] on the CPU; the model's mode is kept."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -83,7 +83,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 1024) -> Tensor:
 
 
 def accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 1024) -> float:
-    """The share of `data`, 0 .. 1, that the model classifies as labelled.
+    """Compute the share of `data`, 0 .. 1, that the model classifies as labelled.
 
     Raises:
         ValueError: `data` is empty.
@@ -94,7 +94,7 @@ def accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 1024) -> 
 
 
 def _batches(count: int, batch_size: int, steps: int, generator: Generator) -> tuple[Tensor, ...]:
-    """`steps` index tensors of exactly `batch_size`, cut from one shuffled epoch after another."""
+    """Draw `steps` index tensors of exactly `batch_size`, cut from one shuffled epoch after another."""
     epochs = -(-steps * batch_size // count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
     return order[: steps * batch_size].split(batch_size)

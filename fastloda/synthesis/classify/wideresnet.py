@@ -11,7 +11,7 @@ _GROUPS = 16
 
 
 class Block(nn.Module):
-    """Pre-activation residual block: norm, ReLU, convolution, twice."""
+    """A pre-activation residual block: norm, ReLU and convolution, twice."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, norm: Norm):
         super().__init__()
@@ -27,21 +27,21 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Images [n, C, S, S] to logits [n, num_classes]: depth - 4 a multiple of 6; 16, 32, 64 times `width` channels.
+    """A wide ResNet from images [n, C, S, S] to logits [n, num_classes], with 16, 32 and 64 times `width` channels.
 
     With norm="group" it is the network of private image classifiers (De et al. 2022, https://arxiv.org/abs/2204.13650), without
     their weight standardisation.
 
     Args:
-        in_channels: C.
+        in_channels: number of channels C.
         num_classes: number of logits.
-        width: the widening factor, 4 in WRN-40-4.
-        image_size: S; any, for features are averaged over it.
-        depth: convolutions along the main path, 40 in WRN-40-4.
-        norm: "group" or "batch".
+        width: widening factor, 4 in WRN-40-4.
+        image_size: side S of the images; any, for features are averaged over it.
+        depth: number of convolutions along the main path, 40 in WRN-40-4; depth - 4 is a multiple of 6.
+        norm: normalisation, "group" or "batch".
 
     Raises:
-        ValueError: a depth that cannot be, or an unknown norm.
+        ValueError: the depth is not possible, or the norm is unknown.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Data sets, with one type for all of them: always there, read from local folders in their published formats, or one's own."""
+"""Data sets of one type: built in, read from local folders in their published formats, or the user's own."""
 
 from .byte_images import ByteImages
 from .catalogue import NAMES, PUBLIC_PARTNERS, describe, open_dataset

@@ -17,10 +17,10 @@ Batch = tuple[np.ndarray, Tensor]  # uint8 [n, PIXELS], int64 [n]
 
 
 def read_batch(path: Path) -> Batch:
-    """From a pickle, or from an npz if the name ends so; nothing in either is run.
+    """Read a batch from a pickle, or from an npz if the name ends so; nothing in either is run.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the file holds something else.
     """
     if path.suffix == ".npz":
         return _check(read_npz(path, ("data", "labels")))

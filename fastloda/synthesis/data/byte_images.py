@@ -1,4 +1,4 @@
-"""Many images in a quarter of the memory: kept as bytes, read as floats."""
+"""Images kept as bytes, in a quarter of the memory, and read as floats."""
 
 import torch
 from torch import Tensor
@@ -9,18 +9,18 @@ WHITE = 255
 
 
 def to_floats(pixels: Tensor) -> Tensor:
-    """uint8 0 .. 255 to float32 -1 .. 1."""
+    """Convert uint8 0 .. 255 to float32 -1 .. 1."""
     return pixels.to(torch.float32).div_(WHITE / 2).sub_(1)
 
 
 class ByteImages:
-    """uint8 [n, C, H, W] that reads like the float32 tensor in [-1, 1] that it stands for.
+    """A uint8 array [n, C, H, W] that reads like the float32 tensor in [-1, 1] that it stands for.
 
-    All of ImageNet32 takes 3.9 GB this way, and 15.7 GB as floats. `images[index]` converts what is picked, and that alone;
-    `len`, `shape`, `ndim`, `dtype`, `split` and `to` are those of the tensor. Anything else fails loudly: it is no tensor.
+    All of ImageNet32 takes 3.9 GB this way, and 15.7 GB as floats. `images[index]` converts only what it picks; `len`,
+    `shape`, `ndim`, `dtype`, `split` and `to` are those of the tensor. Any other use raises an error, for it is no tensor.
 
     Args:
-        pixels: uint8 [n, C, H, W]; not copied.
+        pixels: the bytes, uint8 [n, C, H, W]; not copied.
 
     Raises:
         ValueError: pixels are not uint8.
@@ -48,9 +48,9 @@ class ByteImages:
         return self.pixels.ndim
 
     def split(self, size: int) -> "list[ByteImages]":
-        """Parts of `size` images, still bytes."""
+        """Split into parts of `size` images, still bytes."""
         return [ByteImages(part) for part in self.pixels.split(size)]
 
     def to(self, device: torch.device | str) -> Tensor:
-        """All of them, as floats on the device."""
+        """Convert all images to floats on the device."""
         return to_floats(self.pixels.to(device))

@@ -1,4 +1,4 @@
-"""Every data set by its name: those that are always there, those read from a local folder, and files of one's own."""
+"""The catalogue of data sets by name: built-in ones, those read from a local folder, and the user's own files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,14 +29,14 @@ from .svhn import svhn
 
 
 class Drawn(NamedTuple):
-    """How a data set that is always there is made: from (count, seed, size), for each split that it has."""
+    """A built-in data set: for each of its splits, a function (count, seed, size) -> images."""
 
     splits: dict[str, Callable[[int, int, int], LabelledImages]]
     about: str
 
 
 class Published(NamedTuple):
-    """How a data set is read from a folder: (root, split, size)."""
+    """A data set read from a folder by a function (root, split, size) -> images."""
 
     open: Callable[[Path, Split, int | None], LabelledImages]
     about: str
@@ -73,7 +73,7 @@ FROM_FOLDER = {
     ),
 }
 NAMES = (*ALWAYS_THERE, *FROM_FOLDER)
-PUBLIC_PARTNERS = {  # of private data sets, as the paper pairs them; the digits in the same way
+PUBLIC_PARTNERS = {  # private data set -> public one, as the paper pairs them; the digits in the same way
     "cifar10": "imagenet32",
     "mnist": "svhn",
     "digits": "font-digits",
@@ -84,7 +84,7 @@ NPZ_FILES = (
     "An npz file: `images` (uint8, or floats in [-1, 1], or else their `range`, as [0, 1]; NCHW or NHWC) and `labels` "
     "(integers from 0), perhaps `num_classes`"
 )
-_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
+_LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue: ITU-R BT.601
 
 
 def open_dataset(
@@ -98,23 +98,23 @@ def open_dataset(
     count: int = 20_000,
     seed: int = 0,
 ) -> LabelledImages:
-    """A data set by one of `NAMES`, or a folder of images, or an npz file. Nothing is downloaded.
+    """Open a data set by one of `NAMES`, a folder of images, or an npz file. Nothing is downloaded.
 
     >>> public, private = open_dataset("imagenet10", "/data/imagenet32"), open_dataset("cifar10", "/data")
 
     Args:
-        name: one of `NAMES`; or the path of a folder of images or of an npz file, which are one split.
-        root: the folder that a published data set lies in; `describe(name)` says which files it must hold.
-        split: "train" or "test".
-        size: wanted side of the images, where the data set can have it: font-digits are drawn at it, MNIST is padded to it,
-            images of a folder are cut and resized to it; the others stay as they are.
-        channels: 1 makes colours grey (their luma), 3 repeats grey.
-        num_classes: how many there may be at most.
-        count: of images, for font-digits and colour-font-digits.
-        seed: of those.
+        name: one of `NAMES`, or the path of a folder of images or of an npz file, which are one split.
+        root: folder of a published data set; `describe(name)` says which files it must hold.
+        split: part of the data set, "train" or "test".
+        size: wanted side of the images, where possible: font-digits are drawn at it, MNIST is padded to it, images of a
+            folder are cut and resized to it; the others stay as they are.
+        channels: number of channels: 1 makes colours grey (their luma), 3 repeats grey.
+        num_classes: largest allowed number of classes.
+        count: number of images of font-digits and colour-font-digits.
+        seed: seed of font-digits and colour-font-digits.
 
     Raises:
-        FileNotFoundError: a file is not there; says which files to put where.
+        FileNotFoundError: a file is not there; the message says which files to put where.
         ValueError: a file is not what it should be, there is no such name or split, no root is given for a name that
             needs one, there are no images, or more classes than num_classes.
     """
@@ -135,7 +135,7 @@ def open_dataset(
 
 
 def describe(name: str | None = None) -> str:
-    """What a data set is, and which files belong where; without a name, of all of them, a line each."""
+    """Describe a data set, and which files belong where; without a name, all data sets, a line each."""
     if name is None:
         return "\n".join(
             [*(f"{each}: {describe(each)}" for each in NAMES), f"FOLDER: {FOLDER_FILES}", f"FILE.npz: {NPZ_FILES}"]
@@ -172,7 +172,7 @@ def _with_channels(data: LabelledImages, channels: int) -> LabelledImages:
     images = data.images
     if channels == 1:
         images = images[:] if isinstance(images, ByteImages) else images
-        # clamp: of rounding errors
+        # clamp: rounding may leave the range
         grey = torch.einsum("nchw,c->nhw", images, torch.tensor(_LUMA))[:, None].clamp(-1, 1)
         return LabelledImages(grey, data.labels, data.num_classes)
     return LabelledImages(images.repeat(1, 3, 1, 1), data.labels, data.num_classes)

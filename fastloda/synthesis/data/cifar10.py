@@ -28,17 +28,17 @@ MD5 = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-COUNT = 10_000  # in each file
+COUNT = 10_000  # number of images in each file
 
 
 def cifar10(root: str | Path, split: Split = "train") -> LabelledImages:
-    """Small photographs of `CLASSES`, [n, 3, 32, 32]; 50,000 to train and 10,000 to test. 614 MB of floats.
+    """Read small photographs of `CLASSES`, [n, 3, 32, 32]; 50,000 to train and 10,000 to test. 614 MB of floats.
 
     The pickles are read as data: nothing in them is run (see `safe_pickle`).
 
     Raises:
-        FileNotFoundError: a file is not there; says which files to put where.
-        ValueError: a file is not of the format or the count, or a label is not in 0 .. 9; begins with the path.
+        FileNotFoundError: a file is not there; the message says which files to put where.
+        ValueError: a file's format or count is wrong, or a label is not in 0 .. 9; the message begins with the path.
     """
     check_split(split)
     paths = [find_file(root, (name, f"{name}.bin"), FOLDERS, WHERE) for name in FILES[split]]
@@ -57,7 +57,7 @@ def _read(path: Path) -> Batch:
 
 
 def _from_binary(path: Path) -> Batch:
-    """Records of a byte for the label and `PIXELS` for the image."""
+    """Read records of one byte for the label and `PIXELS` bytes for the image."""
     content = np.fromfile(path, np.uint8)
     if len(content) % (1 + PIXELS):
         raise UserError(f"{len(content)} bytes are no whole number of records of {1 + PIXELS}")

@@ -1,4 +1,4 @@
-"""A pair of colour data sets at 32 x 32, for the paper's U-Net, without a download: digits on shaded grounds.
+"""Two colour data sets at 32 x 32, for the paper's U-Net, without a download: digits on shaded grounds.
 
 Both are made by one recipe from digits of 8 x 8, so that they differ in nothing but the writing: real handwriting is the
 private information, fonts are public.
@@ -14,22 +14,22 @@ from .images import LabelledImages
 
 SIZE = 32
 
-_DARK = 0.4  # the brightest that a dark colour may be; light ones are as far from white
-_SHARPNESS = 2.5  # of the edge of the ink, which is blurred by the enlargement
-_PRIVATE_SEED, _TEST_SEED = 1, 2  # of the colours
+_DARK = 0.4  # largest brightness of a dark colour; light colours are as far from white
+_SHARPNESS = 2.5  # sharpness of the ink's edge, which the enlargement blurs
+_PRIVATE_SEED, _TEST_SEED = 1, 2  # seeds of the colours
 _COLOURS = (
-    0x5EED_C010  # to the seed of the glyphs, for colours drawn from the same numbers would tell which glyph it is
+    0x5EED_C010  # added to the glyphs' seed, for colours drawn from the same numbers would tell which glyph it is
 )
 
 
 def colour_digits_split() -> tuple[LabelledImages, LabelledImages]:
-    """The private set (1437 images) and the test set (360): `digits_split` in colours, [n, 3, 32, 32]; always the same."""
+    """Make the private set (1437 images) and the test set (360): `digits_split` in colours, [n, 3, 32, 32]; always the same."""
     private, test = digits_split()
     return _paint(private, _PRIVATE_SEED), _paint(test, _TEST_SEED)
 
 
 def colour_font_digits(count: int, seed: int) -> LabelledImages:
-    """The public set: `font_digits` in colours, [count, 3, 32, 32], classes balanced to within one image.
+    """Make the public set: `font_digits` in colours, [count, 3, 32, 32], classes balanced to within one image.
 
     The same arguments give the same images.
 
@@ -40,7 +40,7 @@ def colour_font_digits(count: int, seed: int) -> LabelledImages:
 
 
 def _paint(digits: LabelledImages, seed: int) -> LabelledImages:
-    """Each digit in an ink of its own on a ground that runs from one colour to another; one is dark, the other light."""
+    """Paint each digit in its own ink on a ground that runs from one colour to another; one is dark, the other light."""
     generator = Generator().manual_seed(seed)
     ink = _enlarge(digits.images)
     first, second, pen = torch.rand(3, len(digits), 3, 1, 1, generator=generator)
@@ -52,13 +52,13 @@ def _paint(digits: LabelledImages, seed: int) -> LabelledImages:
 
 
 def _enlarge(images: Tensor) -> Tensor:
-    """Grey digits [n, 1, 8, 8] in -1 .. 1 to a mask of ink [n, 1, SIZE, SIZE] in 0 .. 1."""
+    """Enlarge grey digits [n, 1, 8, 8] in -1 .. 1 to a mask of ink [n, 1, SIZE, SIZE] in 0 .. 1."""
     smooth = F.interpolate(images, size=(SIZE, SIZE), mode="bicubic", align_corners=False)
     return (_SHARPNESS * smooth / 2 + 0.5).clamp(0, 1)
 
 
 def _ramp(count: int, generator: Generator) -> Tensor:
-    """[count, 1, SIZE, SIZE]: from 0 to 1 across each image, in a direction of its own."""
+    """Make ramps [count, 1, SIZE, SIZE] from 0 to 1 across each image, each in its own random direction."""
     angle = 2 * torch.pi * torch.rand(count, 1, 1, 1, generator=generator)
     along = torch.linspace(-1, 1, SIZE)
     across = angle.cos() * along + angle.sin() * along[:, None]

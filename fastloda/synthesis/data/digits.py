@@ -1,20 +1,20 @@
-"""The private data: 1,797 real handwritten digits, split once and for all."""
+"""The private data: 1,797 real handwritten digits, always split in the same way."""
 
 import torch
 
 from .images import LabelledImages
 
 TEST_COUNT = 360
-_ON_PIXELS = 16  # every value counts the on-pixels of a 4 x 4 block
+_ON_PIXELS = 16  # largest value, which counts the on-pixels of a 4 x 4 block
 
 
 def digits_split() -> tuple[LabelledImages, LabelledImages]:
-    """The private set (1437 images) and the test set (360): [n, 1, 8, 8], always the same stratified split.
+    """Load the private set (1437 images) and the test set (360): [n, 1, 8, 8], always the same stratified split.
 
     The counts 0 .. 16 become -1 .. 1. Source: `sklearn.datasets.load_digits`, the test part of UCI's "Optical
     Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998), shipped inside scikit-learn: no download.
     """
-    from sklearn.datasets import load_digits  # here: half a second of every import of the package, else
+    from sklearn.datasets import load_digits  # here, for it would add half a second to every import of the package
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()

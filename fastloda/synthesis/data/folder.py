@@ -1,4 +1,4 @@
-"""A folder of images, a subfolder for each class."""
+"""Images in a folder that has a subfolder for each class."""
 
 import re
 import stat
@@ -27,15 +27,15 @@ _SPLIT = re.compile(
     r"(train|training|test|testing|val|valid|validation|dev|eval)([ _-]?(set|data|split|part|images?|imgs?|[0-9]+))?",
     re.IGNORECASE,
 )
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name says: of others PIL runs programs
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # only these: for others PIL runs programs
 
 
 def class_names(root: str | Path) -> list[str]:
-    """The subfolders of a folder of images, sorted: the name of class 0, of class 1 and so on.
+    """List the subfolders of a folder of images, sorted: the names of class 0, class 1 and so on.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it has no subfolders; says what to put where.
-        ValueError: the subfolders are the parts of a data set, or a single one holds the classes' folders.
+        FileNotFoundError: there is no such folder, or it has no subfolders; the message says what to put where.
+        ValueError: the subfolders are the parts of a data set, or the only one holds the classes' folders.
     """
     root = Path(root)
     if not root.is_dir():
@@ -58,7 +58,7 @@ def class_names(root: str | Path) -> list[str]:
 
 
 def _classes_in(folder: Path) -> list[str]:
-    """The folders in one that holds no images itself; else none."""
+    """List the folders in `folder`, or none if it holds images itself."""
     held = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     if any(path.suffix.lower() in ENDINGS for path in held if not path.is_dir()):
         return []
@@ -70,19 +70,19 @@ def _some(names: list[str]) -> str:
 
 
 def image_folder(root: str | Path, *, size: int | None = None) -> LabelledImages:
-    """The images of `class_names(root)`, [n, C, H, W]: C is 1 if all of them are grey, else 3. Floats: 4 bytes a value.
+    """Read the images of `class_names(root)` as floats [n, C, H, W]; C is 1 if all of them are grey, else 3.
 
-    Subfolders of a class belong to it, linked ones too; hidden files do not. What is transparent becomes white, a turned
-    photograph is turned back, and of an animation the first image counts. PIL's limit against decompression bombs holds.
+    Images in subfolders of a class belong to it, linked folders too; hidden files are left out. What is transparent becomes
+    white, rotated photographs are turned upright, an animation gives its first image. PIL's limit on image sizes holds.
 
     Args:
-        root: the folder.
-        size: cut out the central square and resize it to size x size. Default: all must be of one size.
+        root: the folder of the classes' folders.
+        size: side to which the central square is resized, in pixels. Default: all images must have one size.
 
     Raises:
-        FileNotFoundError: there are no classes, or one has no images; says what to put where.
-        ValueError: an image cannot be read, is of another size than the first, or is there twice by a link; begins with its
-            path. Or what `class_names` refuses; or all images are so dark that white may not be 255.
+        FileNotFoundError: there are no classes, or one has no images; the message says what to put where.
+        ValueError: an image cannot be read, has another size than the first, or is there twice by a link; the message begins
+            with its path. Or `class_names` refuses the folder; or all images are so dark that white may not be 255.
     """
     if size is not None and size < 1:
         raise UserError(f"size must be at least 1, not {size}")
@@ -114,7 +114,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _files_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """All that are not hidden, those of linked folders as well."""
+    """Yield all files that are not hidden, those in linked folders as well."""
     if (place := folder.resolve()) in above:
         raise UserError(f"{folder} is a link to a folder that it is in: remove it")
     for path in folder.iterdir():
@@ -123,7 +123,7 @@ def _files_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 
 def _check_once(paths: list[Path]) -> None:
-    """ValueError where links, also hard ones, lead to one file twice: as two records it would contribute twice the bound."""
+    """Refuse two links, also hard ones, to one file: as two records it would contribute twice the bound."""
     first: dict[tuple[int, int], Path] = {}
     for path in paths:
         with naming(path, OSError):
@@ -141,7 +141,7 @@ def _warn_of_left_out(folder: Path, names: list[str], what: str) -> None:
 
 
 def _open(path: Path, size: int | None) -> Image.Image:
-    """In mode L or RGB."""
+    """Open an image in mode L or RGB, cut and resized to `size` if given."""
     with (
         naming(path, Exception),
         Image.open(path, formats=_FORMATS) as file,

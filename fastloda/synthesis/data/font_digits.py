@@ -1,7 +1,7 @@
-"""The public data: digits from fonts, drawn as signed distance fields so that pen width is only a threshold.
+"""The public data: digits from fonts, drawn as signed distance fields, so that a threshold sets the pen's width.
 
-No private image is read. What is imitated is the published description of the digits data set: the
-digit fills a 32 x 32 bitmap, which is cut into 4 x 4 blocks, and the on-pixels of each block are counted.
+No private image is read. The published description of the digits data set is imitated: the digit fills a 32 x 32 bitmap,
+which is cut into 4 x 4 blocks, and the on-pixels of each block are counted.
 """
 
 from functools import cache
@@ -20,8 +20,8 @@ from fastloda.errors import UserError
 
 from .images import LabelledImages
 
-# Matplotlib's text fonts. Not its symbol fonts (their "0" is blank, a bracket or a prime), not its Display
-# fonts (no digits), and not DejaVu Sans Mono: its zero has a dot, so that it reads as an 8.
+# Matplotlib's text fonts, but not its symbol fonts (their "0" is blank, a bracket or a prime), not its Display
+# fonts (no digits), and not DejaVu Sans Mono, whose zero has a dot, so that it reads as an 8.
 FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
@@ -34,8 +34,8 @@ BLOCK = 4  # a pixel of the image is the mean of BLOCK x BLOCK bits
 _GLYPH, _CANVAS = 64, 128  # pixels: height of the glyph's ink, side of the field around it
 _BATCH = 512
 
-_BEND_POINTS = 4  # a side of the grid of points that it moves
-_FILL = (0.9, 1.0)  # share of the box, top to bottom
+_BEND_POINTS = 4  # side of the grid of points that the bend moves
+_FILL = (0.9, 1.0)  # share of the box that the digit fills from top to bottom
 _SHIFT = (-0.15, 0.15)  # in half sides of the box, as far as there is room
 _MAX_EROSION = 0.005  # in heights of the glyph: more would break the hairlines of bold fonts
 
@@ -43,7 +43,7 @@ Range = tuple[float, float]
 
 
 class Hands(NamedTuple):
-    """How digits differ beside their font: uniformly within these ranges.
+    """The ranges within which digits differ uniformly, besides their font.
 
     The defaults are wider than any one hand, so that an unknown one lies within. They were widened after a look at the published
     picture of the real digits, and fitted to none of them.
@@ -60,7 +60,7 @@ MANY_HANDS = Hands()
 
 
 class _Glyphs(NamedTuple):
-    """One row per font and digit. Unit: half the height of the glyph. Origin: its centre; y is down."""
+    """The glyphs, a row per font and digit. Unit: half the height of the glyph. Origin: its centre; y points down."""
 
     field: Tensor  # [g, 1, CANVAS, CANVAS], distance to the outline, positive in the ink
     hull: Tensor  # [g, k, 2], (x, y) of the extreme ink in k directions
@@ -68,14 +68,14 @@ class _Glyphs(NamedTuple):
 
 
 def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS) -> LabelledImages:
-    """`count` digits from `FONTS`, [count, 1, size, size], ink 1 on -1, classes balanced to within one image.
+    """Draw `count` digits from `FONTS`, [count, 1, size, size], ink 1 on -1, classes balanced to within one image.
 
     Every image has its own font, slant, rotation, width, pen, size, position and bend. The same arguments give the
     same images (on one machine: rounding decides a bit now and then). 10,000 images of size 8 take about 1 s
     on one core; the time grows with size^2.
 
     Args:
-        hands: the ranges of slant, rotation, width, pen and bend.
+        hands: ranges of slant, rotation, width, pen and bend.
 
     Raises:
         ValueError: count or size is less than 1.
@@ -95,9 +95,9 @@ def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS)
 
 
 def _draw(glyph: Tensor, hand: Tensor, bend: Tensor, size: int) -> Tensor:
-    """Images [n, 1, size, size] of the glyphs [n], bent by bend [n, 2, k, k].
+    """Draw images [n, 1, size, size] of the glyphs [n], bent by bend [n, 2, k, k].
 
-    hand [n, 7]: angle, slant, stretch, pen, share of the box, shift in x and y.
+    `hand` [n, 7] holds angle, slant, stretch, pen, share of the box, and shift in x and y.
     """
     glyphs = _glyphs()
     angle, slant, stretch, pen = hand[:, :4].unbind(1)
@@ -118,14 +118,14 @@ def _spread(unit: Tensor, bounds: Range) -> Tensor:
 
 
 def _writing(angle: Tensor, slant: Tensor, stretch: Tensor) -> Tensor:
-    """[n, 2, 2]: stretch and slant a column (x, y), then turn it."""
+    """Make matrices [n, 2, 2] that stretch and slant a column (x, y), then turn it."""
     cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
     turn = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
     return turn @ torch.stack([stretch, -slant, zero, one], dim=1).view(-1, 2, 2)
 
 
 def _box_to_glyph(writing: Tensor, hull: Tensor, grow: Tensor, place: Tensor) -> Tensor:
-    """The affine map [n, 2, 3] from the box [-1, 1]^2 to the glyph; by it the written digit fills the box.
+    """Compute the affine map [n, 2, 3] from the box [-1, 1]^2 to the glyph, so that the written digit fills the box.
 
     The extent of the digit is that of its hull plus that of the grown pen, which `writing` makes an ellipse.
     """
@@ -160,7 +160,7 @@ def _glyph(font: Path, digit: str) -> _Glyphs:
 
 
 def _ink(font: Path, digit: str) -> np.ndarray:
-    """bool [CANVAS, CANVAS]: the digit, centred, its ink GLYPH pixels high."""
+    """Draw the digit, centred, its ink GLYPH pixels high: bool [CANVAS, CANVAS]."""
     mask = ImageFont.truetype(str(font), 2 * _GLYPH).getmask(digit, mode="L")
     drawn = Image.frombytes("L", mask.size, bytes(mask))
     drawn = drawn.crop(drawn.getbbox())

@@ -32,7 +32,7 @@ MAP = "map_clsloc.txt"
 
 
 class Match(NamedTuple):
-    """A class of CIFAR-10 and one of ImageNet that shows the same, with its WordNet id and its label in 1 .. 1000."""
+    """A class of CIFAR-10 and the class of ImageNet that shows the same, with its WordNet id and its label in 1 .. 1000."""
 
     cifar10: str
     imagenet: str
@@ -61,22 +61,22 @@ MATCHES = (
 def imagenet32(
     root: str | Path, split: Split = "train", *, classes: Sequence[int | str] | None = None
 ) -> LabelledImages:
-    """Photographs, [n, 3, 32, 32] as `ByteImages`; 1,281,167 to train (3.9 GB) and 50,000 to test (the validation set).
+    """Read photographs, [n, 3, 32, 32] as `ByteImages`; 1,281,167 to train (3.9 GB) and 50,000 to test (the validation set).
 
     Args:
-        root: the folder of the files.
-        split: "train", or "test" for the validation set.
-        classes: which to keep, as labels 1 .. 1000 or WordNet ids; the first becomes label 0. An id that is none of
+        root: folder of the files.
+        split: part of the data set, "train", or "test" for the validation set.
+        classes: classes to keep, as labels 1 .. 1000 or WordNet ids; the first becomes label 0. An id that is not in
             `MATCHES` needs map_clsloc.txt in the folder. Default: all, in the published order; label 1 becomes 0.
 
     Raises:
-        FileNotFoundError: a file is not there; says which files to put where.
-        ValueError: a file is not of the format, they have another count, a label is not in 1 .. 1000, or map_clsloc.txt
-            says something else than `MATCHES`; begins with the path. Or classes are unknown, or one is there twice.
+        FileNotFoundError: a file is not there; the message says which files to put where.
+        ValueError: a file's format or the count is wrong, a label is not in 1 .. 1000, or map_clsloc.txt contradicts
+            `MATCHES`; the message begins with the path. Or classes are unknown, or one is given twice.
     """
     check_split(split)
     number = _numbers(Path(root), range(1, CLASSES + 1) if classes is None else classes)
-    pixels = np.empty((COUNTS[split], PIXELS), np.uint8)  # once: ImageNet twice would be 8 GB
+    pixels = np.empty((COUNTS[split], PIXELS), np.uint8)  # one array: ImageNet twice would be 8 GB
     labels, seen, kept = [], 0, 0
     for batch_pixels, batch_labels in _batches(root, split):
         seen += len(batch_labels)
@@ -96,15 +96,15 @@ def imagenet32(
 
 
 def imagenet10(root: str | Path, split: Split = "train") -> LabelledImages:
-    """The ten classes of ImageNet32 that match CIFAR-10's, with CIFAR-10's labels 0 .. 9: `MATCHES`; 13,000 or so, and 500."""
+    """Read ImageNet32's ten classes that match CIFAR-10's (`MATCHES`), with its labels 0 .. 9; about 13,000 and 500 images."""
     return imagenet32(root, split, classes=[match.label for match in MATCHES])
 
 
 def as_imagenet32(cifar10: LabelledImages) -> LabelledImages:
-    """CIFAR-10 with the labels that `imagenet32` gives the matching classes, of 1,000: for a model of all of ImageNet's.
+    """Relabel CIFAR-10 with the matching classes' labels in `imagenet32`, of 1,000, for a model of all of ImageNet's classes.
 
     Raises:
-        ValueError: these are not ten classes.
+        ValueError: the images do not have ten classes.
     """
     if cifar10.num_classes != len(MATCHES):
         raise UserError(f"CIFAR-10 has {len(MATCHES)} classes, these images {cifar10.num_classes}")
@@ -113,7 +113,7 @@ def as_imagenet32(cifar10: LabelledImages) -> LabelledImages:
 
 
 def _batches(root: str | Path, split: Split) -> Iterator[Batch]:
-    """File by file; that all are there is known before the first is read."""
+    """Yield the batches file by file; all files are found before the first is read."""
     for path in [find_file(root, (f"{name}.npz", name), FOLDERS, WHERE) for name in FILES[split]]:
         with naming(path):
             pixels, labels = read_batch(path)
@@ -122,7 +122,7 @@ def _batches(root: str | Path, split: Split) -> Iterator[Batch]:
 
 
 def _numbers(root: Path, classes: Sequence[int | str]) -> torch.Tensor:
-    """int64 [1001]: what a published label becomes; -1: it is not wanted."""
+    """Map published labels to new ones: int64 [1001], -1 for a class that is not wanted."""
     known = {match.wordnet: match.label for match in MATCHES} | _read_map(root)
     wanted = [known.get(name, name) for name in classes]
     for name in wanted:
@@ -139,7 +139,7 @@ def _numbers(root: Path, classes: Sequence[int | str]) -> torch.Tensor:
 
 
 def _read_map(root: Path) -> dict[str, int]:
-    """WordNet id to label from ILSVRC's map, lines like "n02119789 1 kit_fox"; empty without the file."""
+    """Read WordNet id -> label from ILSVRC's map, lines like "n02119789 1 kit_fox"; empty without the file."""
     path = root / MAP
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""Labelled images as one checked, immutable value: no later step has to ask about range, layout or dtype."""
+"""Labelled images as one checked, immutable value, so that no later step has to check range, layout or dtype."""
 
 import hashlib
 import zipfile
@@ -16,23 +16,23 @@ from fastloda.files import write_atomically
 
 from .byte_images import WHITE, ByteImages, to_floats
 
-CHANNELS = (1, 3)  # grey or RGB: what makes the layout of an npz readable from its shape
-# What NumPy and zipfile raise, between them, for a damaged file (found by damaging one).
+CHANNELS = (1, 3)  # grey or RGB, so that an npz file's shape shows its layout
+# Errors that NumPy and zipfile raise for a damaged file (found by damaging one).
 _UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """Images with one class each.
+    """A set of images with one class each.
 
     Args:
-        images: float32 [n, C, H, W] in [-1, 1], C = 1 (grey) or 3 (RGB); n may be 0. Or `ByteImages`, which read as that
-            and take a quarter of the memory.
-        labels: int64 [n] in 0 .. num_classes - 1.
-        num_classes: at least 1; classes without an image are allowed.
+        images: float32 [n, C, H, W] in [-1, 1], C = 1 (grey) or 3 (RGB); n may be 0. Or `ByteImages`, which stand for the same
+            in a quarter of the memory.
+        labels: classes, int64 [n] in 0 .. num_classes - 1.
+        num_classes: number of classes, at least 1; classes without an image are allowed.
 
     Raises:
-        ValueError: something above does not hold; the message has the offending values.
+        ValueError: an argument breaks a rule above; the message has the offending values.
     """
 
     images: Tensor | ByteImages
@@ -60,13 +60,13 @@ class LabelledImages:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor | slice) -> "LabelledImages":
-        """The images picked by a slice, an int64 tensor of positions or a boolean mask of length n; bytes stay bytes."""
+        """Pick images by a slice, an int64 tensor of positions or a boolean mask of length n; bytes stay bytes."""
         images = self.images
         picked = ByteImages(images.pixels[index]) if isinstance(images, ByteImages) else images[index]
         return LabelledImages(picked, self.labels[index], self.num_classes)
 
     def digest(self) -> str:
-        """sha256 of pixels and labels: equal for equal images, kept alike."""
+        """Compute the sha256 of pixels and labels: equal for equal images of the same type (floats or bytes)."""
         pixels = self.images.pixels if isinstance(self.images, ByteImages) else self.images
         digest = hashlib.sha256(pixels.cpu().contiguous().numpy())
         digest.update(self.labels.cpu().numpy())
@@ -87,14 +87,15 @@ class LabelledImages:
 def load_npz(path: str | Path, *, num_classes: int | None = None) -> LabelledImages:
     """Read labelled images from an npz file, written by `LabelledImages.save_npz` or by anyone else.
 
-    `images`: uint8 or floats; [n, C, H, W] or [n, H, W, C], C = 1 or 3. Where both readings are possible, as for
+    `images`: uint8 or floats, [n, C, H, W] or [n, H, W, C], C = 1 or 3. Where both readings are possible, as for
     [n, 3, 8, 3], it is [n, C, H, W].
-    `range`: optional; the values of black and of white. Default: [0, 255] of uint8, [-1, 1] of floats. Images that look as if
-    others were meant (floats without a negative one; uint8 of the dark half alone) are refused without it: what one record
-    holds may not decide how all are read.
+    `range`: optional; the values of black and white. Default: [0, 255] for uint8, [-1, 1] for floats. Without it, images that
+    look as if another range was meant (floats without a negative value; uint8 in the dark half only) are refused: what one
+    record holds may not decide how all are read.
     `labels`: integers [n], from 0.
     `num_classes`: optional. The argument wins over the file; with neither it is the largest label + 1, and each class must
     have an image.
+
     Nothing is ever unpickled.
 
     Raises:
@@ -121,7 +122,7 @@ def _one_integer(array: np.ndarray) -> int:
 
 
 def _in_range(images: Tensor, black_and_white: np.ndarray | None) -> Tensor:
-    """uint8 or floats -> float32 in [-1, 1]."""
+    """Convert images, uint8 or floats, to float32 in [-1, 1], by the values of black and white if given."""
     if black_and_white is None:
         _refuse_other_ranges(images)
         return to_floats(images) if images.dtype == torch.uint8 else images.float()
@@ -158,13 +159,13 @@ def _refuse_other_ranges(images: Tensor) -> None:
 
 
 def check_not_dark(most: int, way_out: str) -> None:
-    """ValueError where bytes use the dark half alone, as masks of 0 and 1 do; most: the largest of all images."""
+    """Refuse bytes whose largest value `most` is in the dark half, as in masks of 0 and 1, with a ValueError."""
     if most <= WHITE // 2:
         raise UserError(f"images are bytes of at most {most}, dark to black if white is {WHITE}. {way_out}")
 
 
 def _classes_of(labels: Tensor) -> int:
-    """How many there are, of labels that nothing else is said of."""
+    """Count the classes of labels for which num_classes is not given."""
     if not labels.numel():
         return 1
     if (least := int(labels.min())) < 0:
@@ -180,7 +181,7 @@ def _classes_of(labels: Tensor) -> int:
 
 
 def check_labels(labels: Tensor, first: int, last: int) -> None:
-    """ValueError, with the offending values, unless all are in first .. last."""
+    """Refuse labels outside first .. last with a ValueError that has the offending values."""
     _refuse(labels, lambda y: (y < first) | (y > last), f"labels must lie in {first} .. {last}")
 
 
@@ -192,11 +193,11 @@ def _refuse(values: Tensor, is_bad: Callable[[Tensor], Tensor], rule: str) -> No
 
 
 def read_npz(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Arrays of an npz file by name, those of `optional` if they are there; nothing is unpickled.
+    """Read arrays of an npz file by name, those of `optional` if they are there; nothing is unpickled.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not an npz, is damaged, lacks an array, or holds pickled objects; begins with the path.
+        ValueError: it is not an npz, is damaged, lacks an array, or holds pickled objects; the message begins with the path.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -237,10 +238,10 @@ def _to_nchw(array: np.ndarray) -> Tensor:
 
 
 def to_labels(array: np.ndarray) -> Tensor:
-    """int64 of any integers.
+    """Convert an array of any integers to int64 labels.
 
     Raises:
-        ValueError: they are no integers.
+        ValueError: the array does not hold one integer an image.
     """
     if not np.issubdtype(array.dtype, np.integer):
         raise UserError(f"labels must be integers, not {array.dtype}: number the classes from 0")

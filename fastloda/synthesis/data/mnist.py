@@ -39,14 +39,14 @@ _GZIP = b"\x1f\x8b"
 
 
 def mnist(root: str | Path, split: Split = "train", *, size: int = SIDE) -> LabelledImages:
-    """Handwritten digits, [n, 1, size, size], ink 1 on -1; 60,000 to train and 10,000 to test.
+    """Read handwritten digits, [n, 1, size, size], ink 1 on -1; 60,000 to train and 10,000 to test.
 
     `size` above 28 surrounds them with background: 32 fits a U-Net that halves its images several times. Sets in the same
-    format and of the same counts (Fashion-MNIST, KMNIST) are read too, with a warning of their checksums.
+    format and of the same counts (Fashion-MNIST, KMNIST) are read too, with a warning about their checksums.
 
     Raises:
-        FileNotFoundError: a file is not there; says which files to put where.
-        ValueError: a file is no idx file of the right shape, or a label is not in 0 .. 9; begins with the path.
+        FileNotFoundError: a file is not there; the message says which files to put where.
+        ValueError: a file is no idx file of the right shape, or a label is not in 0 .. 9; the message begins with the path.
     """
     check_split(split)
     if size < SIDE:
@@ -63,7 +63,7 @@ def mnist(root: str | Path, split: Split = "train", *, size: int = SIDE) -> Labe
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 of that shape; the header is checked before anything of the size that it states is read."""
+    """Read uint8 of that shape; the header is checked before anything of the size that it states is read."""
     with naming(path, EOFError, gzip.BadGzipFile, zlib.error), _open(path) as file:
         header = file.read(4 + 4 * len(shape))
         if len(header) < 4 + 4 * len(shape):

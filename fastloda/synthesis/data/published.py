@@ -1,4 +1,4 @@
-"""Files of published data sets: found in a local folder, or named in one clear line; nothing is ever downloaded."""
+"""Files of published data sets: they are found in a local folder, or a message names them; nothing is ever downloaded."""
 
 import hashlib
 import warnings
@@ -11,14 +11,14 @@ from fastloda.errors import UserError
 
 Split = Literal["train", "test"]
 
-_SHOWN = 6  # names of what a folder holds instead
+_SHOWN = 6  # number of names shown of what a folder holds instead
 
 
 def find_file(root: str | Path, names: Sequence[str], folders: Sequence[str], where: str) -> Path:
-    """The first of `names` in `root` or in one of its `folders`.
+    """Find the first of `names` in `root` or in one of its `folders`.
 
     Raises:
-        FileNotFoundError: none is there: says which, what the folder holds instead, and `where` the files belong.
+        FileNotFoundError: none is there; the message names it, what the folder holds instead, and `where` the files belong.
     """
     root = Path(root)
     if not root.is_dir():
@@ -45,20 +45,20 @@ def warn_if_changed(path: Path, published: str | None) -> None:
 
 
 def check_split(split: str) -> None:
-    """ValueError unless there is such a part."""
+    """Refuse a split other than "train" and "test" with a ValueError."""
     if split not in ("train", "test"):
         raise UserError(f"split must be train or test, not {split!r}")
 
 
 def check_count(found: int, published: int) -> None:
-    """ValueError unless there are as many images as were published."""
+    """Refuse another number of images than was published with a ValueError."""
     if found != published:
         raise UserError(f"{found} images, not the {published} published")
 
 
 @contextmanager
 def naming(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """A ValueError inside, or one of `errors`, becomes a ValueError that begins with the path."""
+    """Turn a ValueError inside the context, or one of `errors`, into a ValueError that begins with the path."""
     try:
         yield
     except (ValueError, *errors) as error:

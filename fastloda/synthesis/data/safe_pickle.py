@@ -1,7 +1,7 @@
-"""Pickles of plain data, read without running what is in them.
+"""A reader of pickles of plain data that runs nothing in them.
 
 A pickle is a program that may call any function of any module. The batches of CIFAR-10 and ImageNet32 need dicts, lists,
-numbers, bytes and NumPy arrays. For those a few names are enough, and even they stand for functions of this file, which
+numbers, bytes and NumPy arrays. For those a few names are enough, and even these names stand for functions of this file, which
 make arrays of numbers and nothing else; every other name is refused before it is looked up.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from fastloda.errors import UserError
 
-_NUMBERS = "biuf"  # kinds of dtypes: no objects, no records
-# What Python and NumPy raise, between them, for a damaged pickle (found by damaging one).
+_NUMBERS = "biuf"  # kinds of dtypes of numbers: no objects, no structures
+# Errors that Python and NumPy raise for a damaged pickle (found by damaging one).
 _DAMAGED = (
     pickle.UnpicklingError,
     AttributeError,
@@ -29,10 +29,10 @@ _DAMAGED = (
 
 
 def load_plain_pickle(path: str | Path) -> object:
-    """The dicts, lists, numbers, texts, bytes and arrays of numbers in a pickle; texts of Python 2 come as bytes.
+    """Read the dicts, lists, numbers, texts, bytes and arrays of numbers in a pickle; texts of Python 2 come as bytes.
 
     Raises:
-        ValueError: it needs anything else, which is named, or it is damaged; begins with the path. Nothing of it was run.
+        ValueError: the pickle needs anything else, which is named, or is damaged; the message begins with the path.
     """
     with Path(path).open("rb") as file:
         try:
@@ -66,7 +66,7 @@ class _Allowed:
 
 
 class _DType:
-    """What a pickle says of a dtype. NumPy's own can be given a state in which an array's numbers are read as pointers."""
+    """A dtype as a pickle describes it. NumPy's own class takes a state by which an array's numbers are read as pointers."""
 
     def __init__(self, code: str | bytes, *_: object) -> None:
         self.dtype = np.dtype(_text(code))
@@ -94,7 +94,7 @@ def _frombuffer(buffer: bytes, dtype: _DType, shape: tuple, order: str) -> np.nd
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes into a pickle of Python 2's protocol."""
+    """Encode text to bytes, as pickles need that Python 3 wrote by Python 2's protocol."""
     if encoding != "latin1":
         raise UserError(f"bytes written in {encoding!r}")
     return text.encode("latin1")
@@ -109,7 +109,7 @@ def _text(value: str | bytes) -> str:
 
 
 _ALLOWED = {
-    ("numpy", "ndarray"): "numpy.ndarray",  # only handed to _reconstruct; a text cannot be called
+    ("numpy", "ndarray"): "numpy.ndarray",  # only passed to _reconstruct; a text cannot be called
     ("numpy", "dtype"): _Allowed(_DType),
     ("numpy.core.multiarray", "_reconstruct"): _Allowed(_reconstruct),
     ("numpy.core.numeric", "_frombuffer"): _Allowed(_frombuffer),

@@ -11,15 +11,15 @@ from .images import LabelledImages
 def stratified_subset(
     data: LabelledImages, *, count: int | None = None, fraction: float | None = None, seed: int = 0
 ) -> LabelledImages:
-    """A random part of the images, in their order; each class has its share of them, to within one image.
+    """Draw a random part of the images, in their order; each class has its share of them, to within one image.
 
     1% of CIFAR-10 is 500 images, 50 of each class. A promise of privacy made by training on the subset covers its records.
 
     Args:
-        data: at least one image.
-        count: how many images; or
-        fraction: which part of them, rounded to a whole number.
-        seed: of which.
+        data: images to draw from, at least one.
+        count: number of images, unless `fraction` is given.
+        fraction: share of the images, rounded to a whole number of them.
+        seed: seed of the choice.
 
     Raises:
         ValueError: not exactly one of count and fraction is given, or they do not choose at least one image and at most all.
@@ -37,7 +37,7 @@ def stratified_subset(
 
 
 def _shares(sizes: Tensor, chosen: int) -> list[int]:
-    """`chosen` shared out in proportion; what rounding down leaves goes to the largest remainders, the first of equal ones."""
+    """Divide `chosen` in proportion to sizes; what rounding leaves goes to the largest remainders, the first of equal ones."""
     total = int(sizes.sum())
     whole, left = sizes * chosen // total, sizes * chosen % total
     most = left.argsort(descending=True, stable=True)[: chosen - int(whole.sum())]
@@ -46,6 +46,6 @@ def _shares(sizes: Tensor, chosen: int) -> list[int]:
 
 
 def _draw(mask: Tensor, share: int, generator: Generator) -> Tensor:
-    """Positions of `share` of the images of the mask."""
+    """Draw the positions of `share` images of the mask."""
     positions = mask.nonzero()[:, 0]
     return positions[torch.randperm(len(positions), generator=generator)[:share]]

@@ -28,16 +28,16 @@ MD5 = {
 COUNTS = {"train": 73_257, "test": 26_032}
 
 _ZERO = 10  # the label of the digit 0, for MATLAB counts from 1
-# What SciPy raises, beside ValueError, for a damaged file (found by damaging one).
+# Errors that SciPy raises for a damaged file, besides ValueError (found by damaging one).
 _DAMAGED = (MatReadError, NotImplementedError, TypeError, LookupError, EOFError, OSError, struct.error, zlib.error)
 
 
 def svhn(root: str | Path, split: Split = "train") -> LabelledImages:
-    """House numbers, digit by digit, [n, 3, 32, 32]; 73,257 to train and 26,032 to test. 900 MB of floats.
+    """Read house numbers, digit by digit, [n, 3, 32, 32]; 73,257 to train and 26,032 to test. 900 MB of floats.
 
     Raises:
-        FileNotFoundError: the file is not there; says which to put where.
-        ValueError: it is not of the format or the count, or a label is not in 1 .. 10; begins with the path.
+        FileNotFoundError: the file is not there; the message says which to put where.
+        ValueError: the file's format or count is wrong, or a label is not in 1 .. 10; the message begins with the path.
     """
     check_split(split)
     path = find_file(root, (FILES[split],), FOLDERS, WHERE)
@@ -55,7 +55,7 @@ def svhn(root: str | Path, split: Split = "train") -> LabelledImages:
 
 
 def _digits(labels: np.ndarray) -> torch.Tensor:
-    """1 .. 9 and 10 become 1 .. 9 and 0."""
+    """Convert the labels 1 .. 9 and 10 to the digits 1 .. 9 and 0."""
     labels = to_labels(labels)
     check_labels(labels, 1, _ZERO)
     return labels % _ZERO

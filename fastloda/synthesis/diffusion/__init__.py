@@ -1,4 +1,4 @@
-"""Diffusion with classifier-free guidance: the U-Net, the process it learns to undo, the samplers."""
+"""Diffusion with classifier-free guidance: the U-Net, the noising process that it learns to undo, and the samplers."""
 
 from fastloda.synthesis.diffusion.sampler import class_balanced_labels, guided_noise, sample
 from fastloda.synthesis.diffusion.schedule import TIMESTEPS, Diffusion

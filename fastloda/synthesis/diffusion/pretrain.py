@@ -22,14 +22,14 @@ class PublicTraining:
     """Settings of public pre-training.
 
     Attributes:
-        steps: optimizer steps (AdamW, warm-up, cosine).
-        batch_size: images a step, drawn with replacement.
-        learning_rate: peak of AdamW's.
-        warmup: steps of linear warm-up; a cosine to zero follows.
-        weight_decay: of AdamW.
-        ema_decay: of the average of the weights that training leaves in the model.
-        label_dropout: share of labels dropped, for classifier-free guidance.
-        seed: of batches, timesteps and noise.
+        steps: number of optimizer steps (AdamW, warm-up, cosine).
+        batch_size: number of images in a step, drawn with replacement.
+        learning_rate: peak learning rate of AdamW.
+        warmup: number of steps of linear warm-up; a cosine to zero follows.
+        weight_decay: weight decay of AdamW.
+        ema_decay: decay of the moving average of the weights, which training leaves in the model.
+        label_dropout: share of labels that are dropped, for classifier-free guidance.
+        seed: seed of batches, timesteps and noise.
     """
 
     steps: int = 1500
@@ -59,7 +59,7 @@ def pretrain(
     """Train all of `model` on public images, and leave the averaged weights in it; resumes from `checkpoint` if it exists.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or of another model, other settings or other data.
+        CheckpointError: the checkpoint is damaged, or belongs to another model, other settings or other data.
     """
     run = _Run(model, diffusion, data, settings, None if checkpoint is None else Path(checkpoint))
     with tqdm(total=settings.steps, initial=run.step, desc="public", unit="step", disable=not progress) as bar:

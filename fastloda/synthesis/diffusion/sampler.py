@@ -1,4 +1,4 @@
-"""Samplers: from noise to images, every image fixed by its own seed, whatever batch it is computed in."""
+"""Samplers from noise to images; each image is fixed by its own seed, in whatever batch it is computed."""
 
 import math
 from collections.abc import Iterator
@@ -27,19 +27,19 @@ def sample(
     progress: bool = True,
     clip_denoised: bool = True,
 ) -> Tensor:
-    """One image per label: float32 [n, C, H, W] on the CPU, in [-1, 1] if `clip_denoised`.
+    """Sample one image per label: float32 [n, C, H, W] on the CPU, in [-1, 1] if `clip_denoised`.
 
     labels: [n] integers in 0 .. model.null_class; the null class gives unconditional images.
     method: "ddim" (Song et al. 2021), `eta` in [0, 1] being the share of fresh noise; or "ddpm" (Ho et al.
         2020, with the posterior's variance), which is eta = 1.
-    steps: how many of the T timesteps are visited, evenly spaced, the last and the first included.
+    steps: number of the T timesteps that are visited, evenly spaced, with the last and the first.
     guidance: weight w of classifier-free guidance, see `guided_noise`; w = 0 saves the unconditional pass.
     generator or seed: image i depends on the seed, i and its label, not on `batch_size` or the device of the
-        model. With neither, PyTorch's global generator.
-    clip_denoised: clip each step's estimate of x_0 to [-1, 1].
+        model. Without either, PyTorch's global generator is used.
+    clip_denoised: whether to clip each step's estimate of x_0 to [-1, 1].
 
     `model(x, t, y)` predicts the noise; `model` has `image_shape` and `null_class`, as `UNet`. It runs in
-    eval mode and returns to the mode it was in. ValueError for arguments that do not fit.
+    eval mode and returns to the mode it was in. Raises ValueError for arguments that do not fit.
     """
     if method not in ("ddim", "ddpm"):
         raise UserError(f'method must be "ddim" or "ddpm", got {method!r}')
@@ -77,7 +77,7 @@ def sample(
 
 
 def guided_noise(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, guidance: float) -> Tensor:
-    """(1 + w) eps(x, t, y) - w eps(x, t, null), w = guidance (Ho & Salimans 2022); float32, shaped as x."""
+    """Compute (1 + w) eps(x, t, y) - w eps(x, t, null), w = guidance (Ho & Salimans 2022); float32, shaped as x."""
     x = x.to(next(model.parameters()).dtype)
     conditional = model(x, t, y).float()
     if guidance == 0:
@@ -87,12 +87,12 @@ def guided_noise(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, guidance: fl
 
 
 def class_balanced_labels(n: int, num_classes: int) -> Tensor:
-    """Labels [n] (int64) 0, 1, .., num_classes - 1, 0, 1, ..: class counts differ by at most one."""
+    """Make labels [n] (int64) 0, 1, .., num_classes - 1, 0, 1, ..: class counts differ by at most one."""
     return torch.arange(n) % num_classes
 
 
 def _schedule(diffusion: Diffusion, steps: int, eta: float) -> Iterator[tuple[int, float, float, float]]:
-    """(t, abar_t, abar of the next and less noisy timestep, std of the fresh noise), from T - 1 down to 0.
+    """Yield (t, abar_t, abar of the next and less noisy timestep, std of the fresh noise), from T - 1 down to 0.
 
     The std is eq. 16 of Song et al. 2021; eta = 1 makes it the std of the posterior q(x_next | x_t, x_0).
     """
@@ -103,17 +103,17 @@ def _schedule(diffusion: Diffusion, steps: int, eta: float) -> Iterator[tuple[in
 
 
 def _step(x: Tensor, noise: Tensor, abar: float, abar_next: float, sigma: float, clip: bool) -> Tensor:
-    """Mean of x at the next timestep (eq. 12 of Song et al. 2021), given the predicted noise."""
+    """Compute the mean of x at the next timestep (eq. 12 of Song et al. 2021), given the predicted noise."""
     x0 = (x - math.sqrt(1 - abar) * noise) / math.sqrt(abar)
     if clip:
         x0 = x0.clamp(-1, 1)
         noise = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
-    # sigma^2 <= 1 - abar_next holds exactly; rounding may break it.
+    # sigma^2 <= 1 - abar_next holds exactly, but rounding may break it.
     return math.sqrt(abar_next) * x0 + math.sqrt(max(0.0, 1 - abar_next - sigma**2)) * noise
 
 
 def _seeds(n: int, generator: torch.Generator | None) -> list[int]:
-    """One seed per image, so that an image's noise is the same in every batch."""
+    """Draw one seed per image, so that an image's noise is the same in every batch."""
     device = generator.device if generator else "cpu"
     return torch.randint(2**63 - 1, (n,), generator=generator, device=device).tolist()
 
@@ -124,7 +124,7 @@ def _noise(sources: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; after, also after an exception, every module is in the mode it had."""
+    """Put the model into eval mode in the context; after it, also after an exception, each module has its old mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -1,4 +1,4 @@
-"""The diffusion process: how an image turns to noise, and one loss per sample for predicting that noise."""
+"""The diffusion process, which turns an image to noise, and its loss per sample for predicting that noise."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ TIMESTEPS = 1000
 
 
 class Diffusion:
-    """T steps of a linear beta schedule: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020).
+    """A diffusion process of T steps: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, linear betas (Ho et al. 2020).
 
     timesteps: T. beta_start, beta_end: in (0, 1), the variance added by the first and the last step.
     time_distribution: [T] relative frequencies of the timesteps in training, uniform by default. Ranges of t
@@ -40,16 +40,16 @@ class Diffusion:
 
     @classmethod
     def between(cls, first: int, end: int) -> "Diffusion":
-        """The usual process, trained on the timesteps first .. end - 1 alone."""
+        """Make the usual process, trained only on the timesteps first .. end - 1."""
         within = torch.zeros(TIMESTEPS)
         within[first:end] = 1
         return cls(time_distribution=within)
 
     @classmethod
     def mixture(cls, parts: Sequence[tuple[int, int, float]]) -> "Diffusion":
-        """The usual process, trained on a mixture of uniform distributions of timesteps: (first, end, share) each.
+        """Make the usual process, trained on a mixture of uniform distributions of timesteps, (first, end, share) each.
 
-        Ghalebikesabi et al. 2023, section 3.2.
+        The source is Ghalebikesabi et al. 2023, section 3.2.
         """
         weights = torch.zeros(TIMESTEPS, dtype=torch.float64)
         for first, end, share in parts:
@@ -80,7 +80,7 @@ class Diffusion:
         return draw_timesteps(self._time_cdf, n, views, generator, device)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t for images x0 [n, ...], timesteps t [n] and standard normal noise of x0's shape."""
+        """Compute x_t for images x0 [n, ...], timesteps t [n] and standard normal noise of x0's shape."""
         return add_noise(self.alphas_cumprod, x0, t, noise)
 
     def losses(
@@ -96,7 +96,7 @@ class Diffusion:
         t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Mean squared error of the predicted noise, one number per sample and view: [n * views].
+        """Compute the mean squared error of the predicted noise, one number per sample and view: [n * views].
 
         Rows i * views .. (i + 1) * views - 1 belong to sample i, as `ghost_dp_step(..., views=views)` takes
         them; each view has its own timestep, noise, label drop and flip.
@@ -104,10 +104,9 @@ class Diffusion:
         x0: [n, C, H, W] in [-1, 1]. y: [n] integer labels.
         label_dropout: probability that a view's label becomes `model.null_class`, which teaches the model the
             unconditional noise that guidance needs (Ho & Salimans 2022).
-        flips: mirror each view left to right with probability 1/2 (augmentation multiplicity, De et al. 2022).
-        generator: the only source of randomness; PyTorch's global one if None.
-        t [n * views], noise [n * views, C, H, W]: given instead of drawn.
-        ValueError where shapes or ranges do not fit.
+        flips: whether to mirror each view left to right with probability 1/2 (augmentation multiplicity, De et al. 2022).
+        generator: the only source of randomness; PyTorch's global one if None. t [n * views], noise [n * views, C, H, W]:
+        used instead of drawn ones. Raises ValueError where shapes or ranges do not fit.
         """
         n = x0.shape[0]
         if views < 1 or not 0 <= label_dropout <= 1:

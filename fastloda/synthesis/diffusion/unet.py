@@ -1,4 +1,4 @@
-"""The U-Net: residual and attention blocks that are told the time and the class, and never mix samples.
+"""The U-Net: residual and attention blocks that get the time and the class, and never mix samples.
 
 Layer for layer it is the classifier-free-guidance U-Net of "Efficient Differentially Private Fine-Tuning of
 Diffusion Models", down to the module names (`downblocks.1.0.block_1.2`, `upblocks.2.2.layer`), so that
@@ -19,21 +19,22 @@ from fastloda.errors import UserError
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Everything that fixes a U-Net's shape; the defaults are the paper's. Bad values raise ValueError.
+    """The configuration of a U-Net's shape; the defaults are the paper's. Bad values raise ValueError.
 
     Attributes:
-        image_size: side of the square images; divisible by 2^(levels - 1), a level being one multiplier.
-        in_channels: channels of the image, and of the predicted noise.
-        width: channels of the first level, before its multiplier.
-        multipliers: level i computes with `width * multipliers[i]` channels.
-        blocks_per_level: residual blocks a level on the way down; one more on the way up.
-        num_classes: labels 0 .. num_classes - 1; label num_classes is the null class of classifier-free guidance.
+        image_size: side of the square images; divisible by 2^(levels - 1), with one level per multiplier.
+        in_channels: number of channels of the image, and of the predicted noise.
+        width: number of channels of the first level, before its multiplier.
+        multipliers: factors of the levels' channels: level i computes with `width * multipliers[i]` channels.
+        blocks_per_level: number of residual blocks in a level on the way down; one more on the way up.
+        num_classes: number of classes, labels 0 .. num_classes - 1; label num_classes is the null class of classifier-free
+            guidance.
         class_width: length of the class code, at least num_classes + 1 (see `UNet`).
-        dropout: inside the residual blocks. It draws from PyTorch's global generator.
-        norm_groups: groups of every GroupNorm, or the number of channels where that is smaller; must divide it.
-        attention: after the residual blocks of every level (True), none (False), or the given levels. The middle
-            of the U-Net counts as the last level.
-        zero_init: start the output, and each block's last convolution, at zero, as Ho et al. (2020) nearly do.
+        dropout: probability of dropout in the residual blocks. It draws from PyTorch's global generator.
+        norm_groups: number of groups of every GroupNorm, or of channels where these are fewer; must divide the channels.
+        attention: whether attention follows the residual blocks of every level (True), of none (False), or of the given
+            levels. The middle of the U-Net counts as the last level.
+        zero_init: whether the output and each block's last convolution start at zero, as Ho et al. (2020) nearly do.
             The first gradient is then zero in all but the output: turn it off to probe an untrained model.
     """
 
@@ -93,27 +94,27 @@ class UNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, finest first."""
+        """The number of channels of each level, finest first."""
         return tuple(self.width * m for m in self.multipliers)
 
     def attends(self, level: int) -> bool:
-        """Whether the blocks of this level have attention."""
+        """Tell whether the blocks of this level have attention."""
         return self.attention if isinstance(self.attention, bool) else level in self.attention
 
     def to_dict(self) -> dict:
-        """The fields as JSON values (tuples become lists)."""
+        """Convert the fields to JSON values (tuples become lists)."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> "UNetConfig":
-        """The inverse of `to_dict`; missing fields take their defaults, unknown ones raise ValueError."""
+        """Make a configuration from `to_dict`'s values; missing fields take their defaults, unknown ones raise ValueError."""
         if unknown := set(values) - {field.name for field in fields(cls)}:
             raise UserError(f"unknown UNetConfig fields: {sorted(unknown)}")
         return cls(**values)
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """Timesteps [n] -> float32 [n, width]: cosines and sines of frequencies 1 down to 1e-4 (Vaswani 2017)."""
+    """Embed timesteps [n] -> float32 [n, width]: cosines and sines of frequencies 1 down to 1e-4 (Vaswani 2017)."""
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
     angles = t[:, None].float() * frequencies
@@ -129,7 +130,7 @@ def _mlp(c_in: int, c_out: int) -> nn.Sequential:
 
 
 class ResBlock(nn.Module):
-    """x + conv(conv(x) + time + class), a norm and SiLU before each: [n, c_in, H, W] -> [n, c_out, H, W]."""
+    """A block x + conv(conv(x) + time + class), with norm and SiLU before each: [n, c_in, H, W] -> [n, c_out, H, W]."""
 
     def __init__(self, c_in: int, c_out: int, embed: int, groups: int, dropout: float):
         super().__init__()
@@ -147,7 +148,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + proj(softmax(q k^T / sqrt(C)) v), one head over the H * W positions: [n, C, H, W] -> the same."""
+    """An attention block x + proj(softmax(q k^T / sqrt(C)) v), one head over the H * W positions, [n, C, H, W]."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -166,7 +167,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the side by a stride-2 convolution."""
+    """A stride-2 convolution that halves the side."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -177,7 +178,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the side: nearest neighbour, then a convolution."""
+    """A nearest-neighbour upsampling that doubles the side, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -197,7 +198,7 @@ class Stack(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in x at timestep t, for images of class y.
+    """A U-Net that predicts the noise in x at timestep t, for images of class y.
 
     A class enters as a one-hot code of length class_width, scaled to mean square 1 (as in EDM's `map_label`):
     column y of `cemb_layer[0].weight` is the learned embedding of class y, column num_classes that of the
@@ -259,11 +260,11 @@ class UNet(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
+        """The shape (C, H, W) of one image."""
         return (self.config.in_channels, self.config.image_size, self.config.image_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Noisy images x [n, C, H, W], integer timesteps t [n] and labels y [n] -> the noise, shaped as x."""
+        """Predict the noise, shaped as x, in images x [n, C, H, W] at integer timesteps t [n] with labels y [n]."""
         if tuple(x.shape[1:]) != self.image_shape or t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             raise UserError(
                 f"expected x [n, {', '.join(map(str, self.image_shape))}], t [n] and y [n], "
@@ -282,12 +283,12 @@ class UNet(nn.Module):
 
 
 def paper_unet(**overrides) -> UNet:
-    """The paper's U-Net for 3 x 32 x 32: 10,422,851 parameters, 52 3x3 and 97 1x1 convolutions."""
+    """Make the paper's U-Net for 3 x 32 x 32: 10,422,851 parameters, 52 3x3 and 97 1x1 convolutions."""
     return UNet(UNetConfig(**overrides))
 
 
 def digits_unet(**overrides) -> UNet:
-    """A U-Net for 1 x 8 x 8 images (scikit-learn's digits), quick on two CPU cores: 198,689 parameters.
+    """Make a U-Net for 1 x 8 x 8 images (scikit-learn's digits), quick on two CPU cores: 198,689 parameters.
 
     Channels are 16 at 8 x 8 and 32 at 4 x 4, multiples of the CPU's vectors; attention only at 4 x 4.
     """

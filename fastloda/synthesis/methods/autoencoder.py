@@ -1,4 +1,4 @@
-"""A small autoencoder of public images, within whose latents a diffusion model can work (Rombach et al. 2022)."""
+"""A small autoencoder of public images, in whose latent space a diffusion model can work (Rombach et al. 2022)."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ from fastloda.synthesis.data import LabelledImages
 from .base import Work
 from .shared_file import only_one
 
-LATENT_CHANNELS = 3  # as images have, so that latents are images of their own
+LATENT_CHANNELS = 3  # as many as images have, so that latents can be handled as images
 
 
 class Autoencoder(nn.Module):
-    """Images [n, C, S, S] to latents [n, 3, S / f, S / f] in [-1, 1] and back, f = 2^halvings."""
+    """An autoencoder from images [n, C, S, S] to latents [n, 3, S / f, S / f] in [-1, 1] and back, f = 2^halvings."""
 
     def __init__(self, channels: int, halvings: int, width: int):
         super().__init__()
@@ -34,12 +34,12 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latents on the CPU, image by image."""
+        """Compute the latents of images, on the CPU, each from its own image."""
         return self._by_parts(self.encoder, images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images on the CPU, image by image."""
+        """Compute the images of latents, on the CPU, each from its own latent."""
         return self._by_parts(self.decoder, latents)
 
     def _by_parts(self, network: nn.Module, images: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _conv(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class AutoencoderTraining:
-    """Attributes: halvings of the side; width, a multiple of 8; steps, batch_size, learning_rate of Adam."""
+    """The training: halvings of the side; width, a multiple of 8; steps, batch_size and learning_rate of Adam."""
 
     halvings: int = 1
     width: int = 32
@@ -62,7 +62,7 @@ class AutoencoderTraining:
     learning_rate: float = 2e-3
 
     def fit(self, public: LabelledImages, work: Work) -> Autoencoder:
-        """Train it on public images by mean squared error, or load it if work.public_folder has it."""
+        """Train an autoencoder on public images by mean squared error, or load it if work.public_folder has it."""
         about = [asdict(self), work.seed, public.digest()]
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         path = work.public_folder / f"autoencoder-{key}.safetensors"

@@ -1,4 +1,4 @@
-"""What all compared methods share: a budget to keep, a place to work in, and a result that says what was spent.
+"""The types that all compared methods share: a budget to keep, a place to work in, and a result that states what it spent.
 
 A method is `fit(private, public, budget, work) -> Sampler or PrivateClassifier`. Nothing that a result can do depends on the
 private records other than through the releases that its `spent` lists.
@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Budget:
-    """(epsilon, delta)-differential privacy for adding or removing one record; all of it public.
+    """A budget of (epsilon, delta)-differential privacy for adding or removing one record; all of it is public.
 
     Attributes:
         epsilon: upper bound on what a method may spend.
-        delta: below 1 / records.
+        delta: probability with which the bound may fail; below 1 / records.
         records: the public, nominal number of records, from which sample rates follow.
     """
 
@@ -45,14 +45,14 @@ class Budget:
         check_delta("delta", self.delta, self.records)
 
     def in_steps(self, steps: int, batch_size: int, **clipping) -> Privacy:
-        """The promise of a run of DP-SGD that spends all of it; clipping: max_grad_norm and views."""
+        """Make the promise of a run of DP-SGD that spends all of the budget; `clipping` is max_grad_norm and views."""
         return Privacy.for_steps(
             steps, batch_size, self.records, target_epsilon=self.epsilon, delta=self.delta, **clipping
         )
 
 
 class Release(NamedTuple):
-    """`steps` releases of a Gaussian mechanism on a Poisson sample; noise_multiplier: standard deviation over sensitivity."""
+    """A series of `steps` Gaussian releases on Poisson samples; noise_multiplier: standard deviation over sensitivity."""
 
     what: str
     sample_rate: float
@@ -68,32 +68,32 @@ class Release(NamedTuple):
 
 @dataclass(frozen=True)
 class Spent:
-    """All that was released about the private records. No release: epsilon 0; a release without noise: infinity."""
+    """All releases about the private records. Without a release epsilon is 0; with one without noise, infinity."""
 
     delta: float
     releases: tuple[Release, ...] = ()
 
     @cached_property
     def epsilon(self) -> float:
-        """Upper bound for all releases together, composed jointly."""
+        """The upper bound on epsilon of all releases together, composed jointly."""
         return compose_epsilon([release[1:] for release in self.releases], self.delta) if self.releases else 0.0
 
     def to_dict(self) -> dict:
-        """JSON values; epsilon is null without privacy."""
+        """Convert to JSON values; epsilon is null without privacy."""
         epsilon = self.epsilon if self.epsilon < float("inf") else None
         return {"epsilon": epsilon, "delta": self.delta, "releases": [release._asdict() for release in self.releases]}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Where and how a method works.
+    """The place and the way in which a method works.
 
     Attributes:
-        folder: its own, for checkpoints: an interrupted fit continues from there. It must stay private.
-        public_folder: for models of public data, which several methods share.
-        seed: of everything random; a number can be foreseen, and makes the run an experiment.
-        device: where to compute.
-        progress: show bars.
+        folder: folder of this method alone, for checkpoints: an interrupted fit continues from there. It must stay private.
+        public_folder: folder for models of public data, which several methods share.
+        seed: seed of everything random; a number can be foreseen, and makes the run an experiment.
+        device: device to compute on.
+        progress: whether to show progress bars.
     """
 
     folder: Path
@@ -105,7 +105,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Sampler:
-    """draw(labels, seed) -> float32 images [n, C, H, W] in [-1, 1] on the CPU. cost: of a private step, if there were steps."""
+    """A sampler: draw(labels, seed) -> float32 images [n, C, H, W] in [-1, 1] on the CPU; cost of a private step, if any."""
 
     draw: Callable[[Tensor, int], Tensor]
     num_classes: int
@@ -113,7 +113,7 @@ class Sampler:
     cost: StepCost | None = None
 
     def images(self, count: int, seed: int) -> LabelledImages:
-        """Synthetic images, as many of each class."""
+        """Draw `count` synthetic images, with equal numbers of each class to within one."""
         labels = class_balanced_labels(count, self.num_classes)
         return LabelledImages(self.draw(labels, seed).clamp(-1, 1), labels, self.num_classes)
 
@@ -129,7 +129,7 @@ class PrivateClassifier:
 
 @dataclass(frozen=True)
 class ByEpsilon(Generic[T]):
-    """Settings by budget: of the largest epsilon here that is not above the budget's, or else of the smallest."""
+    """Settings by budget: those of the largest epsilon not above the budget's, or else of the smallest epsilon."""
 
     settings: Mapping[float, T]
 
@@ -139,10 +139,10 @@ class ByEpsilon(Generic[T]):
 
 
 class Method(Protocol):
-    """One row of a table."""
+    """A method, which is one row of a table."""
 
     name: str
-    trained_on: str  # what the classifier that is tested was trained on
+    trained_on: str  # training data of the classifier that is tested
     has_budget: bool  # whether its result depends on epsilon
 
     def fit(

@@ -1,6 +1,6 @@
 """DP-LoDA from a public model that was trained further on public images chosen privately; see `public_choice`.
 
-What was released for the choice can serve once more: the private model's images can be moved until their means agree with it.
+The release for the choice can serve again: the private model's images can be moved until their means agree with it.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from .public_choice import PublicChoice
 
 @dataclass(frozen=True)
 class ChosenLoDA:
-    """Attributes: DP-LoDA's, and the choice, which the budget pays first.
+    """The method DP-LoDA after a choice of public images, which the budget pays first.
 
-    pool: gives the public images to choose from; None: those that the public model was trained on.
-    samples_reach: how far a pixel of the private model's images may easily be moved, as `PublicChoice.reach`; 0: not at all.
+    `pool` returns the public images to choose from; None: those that the public model was trained on.
+    `samples_reach` is how far a pixel of the private model's images may easily move, as `PublicChoice.reach`; 0: not at all.
     """
 
     loda: DPLoDA

@@ -1,6 +1,6 @@
-"""Each class's mean embedding of the private images, by one noisy release.
+"""Each class's mean embedding of the private images, from one noisy release.
 
-It is what DP-MERF's generator is trained to give, public images are chosen by, and images are moved toward.
+DP-MERF's generator is trained to match it, public images are chosen by it, and images are moved toward it.
 
 An image has random Fourier features phi(x) of norm 1 (Rahimi & Recht 2007), and with its label the joint embedding
 phi(x) (x) onehot(y). The sum of the records' embeddings changes by at most 1 when a record comes or goes: that is the release's
@@ -28,13 +28,13 @@ WHAT = "sum of joint embeddings"
 
 @dataclass(frozen=True)
 class ClassEmbeddings:
-    """What was released; all that later work may know of the private images.
+    """The released embeddings: all that later work may know of the private images.
 
     Attributes:
-        frequencies: of phi, [pixels, D / 2] float32; made from public images and a seed.
-        sums: of each class's embeddings, with noise, [classes, D] float64.
-        noise_multiplier: that noise's standard deviation.
-        records: the public, nominal number of private ones; classes are taken to be as frequent as one another.
+        frequencies: frequencies of phi, [pixels, D / 2] float32; made from public images and a seed.
+        sums: noisy sums of each class's embeddings, [classes, D] float64.
+        noise_multiplier: standard deviation of the noise on the sums.
+        records: public, nominal number of private records; all classes are taken to be equally frequent.
     """
 
     frequencies: Tensor
@@ -43,22 +43,22 @@ class ClassEmbeddings:
     records: int
 
     def embed(self, images: Tensor) -> Tensor:
-        """phi: [n, C, H, W] -> [n, D], of norm 1, differentiable."""
+        """Compute phi of images: [n, C, H, W] -> [n, D], of norm 1, differentiable."""
         return fourier_features(images, self.frequencies)
 
     @property
     def means(self) -> Tensor:
-        """Of each class, [classes, D] float64."""
+        """The mean embedding of each class, [classes, D] float64."""
         return self.sums / self._of_each
 
     @property
     def noise(self) -> float:
-        """Standard deviation of each number of the means."""
+        """The standard deviation of the noise on each number of the means."""
         return self.noise_multiplier / self._of_each
 
     @property
     def release(self) -> Release:
-        """What was released, and at which cost."""
+        """The release, with its cost in privacy."""
         return Release(WHAT, 1.0, self.noise_multiplier, 1)
 
     @property
@@ -66,11 +66,11 @@ class ClassEmbeddings:
         return self.records / len(self.sums)
 
     def to(self, device: torch.device) -> "ClassEmbeddings":
-        """With its tensors there."""
+        """Copy the embeddings with their tensors on the device."""
         return replace(self, frequencies=self.frequencies.to(device), sums=self.sums.to(device))
 
     def save(self, path: Path) -> None:
-        """Write it as safetensors, atomically."""
+        """Write the embeddings to `path` as safetensors, atomically."""
         tensors = {
             "frequencies": self.frequencies,
             "sums": self.sums,
@@ -81,11 +81,11 @@ class ClassEmbeddings:
 
     @classmethod
     def load(cls, path: Path) -> "ClassEmbeddings":
-        """What `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is none of `save`'s, or damaged.
+            ValueError: the file is not one of `save`, or is damaged.
         """
         try:
             tensors = load_file(path)
@@ -98,7 +98,7 @@ class ClassEmbeddings:
 def release_class_embeddings(
     private: LabelledImages, frequencies: Tensor, noise_multiplier: float, records: int, generator: Generator
 ) -> tuple[ClassEmbeddings, Release]:
-    """The noisy sums, and their record; noise_multiplier: standard deviation of the noise, the sensitivity being 1."""
+    """Release noisy sums, of sensitivity 1, and describe the release; noise_multiplier is the noise's standard deviation."""
     embeddings = fourier_features(private.images[:], frequencies)
     what = (WHAT, embeddings, private.labels, private.num_classes)
     sums, release = release_class_sums(*what, noise_multiplier, generator)
@@ -106,10 +106,10 @@ def release_class_embeddings(
 
 
 def random_frequencies(public: LabelledImages, features: int, scale: float, seed: int) -> Tensor:
-    """[pixels, features / 2] of a Gaussian kernel, whose length is `scale` median distances between public images.
+    """Draw a Gaussian kernel's frequencies [pixels, features / 2]; its length is `scale` median distances of public images.
 
     Raises:
-        ValueError: half of these are equal, so that there is no such length.
+        ValueError: half of the distances are zero, so that there is no such length.
     """
     generator = torch.Generator().manual_seed(seed)
     some = public.images[:500].flatten(1)
@@ -122,6 +122,6 @@ def random_frequencies(public: LabelledImages, features: int, scale: float, seed
 
 
 def fourier_features(images: Tensor, frequencies: Tensor) -> Tensor:
-    """phi(x) = (cos(x w), sin(x w)) / sqrt(D / 2): [n, D], each of norm 1."""
+    """Compute phi(x) = (cos(x w), sin(x w)) / sqrt(D / 2): [n, D], each of norm 1."""
     angles = images.flatten(1) @ frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1) / math.sqrt(frequencies.shape[1])

@@ -1,4 +1,4 @@
-"""What a private step costs: the time and memory of one micro-batch, measured without releasing anything."""
+"""The cost of a private step: the time and memory of one micro-batch, measured without releasing anything."""
 
 import statistics
 import time
@@ -15,18 +15,18 @@ REPEATS = 3
 
 
 class StepCost(NamedTuple):
-    """Of clipping and summing the gradients of `samples` records: forward, backward, norms, clipped sum."""
+    """The cost of clipping and summing the gradients of `samples` records: forward, backward, norms, clipped sum."""
 
     seconds: float
-    peak_bytes: int  # allocated at a time, beyond model and optimizer
-    trained: int  # parameters
+    peak_bytes: int  # peak of the allocation, beyond model and optimizer
+    trained: int  # number of trained parameters
     samples: int
 
 
 def step_cost(trainer: DPTrainer, records: Sequence[Tensor]) -> StepCost:
-    """Of a finished trainer's micro-batch; what it sums is forgotten, so that nothing is released.
+    """Measure the cost of a finished trainer's micro-batch; the sum is dropped, so that nothing is released.
 
-    records: tensors with a record per row, of which as many are used as a micro-batch has.
+    `records` are tensors with a record per row, of which as many are used as a micro-batch has.
     """
     samples = min(trainer.settings.micro_batch_size, len(records[0]))
     device = next(iter(trainer.parameters.values())).device
@@ -38,7 +38,7 @@ def step_cost(trainer: DPTrainer, records: Sequence[Tensor]) -> StepCost:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    trainer.clipper.watch()  # the average may stand in the parameters
+    trainer.clipper.watch()  # the parameters may hold the average by now
     accumulate()
     seconds = statistics.median(_seconds(accumulate) for _ in range(REPEATS))
     peak = peak_allocation(accumulate, device)

@@ -1,4 +1,4 @@
-"""What the diffusion methods share: the public model, private tuning of whatever trains, and sampling."""
+"""Parts that the diffusion methods share: the public model, private tuning of its trainable parameters, and sampling."""
 
 import hashlib
 import json
@@ -25,14 +25,14 @@ from .shared_file import only_one
 
 @dataclass(frozen=True)
 class PublicModel:
-    """How a diffusion model is trained on public images: unconditionally, then with classes, or with classes at once.
+    """A diffusion model's training on public images: with classes at once, or first without labels.
 
     Attributes:
-        unet: its shape.
-        conditional: training on labelled images.
-        unconditional: training without labels before it; None leaves it out.
-        everything: gives the images of that, of whatever classes; None: those of the conditional training. A model that lies
-            in work.public_folder is taken whatever images it gives now.
+        unet: shape of the U-Net.
+        conditional: settings of the training on labelled images.
+        unconditional: settings of the training without labels before it; None leaves it out.
+        everything: function that returns the images of the unconditional training, of any classes; None: those of the
+            conditional training. A model in work.public_folder is taken whatever images the function returns now.
     """
 
     unet: UNetConfig
@@ -41,7 +41,7 @@ class PublicModel:
     everything: Callable[[], LabelledImages] | None = field(default=None, repr=False)
 
     def fit(self, public: LabelledImages, work: Work) -> UNet:
-        """Train it on images of the private classes, or load it if work.public_folder has it; interrupted, it continues."""
+        """Train the model on images of the private classes, or load it from work.public_folder; interrupted, it continues."""
         path = work.public_folder / f"unet-{self._key(public, work.seed)}.safetensors"
         with only_one(path):
             if not path.exists():
@@ -76,21 +76,21 @@ class PublicModel:
 
 
 def _unlabelled(data: LabelledImages) -> LabelledImages:
-    """Labels that any model has: all are dropped."""
+    """Replace all labels by 0, which any model has: all are dropped in training."""
     return LabelledImages(data.images, torch.zeros_like(data.labels), 1)
 
 
 @dataclass(frozen=True)
 class PrivateTuning:
-    """One private run of a diffusion model.
+    """The settings of one private run of a diffusion model.
 
     Attributes:
-        steps, batch_size: of DP training.
-        views: noise draws a record and step, averaged before clipping.
+        steps, batch_size: number of private steps, and expected number of records in each.
+        views: number of noise draws per record and step, averaged before clipping.
         max_grad_norm: the clipping bound.
-        training: optimizer, schedule, timesteps, averaging.
-        guidance, sampler_steps: of the samples.
-        time_weights: (first, end, share) of timestep ranges, instead of training.timesteps: a mixture of uniform
+        training: settings of optimizer, schedule, timesteps and averaging.
+        guidance, sampler_steps: weight of guidance, and number of steps, in sampling.
+        time_weights: ranges of timesteps (first, end, share), instead of training.timesteps: a mixture of uniform
             distributions (Ghalebikesabi et al. 2023, section 3.2).
     """
 
@@ -107,13 +107,13 @@ class PrivateTuning:
         return budget.in_steps(self.steps, self.batch_size, max_grad_norm=self.max_grad_norm, views=self.views)
 
     def diffusion(self) -> Diffusion | None:
-        """The process with `time_weights`, if there are any."""
+        """Make the process with `time_weights`; None if there are none."""
         return Diffusion.mixture(self.time_weights) if self.time_weights else None
 
 
 @dataclass(frozen=True)
 class Coder:
-    """What lies between images and the space that the diffusion model is a model of; public maps, image by image."""
+    """A pair of public maps, image by image, between images and the space in which the diffusion model works."""
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
@@ -131,9 +131,9 @@ def tune(
     coder: Coder = IDENTITY,
     earlier: tuple[Release, ...] = (),
 ) -> Sampler:
-    """Train what trains in `model` by DP-SGD on the diffusion loss; the averaged parameters sample.
+    """Train the trainable parameters of `model` by DP-SGD on the diffusion loss; the averaged parameters sample.
 
-    earlier: what was released before about the same records; the budget covers it too.
+    `earlier` are releases about the same records, which the budget covers too.
     """
     options = replace(tuning.training, seed=work.seed).optimization()
     before = [release[1:] for release in earlier]
@@ -151,7 +151,7 @@ def tune(
 def sampler(
     model: UNet, tuning: PrivateTuning, num_classes: int, spent: Spent, work: Work, coder: Coder = IDENTITY
 ) -> Sampler:
-    """Samples of the model as it stands."""
+    """Make a sampler of the model as it is."""
 
     def draw(labels: Tensor, seed: int) -> Tensor:
         options = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "progress": work.progress}

@@ -1,7 +1,7 @@
 """DP-Diffusion (Ghalebikesabi et al. 2023, https://arxiv.org/abs/2302.13861): all of a public diffusion model, tuned privately.
 
 Several noise draws an image are averaged before clipping, timesteps come from a mixture that favours the middle, and the
-average of the weights over the steps samples. What DP-LoDA saves is measured against it.
+average of the weights over the steps samples. DP-LoDA's savings are measured against it.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from fastloda.synthesis.data import LabelledImages
 from .base import Budget, ByEpsilon, Sampler, Work
 from .diffusion_model import PrivateTuning, PublicModel, tune
 
-# For CIFAR-10 in the paper's appendix: (first, end, share).
+# The mixture for CIFAR-10 in the paper's appendix: (first, end, share).
 TIME_WEIGHTS = ((0, 30, 0.015), (30, 600, 0.785), (600, 1000, 0.2))
 
 
 @dataclass(frozen=True)
 class DPDiffusion:
-    """Attributes: the public model and the private training of each budget."""
+    """The method DP-Diffusion, with the public model and the settings of private training for each budget."""
 
     public: PublicModel
     tunings: ByEpsilon[PrivateTuning]

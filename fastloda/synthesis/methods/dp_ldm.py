@@ -19,11 +19,11 @@ from .diffusion_model import Coder, PrivateTuning, PublicModel, tune
 
 @dataclass(frozen=True)
 class DPLDM:
-    """Attributes.
+    """The method DP-LDM.
 
-    autoencoder, public: the training of both on public images; public is a model of latents.
-    tunings: the private training of each budget.
-    adapter: LoDA instead of tuning attention and class embedding.
+    `autoencoder` and `public` are the settings of both models' training on public images; `public` is a model of latents.
+    `tunings` are the settings of private training for each budget. `adapter` is LoDA in place of tuning attention and class
+    embedding.
     """
 
     autoencoder: AutoencoderTraining
@@ -46,7 +46,7 @@ class DPLDM:
         return tune(model, private, budget, tuning, work, Coder(coder.encode, coder.decode))
 
     def _latent_model(self, coder: Autoencoder) -> PublicModel:
-        """The public model, whose unconditional part is to learn latents too."""
+        """Make the public model's settings, whose unconditional part learns latents too."""
         everything = self.public.everything
         return replace(self.public, everything=everything and (lambda: _encoded(everything(), coder)))
 

@@ -14,7 +14,7 @@ from .diffusion_model import PrivateTuning, PublicModel, tune
 
 @dataclass(frozen=True)
 class DPLoDA:
-    """Attributes: the public model, the adapters, and the private training of each budget."""
+    """The method DP-LoDA, with the public model, the adapters, and the settings of private training for each budget."""
 
     public: PublicModel
     tunings: ByEpsilon[PrivateTuning]
@@ -29,7 +29,7 @@ class DPLoDA:
     def adapt(
         self, model: UNet, private: LabelledImages, budget: Budget, work: Work, earlier: tuple[Release, ...] = ()
     ) -> Sampler:
-        """Attach adapters to a public model and train them; earlier: releases that the budget covers too."""
-        with seeded(work.seed):  # where A starts: public, and independent of the noise
+        """Attach adapters to a public model and train them; `earlier` are releases that the budget covers too."""
+        with seeded(work.seed):  # the seed of A's initial values, which is public and independent of the noise
             attach_loda(model, **asdict(self.adapter))
         return tune(model, private, budget, self.tunings.at(budget.epsilon), work, earlier=earlier)

@@ -21,11 +21,11 @@ from .generator import class_means, fit_generator
 
 @dataclass(frozen=True)
 class DPMEPF:
-    """Attributes.
+    """The method DP-MEPF.
 
-    shares: of the budget for the features' sums, their squares' and the counts.
-    encoder_steps: of the encoder, a small classifier trained on public images; all its layers' outputs are the features.
-    steps, learning_rate: of the generator.
+    `shares` divide the budget among the sums of features, of their squares, and the counts.
+    `encoder_steps` are those of the encoder, a small classifier of public images; all its layers' outputs are the features.
+    `steps` and `learning_rate` are the generator's.
     """
 
     shares: tuple[float, float, float] = (0.6, 0.3, 0.1)
@@ -60,7 +60,7 @@ class DPMEPF:
 
 
 class Perceptual(nn.Module):
-    """The outputs of all layers of a frozen network, joined: images [n, C, H, W] to both moments' features [n, d], of norm 1."""
+    """A frozen network's layers' outputs, joined: images [n, C, H, W] to both moments' features [n, d], of norm 1."""
 
     def __init__(self, layers: nn.Sequential):
         super().__init__()
@@ -77,7 +77,7 @@ class Perceptual(nn.Module):
 
 @torch.no_grad()
 def _batched_moments(encoder: Perceptual, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Both moments' features of all images, and a column of ones."""
+    """Compute both moments' features of all images, and a column of ones."""
     parts = [encoder(part.to(device)) for part in images.split(512)]
     first, second = (torch.cat([part[i].cpu() for part in parts]) for i in range(2))
     return first, second, torch.ones(len(images), 1)

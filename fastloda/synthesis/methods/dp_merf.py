@@ -17,11 +17,10 @@ from .generator import class_means, fit_generator
 
 @dataclass(frozen=True)
 class DPMERF:
-    """Attributes.
+    """The method DP-MERF.
 
-    features: random Fourier features, a cosine and a sine for each half.
-    scale: the kernel's length scale in median distances between public images.
-    steps, learning_rate: of the generator.
+    `features` is the number of random Fourier features, half of them cosines, half sines. `scale` is the kernel's length
+    scale in median distances between public images. `steps` and `learning_rate` are the generator's.
     """
 
     features: int = 2000

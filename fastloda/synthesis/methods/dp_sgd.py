@@ -24,17 +24,17 @@ from .cost import step_cost
 
 @dataclass(frozen=True)
 class DPSGD:
-    """How the classifier is trained.
+    """Settings of the classifier's training.
 
     Attributes:
-        optimizer: sgd or adam.
-        learning_rate: of the optimizer.
-        momentum: of sgd.
-        ema_decay: of the average of the weights, which is what is released.
-        network: cnn, resnet9, wrn-16-4 or wrn-40-4, with GroupNorm.
-        width: as the network counts it (cnn: channels of the first layer, a multiple of 8). Default: the usual one.
-        augment: of each view: jitter (digits), flip-crop (natural images) or none.
-        seed: see `PrivateTraining`.
+        optimizer: name of the optimizer, sgd or adam.
+        learning_rate: learning rate of the optimizer.
+        momentum: momentum of sgd.
+        ema_decay: decay of the moving average of the weights, which is what is released.
+        network: architecture with GroupNorm: cnn, resnet9, wrn-16-4 or wrn-40-4.
+        width: width as the network counts it (cnn: channels of the first layer, a multiple of 8). Default: its usual one.
+        augment: augmentation of each view: jitter (digits), flip-crop (natural images) or none.
+        seed: seed as in `PrivateTraining`.
     """
 
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -50,11 +50,11 @@ class DPSGD:
         if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1 or self.momentum < 0:
             raise UserError(f"DP-SGD needs learning_rate > 0, 0 <= ema_decay < 1 and momentum >= 0, got {self}")
         augmentation(self.augment)
-        with torch.device("meta"):  # refuses a width that the network cannot have, without making it
+        with torch.device("meta"):  # to refuse a width that the network cannot have, without making the network
             make_network(self.network, image_size=32, width=self.width)
 
     def optimization(self) -> dict:
-        """The fields that `PrivateTraining` has too."""
+        """Collect the fields that `PrivateTraining` has too."""
         of_the_network = ("network", "width", "augment")
         return {name: value for name, value in asdict(self).items() if name not in of_the_network}
 
@@ -68,13 +68,13 @@ def train_dpsgd(
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, DPTrainer]:
-    """Train a network privately, on `privacy.views` augmented copies a record: its averaged weights, in eval mode.
+    """Train a network privately on `privacy.views` augmented copies per record; its averaged weights, in eval mode.
 
     Also returns the trainer, which knows what was spent. Resumes from `checkpoint`.
 
     Raises:
         UserError: `data` is empty or not square.
-        CheckpointError: the checkpoint is damaged, or of other settings.
+        CheckpointError: the checkpoint is damaged, or belongs to other settings.
     """
     model, records = make_classifier(data, training, training.seed or 0).to(device), (data.images[:], data.labels)
     losses, options = (
@@ -87,10 +87,10 @@ def train_dpsgd(
 
 
 def make_classifier(data: LabelledImages, training: DPSGD, seed: int = 0) -> nn.Module:
-    """Make the untrained network for images like these.
+    """Make the untrained network for images like `data`.
 
     Raises:
-        UserError: they are not square.
+        UserError: the images are not square.
     """
     channels, height, size = data.images.shape[1:]
     if height != size:
@@ -100,11 +100,11 @@ def make_classifier(data: LabelledImages, training: DPSGD, seed: int = 0) -> nn.
 
 
 def augmented_losses(views: int, augment: AugmentName):
-    """Make the cross-entropy of augmented copies, for a trainer."""
+    """Make the loss function for a trainer: the cross-entropy of augmented copies."""
     change = augmentation(augment)
 
     def losses(model: nn.Module, batch: tuple[Tensor, Tensor], generator: Generator) -> Tensor:
-        """Cross-entropy [n * views], sample-major."""
+        """Compute the cross-entropy [n * views], sample-major."""
         images, labels = (t.repeat_interleave(views, dim=0) for t in batch)
         if change is not None:  # augmentations draw on the CPU, whatever the trainer's device
             seed = torch.randint(2**62, (1,), generator=generator, device=generator.device).item()
@@ -116,12 +116,12 @@ def augmented_losses(views: int, augment: AugmentName):
 
 @dataclass(frozen=True)
 class Direct:
-    """One private run of a classifier.
+    """The settings of one private run of a classifier.
 
     Attributes:
-        training: network, augmentation and optimization.
-        steps, batch_size: of DP training.
-        views: augmented copies a record and step, whose gradients are averaged before clipping.
+        training: settings of network, augmentation and optimization.
+        steps, batch_size: number of private steps, and expected number of records in each.
+        views: number of augmented copies per record and step, whose gradients are averaged before clipping.
         max_grad_norm: the clipping bound.
     """
 
@@ -137,7 +137,7 @@ class Direct:
 
 @dataclass(frozen=True)
 class DirectDPSGD:
-    """Attributes: the private run of each budget."""
+    """The method DP-SGD on the classifier itself, with the settings of the private run for each budget."""
 
     runs: ByEpsilon[Direct]
     name: str = "DP-SGD"

@@ -14,9 +14,9 @@ from .base import Budget, Release
 
 
 def noise_multipliers(budget: Budget, shares: Sequence[float]) -> list[float]:
-    """The noise of several Gaussian releases that spend the budget together, in the given shares (which sum to 1).
+    """Compute the noise of several Gaussian releases that spend the budget together, in the given shares (which sum to 1).
 
-    Gaussians compose to one whose noise_multiplier^-2 is the sum of theirs.
+    Gaussian mechanisms compose to one whose noise_multiplier^-2 is the sum of theirs.
     """
     if any(share <= 0 for share in shares) or not math.isclose(sum(shares), 1):
         raise UserError(f"shares of a budget must be positive and sum to 1, got {shares}")
@@ -25,17 +25,17 @@ def noise_multipliers(budget: Budget, shares: Sequence[float]) -> list[float]:
 
 
 def noise_stream(seed: int | None) -> Generator:
-    """Seeded by the operating system if seed is None."""
+    """Make the generator of a release's noise, seeded by the operating system if seed is None."""
     return make_generators({"release": "cpu"}, seed)["release"]
 
 
 def release_class_sums(
     what: str, features: Tensor, labels: Tensor, num_classes: int, noise_multiplier: float, generator: Generator
 ) -> tuple[Tensor, Release]:
-    """The sum of the features of each class, [num_classes, d] float64, plus N(0, noise_multiplier^2); and its record.
+    """Release the sum of each class's features, [num_classes, d] float64, plus N(0, noise_multiplier^2).
 
-    features [records, d] of L2 norm at most 1: one record changes one row by at most 1, which is the sensitivity. Longer ones are
-    shortened to it, and those that are not finite contribute zero.
+    The features [records, d] have L2 norm at most 1: one record changes one row by at most 1, which is the sensitivity. Longer
+    ones are shortened to norm 1, and those that are not finite contribute zero. Also returns the release's description.
     """
     features = features.double()
     norms = features.norm(dim=1, keepdim=True)

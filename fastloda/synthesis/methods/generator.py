@@ -1,4 +1,4 @@
-"""A small conditional generator, trained to give released feature means; all of it post-processing."""
+"""A small conditional generator, trained to match released feature means; all of it is post-processing."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ _NOISE, _BATCH = 16, 200
 
 
 class SmallGenerator(nn.Module):
-    """Noise [n, 16] and labels [n] to images [n, C, S, S] in [-1, 1]; S a multiple of 4. BatchNorm: it sees no private record."""
+    """A generator from noise [n, 16] and labels [n] to images [n, C, S, S] in [-1, 1]; it may have BatchNorm, on no records."""
 
     def __init__(self, channels: int, size: int, num_classes: int, width: int = 64):
         super().__init__()
@@ -58,7 +58,7 @@ def fit_generator(
     steps: int,
     learning_rate: float,
 ) -> Sampler:
-    """Train a `SmallGenerator` to lessen loss_of(images, labels), over class-balanced batches of 200, by Adam with a cosine.
+    """Train a `SmallGenerator` to lessen loss_of(images, labels) on class-balanced batches of 200, by Adam with a cosine.
 
     All randomness comes from work.seed.
     """
@@ -90,6 +90,6 @@ def fit_generator(
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """features [n, d] -> [num_classes, d]: the mean of each class; zero for a class without an image."""
+    """Compute the mean of each class's features: [n, d] -> [num_classes, d]; zero for a class without an image."""
     members = F.one_hot(labels, num_classes).to(features.dtype)
     return members.T @ features / members.sum(0).clamp(min=1)[:, None]

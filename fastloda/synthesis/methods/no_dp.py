@@ -1,4 +1,4 @@
-"""No DP: the classifier trained on the private images as they are; what privacy costs is measured against it."""
+"""No DP: the classifier trained on the private images without privacy, against which its cost is measured."""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -11,7 +11,7 @@ from .base import Budget, PrivateClassifier, Release, Spent, Work
 
 @dataclass(frozen=True)
 class NoDP:
-    """Attributes: the classifier's training, the same as on synthetic images."""
+    """The method without privacy, with the same classifier's settings as on synthetic images."""
 
     classifier: Classifier
     name: str = "No privacy"

@@ -1,11 +1,11 @@
-"""Images moved, pixel by pixel, until each class's mean features agree with released ones, as far as these are known.
+"""Moves of images, pixel by pixel, until each class's mean features agree with released ones, as far as these are known.
 
 For a class with images x_i, its released mean m, whose noise has standard deviation tau, and the features phi:
 
     minimise over x'  mean_i |x'_i - x_i|^2 / (2 reach^2) + |mean_i phi(x'_i) - m|^2 / (2 tau^2)
 
-A gradient flow of the maximum mean discrepancy (Arbel et al. 2019, https://arxiv.org/abs/1906.04370), held near its start.
-It follows a release, and reads no private image: it costs nothing.
+This is a gradient flow of the maximum mean discrepancy (Arbel et al. 2019, https://arxiv.org/abs/1906.04370), kept near its
+start. It follows a release, and reads no private image: it costs nothing.
 """
 
 import torch
@@ -17,15 +17,15 @@ from fastloda.synthesis.data import LabelledImages
 from .class_embeddings import ClassEmbeddings
 from .generator import class_means
 
-_STEPS, _LEARNING_RATE = 40, 0.06  # of Adam, for pixels in [-1, 1]
-# Images whose means are matched at once: so many that their own scatter is small beside the release's noise.
+_STEPS, _LEARNING_RATE = 40, 0.06  # settings of Adam, for pixels in [-1, 1]
+# Number of images whose means are matched at once, so large that their own scatter is small beside the release's noise.
 _TOGETHER = 4000
 
 
 def moved(images: LabelledImages, released: ClassEmbeddings, reach: float, progress: bool = True) -> LabelledImages:
-    """The images, public or synthetic, where the sum above is small, within [-1, 1].
+    """Move images, public or synthetic, to where the sum above is small, within [-1, 1].
 
-    reach: how far a pixel may easily move, in the units of [-1, 1]; 0: not at all.
+    `reach` is how far a pixel may easily move, in the units of [-1, 1]; 0: not at all.
     """
     if not reach:
         return images

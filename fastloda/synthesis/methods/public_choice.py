@@ -1,4 +1,4 @@
-"""Public images chosen by a private statistic: which of them resemble the private ones, class by class, from one noisy release.
+"""A private choice of public images: those that resemble the private ones, class by class, by one noisy release.
 
 The release is that of DP-MERF: each class's sum of the records' embeddings phi(x), plus noise (`class_embeddings`). Each public
 image of the class then has a weight, such that the weighted mean of phi agrees with the released one as far as its noise lets it
@@ -12,7 +12,7 @@ their means agree better (`moved`): what no public image has, no weight can give
 starts private fine-tuning nearer to the private images.  To spend a part of the budget on choosing public data is the idea of
 PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which asks for classes of public images instead.
 
-Whatever follows the release is a function of it and of public data: it costs nothing more.
+All that follows the release is computed from it and from public data, and costs no more privacy.
 """
 
 from dataclasses import dataclass, field, replace
@@ -35,16 +35,17 @@ FURTHER = PublicTraining(steps=600, learning_rate=1e-3, ema_decay=0.99)
 
 @dataclass(frozen=True)
 class PublicChoice:
-    """How public images are chosen.
+    """The settings of a choice of public images.
 
     Attributes:
         noise_multiplier: standard deviation of the released sums' noise; their sensitivity is 1.
-        features: random Fourier features, half of them cosines, half sines.
-        scale: the kernel's length scale in median distances between public images.
-        tolerance: tau, in standard deviations of the released means' noise. A larger one keeps more different images.
-        drawn: images drawn by their weights, with replacement, to train the public model further on.
-        reach: how far a pixel of theirs, in [-1, 1], may easily be moved; 0 leaves them as they are.
-        training: that training.
+        features: number of random Fourier features, half of them cosines, half sines.
+        scale: length scale of the kernel in median distances between public images.
+        tolerance: tau, in standard deviations of the released means' noise. A larger value keeps more different images.
+        drawn: number of images drawn by their weights, with replacement, for further training of the public model.
+        reach: distance, for pixels in [-1, 1], by which a pixel of these images may easily be moved; 0 leaves them as they
+            are.
+        training: settings of the further training.
     """
 
     noise_multiplier: float = 5.0
@@ -67,7 +68,7 @@ class PublicChoice:
         """Refuse public images from which nothing can be chosen, before anything is released to choose them by.
 
         Raises:
-            ValueError: a class of the private ones without public images, or what `random_frequencies` refuses.
+            ValueError: a class of the private images has no public ones, or `random_frequencies` refuses.
         """
         for label in range(classes):
             if not (public.labels == label).any():
@@ -77,18 +78,18 @@ class PublicChoice:
     def release(
         self, private: LabelledImages, public: LabelledImages, records: int, seed: int, noise: Generator
     ) -> tuple[ClassEmbeddings, Release]:
-        """The noisy sum of each class's embeddings.
+        """Release the noisy sum of each class's embeddings.
 
-        records: the public, nominal number of private ones. seed: of the embedding, which depends on public images and it alone.
+        `records` is the public, nominal number of private ones; `seed` makes the embedding, together with public images only.
         """
         frequencies = random_frequencies(public, self.features, self.scale, seed)
         return release_class_embeddings(private, frequencies, self.noise_multiplier, records, noise)
 
     def weights(self, public: LabelledImages, released: ClassEmbeddings) -> Tensor:
-        """A weight for each public image, [n] float64; each class's weights have the same sum, and all together 1.
+        """Compute a weight for each public image, [n] float64; each class's weights have the same sum, and all together 1.
 
         Raises:
-            ValueError: a class without public images.
+            ValueError: a class has no public images.
         """
         self.check(public, len(released.means))
         weights = torch.zeros(len(public), dtype=torch.float64)
@@ -99,7 +100,7 @@ class PublicChoice:
         return weights
 
     def draw(self, public: LabelledImages, weights: Tensor, seed: int) -> LabelledImages:
-        """`drawn` images, with replacement."""
+        """Draw `drawn` images by their weights, with replacement."""
         generator = torch.Generator().manual_seed(seed)
         index = torch.multinomial(weights, self.drawn, replacement=True, generator=generator)
         return LabelledImages(public.images[index], public.labels[index], public.num_classes)
@@ -107,7 +108,7 @@ class PublicChoice:
     def training_images(
         self, public: LabelledImages, released: ClassEmbeddings, seed: int, progress: bool = True
     ) -> LabelledImages:
-        """`drawn` public images, chosen and moved."""
+        """Choose `drawn` public images, and move them."""
         return moved(self.draw(public, self.weights(public, released), seed), released, self.reach, progress)
 
     def train_further(
@@ -127,7 +128,7 @@ class PublicChoice:
 
 
 def tilted(features: Tensor, target: Tensor, tau: float) -> Tensor:
-    """The weights w [n], of sum 1, that minimise KL(w || even) + |features^T w - target|^2 / (2 tau^2); features [n, d]."""
+    """Compute the weights w [n], of sum 1, that minimise KL(w || even) + |features^T w - target|^2 / (2 tau^2)."""
     theta = torch.zeros_like(target, requires_grad=True)
     optimizer = torch.optim.LBFGS([theta], max_iter=60, line_search_fn="strong_wolfe")
 

@@ -1,4 +1,4 @@
-"""Public only: samples of the public model, to see what private data add."""
+"""Public only: samples of the public model, which show what private data add."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .diffusion_model import PrivateTuning, PublicModel, sampler
 
 @dataclass(frozen=True)
 class PublicOnly:
-    """Attributes: the public model, and how it is sampled."""
+    """The method that samples the public model, with its settings."""
 
     public: PublicModel
     sampling: PrivateTuning = PrivateTuning()

@@ -1,6 +1,6 @@
-"""How close generated images are to real ones: FID, KID, precision and recall, on features of your choice.
+"""Scores of how close generated images are to real ones: FID, KID, precision and recall, on features of your choice.
 
-They are computed from real images without noise. On private images they are not private: for the operator, or on public ones.
+They are computed from real images without noise: on private images they are for the operator only.
 """
 
 from .distances import Scores, fid, kid, precision_recall, scores

@@ -16,13 +16,13 @@ from fastloda.errors import UserError
 
 from .features import Extractor
 
-NEIGHBOURS = 3  # as in the paper
+NEIGHBOURS = 3  # the paper's number
 KID_SUBSET, KID_SUBSETS = 1000, 20
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of generated images against real ones. fid, kid: less is closer, 0 is the same; precision, recall: 0 to 1."""
+    """The scores of generated images against real ones. fid, kid: less is closer, 0 is the same; precision, recall: 0 to 1."""
 
     fid: float
     kid: float
@@ -32,13 +32,13 @@ class Scores:
 
 
 def scores(real: Tensor, generated: Tensor, extractor: Extractor, seed: int = 0) -> Scores:
-    """All of them, of images [n, C, H, W] in [-1, 1]. `seed` chooses KID's subsets."""
+    """Compute all scores of images [n, C, H, W] in [-1, 1]. `seed` chooses KID's subsets."""
     a, b = extractor(real), extractor(generated)
     return Scores(fid(a, b), kid(a, b, seed), *precision_recall(a, b), extractor.name)
 
 
 def fid(real: np.ndarray, generated: np.ndarray) -> float:
-    """|m_r - m_g|^2 + tr(S_r + S_g - 2 (S_r S_g)^(1/2)), m and S being mean and covariance.
+    """Compute |m_r - m_g|^2 + tr(S_r + S_g - 2 (S_r S_g)^(1/2)), m and S being mean and covariance.
 
     tr (S_r S_g)^(1/2) is the sum of the singular values of X_r X_g^T, X being the centred rows over (n - 1)^(1/2).
     So no matrix root is taken, which rounding could make complex.
@@ -53,7 +53,7 @@ def fid(real: np.ndarray, generated: np.ndarray) -> float:
 
 
 def kid(real: np.ndarray, generated: np.ndarray, seed: int = 0) -> float:
-    """Mean over random subsets of the unbiased squared MMD with kernel (x . y / d + 1)^3; may fall below 0."""
+    """Compute the mean over random subsets of the unbiased squared MMD with kernel (x . y / d + 1)^3; may be below 0."""
     _check(real, generated)
     size = min(len(real), len(generated), KID_SUBSET)
     rng = np.random.default_rng(seed)
@@ -69,7 +69,7 @@ def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
-    """-> (share of generated within the real manifold, share of real within the generated one).
+    """Compute the share of generated vectors in the real manifold, and of real ones in the generated manifold.
 
     A set's manifold is the union of balls around its members that reach their `neighbours`-th nearest one.
     """

@@ -1,7 +1,7 @@
 """Feature extractors: images to the vectors on which distances between sets of images are taken.
 
-Scores on different features can't be compared. The usual ones are Inception's, which are no part of this package: give a file.
-The default is a classifier trained on public images, whose features know the task and nothing of anybody's private images.
+Scores on different features can't be compared. The usual features are Inception's, which are no part of this package: give a
+file. The default is a classifier trained on public images, whose features fit the task and hold nothing of private images.
 """
 
 import os
@@ -18,7 +18,7 @@ from fastloda.synthesis.data.images import LabelledImages
 
 
 class Extractor(Protocol):
-    """images [n, C, H, W] in [-1, 1] -> features, float64 [n, d]. `name` says which, beside every score."""
+    """A function from images [n, C, H, W] in [-1, 1] to features, float64 [n, d]; `name` is shown beside every score."""
 
     name: str
 
@@ -38,7 +38,7 @@ class _Batched:
 def classifier_features(
     model: nn.Module, name: str = "classifier", *, batch_size: int = 512, device: torch.device | str = "cpu"
 ) -> Extractor:
-    """What a classifier's last layer, `model.head`, reads.
+    """Make an extractor of the input of a classifier's last layer, `model.head`.
 
     Raises:
         ValueError: the model has no `head`.
@@ -68,7 +68,7 @@ def public_extractor(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Extractor:
-    """The features of a small CNN trained on public images."""
+    """Make an extractor of the features of a small CNN trained on public images."""
     model = train_classifier(public, steps=steps, seed=seed, device=device, progress=progress)
     return classifier_features(model, f"a small CNN trained on {len(public)} public images", device=device)
 
@@ -76,13 +76,13 @@ def public_extractor(
 def torchscript_features(
     path: str | os.PathLike, *, batch_size: int = 128, device: torch.device | str = "cpu"
 ) -> Extractor:
-    """A user's Inception in TorchScript, such as StyleGAN's `inception-2015-12-05.pt`: uint8 RGB images to features.
+    """Load a user's Inception in TorchScript, such as StyleGAN's `inception-2015-12-05.pt`: uint8 RGB images to features.
 
-    It is called with `return_features=True` and scales images itself. TorchScript is a program: take it from whom you trust.
+    It is called with `return_features=True` and scales images itself. TorchScript is a program: use only files that you trust.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no TorchScript.
+        ValueError: the file is no TorchScript.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""What a run is shown as: figures, tables, and one HTML page with all of it."""
+"""Reports of runs: figures, tables, and one HTML page with all of them."""
 
 from fastloda.synthesis.report.html import Figure, Page, render
 from fastloda.synthesis.report.plots import accuracy_plot, epsilon_plot, sample_grid

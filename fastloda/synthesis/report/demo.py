@@ -21,16 +21,17 @@ LODA, DPSGD, NO_PRIVACY = "DP-LoDA (ours)", "DP-SGD", "No privacy"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a demo found.
+    """The results of a demo.
 
     Attributes:
-        accuracies: (method, target epsilon) -> one a seed; epsilon is 0 for the public model, infinity without privacy.
+        accuracies: (method, target epsilon) -> one accuracy per seed; epsilon is 0 for the public model, infinity without
+            privacy.
         statements: (method, target epsilon, seed) -> the private run's privacy.json.
-        seconds: stage -> the time that its work took.
-        settings: name -> value, of all hyper-parameters.
-        reasons: name -> how it was chosen.
-        environment: what it ran on.
-        grids, curves: caption -> PNG file, of seed 0.
+        seconds: stage -> time that its work took.
+        settings: name -> value of each hyper-parameter.
+        reasons: name -> how the hyper-parameter was chosen.
+        environment: machine and versions.
+        grids, curves: caption -> PNG file of seed 0.
     """
 
     accuracies: Mapping[tuple[str, float], list[float]]
@@ -43,14 +44,14 @@ class Outcome:
     curves: Mapping[str, Path]
 
     def write(self, folder: Path) -> None:
-        """results.json, results.md, report.html."""
+        """Write results.json, results.md and report.html into `folder`."""
         write_json(folder / "results.json", self.to_dict())
         write_atomically(folder / "results.md", self.to_markdown().encode())
         write_atomically(folder / "report.html", render(self.to_page()).encode())
 
     @cached_property
     def results(self) -> list[Result]:
-        """The rows, from no private data to no privacy."""
+        """The rows of the table, from no private data to no privacy."""
         return list(self._rows())
 
     def _rows(self) -> Iterator[Result]:
@@ -67,16 +68,16 @@ class Outcome:
 
     @cached_property
     def runs(self) -> list[dict]:
-        """The statements, but those of choices: the runs that go on from them count them too."""
+        """The private runs' statements; those of choices are left out, for the runs that follow them count them too."""
         return [statement for (method, _, _), statement in self.statements.items() if method != CHOSEN_ONLY]
 
     @cached_property
     def all_together(self) -> float:
-        """Epsilon of all private runs, were all of them released."""
+        """The epsilon of all private runs, if all of them were released."""
         return compose_epsilon([release for run in self.runs for release in releases(run)], self.settings["delta"])
 
     def to_dict(self) -> dict:
-        """JSON values; epsilon is null without privacy."""
+        """Convert to JSON values; epsilon is null without privacy."""
         rows = [
             {
                 "method": result.method,

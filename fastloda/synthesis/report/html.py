@@ -1,4 +1,4 @@
-"""One self-contained page: text, tables, and the figures inside it. Everything that is filled in is escaped."""
+"""A self-contained HTML page with text, tables and figures inside it. Everything that is filled in is escaped."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from fastloda.synthesis.report.tables import Table
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG and what it shows."""
+    """A PNG image and a caption."""
 
     caption: str
     png: bytes
@@ -24,17 +24,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class Page:
-    """What the report says, in its order.
+    """The contents of a report, in their order.
 
     Attributes:
-        title, lead: the headline, and one paragraph.
+        title, lead: headline, and one paragraph.
         results: the main table.
         more: further tables, below the chart.
-        chart: the accuracies, drawn.
+        chart: plot of the accuracies.
         samples: grids of images.
         statement: paragraphs about privacy.
         spent: facts of each private run: run -> (name -> value).
-        curves: epsilon by step.
+        curves: plots of epsilon by step.
         settings: name -> (value, how it was chosen).
         timings: stage -> seconds.
         environment: name -> value.
@@ -55,13 +55,13 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML."""
+    """Render the page as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["show"] = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
     return environment.from_string(TEMPLATE).render(page=page)
 
 
-# In the module, not beside it: so it needs no packaging.
+# The template is in the module, so that it needs no packaging.
 MACROS = """\
 {% macro figure(item) %}
 <figure>

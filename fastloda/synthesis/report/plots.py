@@ -16,12 +16,12 @@ from torch import Tensor
 from fastloda.errors import UserError
 from fastloda.synthesis.report.tables import Result, rounded_up
 
-INK, LINE, DOT = "#767b85", "#3b82d6", "#e0803a"  # read on white and on near-black alike: the background is transparent
-CELL = 32  # side in pixels that small images are enlarged to
+INK, LINE, DOT = "#767b85", "#3b82d6", "#e0803a"  # readable on white and on near-black: the background is transparent
+CELL = 32  # side in pixels to which small images are enlarged
 
 
 def sample_grid(images: Tensor, labels: Tensor, *, columns: int = 20, max_rows: int = 10) -> bytes:
-    """Images [n, C, H, W] in [-1, 1], a row for each class (labels [n]), enlarged by whole factors, with thin gaps.
+    """Draw images [n, C, H, W] in [-1, 1], a row per class (labels [n]), enlarged by whole factors, with thin gaps.
 
     Classes without an image have no row; the first `max_rows` classes are shown.
     """
@@ -42,7 +42,7 @@ def sample_grid(images: Tensor, labels: Tensor, *, columns: int = 20, max_rows: 
 
 
 def epsilon_plot(steps: Sequence[int], epsilons: Sequence[float], *, target: float | None, delta: float) -> bytes:
-    """Epsilon spent against optimizer steps, and the target it may not exceed."""
+    """Plot epsilon spent by optimizer steps, and the target that it may not exceed."""
     with drawing(6.0, 3.2) as (axes, png):
         axes.plot(steps, epsilons, color=LINE, linewidth=2)
         if target is not None:
@@ -55,7 +55,7 @@ def epsilon_plot(steps: Sequence[int], epsilons: Sequence[float], *, target: flo
 
 
 def accuracy_plot(results: Sequence[Result]) -> bytes:
-    """Mean test accuracy by method: a bar each, a dot for each seed if there are several."""
+    """Plot the mean test accuracy by method: a bar each, and a dot for each seed if there are several."""
     with drawing(6.0, 0.9 + 0.42 * len(results)) as (axes, png):
         places = range(len(results))
         axes.barh(places, [100 * r.mean for r in results], height=0.6, color=LINE, alpha=0.75)
@@ -78,9 +78,9 @@ def accuracy_plot(results: Sequence[Result]) -> bytes:
 def accuracy_curves(
     curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]], levels: Mapping[str, float]
 ) -> bytes:
-    """Accuracy in percent against epsilon: a curve a method, with a band of one standard deviation over its seeds.
+    """Plot accuracy in percent by epsilon: a curve per method, with a band of one standard deviation over its seeds.
 
-    curves: name -> (epsilon, accuracies) each. levels: name -> accuracy of what has no epsilon, dashed.
+    `curves` maps a name to (epsilon, accuracies) pairs; `levels` a name to the accuracy of what has no epsilon, dashed.
     """
     with drawing(7.6, 4.0) as (axes, png):
         for name, points in curves.items():
@@ -117,7 +117,7 @@ def _label(result: Result) -> str:
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[tuple[Axes, io.BytesIO]]:
-    """Axes of a figure of width x height inches; after, its PNG."""
+    """Make axes of a figure of width x height inches, and a buffer that holds its PNG after the context."""
     figure, png = Figure((width, height), dpi=144, layout="constrained"), io.BytesIO()
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -132,7 +132,7 @@ def drawing(width: float, height: float) -> Iterator[tuple[Axes, io.BytesIO]]:
 
 
 def _pixels(image: Tensor, scale: int) -> np.ndarray:
-    """[C, H, W] in [-1, 1] -> uint8 [scale H, scale W, 4], opaque."""
+    """Convert an image [C, H, W] in [-1, 1] to opaque pixels, uint8 [scale H, scale W, 4]."""
     levels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     rgb = levels.expand(3, -1, -1) if len(levels) == 1 else levels
     rgba = torch.cat([rgb, torch.full_like(rgb[:1], 255)])

@@ -13,7 +13,7 @@ from fastloda.errors import UserError
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column names; the first `left` columns are words, the others numbers. notes: below the table."""
+    """A table of text under column names; the first `left` columns are words, the others numbers; notes stand below."""
 
     title: str
     columns: Sequence[str]
@@ -43,10 +43,10 @@ class Result:
     """One method's test accuracy.
 
     Attributes:
-        method: its name.
-        epsilon: upper bound on what it spent; 0 if it saw no private record, infinity without privacy.
-        trained_on: what its classifier was trained on.
-        accuracies: one a seed, 0 .. 1.
+        method: name of the method.
+        epsilon: upper bound on epsilon spent; 0 if it saw no private record, infinity without privacy.
+        trained_on: training data of its classifier.
+        accuracies: accuracy for each seed, 0 .. 1.
     """
 
     method: str
@@ -64,23 +64,23 @@ class Result:
 
     @property
     def std(self) -> float | None:
-        """Standard deviation over the seeds (n - 1); None for one seed."""
+        """The standard deviation over the seeds (n - 1); None for one seed."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     def cells(self) -> tuple[str, str, str, str]:
-        """The row as text: method, what its classifier was trained on, epsilon, accuracy in percent."""
+        """Write the row as text: method, training data of its classifier, epsilon, accuracy in percent."""
         spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
         return self.method, self.trained_on, rounded_up(self.epsilon), f"{100 * self.mean:.1f}{spread}"
 
 
 def rounded_up(epsilon: float) -> str:
-    """Two decimals; an upper bound stays one."""
+    """Write epsilon with two decimals, rounded up so that an upper bound stays one."""
     if epsilon == 0:
         return "0"
     return "∞" if math.isinf(epsilon) else f"{math.ceil(100 * epsilon - 1e-6) / 100:.2f}"
 
 
 def result_table(results: Sequence[Result], title: str = "") -> Table:
-    """A row for each method and budget."""
+    """Make a table with a row for each method and budget."""
     columns = ("Method", "Classifier trained on", "Epsilon", "Accuracy %")
     return Table(title, columns, [result.cells() for result in results], left=2)

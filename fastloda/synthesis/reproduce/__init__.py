@@ -1,4 +1,4 @@
-"""The paper's tables, cell by cell."""
+"""Reproduction of the paper's tables, cell by cell."""
 
 from .command import reproduce
 from .recipes import TableName

@@ -1,4 +1,4 @@
-"""One cell of a table: fit a method at a budget with a seed, and judge what it gives. Its result is a file: it is done once."""
+"""The cells of a table: a method fitted at a budget with a seed, and tested. The result is a file, computed once."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,14 +21,15 @@ RESULT, GRID = "result.json", "grid.png"
 
 @dataclass(frozen=True)
 class Problem:
-    """What a table's methods work on, and how they are judged.
+    """The data that a table's methods work on, and the way in which they are tested.
 
     Attributes:
-        private, public: to train on; test: real images that nothing is trained on.
-        delta: of every budget.
+        private, public: images to train on.
+        test: real images that nothing is trained on.
+        delta: delta of every budget.
         classifiers: name -> settings, each trained on the synthetic images.
-        synthetic_images: how many are drawn.
-        extractor: gives that of the features for FID and the other scores; they are taken against `test`.
+        synthetic_images: number of images drawn.
+        extractor: function that returns the extractor of features for FID and the other scores, taken against `test`.
     """
 
     private: LabelledImages
@@ -42,7 +43,7 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A method at a budget with a seed; epsilon: None where it has no budget."""
+    """A cell: a method at a budget with a seed; epsilon is None if the method has no budget."""
 
     method: Method
     epsilon: float | None
@@ -61,17 +62,17 @@ class Cell:
         return run.joinpath("cells", *parts, f"seed-{self.seed}")
 
     def stage(self, run: Path, problem: Problem, device: torch.device) -> Stage:
-        """Where its result lies, and what it depends on."""
+        """Describe the stage of this cell: the folder of its result, and all settings that the result depends on."""
         settings = {"method": repr(self.method), "epsilon": self.epsilon, "seed": self.seed, "device": device.type}
         settings |= {"classifiers": repr(problem.classifiers), "synthetic_images": problem.synthetic_images}
         settings |= {"records": len(problem.private), "delta": problem.delta}
         return Stage(self.folder(run), settings, outputs=(RESULT,), private=True)
 
     def result(self, run: Path, problem: Problem, device: torch.device) -> dict:
-        """What came out, as JSON values; computed unless it is there. Interrupted, it continues where its method can.
+        """Return the cell's result as JSON values; compute it if it is not there, from where an interrupted fit can continue.
 
         Raises:
-            RunError: the folder holds the cell of other settings.
+            RunError: the folder holds a cell of other settings.
         """
         stage = self.stage(run, problem, device)
         if not stage.is_done():
@@ -104,7 +105,7 @@ class Cell:
 
 
 def judge(images: LabelledImages, problem: Problem, seed: int, device: torch.device) -> dict[str, float]:
-    """Test accuracy, 0 to 1, of each classifier trained on the images alone."""
+    """Compute the test accuracy, 0 to 1, of each classifier trained on the images alone."""
     found = {}
     for name, classifier in problem.classifiers.items():
         settings = asdict(replace(classifier, seed=seed))
@@ -113,13 +114,13 @@ def judge(images: LabelledImages, problem: Problem, seed: int, device: torch.dev
 
 
 def all_cells(methods: Sequence[Method], epsilons: Sequence[float], seeds: int) -> list[Cell]:
-    """A method's seeds and budgets together, in the table's order; those without a budget once a seed."""
+    """List all cells in the table's order, a method's budgets and seeds together; methods without a budget once per seed."""
     budgets = {method.name: epsilons if method.has_budget else (None,) for method in methods}
     return [Cell(m, epsilon, seed) for m in methods for epsilon in budgets[m.name] for seed in range(seeds)]
 
 
 class _Laps:
-    """Seconds since the last lap."""
+    """A clock of the seconds since the last lap."""
 
     def __init__(self):
         self._last = time.monotonic()

@@ -1,4 +1,4 @@
-"""`fastloda reproduce`: every cell of a table, one after another, and the report."""
+"""The command `fastloda reproduce`: every cell of a table, and the report."""
 
 import logging
 from pathlib import Path
@@ -31,7 +31,7 @@ def reproduce(
     device: Device = "auto",
     progress: bool = True,
 ) -> None:
-    """Compare all methods, as the paper's tables do: fit each at each epsilon, judge its images, write a report.
+    """Compare all methods as the paper's tables do: fit each at each epsilon, test its images, write a report.
 
     digits needs no files. table2 (CIFAR-10, public ImageNet32), table3 (1% of CIFAR-10) and table4 (MNIST,
     public SVHN) read the published files from --data. Each cell, a method at an epsilon with a seed, is done once:
@@ -39,17 +39,18 @@ def reproduce(
     marked as such, beside the measured one. Seeds are fixed, so that it can be repeated: an experiment, not a private release.
 
     Args:
-        table: digits, table2, table3 or table4.
-        data: folder with the published files; what must lie where is said if something is missing.
-        run: the folder for everything; default: runs/ and the table's name.
-        seeds: repetitions of each cell; the table has their mean and standard deviation.
-        methods: only these rows, with commas between, as in DP-LoDA,DP-SGD. Default: all.
+        table: name of the table: digits, table2, table3 or table4.
+        data: folder with the published files; an error says which files must lie where.
+        run: folder for all results; default: runs/ and the table's name.
+        seeds: number of repetitions of each cell; the table has their mean and standard deviation.
+        methods: names of the only rows to compute, separated by commas, as in DP-LoDA,DP-SGD. Default: all.
         features: TorchScript file of an Inception network for FID and the other scores; default: a small classifier trained on
             the public images.
-        quick: minutes instead of hours, with steps and counts that show the machinery and no more.
-        jobs: cells at a time, each in a process with its share of the cores. Default: one on a GPU, on a CPU one a core.
-        device: where to compute.
-        progress: show a bar over the cells, and those that run.
+        quick: whether to take minutes instead of hours, with too few steps and images for good results.
+        jobs: number of cells at a time, each in a process with its share of the cores. Default: one on a GPU, on a CPU one
+            per core.
+        device: device to compute on.
+        progress: whether to show a progress bar of all cells, and the cells that run.
     """
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")

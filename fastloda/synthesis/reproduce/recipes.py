@@ -1,4 +1,4 @@
-"""The tables: their data, the methods with their settings, and how each setting was chosen."""
+"""Recipes of the tables: their data, the methods with their settings, and how each setting was chosen."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,17 +46,17 @@ EPSILONS, DELTA = (1.0, 5.0, 10.0), 1e-5
 
 @dataclass(frozen=True)
 class Recipe:
-    """One table.
+    """The recipe of one table.
 
     Attributes:
-        name, title, lead: what it is called, and a paragraph on it.
-        private, test, public: the images, read or drawn when asked for.
-        methods, epsilons: its rows and columns, in the paper's order.
-        classifiers: name -> training, of the judges.
-        synthetic_images: drawn by each method that draws.
-        how_chosen: what -> how its hyper-parameters were chosen.
-        published: the paper's values, if it has this table.
-        extractor_steps: of the default feature extractor's training on public images.
+        name, title, lead: name, headline and a paragraph on the table.
+        private, test, public: functions that read or draw the images.
+        methods, epsilons: rows and columns, in the paper's order.
+        classifiers: name -> settings of each classifier that tests images.
+        synthetic_images: number of images drawn by each method that draws any.
+        how_chosen: part of the recipe -> how its hyper-parameters were chosen.
+        published: published values, if the paper has this table.
+        extractor_steps: number of training steps of the default feature extractor, on public images.
     """
 
     name: TableName
@@ -75,7 +75,7 @@ class Recipe:
     extractor_steps: int = 500
 
     def only(self, names: Sequence[str]) -> "Recipe":
-        """These rows alone; all if there are no names. ValueError for a row that the table has not."""
+        """Keep only the rows of these names; all if there are none. Raises ValueError for a row that the table has not."""
         known = {method.name: method for method in self.methods}
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"{self.name} has no row {', '.join(unknown)}; it has {', '.join(known)}")
@@ -83,26 +83,26 @@ class Recipe:
 
 
 def recipe(name: TableName, root: Path | None, quick: bool = False) -> Recipe:
-    """The table, with published files read from `root`. quick: steps and counts that show the machinery and no more.
+    """Make the recipe of a table, with published files read from `root`; `quick` takes few steps and images.
 
     Raises:
-        ValueError: an unknown name, or a table that needs files and no root.
+        ValueError: the name is unknown, or the table needs files and no root is given.
     """
     if name not in RECIPES:
         raise UserError(f"the table must be one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name](root, quick)
 
 
-with torch.device("meta"):  # for its configuration alone
+with torch.device("meta"):  # only the configuration is needed
     LATENT_DIGITS = digits_unet(image_size=4, in_channels=LATENT_CHANNELS, attention=True).config
-# Of the release that images are moved toward; set on stand-ins (docs/results/demo-tuning.md).
+# Noise of the release that images are moved toward; set on stand-ins (docs/results/demo-tuning.md).
 MOVING_NOISE = ByEpsilon({1.0: 4.2, 5.0: 1.3, 10.0: 1.0})
-FULL_STEPS = 150  # of training all weights, whose steps take twice the time of adapters'
+FULL_STEPS = 150  # largest number of steps for all weights, each of which takes twice the time of an adapters' step
 PRE_TRAINED = "the public model's training as in the demo, set on public images"
 ON_THE_STAND_IN = (
     "as in the demo: by trials on public images that stand in for the private ones (docs/results/demo-tuning.md)"
 )
-IMAGES = 4000  # of each cell
+IMAGES = 4000  # number of synthetic images of each cell
 BEFOREHAND = "set beforehand, after the method's paper; not tuned"
 
 
@@ -182,12 +182,12 @@ def _demo_tuning(demo: DemoSettings, epsilon: float, records: int) -> PrivateTun
 
 
 def _moving(demo: DemoSettings, epsilon: float) -> PublicChoice:
-    """With a larger part of a large budget than in the demo, and images moved at each."""
+    """Make the choice of images for this table: more of a large budget than in the demo, and moves at each budget."""
     return replace(demo.choice(epsilon), noise_multiplier=MOVING_NOISE.at(epsilon), tolerance=4.0, reach=0.3)
 
 
 def _full(tuning: PrivateTuning, mixture: bool = True) -> PrivateTuning:
-    """For weights instead of adapters: smaller steps, and perhaps the mixture of timesteps of DP-Diffusion's paper."""
+    """Adapt settings from adapters to all weights: smaller steps, and perhaps the timesteps of DP-Diffusion's paper."""
     steps = min(tuning.steps, FULL_STEPS)
     learning_rate = tuning.training.learning_rate / 10 * tuning.steps / steps
     training = replace(tuning.training, learning_rate=learning_rate)
@@ -200,12 +200,12 @@ def _demo_direct(demo: DemoSettings, epsilon: float, records: int) -> Direct:
     return Direct(s.dpsgd_training(epsilon, seed=0), s.dpsgd_steps, batch_size, s.dpsgd_views, s.dpsgd_max_grad_norm)
 
 
-# ---- the paper's own: its sizes; steps for a GPU
+# ---- the paper's own tables, at its sizes, with steps for a GPU
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """How large a run of the paper's tables is: for a GPU, or, quick, to show the machinery."""
+    """The size of a run of the paper's tables: for a GPU, or, quick, only to show that it runs."""
 
     unet: UNetConfig
     public_steps: int
@@ -298,7 +298,7 @@ def _paper(
 
 
 def _latent(scale: _Scale, model: PublicModel, tunings: ByEpsilon[PrivateTuning], quick: bool) -> list[Method]:
-    """DP-LDM, and LoDA on the same latent model, the paper's future work: latents of 3 x 8 x 8."""
+    """Make DP-LDM, and LoDA on the same latent model (the paper's future work), with latents of 3 x 8 x 8."""
     autoencoder = AutoencoderTraining(halvings=2, width=8 if quick else 128, steps=2 if quick else 50_000)
     latent_model = replace(model, unet=replace(scale.unet, image_size=8))
     loda = DPLDM(autoencoder, latent_model, tunings, Adapter(), name="DP-LoDA on latents")

@@ -1,4 +1,4 @@
-"""Cells side by side, each in a process with its share of the cores, and one display of what is running.
+"""Workers that compute cells in parallel, each in a process with its share of the cores, and a display of what runs.
 
 Small convolutions don't fill several cores: cells on one core each are done sooner than one after another on all of them.
 """
@@ -36,7 +36,7 @@ from .recipes import TableName, recipe
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for. A worker makes the table of it anew: a recipe holds functions, which can't be sent to a process."""
+    """The request for a table. A worker makes the table from it again: a recipe holds functions, which can't be sent."""
 
     table: TableName
     data: Path | None
@@ -49,10 +49,10 @@ class Order:
 
 
 class Table:
-    """A table made: its recipe, what its methods work on, and its cells.
+    """A table: its recipe, the data that its methods work on, and its cells.
 
     Raises:
-        ValueError, OSError: files are missing or not what they should be.
+        ValueError, OSError: files are missing or damaged.
     """
 
     def __init__(self, order: Order):
@@ -64,11 +64,11 @@ class Table:
         self.cells = all_cells(chosen.methods, chosen.epsilons, order.seeds)
 
     def result(self, cell: Cell) -> dict:
-        """What came out of it; computed unless it is there."""
+        """Return a cell's result; compute it if it is not there."""
         return cell.result(self.order.run, self.problem, self.order.device)
 
     def to_do(self) -> list[int]:
-        """Which cells have no result yet.
+        """List the numbers of the cells that have no result yet.
 
         Raises:
             RunError: a folder holds the cell of other settings.
@@ -77,13 +77,13 @@ class Table:
         return [index for index, stage in enumerate(stages) if not stage.is_done()]
 
     def compute(self, index: int) -> str:
-        """Compute a cell; a line on what came out."""
+        """Compute cell number `index`, and return a line on its result."""
         result = self.result(self.cells[index])
         accuracies = ", ".join(f"{100 * value:.1f}%" for value in result["accuracy"].values())
         return f"{self.cells[index].name}: {accuracies}, {sum(result['seconds'].values()):.0f} s"
 
     def _extractor(self) -> Callable[[], Extractor]:
-        """A file of the user's is read at once, and refused before the work; the default is trained when it is needed."""
+        """Make the function that returns the extractor: a user's file is read at once, to refuse it before the work."""
         device = self.order.device
         if self.order.features is not None:
             found = torchscript_features(self.order.features, device=device)
@@ -93,7 +93,7 @@ class Table:
 
 
 def compute_cells(table: Table, jobs: int, progress: bool) -> None:
-    """All cells that are not done yet, `jobs` at a time; each leaves its result in its folder.
+    """Compute all cells that are not done yet, `jobs` at a time; each leaves its result in its folder.
 
     Raises:
         RunError: a folder holds the cell of other settings; before anything is computed.
@@ -115,13 +115,13 @@ def compute_cells(table: Table, jobs: int, progress: bool) -> None:
 
 
 def default_jobs(device: torch.device) -> int:
-    """A GPU is shared badly; a CPU gets a cell for each thread that PyTorch would use."""
+    """Choose the number of cells at a time: one on a GPU, which is shared badly; on a CPU one per thread of PyTorch's."""
     return 1 if device.type == "cuda" else torch.get_num_threads()
 
 
 @contextmanager
 def _executor(table: Table, jobs: int) -> Iterator[Callable[[int], Future]]:
-    """What begins a cell: here, or in one of `jobs` processes."""
+    """Make a function that begins a cell: in this process, or in one of `jobs` processes."""
     if jobs == 1:
         yield partial(_now, table.compute)
         return
@@ -132,7 +132,7 @@ def _executor(table: Table, jobs: int) -> Iterator[Callable[[int], Future]]:
         try:
             yield partial(pool.submit, _in_worker)
         except BaseException:
-            for process in multiprocessing.active_children():  # else the cells that run would be waited for
+            for process in multiprocessing.active_children():  # or else the pool would wait for the running cells
                 process.terminate()
             raise
 
@@ -156,14 +156,14 @@ def _start_worker(order: Order, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent ends no worker, and the run that is started next would compute the same cell beside it."""
+    """End this worker with its parent: a killed parent ends none, and the next run would compute the same cell beside it."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 @cache
 def _workers_table() -> Table:
-    """Composite by the first cell, not at the start: what goes wrong then would be told as a broken pool."""
+    """Make the worker's table at its first cell: an error at the start would be shown as a broken pool."""
     return Table(_workers_order)
 
 
