@@ -242,7 +242,7 @@ def _operation(use: Use) -> str:
 
 
 def _flops(largest: tuple[Use, Sizes] | None, all_sizes: Sequence[Sizes]) -> dict[str, int]:
-    """Count the flops of each way that is open to the largest parameter; others go as planned where that way is closed to them."""
+    """Count the flops of each way open to the largest parameter; other parameters go as planned where it is closed to them."""
     ways = costs(largest[1]) if largest else ()
     return {str(way): sum((costs(s).get(way) or costs(s)[choose(s)]).flops for s in all_sizes) for way in ways}
 

@@ -62,7 +62,7 @@ class _Spread(NamedTuple):
 def _spread(
     out_size: Sizes, in_size: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> _Spread | None:
-    """Plan the copies that gather the taps; None where g itself is the taps: a 1 x 1 convolution whose output is not shorter."""
+    """Plan the copies that gather the taps; None where g itself is the taps: kernel 1, stride 1, no padding, as many outputs."""
     if in_size == tuple(out_size) and all(sizes == (1, 1, 0) for sizes in zip(kernel, stride, padding)):
         return None
     reaches = [d * (k - 1) for k, d in zip(kernel, dilation)]
