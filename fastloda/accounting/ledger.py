@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-M = TypeVar("M", bound=Hashable)  # what stands for a mechanism
+M = TypeVar("M", bound=Hashable)  # the key of a mechanism
 Counts = Mapping[M, int]
 
 _ids: "WeakKeyDictionary[Ledger, str]" = (

@@ -21,7 +21,7 @@ def pld_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
     """Compute PLD's upper bound on epsilon.
 
     Raises:
-        ValueError: the grid would be too large, or rounding too coarse, for this delta.
+        ValueError: the grid would be too large or rounding too coarse for this delta, or dp-accounting gives no finite bound.
     """
     total = sum(m.steps for m in mechanisms)
     lost = delta / 1e5  # the probability that all tails cut off may hold; its losses count as infinite

@@ -56,7 +56,7 @@ def prv_epsilons(m: Mechanism, delta: float) -> tuple[float, float]:
     rounding = m.steps * 2.0**-52 + QUICK_GRID * float(np.finfo(np.longdouble).eps)
     if eps_error > 0.05 * rdp_epsilon((m,), delta) or limit > 4000 or rounding > delta / 1000:
         return 0.0, math.inf
-    domain = Domain(-limit, limit + mesh, QUICK_GRID)  # ty: ignore[abstract-class-instantiation]  # it means a static method
+    domain = Domain(-limit, limit + mesh, QUICK_GRID)  # ty: ignore[abstract-class-instantiation]  # its abstract member is a static method
     try:
         with np.errstate(all="ignore"):
             loss = _Truncated(PoissonSubsampledGaussianMechanism(*m[:2]), domain.t_min(), domain.t_max())

@@ -33,7 +33,7 @@ def rdp_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
     few = worst_of_similar(mechanisms)
     rdp = sum(m.steps * _rdp(m.sample_rate, m.noise_multiplier) for m in few)
     by_order = rdp + np.log1p(-1 / ORDERS) - np.log(delta * ORDERS) / (ORDERS - 1)
-    # Not sampling at all is a worse mechanism.
+    # Without sampling the steps cost more, so that their exact epsilon is an upper bound too.
     return max(0.0, min(float(by_order.min()), _gaussian_epsilon(gaussian_mu(few), delta)))
 
 

@@ -152,7 +152,7 @@ def _as_tuple(value) -> tuple:
 def _reason_to_skip(layer: nn.Module, rank: int) -> str | None:
     if reason := _reason_to_keep(layer):
         return reason
-    assert isinstance(layer, ADAPTABLE)  # or there was a reason
+    assert isinstance(layer, ADAPTABLE)  # any other layer has a reason
     narrowest = min(layer.weight.shape[0], getattr(layer, "in_channels", layer.weight.shape[1]))
     return f"rank {rank} > min(C_in, C_out) = {narrowest}" if rank > narrowest else None
 
@@ -295,7 +295,7 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
         raise UserError(f"{path} holds no LoDA adapters")
     if set(tensors) != {f"{name}.{key}" for name in settings for key in ("loda_A", "loda_B")}:
         raise UserError(f"{path} is damaged: its tensors are not those of the layers in its metadata")
-    for name, chosen in settings.items():  # before a layer of that rank is made
+    for name, chosen in settings.items():  # checked before a layer of that rank is made
         if (rank := chosen["rank"]) != (found := next(iter(tensors[f"{name}.loda_A"].shape), 0)):
             raise UserError(f"{path} is damaged: {name} has rank {rank} in the metadata, {found} in its tensors")
     return settings, tensors

@@ -50,10 +50,7 @@ class AverageFlow(SampleFlow):
         pass
 
     def averages(self, below: Mapping[Node, Edges], inputs: Mapping[Node, int]) -> bool:
-        """Tell whether a mean over the samples is among the nodes of `below`.
-
-        inputs: node -> how many outputs it has, all [samples, ...].
-        """
+        """Tell whether a mean over the samples is among the nodes `below`; inputs: node -> how many outputs [samples, ...]."""
         self.check(below, inputs, [(node, number) for node in below for number in range(len(node._input_metadata))])
         return any(isinstance(state, Total) and state.averaged for state in self.states.values())
 

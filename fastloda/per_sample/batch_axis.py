@@ -241,10 +241,7 @@ def _is_python(node: Node) -> bool:
 def _reordered(
     node: Node, kind: str, outer: int, owners: Tensor | None, below: Size, rows: int
 ) -> int | Permuted | Picked:
-    """Tell what an index that puts rows into another order says of its input.
-
-    owners: the sample of each row of the output; None where they are in order.
-    """
+    """Tell what an index that reorders rows says of its input; owners: each output row's sample, None if they are in order."""
     by_dim = indices_by_dim(node, kind, below)
     (dim, index), *more = [(d, index) for d, index in enumerate(by_dim) if index is not None]
     if more or index.dim() != 1 or len(index) != below[dim] or locate(output_shape(node), outer) != (dim, 1):
@@ -301,10 +298,7 @@ def _aligned_below(shape: Size, below: Size, dim: int, blocks: int) -> int:
 
 
 def own_rows(index: Tensor, dim: int, size: int, rows: int) -> bool:
-    """Tell whether each sample's entries of `index` point to its own numbers.
-
-    index is sample-major along `dim`; it points into a dimension of `size` numbers, sample-major too. rows: samples.
-    """
+    """Tell whether entries of index, sample-major along dim, point to their own sample's among `size` sample-major numbers."""
     if index.shape[dim] % rows or size % rows:
         return False
     owners = torch.arange(rows, device=index.device).repeat_interleave(index.shape[dim] // rows)

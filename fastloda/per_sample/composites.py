@@ -31,7 +31,7 @@ LIKE_ANOTHER: set[Callable] = {torch.zeros_like, torch.ones_like, torch.empty_li
 LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
 WHOLE_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__}
 
-Consumers = Mapping[Node, Sequence[tuple[Node, int, int]]]  # (operation, which of its inputs, which output of the node)
+Consumers = Mapping[Node, Sequence[tuple[Node, int, int]]]  # node -> (reading operation, its input, the node's output)
 
 
 class Marking(TorchFunctionMode):
@@ -161,7 +161,7 @@ def composite_nodes(
     made: set[Node] = set()
 
     def fits(node: Node, consumer: Node, index: int, number: int) -> bool:
-        if consumer.name() == LAYER_CALL and index < len(consumer.call.outputs):  # goes through, and is not used
+        if consumer.name() == LAYER_CALL and index < len(consumer.call.outputs):  # passes through unused
             return False
         return consumer in made or covers(consumer, index, output_shape(node, number), outer[consumer])
 

@@ -155,7 +155,7 @@ def _as_it_is(model: nn.Module, given: Sequence[Tensor]) -> Generator[None]:
     cover(model)
     try:
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*no per-sample rule.*")  # the table says so
+            warnings.filterwarnings("ignore", message=".*no per-sample rule.*")  # the table shows it
             yield
     finally:
         for layer, forward in forwards.items():

@@ -19,13 +19,13 @@ Look = Callable[[Sequence[Edge], Sequence[Tensor | None]], AbstractContextManage
 _looks: list[Look] = []
 
 
-class LookingEngine(type(Variable._execution_engine)):  # ty: ignore[unsupported-base]  # PyTorch's, or who replaced it
+class LookingEngine(type(Variable._execution_engine)):  # ty: ignore[unsupported-base]  # PyTorch's, or its replacement's
     """The engine that enters every look around a backward pass, and marks gradients of means that a loss may use."""
 
     def run_backward(self, tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs):
         starts = [(_edge(root), grad) for root, grad in zip(tensors, grad_tensors) if _is_root(root)]
         with ExitStack() as looking:
-            if not inputs:  # with inputs the pass ends above them
+            if not inputs:  # a pass to given inputs ends there, above the leaves
                 for look in _looks:
                     looking.enter_context(look([root for root, _ in starts], [grad for _, grad in starts]))
             grads = super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)

@@ -24,7 +24,7 @@ from fastloda.per_sample.regions import COMPILED
 from fastloda.per_sample.rules import uncovered
 
 JOINING = ("CatBackward0", "StackBackward0")
-HIDING = "CheckpointFunctionBackward"  # reentrant checkpointing: a graph within a node, which can't be looked into
+HIDING = "CheckpointFunctionBackward"  # reentrant checkpointing: the node hides a graph
 COVERED_LAYERS = (
     "LoDAConv2d, LoDALinear, Linear, Bilinear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding, EmbeddingBag, GroupNorm, "
     "InstanceNorm, LayerNorm, RMSNorm, MultiheadAttention, PReLU"
@@ -48,7 +48,7 @@ _chance = random.SystemRandom()  # its choices are public; no run draws from it
 
 @dataclass
 class Looks:
-    """What the probe has seen of one kind of computation."""
+    """The counts of what the probe has seen of one kind of computation."""
 
     parted: int = 0  # the most samples with a finite loss that the probe told apart
     batches: int = 0  # the batches with this kind of computation
@@ -167,7 +167,7 @@ def check_independence(
         torch.zeros(samples, dtype=torch.bool, device=losses.device),
         graph.unsure or samples > 2 * looks.parted,
     )
-    if anew or looks.due():  # first: what follows waits for the GPU
+    if anew or looks.due():  # decided first, for the rest waits for the GPU
         finite = losses.detach().view(samples, -1).isfinite().all(1)
         parts = [finite, *(parting(finite) if anew else _random_half(finite))]
     parts += [torch.zeros_like(finite)] * (agree(len(parts)) - len(parts))

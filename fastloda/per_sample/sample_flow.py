@@ -156,7 +156,7 @@ class Operation(NamedTuple, Generic[S]):
         return found
 
 
-# ---- the operations that are known
+# ---- operations by kind
 
 
 def _names(text: str) -> set[str]:
@@ -211,7 +211,7 @@ def _kind(node: Node) -> str:
     return re.sub(r"Backward\d*$", "", node.name())
 
 
-# ---- from the outputs upwards
+# ---- the flow from the outputs upwards
 
 
 class SampleFlow:
@@ -258,10 +258,7 @@ class SampleFlow:
         self._check_picks(self.states.get(root) for root in roots)
 
     def odd_factor(self, roots: Iterable[tuple[Node, int]]) -> float | None:
-        """Find the number that a root was multiplied with if it is a sum and no mean; None if there is none.
-
-        roots: the (node, output)s that backward starts from.
-        """
+        """Find the number that a sum, no mean, among the roots was multiplied with (None: no such); roots: (node, output)s."""
         states = [self.states.get(root) for root in roots]
         factors = [by for state in states if isinstance(state, Total) and not state.averaged for by in state.by]
         return factors[0] if factors else None
@@ -582,7 +579,7 @@ def _product(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
     *letters, out = PRODUCTS[op.kind]
     kept, contracted = [], []
     for given in op.inputs:
-        own = letters[given.index][-len(given.shape) :]  # what Addmm adds may be a vector
+        own = letters[given.index][-len(given.shape) :]  # the input that Addmm adds may be a vector
         places = {d: out.index(letter) for d, letter in enumerate(own) if letter in out}
         batch = given.state.dims(given.shape)
         if all(d in places for d in batch):
@@ -592,7 +589,7 @@ def _product(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
             contracted.append((own[batch[0]], given.state.owners))
         else:
             op.refuse("tears the rows of the batch apart")
-    if len(op.inputs) == 1 and kept:  # what the other factor, a constant, brings
+    if len(op.inputs) == 1 and kept:  # the other factor is a constant, which brings dimensions of its own
         own = letters[op.inputs[0].index]
         flow.check_beside(op, op.inputs[0], place, [d for d, letter in enumerate(out) if letter not in own])
     if (kept and contracted) or len(set(contracted)) > 1:
@@ -669,7 +666,7 @@ def _put_back(flow: SampleFlow, op: Operation, place: int) -> State:
     if not values:
         return into
     (given,) = values
-    alone = given.state.entries == index.numel() == 1  # PyTorch drops its dimension
+    alone = given.state.entries == index.numel() == 1  # PyTorch drops the dimension of a single value
     along = len(given.shape) == len(op.shape) and given.state.entries == given.shape[dim] and given.state.outer == outer
     whole = into.outer == outer and into.entries == op.shape[dim]
     if len(at) > 1 or index.dim() != 1 or not (along or alone) or not whole:

@@ -50,12 +50,12 @@ class _View(NamedTuple):
 
 
 class _Spread(NamedTuple):
-    """g with stride - 1 zeros between its positions and zeros around, in a buffer of `sizes`, and the views to copy in turn."""
+    """The layout of g in a buffer, with stride - 1 zeros between its positions and zeros around, and the views to copy."""
 
-    sizes: Sizes
-    between: Sizes  # from one position of g to the next
-    first: int  # where g begins
-    views: tuple[_View, ...]
+    sizes: Sizes  # the buffer's last dimensions
+    between: Sizes  # the strides from one position of g to the next
+    first: int  # the offset at which g begins
+    views: tuple[_View, ...]  # copied in turn, each of the last copy
 
 
 @lru_cache(4096)

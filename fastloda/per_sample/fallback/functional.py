@@ -38,7 +38,7 @@ from fastloda.per_sample.rules import may_be_covered, may_cover
 KNOWN: set[type[nn.Module]] = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding}
 KNOWN |= {nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
-KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}  # never need looking into
+KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}  # always have rules
 WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that whole"
 HOLDERS = (nn.ParameterList, nn.ParameterDict)  # never called: what they hold belongs to the layer around them
 
@@ -206,7 +206,7 @@ class FunctionalRule:
 
         def of_row(row: list[Tensor], gys: list[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
             args, kwargs = _with_rows(call, [t[None] for t in row])
-            outputs, back = torch.func.vjp(lambda own: call.run(own, args, kwargs), own)[:2]  # the third would be aux
+            outputs, back = torch.func.vjp(lambda own: call.run(own, args, kwargs), own)[:2]  # the third is aux
             return back(tuple(gy.unsqueeze(dim) for gy, dim in zip(gys, dims)))[0], outputs
 
         at_a_time = chunk_samples(sum(p.numel() for p in own.values()))
@@ -482,7 +482,7 @@ def _rows(call: LayerCall) -> int:
 
 
 def _batched(call: LayerCall) -> list[Tensor]:
-    """The inputs with as many rows as the first; all others are the same for every sample."""
+    """List the inputs with as many rows as the first; all others are the same for every sample."""
     rows = _rows(call)
     return [t for t in tensors((call.args, call.kwargs)) if t.dim() and len(t) == rows]
 
@@ -511,7 +511,7 @@ def _grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Te
 
 
 def _rows_alone(gy: Tensor, dim: int, chosen: Tensor) -> Tensor:
-    """Zero but for the chosen rows."""
+    """Set the rows of gy that are not chosen, bool [rows], to zero; dim is the dimension of the rows."""
     return gy * chosen.view(-1, *[1] * (gy.dim() - dim - 1))
 
 

@@ -36,7 +36,7 @@ class RowRule(Protocol):
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer: what its rule needs, and what its ordinary gradient needs."""
+    """The call of a layer: what its rule needs, and what its ordinary gradient needs."""
 
     layer: nn.Module
     forward: Callable  # (layer, *args, **kwargs)
