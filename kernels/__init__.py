@@ -1,4 +1,4 @@
-"""Triton kernels of the private step, one operation a file; installed as `fastloda.kernels`. They need torch and triton alone."""
+"""Triton kernels of the private step, installed as `fastloda.kernels`: one operation a file, needing only torch and triton."""
 
 from importlib import import_module
 from types import ModuleType

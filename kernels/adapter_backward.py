@@ -18,14 +18,14 @@ from .blocks import cdiv, launch, load, planes, power_of_2
 def adapter_backward_reference(
     gy: Tensor, z: Tensor, B: Tensor, slope: float, scale: float, samples: int
 ) -> tuple[Tensor, Tensor]:
-    """gy [N, O, OH, OW], z [N, r, OH, OW], B [O, r, 1, 1] -> gz [N, r, OH, OW], gB [samples, O, r, 1, 1]."""
+    """Compute gz [N, r, OH, OW] and gB [samples, O, r, 1, 1] from gy [N, O, OH, OW], z [N, r, OH, OW], B [O, r, 1, 1]."""
     gz = scale * torch.einsum("or,nohw->nrhw", B.flatten(1), gy) * torch.where(z > 0, 1.0, slope)
     gB = scale * torch.einsum("nohw,nrhw->nor", gy, F.leaky_relu(z, slope))
     return gz, gB.view(samples, -1, *gB.shape[1:]).sum(1)[..., None, None]
 
 
 def add_parts_reference(parts: Tensor, samples: int) -> Tensor:
-    """The parts [N, blocks, O, r] of each sample's rows, added: gB [samples, O, r, 1, 1]."""
+    """Add the parts [N, blocks, O, r] of each sample's rows: gB [samples, O, r, 1, 1]."""
     return parts.view(samples, -1, *parts.shape[2:]).sum(1)[..., None, None]
 
 
@@ -34,7 +34,7 @@ def _backward_kernel(
     gy, z, B, gz, parts, OUT, gy_row, gy_channel, gy_position, z_row, z_channel, z_position, slope, scale,
     P: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """gz[n, p, :] and parts[n, block of p] = this block's share of gB[n]."""
+    """Compute gz[n, p, :] and parts[n, block of p], this block's share of gB[n]."""
     blocks: tl.constexpr = (P + BP - 1) // BP
     program = tl.program_id(0).to(tl.int64)
     n = program // blocks
@@ -61,7 +61,7 @@ def _backward_kernel(
 
 @triton.jit
 def _add_parts_kernel(parts, out, squares, SIZE, PARTS: tl.constexpr, BS: tl.constexpr):
-    """out[n] = sum of parts[n, :] in order; squares[n, block] = sum of its squares, in float64."""
+    """Compute out[n], the sum of parts[n, :] in order, and squares[n, block], the sum of the block's squares in float64."""
     across = tl.cdiv(SIZE, BS)
     program = tl.program_id(0).to(tl.int64)
     n = program // across
@@ -75,7 +75,7 @@ def _add_parts_kernel(parts, out, squares, SIZE, PARTS: tl.constexpr, BS: tl.con
 
 
 def adapter_backward(gy: Tensor, z: Tensor, B: Tensor, slope: float, scale: float) -> tuple[Tensor, Tensor]:
-    """-> gz [N, r, OH, OW] in gy's dtype and channels_last memory, and the parts of gB that `add_parts` sums."""
+    """Compute gz [N, r, OH, OW] in gy's dtype and channels_last memory, and the parts of gB that `add_parts` sums."""
     pg, pz, (outputs, rank) = planes(gy), planes(z), B.shape[:2]
     rows, _, *size = gy.shape
     positions, rank_tile = size[0] * size[1], power_of_2(rank)
@@ -92,7 +92,7 @@ def adapter_backward(gy: Tensor, z: Tensor, B: Tensor, slope: float, scale: floa
 
 
 def add_parts(parts: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """-> gB [samples, O, r, 1, 1] float32, squares [samples, blocks] float64: |gB[n]|^2 is the sum of squares[n]."""
+    """Compute gB [samples, O, r, 1, 1] float32, and squares [samples, blocks] float64 whose rows sum to |gB[n]|^2."""
     rows, blocks, outputs, rank = parts.shape
     size = outputs * rank
     block = tiles.REDUCTION

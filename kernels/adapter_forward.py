@@ -1,7 +1,8 @@
 """The adapter's forward: z = A * x, then y += s B phi(z) in place on the frozen convolution's output.
 
-A convolution with r = 4 outputs wastes most of a tensor core's tile, and reads x once a tap.  Here x is multiplied once by all
-taps, U[q, (tap, j)] = A[j, :, tap] . x[:, q], and shifted and added inside the program: x is read once, but for the halo of rows.
+A convolution with r = 4 outputs wastes most of a tensor core's tile, and reads x once for each tap.  Here x is multiplied once
+by all taps, U[q, (tap, j)] = A[j, :, tap] . x[:, q], and U is shifted and added inside the program: x is read once, but for the
+rows that neighbouring programs share (the halo).
 """
 
 import torch
@@ -16,12 +17,12 @@ from .conv import Conv
 
 
 def project_reference(x: Tensor, A: Tensor, conv: Conv) -> Tensor:
-    """z = A * x: x [N, C, H, W], A [r, C, kh, kw] -> [N, r, OH, OW]."""
+    """Compute z = A * x for x [N, C, H, W], A [r, C, kh, kw]: [N, r, OH, OW]."""
     return F.conv2d(x, A, None, conv.stride, conv.padding, conv.dilation)
 
 
 def add_reference(y: Tensor, z: Tensor, B: Tensor, slope: float, scale: float) -> Tensor:
-    """y + s B phi(z): y [N, O, OH, OW], z [N, r, OH, OW], B [O, r, 1, 1]; phi = LeakyReLU(slope)."""
+    """Compute y + s B phi(z) for y [N, O, OH, OW], z [N, r, OH, OW], B [O, r, 1, 1]; phi = LeakyReLU(slope)."""
     return y + scale * F.conv2d(F.leaky_relu(z, slope), B)
 
 
@@ -31,11 +32,11 @@ def _project_kernel(
     R: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    ROWS: tl.constexpr,  # of output positions, in one program
-    RP: tl.constexpr, BM: tl.constexpr,  # columns (tap, j): RP >= R for each tap, BM in all
-    BI: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,  # positions held of x, of z; channels
+    ROWS: tl.constexpr,  # the rows of output positions in one program
+    RP: tl.constexpr, BM: tl.constexpr,  # columns (tap, j) of U: RP >= R for each tap, BM in all
+    BI: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,  # positions of x, of z; channels
 ):  # fmt: skip
-    """z[n, p, j] = sum over taps of U[p shifted by the tap, (tap, j)], for ROWS rows of one image."""
+    """Compute z[n, p, j] = sum over taps of U[p shifted by the tap, (tap, j)], for ROWS rows of one image."""
     strips: tl.constexpr = (OH + ROWS - 1) // ROWS
     program = tl.program_id(0)
     n = (program // strips).to(tl.int64)
@@ -70,7 +71,7 @@ def _add_kernel(
     y, z, B, OUT, y_row, y_channel, y_position, z_row, z_channel, z_position, slope, scale,
     P: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """y[n, :, p] += s B phi(z[n, :, p])."""
+    """Add s B phi(z[n, :, p]) to y[n, :, p]."""
     blocks: tl.constexpr = (P + BP - 1) // BP
     across = tl.cdiv(OUT, BC)
     program = tl.program_id(0)
@@ -89,9 +90,9 @@ def _add_kernel(
 
 
 def project(x: Tensor, A: Tensor, conv: Conv) -> Tensor:
-    """z [N, r, OH, OW] in channels_last memory, as the backward kernels read it fastest.
+    """Compute z = A * x, [N, r, OH, OW], in channels_last memory, which the backward kernels read fastest.
 
-    Many taps times a large rank leave nothing to gain, wide images need too large a halo: there cuDNN computes it.
+    cuDNN computes it where the kernel gains nothing: for many taps times a large rank, and wide images with their large halo.
     """
     rank, channels = A.shape[:2]
     height, width = x.shape[2:]
@@ -111,7 +112,11 @@ def project(x: Tensor, A: Tensor, conv: Conv) -> Tensor:
 
 
 def add_(y: Tensor, z: Tensor, B: Tensor, slope: float, scale: float) -> Tensor:
-    """`add_reference` in place: y is read and written once. y's positions must lie evenly (contiguous or channels_last)."""
+    """Compute `add_reference` in place, for y contiguous or channels_last, which is read and written once.
+
+    Raises:
+        ValueError: y is neither.
+    """
     py, pz, (outputs, rank) = planes(y), planes(z), B.shape[:2]
     if py.tensor is not y:
         raise ValueError(f"y must be contiguous or channels_last, got strides {y.stride()}")

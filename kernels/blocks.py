@@ -1,4 +1,4 @@
-"""What the kernels share: how memory is read, and how tensors are described to them.
+"""The parts that the kernels share: how memory is read, and how tensors are described to them.
 
 Conventions.  N rows (samples x views), C channels in, O channels out, r the rank, q input positions, p output positions.
 Products take their operands as they are stored (float16, bfloat16 or float32) and accumulate in float32, without tf32; results
@@ -19,7 +19,7 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 @triton.jit
 def load(pointers, mask):
-    """A tile, 0 outside the mask.  Triton's interpreter multiplies the raw bits of bfloat16: there it becomes float32."""
+    """Load a tile, 0 outside the mask.  Triton's interpreter multiplies the raw bits of bfloat16: there it becomes float32."""
     tile = tl.load(pointers, mask=mask, other=0.0)
     if INTERPRETED:
         tile = tile.to(tl.float32)
@@ -28,7 +28,7 @@ def load(pointers, mask):
 
 @triton.jit
 def undo_stride(h, w, inside, SH: tl.constexpr, SW: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr):
-    """Place (h, w) times the stride -> output position, and where `inside` there is one."""
+    """Divide (h, w) by the stride: the output position h OW + w, and where `inside` there is one."""
     inside = inside & (h >= 0) & (w >= 0)
     if SH > 1:
         inside = inside & (h % SH == 0)
@@ -40,7 +40,7 @@ def undo_stride(h, w, inside, SH: tl.constexpr, SW: tl.constexpr, OH: tl.constex
 
 
 class Planes(NamedTuple):
-    """A tensor [N, channels, H, W] whose positions lie evenly, and its strides of row, channel and position."""
+    """A tensor [N, channels, H, W] with one stride from position to position, and its strides of row, channel and position."""
 
     tensor: Tensor
     row: int
@@ -49,7 +49,7 @@ class Planes(NamedTuple):
 
 
 def planes(t: Tensor) -> Planes:
-    """Contiguous and channels_last tensors as they are; any other is copied."""
+    """Describe t [N, channels, H, W]; a copy unless its positions have one stride, as in contiguous and channels_last memory."""
     height, width = t.shape[2:]
     if width > 1 and height > 1 and t.stride(2) != width * t.stride(3):
         t = t.contiguous()
@@ -63,9 +63,10 @@ def launch(kernel, programs: int, tensor: Tensor, *arguments, **constants) -> No
 
 
 def power_of_2(size: int, at_least: int = 16) -> int:
-    """The side of a tile that covers `size`; tensor cores take no fewer than 16."""
+    """Compute the side of a tile that covers `size`: a power of 2, at least 16 for tensor cores."""
     return max(at_least, triton.next_power_of_2(size))
 
 
 def cdiv(a: int, b: int) -> int:
+    """Compute a / b, rounded up."""
     return -(-a // b)

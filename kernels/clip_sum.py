@@ -10,13 +10,13 @@ from .blocks import cdiv, launch
 
 
 def clip_sum_reference(G: Tensor, factors: Tensor) -> Tensor:
-    """G [samples, numbers], factors [samples] -> [numbers]; where a factor is 0, G may be NaN or infinite."""
+    """Compute sum_n factors[n] G[n] for G [samples, numbers]: [numbers]; where a factor is 0, G may be NaN or infinite."""
     return torch.where(factors[:, None] == 0, 0.0, factors[:, None] * G).sum(0)
 
 
 @triton.jit
 def _clip_sum_kernel(G, factors, out, N, J, EACH, BN: tl.constexpr, BJ: tl.constexpr):
-    """out[part, j] = sum over the part's EACH samples, in order, of factors[n] G[n, j]."""
+    """Compute out[part, j] = sum over the part's EACH samples, in order, of factors[n] G[n, j]."""
     across = tl.cdiv(J, BJ)
     program = tl.program_id(0).to(tl.int64)
     part = program // across
@@ -33,7 +33,7 @@ def _clip_sum_kernel(G, factors, out, N, J, EACH, BN: tl.constexpr, BJ: tl.const
 
 
 def clip_sum(G: Tensor, factors: Tensor) -> Tensor:
-    """G float32 [samples, numbers] (contiguous), factors float32 [samples] -> float32 [numbers]: G is read once."""
+    """Compute `clip_sum_reference` in float32, reading G (contiguous) once; G and factors are float32."""
     samples, numbers = G.shape
     sizes = tiles.CLIP_SUM
     across = cdiv(numbers, sizes["BJ"])

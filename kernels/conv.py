@@ -1,10 +1,10 @@
-"""Geometry of a two-dimensional convolution, in the words of PyTorch and of the kernels. Needs no Triton."""
+"""The geometry of a two-dimensional convolution, for PyTorch and for the kernels. Needs no Triton."""
 
 from typing import NamedTuple
 
 
 class Conv(NamedTuple):
-    """(height, width) each."""
+    """The geometry of a convolution; each entry is (height, width)."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
@@ -19,6 +19,6 @@ class Conv(NamedTuple):
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, *self))
 
     def constants(self) -> dict[str, int]:
-        """As the kernels take it: constants, so that divisions by them cost nothing."""
+        """Name the numbers as the kernels take them, KH to DW: constants, so that divisions by them cost nothing."""
         pairs = {"K": self.kernel, "S": self.stride, "P": self.padding, "D": self.dilation}
         return {f"{name}{axis}": value for name, pair in pairs.items() for axis, value in zip("HW", pair)}

@@ -16,22 +16,22 @@ from .conv import Conv
 
 
 def add_input_grad_reference(dx: Tensor, gz: Tensor, A: Tensor, conv: Conv) -> Tensor:
-    """dx [N, C, H, W], gz [N, r, OH, OW], A [r, C, kh, kw] -> dx + A^T * gz."""
+    """Compute dx + A^T * gz for dx [N, C, H, W], gz [N, r, OH, OW], A [r, C, kh, kw]."""
     covered = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in zip(gz.shape[2:], *conv[1:], conv.kernel)]
-    rest = [size - c for size, c in zip(dx.shape[2:], covered)]  # positions that a stride leaves out
+    rest = [size - c for size, c in zip(dx.shape[2:], covered)]  # positions at the end that a stride leaves out
     return dx + F.conv_transpose2d(gz, A, None, conv.stride, conv.padding, rest, dilation=conv.dilation)
 
 
 @triton.jit
 def _input_grad_kernel(
     dx, gz, A, C, x_row, x_channel, x_position, g_row,
-    G_CHANNEL: tl.constexpr, G_POSITION: tl.constexpr,  # constant: r adjacent numbers are read as one
+    G_CHANNEL: tl.constexpr, G_POSITION: tl.constexpr,  # constants, so that r adjacent numbers are read at once
     R: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     BM: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,  # (tap, j) at a time, positions, channels
 ):  # fmt: skip
-    """dx[n, :, q] += sum_m A[:, m] gz[n, q shifted by m's tap], m = (tap, j)."""
+    """Add to dx[n, :, q] the sum over m = (tap, j) of A[:, m] gz[n, j, q shifted by the tap]."""
     blocks: tl.constexpr = (H * W + BP - 1) // BP
     across = tl.cdiv(C, BC)
     program = tl.program_id(0)
@@ -54,7 +54,11 @@ def _input_grad_kernel(
 
 
 def add_input_grad_(dx: Tensor, gz: Tensor, A: Tensor, conv: Conv) -> Tensor:
-    """`add_input_grad_reference` in place. dx's positions must lie evenly (contiguous or channels_last)."""
+    """Compute `add_input_grad_reference` in place, for dx contiguous or channels_last.
+
+    Raises:
+        ValueError: dx is neither.
+    """
     px, pg, (rank, channels) = planes(dx), planes(gz), A.shape[:2]
     if px.tensor is not dx:
         raise ValueError(f"dx must be contiguous or channels_last, got strides {dx.stride()}")

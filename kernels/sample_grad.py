@@ -21,7 +21,7 @@ from .conv import Conv
 
 
 def sample_grads_reference(x: Tensor, g: Tensor, conv: Conv, samples: int) -> Tensor:
-    """x [N, C, H, W], g [N, O, OH, OW] -> [samples, O, C, kh, kw], by im2col."""
+    """Compute G [samples, O, C, kh, kw] from x [N, C, H, W] and g [N, O, OH, OW], by im2col."""
     columns = F.unfold(x, conv.kernel, conv.dilation, conv.padding, conv.stride)  # [N, C k, P]
     grads = (g.flatten(2) @ columns.mT).view(samples, -1, g.shape[1], x.shape[1], *conv.kernel)
     return grads.sum(1)
@@ -30,13 +30,13 @@ def sample_grads_reference(x: Tensor, g: Tensor, conv: Conv, samples: int) -> Te
 @triton.jit
 def _sample_tile(
     x, g, n, m, c, C, x_row, x_channel, x_position, g_row,
-    G_CHANNEL: tl.constexpr, G_POSITION: tl.constexpr,  # constant: r adjacent numbers are read as one
+    G_CHANNEL: tl.constexpr, G_POSITION: tl.constexpr,  # constants, so that r adjacent numbers are read at once
     OUT: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     VIEWS: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """G[n] at rows m = (tap, o) and channels c, in float32."""
+    """Compute G[n] at rows m = (tap, o) and channels c, in float32."""
     BLOCKS: tl.constexpr = (H * W + BP - 1) // BP
     tap, o = m // OUT, m % OUT
     down, right = PH - (tap // KW) * DH, PW - (tap % KW) * DW
@@ -60,7 +60,7 @@ def _sample_tile(
 
 @triton.jit
 def _place(tile, C, OUT: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """-> rows m, channels c, offsets [BM, BC] in a weight [O, C, taps], and which exist."""
+    """Find a tile's rows m and channels c, the offsets [BM, BC] of its numbers in a weight [O, C, taps], and which exist."""
     across = tl.cdiv(C, BC)
     m = (tile // across) * BM + tl.arange(0, BM)
     c = (tile % across) * BC + tl.arange(0, BC)
@@ -78,7 +78,7 @@ def _norm_kernel(
     VIEWS: tl.constexpr, TILES: tl.constexpr, STORE: tl.constexpr,  # STORE: also G
     BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """squares[n, tile] = sum of G[n]^2 over the tile, in float64: nothing overflows or vanishes in it."""
+    """Compute squares[n, tile], the sum of G[n]^2 over the tile, in float64, where no square overflows or vanishes."""
     program = tl.program_id(0).to(tl.int64)
     n = program // TILES
     m, c, offsets, real = _place((program % TILES).to(tl.int32), C, OUT, KH * KW, BM, BC)
@@ -102,7 +102,7 @@ def _weighted_sum_kernel(
     VIEWS: tl.constexpr, TILES: tl.constexpr, CHUNK: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[chunk] = sum of factors[n] G[n] over the chunk's samples: each is finished in float32 before it is scaled."""
+    """Compute out[chunk], the sum of factors[n] G[n] over the chunk's samples; each G[n] is finished before it is scaled."""
     program = tl.program_id(0).to(tl.int64)
     part = program // TILES
     m, c, offsets, real = _place((program % TILES).to(tl.int32), C, OUT, KH * KW, BM, BC)
@@ -119,7 +119,7 @@ def _weighted_sum_kernel(
 
 
 def sample_grads(x: Tensor, g: Tensor, conv: Conv, samples: int) -> tuple[Tensor, Tensor]:
-    """x [N, C, H, W], g [N, O, OH, OW] -> G [samples, O, C, kh, kw] float32, squares [samples, tiles] float64.
+    """Compute G [samples, O, C, kh, kw] float32, and squares [samples, tiles] float64, from x [N, C, H, W] and g [N, O, OH, OW].
 
     The squared norm of G[n] is the sum of squares[n].
     """
@@ -128,12 +128,12 @@ def sample_grads(x: Tensor, g: Tensor, conv: Conv, samples: int) -> tuple[Tensor
 
 
 def sample_grad_squares(x: Tensor, g: Tensor, conv: Conv, samples: int) -> Tensor:
-    """The squares of `sample_grads` alone: no per-sample gradient is stored."""
+    """Compute the squares of `sample_grads` alone, without storing a per-sample gradient."""
     return _norm(x, g, conv, samples, None)
 
 
 def weighted_grad_sum(x: Tensor, g: Tensor, conv: Conv, factors: Tensor) -> Tensor:
-    """sum_n factors[n] G[n], [O, C, kh, kw] float32, factors float32 [samples]: a second pass over x and g."""
+    """Compute sum_n factors[n] G[n], [O, C, kh, kw] float32, by a second pass over x and g; factors: float32 [samples]."""
     samples, px, pg = len(factors), planes(x), planes(g)
     count, constants, sizes = _tiling(px.tensor, pg, conv, samples)
     chunk = tiles.chunk(samples, count)
@@ -159,7 +159,7 @@ def _norm(x: Tensor, g: Tensor, conv: Conv, samples: int, out: Tensor | None) ->
 
 
 def _tiling(x: Tensor, pg: Planes, conv: Conv, samples: int) -> tuple[int, dict[str, int], dict[str, int]]:
-    """-> tiles of a gradient, the constants of shape, the sizes of tiles: what both kernels take."""
+    """Compute what both kernels take: the number of tiles of a gradient, the constants of shape, the sizes of tiles."""
     (channels, height, width), (outputs, out_height, out_width) = x.shape[1:], pg.tensor.shape[1:]
     sizes = tiles.gradient(conv, outputs, channels, height * width, x.element_size())
     shape = {"OUT": outputs, "H": height, "W": width, "OH": out_height, "OW": out_width}

@@ -1,8 +1,7 @@
-"""Sizes of the kernels' tiles, by shape and dtype: small tables instead of an autotuner, which would rerun kernels that add
-in place.
+"""Sizes of the kernels' tiles, by shape and dtype.
 
-Each entry compiles without a spill for sm_80, sm_90 and sm_100 at the shapes of the paper's U-Net (`scripts/compile_check.py`).
-None is measured on a GPU yet.
+These small tables take the place of an autotuner, which would rerun kernels that add in place. Each entry compiles without a
+spill for sm_80, sm_90 and sm_100 at the shapes of the paper's U-Net (`scripts/compile_check.py`). None is measured on a GPU yet.
 
 Where `maxnreg` stands, ptxas left alone would spill a few bytes to fit one more block on a multiprocessor (65,536 registers).
 
@@ -12,15 +11,15 @@ float32 products run without tensor cores (no tf32) and are unrolled over the in
 from .blocks import cdiv, power_of_2
 from .conv import Conv
 
-PROGRAMS = 1024  # keep a GPU of 132 multiprocessors busy
+PROGRAMS = 1024  # enough to keep a GPU of 132 multiprocessors busy
 REDUCTION = 512  # numbers that a program of adapter_backward's second launch adds up
 CLIP_SUM = {"BN": 8, "BJ": 512, "num_warps": 4}
 
 
 def gradient(conv: Conv, outputs: int, channels: int, positions: int, itemsize: int) -> dict[str, int]:
-    """sample_grad: BM rows (tap, output channel) by BC input channels, summed over BP positions at a time.
+    """Choose the tiles of sample_grad: BM rows (tap, output channel) by BC input channels, summed over BP positions at a time.
 
-    Eight warps where four spill: full layers, of more rows than a tile, and strides.
+    There are eight warps where four would spill: for full layers, of more rows than a tile, and for strides.
     """
     rows = outputs * conv.taps
     sizes = {"BM": min(64, power_of_2(rows)), "STAGES": 3}
@@ -33,12 +32,12 @@ def gradient(conv: Conv, outputs: int, channels: int, positions: int, itemsize: 
 
 
 def chunk(samples: int, tiles: int) -> int:
-    """sample_grad's weighted sum: how many samples a program adds up."""
+    """Choose how many samples a program of sample_grad's weighted sum adds up; tiles: the number of tiles of one gradient."""
     return cdiv(samples, max(1, PROGRAMS // tiles))
 
 
 def project(conv: Conv, rank: int, channels: int, width: int, out_height: int, out_width: int, itemsize: int):
-    """adapter_forward: strips of whole rows whose input is at most `held` positions; None where that does not fit."""
+    """Choose the tiles of adapter_forward's project: strips of whole rows whose input fits a program; None where none fits."""
     columns, held = power_of_2(rank, at_least=1), 128 if itemsize == 4 else 256
     in_all = power_of_2(columns * conv.taps)
     if in_all > 64 or _rows_held(conv, 1) * width > held:
@@ -54,17 +53,18 @@ def project(conv: Conv, rank: int, channels: int, width: int, out_height: int, o
 
 
 def _rows_held(conv: Conv, rows: int) -> int:
+    """Count the input rows that so many output rows read."""
     return (rows - 1) * conv.stride[0] + (conv.kernel[0] - 1) * conv.dilation[0] + 1
 
 
 def elementwise(positions: int, channels: int, itemsize: int) -> dict[str, int]:
-    """adapter_forward's addition to y."""
+    """Choose the tiles of adapter_forward's addition to y: BP positions by BC channels."""
     most = 32 if itemsize == 4 else 128
     return {"BP": min(most, power_of_2(positions)), "BC": min(64, power_of_2(channels)), "num_warps": 8}
 
 
 def backward(positions: int, channels: int, itemsize: int) -> dict[str, int]:
-    """adapter_backward: BP positions by BC channels of grad_output at a time."""
+    """Choose the tiles of adapter_backward: BP positions by BC channels of grad_output at a time."""
     positions, channels = power_of_2(positions), power_of_2(channels)
     if itemsize == 4:
         return {"BP": min(32, positions), "BC": 16, "STAGES": 3, "num_warps": 8}
@@ -72,7 +72,7 @@ def backward(positions: int, channels: int, itemsize: int) -> dict[str, int]:
 
 
 def input_grad(rows: int, positions: int, channels: int, itemsize: int) -> dict[str, int]:
-    """input_grad: BP positions by BC channels of dx, BM (tap, j) at a time."""
+    """Choose the tiles of input_grad: BP positions by BC channels of dx, summed over BM pairs (tap, j) at a time."""
     outer = {"BP": min(64, power_of_2(positions)), "BC": min(64, power_of_2(channels))}
     if itemsize == 4:
         return outer | {"BM": 16, "num_warps": 8}

@@ -1,1 +1,1 @@
-"""What has been spent: epsilon of Poisson-subsampled Gaussian steps, and the noise for a budget."""
+"""Privacy accounting: epsilon of Poisson-subsampled Gaussian steps, and the noise for a budget."""

@@ -1,4 +1,4 @@
-"""How much privacy a training run has spent."""
+"""The accountant of a training run: how much privacy its steps have spent."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -11,23 +11,25 @@ from fastloda.accounting.rdp import rdp_epsilon
 from fastloda.errors import UserError
 
 METHODS = ("prv", "rdp")
-VERSION = 1  # of the record in checkpoints
-STEPS = "steps"  # all that a PrivacyAccountant counts
-REQUIRED = {"version", "sample_rate", "noise_multiplier", "steps", "method"}  # of its record
+VERSION = 1  # the version of the state in checkpoints
+STEPS = "steps"  # the only key that a PrivacyAccountant's ledger counts
+REQUIRED = {"version", "sample_rate", "noise_multiplier", "steps", "method"}  # the keys that every saved state has
 CURVE_POINTS = 64
 
 
 class PrivacyAccountant:
-    """Counts private steps and bounds the epsilon they have cost.
-
-    `sample_rate` q in (0, 1] is the probability with which each record enters a batch, independently (Poisson
-    sampling); `noise_multiplier` is the noise's standard deviation on the sum of clipped gradients, in units
-    of `max_grad_norm`. Noise 0 is allowed and costs an infinite epsilon. `method` is "prv" (tight) or "rdp".
-    `earlier` are releases about the same records, as `compose_epsilon` takes them: every epsilon covers them too.
+    """The accountant that counts a run's private steps and bounds the epsilon they have cost.
 
     Every epsilon returned is an upper bound for add/remove adjacency. With "prv" it is at most 0.5% loose for
-    epsilon >= 1 where a tight bound can be computed; where it can't, RDP answers and one
+    epsilon >= 1 where a tight bound can be computed; where it can't, the RDP bound is returned and one
     `PrivacyAccountingWarning` per accountant says why.
+
+    Args:
+        sample_rate: the probability in (0, 1] with which each record enters a batch, independently (Poisson sampling).
+        noise_multiplier: the noise's standard deviation on the sum of clipped gradients, in units of `max_grad_norm`. 0 is
+            allowed and costs an infinite epsilon.
+        method: "prv" (tight) or "rdp".
+        earlier: releases about the same records, as `compose_epsilon` takes them: every epsilon covers them too.
     """
 
     def __init__(
@@ -42,16 +44,20 @@ class PrivacyAccountant:
 
     @property
     def steps(self) -> int:
-        """Steps taken so far."""
+        """The number of steps taken so far."""
         return self._ledger.total.get(STEPS, 0)
 
     def step(self, count: int = 1) -> None:
-        """Record `count` steps more. Raises TypeError or ValueError unless `count` is an integer >= 1."""
+        """Count `count` more steps.
+
+        Raises:
+            TypeError, ValueError: count is no integer >= 1, or the steps get too many.
+        """
         check_steps(self.steps + check_steps(count, "count", least=1))
         self._ledger.count(STEPS, int(count))
 
     def epsilon(self, delta: float, steps: int | None = None) -> float:
-        """Upper bound on epsilon after `steps` (default: those taken); a new count takes 0.05 to 5 s."""
+        """Compute an upper bound on epsilon after `steps` (default: those taken); a new count takes 0.05 to 5 s."""
         delta, spent = check_delta(delta), self._spent(steps)
         if self.method == "rdp":
             return rdp_epsilon(spent, delta)
@@ -60,15 +66,15 @@ class PrivacyAccountant:
         return epsilon
 
     def epsilon_rdp(self, delta: float, steps: int | None = None) -> float:
-        """The RDP bound (exact Gaussian at `sample_rate` 1): instant, typically 5 to 15% looser."""
+        """Compute the RDP bound on epsilon (exact Gaussian at `sample_rate` 1): instant, typically 5 to 15% looser."""
         return rdp_epsilon(self._spent(steps), check_delta(delta))
 
     def epsilon_curve(self, delta: float, step_counts: Iterable[int]) -> list[float]:
-        """Upper bounds on epsilon at `step_counts`, in their order: for plots and progress bars.
+        """Compute upper bounds on epsilon at `step_counts`, in their order, for plots and progress bars.
 
-        They never decrease with the count, and the last one agrees with `epsilon`. Beyond 64 distinct counts, 64
-        are computed (denser where epsilon rises fast) and each of the others gets the value of the next larger
-        one. Some seconds: ask once, for the whole range.
+        They never decrease with the count, and the one at the largest count agrees with `epsilon`. Beyond 64 distinct counts,
+        64 are computed (denser where epsilon rises fast) and each of the others gets the value of the next larger count. This
+        takes some seconds: ask once, for the whole range.
         """
         delta, counts = check_delta(delta), [check_steps(count) for count in step_counts]
         distinct = sorted({count for count in counts if count > 0})
@@ -86,7 +92,7 @@ class PrivacyAccountant:
         return [bounds[bisect_left(knots, count)] if count else start for count in counts]
 
     def state_dict(self) -> dict[str, int | float | str | dict | list]:
-        """The record that belongs into a checkpoint: plain JSON types.
+        """Make the state that belongs into a checkpoint, of plain JSON types.
 
         `steps` are all those taken; `loaded` are the ones among them that other accountants have counted, by their ids.
         """
@@ -103,13 +109,14 @@ class PrivacyAccountant:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Add a record's steps to those taken. What was spent stays spent, and steps that are here already count once.
+        """Add a saved state's steps to those taken. What was spent stays spent, and steps that are here already count once.
 
-        Those are known by the accountant that counted them: a record loaded twice, an earlier one of this accountant, what two
-        accountants had in common. A record that says no `id` is added whole.
+        Such steps are known by the accountant that counted them: those of a state loaded twice, of an earlier state of this
+        accountant, or that two accountants have in common. A state without an `id` is added whole. Its `method` may differ:
+        this accountant keeps its own.
 
-        Raises ValueError, and changes nothing, if the record is malformed or is of another mechanism.
-        `method` may differ: it is a way of looking at the record, and this accountant keeps its own.
+        Raises:
+            ValueError: the state is malformed or of another mechanism; nothing has changed then.
         """
         if not isinstance(state, dict) or not REQUIRED <= set(state) <= set(self.state_dict()):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
@@ -146,7 +153,7 @@ class PrivacyAccountant:
 
 
 def _entries(state: dict) -> dict[str, dict[str, int]]:
-    """Who counted how many of a record's steps."""
+    """Read, by the accountants' ids, how many of a saved state's steps each has counted."""
     own, loaded = _check_id(state.get("id", new_id())), state.get("loaded", {})
     counts = {_check_id(id): check_steps(steps) for id, steps in loaded.items() if id != own}
     counts[own] = check_steps(check_steps(state["steps"]) - sum(counts.values()), "steps beyond those of `loaded`")
@@ -154,7 +161,7 @@ def _entries(state: dict) -> dict[str, dict[str, int]]:
 
 
 def _spread(count: int) -> list[int]:
-    """At most CURVE_POINTS indices into `count` sorted items, quadratically spaced, the last one included."""
+    """Choose at most CURVE_POINTS indices into `count` sorted items, quadratically spaced, the last one included."""
     if count <= CURVE_POINTS:
         return list(range(count))
     return sorted({round((i / (CURVE_POINTS - 1)) ** 2 * (count - 1)) for i in range(CURVE_POINTS)})

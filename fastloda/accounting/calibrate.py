@@ -1,4 +1,4 @@
-"""The noise that spends a given epsilon, kept on disk as the first guess of the next time."""
+"""The noise that spends a given epsilon, stored on disk as the first guess for the same question."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import scipy  # whose parts are imported when they are first used
+import scipy  # its parts are imported when they are first used
 from platformdirs import user_cache_path
 
 from fastloda.accounting.compose import least_epsilon, warn_of_loose_bound
@@ -23,7 +23,7 @@ from fastloda.accounting.rdp import rdp_epsilon
 from fastloda.errors import UserError
 from fastloda.files import write_atomically
 
-VERSION = 1  # of the cache's files
+VERSION = 1  # the version of the cache's files
 MAX_EPSILON = 10**6  # a target beyond it asks for no privacy at all
 NEARLY = 0.996  # the share of its target that calibration spends at least
 
@@ -31,15 +31,16 @@ NEARLY = 0.996  # the share of its target that calibration spends at least
 def calibrate_noise(
     target_epsilon: float, delta: float, sample_rate: float, steps: int, earlier: Sequence[Sequence] = ()
 ) -> float:
-    """The smallest noise multiplier whose reported epsilon after `steps` is at most `target_epsilon`.
+    """Find the smallest noise multiplier whose reported epsilon after `steps` is at most `target_epsilon`.
 
-    Never over it, and at most 0.5% under it where a tight bound can be computed: `PrivacyAccountant(sample_rate,
-    sigma).epsilon(delta, steps)` is <= target to the last bit, on the same machine. 1 to 20 s. The answer is
-    kept in the user's cache directory, but only as a first guess: it is verified like any other, so a wrong
-    file costs time, not privacy.
+    `PrivacyAccountant(sample_rate, sigma).epsilon(delta, steps)` is then never over the target, to the last bit on the same
+    machine, and at most 0.5% under it where a tight bound can be computed. This takes 1 to 20 s. The answer is stored in the
+    user's cache directory, but only as a first guess: it is verified like any other, so a wrong file costs time, not privacy.
 
-    `earlier` releases about the same records, as `compose_epsilon` takes them, are paid from the same target; ValueError where
-    they leave less than a twentieth of it.
+    earlier: releases about the same records, as `compose_epsilon` takes them, which are paid from the same target.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or earlier leaves less than a twentieth of the target.
     """
     target, delta = check_real(target_epsilon, "target_epsilon"), check_delta(delta)
     rate, steps = check_rate(sample_rate), check_steps(steps, least=1)
@@ -73,7 +74,7 @@ def calibrate_noise(
 
 
 def _solve_noise(bound: Callable[[float], float], target: float, start: float = 1.0) -> float:
-    """A noise multiplier at which `bound`, which falls with it, is at the target or a little below."""
+    """Find a noise multiplier at which `bound`, which falls with it, is at the target or a little below."""
 
     def excess(log_sigma: float) -> float:
         share = bound(math.exp(log_sigma)) / target
@@ -94,7 +95,7 @@ def _cache_file(question: dict) -> Path:
 
 
 def _recall(question: dict) -> float | None:
-    """The noise multiplier kept for exactly this question, or None."""
+    """Read the noise multiplier stored for exactly this question; None if there is none."""
     try:
         answer = json.loads(_cache_file(question).read_text())
         sigma = answer.pop("noise_multiplier")
@@ -104,7 +105,7 @@ def _recall(question: dict) -> float | None:
 
 
 def _remember(question: dict, sigma: float) -> None:
-    """A cache that cannot be written is no cache."""
+    """Store the noise multiplier for this question; do without where the cache can't be written."""
     path = _cache_file(question)
     answer = {"version": VERSION, **question, "noise_multiplier": sigma}
     try:

@@ -1,8 +1,8 @@
-"""Epsilon of any runs on the same records together: several upper bounds, the smallest one is reported.
+"""The epsilon of several runs on the same records together: the smallest of several upper bounds.
 
-The cheap one (`rdp.py`) exists for every input. Where the tight one (`pld.py`) can't be had it stands, with a warning. A second
-tight one (`prv.py`) bounds runs of equal steps from both sides: its upper bound counts where it is the smallest one, and its
-lower one would show a tight bound that is too low.
+The cheap bound (`rdp.py`) exists for every input. Where the tight one (`pld.py`) can't be computed the cheap one is reported,
+with a warning. A second tight one (`prv.py`) bounds runs of equal steps from both sides: its upper bound counts where it is the
+smallest, and its lower bound would show that the first tight one is too low.
 """
 
 import math
@@ -15,14 +15,17 @@ from fastloda.accounting.rdp import rdp_epsilon, worst_of_similar
 
 
 class PrivacyAccountingWarning(UserWarning):
-    """The reported epsilon is valid, but looser than a tight bound would have been."""
+    """The warning that the reported epsilon is valid, but looser than a tight bound would be."""
 
 
 def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float) -> float:
-    """Upper bound on epsilon of several runs on the same records.
+    """Compute an upper bound on epsilon of several runs on the same records.
 
-    Each is `(sample_rate, noise_multiplier, steps)`. They are composed jointly, which gives much less than
+    Each of mechanisms is `(sample_rate, noise_multiplier, steps)`. They are composed jointly, which gives much less than
     the sum of the runs' epsilons, and one delta covers all.
+
+    Raises:
+        ValueError, TypeError: a number is out of range.
     """
     delta, spent = check_delta(delta), merged(mechanisms)
     epsilon, trouble = least_epsilon(spent, delta)
@@ -33,14 +36,14 @@ def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float
 
 @lru_cache(maxsize=1024)
 def least_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, compare: bool = True) -> tuple[float, str | None]:
-    """The smallest of the bounds, and what kept a tight one from being there (None: nothing did).
+    """Compute the smallest of the bounds, and the reason why there is no tight one (None: there is one).
 
-    compare: with prv-accountant, where that is quick.
+    compare: whether to use prv-accountant too, where that is quick.
     """
     cheap = rdp_epsilon(mechanisms, delta)
     if cheap in (0.0, math.inf) or all(m.sample_rate == 1 for m in mechanisms):
         return cheap, None
-    from fastloda.accounting.pld import pld_epsilon  # here, for their libraries take seconds to import
+    from fastloda.accounting.pld import pld_epsilon  # not at the top, for their libraries take seconds to import
     from fastloda.accounting.prv import prv_epsilons
 
     try:
@@ -55,6 +58,6 @@ def least_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, compare: bool
 
 
 def warn_of_loose_bound(trouble: str, stacklevel: int = 3) -> None:
-    """Say that RDP's bound stands in for a tight one, and what kept that from being there."""
+    """Warn that the RDP bound is reported in place of a tight one; trouble: the reason."""
     text = f"there is no tight bound here ({trouble}); epsilon is the RDP bound: valid, but looser"
     warnings.warn(text, PrivacyAccountingWarning, stacklevel)

@@ -17,13 +17,13 @@ Noise = tuple[float, float]  # noise_multiplier, sample_rate
 
 
 class HistoryAccountant:
-    """Counts steps by (noise_multiplier, sample_rate), and composes them all.
+    """The accountant that counts steps by (noise_multiplier, sample_rate), and composes them all.
 
     Args:
         method: "prv" (tight; see `compose_epsilon`) or "rdp" (instant, looser). Both are upper bounds.
 
     Raises:
-        ValueError: another method. Opacus's "gdp" is an approximation that can lie below the true epsilon.
+        ValueError: method is another, such as Opacus's "gdp", an approximation that can lie below the true epsilon.
     """
 
     def __init__(self, method: str = "prv"):
@@ -35,11 +35,11 @@ class HistoryAccountant:
 
     @property
     def history(self) -> list[tuple[float, float, int]]:
-        """(noise_multiplier, sample_rate, steps), as in Opacus."""
+        """The list of (noise_multiplier, sample_rate, steps), as in Opacus."""
         return [(*mechanism, steps) for mechanism, steps in self._ledger.total.items()]
 
     def __len__(self) -> int:
-        """Steps taken."""
+        """Count the steps taken."""
         return sum(self._ledger.total.values())
 
     def mechanism(self) -> str:
@@ -49,18 +49,18 @@ class HistoryAccountant:
         """Count one step.
 
         Raises:
-            ValueError, TypeError: noise or rate that no step can have; nothing is counted then.
+            ValueError, TypeError: noise_multiplier or sample_rate is out of range; nothing is counted then.
         """
         checked = check_mechanism(sample_rate, noise_multiplier, 1)
         self._ledger.count((checked.noise_multiplier, checked.sample_rate), checked.steps)
 
     def get_epsilon(self, delta: float, **settings: Any) -> float:
-        """Upper bound on epsilon for all steps together; 0 before the first, infinite without noise.
+        """Compute an upper bound on epsilon for all steps together; 0 before the first, infinite without noise.
 
         settings: Opacus's alphas, eps_error and delta_error; not needed here, and ignored with a warning.
 
         Raises:
-            ValueError, TypeError: delta is not in (0, 1).
+            ValueError, TypeError: delta is not in (0, 1), or a setting is unknown.
         """
         if unknown := settings.keys() - IGNORED:
             raise TypeError(f"get_epsilon does not know {sorted(unknown)}")
@@ -72,18 +72,19 @@ class HistoryAccountant:
         return compose_epsilon(spent, delta) if self.method == "prv" else rdp_epsilon(merged(spent), check_delta(delta))
 
     def state_dict(self) -> dict:
-        """Plain values, in Opacus's form, and beside each item of the history the id of the account that counted it."""
+        """Make a state of plain values in Opacus's form; `ids` tells for each item of `history` which ledger counted it."""
         items = [(id, [*key, steps]) for id, counts in self._ledger.entries.items() for key, steps in counts.items()]
         return {"history": [item for _, item in items], "ids": [id for id, _ in items], "mechanism": self.method}
 
     def load_state_dict(self, state: dict) -> None:
-        """Add a record to what was spent, Opacus's own too.
+        """Add the steps of a saved state, Opacus's too, to those taken.
 
-        Steps are known by the account that counted them, so those that are here already count once: a record loaded twice, an
-        earlier one of this account, what two accounts had in common. Opacus's records don't say who counted: all of one is added.
+        Steps are known by the ledger that counted them, so that those that are here already count once: those of a state loaded
+        twice, of an earlier state of this accountant, or that two accountants have in common. Opacus's states have no ids: such a
+        state is added whole.
 
         Raises:
-            ValueError: the record is malformed; nothing has changed then.
+            ValueError: the state is malformed; nothing has changed then.
         """
         try:
             entries = _entries(state)
@@ -93,7 +94,7 @@ class HistoryAccountant:
 
 
 def _entries(state: dict) -> Mapping[str, Counts[Noise]]:
-    """A record's counts by id; a new one where it has none."""
+    """Read a saved state's counts by ledger id; they get a new id where the state has none."""
     history = state["history"]
     ids = state.get("ids", [new_id()] * len(history))
     entries: dict[str, Counter[Noise]] = defaultdict(Counter)

@@ -1,7 +1,7 @@
-"""Steps by the account that counted them: so accounts merge, and no step is forgotten, and none is counted twice.
+"""Ledgers, which remember who counted each step: so they can be merged, and no step is forgotten or counted twice.
 
 Each ledger counts under an id that nobody can guess and no other ledger has: a copy, an unpickled ledger and a forked child draw
-their own. A count under one id grows in one place only; so of two of them the larger is the later one, and holds the other.
+their own. A count under one id grows in one ledger only; so the larger of two counts is the later one, and includes the other.
 """
 
 import os
@@ -10,34 +10,34 @@ from collections.abc import Hashable, Mapping
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-M = TypeVar("M", bound=Hashable)  # what stands for a mechanism
+M = TypeVar("M", bound=Hashable)  # the key of a mechanism
 Counts = Mapping[M, int]
 
 _ids: "WeakKeyDictionary[Ledger, str]" = (
     WeakKeyDictionary()
-)  # outside of the ledgers, for copying would take them along
+)  # not attributes of the ledgers, for a copy would have the same id
 os.register_at_fork(after_in_child=_ids.clear)
 
 
 def new_id() -> str:
-    """An id that no other ledger has."""
+    """Draw an id that no other ledger has."""
     return os.urandom(16).hex()
 
 
 class Ledger(Generic[M]):
-    """Counts steps by mechanism, and takes in what other ledgers have counted."""
+    """The ledger of steps by mechanism, its own and those that other ledgers have counted."""
 
     def __init__(self):
         self._by_id: dict[str, Counter[M]] = {}
 
     @property
     def id(self) -> str:
-        """What this ledger, and no other, counts under."""
+        """The id under which this ledger, and no other, counts."""
         return _ids.setdefault(self, new_id())
 
     @property
     def entries(self) -> dict[str, Counts[M]]:
-        """What each ledger has counted, as far as this one knows."""
+        """The counts of each ledger by its id, as far as this ledger knows them."""
         return {id: dict(counts) for id, counts in self._by_id.items()}
 
     @property

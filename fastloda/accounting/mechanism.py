@@ -16,12 +16,12 @@ from fastloda.errors import UserError
 
 MIN_DELTA = 1e-14  # below it the tail of a composed distribution is rounding
 MAX_STEPS = 10**12
-# of dp-accounting and prv-accountant: raised where they can't compute
+# The errors that dp-accounting and prv-accountant raise where they can't compute.
 FAILURES = (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, ValueError)
 
 
 class Mechanism(NamedTuple):
-    """`steps` releases of the Poisson-subsampled Gaussian mechanism."""
+    """The mechanism of `steps` equal releases."""
 
     sample_rate: float
     noise_multiplier: float
@@ -29,12 +29,20 @@ class Mechanism(NamedTuple):
 
 
 def check_mechanism(sample_rate: float, noise_multiplier: float, steps: int) -> Mechanism:
-    """A mechanism of checked numbers. Raises TypeError or ValueError."""
+    """Make a mechanism of numbers that are checked.
+
+    Raises:
+        TypeError, ValueError: names the number that is wrong.
+    """
     return Mechanism(check_rate(sample_rate), check_noise(noise_multiplier), check_steps(steps))
 
 
 def merged(mechanisms: Iterable[Sequence]) -> tuple[Mechanism, ...]:
-    """Checked; those of one rate and noise are one, those without steps none."""
+    """Check mechanisms, and merge those of equal rate and noise; those without steps are dropped.
+
+    Raises:
+        TypeError, ValueError: an item is no triple of numbers in range.
+    """
     steps = Counter()
     for item in mechanisms:
         if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 3:

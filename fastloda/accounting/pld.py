@@ -1,7 +1,7 @@
 """A tight upper bound: Google's dp-accounting composes distributions of the privacy loss (PLD) on a grid.
 
-The cheap bound estimates the grid's size beforehand: so nothing hangs, or fills the memory.
-Connecting the dots: Doroshenko, Ghazi, Kamath, Kumar, Manurangsi, https://arxiv.org/abs/2207.04380
+The cheap bound estimates the grid's size beforehand, so that nothing hangs or fills the memory. The method, "connecting the
+dots": Doroshenko, Ghazi, Kamath, Kumar, Manurangsi, https://arxiv.org/abs/2207.04380
 """
 
 import math
@@ -14,29 +14,33 @@ from scipy.stats import norm
 from fastloda.accounting.mechanism import Mechanism
 from fastloda.accounting.rdp import rdp_epsilon
 
-GRID = 2**20  # points of the grid at the most: some seconds, 300 MB
+GRID = 2**20  # the most points of the grid: some seconds, 300 MB
 
 
 def pld_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
-    """PLD's upper bound. Raises ValueError, before any work, where the grid would be too large."""
+    """Compute PLD's upper bound on epsilon.
+
+    Raises:
+        ValueError: the grid would be too large or rounding too coarse for this delta, or dp-accounting gives no finite bound.
+    """
     total = sum(m.steps for m in mechanisms)
-    lost = delta / 1e5  # what the tails that are cut off may hold, in all; it counts as infinite losses
+    lost = delta / 1e5  # the probability that all tails cut off may hold; its losses count as infinite
     spans = sum(_span(m, lost / total) for m in mechanisms)
     reach = rdp_epsilon(mechanisms, 1e-15)
-    # Connecting the dots errs by the square of the interval over a step's usual loss.
+    # The method's error goes with the square of the interval over a step's usual loss.
     wanted = min(rdp_epsilon(mechanisms, min(delta, 1e-5)) / 96 / math.sqrt(total), 0.5)
     least = (2 * spans + reach) / GRID
     if least > 4 * wanted:
         raise ValueError(f"a grid of {(2 * spans + reach) / wanted:.1g} points would be needed, more than {4 * GRID}")
-    interval = 2.0 ** math.floor(math.log2(max(wanted, 2 * least)))  # few different ones, so that PLDs are found again
-    rounding = (total + (2 * spans + reach) / interval) * 2.0**-52  # of a Fourier transform and its powers
+    interval = 2.0 ** math.floor(math.log2(max(wanted, 2 * least)))  # a power of 2, so that cached PLDs are found again
+    rounding = (total + (2 * spans + reach) / interval) * 2.0**-52  # the error of a Fourier transform and its powers
     if rounding > delta / 2:
         raise ValueError(f"delta {delta:.3g} is within rounding, {rounding:.1g}, of so many steps")
     log_lost, lost = math.floor(math.log(lost / total)), lost / len(mechanisms)
     with np.errstate(all="ignore"):
         nothing = identity(interval)
         parts = [_power(_pld(*m[:2], interval, log_lost), m.steps, nothing, lost) for m in mechanisms]
-        while len(parts) > 1:  # by twos: short ones with short ones
+        while len(parts) > 1:  # in pairs, so that short ones are composed with short ones
             pairs = zip(parts[::2], parts[1::2], strict=False)
             parts = [a.compose(b, lost) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
         epsilon = parts[0].get_epsilon_for_delta(delta - rounding)
@@ -46,7 +50,7 @@ def pld_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
 
 
 def _span(m: Mechanism, lost: float) -> float:
-    """How far a step's privacy losses reach, but for a probability of `lost`."""
+    """Compute how far a step's privacy losses reach, except with a probability of `lost`."""
     q, sigma = m[:2]
     largest = (0.5 - norm.ppf(lost / 10) * sigma) / sigma / sigma
     return largest if q == 1 else float(np.logaddexp(math.log1p(-q), math.log(q) + largest)) - math.log1p(-q)
@@ -65,9 +69,9 @@ def _pld(q: float, sigma: float, interval: float, log_lost: int) -> PrivacyLossD
 def _power(
     pld: PrivacyLossDistribution, steps: int, nothing: PrivacyLossDistribution, lost: float
 ) -> PrivacyLossDistribution:
-    """Equal steps composed; many in stages, for dp-accounting's bound on the length of the result is loose for many.
+    """Compose equal steps; many of them in stages, for dp-accounting's bound on the length of the result is loose for many.
 
-    nothing: no step at all; composed with it, a result loses its empty ends.
+    nothing: the distribution of no step at all; composed with it, a result loses its empty ends.
     """
     if steps <= 2048:
         return pld.self_compose(steps, lost) if steps > 1 else pld

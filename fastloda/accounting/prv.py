@@ -1,6 +1,6 @@
-"""Bounds from both sides for runs of equal steps, by Microsoft's prv-accountant, where that is quick.
+"""Lower and upper bounds for runs of equal steps, by Microsoft's prv-accountant, where that is quick.
 
-It composes the removal of a record alone, the worse direction: q N(1, sigma^2) + (1 - q) N(0, sigma^2) against N(0, sigma^2).
+It composes only the removal of a record, the worse direction: q N(1, sigma^2) + (1 - q) N(0, sigma^2) against N(0, sigma^2).
 Gopi, Lee, Wutschitz, https://arxiv.org/abs/2106.02848
 """
 
@@ -17,21 +17,21 @@ from scipy.stats import norm
 from fastloda.accounting.mechanism import Mechanism
 from fastloda.accounting.rdp import rdp_epsilon
 
-QUICK_GRID = 2**16  # points: a tenth of a second
+QUICK_GRID = 2**16  # points of the grid: a tenth of a second
 
 
 class _Truncated(PrivacyRandomVariableTruncated, PrivacyRandomVariable):
-    """A privacy loss cut off at the grid's ends, with an exact mean.
+    """The privacy loss cut off at the grid's ends, with an exact mean.
 
-    prv-accountant integrates its CDF between fixed points and misses it on wide grids ("Discrete mean differs
-    from continuous mean", its issue 36); the mean's error counts once per step. In terms of the mechanism's
-    output x all is smooth.
+    prv-accountant computes the mean from the CDF between fixed points, which fails on wide grids ("Discrete mean differs
+    from continuous mean", its issue 36); the mean's error counts once per step. Here the integral is over the mechanism's
+    output x, of which all is smooth.
     """
 
     def mean(self) -> float:
         q, sigma = float(self.prv.p), float(self.prv.sigma)
         ends = np.array([self.t_min, self.t_max], dtype=np.longdouble)
-        # x as a function of the loss; nan below the smallest one, log(1 - q)
+        # x as a function of the loss; nan below the smallest loss, log(1 - q)
         low, high = (sigma**2 * np.log1p(np.expm1(ends) / q) + 0.5).astype(float)
         low, high = np.fmax(low, -12 * sigma), min(high, 1 + 12 * sigma)
         edges = np.linspace(low, high, 2 + int((high - low) / min(sigma, 2 * sigma * sigma)))
@@ -44,7 +44,7 @@ class _Truncated(PrivacyRandomVariableTruncated, PrivacyRandomVariable):
 
 
 def prv_epsilons(m: Mechanism, delta: float) -> tuple[float, float]:
-    """PRV's lower and upper bound of equal steps; 0 and infinity where it has none, or not at once."""
+    """Compute PRV's lower and upper bound on epsilon of equal steps; 0 and infinity where it can't, or not quickly."""
     delta_error = delta / 1000
     # The domain [-L, L] of Remark 5.6 in Gopi et al.: beyond it lies too little mass to matter, in sum or in any one step.
     one = m._replace(steps=1)
@@ -56,7 +56,7 @@ def prv_epsilons(m: Mechanism, delta: float) -> tuple[float, float]:
     rounding = m.steps * 2.0**-52 + QUICK_GRID * float(np.finfo(np.longdouble).eps)
     if eps_error > 0.05 * rdp_epsilon((m,), delta) or limit > 4000 or rounding > delta / 1000:
         return 0.0, math.inf
-    domain = Domain(-limit, limit + mesh, QUICK_GRID)  # ty: ignore[abstract-class-instantiation]  # it means a static method
+    domain = Domain(-limit, limit + mesh, QUICK_GRID)  # ty: ignore[abstract-class-instantiation]  # its abstract member is a static method
     try:
         with np.errstate(all="ignore"):
             loss = _Truncated(PoissonSubsampledGaussianMechanism(*m[:2]), domain.t_min(), domain.t_max())

@@ -1,4 +1,4 @@
-"""The cheap upper bound, at once and for every input: Renyi DP, or the plain Gaussian mechanism where that is smaller.
+"""The cheap upper bound, instant and for every input: Renyi DP, or the plain Gaussian mechanism where that is smaller.
 
 RDP of the subsampled Gaussian   Mironov, Talwar, Zhang, https://arxiv.org/abs/1908.10530
 RDP to (epsilon, delta)          Canonne, Kamath, Steinke, https://arxiv.org/abs/2004.00010 (Prop. 12)
@@ -11,21 +11,21 @@ from collections.abc import Iterable
 from functools import cache, lru_cache
 
 import numpy as np
-import scipy  # whose parts are imported when they are first used
+import scipy  # its parts are imported when they are first used
 
 from fastloda.accounting.mechanism import Mechanism
 
-MAX_MECHANISMS = 256  # that are told apart
+MAX_MECHANISMS = 256  # more are merged by `worst_of_similar`
 
 
-# epsilon(order) is flat at its minimum: neighbours 10 to 15% apart lose at most 0.2%.
+# epsilon(order) is flat at its minimum: with neighbouring orders 10 to 15% apart at most 0.2% is lost.
 FRACTIONAL = 1 + np.geomspace(1e-3, 11, 100)
 INTEGER = np.unique(np.geomspace(12, 2**15, 60).round())
 ORDERS = np.concatenate([FRACTIONAL, INTEGER])
 
 
 def rdp_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
-    """Upper bound on epsilon at once, for any input: inf without noise, 0 without steps, exact at rate 1."""
+    """Compute the cheap upper bound on epsilon: inf without noise, 0 without steps, exact at rate 1."""
     if not mechanisms:
         return 0.0
     if any(m.noise_multiplier == 0 for m in mechanisms) or not math.isfinite(gaussian_mu(mechanisms)):
@@ -33,20 +33,20 @@ def rdp_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
     few = worst_of_similar(mechanisms)
     rdp = sum(m.steps * _rdp(m.sample_rate, m.noise_multiplier) for m in few)
     by_order = rdp + np.log1p(-1 / ORDERS) - np.log(delta * ORDERS) / (ORDERS - 1)
-    # Not sampling at all is a worse mechanism.
+    # Without sampling the steps cost more, so that their exact epsilon is an upper bound too.
     return max(0.0, min(float(by_order.min()), _gaussian_epsilon(gaussian_mu(few), delta)))
 
 
 def gaussian_mu(mechanisms: Iterable[Mechanism]) -> float:
-    """Gaussians, not sampled, compose to one, of mean mu and standard deviation 1: mu^2 = sum of 1 / sigma^2."""
+    """Compute the mean mu of the Gaussian of standard deviation 1 to which unsampled ones compose: mu^2 = sum of 1 / sigma^2."""
     return math.hypot(*(math.sqrt(m.steps) / m.noise_multiplier for m in mechanisms))
 
 
 def worst_of_similar(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
-    """Few mechanisms that cost at least as much: of similar ones, all have the largest rate and the least noise.
+    """Merge mechanisms into few that cost at least as much: similar ones all get their largest rate and least noise.
 
-    Less noise, or a larger rate, is a worse mechanism, for the better one can be made from its output. Similar are those whose
-    epsilons differ by about 0.1%, or more where there are too many. What is not sampled is one Gaussian.
+    Less noise, or a larger rate, is a worse mechanism, for the better one can be made from its output. Mechanisms are similar if
+    their epsilons differ by about 0.1%, or more where there are too many. Those of rate 1 compose to one Gaussian.
     """
     plain = [m for m in mechanisms if m.sample_rate == 1]
     sampled = [m for m in mechanisms if m.sample_rate < 1]
@@ -59,10 +59,10 @@ def worst_of_similar(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]
 
 
 def _cells(mechanisms: list[Mechanism], width: float) -> list[list[Mechanism]]:
-    """The mechanisms by cells of a grid, from one to the next of which epsilon changes by about `width`."""
+    """Group the mechanisms by cells of a grid, from one to the next of which epsilon changes by about `width`, relatively."""
     cells = defaultdict(list)
     for m in mechanisms:
-        # The less noise there is, the more it matters.
+        # The less noise there is, the more a change of it matters.
         noise = math.log(m.noise_multiplier) - min(0.5 / m.noise_multiplier / m.noise_multiplier, 1e9)
         cells[math.floor(math.log(m.sample_rate) / width), math.floor(noise / width)].append(m)
     return list(cells.values())
@@ -70,14 +70,14 @@ def _cells(mechanisms: list[Mechanism], width: float) -> list[list[Mechanism]]:
 
 @lru_cache(maxsize=2 * MAX_MECHANISMS)
 def _rdp(q: float, sigma: float) -> np.ndarray:
-    """Renyi divergence of one step at ORDERS a, x ~ N(0, sigma^2):
+    """Compute the Renyi divergence of one step at each a of ORDERS, with x ~ N(0, sigma^2):
 
     log E[(1 - q + q exp((2x - 1) / (2 sigma^2)))^a] / (a - 1)
     """
     if q == 1 or sigma < 0.05:  # the plain Gaussian: exact at q = 1, and a bound where noise is next to nothing
         with np.errstate(over="ignore"):
             return ORDERS / 2 / sigma / sigma
-    # Fractional orders by the trapezoid rule, exponentially accurate here: the step is small against the
+    # Fractional orders go by the trapezoid rule, exponentially accurate here: its step h is small against the
     # Gaussian's width sigma and against pi sigma^2, the distance of the integrand's branch points from the
     # real line.
     h = min(sigma, sigma * sigma) / 2
@@ -92,7 +92,7 @@ def _rdp(q: float, sigma: float) -> np.ndarray:
 
 @cache
 def _binomials() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The binomial theorem for all INTEGER orders, one after another: order, k, log(order over k), and where each begins."""
+    """List the binomial theorem's terms for all INTEGER orders, joined: order, k, log(order over k), where each order begins."""
     orders = np.repeat(INTEGER, INTEGER.astype(int) + 1)
     k = np.concatenate([np.arange(order + 1) for order in INTEGER])
     log_gamma = scipy.special.gammaln
@@ -100,7 +100,7 @@ def _binomials() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _log_moments(q: float, sigma: float) -> np.ndarray:
-    """The same expectation for integer orders."""
+    """Compute the logarithm of the expectation in `_rdp` for INTEGER orders, by the binomial theorem."""
     orders, k, log_binomial, starts = _binomials()
     terms = log_binomial + k * math.log(q) + (orders - k) * math.log1p(-q) + k * (k - 1) / (2 * sigma * sigma)
     largest = np.maximum.reduceat(terms, starts)
@@ -109,7 +109,7 @@ def _log_moments(q: float, sigma: float) -> np.ndarray:
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon e of N(mu, 1) against N(0, 1): Phi(mu/2 - e/mu) - exp(e) Phi(-mu/2 - e/mu) = delta."""
+    """Solve for epsilon e of N(mu, 1) against N(0, 1): Phi(mu/2 - e/mu) - exp(e) Phi(-mu/2 - e/mu) = delta."""
     mu = max(mu, 1e-12)  # below it the difference of the two terms is rounding
 
     def excess(epsilon: float) -> float:
@@ -118,7 +118,7 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
         covered = min(0.0, minus - plus) - 1e-14  # against rounding
         return plus + math.log(-math.expm1(covered)) - math.log(delta)
 
-    # The Gaussian tail bound of the privacy loss: always enough.
+    # The Gaussian tail bound of the privacy loss lies above the solution.
     top = mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1e-9
     if not math.isfinite(top):
         return math.inf

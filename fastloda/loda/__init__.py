@@ -1,1 +1,1 @@
-"""Low-rank adapters of convolutions and linear layers (LoDA): their arithmetic, where they are attached, their files."""
+"""Low-rank adapters of convolutions and linear layers (LoDA): layers, arithmetic, attaching, files, compilation."""

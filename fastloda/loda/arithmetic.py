@@ -2,7 +2,7 @@
 
 Triton kernels (`kernels/`) compute for CUDA tensors, PyTorch for all others.
 
-Two ideas keep the cost of privacy low, in both:
+Two ideas keep the cost of privacy low, in both implementations:
 
 - *Shift gz, not x.*  The k^2 taps of A's gradient are read as one strided view of the small r-channel gradient gz
   (`taps.py`); x is read in place by a plain matrix product, and never expanded (no im2col).
@@ -32,24 +32,24 @@ from fastloda.per_sample.tensors import accumulable, lay_out_taps, on_triton, sa
 
 
 def activation(z: Tensor, slope: float) -> Tensor:
-    """phi(z): LeakyReLU, the identity for slope 1."""
+    """Compute phi(z): LeakyReLU, the identity for slope 1."""
     return z if slope == 1.0 else F.leaky_relu(z, slope)
 
 
 def activation_grad(grad: Tensor, z: Tensor, slope: float) -> Tensor:
-    """phi'(z) . grad."""
+    """Compute phi'(z) . grad."""
     return grad if slope == 1.0 else torch.ops.aten.leaky_relu_backward(grad, z, slope, False)
 
 
 def positions(t: Tensor) -> Tensor:
-    """[N, C, *spatial] -> [N, C, T]: a view, column-major for channels_last memory, for any dense t."""
+    """View t [N, C, *spatial] as [N, C, T], column-major for channels_last memory; no copy for any dense t."""
     if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
         return t.permute(0, 2, 3, 1).flatten(1, 2).mT
     return t.flatten(2)
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """out [N, M, T] += scale * a [M, K] @ b [N, K, T], in the memory order of out."""
+    """Add scale * a [M, K] @ b [N, K, T] to out [N, M, T] in place, in the memory order of out."""
     a = a.expand(out.shape[0], *a.shape)
     if out.stride(1) == 1 and out.stride(2) != 1:  # channels_last: BLAS wants the row-major transpose
         out.mT.baddbmm_(b.mT, a.mT, alpha=scale)
@@ -59,7 +59,10 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
 
 @dataclass(frozen=True)
 class ConvOp:
-    """LoDA on a 2-d convolution: x [N, C, H, W], y [N, O, OH, OW], z [N, r, OH, OW]; A [r, C, kh, kw], B [O, r, 1, 1]."""
+    """The arithmetic of LoDA on a 2-d convolution.
+
+    Shapes: x [N, C, H, W], y [N, O, OH, OW], z [N, r, OH, OW]; A [r, C, kh, kw], B [O, r, 1, 1].
+    """
 
     conv: Conv
     groups: int
@@ -67,23 +70,23 @@ class ConvOp:
     scale: float
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        """The definition, in ordinary differentiable operations."""
+        """Compute y by its definition, in ordinary differentiable operations."""
         h = activation(self.convolve(x, A), self.slope)
         y = self.convolve(x, weight, bias, self.groups)
         return y + self.scale * F.conv2d(h, B)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """-> y, z."""
+        """Compute y and z."""
         y = self.convolve(x, weight, bias, self.groups)
         if on_triton(x):
             z = kernels.adapter_forward.project(x, A, self.conv)
             return kernels.adapter_forward.add_(y, z, B, self.slope, self.scale), z
-        z = self.convolve(x, A).contiguous()  # as backward's products want it
+        z = self.convolve(x, A).contiguous()  # backward's products need it so
         add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
         return y, z
 
     def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
-        """-> gz = phi'(z) . s B^T gy, [N, r, OH, OW], and the recipe of B's per-sample gradients."""
+        """Compute gz = phi'(z) . s B^T gy, [N, r, OH, OW], and make the recipe of B's per-sample gradients."""
         if on_triton(gy):  # one read of gy gives both
             backward = kernels.adapter_backward
             gz, parts = backward.adapter_backward(gy, z, B, self.slope, self.scale)
@@ -93,13 +96,13 @@ class ConvOp:
         return activation_grad(gh.view(z.shape), z, self.slope), Recipe(self.grad_B, (gy, z), lay_out=lay_out_B)
 
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
-        """dx = W^T * gy + A^T * gz, [N, C, H, W]."""
+        """Compute dx = W^T * gy + A^T * gz, [N, C, H, W]."""
         return self.backward_down(gy, gz, x, weight, A)[0]
 
     def backward_down(
         self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """-> dx = W^T * gy + A^T * gz, [N, C, H, W], and the taps of gz if they were made at once, for A's gradient."""
+        """Compute dx as `grad_x`, and return with it the taps of gz for A's gradient, if all were made at once (else None)."""
         gx = self._convolution_backward(gy, x, weight, self.groups, (True, False, False))[0]
         if on_triton(gx):
             return kernels.input_grad.add_input_grad_(gx, gz, A, self.conv), None
@@ -111,22 +114,22 @@ class ConvOp:
         return gx, taps if taps is not None and len(taps) == len(x) else None
 
     def weight_grad(self, x: Tensor, gz: Tensor, A: Tensor) -> Tensor:
-        """The ordinary gradient of A, summed over all rows."""
+        """Compute the ordinary gradient of A, summed over all rows."""
         return self._convolution_backward(gz, x, A, 1, (False, True, False))[1]
 
     def recipe_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Recipe:
-        """The recipe of A's per-sample gradients. taps: of gz, if they are at hand."""
+        """Make the recipe of A's per-sample gradients; taps: those of gz, if `backward_down` made them."""
         lay_out = lambda grads: lay_out_taps(grads, self.conv.kernel)  # noqa: E731
         at_hand = None if taps is None else lambda samples: self.grad_A(x, gz, samples, taps)
         return conv_recipe(self.grad_A, lay_out, x, gz, self.conv, self.taps_bytes(gz, x), at_hand)
 
     def grad_A(self, x: Tensor, gz: Tensor, samples: int, taps: Tensor | None = None) -> Tensor:
-        """Gradient of A for each sample, as `lay_out_taps` takes it: [samples, r k^2, C]."""
+        """Compute the gradient of A for each sample, as `lay_out_taps` takes it: [samples, r k^2, C]."""
         taps = self._taps(gz, x) if taps is None else taps
         return sum_rows(torch.bmm(accumulable(taps), accumulable(positions(x)).mT), samples)
 
     def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
-        """Gradient of B for each sample, transposed: [samples, r, O]; row-major operands in both layouts."""
+        """Compute B's transposed gradient for each sample, [samples, r, O]: its operands are row-major in both layouts."""
         h = accumulable(activation(z, self.slope).flatten(2))
         return sum_rows(self._scaled(torch.bmm(h, accumulable(positions(gy)).mT)), samples)
 
@@ -134,7 +137,7 @@ class ConvOp:
         return t if self.scale == 1.0 else t * self.scale
 
     def taps_bytes(self, gz: Tensor, x: Tensor) -> int:
-        """Size of the taps of gz for all rows: r k^2 / C of x."""
+        """Compute the bytes of the taps of gz for all rows: r k^2 / C times those of x."""
         return prod(gz.shape[:2]) * self.conv.taps * prod(x.shape[2:]) * x.element_size()
 
     @property
@@ -145,7 +148,7 @@ class ConvOp:
         return gather_taps(gz, x.shape[2:], *self.conv)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-        """weight * x + bias, in the dtype that autocast has it in; computed in a wider one where that could go wrong."""
+        """Compute weight * x + bias in the dtype that autocast gives, or in a wider one where PyTorch is faulty (`amx.py`)."""
         dtype = compute_dtype(x)
         computed_in = self._sound_dtype(dtype, x)
         if computed_in == dtype:
@@ -167,59 +170,59 @@ class ConvOp:
 
 @dataclass(frozen=True)
 class LinearOp:
-    """LoDA on y = x W^T + b, any leading dimensions: x [N, ..., C], y [N, ..., O], z [N, ..., r]; A [r, C], B [O, r]."""
+    """The arithmetic of LoDA on y = x W^T + b: x [N, ..., C], y [N, ..., O], z [N, ..., r]; A [r, C], B [O, r]."""
 
     slope: float
     scale: float
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        """The definition, in ordinary differentiable operations."""
+        """Compute y by its definition, in ordinary differentiable operations."""
         return F.linear(x, weight, bias) + self.scale * F.linear(activation(F.linear(x, A), self.slope), B)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """-> y, z."""
+        """Compute y and z."""
         y, z = F.linear(x, weight, bias), F.linear(x, A)
         y.view(-1, y.shape[-1]).addmm_(activation(z, self.slope).reshape(-1, z.shape[-1]), B.t(), alpha=self.scale)
         return y, z
 
     def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
-        """-> gz = phi'(z) . s B^T gy, [N, ..., r], and the recipe of B's per-sample gradients."""
+        """Compute gz = phi'(z) . s B^T gy, [N, ..., r], and make the recipe of B's per-sample gradients."""
         return activation_grad(gy @ (B * self.scale), z, self.slope), Recipe(self.grad_B, (gy, z))
 
     def grad_x(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
-        """dx = W^T gy + A^T gz, [N, ..., C]."""
+        """Compute dx = W^T gy + A^T gz, [N, ..., C]."""
         gx = gy @ weight
         gx.view(-1, gx.shape[-1]).addmm_(gz.reshape(-1, gz.shape[-1]), A)
         return gx
 
     def backward_down(self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor) -> tuple[Tensor, None]:
-        """-> dx; nothing of it serves A's gradient."""
+        """Compute dx; return None with it, for there are no taps."""
         return self.grad_x(gy, gz, x, weight, A), None
 
     def weight_grad(self, x: Tensor, gz: Tensor, A: Tensor) -> Tensor:
-        """The ordinary gradient of A, summed over all rows."""
+        """Compute the ordinary gradient of A, summed over all rows."""
         return self.grad_A(x, gz, 1)[0]
 
     def recipe_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Recipe:
-        """The recipe of A's per-sample gradients, for which taps do not serve."""
+        """Make the recipe of A's per-sample gradients; taps is not read."""
         return Recipe(self.grad_A, (x, gz))
 
     def grad_A(self, x: Tensor, gz: Tensor, samples: int) -> Tensor:
-        """Gradient of A for each sample: [samples, r, C]."""
+        """Compute the gradient of A for each sample: [samples, r, C]."""
         return torch.bmm(sample_rows(gz, samples).mT, sample_rows(x, samples))
 
     def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
-        """Gradient of B for each sample: [samples, O, r]."""
+        """Compute the gradient of B for each sample: [samples, O, r]."""
         h = sample_rows(activation(z, self.slope), samples)
         return torch.bmm(sample_rows(gy, samples).mT, h).mul_(self.scale)
 
 
 @lru_cache
 def _reversed_taps(shape: torch.Size, device: torch.device) -> Tensor:
-    """Where the numbers of A [r, C, *kernel] go in [C, r k^2], with the taps as `gather_taps` has them."""
+    """Index the numbers of A [r, C, *kernel] as [C, r k^2], with the taps in the order of `gather_taps`."""
     return torch.arange(shape.numel(), device=device).view(shape).flip(2, 3).transpose(0, 1).flatten(1)
 
 
 def lay_out_B(grads: Tensor) -> Tensor:
-    """[n, r, O] -> [n, O, r, 1, 1]."""
+    """Bring gradients of B from [n, r, O] to its shape, [n, O, r, 1, 1]."""
     return grads.mT.unsqueeze(-1).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Put adapters on a model, and save and load them alone."""
+"""Functions that put adapters on a model, and save and load the adapters alone."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ NOTHING_TO_SAVE = (
 
 
 class Adapted(list[str]):
-    """The names of the adapted layers; `skipped` maps the matching layers left as they were to the reason."""
+    """The list of the adapted layers' names; `skipped`: name -> reason, for the matching layers that were left as they were."""
 
     def __init__(self, names: Iterable[str], skipped: dict[str, str]):
         super().__init__(names)
@@ -57,6 +57,7 @@ def attach_loda(
     The model's output is unchanged until the adapters train.
 
     Args:
+        model: the model to change.
         targets: a layer type (nn.Conv2d, nn.Linear or a tuple of both); a regular expression that must match the whole name;
             a list of names, or of their endings after a dot; or a function (name, module) -> bool. Default: every Conv2d, or
             every Linear in a model without any.
@@ -112,7 +113,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _weights(layer: nn.Module) -> int:
-    """Numbers in what the layer itself multiplies with, as far as can be told: no tables, scales and positions."""
+    """Count the numbers of the matrices that the layer itself multiplies with, by a guess: no tables, scales and positions."""
     if isinstance(layer, ADAPTABLE):
         own = list(layer.parameters())
     else:
@@ -132,7 +133,7 @@ def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]
         kinds = _as_tuple(targets)
         matches = lambda name, layer: isinstance(layer, kinds)  # noqa: E731
     elif callable(targets):
-        matches, others = targets, {}  # it is asked about Conv2d and Linear alone
+        matches, others = targets, {}  # the function is asked about Conv2d and Linear alone
     elif isinstance(targets, str):
         matches = lambda name, layer: re.fullmatch(targets, name)  # noqa: E731
     else:
@@ -151,13 +152,13 @@ def _as_tuple(value) -> tuple:
 def _reason_to_skip(layer: nn.Module, rank: int) -> str | None:
     if reason := _reason_to_keep(layer):
         return reason
-    assert isinstance(layer, ADAPTABLE)  # or there was a reason
+    assert isinstance(layer, ADAPTABLE)  # any other layer has a reason
     narrowest = min(layer.weight.shape[0], getattr(layer, "in_channels", layer.weight.shape[1]))
     return f"rank {rank} > min(C_in, C_out) = {narrowest}" if rank > narrowest else None
 
 
 def _reason_to_keep(layer: nn.Module) -> str | None:
-    """Why replacing the layer would change what the model computes, if it would."""
+    """Tell why replacing the layer would change what the model computes; None if it would not."""
     if not isinstance(layer, ADAPTABLE):
         return f"{type(layer).__name__} is no nn.Conv2d and no nn.Linear: replace it by one, or wrap the model by PEFT's LoRA"
     if type(layer) not in ADAPTABLE:
@@ -176,17 +177,17 @@ def _adapter(layer: Adaptable, settings: dict) -> LoDAConv2d | LoDALinear:
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """At every place where a layer stands: a module may be registered under several names."""
+    """Replace layers at every place where they stand: a module may be registered under several names."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
-                if name == "_orig_mod":  # what torch.compile made of the old one is kept beside it
+                if name == "_orig_mod":  # the wrapper also holds compiled code of the old layer: make it anew
                     parent.__setstate__(parent.__getstate__())
 
 
 def _layers(model: nn.Module, types: tuple[type[L], ...]) -> Iterator[tuple[str, L]]:
-    """(name, layer) of the layers of these types, each once, under its first name."""
+    """Yield (name, layer) of the layers of these types, each once, under its first name."""
     seen = set()
     for name, module in bare_modules(model):
         if isinstance(module, types) and module not in seen:
@@ -195,23 +196,23 @@ def _layers(model: nn.Module, types: tuple[type[L], ...]) -> Iterator[tuple[str,
 
 
 def loda_layers(model: nn.Module) -> Iterator[tuple[str, LoDAConv2d | LoDALinear]]:
-    """(name, layer) of each adapted layer. Names are those of the bare model, without what wrappers put into them."""
+    """Yield (name, layer) of each adapted layer; names are those of the bare model, without its wrappers'."""
     return _layers(model, ADAPTED)
 
 
 def loda_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters' parameters, A and B of each layer; those that layers share once."""
+    """List the adapters' parameters, A and B of each layer; those that layers share once."""
     return list(dict.fromkeys(p for _, layer in loda_layers(model) for p in (layer.loda_A, layer.loda_B)))
 
 
 def loda_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor, of the adapters alone: the same names for a model and for any wrapper around it or a part of it."""
+    """Collect the adapters' tensors by name, detached; wrappers around the model or a part of it do not change the names."""
     layers = loda_layers(model)
     return {f"{name}.{key}": getattr(layer, key).detach() for name, layer in layers for key in ("loda_A", "loda_B")}
 
 
 def save_loda(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write the adapters as safetensors, their settings in the metadata; atomically, into a folder that is made if missing.
+    """Write the model's adapters as safetensors, with their settings in the metadata, atomically; the folder is made if missing.
 
     Raises:
         ValueError: the model has no adapters.
@@ -221,24 +222,24 @@ def save_loda(model: nn.Module, path: str | os.PathLike) -> None:
     if not settings:
         raise UserError(NOTHING_TO_SAVE)
     tensors = separate(loda_state_dict(model))
-    metadata = {"loda": json.dumps(settings)}  # one key: equal adapters are equal files
-    Path(path).parent.mkdir(parents=True, exist_ok=True)  # not after a run that was paid for
+    metadata = {"loda": json.dumps(settings)}  # one key, for the order of several varies: equal adapters, equal files
+    Path(path).parent.mkdir(parents=True, exist_ok=True)  # a missing folder must not lose a run that was paid for
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors take them: contiguous, on the CPU, and none in another's memory, as shared adapters are."""
+    """Copy tensors for safetensors: contiguous, on the CPU, and none in another's memory, as shared adapters are."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
 
 
 def load_loda(model: nn.Module, path: str | os.PathLike) -> list[str]:
-    """Load adapters into a model, first attaching them as the file says if it has none. Returns the adapted names.
+    """Load adapters from a file into a model, attaching them first if it has none. Returns the names of the adapted layers.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no adapter file, or of another model or other settings; the model is as before.
+        ValueError: it is no adapter file, or one of another model or of other settings; the model is as before.
     """
     return install_adapters(model, *_read(Path(path)), path)
 
@@ -246,10 +247,15 @@ def load_loda(model: nn.Module, path: str | os.PathLike) -> list[str]:
 def install_adapters(
     model: nn.Module, settings: dict[str, dict], tensors: dict[str, Tensor], path: str | os.PathLike
 ) -> list[str]:
-    """`load_loda` of what a file held: name -> settings of `attach_loda`, "name.loda_A" and "name.loda_B" -> tensors.
+    """Put adapters into a model as `load_loda` does, from the contents of a file.
+
+    Args:
+        settings: layer name -> settings of `attach_loda`.
+        tensors: "name.loda_A" and "name.loda_B" -> tensor.
+        path: the file that error messages name.
 
     Raises:
-        ValueError: naming `path`, as in `load_loda`; the model is as before.
+        ValueError: the adapters are of another model or of other settings; the model is as before.
     """
     settings, tensors = _in_names_of(model, settings, tensors, path)
     layers = dict(loda_layers(model))
@@ -289,14 +295,14 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
         raise UserError(f"{path} holds no LoDA adapters")
     if set(tensors) != {f"{name}.{key}" for name in settings for key in ("loda_A", "loda_B")}:
         raise UserError(f"{path} is damaged: its tensors are not those of the layers in its metadata")
-    for name, chosen in settings.items():  # before a layer of that rank is made
+    for name, chosen in settings.items():  # checked before a layer of that rank is made
         if (rank := chosen["rank"]) != (found := next(iter(tensors[f"{name}.loda_A"].shape), 0)):
             raise UserError(f"{path} is damaged: {name} has rank {rank} in the metadata, {found} in its tensors")
     return settings, tensors
 
 
 def _no_safetensors(path: Path) -> str | None:
-    """What a file or folder is that can't be one, with what loads it."""
+    """Say what a file or folder is that can't be a safetensors file, and what loads it; None if it may be one."""
     if path.is_dir():
         peft = (path / "adapter_config.json").is_file()
         return (
@@ -306,7 +312,7 @@ def _no_safetensors(path: Path) -> str | None:
         start = file.read(9)
     if not start:
         return "empty"
-    if start[8:] == b"{":  # after eight bytes of its length, which may be any
+    if start[8:] == b"{":  # the header begins after the eight bytes of its length
         return None
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # torch.save's archives, and older pickles
         return (
@@ -317,14 +323,14 @@ def _no_safetensors(path: Path) -> str | None:
 
 
 def _foreign(tensors: dict[str, Tensor]) -> str:
-    """What tensors are that save_loda did not write, by their names, and what loads them."""
+    """Say, by their names, what tensors are that save_loda did not write, and what loads them."""
     for pattern, what in FOREIGN.items():
         if any(re.search(pattern, name) for name in tensors):
             return what
     return f"{len(tensors)} tensors of something else ({_listed(sorted(tensors))})" if tensors else "no tensors at all"
 
 
-FOREIGN = {  # a part of a tensor's name -> what the file is
+FOREIGN = {  # a pattern found in a tensor's name -> what the file is
     r"^base_model\.model\..*lora_": "PEFT's LoRA: fastloda.integrations.peft.load_peft(model, folder) loads it, from the folder "
     "that holds adapter_config.json too",
     r"lora_(up|down)\.|^lora_(unet|te[12]?)_": "a LoRA as webui and kohya write them: diffusers' "
@@ -337,7 +343,7 @@ FOREIGN = {  # a part of a tensor's name -> what the file is
 
 
 def real_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Names in a file -> names of the model's layers, for those that it has: under any name, with or without wrappers."""
+    """Map names of layers in a file to the model's own, where it has them: under any of a layer's names, wrappers or not."""
     modules = {name: m for name, m in bare_modules(model) if isinstance(m, (nn.Conv2d, nn.Linear))}
     first = {layer: name for name, layer in _layers(model, (nn.Conv2d, nn.Linear))}
     stripped = defaultdict(dict)

@@ -1,4 +1,4 @@
-"""`fastloda.compile`: torch.compile for a model whose adapters train privately.
+"""torch.compile for a model whose adapters train privately: `fastloda.compile`.
 
 A compiled region is one node of the autograd graph, in which no rule can tell the samples apart. So each adapter enters it
 once for each row of the batch (`rowwise.py`): the `expand` outside has one gradient per row, which a rule covers.
@@ -30,26 +30,27 @@ def compile(model: M, **options) -> M:
     >>> losses = F.mse_loss(model(x), target, reduction="none").mean((1, 2, 3))
     >>> fastloda.ghost_dp_step(losses, model, optimizer, ...)
 
-    In place, as `nn.Module.compile`: names, `state_dict`, adapter files, hooks and train / eval mode stay the model's own;
-    copies and pickles of it are eager. What is reached:
+    Like `nn.Module.compile` it works in place: names, `state_dict`, adapter files, hooks and train / eval mode stay the model's
+    own; copies and pickles of it are eager. What works:
 
-    - No graph breaks: `fullgraph=True` holds where it does for the unadapted model, the paper's U-Net included. A LoDA
-      layer is a single operation that the compiler does not look into, of the eager layer's arithmetic, as are its gradients;
-      what lies between the layers is fused. Without gradients (sampling) the layers are fused too.
+    - No graph breaks: `fullgraph=True` holds where it does for the unadapted model, the paper's U-Net included. The forward and
+      the gradients of a LoDA layer are single operations that the compiler does not look into, with the eager layer's
+      arithmetic; what lies between the layers is fused. Without gradients (sampling) the layers are fused too.
     - Where PyTorch gives up compiling (graph breaks, too many versions), the rest runs eagerly and stays exact.
     - The first batch size gets code of its own, the second one code for all further sizes (`dynamic` of torch.compile);
       `DPTrainer`'s fixed-shape micro-batches need only the first. Parts with equal code share it, and PyTorch keeps 8 versions:
       for more unequal parts raise `torch._dynamo.config.recompile_limit`, or compile the whole.
     - Autocast, channels_last memory, checkpointing inside or around the compiled part, layers that are called twice or share
-      their adapters.
+      adapters.
 
     Memory: the adapters' gradients are held for each row, in float32 (float64 for float64), rows x adapter parameters; and the
     compiled backward does not reuse what it saved ("donated buffers"), since a private step's probe runs it several times.
 
     Args:
-        model: its trainable parameters are adapters (`attach_loda`), or it has none. The batch comes first, a sample's rows
-            together, in its first tensor argument and in every LoDA layer, which may see several rows for one or one for several.
-        options: of torch.compile (`fullgraph`, `dynamic`, `backend`, `mode`, `options`, `disable`).
+        model: a model whose trainable parameters, if any, are adapters (`attach_loda`). The batch comes first, a sample's rows
+            together, in its first tensor argument and in every LoDA layer. A layer may see several rows for one row of that
+            argument, or one for several.
+        options: the options of torch.compile (`fullgraph`, `dynamic`, `backend`, `mode`, `options`, `disable`).
 
     Raises:
         TypeError: model is no nn.Module.
@@ -66,9 +67,9 @@ def compile(model: M, **options) -> M:
 
 
 def _by_row(call: Callable, layers: Sequence[LoDAConv2d | LoDALinear], options: dict) -> Callable:
-    """call, compiled, for layers that see their adapters by row."""
+    """Compile call, and wrap it so that layers get their adapters by row while it runs."""
 
-    def whole(*args, **kwargs):  # PyTorch's own modules are traced only from outside, not if compiled themselves
+    def whole(*args, **kwargs):  # torch.compile traces PyTorch's own modules only if something else calls them
         return call(*args, **kwargs)
 
     compiled = torch.compile(whole, **options)
@@ -84,13 +85,13 @@ def _by_row(call: Callable, layers: Sequence[LoDAConv2d | LoDALinear], options: 
 
 
 def _leading_size(arguments) -> int:
-    """Rows of the first tensor; 0 if there is none."""
+    """Count the rows of the first tensor among the arguments; 0 if there is none."""
     return next((len(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()), 0)
 
 
 @contextmanager
 def _given_by_row(layers: Sequence[LoDAConv2d | LoDALinear], rows: int) -> Generator[None]:
-    """Without gradients nothing is given, and the layers compile as what they are made of."""
+    """Give the layers their adapters by row, inside; nothing without gradients, when their plain definition is compiled."""
     before = [layer.by_row for layer in layers]
     try:
         for layer in layers if torch.is_grad_enabled() else ():

@@ -2,8 +2,8 @@
 
     z = A * x,   h = phi(z),   y = W * x + b + scale * B h        (LoDA: Liu et al. 2023; phi = identity is LoRA)
 
-Without a private step they are ordinary differentiable layers. For one, `per_sample/backward.py` puts a receiver on the autograd
-node, and the layer's only backward pass hands it what per-sample gradients are made of, instead of summing them.
+Without a private step they are ordinary differentiable layers. For a private step, `per_sample/backward.py` puts a receiver on
+the autograd node, and the layer's only backward pass hands it the recipes of per-sample gradients, instead of summed gradients.
 """
 
 import math
@@ -22,11 +22,11 @@ from fastloda.per_sample.amx import compute_dtype, without_autocast
 from fastloda.per_sample.rules import FUNCTION_RULES, Rule
 
 ACTIVATIONS = ("leaky_relu", "identity")
-A_INPUT, B_INPUT = 2, 3  # places of A and B in (x, W, A, B, b); b may be absent, and the graph counts tensors only
+A_INPUT, B_INPUT = 2, 3  # places of A and B among (x, W, A, B, b); b is last, for the graph skips an input of None
 
 
 class LoDAFunction(torch.autograd.Function):
-    """y = W * x + b + s B phi(A * x); saves x and z, and nothing of W's gradient. All arithmetic is in `arithmetic.py`."""
+    """The operation y = W * x + b + s B phi(A * x), which saves x and z for backward. All arithmetic is in `arithmetic.py`."""
 
     keeps_rows = True
 
@@ -69,12 +69,15 @@ def apply_adapter(
     B: Tensor,
     by_row: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The fused Function, or the plain definition where the Function's receiver could not be reached.
+    """Compute y by the fused Function, or by the plain definition where the Function's receiver could not be reached.
 
-    That is: under `torch.func` transforms and `torch.compile`, and where the base layer trains too (its own rule then
-    covers W). The definition's operations have rules of their own, so that a private step stays exact.
+    It can't under `torch.func` transforms and `torch.compile`, nor where the base layer trains too (whose own rule then covers
+    W). The definition's operations have rules of their own, so that a private step stays exact.
 
     by_row: A and B for each row of the batch, by which a model compiled by `fastloda.compile` tells the samples apart.
+
+    Raises:
+        TypeError: x has another dtype than the weight, or is not floating point.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast):
@@ -90,7 +93,11 @@ def apply_adapter(
 
 
 def check_settings(rank: int, activation: str, negative_slope: float, scale: float) -> None:
-    """Raises ValueError, naming the first setting of an adapter that can't be."""
+    """Refuse settings that no adapter can have.
+
+    Raises:
+        ValueError: names the first such setting.
+    """
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise UserError(f"rank must be an integer >= 1, got {rank!r}")
     if activation not in ACTIVATIONS:
@@ -101,7 +108,7 @@ def check_settings(rank: int, activation: str, negative_slope: float, scale: flo
 
 
 class _Adapted(nn.Module if TYPE_CHECKING else object):
-    """What the two layers share: the adapter's parameters and settings, `from_base`, `merge`."""
+    """The part that both layers share: the adapter's parameters and settings, and `merge`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -121,17 +128,17 @@ class _Adapted(nn.Module if TYPE_CHECKING else object):
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
-        """A as PyTorch starts a convolution, B = 0: the adapted model starts as the model it adapts."""
+        """Set A as PyTorch starts a convolution, and B to 0: the adapted model starts as the model it adapts."""
         nn.init.kaiming_uniform_(self.loda_A, a=math.sqrt(5))
         nn.init.zeros_(self.loda_B)
 
     @property
     def slope(self) -> float:
-        """phi's slope for z < 0; 1 is the identity."""
+        """The slope of phi for z < 0; 1 is the identity."""
         return 1.0 if self.activation == "identity" else self.negative_slope
 
     def merge(self) -> nn.Module:
-        """The ordinary layer with weight W + scale B A, for the identity activation only.
+        """Make the ordinary layer with weight W + scale B A; only the identity activation allows it.
 
         Raises:
             ValueError: the activation is nonlinear, so that no weight computes the adapted layer, or the base is grouped.
@@ -152,7 +159,7 @@ class _Adapted(nn.Module if TYPE_CHECKING else object):
         return merged.train(self.training)
 
     def _plain(self) -> nn.Conv2d | nn.Linear:
-        """The ordinary layer of the same shape."""
+        """Make the ordinary layer of the same shape, on the meta device."""
         raise NotImplementedError
 
     def _adopt(self, base: nn.Conv2d | nn.Linear) -> Self:
@@ -167,7 +174,7 @@ class _Adapted(nn.Module if TYPE_CHECKING else object):
         return self.train(base.training)
 
     def _apply(self, fn, recurse=True):
-        """`half()`, `bfloat16()` and `to` leave the adapter in float32: what the base computes in is too coarse to train in."""
+        """Apply fn, but keep the adapter in float32 under `half()`, `bfloat16()` and `to`: 16 bits are too coarse to train in."""
         adapter = [t for p in (self.loda_A, self.loda_B) for t in (p, p.grad) if t is not None]
 
         def apart(t: Tensor) -> Tensor:
@@ -181,7 +188,7 @@ class _Adapted(nn.Module if TYPE_CHECKING else object):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        """A `state_dict` of the unadapted layer loads too: the adapter then keeps its values, and in any case its dtype."""
+        """Load also a `state_dict` of the unadapted layer: the adapter keeps its values then, and in any case its dtype."""
         for key in (prefix + "loda_A", prefix + "loda_B"):
             if key in state_dict:
                 state_dict[key] = state_dict[key].to(self.loda_A.dtype)
@@ -202,15 +209,15 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
 
     Parameters: `weight`, `bias` as in nn.Conv2d, frozen; `loda_A` (rank, in_channels, kh, kw), with the convolution's stride,
     padding and dilation; `loda_B` (out_channels, rank, 1, 1), zero at the start, so that the output starts unchanged.
-    The adapter is dense also where the frozen convolution is grouped, and float32 where that is float16 or bfloat16, which is
-    too coarse to train in; it is then cast as autocast would.
+    The adapter is dense also where the frozen convolution is grouped, and float32 where the convolution is float16 or bfloat16,
+    too coarse to train in; it is then cast as autocast would cast it.
 
     Args:
-        in_channels, ..., dtype: as nn.Conv2d.
-        rank: r >= 1.
-        activation: "leaky_relu", or "identity" for LoRA.
-        negative_slope: phi's slope for z < 0.
-        scale: factor of the adapter's output.
+        in_channels, ..., dtype: the arguments of nn.Conv2d.
+        rank: the number of channels of z, r >= 1.
+        activation: the name of phi: "leaky_relu", or "identity" for LoRA.
+        negative_slope: the slope of phi for z < 0.
+        scale: the factor of the adapter's output.
 
     Raises:
         ValueError: rank < 1, an unknown activation, a non-finite slope or scale.
@@ -245,14 +252,14 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **adapter) -> Self:
-        """The same layer with an adapter (`rank`, `activation`, `negative_slope`, `scale`); it shares conv's tensors."""
+        """Make conv's adapted layer, which shares its tensors; adapter: `rank`, `activation`, `negative_slope`, `scale`."""
         return cls(**_conv_arguments(conv), device="meta", **adapter)._adopt(conv)
 
     def _plain(self) -> nn.Conv2d:
         return nn.Conv2d(**_conv_arguments(self), device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [N, C, H, W] (or [C, H, W]) -> y [N, O, OH, OW]."""
+        """Compute y [N, O, OH, OW] of input [N, C, H, W]; or [O, OH, OW] of [C, H, W]."""
         x = input
         if x.dim() == 3:
             return self(x.unsqueeze(0)).squeeze(0)
@@ -294,14 +301,14 @@ class LoDALinear(_Adapted, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **adapter) -> Self:
-        """The same layer with an adapter (`rank`, `activation`, `negative_slope`, `scale`); it shares linear's tensors."""
+        """Make linear's adapted layer, which shares its tensors; adapter: `rank`, `activation`, `negative_slope`, `scale`."""
         return cls(**_linear_arguments(linear), device="meta", **adapter)._adopt(linear)
 
     def _plain(self) -> nn.Linear:
         return nn.Linear(**_linear_arguments(self), device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [N, ..., C] (or [C]) -> y [N, ..., O]."""
+        """Compute y [N, ..., O] of input [N, ..., C]; or [O] of [C]."""
         if input.dim() == 1:
             return self(input.unsqueeze(0)).squeeze(0)
         op = LinearOp(self.slope, self.scale)
@@ -309,7 +316,7 @@ class LoDALinear(_Adapted, nn.Linear):
 
 
 def unfilled(base: nn.Conv2d | nn.Linear, **adapter) -> LoDAConv2d | LoDALinear:
-    """The adapted base layer on the meta device, of which only the shapes count; the base layer is left alone."""
+    """Make an adapted layer of base's shapes on the meta device; adapter: settings as in `from_conv`. base is left alone."""
     if isinstance(base, nn.Conv2d):
         return LoDAConv2d(**_conv_arguments(base), device="meta", **adapter)
     return LoDALinear(**_linear_arguments(base), device="meta", **adapter)

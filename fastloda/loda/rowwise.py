@@ -1,8 +1,8 @@
 """A LoDA layer as one operation that a compiler does not look into, with a gradient of its adapter for each row.
 
-A compiled model is a single node of the autograd graph, so nothing that happens inside it can be recorded. What it can hand
-out is gradients of its inputs. So the adapter enters it once for each row of the batch, as a view: A [rows, *A.shape], all rows
-equal. Then the gradient of that view is one gradient per row, accumulated in float32 (float64 for float64) as in eager mode.
+A compiled model is a single node of the autograd graph, so that no rule sees the operations inside. All that it gives are
+gradients of its inputs. So the adapter enters it once for each row of the batch, as a view: A [rows, *A.shape], all rows equal.
+The gradient of that view is one gradient per row, accumulated in float32 (float64 for float64) as in eager mode.
 """
 
 import torch
@@ -22,12 +22,12 @@ _BACKWARD = (
 
 
 def rowwise_adapter(op: ConvOp | LinearOp, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor):
-    """y = W * x + b + s B phi(A * x), all in x's dtype; A [rows, *A.shape] and B [rows, *B.shape] are one adapter, repeated."""
+    """Compute y = W * x + b + s B phi(A * x) in x's dtype; A [rows, *A.shape] and B [rows, *B.shape] repeat one adapter."""
     return _adapter(x, weight, bias, A, B, *_settings(op))[0]
 
 
 def _settings(op: ConvOp | LinearOp) -> tuple[list[int], float, float]:
-    """op in the types that an operation's schema knows."""
+    """Express op in the types that an operation's schema allows: geometry, slope, scale."""
     if isinstance(op, LinearOp):
         return [], op.slope, op.scale
     kernel, stride, padding, dilation = op.conv
@@ -41,7 +41,7 @@ def _op(geometry: list[int], slope: float, scale: float) -> ConvOp | LinearOp:
     return ConvOp(Conv(*zip(pairs[::2], pairs[1::2])), groups, slope, scale)
 
 
-# Memory layouts of what is returned, which the compiler is told before it runs.
+# ---- memory layouts of the outputs, which the compiler must know before the operation runs
 
 
 def _as_x(x: Tensor, geometry: list[int]) -> torch.memory_format:
@@ -50,7 +50,7 @@ def _as_x(x: Tensor, geometry: list[int]) -> torch.memory_format:
 
 
 def _as_z(x: Tensor, geometry: list[int]) -> torch.memory_format:
-    """As backward reads z fastest."""
+    """Choose the layout in which backward reads z fastest."""
     return torch.channels_last if geometry and on_triton(x) else torch.contiguous_format
 
 
@@ -88,7 +88,13 @@ def _(gy, x, z, weight, A, B, needs_x, geometry, slope, scale):
 
 
 def _row_grads(recipe: Recipe, seen: int, rows: int) -> Tensor:
-    """A layer that saw k rows for each of the batch gives their sum; one that saw one for every k gives that to the first."""
+    """Compute one gradient for each of the batch's rows, from a layer that saw `seen` rows: [rows, *shape].
+
+    If it saw k rows for each, theirs are summed; if it saw one for every k, the first of these k gets its gradient.
+
+    Raises:
+        ValueError: neither of the two numbers is a multiple of the other.
+    """
     if seen % rows and rows % seen:
         raise ValueError(
             f"a LoDA layer saw {seen} rows in a compiled model whose first input has {rows}: the batch must come first"

@@ -1,18 +1,18 @@
-"""Names of layers as the bare model has them, whatever the model, or a part of it, is wrapped in."""
+"""Names of layers in the bare model, whatever the model or a part of it is wrapped in."""
 
 from collections.abc import Iterator
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-# Where wrappers keep their only module: make_private and Opacus, torch.compile, FSDP, checkpoint_wrapper
+# The attributes in which wrappers hold their only module: make_private and Opacus, torch.compile, FSDP, checkpoint_wrapper.
 HIDDEN = frozenset(("_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-OPEN = "module"  # the same, of wrappers below; others may well call a part of theirs so
+OPEN = "module"  # the attribute of the wrappers below; other models may give a layer this name
 OPEN_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every module, under all its names; a wrapper and what it wraps have one name, the wrapper first."""
+    """Yield (name, module) of every module, under all its names; a wrapper and what it wraps have one name, the wrapper first."""
     yield "", model
     for key, child in model._modules.items():
         if child is not None:
@@ -22,7 +22,7 @@ def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def without_wrappers(name: str) -> str:
-    """A name that may hold wrappers' attributes, as files of older versions do, without whatever may be one."""
+    """Drop from a name every part that may be a wrapper's attribute, as names in files of older versions have them."""
     return ".".join(part for part in name.split(".") if part not in HIDDEN and part != OPEN)
 
 

@@ -1,8 +1,8 @@
 """Convolutions that PyTorch gets wrong on processors with AMX, and how a private step keeps clear of them.
 
 There oneDNN's convolutions in bfloat16 with a stride and a dilation above 1 read memory that nothing wrote (PyTorch 2.13): the
-same batch gives another gradient each time, and that memory may hold what was computed of other records. FastLoDA computes
-its own convolutions of that kind in a wider dtype, on every processor; those of PyTorch are refused where that can occur.
+same batch gives another gradient each time, and that memory may hold what was computed from other records. FastLoDA computes
+its own convolutions of this faulty kind in a wider dtype, on every processor; those of PyTorch are refused where it can occur.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ UNSEEN = ", it seems (if not: call fastloda.cover(model) before the forward pass
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Nothing where it is off already: to enter and leave `torch.autocast` takes as long as a small product."""
+    """Make a context without autocast on `device`; a null one where it is off, for `torch.autocast` itself is slow."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would compute a convolution of x in."""
+    """Tell in which dtype a convolution of x is computed, under autocast or not."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -44,7 +44,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def sound_dtype(
     dtype: torch.dtype, device: torch.device, stride: Sequence[int], dilation: Sequence[int]
 ) -> torch.dtype:
-    """The dtype in which to compute a convolution that is asked for in `dtype`: a wider one if it is of the faulty kind."""
+    """Choose the dtype to compute a convolution in that is asked for in `dtype`: a wider one if it is of the faulty kind."""
     if device.type != "cpu" or max(stride) == 1 or max(dilation) == 1 or dtype not in NARROW:
         return dtype
     conv = getattr(torch.backends.mkldnn, "conv", None)  # from torch 2.9 on
@@ -54,16 +54,16 @@ def sound_dtype(
 
 
 def can_go_wrong(dtype: torch.dtype) -> bool:
-    """Whether this processor has the instructions with which convolutions in `dtype` may go wrong."""
+    """Tell whether this processor has the instructions with which convolutions in `dtype` may go wrong."""
     for_float16 = getattr(torch.cpu, "_is_amx_fp16_supported", torch.cpu._is_amx_tile_supported)
     return dtype in NARROW and (for_float16 if dtype == torch.float16 else torch.cpu._is_amx_tile_supported)()
 
 
-# ---- those that PyTorch computes
+# ---- convolutions that PyTorch computes
 
 
 def watch_convolutions(layers: Iterable[nn.Module]) -> None:
-    """Note from the next forward pass on in which dtype each layer of the faulty kind is computed, where that matters."""
+    """Note, from the next forward pass on, in which dtype each of `layers` of the faulty kind is computed, where that matters."""
     for layer in layers if any(map(can_go_wrong, NARROW)) else ():
         if _is_suspect(layer) and NOTE not in vars(layer):
             setattr(layer, NOTE, None)
@@ -71,9 +71,9 @@ def watch_convolutions(layers: Iterable[nn.Module]) -> None:
 
 
 def check_convolutions(layers: Mapping[str, nn.Module], graph: "LossGraph") -> None:
-    """Refuse losses that rest on a convolution that went wrong, perhaps: that of a layer, or an operation of the graph.
+    """Refuse losses that may rest on a convolution that went wrong: one of `layers` (by name), or an operation of `graph`.
 
-    A layer that nothing watched while it ran is taken to have been computed as what trains was.
+    A layer that nothing watched while it ran is taken to have been computed in the dtypes of the operations that train.
 
     Raises:
         PrivacyError: naming the layer, or the geometry of the operation.
@@ -107,7 +107,7 @@ def _check(what: str, dtype: torch.dtype, device: torch.device, geometry: "_Conv
 
 
 def _is_suspect(layer: nn.Module) -> TypeGuard[_ConvNd]:
-    """A convolution of the faulty geometry on the CPU; a LoDA layer computes its own in another dtype."""
+    """Tell whether `layer` is a convolution of the faulty kind, and no LoDA layer, which chooses its dtype itself."""
     if not isinstance(layer, _ConvNd) or "loda_A" in layer._parameters:
         return False
     return sound_dtype(torch.bfloat16, _device(layer), layer.stride, layer.dilation) != torch.bfloat16

@@ -1,10 +1,10 @@
-"""Gradients of a mean over the samples that a loss goes on from, as a gradient penalty does.
+"""Refusal of losses that use the gradient of a mean over the samples, as a gradient penalty may.
 
     (gx,) = torch.autograd.grad(model(x).mean(), x, create_graph=True)
 
-divides each sample's gradient by their number, and so with one record more every sample's penalty is another. The loss's graph
-shows no division then, only its result. So the engine looks at the passes that make a graph (`create_graph`), and marks what
-they make of a mean; a private step refuses losses with such marks.
+divides each sample's gradient by the number of samples, so that one record more changes every sample's penalty. The loss's
+graph does not show this division, only its result. So the engine looks at the backward passes that make a graph
+(`create_graph`), and marks the gradients that they take of a mean; a private step refuses losses with such marks.
 """
 
 import math
@@ -24,17 +24,17 @@ from fastloda.per_sample.sample_flow import MEAN, NONE, Operation, Rows, SampleF
 
 Source = Tensor | GradientEdge
 
-_MARK = "samples of a mean whose gradient this is"  # in a node's metadata, which the graph keeps
+_MARK = "samples of a mean whose gradient this is"  # a key in a node's metadata, which lives as long as the graph
 _any_marks = False
 
 
 class AverageFlow(SampleFlow):
-    """Follows the samples from a model's inputs to a number, and guesses where they can't be followed."""
+    """The sample flow from a model's inputs to a number, which guesses where samples can't be followed and refuses nothing."""
 
     def _state(self, op: Operation, place: int) -> State:
         try:
             return super()._state(op, place)
-        except Exception:  # of whatever code the user has: nothing is refused here
+        except Exception:  # raised by any user code: nothing is refused here
             means = op.kind == "Mean" or getattr(op.node, "_saved_reduction", NONE) == MEAN
             averaged = means or any(isinstance(given.state, Total) and given.state.averaged for given in op.inputs)
             rows = op.shape and op.shape[0] == self.samples and not averaged
@@ -50,18 +50,21 @@ class AverageFlow(SampleFlow):
         pass
 
     def averages(self, below: Mapping[Node, Edges], inputs: Mapping[Node, int]) -> bool:
-        """Whether a mean over the samples is among the nodes; inputs: node -> number of its outputs, all [samples, ...]."""
+        """Tell whether a mean over the samples is among the nodes `below`; inputs: node -> how many outputs [samples, ...]."""
         self.check(below, inputs, [(node, number) for node in below for number in range(len(node._input_metadata))])
         return any(isinstance(state, Total) and state.averaged for state in self.states.values())
 
 
 def mark_averaged(roots: Iterable[Node], inputs: Sequence[Source], grads: Sequence[Tensor | None] | None) -> None:
-    """Mark the gradients that a backward pass has made a graph of, if it started from a mean over the rows of its inputs.
+    """Mark the gradients of a backward pass with `create_graph`, if it started from a mean over the rows of its inputs.
 
-    inputs: empty for all leaves, as in `Tensor.backward`; grads: of the inputs, None if they are in .grad.
+    Args:
+        roots: the nodes that the pass started from.
+        inputs: the tensors or edges whose gradients were asked for; empty for all leaves, as in `Tensor.backward`.
+        grads: the gradients of `inputs`, in their order; None if they are in `.grad`.
     """
     if any(level.key() is TransformType.Vmap for level in get_interpreter_stack() or ()):
-        return  # one sample's own: nothing to look for
+        return  # inside vmap there is one sample alone, whose mean is its own
     below = nodes_below(roots)
     sources = inputs or [node.variable for node in below if hasattr(node, "variable")]
     if grads is None:
@@ -88,10 +91,10 @@ def _mark(grads: Iterable[Tensor | None], samples: int) -> None:
 
 
 def check_not_averaged(losses: Tensor) -> None:
-    """Refuse losses that go on from the gradient of a mean over their samples, or over several rows of each.
+    """Refuse losses that use the gradient of a mean over their samples, or over several rows of each sample.
 
     Raises:
-        PrivacyError: with what to do.
+        PrivacyError: losses use such a gradient; the message says what to do.
     """
     if not _any_marks or losses.grad_fn is None:
         return

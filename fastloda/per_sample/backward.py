@@ -1,8 +1,8 @@
 """One backward pass that leaves the per-sample gradients of all trainable parameters, and nothing in `.grad`.
 
 Autograd is asked only for what lies above the parameters: weight gradients summed over the batch are never computed.
-A LoDA layer's node hands over its recipes from its own backward (it needs gz there anyway); any other operation is read
-by a rule from its saved tensors just before it runs, or from its captured grad_output if nothing below it is needed.
+A LoDA layer's node hands over its recipes from its own backward, which computes gz anyway. For any other operation a rule
+reads the saved tensors just before the operation's backward runs, or after the pass if nothing below it is needed.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -26,20 +26,23 @@ from fastloda.per_sample.regions import may_run_again
 from fastloda.per_sample.relaying import TILING, back_to_parameter
 from fastloda.per_sample.rules import Call, Recipes, recipes_of
 
-# `with one_recomputation():` what is read after backward costs no recomputation of its own. Older PyTorch has no such thing.
+# Within `with one_recomputation():` reading saved tensors after the pass costs no second recomputation (older PyTorch: it does).
 one_recomputation = getattr(torch.utils.checkpoint, "GraphExecGroup", nullcontext)
 
-# on_use(node, grad_output with the batch first, make_recipes): called once for each operation that uses a trainable parameter.
-# make_recipes(samples) -> {input: Recipe}
+# on_use(node, grad_output with the batch first, make_recipes) is called once for each operation that uses a trainable parameter;
+# make_recipes(samples) -> {number of the input: Recipe}.
 OnUse = Callable[[Node, Tensor, Callable[[int], dict[int, Recipe]]], None]
 
 
 def per_sample_grads(
     losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], samples: int, retain_graph: bool = False
 ) -> dict[str, PerSampleGrad]:
-    """The gradient of each sample's mean loss over its views, for every parameter: exact, by one backward pass.
+    """Compute, by one backward pass, every parameter's gradient of each sample's loss, averaged over its views.
 
-    losses [samples * views], sample-major.
+    losses [samples * views], sample-major. Returns the gradients by the names of `parameters`.
+
+    Raises:
+        PrivacyError: an operation that uses a parameter has no exact rule; the message names both.
     """
     grads = {name: PerSampleGrad(parameter.shape, samples) for name, parameter in parameters.items()}
 
@@ -59,7 +62,7 @@ def per_sample_grads(
 
 
 def of_parameter(use: Use, recipe: Recipe, samples: int) -> Recipe:
-    """The recipe for the parameter itself, from that for what the operation read."""
+    """Make the parameter's own recipe from the recipe of the tensor that the operation read, a view or function of it."""
     if not use.steps:
         return recipe
     keeps_norm = not any(isinstance(step, Composite) or step.node.name() in TILING for step in use.steps)
@@ -80,7 +83,7 @@ def run_backward(
     on_use: OnUse,
     retain_graph: bool,
 ) -> None:
-    """Backward from sum_i weights[i] losses[i] to the lowest uses of the parameters; every use goes through on_use."""
+    """Run backward from sum_i weights[i] losses[i] down to the last use of a parameter, and call on_use for every operation."""
     if not graph.uses:
         return
     by_node = {node: recipes_of(node) for node in graph.uses}
@@ -109,12 +112,12 @@ def run_backward(
 
 
 def _contiguous(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Of a batch of one, PyTorch 2.13's backward of BatchNorm takes rows that lie channels last for others on the CPU."""
+    """Make the gradients of a batch of one contiguous: PyTorch 2.13's BatchNorm misreads channels_last ones on the CPU."""
     return tuple(gy.contiguous() if gy is not None and len(gy) == 1 else gy for gy in gradients)
 
 
 def _from_adapter(node: Node, outer: int, on_use: OnUse):
-    """For a node that hands over its recipes, or what makes them."""
+    """Make the receiver of a node that hands over its recipes, or a function that makes them."""
 
     def record(gy: Tensor, recipes: dict[int, Recipe] | Callable[[], dict[int, Recipe]]) -> None:
         def make_recipes(samples: int) -> dict[int, Recipe]:
@@ -155,7 +158,7 @@ def _by_rule(node: Node, recipes: Recipes, graph: LossGraph, on_use: OnUse, read
 
 @contextmanager
 def _unreadable_refused(graph: LossGraph, read: Mapping[Node, None]) -> Generator[None]:
-    """A PrivacyError with a name, should this version of PyTorch let a checkpointed tensor be read only once."""
+    """Raise a PrivacyError that names the layer where this version of PyTorch lets a checkpointed tensor be read only once."""
     try:
         yield
     except CheckpointError as error:
@@ -167,14 +170,14 @@ def _unreadable_refused(graph: LossGraph, read: Mapping[Node, None]) -> Generato
         ) from error
 
 
-# ---- Activation checkpointing recomputes what an operation saved when it is first read, and forgets each tensor as it is read,
-# so that it can be freed early. A rule's read comes before the operation's own.
+# ---- Activation checkpointing recomputes the saved tensors when one is first read, and drops each as it is read, to free it
+# early. A rule reads them before the operation itself does.
 
 
 def let_rule_read_first(node: Node) -> None:
-    """The next read of each tensor that checkpointing recomputes for this operation leaves it for one more.
+    """Let each tensor that checkpointing recomputes for `node` be read once more than PyTorch allows.
 
-    The handles are private to PyTorch. Where it keeps them otherwise nothing is done, and the second read raises CheckpointError.
+    The handles are private to PyTorch. Where they are stored otherwise nothing is done, and a second read raises CheckpointError.
     """
     for name in _raw_saved(type(node)):
         holder = getattr(getattr(node, name), "data", None)
@@ -184,7 +187,7 @@ def let_rule_read_first(node: Node) -> None:
 
 
 class _KeptForOneMore(dict):
-    """Backward pass -> handle of the recomputed tensor, set to None as it is read: from the second time on."""
+    """The handles of a recomputed tensor by backward pass; to set one to None, as a read does, works from the second time on."""
 
     def __init__(self, handles: dict):
         super().__init__(handles)

@@ -1,15 +1,16 @@
 """Where the batch lies in the output of each operation, read off the graph from the losses downwards.
 
 Most models keep the batch first. Attention and recurrent layers compute sequence first, [T, N, C] or T N flattened rows: a
-sample's rows are then N apart, not together. `outer` tells: the number of blocks before the batch coordinate in row-major
-order, 1 where the batch comes first, T in [T, N, C]. It is the same for every view of a tensor, which is what makes it easy
-to follow. 0 stands for a lone row, which owns every tensor, wherever its batch dimension is.
+sample's rows are then N apart, not together. One number, `outer`, says where the batch lies: how many blocks come before the
+batch coordinate in row-major order, 1 where the batch comes first, T in [T, N, C]. Every view of a tensor has the same `outer`,
+which makes it easy to follow. 0 stands for a batch of one, whose only sample owns every tensor, wherever its batch dimension is.
 
 What is read here is a proposal. The probe in `refusals.py` checks it: backward from some samples must leave the rows that
 belong to the others exactly zero. A wrong proposal is refused, never used.
 
-Rows that are picked by an index or a mask are whose the data says, another time otherwise. So the indices are read at every step:
-if each sample finds its own rows, they are followed; else what lies below is marked as picked, which no parameter may be.
+Rows that are picked by an index or a mask belong to the samples that the data says, others in the next batch. So the indices are
+read at every step: if each sample picks its own rows, these are followed; else every operation below is marked as picked, and
+none of those may use a parameter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from fastloda.errors import PrivacyError
 from fastloda.per_sample.node import Node
 from fastloda.per_sample.regions import COMPILED
 
-Edges = tuple[tuple[Node | None, int], ...]  # to the nodes that gradients go to, and which of their outputs each is
+Edges = tuple[tuple[Node | None, int], ...]  # for each input of a node: what made it, and which of its outputs it is
 
 
 def _kinds(names: str, number: int = 0) -> set[str]:
@@ -32,8 +33,8 @@ def _kinds(names: str, number: int = 0) -> set[str]:
 
 
 REDUCING = _kinds("Amax Amin LinalgVectorNorm Logsumexp Max Min Std Var") | _kinds("Mean Norm Prod Sum", 1)
-# an input of these may hold the batch elsewhere than the output does
 PACKING = "PackPaddedSequenceBackward0"
+# An input of these may hold the batch in another dimension than the output does.
 MOVING = REDUCING | _kinds("Permute Select Stack T Transpose Unbind") | _kinds("Transpose", 1)
 VIEWING = _kinds("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View")
 VIEWING |= _kinds("Squeeze", 1) | _kinds("Squeeze", 2)
@@ -41,20 +42,18 @@ ELEMENTWISE = _kinds("Add Addcmul Div Mul Sub")
 BROADCASTING = ELEMENTWISE | _kinds("Expand Repeat")
 LAYER_CALL = "LayerCallFunctionBackward"  # tells where the batch is in each of its outputs: see `layer_call.py`
 BATCH_FIRST = _kinds("Convolution NativeBatchNorm NativeGroupNorm") | {LAYER_CALL}  # by definition
-ORDERING = _kinds("Index IndexSelect")
-PARTING = _kinds("Slice Split SplitWithSizes Cat")  # may leave some of the samples
+ORDERING = _kinds("Index IndexSelect")  # may put rows into another order
+PARTING = _kinds("Slice Split SplitWithSizes Cat")  # may leave out some of the samples
 PICKING = _kinds(
     "Index IndexSelect MaskedSelect PackPaddedSequence SegmentReduce Take"
-)  # the output's rows, of the input's
+)  # take some of the input's rows
 PLACING = _kinds(
     "IndexAdd IndexCopy IndexPut MaskedScatter Scatter ScatterAdd SelectScatter SliceScatter"
-)  # the second's
-WRITING = "torch::autograd::CopySlices"  # into a view of the first input: where, the graph does not say
-# of rows by indices or lengths that are not read here
+)  # put the second input's rows into the first
+WRITING = "torch::autograd::CopySlices"  # writes into a view of the first input; the graph does not say where
+# These move rows by indices or lengths that are not read here, the second group along some dimensions only.
 LAYING = _kinds("Embedding EmbeddingBag IndexReduce Put ScatterReduce SparseAddmm")
-LAYING_ALONG = _kinds(
-    "Cummax Cummin Cumprod Cumsum Gather Kthvalue Logcumsumexp Median Mode Roll Sort Topk"
-)  # along dimensions
+LAYING_ALONG = _kinds("Cummax Cummin Cumprod Cumsum Gather Kthvalue Logcumsumexp Median Mode Roll Sort Topk")
 PRODUCTS = {  # einsum's letters of each input and of the output
     "AddmmBackward0": ("ij", "ik", "kj", "ij"),
     "BaddbmmBackward0": ("bij", "bik", "bkj", "bij"),
@@ -67,10 +66,11 @@ WEIGHTS = {"AddmmBackward0": (2,), "ConvolutionBackward0": (1, 2), "MmBackward0"
 
 @dataclass(frozen=True, eq=False)
 class Picked:
-    """Rows of which the data says whose they are, by an operation of this kind.
+    """The claim that the data decides which sample each row belongs to.
 
     Attributes:
-        owners: of all samples' rows, if these are some of them in another order.
+        kind: the kind of the operation that picks or lays the rows.
+        owners: the sample of each row before the picking, if they were all samples' rows in another order.
     """
 
     kind: str
@@ -79,11 +79,12 @@ class Picked:
 
 @dataclass(frozen=True, eq=False)
 class Permuted:
-    """All samples' rows in another order, as packed sequences have them.
+    """The claim that an output has all samples' rows in another order, as packed sequences have them.
 
     Attributes:
-        outer: as of rows in order.
-        owners: the sample of each row; it is in order once more where an operation puts the rows back.
+        outer: the blocks before the batch coordinate.
+        owners: the sample of each row, [rows]; in order again below the operation that changed the order.
+        kind: the kind of that operation.
     """
 
     outer: int
@@ -92,23 +93,23 @@ class Permuted:
 
 
 class Shared:
-    """No rows: the same for all samples."""
+    """The claim that an output has no rows of the samples: it is the same for all of them."""
 
 
 SHARED = Shared()
-Claim = int | Permuted | Shared | Picked  # of an operation's output; a number is `outer`
+Claim = int | Permuted | Shared | Picked  # what is said of an operation's output; an int is its `outer`
 
 
 class BatchPlaces(NamedTuple):
-    """Where the batch lies, by node.
+    """The places of the batch in the outputs of a graph's operations.
 
     Attributes:
-        outer: blocks before the batch coordinate in its output.
-        picked: the kind of operation that picks or lays its rows as the data says.
-        crossings: kinds of operations that hand a sample the rows of others.
-        laid: nodes whose rows an operation above may lay as the data says, which the graph does not tell.
-        unsure: whether rows may have been picked by data where the graph does not tell.
-        shared: operations whose output has no rows of the samples.
+        outer: node -> the number of blocks before the batch coordinate in its output.
+        picked: node -> the kind of the operation by which the data decides whose its rows are.
+        crossings: the kinds of the operations that hand a sample the rows of others.
+        laid: the nodes whose rows an operation above may reorder by data that the graph does not show.
+        unsure: whether rows may have been picked by data that the graph does not show.
+        shared: the nodes whose output has no rows of the samples.
     """
 
     outer: dict[Node, int]
@@ -120,7 +121,7 @@ class BatchPlaces(NamedTuple):
 
 
 def follow_batch(edges: dict[Node, Edges], rows: int) -> BatchPlaces:
-    """Follow a batch of `rows` samples downwards. edges: of each node, which comes before the ones that read it."""
+    """Follow a batch of `rows` samples from the losses downwards; edges: node -> its edges, each node after its inputs."""
     if rows == 1:
         return BatchPlaces(dict.fromkeys(edges, 0), {}, [])
     claims: dict[Node, Claim] = {}
@@ -156,7 +157,7 @@ def follow_batch(edges: dict[Node, Edges], rows: int) -> BatchPlaces:
 
 
 def _lays_rows(node: Node, kind: str, outer: int, index: int, below: Size) -> bool:
-    """Whether an operation may make a sample's rows of any of its input's: a product with a matrix of ones and zeros can."""
+    """Tell whether an operation may make a sample's rows of any rows of its input, as a product with a permutation matrix can."""
     shape = output_shape(node)
     if kind in LAYING:
         return True
@@ -172,24 +173,25 @@ def _lays_rows(node: Node, kind: str, outer: int, index: int, below: Size) -> bo
     return outer == 1 and shape[0] != below[0] and kind not in SIZED
 
 
-SIZED = VIEWING | MOVING | BROADCASTING | PARTING | PICKING | PLACING | {WRITING}  # known above, or by sizes
+# Another first size of these says nothing: they are judged by their kind.
+SIZED = VIEWING | MOVING | BROADCASTING | PARTING | PICKING | PLACING | {WRITING}
 
 
 def _writes_rows(entry: tuple[Node, Edges]) -> bool:
-    """Whether an operation in place writes features into a part of a tensor."""
+    """Tell whether the node of `entry` is an in-place operation that writes features into a part of a tensor."""
     node, below = entry
     written = [output_shape(*edge) for edge in below[1:] if edge[0] is not None] if node.name() == WRITING else []
     return any(shape.numel() != output_shape(node).numel() for shape in written)
 
 
 def _stronger(known: Claim | None, new: Claim) -> Claim:
-    """Of two readers' claims: one that knows the place, before one that shares it, before one that picks."""
+    """Choose between two readers' claims on one output: a known place, before another order, before none, before picked rows."""
     rank = lambda claim: (isinstance(claim, int), isinstance(claim, Permuted), isinstance(claim, Shared))  # noqa: E731
     return new if known is None or rank(new) > rank(known) else known
 
 
 def _claim_below(node: Node, kind: str, claim: Claim, index: int, child: Node, number: int, rows: int) -> Claim:
-    """What an operation with this claim says of its input."""
+    """Tell what an operation whose output has `claim` says of its input number `index`, output `number` of `child`."""
     below = output_shape(child, number)
     if isinstance(claim, Shared):
         return SHARED
@@ -222,7 +224,7 @@ def _claim_below(node: Node, kind: str, claim: Claim, index: int, child: Node, n
         if blocks == 1 and dim < len(below) and len(below) == len(shape) and below[dim] != shape[dim]:
             return Picked(kind)
     if kind == "StackBackward0" and locate(shape, claim) == (wrapped(node._saved_dim, len(shape)), 1):
-        return Picked(kind)  # one sample's numbers each
+        return Picked(kind)  # each input has one sample's numbers
     partly = (kind == WRITING and index and shape.numel() != below.numel()) or _is_python(node)
     if partly and shape and below and shape[0] != below[0] and claim == 1:
         return Picked(kind)
@@ -231,7 +233,7 @@ def _claim_below(node: Node, kind: str, claim: Claim, index: int, child: Node, n
 
 
 def _is_python(node: Node) -> bool:
-    """Whether an autograd.Function made the node that does not say of itself that it `keeps_rows`: they may be anybody's."""
+    """Tell whether the node is an autograd.Function's that does not declare `keeps_rows`: its rows may be any sample's."""
     function = getattr(type(node), "_forward_cls", None)
     return function is not None and node.name() != COMPILED and not getattr(function, "keeps_rows", False)
 
@@ -239,7 +241,7 @@ def _is_python(node: Node) -> bool:
 def _reordered(
     node: Node, kind: str, outer: int, owners: Tensor | None, below: Size, rows: int
 ) -> int | Permuted | Picked:
-    """Of the input whose rows an index puts into another order; owners: of the output's rows, if they are in none."""
+    """Tell what an index that reorders rows says of its input; owners: each output row's sample, None if they are in order."""
     by_dim = indices_by_dim(node, kind, below)
     (dim, index), *more = [(d, index) for d, index in enumerate(by_dim) if index is not None]
     if more or index.dim() != 1 or len(index) != below[dim] or locate(output_shape(node), outer) != (dim, 1):
@@ -253,7 +255,7 @@ def _reordered(
 
 
 def _picked_from(node: Node, kind: str, outer: int, below: Size, rows: int) -> Claim:
-    """Of the input whose rows an operation picks: its own place if every sample picks rows of its own."""
+    """Tell what an operation that picks rows says of its input: its `outer` if every sample picks rows of its own."""
     if kind == PACKING:
         return 1 if node._saved_batch_first else below[0]
     if kind not in ORDERING or not output_shape(node):
@@ -275,7 +277,7 @@ def _picked_from(node: Node, kind: str, outer: int, below: Size, rows: int) -> C
 
 
 def _placed_into(node: Node, kind: str, outer: int, values: Size, rows: int) -> Claim:
-    """Of the values that an operation lays into rows: their own place if every sample lays rows of its own."""
+    """Tell what an operation that puts values into rows says of the values: their `outer` if every sample puts in its own."""
     shape = output_shape(node)
     dim, blocks = locate(shape, outer)
     dims = _indexed_dims(node, kind, shape)
@@ -296,7 +298,7 @@ def _aligned_below(shape: Size, below: Size, dim: int, blocks: int) -> int:
 
 
 def own_rows(index: Tensor, dim: int, size: int, rows: int) -> bool:
-    """Whether `index`, into a dimension of `size` numbers, finds only its own sample's; both are sample-major along `dim`."""
+    """Tell whether entries of index, sample-major along dim, point to their own sample's among `size` sample-major numbers."""
     if index.shape[dim] % rows or size % rows:
         return False
     owners = torch.arange(rows, device=index.device).repeat_interleave(index.shape[dim] // rows)
@@ -304,7 +306,7 @@ def own_rows(index: Tensor, dim: int, size: int, rows: int) -> bool:
 
 
 def indices_by_dim(node: Node, kind: str, shape: Sequence[int]) -> list[Tensor | None]:
-    """The index into each dimension of the indexed tensor; a mask over several dimensions is one for each."""
+    """List the index into each dimension of the indexed tensor (None: not indexed); a mask over d dimensions gives d indices."""
     if kind in ("IndexAddBackward0", "IndexCopyBackward0", "IndexSelectBackward0"):
         indices = [None] * len(shape)
         indices[wrapped(node._saved_dim, len(shape))] = node._saved_index.reshape(-1)
@@ -317,7 +319,7 @@ def indices_by_dim(node: Node, kind: str, shape: Sequence[int]) -> list[Tensor |
 
 
 def _indexed_dims(node: Node, kind: str, shape: Sequence[int]) -> list[int]:
-    """The dimensions of the tensor that the rows are picked from, or laid into, by which they are."""
+    """List the dimensions along which rows are picked from a tensor, or put into it."""
     if kind in ("IndexBackward0", "IndexPutBackward0", "IndexSelectBackward0"):
         return [d for d, index in enumerate(indices_by_dim(node, kind, shape)) if index is not None]
     if kind == PACKING:
@@ -327,14 +329,14 @@ def _indexed_dims(node: Node, kind: str, shape: Sequence[int]) -> list[int]:
 
 
 def _takes_rows(node: Node, kind: str, below: Size) -> bool:
-    """Whether an operation takes some of its input's first dimension."""
+    """Tell whether an operation takes a part of its input's first dimension."""
     if kind in ("SelectBackward0", "UnbindBackward0"):
         return wrapped(node._saved_dim, len(below)) == 0
     return kind in PARTING and kind != "CatBackward0" and bool(below) and output_shape(node)[0] != below[0]
 
 
 def _takes_positions(node: Node, kind: str, below: Size, rows: int) -> bool:
-    """Whether an operation picks by sample and position, [rows, T, ...]; what has less may have been picked before."""
+    """Tell whether an operation picks by sample and position from [rows, T, ...]; other inputs may have been picked before."""
     return kind == "IndexBackward0" and below[0] == rows and _indexed_dims(node, kind, below)[:2] == [0, 1]
 
 
@@ -347,7 +349,7 @@ def output_shape(node: Node, number: int = 0) -> Size:
 
 
 def locate(shape: Sequence[int], outer: int) -> tuple[int, int]:
-    """-> (the dimension that holds the batch coordinate, the blocks before it within this dimension); (0, 1) if none does."""
+    """Find the dimension that holds the batch coordinate, and the blocks before it within that dimension; (0, 1) if none does."""
     before = 1
     for dim, size in enumerate(shape):
         if outer < before * size and outer % before == 0:
@@ -357,14 +359,18 @@ def locate(shape: Sequence[int], outer: int) -> tuple[int, int]:
 
 
 def batch_apart(t: Tensor, dim: int, blocks: int) -> Tensor:
-    """[..., blocks x batch, ...] -> [batch, ..., blocks, ...]: a view."""
+    """Bring the batch of t [..., blocks x batch, ...] first, as a view [batch, ..., blocks, ...].
+
+    Raises:
+        PrivacyError: the dimension is no multiple of `blocks`.
+    """
     if t.shape[dim] % blocks:
         raise PrivacyError(f"a tensor of shape {tuple(t.shape)} has no batch in dimension {dim}: it must come first")
     return t.unflatten(dim, (blocks, t.shape[dim] // blocks)).movedim(dim + 1, 0)
 
 
 def signed(dim: int) -> int:
-    """Autograd tells -1 as 2^64 - 1."""
+    """Read a dimension or index as a signed number: autograd gives -1 as 2^64 - 1."""
     return dim - (1 << 64) if dim >= 1 << 63 else dim
 
 
@@ -373,7 +379,7 @@ def wrapped(dim: int, dims: int) -> int:
 
 
 def _below(node: Node, kind: str, outer: int, child: Node, number: int) -> Claim:
-    """What a reader that knows its own place says of its input, output `number` of child."""
+    """Tell what an operation that knows its own `outer` says of its input, output `number` of `child`."""
     shape, below = output_shape(node), output_shape(child, number)
     if kind in VIEWING or not shape or (kind == WRITING and shape.numel() == below.numel()):
         return outer
@@ -385,7 +391,7 @@ def _below(node: Node, kind: str, outer: int, child: Node, number: int) -> Claim
 
 
 def _dim_below(node: Node, kind: str, dim: int, dims: int, dims_below: int) -> int:
-    """The dimension of an input that becomes dimension `dim` of the output; negative: the input is broadcast along it."""
+    """Find the dimension of an input that becomes dimension `dim` of the output; negative: the input is broadcast along it."""
     if kind == "TBackward0":
         return dims - 1 - dim
     if kind in ("TransposeBackward0", "TransposeBackward1"):
@@ -410,7 +416,7 @@ def _kept_dims(node: Node, dims: int) -> list[int]:
 
 
 def carries_batch(node: Node, consumers: Sequence[tuple[Node, int, int]], outer: Mapping[Node, int]) -> bool:
-    """Whether what `node` repeats has entries for each row: not where it is then broadcast along the batch."""
+    """Tell whether the output of `node`, an expand or repeat, has entries for each row; no if readers broadcast it over them."""
     shape = output_shape(node)
     if not outer[node]:
         return True

@@ -1,12 +1,12 @@
-"""Values that a model makes of its parameters and of constants alone, the same for all samples.
+"""Composites: values that a model makes of its parameters and of constants alone, the same for all samples.
 
-A weight divided by its norm, a mask times a weight, positions looked up for `arange(T)`, prompts through an MLP of their own: no
-sample enters, so no row of such an operation belongs to one, and its own rule could tell no samples apart. But the value is then
-used as a parameter is. The rule of the operation that reads it together with features gives its gradient for each sample, and
-autograd takes each of these back to the parameters.
+Examples are a weight divided by its norm, a mask times a weight, positions looked up for `arange(T)`, prompts through an MLP of
+their own. No sample enters such an operation, so that its rule could not tell samples apart. But its value is then used as a
+parameter is: the rule of the operation that reads it together with features gives its gradient for each sample, and autograd
+takes each of these back to the parameters.
 
 The autograd graph does not tell constants from inputs. So the forward pass is watched: what is computed from parameters,
-buffers and numbers only is marked in the graph, and nothing else is.
+buffers and numbers alone is marked in the graph.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -25,25 +25,28 @@ from fastloda.per_sample.relaying import RELAYING, TILING, relays
 
 MARK = "fastloda: made of parameters and constants"
 READING = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
-AS_ANOTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}  # read the first's values
-# read no values
+AS_ANOTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
+# AS_ANOTHER read the values of their first tensor alone, LIKE_ANOTHER no values at all.
 LIKE_ANOTHER: set[Callable] = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like}
 LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
 WHOLE_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__}
 
-Consumers = Mapping[Node, Sequence[tuple[Node, int, int]]]  # (operation, which of its inputs, which output of the node)
+Consumers = Mapping[Node, Sequence[tuple[Node, int, int]]]  # node -> (reading operation, its input, the node's output)
 
 
 class Marking(TorchFunctionMode):
-    """Marks the operations, called inside, whose inputs are parameters, buffers, numbers, or made of these.
+    """The mode that marks the operations called inside it whose inputs are parameters, buffers, numbers, or made of these.
 
-    Whatever it does not know counts as private: arguments, what a closure holds, what a custom autograd Function returns. A
-    number that is read from private values makes all that follows private too; sizes, and what is true or false, do not.
+    Every other tensor counts as private: arguments, what a closure holds, what a custom autograd Function returns. A number
+    read from private values makes all later values private too; sizes and booleans do not.
+
+    Attributes:
+        count: how many marked operations do more than re-lay a parameter.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.count = 0  # of marked operations that do more than re-lay a parameter
+        self.count = 0
         self._public = {id(t): t for t in map(_storage, [*model.parameters(), *model.buffers()]) if t is not None}
         self._private_numbers = False
 
@@ -84,7 +87,7 @@ class Marking(TorchFunctionMode):
 
 
 def _is_made(node: Node) -> bool:
-    """Whether more happens below than that a parameter is re-laid: a linear map may end in a view of its own."""
+    """Tell whether the node does more than re-lay a parameter. Views are skipped first, for a linear map may end in one."""
     while node.name() in RELAYING or node.name() in TILING:
         node = node.next_functions[0][0]
     return not hasattr(node, "variable")
@@ -96,9 +99,9 @@ def is_marking() -> bool:
 
 @contextmanager
 def marking(model: nn.Module) -> Generator[Marking]:
-    """Mark what is computed inside; the outermost model around this one says what its parameters are.
+    """Mark what is computed inside of parameters and constants; of nested models the outermost says which parameters there are.
 
-    Not where torch.compile compiles a part of it, which would then not be compiled.
+    Nothing is marked where torch.compile compiles a part of the model, for that part would then not be compiled.
     """
     active = next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, Marking)), None)
     mode = active or Marking(model)
@@ -108,7 +111,7 @@ def marking(model: nn.Module) -> Generator[Marking]:
 
 
 class Composite(NamedTuple):
-    """Output `number` of `node`, made of the parameter whose graph begins at `leaf`; see `relaid.Step`."""
+    """The output `number` of `node`, made of the parameter whose graph begins at `leaf`; used as a `relaying.Step` is."""
 
     node: Node
     number: int
@@ -116,11 +119,11 @@ class Composite(NamedTuple):
 
     @property
     def scratch_bytes(self) -> int:
-        """For one sample."""
+        """The bytes of temporaries that `back` needs for one sample."""
         return 4 * output_shape(self.node, self.number).numel()
 
     def back(self, grads: Tensor) -> Tensor:
-        """[samples, *after] -> [samples, *before], by one vectorised backward pass from here to the parameter."""
+        """Take gradients of this value [samples, *after] back to the parameter [samples, *before], by one vectorised backward."""
         grads = grads.to(self.node._input_metadata[self.number].dtype)
         grads = grads.reshape(len(grads), *output_shape(self.node, self.number))
         edges = [GradientEdge(self.node, self.number)], [GradientEdge(self.leaf, 0)]
@@ -137,14 +140,18 @@ def composite_nodes(
     outer: Mapping[Node, int],
     covers: Callable[[Node, int, Size, int], bool],
 ) -> frozenset[Node]:
-    """The operations whose values are made of parameters and constants and are then used only where a rule covers it.
+    """Find the operations whose values are made of parameters and constants, and are then used only where a rule covers that.
 
-    edges: of each node, after those of its inputs. covers(node, input, shape, outer): whether a rule covers a parameter there.
+    Args:
+        edges: node -> its edges, each node after its inputs.
+        consumers: node -> the operations that read its outputs.
+        outer: node -> the blocks before the batch coordinate in its output.
+        covers: (node, input, shape, outer) -> whether a rule covers a parameter that enters there.
     """
     marked = {node for node in edges if MARK in node.metadata}
     if not marked:
         return frozenset()
-    for node in reversed(edges):  # what something marked is made of
+    for node in reversed(edges):  # also mark what a marked value is made of
         if node in marked:
             marked.update(child for child, _ in edges[node] if child is not None)
     for node, below in edges.items():
@@ -154,7 +161,7 @@ def composite_nodes(
     made: set[Node] = set()
 
     def fits(node: Node, consumer: Node, index: int, number: int) -> bool:
-        if consumer.name() == LAYER_CALL and index < len(consumer.call.outputs):  # goes through, and is not used
+        if consumer.name() == LAYER_CALL and index < len(consumer.call.outputs):  # passes through unused
             return False
         return consumer in made or covers(consumer, index, output_shape(node, number), outer[consumer])
 
@@ -168,7 +175,7 @@ def composite_nodes(
 
 
 def composite_uses(leaf: Node, consumers: Consumers, made: frozenset[Node]) -> dict[tuple[Node, int], Composite]:
-    """(operation, its input) -> what it reads there that is made of the parameter whose graph begins at leaf."""
+    """Map each (operation, number of its input) to the composite it reads there, made of the parameter that begins at leaf."""
     uses, seen, pending = {}, {leaf}, [leaf]
     while pending:
         node = pending.pop()
@@ -194,7 +201,7 @@ def _version(t: Tensor) -> int | None:
 
 
 def _reads_values(func: Callable, leaves: Sequence) -> bool:
-    """Whether it makes a tensor of Python's or NumPy's values, which may be private, other than one number."""
+    """Tell whether func makes a tensor of Python or NumPy values, which may be private, unless that is a single number."""
     numbers = sum(isinstance(leaf, (int, float, complex)) for leaf in leaves)
     reads = func in READING and numbers != 1 and not any(isinstance(leaf, Tensor) for leaf in leaves)
     return reads or any(type(leaf).__module__ == "numpy" for leaf in leaves)

@@ -1,4 +1,4 @@
-"""From a vector of losses to every trainable parameter's per-sample gradients, or a refusal by name before anything changes."""
+"""Per-sample gradients of all trainable parameters from a vector of losses, or a refusal before anything changes."""
 
 from collections.abc import Callable, Mapping
 
@@ -22,15 +22,18 @@ def compute_per_sample_grads(
     agree: Callable[[int], int] = lambda passes: passes,
     retain_graph: bool = False,
 ) -> dict[str, PerSampleGrad]:
-    """Read the graph below losses, refuse what has no exact rule or mixes samples, and run its backward pass.
+    """Compute the per-sample gradients of losses by one backward pass, after refusing what has no exact rule or mixes samples.
 
     Args:
         losses: [samples * views], sample-major.
-        parameters: all that train, by name.
-        agree: how many backward passes to make where this process wants that many: see `check_independence`.
+        model: the module that computed the losses.
+        parameters: all parameters that train, by name.
+        samples: the number of samples.
+        agree: passes that this process wants -> passes to make: see `check_independence`.
+        retain_graph: keep the graph for another backward pass.
 
     Raises:
-        PrivacyError: names the parameter, or the operation.
+        PrivacyError: an operation has no exact rule, or samples mix; the message names the parameter or the operation.
     """
     graph = trace(losses, parameters, alone=samples == 1)
     check_graph(graph)
@@ -47,7 +50,11 @@ def check_views(views: int) -> int:
 
 
 def check_losses(losses: Tensor, views: int, mask: Tensor | None) -> tuple[int, Tensor]:
-    """-> the number of samples and the mask."""
+    """Check losses [samples * views] and mask (None: all true); return the number of samples and the mask, bool [samples].
+
+    Raises:
+        UserError: losses is no vector of floats with a graph and a multiple of `views` entries, or mask does not fit it.
+    """
     if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
         got = f"a {losses.dtype} tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
         raise UserError(f"losses must be a vector with one number per sample (reduction='none'), got {got}")

@@ -1,8 +1,8 @@
-"""What a private step would do with each layer, at what cost, and what it would refuse.
+"""A table of what a private step would do with each layer, at what cost, and of what it would refuse.
 
     fastloda.explain(model, x)
 
-The costs are those that the planner counts: bytes held until the clip factors are known, and flops by opt_einsum.
+The costs are the planner's: bytes held until the clip factors are known, and flops as opt_einsum counts them.
 """
 
 import warnings
@@ -48,15 +48,21 @@ LEFT = (0, 1, 2, 5, 11)  # columns aligned to the left
 
 @dataclass(frozen=True)
 class Row:
-    """A trainable layer. Costs are summed over its parameters and calls.
+    """The table's row for one trainable layer. Costs are summed over its parameters and calls.
 
-    way: "kept", "made again" or "ghost" of its largest parameter, as the planner chooses; "functional" through torch.func;
-        "refused"; or "unused", if the loss does not depend on the layer.
-    positions: how often a sample uses each of the largest parameter's entries; rows of the operation are samples x positions.
-    gradient_bytes: of the per-sample gradients, if all were kept.
-    recipe_bytes: of what they are made of.
-    flops: way -> of norms and clipped sum, for the ways that are open to the largest parameter.
-    held_bytes, planned_flops: of the ways chosen.
+    Attributes:
+        layer, kind: the layer's name and class.
+        operations: the kinds of the operations that use its parameters.
+        parameters: the number of its trainable numbers.
+        samples, positions: the two factors of the operation's rows; a sample uses each of the largest parameter's entries
+            `positions` times.
+        way: "kept", "made again" or "ghost", as the planner chooses for the largest parameter; "functional" through torch.func;
+            "registered" by the layer's own rule; "refused"; or "unused", if the loss does not depend on the layer.
+        gradient_bytes: the size of the per-sample gradients, if all were kept.
+        recipe_bytes: the size of the recipes.
+        flops: way -> the flops of norms and clipped sum, for the ways that are open to the largest parameter.
+        held_bytes, planned_flops: the costs of the ways that the planner chooses.
+        note: why another way is not open, or what it would cost.
     """
 
     layer: str
@@ -76,19 +82,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`str` is the table. `refused`: what a step would refuse, and why; empty if it would run."""
+    """The answer of `explain`, whose `str` is the table.
+
+    Attributes:
+        rows: one row for each trainable layer.
+        refused: what a step would refuse, and why; empty if it would run.
+    """
 
     rows: tuple[Row, ...]
     refused: tuple[str, ...]
 
     @property
     def held_bytes(self) -> int:
-        """Held by a step until the clip factors are known."""
+        """The bytes that a step holds until the clip factors are known."""
         return sum(row.held_bytes for row in self.rows)
 
     @property
     def flops(self) -> int:
-        """Of norms and clipped sums; forward and backward come on top."""
+        """The flops of norms and clipped sums, without those of the forward and backward passes."""
         return sum(row.planned_flops for row in self.rows)
 
     def __str__(self) -> str:
@@ -107,13 +118,13 @@ def explain(
 ) -> Explanation:
     """Print how a private step would handle each trainable layer, at what cost, and what it would refuse, by name.
 
-    Runs one forward pass on inputs and several backward passes. Leaves the model as it is: parameters, `.grad`, buffers, and the
-    default random number generators.
+    Runs one forward pass on inputs and several backward passes. Changes neither parameters, `.grad` and buffers, nor the default
+    random number generators.
 
     Args:
-        inputs: as the model takes them; the batch is the first dimension of the first tensor among them.
-        loss: what the model returns -> one number per sample. Default: the sum of squares of all that it returns.
-        show: print the table; it is returned in any case, as an object whose `str` it is.
+        inputs: the model's arguments; the batch is the first dimension of the first tensor among them.
+        loss: a function from what the model returns to one number per sample. Default: the sum of squares of all it returns.
+        show: whether to print the table; it is returned in any case, as an object whose `str` is the table.
 
     Raises:
         ValueError: no input has a batch, nothing trains, or loss does not give one number per sample.
@@ -137,14 +148,14 @@ def explain(
 
 @contextmanager
 def _as_it_is(model: nn.Module, given: Sequence[Tensor]) -> Generator[None]:
-    """Covered inside, and the same afterwards."""
+    """Cover the model inside, and restore its buffers and forwards and the random number generators afterwards."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = {t.device for t in given if t.is_cuda}
     forwards = {layer: layer.__dict__.get("forward") for layer in model.modules()}
     cover(model)
     try:
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*no per-sample rule.*")  # the table says so
+            warnings.filterwarnings("ignore", message=".*no per-sample rule.*")  # the table shows it
             yield
     finally:
         for layer, forward in forwards.items():
@@ -179,7 +190,7 @@ def _explanation(model: nn.Module, losses: Tensor, parameters: Mapping[str, nn.P
     return Explanation(rows, tuple(refused + others))
 
 
-Found = Mapping[str, Sequence[tuple[Use, Sizes]]]  # parameter -> its uses, and what the planner knows of each
+Found = Mapping[str, Sequence[tuple[Use, Sizes]]]  # parameter -> its uses, each with what the planner chooses by
 
 
 def _sizes(losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], samples: int) -> Found:
@@ -231,13 +242,13 @@ def _operation(use: Use) -> str:
 
 
 def _flops(largest: tuple[Use, Sizes] | None, all_sizes: Sequence[Sizes]) -> dict[str, int]:
-    """By each way that is open to the largest; the others go the same way, or as planned where it is not open to them."""
+    """Count the flops of each way open to the largest parameter; other parameters go as planned where it is closed to them."""
     ways = costs(largest[1]) if largest else ()
     return {str(way): sum((costs(s).get(way) or costs(s)[choose(s)]).flops for s in all_sizes) for way in ways}
 
 
 def _way(refused: Sequence[Use], largest: tuple[Use, Sizes] | None) -> tuple[str, str]:
-    """-> the way, and why no other."""
+    """Name the way that a layer's largest parameter goes, and why it goes no other."""
     if refused:
         return "refused", f"{refused[0].name!r} has no rule for {refused[0].node.name()}"
     if largest is None:

@@ -1,7 +1,7 @@
 """The gradient of one parameter for each sample, kept or made again, whichever is smaller.
 
-Its norm and its clipped sum are both taken from the very same numbers, so that a norm can't underestimate what is summed, however
-much the positions of a sample cancel: from `chunks()`, or from kernels that accumulate alike.
+Its norm and its clipped sum are both taken from the very same numbers, from `chunks()` or from kernels that accumulate in the
+same order. So a norm can't underestimate what is summed, however much the positions of a sample cancel.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,17 +21,29 @@ from fastloda.per_sample.tensors import on_triton
 
 @dataclass
 class PerSampleGrad:
-    """The gradient of one parameter for each of `samples` samples, summed over the layer calls that use it."""
+    """The gradient of one parameter for each of `samples` samples, summed over the layer calls that use it.
+
+    Attributes:
+        shape: the parameter's shape.
+        kept: the sum of the gradients that are kept, [samples, ...].
+        lay_out: a function from `kept` to [samples, *shape], as in `Recipe`.
+        again: the recipes of the calls whose gradients are made again.
+        squares: float64 [samples, parts], whose rows sum to the squared norms of `kept`; None if several calls share it.
+    """
 
     shape: torch.Size
     samples: int
     kept: Tensor | None = None
-    lay_out: Callable[[Tensor], Tensor] = as_it_is  # of `kept`
+    lay_out: Callable[[Tensor], Tensor] = as_it_is
     again: list[Recipe] = field(default_factory=list)
-    squares: Tensor | None = None  # of `kept`, if its only call: [samples, parts], float64
+    squares: Tensor | None = None
 
     def add(self, recipe: Recipe) -> None:
-        """Take in one layer call: as gradients if they are small, else as the recipe."""
+        """Take in the recipe of one layer call; its gradients are made at once and kept if they are small.
+
+        Raises:
+            PrivacyError: the recipe's rows are no multiple of the samples.
+        """
         rows = {t.shape[0] for t in recipe.tensors}
         if any(count % self.samples for count in rows):
             raise PrivacyError(
@@ -52,22 +64,22 @@ class PerSampleGrad:
         if self.kept is None:
             self.kept, self.lay_out = grads, recipe.lay_out
             self.squares = row_squares(grads)[:, None]  # now, while the gradients are in the cache
-        else:  # a further call may have other ideas of the order
+        else:  # a further call may lay its numbers out in another order
             self.kept, self.lay_out = self.lay_out(self.kept).add_(recipe.lay_out(grads)), as_it_is
             self.squares = None
 
     def sizes(self, recipe: Recipe) -> Sizes:
-        """What the planner chooses by."""
+        """Count what the planner needs to choose the recipe's way."""
         fused, ghost = recipe.fused is not None, recipe.ghost is not None
         return Sizes(self.samples, self.shape.numel(), recipe.nbytes, recipe.product, fused, ghost)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(samples, their gradients in the order of `order`) a few at a time, the same numbers each time."""
+        """Yield (slice of samples, their gradients as `order` takes them), a few at a time and the same numbers each time."""
         if not self.again:
             if self.kept is not None:
                 yield slice(0, self.samples), self.kept
             return
-        # made again in parts that need not be joined: that would be one more pass, over memory fresh from the system
+        # Parts of a size that needs no joining: to join them would be one more pass, over memory fresh from the system.
         sizes = [rows_at_a_time(self.samples, recipe.scratch_bytes, recipe.tensors[0].device) for recipe in self.again]
         size = min(*sizes, chunk_samples(self.shape.numel()))
         laid_out = self._sources > 1
@@ -85,23 +97,23 @@ class PerSampleGrad:
 
     @property
     def order(self) -> Callable[[Tensor], Tensor]:
-        """How the gradients in `chunks` are laid out: as the only source of them has it, if there is but one."""
+        """The function from the gradients in `chunks` to [samples, *shape]; no change unless a single source made them all."""
         if self._sources != 1:
             return as_it_is
         return self.again[0].lay_out if self.again else self.lay_out
 
     @property
     def _lone(self) -> tuple[Fused, tuple[Tensor, ...]] | None:
-        """The only recipe's kernels and tensors, if they can do with it alone."""
+        """The kernels and tensors of the only recipe, if they need no per-sample gradient; else None."""
         if self.kept is not None or len(self.again) != 1:
             return None
         (recipe,) = self.again
         return (recipe.fused, recipe.tensors) if recipe.fused is not None else None
 
     def squared_norms(self) -> Tensor | None:
-        """float64 [samples, parts], whose rows sum to |g_n|^2: no float32 gradient overflows or vanishes in it.
+        """Compute float64 [samples, parts], whose rows sum to |g_n|^2: no square of a float32 number overflows or vanishes in it.
 
-        None if no layer call used the parameter.
+        Returns None if no layer call used the parameter.
         """
         if self.squares is not None and not self.again:
             return self.squares
@@ -112,7 +124,9 @@ class PerSampleGrad:
         return torch.cat(parts)[:, None] if parts else None
 
     def weighted_sum(self, factors: Tensor, some_are_zero: bool = True) -> Tensor | None:
-        """sum_n factors[n] g_n, of `shape`; None if no layer call used the parameter. some_are_zero: of the factors, perhaps.
+        """Compute sum_n factors[n] g_n, of `shape`; None if no layer call used the parameter.
+
+        some_are_zero: whether factors may hold zeros, whose gradients may be NaN.
 
         Raises:
             PrivacyError: the parameter entered an operation in another shape.
@@ -139,13 +153,13 @@ class PerSampleGrad:
 
 
 def squared_norms(grads: Collection[PerSampleGrad], samples: int, device: torch.device) -> Tensor:
-    """float64 [samples]: |g_n|^2 over all parameters."""
+    """Compute |g_n|^2 over all parameters: float64 [samples]."""
     parts = [squares for grad in grads if (squares := grad.squared_norms()) is not None]
     return torch.cat(parts, dim=1).sum(1) if parts else torch.zeros(samples, dtype=torch.float64, device=device)
 
 
 def weighted_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[str, Tensor | None]:
-    """Sum factors[n] g_n of each parameter (None: unused). What is kept on a GPU is summed in one launch."""
+    """Compute sum_n factors[n] g_n of each parameter (None: unused). All gradients kept on a GPU are summed in one launch."""
     kept = {name: grad.kept for name, grad in grads.items() if grad.kept is not None and not grad.again}
     flat = {name: tensor.reshape(len(tensor), -1) for name, tensor in kept.items() if on_triton(tensor)}
     some_are_zero = factors.is_cuda or not factors.all()  # a GPU is not asked: the step would wait for its answer

@@ -1,8 +1,7 @@
-"""What the autograd graph of a loss says about its parameters: every use of each, and by which operation.
+"""The uses of each parameter in the autograd graph of a loss, and the operations that make them.
 
-The graph is the truth that module hooks only approximate: a weight used outside its layer, twice, tied to another
-layer, or in a penalty added to the loss, all show as edges to its AccumulateGrad node. A private step covers a
-parameter only if a rule covers every one of those edges.
+Module hooks only approximate this: a weight used outside its layer, twice, tied to another layer, or in a penalty added to
+the loss, all show as edges to its AccumulateGrad node. A private step covers a parameter only if a rule covers every edge.
 """
 
 from collections import defaultdict
@@ -26,7 +25,7 @@ CONVOLUTION, BATCH_NORM = "ConvolutionBackward0", "NativeBatchNormBackward0"
 
 @dataclass(frozen=True)
 class Use:
-    """Parameter `name`, or what the steps make of it, enters operation `node` as its input number `index`, in `shape`."""
+    """The use of parameter `name`, or of what `steps` make of it, by operation `node` as input number `index`, in `shape`."""
 
     name: str
     node: Node
@@ -42,15 +41,15 @@ class LossGraph:
     uses: Mapping[Node, list[Use]]  # in an order in which inputs come before the operations that read them
     outer: Mapping[Node, int]  # blocks before the batch coordinate in the output of each: see `batch_axis.py`
     deeper: frozenset[Node]  # operations with other uses below them, which backward must pass through
-    signature: int  # of the operations, their dimensions and whether a factor is 0 or 1; whatever the batch size
-    operations: frozenset[str]
-    picked: Mapping[Node, str]  # operations whose rows are a sample's as the data says, by what picks them
+    signature: int  # a hash of the operations, their dimensions and which factors are 0 or 1, not of the batch size
+    operations: frozenset[str]  # the kinds of all operations
+    picked: Mapping[Node, str]  # operations whose rows the data assigns to samples -> the kind that picks these rows
     crossings: list[str]  # kinds of operations that hand a sample the rows of others
-    unsure: bool  # whether rows may have been laid by data where the graph does not tell
+    unsure: bool  # whether rows may have been picked or reordered by data that the graph does not show
     shared: frozenset[Node]  # operations whose output has no rows of the samples
     compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
-    convolutions: tuple[Node, ...]  # of frozen weights too
-    batch_norms: tuple[Node, ...]  # by running statistics, frozen ones too
+    convolutions: tuple[Node, ...]  # all of them, with frozen weights too
+    batch_norms: tuple[Node, ...]  # all of them, frozen ones too
 
 
 def trace(
@@ -60,11 +59,13 @@ def trace(
     *,
     alone: bool = False,
 ) -> LossGraph:
-    """Walk the graph below `losses` (or several outputs) once.
+    """Find the uses of parameters in the graph below `losses`, by one walk.
 
     Args:
-        covered: says whether a rule covers a use, as `rules.covers`.
-        alone: all losses are of one sample, in several views: whatever the graph holds is its own.
+        losses: [rows], or several outputs of a model, each with `rows` rows.
+        parameters: the trainable parameters, by name.
+        covered: a function like `rules.covers`, which tells whether a rule covers a use.
+        alone: whether all losses are views of one sample, which then owns all that the graph holds.
     """
     roots = [losses] if isinstance(losses, Tensor) else list(losses)
     edges = nodes_below([root.grad_fn for root in roots if root.grad_fn is not None])
@@ -92,7 +93,7 @@ def trace(
         tuple(node for node, kind in zip(order, kinds) if kind == wanted)
         for wanted in (COMPILED, CONVOLUTION, BATCH_NORM)
     )
-    # they see a saved number as a tensor, and PyTorch then fails; or take it for one that the model reads
+    # Modes of the caller would see a saved number as a tensor, at which PyTorch fails, or take it for a number the model reads.
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         settings = [setting for node in order for setting in _settings(node)]
     signature = hash((*kinds, *settings, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
@@ -119,15 +120,15 @@ FACTOR_TENSORS = {"MulBackward0": ("_raw_saved_self", "_raw_saved_other"), "DivB
 
 @cache
 def _setting_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The dimensions and the factors that operations of this type save."""
+    """List the names of the dimensions, and of the factors, that operations of this type save."""
     known = set(dir(kind))
     return tuple(known.intersection(DIMENSIONS)), tuple(known.intersection(FACTORS))
 
 
 def _settings(node: Node) -> Iterator[object]:
-    """What an operation does besides its kind: the dimensions it works along, and which of its factors are 0 or 1.
+    """Yield what sets an operation apart from others of its kind: its dimensions, and which of its factors are 0 or 1.
 
-    A factor that leaves 0 or 1 starts to show what was hidden, a ramped-up term or a mixture; other values show the same.
+    A factor that leaves 0 or 1 uncovers what was hidden before, a ramped-up term or a mixture; its other values change nothing.
     """
     dims, factors = _setting_names(type(node))
     for name in dims:
@@ -147,7 +148,7 @@ def _zero_or_one(factor: object) -> object:
 
 
 def nodes_below(roots: Iterable[Node]) -> dict[Node, Edges]:
-    """What each node below the roots (and these) leads to, each after the nodes it leads to; PyTorch is asked once."""
+    """Map each node below the roots, and these, to its edges, each node after its inputs; PyTorch is asked once for each."""
     found: dict[Node, Edges] = {}
     seen: set[Node] = set()
     for root in roots:
@@ -174,7 +175,7 @@ def _entered(node: Node) -> tuple[Node, Edges, Iterator[tuple[Node | None, int]]
 
 
 def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> list[Use]:
-    """Those after steps that only re-lay the parameter, and those of what is made of it."""
+    """List the uses of the parameter that begins at `leaf`: directly, after steps that re-lay it, and of what is made of it."""
     uses: dict[tuple[Node, int], Use] = {}
     pending: list[tuple[Node, tuple[Step, ...]]] = [(leaf, ())]
     while pending:

@@ -1,6 +1,6 @@
-"""PyTorch's engine for backward passes, replaced by one that looks at each pass that Python starts.
+"""A replacement of PyTorch's engine for backward passes, which looks at each pass that Python starts.
 
-What a backward pass is, is known when it starts: later it is too late to refuse it, or its graph is gone.
+A pass is looked at when it starts: later it is too late to refuse it, or its graph is gone.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +19,13 @@ Look = Callable[[Sequence[Edge], Sequence[Tensor | None]], AbstractContextManage
 _looks: list[Look] = []
 
 
-class LookingEngine(type(Variable._execution_engine)):  # ty: ignore[unsupported-base]  # PyTorch's, or who replaced it
-    """PyTorch's engine, which enters every look around a pass, and marks the gradients that losses may go on from."""
+class LookingEngine(type(Variable._execution_engine)):  # ty: ignore[unsupported-base]  # PyTorch's, or its replacement's
+    """The engine that enters every look around a backward pass, and marks gradients of means that a loss may use."""
 
     def run_backward(self, tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs):
         starts = [(_edge(root), grad) for root, grad in zip(tensors, grad_tensors) if _is_root(root)]
         with ExitStack() as looking:
-            if not inputs:  # with inputs the pass ends above them
+            if not inputs:  # a pass to given inputs ends there, above the leaves
                 for look in _looks:
                     looking.enter_context(look([root for root, _ in starts], [grad for _, grad in starts]))
             grads = super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
@@ -35,9 +35,10 @@ class LookingEngine(type(Variable._execution_engine)):  # ty: ignore[unsupported
 
 
 def look_at_backward(look: Look | None = None) -> None:
-    """Let PyTorch's engine be one that looks.
+    """Replace PyTorch's engine by a `LookingEngine`, once, and add `look` to what it enters.
 
-    look: entered around each pass that reaches all leaves, with what it starts from and the gradient that each root starts with.
+    look: a function from the edges that a pass starts from, and the gradient that each starts with, to a context that is entered
+        around every pass that reaches all leaves.
     """
     if look is not None and look not in _looks:
         _looks.append(look)

@@ -2,4 +2,4 @@
 
 from typing import Any
 
-Node = Any  # torch.autograd.graph.Node, whose attributes depend on the operation, and which no stub knows
+Node = Any  # torch.autograd.graph.Node: its attributes depend on the operation, and no type stub knows them

@@ -1,4 +1,4 @@
-"""The recipes of weights that multiply: convolutions, and linear maps over rows. Triton kernels compute them on a GPU."""
+"""The recipes for weights of convolutions and of linear maps over rows. Triton kernels compute them on a GPU."""
 
 from collections.abc import Callable
 
@@ -20,10 +20,12 @@ def conv_recipe(
     scratch_bytes: int,
     at_hand: Callable[[int], Tensor] | None = None,
 ) -> Recipe:
-    """The recipe of a convolution weight's per-sample gradients, from its input and the gradient of its output.
+    """Make the recipe of a convolution weight's per-sample gradients, from its input x and the gradient g of its output.
 
-    grad(x, g, samples), lay_out and at_hand are PyTorch's way. conv is None where the kernels have none (groups, one or three
-    dimensions).
+    Args:
+        grad, lay_out, at_hand, scratch_bytes: the fields of the `Recipe` by which PyTorch computes them.
+        x, g: [N, C, *size] and [N, O, *out_size].
+        conv: the geometry for the kernels; None where they do not serve (groups, one or three dimensions).
     """
     if conv is None or not on_triton(x) or x.dtype != g.dtype:
         return Recipe(grad, (x, g), scratch_bytes, lay_out=lay_out, at_hand=at_hand)
@@ -31,16 +33,16 @@ def conv_recipe(
 
 
 def linear_recipe(x: Tensor, gy: Tensor) -> Recipe:
-    """The recipe of the per-sample gradients of weight.T [C, O] of a product over rows: x [rows, C], gy [rows, O]."""
+    """Make the recipe of the per-sample gradients of weight.T [C, O] of a product over rows: x [rows, C], gy [rows, O]."""
     if not on_triton(x) or x.dtype != gy.dtype:
         return Recipe(lambda x, gy, samples: torch.bmm(sample_rows(x, samples).mT, sample_rows(gy, samples)), (x, gy))
-    # a 1 x 1 convolution of images one row high, from O channels to C
+    # The kernels take it for a 1 x 1 convolution of images one row high, from O channels to C.
     as_image = lambda t, samples: t.reshape(samples, -1, t.shape[-1]).mT[:, :, None]  # noqa: E731
     return _kernel_recipe(gy, x, Conv((1, 1)), as_image, lambda grads: grads[..., 0, 0])
 
 
 def _kernel_recipe(x: Tensor, g: Tensor, conv: Conv, as_image, as_weight) -> Recipe:
-    """as_image(tensor, samples) and as_weight(gradient) re-lay what goes into the kernels and comes out."""
+    """Make a recipe that the kernels compute; as_image(tensor, samples) and as_weight(gradient) re-lay their input and output."""
 
     def with_squares(x: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         grads, squares = kernels.sample_grad.sample_grads(as_image(x, samples), as_image(g, samples), conv, samples)

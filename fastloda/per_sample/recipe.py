@@ -1,6 +1,6 @@
-"""What one call of a layer left in backward, and how per-sample gradients are made of it.
+"""The recipe of a parameter's per-sample gradients in one layer call: tensors from backward, and the function to apply.
 
-Recipes are small where gradients are large: they are kept instead, and gradients made again when they are needed.
+Recipes are small where gradients are large. Then the recipe is stored, and its gradients are made again when they are needed.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from fastloda.per_sample.planner import rows_at_a_time, split_rows
 
 
 class Fused(NamedTuple):
-    """Ways that store no per-sample gradient: kernels that accumulate each alike, or a norm that is an upper bound.
+    """A pair of functions that store no per-sample gradient; the norms are those of the very terms of the sum, or upper bounds.
 
     squares(*tensors, samples) -> float64 [samples, k], whose rows sum to the squared norms;
     weighted_sum(*tensors, factors) -> [*parameter.shape], where a sample whose factor is 0 may be NaN.
@@ -25,23 +25,29 @@ class Fused(NamedTuple):
 
 
 def as_it_is(grads: Tensor) -> Tensor:
+    """Return grads: the `lay_out` of a recipe that needs none."""
     return grads
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`lay_out(grad(*tensors, samples)) -> [samples, *parameter.shape]`; each tensor has samples x k rows, sample-major.
+    """The recipe of per-sample gradients [samples, *parameter.shape]: `lay_out(grad(*tensors, samples))`.
 
-    lay_out: only moves each sample's numbers. Norms are taken before it, and a sum over samples is laid out instead of each.
-    with_squares: laid out, and also returns the squares of `Fused`, from the same kernel.
-    at_hand: samples -> as `grad` for all of them, from temporaries that the call still has and that are not kept.
-    ghost: the Gram's way, which the planner may choose in place of `grad`.
-    product: einsum's equation and shapes of the gradients' one large product, over all rows; None: element by element.
+    Attributes:
+        grad: a function (*tensors, samples) -> gradients in the order that is fastest to compute, [samples, ...].
+        tensors: the tensors of the call, each with samples x k rows, sample-major.
+        scratch_bytes: the bytes of temporaries of `grad` for all samples at once.
+        with_squares: a function like `grad` whose gradients are laid out, and which also returns `Fused.squares`.
+        fused: kernels for norms and sums without `grad`.
+        at_hand: samples -> what `grad` returns for all of them, from temporaries of backward that are not stored.
+        ghost: norms and sums by the Gram, which the planner may choose in place of `grad`.
+        product: the einsum equation and shapes of the gradients' one large product, over all rows; None: element by element.
+        lay_out: a function that only moves each sample's numbers: so norms do without it, and sums are laid out once.
     """
 
     grad: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
-    scratch_bytes: int = 0  # temporaries of `grad` for all samples at once
+    scratch_bytes: int = 0
     with_squares: Callable[..., tuple[Tensor, Tensor]] | None = None
     fused: Fused | None = None
     at_hand: Callable[[int], Tensor] | None = None
@@ -50,11 +56,11 @@ class Recipe:
     lay_out: Callable[[Tensor], Tensor] = as_it_is
 
     def compute(self, samples: int, chosen: slice) -> Tensor:
-        """The gradients of the chosen of all `samples`: [chosen, *parameter.shape]."""
+        """Compute the gradients of the chosen ones of all `samples`: [chosen, *parameter.shape]."""
         return self.lay_out(self.compute_raw(samples, chosen))
 
     def compute_raw(self, samples: int, chosen: slice) -> Tensor:
-        """The same as `grad` gives them, a few at a time if the temporaries are large."""
+        """Compute the gradients of the chosen samples without `lay_out`, a few at a time if the temporaries are large."""
         per_sample = [t.shape[0] // samples for t in self.tensors]  # `len` of a tensor is slow
         count = chosen.stop - chosen.start
         parts = []
@@ -64,7 +70,7 @@ class Recipe:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def raw_of_all(self, samples: int) -> Tensor:
-        """As `compute_raw`, of all samples, from what is at hand."""
+        """Compute the gradients of all samples without `lay_out`, by `at_hand` if there is one."""
         if self.at_hand:
             return self.at_hand(samples)
         if rows_at_a_time(samples, self.scratch_bytes, self.tensors[0].device) >= samples:
@@ -72,9 +78,12 @@ class Recipe:
         return self.compute_raw(samples, slice(0, samples))
 
     def through(self, back: Callable[[Tensor], Tensor], keeps_norm: bool, scratch_bytes: int = 0) -> "Recipe":
-        """The same for a parameter of which this one is made; back: [samples, *shape here] -> [samples, *shape there].
+        """Make the recipe for a parameter from this one, for a tensor that was made of it.
 
-        scratch_bytes: temporaries of `back` for all samples at once.
+        Args:
+            back: a function that takes gradients of the tensor, [samples, *its shape], to [samples, *parameter.shape].
+            keeps_norm: whether `back` only moves numbers.
+            scratch_bytes: the temporaries of `back` for all samples at once.
         """
 
         def of(fused: Fused | None) -> Fused | None:
@@ -96,11 +105,11 @@ class Recipe:
         return replace(self, **changed, with_squares=None, at_hand=None)
 
     def batch_first(self, move: Callable[[Tensor], Tensor]) -> "Recipe":
-        """The same from tensors whose batch `move` brings first."""
+        """Make a recipe from the same tensors with the batch first, where `move` brings it."""
         return replace(self, tensors=tuple(map(move, self.tensors)), at_hand=None)
 
     def total(self) -> Tensor:
-        """The ordinary gradient: summed over all rows."""
+        """Compute the ordinary gradient, summed over all rows."""
         return self.lay_out(self.grad(*self.tensors, 1))[0]
 
     @property

@@ -1,25 +1,25 @@
-"""Squared norms and weighted sums of the rows of a matrix: the two reductions that per-sample gradients go through.
+"""Squared norms and weighted sums of the rows of a matrix: the two reductions of per-sample gradients.
 
-The norm must not be shorter than what is summed by more than the promise allows, 1e-5, whatever the numbers are:
+A computed norm may fall short of the norm of what is summed by a factor of 1e-5 at most, whatever the numbers are. Therefore:
 
 - Squares of float32 overflow from 1.8e19 and vanish below 1e-19. They are added up in float32 only where neither happened, and in
-  runs of 128 numbers, whose sum rounds by at most 128 2^-24 = 7.6e-6 (a norm by half of it) in any order of addition; the runs in
-  float64. (For long rows PyTorch's own float64 norm of float32 numbers took 10 to 20 times as long as that.)
-- The weighted sum is no product in a lower precision, tf32 or bfloat16, that PyTorch may be set to: it would round here what
-  the norm did not.
+  runs of 128 numbers, whose sum rounds by at most 128 2^-24 = 7.6e-6 (a norm by half of it) in any order of addition; the sums of
+  the runs are added in float64. (On long rows PyTorch's own float64 norm of float32 numbers took 10 to 20 times as long.)
+- The weighted sum is never a product in a lower precision that PyTorch may be set to, tf32 or bfloat16: it would round what the
+  norm did not.
 """
 
 import torch
 from torch import Tensor
 
 RUN = 128
-LONG = 4096  # numbers from which on runs are faster
-EXACT_BELOW = 1e-20  # of a squared norm: 10^7 squares that vanished are 1e-31
+LONG = 4096  # the length of a row from which on runs are faster
+EXACT_BELOW = 1e-20  # a squared norm below it is computed in float64: 10^7 squares that vanished are 1e-31
 FULL_PRECISION = ("none", "ieee")
 
 
 def row_squares(rows: Tensor) -> Tensor:
-    """|row|^2 of rows [n, *shape]: float64 [n]. No float32 number overflows or vanishes in it."""
+    """Compute |row|^2 of rows [n, *shape]: float64 [n]. No square of a float32 number overflows or vanishes in it."""
     rows = rows.reshape(rows.shape[0], -1)
     if rows.dtype != torch.float32 or rows.is_cuda or rows.shape[1] < LONG:
         return _exact_squares(rows)
@@ -37,7 +37,7 @@ def _exact_squares(rows: Tensor) -> Tensor:
 
 
 def weighted_row_sum(rows: Tensor, weights: Tensor, some_are_zero: bool = True) -> Tensor:
-    """sum_n weights[n] rows[n] of rows [n, *shape]: [*shape]. A row whose weight is 0 may be NaN, if some_are_zero."""
+    """Compute sum_n weights[n] rows[n] of rows [n, *shape]: [*shape]. With some_are_zero a row of weight 0 may be NaN."""
     weights = weights.to(rows.dtype)
     if some_are_zero:  # 0 * inf is no zero
         rows = rows.nan_to_num(0.0, 0.0, 0.0)
@@ -47,7 +47,7 @@ def weighted_row_sum(rows: Tensor, weights: Tensor, some_are_zero: bool = True) 
 
 
 def _products_are_exact() -> bool:
-    """Whether float32 matrix products on the CPU are computed in float32."""
+    """Tell whether float32 matrix products on the CPU are computed in float32."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
     if matmul is None:
         return torch.get_float32_matmul_precision() == "highest"

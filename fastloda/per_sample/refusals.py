@@ -1,8 +1,8 @@
-"""Refuse, by name and before anything changes, whatever would void the per-sample sensitivity bound.
+"""Refusals, by name and before anything changes, of whatever would void the per-sample sensitivity bound.
 
-Three nets: the modules (layers known to mix samples), the graph (every use of every trainable parameter has a rule), and a
-probe (backward from some samples must leave the others' gradients exactly zero). What they can't see is samples that mix
-through values without gradient, such as a batch mean under `detach()`.
+Three checks: the modules (no layer known to mix samples), the graph (every use of every trainable parameter has a rule), and a
+probe (backward from some samples must leave the others' gradients exactly zero). They can't see samples that mix through values
+without gradient, such as a batch mean under `detach()`.
 """
 
 import random
@@ -24,7 +24,7 @@ from fastloda.per_sample.regions import COMPILED
 from fastloda.per_sample.rules import uncovered
 
 JOINING = ("CatBackward0", "StackBackward0")
-HIDING = "CheckpointFunctionBackward"  # reentrant checkpointing: a graph within a node, which can't be looked into
+HIDING = "CheckpointFunctionBackward"  # reentrant checkpointing: the node hides a graph
 COVERED_LAYERS = (
     "LoDAConv2d, LoDALinear, Linear, Bilinear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding, EmbeddingBag, GroupNorm, "
     "InstanceNorm, LayerNorm, RMSNorm, MultiheadAttention, PReLU"
@@ -42,34 +42,34 @@ SCRIPTED_REMEDY = (
     "TorchScript made one operation of several layers; train the Python module that was scripted or traced"
 )
 
-LOOK_AGAIN = 1 / 400  # the probability with which an accumulated batch is looked at though its kind was before
-_chance = random.SystemRandom()  # public, and no generator that a run draws from
+LOOK_AGAIN = 1 / 400  # the probability that a batch is probed though its kind of computation was probed before
+_chance = random.SystemRandom()  # its choices are public; no run draws from it
 
 
 @dataclass
 class Looks:
-    """What the probe has seen of one kind of computation."""
+    """The counts of what the probe has seen of one kind of computation."""
 
-    parted: int = 0  # samples with a finite loss that it told apart
-    batches: int = 0  # in which the computation was made
+    parted: int = 0  # the most samples with a finite loss that the probe told apart
+    batches: int = 0  # the batches with this kind of computation
 
     def due(self) -> bool:
-        """Whether to look again at what was found independent: at batches 1, 2, 4, 8, ... and at some others by chance.
+        """Tell whether to probe again what was found independent: at batches 1, 2, 4, 8, ... and at some others by chance.
 
-        Records decide neither, so that the schedule is public.
+        No record has a say in this, so that the schedule is public.
         """
         return self.batches & (self.batches - 1) == 0 or _chance.random() < LOOK_AGAIN
 
 
-# Model -> signature of the computation -> what was seen of it.
+# Model -> `LossGraph.signature` of the computation -> what the probe has seen of it.
 _looks: weakref.WeakKeyDictionary[nn.Module, dict[int, Looks]] = weakref.WeakKeyDictionary()
 
 
 def trainable_parameters(members: Members) -> dict[str, nn.Parameter]:
-    """Name -> parameter with requires_grad; tied parameters once, under their first name.
+    """Find the parameters with requires_grad by name, tied ones once under their first name, and refuse layers that mix samples.
 
     Raises:
-        PrivacyError: nothing trains, or a layer mixes samples.
+        PrivacyError: nothing trains, a complex parameter trains, or a layer mixes samples.
     """
     check_layers(members)
     parameters = {name: p for name, p in members.parameters.items() if p.requires_grad}
@@ -86,7 +86,11 @@ def trainable_parameters(members: Members) -> dict[str, nn.Parameter]:
 
 
 def check_layers(members: Members) -> None:
-    """Refuse batch statistics: in the output (BatchNorm) or in a buffer (running statistics of InstanceNorm)."""
+    """Refuse layers with max_norm, and with batch statistics: in the output (BatchNorm) or in a buffer (InstanceNorm's).
+
+    Raises:
+        PrivacyError: a layer is of these kinds; the message names it.
+    """
     for name, module in members.modules.items():
         if getattr(module, "max_norm", None) is not None:
             raise PrivacyError(
@@ -103,7 +107,11 @@ def check_layers(members: Members) -> None:
 
 
 def check_graph(graph: LossGraph) -> None:
-    """Every use of a trainable parameter must have an exact rule."""
+    """Refuse a graph in which a use of a trainable parameter has no exact rule, or rows that are not one sample's each.
+
+    Raises:
+        PrivacyError: names the operation, and the parameter where there is one.
+    """
     if HIDING in graph.operations:
         raise PrivacyError(
             "reentrant activation checkpointing hides its parameters: pass use_reentrant=False to checkpoint"
@@ -144,13 +152,13 @@ def check_independence(
     samples: int,
     agree: Callable[[int], int] = lambda passes: passes,
 ) -> None:
-    """Backward from some samples must leave every gradient of the others zero, and bring their own as beside the others.
+    """Refuse losses unless backward from some samples leaves the others' gradients zero, and gives these samples their own.
 
     When a kind of computation is new (or its batch has more than twice the samples, or a gradient was zero and showed
-    nothing), enough choices are made to part any two samples: 2 log2(samples) + 1 backward passes. After that a random half is
-    looked at on a public schedule (`Looks`): two passes.
+    nothing), enough choices are made to tell any two samples apart: 2 log2(samples) + 1 backward passes. After that a random
+    half is probed on a public schedule (`Looks`): two passes.
 
-    agree: the passes wanted here -> those to be made, where all ranks must make the same number; the rest choose no sample.
+    agree: passes that this process wants -> passes to make, the same on all ranks; the additional ones choose no sample.
     """
     looks = _looks.setdefault(model, {}).setdefault(graph.signature, Looks())
     looks.batches += 1
@@ -159,7 +167,7 @@ def check_independence(
         torch.zeros(samples, dtype=torch.bool, device=losses.device),
         graph.unsure or samples > 2 * looks.parted,
     )
-    if anew or looks.due():  # first: what follows waits for the GPU
+    if anew or looks.due():  # decided first, for the rest waits for the GPU
         finite = losses.detach().view(samples, -1).isfinite().all(1)
         parts = [finite, *(parting(finite) if anew else _random_half(finite))]
     parts += [torch.zeros_like(finite)] * (agree(len(parts)) - len(parts))
@@ -171,7 +179,10 @@ def check_independence(
 
 
 def parting(candidates: Tensor) -> Iterator[Tensor]:
-    """Choices among the true, such that for any i and j of them one has i and not j: by the bits of their number."""
+    """Yield choices [n] among the true entries of candidates [n], such that for any two entries one choice has the first alone.
+
+    They follow the bits of the entries' numbers.
+    """
     count = int(candidates.sum())
     numbers = candidates.cumsum(0) - 1
     for bit in range((count - 1).bit_length() if count else 0):
@@ -188,22 +199,22 @@ def _random_half(candidates: Tensor) -> Iterator[Tensor]:
 
 
 class _Probe:
-    """Backward passes from some samples' losses, of which the first, from all, tells what each one's gradients are.
+    """The probe: backward passes from some samples' losses, compared with the first one, from all samples.
 
     Attributes:
-        shown: the operations that some gradient reached.
+        shown: the operations that a gradient which is not zero has reached.
     """
 
     def __init__(self, losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], finite: Tensor):
         self._losses, self._graph, self._parameters, self._finite = losses, graph, parameters, finite
-        self._sizes: dict[Node, Tensor] = {}  # of each sample's gradient, beside all others
+        self._sizes: dict[Node, Tensor] = {}  # [samples]: the gradients' norms in the pass from all samples
         self.shown: set[Node] = set()
 
     def look(self, chosen: Tensor) -> None:
-        """Backward from the losses of the chosen samples alone.
+        """Run backward from the losses of the chosen samples alone; chosen: bool [samples].
 
         Raises:
-            PrivacyError: another sample's gradient is not zero, or the others change what a chosen one's gradient is.
+            PrivacyError: another sample's gradient is not zero, or a chosen one's differs from that beside all others.
         """
         samples = len(chosen)
         weights = chosen.repeat_interleave(len(self._losses) // samples).to(self._losses.dtype)
@@ -235,13 +246,17 @@ class _Probe:
 
 
 def _differ(sizes: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where two finite sizes are further apart than rounding in `dtype` would bring them."""
+    """Tell, for each sample, whether two finite sizes are further apart than rounding in `dtype` explains."""
     allowed = torch.finfo(dtype).eps ** 0.5 * whole + 1e-6 * whole.nan_to_num(0, 0, 0).amax()
     return ((sizes - whole).abs() > allowed) & sizes.isfinite() & whole.isfinite()
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """What the optimizer moves must be exactly what the private gradient covers."""
+    """Refuse an optimizer that moves other tensors than the trainable `parameters`, which the private gradient covers.
+
+    Raises:
+        PrivacyError: names the tensor that is too many or missing; or the optimizer is LBFGS.
+    """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise PrivacyError("LBFGS evaluates the loss by itself, outside the private step: use a first-order optimizer")
     listed = {}

@@ -1,4 +1,4 @@
-"""Regions of the graph that torch.compile made one operation of: which code they run, what it does, whether it may run again."""
+"""Regions of the graph that torch.compile made one operation of: which code they run, and what that code does."""
 
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from fastloda.per_sample.node import Node
 
 COMPILED = "CompiledFunctionBackward"
 
-# What backward makes of operations that pick or lay rows by an index, with the place of its dimension among the arguments.
+# Operations in a compiled backward that pick or lay rows by an index, with the place of their dimension among the arguments.
 BY_DIMENSION = {"gather": 1, "index_add": 1, "index_copy": 1, "index_select": 1, "scatter": 1, "scatter_add": 1}
 BY_DIMENSION |= {"scatter_reduce": 1, "select_scatter": 2}
 BY_INDICES = ("index", "index_put", "_unsafe_index", "_unsafe_index_put")
@@ -26,14 +26,14 @@ _next = count()
 
 
 def code_number(region: Node) -> int:
-    """Equal for runs of the same compiled code, and never given again: the graph does not show what happens inside."""
+    """Number the compiled code that a region runs: equal for equal code, and never given again."""
     return _numbers.setdefault(type(region), next(_next))
 
 
 def may_pick_rows(region: Node) -> bool:
-    """Whether an index in the code may say whose rows are whose, so that it can be another one in each batch.
+    """Tell whether an index in the region's code may decide which sample a row belongs to, and so change with each batch.
 
-    The code of the backward pass is private to PyTorch. Where it can't be read, it may.
+    The code of the backward pass is private to PyTorch; where it can't be read, the answer is yes.
     """
     kind = type(region)
     if kind not in _picking:
@@ -57,7 +57,7 @@ def _picks_rows(code: fx.Graph) -> bool:
 
 
 def _picks(node: fx.Node, rows: Collection[int]) -> bool:
-    """Whether an operation picks along a dimension that may hold the rows."""
+    """Tell whether an operation picks along a dimension that may hold the batch, of one of the sizes `rows`."""
     name = getattr(node.target, "__name__", "").split(".")[0]
     if name in BY_ANYTHING:
         return True
@@ -80,7 +80,7 @@ def _picks(node: fx.Node, rows: Collection[int]) -> bool:
 
 
 def _may_hold(size: Any, rows: Collection[Any]) -> bool:
-    """Whether a dimension of this size may be as many rows, or blocks of them, if that is known before a run."""
+    """Tell whether a dimension of this size may hold the batch or blocks of it; yes if the sizes are not known before a run."""
     size = _value(size)
     if not isinstance(size, int) or not rows:
         return True
@@ -93,12 +93,12 @@ def _value(node: Any) -> Any:
 
 @contextmanager
 def may_run_again(regions: Collection[Node]) -> Generator[None]:
-    """Backward inside, with the graph kept, must not find that a region gave away the memory of what it saved.
+    """Let backward, inside, pass several times through regions that keep the memory of what they saved.
 
     PyTorch 2.13 takes a region compiled without donated buffers, whose list of them is None, for one that has some.
 
     Raises:
-        PrivacyError: a region did donate.
+        PrivacyError: a region gave that memory away ("donated buffers").
     """
     for region in regions:
         metadata = getattr(getattr(type(region), "_forward_cls", None), "metadata", None)

@@ -1,8 +1,8 @@
-"""Parameters that are re-laid before an operation reads them: viewed, transposed, split, cast, repeated.
+"""Steps that re-lay a parameter before an operation reads it: views, transpositions, splits, casts, repetitions.
 
 `F.multi_head_attention_forward` splits one weight into three, `PReLU` views its weight as [1, C, 1, 1], einsum permutes. The rule
-of the operation gives the gradient of what it read; the steps back from there to the parameter are linear, the same
-for every sample, and move numbers without changing them (a repeated one is a sum).
+of the operation gives the gradient of what it read. The steps back from there to the parameter are linear, the same for every
+sample, and move numbers without changing them (those of a repetition are summed).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from fastloda.per_sample.node import Node
 
 
 class Step(NamedTuple):
-    """Output `number` of the operation `node`, whose first input is the parameter or an earlier step."""
+    """The step to output `number` of the operation `node`, whose first input is the parameter or the output of another step."""
 
     node: Node
     number: int
@@ -23,18 +23,18 @@ class Step(NamedTuple):
 
     @property
     def before(self) -> Size:
-        """The shape of the input."""
+        """The shape of the step's input."""
         return output_shape(*self.node.next_functions[0])
 
     def back(self, grads: Tensor) -> Tensor:
-        """[samples, *after] -> [samples, *before]."""
+        """Take gradients of the step's output [samples, *after] to those of its input [samples, *before]."""
         return RELAYING.get(self.node.name(), _untiled)(self, grads)
 
 
 def relays(node: Node, outer: int) -> bool:
-    """Whether it only re-lays its input, whatever reads that.
+    """Tell whether the node only re-lays its input, whatever reads its output.
 
-    `expand` and `repeat` do where they make no copy, unless that is for the single copy of a lone row, where outer is 0.
+    `expand` and `repeat` do where they make no copy, except in a batch of one (outer 0), where the one copy may be the batch's.
     """
     if node.name() in TILING:
         return bool(outer) and output_shape(node).numel() == output_shape(*node.next_functions[0]).numel()
@@ -42,7 +42,7 @@ def relays(node: Node, outer: int) -> bool:
 
 
 def back_to_parameter(steps: Sequence) -> Callable[[Tensor], Tensor]:
-    """[samples, *as the operation read it] -> [samples, *parameter.shape]."""
+    """Make the function from gradients of what the steps made, [samples, *its shape], to [samples, *parameter.shape]."""
 
     def back(grads: Tensor) -> Tensor:
         for step in reversed(steps):
@@ -53,7 +53,7 @@ def back_to_parameter(steps: Sequence) -> Callable[[Tensor], Tensor]:
 
 
 def untiled(grads: Tensor, before: Sequence[int]) -> Tensor:
-    """[samples, *after] -> [samples, *before], each dimension after a multiple of that before: summed over the copies."""
+    """Sum gradients [samples, *after] over the copies: [samples, *before]; dimensions of `after` are multiples of `before`'s."""
     after = grads.shape[1:]
     before = (1,) * (len(after) - len(before)) + tuple(before)
     copies = [size for a, b in zip(after, before) for size in (a // b if b else 1, b)]
@@ -84,7 +84,7 @@ def _permuted(step: Step, grads: Tensor) -> Tensor:
 
 
 def _padded(step: Step, grads: Tensor) -> Tensor:
-    """A part of the input, and zeros for the rest."""
+    """Take gradients of a part of the input to the whole input's, with zeros for the rest."""
     node, before = step.node, step.before
     dim = wrapped(node._saved_dim, len(before))
     whole = grads.new_zeros(len(grads), *before)
@@ -101,7 +101,7 @@ def _padded(step: Step, grads: Tensor) -> Tensor:
     return whole
 
 
-TILING = {"ExpandBackward0", "RepeatBackward0"}  # along the batch, or not: then a step like the others
+TILING = {"ExpandBackward0", "RepeatBackward0"}  # along the batch covered by `rules/expand.py`; steps otherwise
 RELAYING = dict.fromkeys(VIEWING, _reshaped)
 RELAYING |= {"TBackward0": _turned, "TransposeBackward0": _transposed, "PermuteBackward0": _permuted}
 RELAYING |= dict.fromkeys(("SelectBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"), _padded)

@@ -1,11 +1,11 @@
-"""Whether a loss is a sum of terms of which each depends on the model's outputs for one sample alone.
+"""The check that a loss is a sum of terms each of which depends on the model's outputs for one sample alone.
 
-The autograd graph of the loss tells, read from the outputs upwards. Its operations may treat each sample's numbers apart
+It reads the autograd graph of the loss from the model's outputs upwards. Operations may treat each sample's numbers apart
 (`Rows`); one sum or mean then adds up the samples (`Total`), and only linear operations may follow. Whatever else happens across
 samples (a product, maximum, sort, softmax, index or broadcast along the batch, or a nonlinear function of the sum) couples
-them and is refused by the operation's name. An operation that is not known here is asked by its own backward.
+them and is refused by the operation's name. An operation that is not known here is tried out: its own backward is run.
 
-Not to be seen in a graph are values that have no gradient, such as targets that were standardised over the batch.
+A graph does not show values that have no gradient, such as targets that were standardised over the batch.
 """
 
 import math
@@ -40,12 +40,12 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Rows:
-    """Numbers of which each belongs to one sample; in row-major order [outer, entries, rest].
+    """The state of a tensor each of whose numbers belongs to one sample; in row-major order [outer, entries, rest].
 
     Attributes:
         outer: the number of blocks before the batch coordinate, which no view of a tensor changes.
         owners: the samples along the batch coordinate, in runs.
-        lent: whether an index has picked them, and they must be put back into their own rows before anything is added up.
+        lent: whether an index has picked the entries, which must be put back into their own rows before anything is added up.
     """
 
     outer: int
@@ -58,16 +58,16 @@ class Rows:
 
     @property
     def numbers(self) -> list[int]:
-        """The sample of each entry."""
+        """The sample that each entry belongs to, in order."""
         return [owner for run in self.owners for owner in run]
 
     def belong(self, shape: Sequence[int], chosen: Tensor) -> Tensor:
-        """Which numbers are those of the chosen samples; chosen: bool [samples]."""
+        """Mark the numbers of the chosen samples: bool [samples] -> bool, of `shape`."""
         entries = chosen[self.numbers].view(1, -1, 1)
         return entries.expand(self.outer, -1, prod(shape) // (self.outer * self.entries)).reshape(shape)
 
     def dims(self, shape: Sequence[int]) -> list[int]:
-        """The dimensions over which the batch coordinate is spread: one, unless a view has split it."""
+        """List the dimensions over which the batch coordinate is spread: one, unless a view has split it."""
         if self.entries == 1:
             return [d for d, n in enumerate(shape) if n == 1 and prod(shape[:d]) == self.outer][:1]
         inner = prod(shape) // (self.outer * self.entries)
@@ -76,14 +76,14 @@ class Rows:
         return [d for d, (n, s) in enumerate(zip(shape, strides)) if n > 1 and max(s, inner) < min(s * n, top)]
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether no number of any dimension but the batch's own stands for two samples; a view may cut across them."""
+        """Tell whether every index along a dimension of `shape` stands for whole samples; a view may cut across them."""
         inner = prod(shape) // (self.outer * self.entries)
         strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
         ends = (inner, inner * self.entries)
         return all(end % s == 0 for end in ends for n, s in zip(shape, strides) if s < end < s * n)
 
     def moved(self, before: Sequence[int], after: Sequence[int], places: Mapping[int, int]) -> "Rows | None":
-        """The same where dimension d of `before` became places[d] of `after`; None if the batch is torn apart."""
+        """Compute the rows after dimension d of `before` became places[d] of `after`; None if that tears the batch apart."""
         dims = self.dims(before)
         now = [places.get(d, -1) for d in dims]
         adjacent = now and now[0] >= 0 and now == list(range(now[0], now[0] + len(now)))
@@ -94,18 +94,18 @@ class Rows:
 
 @dataclass(frozen=True)
 class One:
-    """Numbers that all belong to one sample."""
+    """The state of a tensor whose numbers all belong to the sample `owner`."""
 
     owner: int
 
 
 @dataclass(frozen=True)
 class Total:
-    """Numbers that are linear in terms of single samples.
+    """The state of a tensor whose numbers are sums over samples, linear in terms of single ones.
 
     Attributes:
-        averaged: whether a mean, a division by a multiple of the number of samples, or by what can't be read, is behind them.
-        by: the numbers that a sum was multiplied with otherwise.
+        averaged: whether a mean, a division by a multiple of the number of samples, or one by an unknown value made it.
+        by: the other numbers that the sum was multiplied with.
     """
 
     averaged: bool
@@ -118,7 +118,7 @@ MEAN_OF_ALL, SUM_OF_ALL = Total(averaged=True), Total(averaged=False)
 
 
 class Input(NamedTuple, Generic[S]):
-    """What enters an operation as its differentiable input `index`."""
+    """The differentiable input number `index` of an operation: its state and shape, and the (node, output) it comes from."""
 
     index: int
     state: S
@@ -127,12 +127,12 @@ class Input(NamedTuple, Generic[S]):
 
 
 class Operation(NamedTuple, Generic[S]):
-    """An operation above the outputs, with those of its inputs that depend on them."""
+    """An operation of the loss's graph, one of its outputs, and those of its inputs that depend on the model's outputs."""
 
     node: Node
-    kind: str  # without "Backward0"
-    number: int  # of the output in question
-    shape: Size  # of that output
+    kind: str  # the node's name without "Backward0"
+    number: int  # which output of the node
+    shape: Size  # the shape of that output
     inputs: list[Input[S]]
 
     def refuse(self, why: str) -> NoReturn:
@@ -142,20 +142,21 @@ class Operation(NamedTuple, Generic[S]):
         raise PrivacyError(f"whether samples mix in the loss can't be seen: {self.kind} {why}. {REMEDY}")
 
     def dims(self, name: str = "_saved_dim") -> set[int]:
-        """The dimensions of the first input that the operation works along; all, if it does not say."""
+        """Find the dimensions of the first input that the operation works along, saved as `name`; all if none are saved."""
         count = len(self.inputs[0].shape)
         saved = getattr(self.node, name, None)
         saved = [saved] if isinstance(saved, int) else (list(saved) if saved else range(count))
         return {wrapped(dim, count) for dim in saved}
 
     def moved(self, given: Input[Rows], places: Mapping[int, int]) -> Rows:
+        """Compute the output's rows, if dimension d of the input became places[d]; refuse what tears the batch apart."""
         found = given.state.moved(given.shape, self.shape, places)
         if found is None:
             self.refuse("tears the rows of the batch apart")
         return found
 
 
-# ---- the operations that are known
+# ---- operations by kind
 
 
 def _names(text: str) -> set[str]:
@@ -199,7 +200,7 @@ LINEAR |= _names("Sub Sum T Transpose Unbind")
 
 @lru_cache(None)
 def _is_pointwise(kind: str) -> bool:
-    """Whether the operation treats each number apart, as PyTorch tags its operations; kind: its name in CamelCase."""
+    """Tell whether an operation treats each number apart, by PyTorch's own tags; kind: its name in CamelCase."""
     spelled = re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
     packets = [getattr(torch.ops.aten, name, None) for name in (spelled, kind.lower())]
     tags = [getattr(packet, overload).tags for packet in packets if packet for overload in packet.overloads()]
@@ -210,15 +211,15 @@ def _kind(node: Node) -> str:
     return re.sub(r"Backward\d*$", "", node.name())
 
 
-# ---- from the outputs upwards
+# ---- the flow from the outputs upwards
 
 
 class SampleFlow:
-    """Follows the samples from a model's outputs upwards.
+    """The flow of the samples from a model's outputs up to a loss.
 
     Args:
-        samples: rows of every output.
-        grown: what earlier losses had for the sizes of dimensions that constants broadcast; kept from loss to loss.
+        samples: the rows of every output.
+        grown: place in the graph -> the size to which a constant broadcast a dimension there, in earlier losses; written to.
     """
 
     def __init__(self, samples: int, grown: MutableMapping[tuple, int]):
@@ -230,9 +231,12 @@ class SampleFlow:
     def check(
         self, below: Mapping[Node, Edges], outputs: Mapping[Node, int], roots: Iterable[tuple[Node, int]]
     ) -> None:
-        """Refuse what is not separable of the nodes below a loss.
+        """Refuse a loss that is not a sum of one term for each sample.
 
-        outputs: node -> number of its outputs, all [samples, ...]; roots: what backward starts from.
+        Args:
+            below: node -> its edges, for each node below the loss, after its inputs.
+            outputs: node -> how many outputs it has, all outputs of the model, [samples, ...].
+            roots: the (node, output)s that backward starts from.
 
         Raises:
             PrivacyError: names the operation.
@@ -254,7 +258,7 @@ class SampleFlow:
         self._check_picks(self.states.get(root) for root in roots)
 
     def odd_factor(self, roots: Iterable[tuple[Node, int]]) -> float | None:
-        """What a root that is a sum, and no mean, was multiplied with; roots: outputs of nodes."""
+        """Find the number that a sum, no mean, among the roots was multiplied with (None: no such); roots: (node, output)s."""
         states = [self.states.get(root) for root in roots]
         factors = [by for state in states if isinstance(state, Total) and not state.averaged for by in state.by]
         return factors[0] if factors else None
@@ -275,11 +279,11 @@ class SampleFlow:
         return rule(self, op, place)
 
     def unknown(self, op: Operation, place: int) -> State:
-        """Of an operation without a rule."""
+        """Find the state of the output of an operation that is not in `RULES`."""
         return _opaque(self, op, place)
 
     def linear(self, op: Operation) -> State:
-        """Of what was summed over samples, or comes from several of them."""
+        """Find the state of an output whose inputs were summed over samples, or come from several of them."""
         several = len(op.inputs) > 1 and op.kind not in ("Add", "Sub", "Rsub", "Cat", "Stack")
         _not_lent(op)
         if op.kind not in LINEAR or several or (op.kind == "Div" and op.inputs[0].index != 0):
@@ -292,12 +296,12 @@ class SampleFlow:
         return MEAN_OF_ALL if self.makes_mean(factor) else replace(total, by=(*total.by, factor))
 
     def makes_mean(self, factor: float | None) -> bool:
-        """Whether a sum over the samples times this, if it can be read, may be their mean."""
+        """Tell whether a sum over the samples times factor (None: it can't be read) may be their mean."""
         samples = None if not factor else 1 / factor / self.samples
         return samples is None or (round(samples) >= 1 and math.isclose(samples, round(samples), rel_tol=1e-6))
 
     def _stacked(self, op: Operation[One]) -> State:
-        """One sample's numbers after the other's: rows, if it is all of them in order."""
+        """Find the state of a stack of single samples' numbers: rows, if it is all samples in order."""
         owners = [given.state.owner for given in op.inputs]
         parts = {given.shape for given in op.inputs}
         if owners != list(range(self.samples)) or len(parts) > 1:
@@ -306,14 +310,14 @@ class SampleFlow:
         return Rows(prod(op.shape[:dim]), self.whole)
 
     def is_even(self, owners: Sequence[range]) -> bool:
-        """Whether all samples are among them, and equally often."""
+        """Tell whether all samples are among the owners, and equally often."""
         if all(run == self.whole[0] for run in owners):
             return True
         counts = Counter(owner for run in owners for owner in run)
         return len(counts) == self.samples and len(set(counts.values())) == 1
 
     def pick(self, op: Operation, given: Input, entries: Sequence[int]) -> None:
-        """Note that an operation takes only some of the batch's entries."""
+        """Note that an operation takes only these entries of the batch; `check` refuses them unless others take the rest."""
         self.picked[given.source].update(entries)
         self.sizes[given.source] = given.state.entries
 
@@ -326,7 +330,7 @@ class SampleFlow:
             raise PrivacyError(f"samples mix in the loss: {PICKED}. {REMEDY}")
 
     def check_growth(self, op: Operation, given: Input, place: int) -> None:
-        """`check_beside` where broadcasting brings a dimension: [N, 1] - [N] is [N, N]."""
+        """Apply `check_beside` to the dimensions that broadcasting brings: [N, 1] - [N] is [N, N]."""
         before = (1,) * (len(op.shape) - len(given.shape)) + tuple(given.shape)
         self.check_beside(op, given, place, [dim for dim, size in enumerate(before) if size == 1])
 
@@ -354,7 +358,7 @@ Rule = Callable[[SampleFlow, Operation[Rows], int], State]
 
 
 def _joint(flow: SampleFlow, op: Operation[Rows], states: Sequence[Rows]) -> Rows:
-    """Of an operation that takes the numbers of several inputs in pairs."""
+    """Find the rows of an operation that takes the numbers of several inputs in pairs: all must have the same."""
     if any(state != states[0] for state in states):
         op.refuse("takes outputs of different samples together")
     return states[0]
@@ -367,7 +371,7 @@ def _pointwise(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _aligned(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """Number by number, with broadcasting."""
+    """Find the rows of an operation that works number by number, with broadcasting."""
     states = []
     for given in op.inputs:
         shift = len(op.shape) - len(given.shape)
@@ -379,7 +383,7 @@ def _aligned(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _reduced(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """A criterion that has reduced its losses."""
+    """Find the state of a criterion that has reduced its losses."""
     _joint(flow, op, [given.state for given in op.inputs])
     mean = op.node._saved_reduction == MEAN
     if mean and _normalised_by_targets(op.node):
@@ -391,7 +395,7 @@ def _reduced(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _normalised_by_targets(node: Node) -> bool:
-    """Whether a mean divides by something else than the number of targets: nll_loss, below cross_entropy, may."""
+    """Tell whether a mean divides by something else than the number of targets: nll_loss, below cross_entropy, may."""
     weight = getattr(node, "_saved_weight", None) if hasattr(node, "_saved_total_weight") else None
     if weight is not None and (weight != weight[0]).any():
         return True
@@ -400,7 +404,7 @@ def _normalised_by_targets(node: Node) -> bool:
 
 
 def _constant_factor(op: Operation) -> float | None:
-    """The number that a Div or Mul multiplies its only input with; None if it is no one number, or 0."""
+    """Read the number that a Div or Mul multiplies its only input with; None if it is no single number, or 0."""
     if op.kind == "Div":
         other = op.node._saved_other
     else:
@@ -430,7 +434,7 @@ def _view(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _reduce(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """A sum, mean, maximum, norm, ... over some dimensions."""
+    """Find the state of a sum, mean, maximum, norm, ... over some dimensions."""
     (given,) = op.inputs
     summed = op.dims() if hasattr(op.node, "_saved_dim") else set(range(len(given.shape)))
     if summed.isdisjoint(given.state.dims(given.shape)):
@@ -443,7 +447,7 @@ def _reduce(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _along(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """A softmax, cumulative sum, sort, ... along a dimension."""
+    """Find the rows of a softmax, cumulative sum, sort, ... along a dimension."""
     (given,) = op.inputs
     if not op.dims().isdisjoint(given.state.dims(given.shape)):
         op.refuse("works along the samples")
@@ -451,7 +455,7 @@ def _along(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _renorm(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """Norms over all dimensions but one."""
+    """Find the rows of a renorm, which takes norms over all dimensions but one."""
     (given,) = op.inputs
     if not op.dims().issuperset(given.state.dims(given.shape)):
         op.refuse("takes norms over the samples")
@@ -459,7 +463,7 @@ def _renorm(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _padded(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """Constants beside the numbers of each sample; a batch of the same size may still be another part of it."""
+    """Find the rows of a padding with constants, which must leave the batch alone: padded and cut, it may keep its size."""
     (given,) = op.inputs
     last, pad = len(given.shape) - 1, op.node._saved_pad
     if any(any(pad[2 * (last - d) : 2 * (last - d) + 2]) for d in given.state.dims(given.shape)):
@@ -468,7 +472,7 @@ def _padded(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _reordered(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """A flip or roll of some dimensions."""
+    """Find the rows of a flip or roll of some dimensions."""
     (given,) = op.inputs
     if not op.dims("_saved_dims").isdisjoint(given.state.dims(given.shape)):
         op.refuse("moves the samples along the batch")
@@ -490,7 +494,7 @@ def _permuted(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _repeated(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """The batch several times over, one after the other; or copies within each sample's numbers."""
+    """Find the rows of a repeat: the batch several times over, one after the other, or copies within each sample's numbers."""
     (given,) = op.inputs
     (*_, dim), shift = given.state.dims(given.shape), len(op.shape) - len(given.shape)
     entries = given.state.entries
@@ -505,7 +509,7 @@ def _repeated(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _parted(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """One index, or a range of them, of a dimension."""
+    """Find the state of one index, or a range of indices, of a dimension."""
     (given,) = op.inputs
     node, count, state = op.node, len(given.shape), given.state
     dim = wrapped(getattr(node, "_saved_dim", 0), count)
@@ -525,7 +529,7 @@ def _parted(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _chosen(op: Operation, size: int) -> range:
-    """The indices that a Select, Slice, Split or Unbind takes of its dimension."""
+    """Read which indices a Select, Slice, Split or Unbind takes of its dimension."""
     node = op.node
     if op.kind == "Unbind":
         return range(op.number, op.number + 1)
@@ -543,7 +547,7 @@ def _chosen(op: Operation, size: int) -> range:
 
 
 def _runs(owners: Sequence[int]) -> tuple[range, ...]:
-    """[0, 1, 2, 0, 1] -> range(3), range(2)."""
+    """Group owners into runs of successive samples: [0, 1, 2, 0, 1] -> range(3), range(2)."""
     runs: list[range] = []
     for owner in owners:
         if runs and runs[-1].stop == owner:
@@ -554,7 +558,7 @@ def _runs(owners: Sequence[int]) -> tuple[range, ...]:
 
 
 def _joined(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """A Cat or Stack."""
+    """Find the rows of a Cat or Stack."""
     count = len(op.shape)
     dim, stack = wrapped(op.node._saved_dim, count), op.kind == "Stack"
     places = {d: d + (stack and d >= dim) for d in range(count)}
@@ -571,11 +575,11 @@ def _joined(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _product(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """A matrix product: of rows and constants, or of each sample's own matrices."""
+    """Find the state of a matrix product: of rows and constants, or of each sample's own matrices."""
     *letters, out = PRODUCTS[op.kind]
     kept, contracted = [], []
     for given in op.inputs:
-        own = letters[given.index][-len(given.shape) :]  # what Addmm adds may be a vector
+        own = letters[given.index][-len(given.shape) :]  # the input that Addmm adds may be a vector
         places = {d: out.index(letter) for d, letter in enumerate(own) if letter in out}
         batch = given.state.dims(given.shape)
         if all(d in places for d in batch):
@@ -585,7 +589,7 @@ def _product(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
             contracted.append((own[batch[0]], given.state.owners))
         else:
             op.refuse("tears the rows of the batch apart")
-    if len(op.inputs) == 1 and kept:  # what the other factor, a constant, brings
+    if len(op.inputs) == 1 and kept:  # the other factor is a constant, which brings dimensions of its own
         own = letters[op.inputs[0].index]
         flow.check_beside(op, op.inputs[0], place, [d for d, letter in enumerate(out) if letter not in own])
     if (kept and contracted) or len(set(contracted)) > 1:
@@ -594,7 +598,7 @@ def _product(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _batch_first(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """An operation that is defined for a batch in the first dimension."""
+    """Find the state of an operation that is defined for a batch in the first dimension."""
     first = all(given.index == 0 and given.state.dims(given.shape) == [0] for given in op.inputs)
     if getattr(op.node, "_saved_reduction", NONE) != NONE:
         if not first or len(op.inputs[0].shape) == 1:
@@ -614,7 +618,7 @@ def _layer_norm(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _ctc(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """ctc_loss(log_probs [T, N, C]) -> [N]."""
+    """Find the rows of ctc_loss(log_probs [T, N, C]) -> [N]."""
     (given,) = op.inputs
     if given.state.dims(given.shape) != [1]:
         op.refuse("wants the batch second: [T, N, C]")
@@ -622,7 +626,7 @@ def _ctc(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
 
 
 def _indexed(flow: SampleFlow, op: Operation, place: int) -> State:
-    """x[indices], some of which may be tensors: each sample finds its own row, or rows are lent."""
+    """Find the rows of x[indices], some of which may be tensors: each sample finds its own row, or rows are lent."""
     (given,) = op.inputs
     _saved(op, "_saved_index" if op.kind == "IndexSelect" else "_saved_indices")
     indices = indices_by_dim(op.node, op.node.name(), given.shape)
@@ -649,7 +653,7 @@ def _indexed(flow: SampleFlow, op: Operation, place: int) -> State:
 
 
 def _put_back(flow: SampleFlow, op: Operation, place: int) -> State:
-    """x[index] = values, or += values: what was lent, or constants, into the samples' own rows."""
+    """Find the state after x[index] = values, or += values, which must put lent rows or constants into their own rows."""
     base, values = ([given for given in op.inputs if (given.index == 0) == first] for first in (True, False))
     if any(not isinstance(given.state, Rows) for given in op.inputs):
         return flow.linear(op)
@@ -662,7 +666,7 @@ def _put_back(flow: SampleFlow, op: Operation, place: int) -> State:
     if not values:
         return into
     (given,) = values
-    alone = given.state.entries == index.numel() == 1  # PyTorch drops its dimension
+    alone = given.state.entries == index.numel() == 1  # PyTorch drops the dimension of a single value
     along = len(given.shape) == len(op.shape) and given.state.entries == given.shape[dim] and given.state.outer == outer
     whole = into.outer == outer and into.entries == op.shape[dim]
     if len(at) > 1 or index.dim() != 1 or not (along or alone) or not whole:
@@ -683,12 +687,12 @@ def _is_arange(index: Tensor, dim: int, size: int) -> bool:
 def _saved(op: Operation, name: str):
     try:
         return getattr(op.node, name)
-    except Exception as error:  # of whoever packed it: checkpointing, hooks
+    except Exception as error:  # raised by whatever packed it: checkpointing, hooks
         op.refuse_unseen(f"can't be read ({error}): leave the criterion out of torch.utils.checkpoint")
 
 
 def _opaque(flow: SampleFlow, op: Operation[Rows], place: int) -> State:
-    """An operation that is not known: its backward must keep the samples apart, for enough choices to part any two."""
+    """Find the rows of an operation that is not known, by its backward, which must keep any two samples apart."""
     layouts = _layouts(op)
     if not layouts:
         op.refuse_unseen(
@@ -712,7 +716,7 @@ def _without(shape: Size, dims: Sequence[int]) -> list[int]:
 
 
 def _layouts(op: Operation) -> list[Rows]:
-    """Where the samples may lie in the output: in the dimension that they have in an input, from the front or from behind."""
+    """List where the samples may lie in the output: in the dimension they have in an input, counted from either end."""
     if len({given.state.owners for given in op.inputs}) > 1:
         return []
     shifts = [(given, shift) for given in op.inputs for shift in {0, len(op.shape) - len(given.shape)}]
@@ -731,7 +735,7 @@ def _layouts(op: Operation) -> list[Rows]:
 
 
 def _parting_layout(flow: SampleFlow, op: Operation, layouts: Sequence[Rows]) -> Rows | None:
-    """The first layout by which backward keeps the samples apart; also of gradients so large or small that some clip them."""
+    """Find the first layout by which backward keeps samples apart, also for very large or small gradients, which some clip."""
     edges = [GradientEdge(*given.source) for given in op.inputs]
     gy = torch.randn(op.shape, generator=torch.Generator().manual_seed(0)).to(**_placed(op.node, op.number))
     extreme = 2.0 ** (math.log2(torch.finfo(gy.dtype).max) // 4)
@@ -759,7 +763,7 @@ def _gradients(node: Node, number: int, gy: Tensor, edges: Sequence[GradientEdge
 
 
 def _apart(alone: Tensor | None, beside: Tensor | None, chosen: Tensor) -> bool:
-    """Whether the gradient that the chosen numbers bring stays with them, and is what it is beside the others."""
+    """Tell whether the gradient `alone`, of the chosen samples, is zero elsewhere, and on them equal to `beside`, of all."""
     if alone is None or beside is None:
         return alone is beside
     chosen = chosen.to(alone.device)

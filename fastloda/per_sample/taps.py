@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Sizes = tuple[int, ...]
-SHORT_RUN = 8  # numbers; bench/NOTES.md, 12
+SHORT_RUN = 8  # rows of an image up to this length are slow to copy one by one (bench/NOTES.md, 12)
 
 
 def gather_taps(
@@ -24,7 +24,7 @@ def gather_taps(
     padding: Sizes,
     dilation: Sizes,
 ) -> Tensor:
-    """g [N, r, *out_size] -> [N, r * prod(kernel), prod(in_size)]; the taps come in *reversed* order (strides are >= 0).
+    """Gather the taps of g [N, r, *out_size]: [N, r * prod(kernel), prod(in_size)], in *reversed* order, as strides are >= 0.
 
     Entry (n, (j, k'), q) is g[n, j, (q + padding - k dilation) / stride] with k = kernel - 1 - k', or 0 where that is
     no output position.
@@ -42,7 +42,7 @@ def gather_taps(
 
 
 class _View(NamedTuple):
-    """Of the dimensions after the first two, counted in numbers."""
+    """The sizes, strides and start of a strided view, in numbers, for the dimensions after the first two."""
 
     sizes: Sizes
     steps: Sizes
@@ -50,25 +50,25 @@ class _View(NamedTuple):
 
 
 class _Spread(NamedTuple):
-    """g with stride - 1 zeros between its positions and zeros around, in a buffer of `sizes`, and the views to copy in turn."""
+    """The layout of g in a buffer, with stride - 1 zeros between its positions and zeros around, and the views to copy."""
 
-    sizes: Sizes
-    between: Sizes  # from one position of g to the next
-    first: int  # where g begins
-    views: tuple[_View, ...]
+    sizes: Sizes  # the buffer's last dimensions
+    between: Sizes  # the strides from one position of g to the next
+    first: int  # the offset at which g begins
+    views: tuple[_View, ...]  # copied in turn, each of the last copy
 
 
 @lru_cache(4096)
 def _spread(
     out_size: Sizes, in_size: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> _Spread | None:
-    """None for a 1 x 1 convolution, whose taps are g itself, unless output padding makes a transposed one's input longer."""
+    """Plan the copies that gather the taps; None where g itself is the taps: kernel 1, stride 1, no padding, as many outputs."""
     if in_size == tuple(out_size) and all(sizes == (1, 1, 0) for sizes in zip(kernel, stride, padding)):
         return None
     reaches = [d * (k - 1) for k, d in zip(kernel, dilation)]
     margins = [max(0, reach - p) for reach, p in zip(reaches, padding)]
     ends = [max(size + p, (out - 1) * s + 1) for size, out, s, p in zip(in_size, out_size, stride, padding)]
-    # what tap k' = 0 reads at q = 0
+    # where tap k' = 0 reads for position q = 0
     starts = [margin + p - reach for margin, p, reach in zip(margins, padding, reaches)]
     sizes = tuple(map(sum, zip(margins, ends)))
     steps = _steps(sizes)
@@ -76,8 +76,8 @@ def _spread(
     if len(kernel) == 1 or in_size[-1] > SHORT_RUN:
         taps = tuple(map(mul, dilation, steps))
         return _Spread(sizes, between, first, (_View(kernel + in_size, taps + steps, sum(map(mul, starts, steps))),))
-    # Copied a row of the image at a time, a small image takes as long as a large one. So the taps along the last dimension are
-    # made first: those along the others are then copies of many rows at a time.
+    # Row by row, a small image takes as long to copy as a large one. So the taps along the last dimension are copied first; then
+    # those along the others, many rows at a time.
     along = _View((kernel[-1], *sizes[:-1], in_size[-1]), (dilation[-1], *steps[:-1], 1), starts[-1])
     steps = _steps(along.sizes)
     taps = (*map(mul, dilation[:-1], steps[1:-1]), steps[0])
@@ -86,5 +86,5 @@ def _spread(
 
 
 def _steps(sizes: Sizes) -> Sizes:
-    """From one to the next along each dimension of contiguous memory."""
+    """Compute the strides of contiguous memory of these sizes."""
     return tuple(prod(sizes[d + 1 :]) for d in range(len(sizes)))

@@ -1,7 +1,7 @@
 """A clipping bound that follows a quantile of the gradients' norms, privately (Andrew et al. 2021).
 
 https://arxiv.org/abs/1905.03871, Algorithm 1. After each step the bound C moves towards the norm below which a given share
-of the gradients lies. What it moves by is a second release about the records, and its cost is part of the step's.
+of the gradients lies. This move is a second release about the records, and its cost is part of the step's.
 
 *Sensitivity.* With b_n = 1 if |g_n| <= C, else 0, the release is of  S = sum_n (b_n - 1/2)  over the samples of the batch.
 Adding or removing one record adds or removes one term, +1/2 or -1/2, or none if the record was not drawn, is masked, or has
@@ -26,25 +26,26 @@ from fastloda.privacy.noise import NoiseSource, gaussian
 from fastloda.privacy.ranks import World
 from fastloda.privacy.styles import Bound, Flat, check_positive
 
-LARGEST_SHARE = 0.99  # of a step's cost that the count may take: the gradient's noise is then tenfold
-DEFAULT_COUNT_NOISE = 1 / 20  # of the expected batch size, as in the paper
-LEAST_BOUND, LARGEST_BOUND = 1e-20, 1e20  # within float32, wherever noise may drive the bound
+LARGEST_SHARE = 0.99  # the largest share of a step's cost that the count may take: the gradient's noise is then tenfold
+DEFAULT_COUNT_NOISE = 1 / 20  # sigma_b over the expected batch size, as in the paper
+LEAST_BOUND, LARGEST_BOUND = 1e-20, 1e20  # float32 holds the bound wherever noise may drive it
 
 
 @dataclass(frozen=True)
 class AdaptiveClipping(Flat):
-    """Flat clipping whose bound starts at `initial` and moves by exp(-learning_rate (b - quantile)) at each step.
+    """The style of flat clipping whose bound starts at `initial`; a step multiplies it by exp(-learning_rate (b - quantile)).
 
     b is the noisy share of gradients that were not longer than the bound: (S + sigma_b N(0, 1)) / expected_batch_size + 1/2.
     The divisor is public, and neither S nor b is kept anywhere.
 
     Attributes:
         quantile: the share of gradients that should not be clipped, in (0, 1).
-        learning_rate: of the bound's logarithm; 0.2 moves it tenfold in 23 steps if all gradients are on one side of it.
+        learning_rate: the learning rate of the bound's logarithm; 0.2 moves the bound tenfold in 23 steps if all gradients are on
+            one side of it.
         count_noise: sigma_b, the standard deviation of the noise on the count S; it must exceed noise_multiplier / 2.
             Default: expected_batch_size / 20.
         initial: the first bound. Default: max_grad_norm. Public: not to be read off private gradients.
-        min_bound, max_bound: where the bound stops.
+        min_bound, max_bound: the limits of the bound.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -69,14 +70,14 @@ class AdaptiveClipping(Flat):
                 check_positive(name, getattr(self, name))
 
     def count_std(self, expected_batch_size: float) -> float:
-        """sigma_b."""
+        """Compute sigma_b, the standard deviation of the noise on the count S."""
         return expected_batch_size * DEFAULT_COUNT_NOISE if self.count_noise is None else self.count_noise
 
     def share(self, noise_multiplier: float, expected_batch_size: float) -> float:
-        """What the count takes of a step's squared sensitivity over noise: (z / (2 sigma_b))^2.
+        """Compute the count's share of a step's squared sensitivity over noise: (z / (2 sigma_b))^2.
 
         Raises:
-            ValueError: it would take all, or nearly all.
+            ValueError: the share would be all, or nearly all.
         """
         std = self.count_std(expected_batch_size)
         share = (noise_multiplier / (2 * std)) ** 2
@@ -89,7 +90,7 @@ class AdaptiveClipping(Flat):
         return share
 
     def gradient_noise(self, noise_multiplier: float, expected_batch_size: float) -> float:
-        """z_g = (z^-2 - (2 sigma_b)^-2)^(-1/2), and 0 for z = 0, where the count has no noise either."""
+        """Compute z_g = (z^-2 - (2 sigma_b)^-2)^(-1/2), and 0 for z = 0, where the count has no noise either."""
         return noise_multiplier / math.sqrt(1 - self.share(noise_multiplier, expected_batch_size))
 
     def moved(self, bound: float, below: float) -> float:
@@ -103,9 +104,10 @@ class AdaptiveClipping(Flat):
 
 
 class MovingBound(Bound):
-    """The bound C of `AdaptiveClipping`, and the count S of what was observed since the last step.
+    """The bound C of `AdaptiveClipping`, and the count S over the gradients observed since the last step.
 
-    S is private, as the clipped sums are: it leaves this object in `observed`, for the noise to be new, and noisy in `move`.
+    S is private, as the clipped sums are. It leaves this object in `observed`, from which the noise's source is derived, and
+    noisy in `move`.
     """
 
     def __init__(self, value: float, style: AdaptiveClipping):

@@ -1,4 +1,4 @@
-"""Gaussian noise for privacy: drawn in float64, from a generator that nobody else can foresee.
+"""Gaussian noise for privacy, drawn in float64 from a generator that nobody else can foresee.
 
 float32 `torch.randn` ends at 5.77 sigma on a CPU, which alone can cost a delta of 1.6e-4; float64 reaches beyond 8 sigma.
 """
@@ -17,15 +17,15 @@ from fastloda.randomness import hold, unpredictable_generator
 
 
 class NormalNumbers(Protocol):
-    """A source of noise of one's own, such as `SecureGenerator`."""
+    """The protocol of a user's own source of noise; `SecureGenerator` is one."""
 
     def normal(self, shape: torch.Size) -> Tensor:
-        """Independent N(0, 1), float64, on any device."""
+        """Draw independent N(0, 1) numbers of this shape, float64, on any device."""
         ...
 
 
 NoiseSource = Generator | NormalNumbers
-# From the sums that are about to be released to the source of their noise.
+# A function from the sums that are about to be released to the source of their noise.
 NoiseOver = Callable[[Sequence[Tensor]], NoiseSource]
 
 FORESEEABLE = "fixed seed: an experiment; whoever knows the seed can foresee the noise, so it is no private release"
@@ -35,28 +35,28 @@ SECURE = "noise from the operating system's cryptographically secure generator; 
 
 AT_A_TIME = 1 << 22  # numbers: 32 MiB
 
-_begun: set[bytes] = set()  # how each draw from a source of one's own began
+_begun: set[bytes] = set()  # the first numbers of each draw from a user's own source
 _generators: dict[torch.device, Generator] = {}
 # A forked child must not repeat its parent's noise.
 os.register_at_fork(after_in_child=_generators.clear)
 
 
 def describe_randomness(seed: int | None, secure: bool) -> str:
-    """What a run's checkpoint and its privacy statement say of where the noise came from."""
+    """Say where a run's noise came from, for its checkpoint and its privacy statement."""
     if seed is not None:
         return FORESEEABLE
     return SECURE if secure else UNFORESEEABLE
 
 
 def describe_together(each: Iterable[str]) -> str:
-    """The same of several releases: whoever foresees the noise of one of them has seen through them all."""
+    """Say where the noise of several releases came from: noise that is foreseeable in one of them counts for all."""
     texts = dict.fromkeys(each)
     worst = [text for text in (FORESEEABLE, UNRECORDED) if text in texts]
     return "; ".join(worst or texts)
 
 
 def noise_generator(device: torch.device | str = "cpu") -> Generator:
-    """The process's own generator for a device, unpredictable: `torch.manual_seed` can't set it."""
+    """Return this process's generator for a device, which is unpredictable: `torch.manual_seed` can't set it."""
     device = torch.device(device)
     if device not in _generators:
         _generators[device] = unpredictable_generator(device)
@@ -64,13 +64,13 @@ def noise_generator(device: torch.device | str = "cpu") -> Generator:
 
 
 def draws_alike(device: torch.device) -> str:
-    """What draws the same numbers from the same stream: on a GPU they depend on how many run side by side."""
+    """Name what a device must share with another to draw the same numbers; on a GPU they depend on how many run side by side."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, PyTorch {torch.__version__}"
 
 
 def gaussian(shape: torch.Size, std: float, device: torch.device, generator: NoiseSource | None = None) -> Tensor:
-    """N(0, std^2), float64, on `device`; a CPU generator draws on the CPU, so that its stream serves every device."""
+    """Draw N(0, std^2), float64, on `device`; a CPU generator draws on the CPU, so that its stream serves every device."""
     generator = hold(noise_generator(device) if generator is None else generator)
     if isinstance(generator, Generator):
         noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
@@ -80,7 +80,12 @@ def gaussian(shape: torch.Size, std: float, device: torch.device, generator: Noi
 
 
 def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
-    """A copy of what a source of one's own has given."""
+    """Copy the noise that a user's own source has given, if it may be N(0, 1); warn if it looks wrong or was given before.
+
+    Raises:
+        UserError: noise is no float64 tensor of this shape.
+        PrivacyError: noise is not finite.
+    """
     if not isinstance(noise, Tensor) or noise.shape != shape or noise.dtype != torch.float64:
         got = (
             f"{noise.dtype} of shape {tuple(noise.shape)}" if isinstance(noise, Tensor) else f"a {type(noise).__name__}"
@@ -90,7 +95,7 @@ def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
     squares = float(noise.square().sum())
     if not math.isfinite(squares):
         raise PrivacyError(f"{name} must give finite numbers: the gradient would be none")
-    # of n normal numbers: n, give or take 12 standard deviations (for few numbers, what no chance makes)
+    # The squares of n normal numbers sum to n, give or take 12 standard deviations; for few numbers the limits are looser.
     numbers = noise.numel()
     if numbers and (abs(squares - numbers) > 12 * math.sqrt(2 * numbers) + 72 or squares < 1e-24 * numbers):
         warnings.warn(
@@ -110,7 +115,7 @@ def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 
 def add_noise_(sums: Iterable[Tensor], std: float, generator: NoiseSource | None = None) -> None:
-    """Add N(0, std^2) to float64 sums in place, a part of each at a time; nothing for std 0."""
+    """Add N(0, std^2) to float64 sums in place, a part of each at a time; draw nothing if std is 0."""
     if std:
         for total in sums:
             for part in total.split(AT_A_TIME):

@@ -1,4 +1,4 @@
-"""The norms and gradients of single samples, for a look at them: a private step keeps none."""
+"""The norms and gradients of single samples, for inspection; a private step returns none."""
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from fastloda.privacy.ranks import World, check_not_sharded, hand_back_shards
 
 
 def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -> Tensor:
-    """L2 norms of the samples' gradients over all trainable parameters: [samples], float64; not finite where a gradient is not.
+    """Compute the L2 norms of the samples' gradients over all trainable parameters: [samples], float64.
 
-    Leaves `.grad`, and the graph below losses, as they are. Errors as in `GhostClipper`.
+    A norm is not finite where the gradient is not. losses [samples * views], errors: as in `GhostClipper.accumulate`.
+    Leaves `.grad`, and the graph below losses, as they are.
     """
     samples, _ = check_losses(losses, check_views(views), None)
     world = World.of() if hand_back_shards(model) else World()
@@ -27,13 +28,14 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
 
 
 def per_sample_grads(losses: Tensor, model: nn.Module, *, views: int = 1) -> dict[str, Tensor]:
-    """Name -> each sample's gradient, [samples, *parameter.shape]: what Opacus keeps as `p.grad_sample`. They are private.
+    """Compute each sample's gradients by parameter name, [samples, *parameter.shape]: Opacus's `p.grad_sample`. They are private.
 
     Args:
-        losses: [samples * views], as in `GhostClipper`, of the model itself: of a private module it is `to_standard_module()`.
+        losses: [samples * views], as in `GhostClipper.accumulate`.
+        model: the model that computed losses; of a private module it is `to_standard_module()`.
 
-    Leaves `.grad`, and the graph below losses, as they are. A parameter that takes no part has zeros. Raises what `GhostClipper`
-    does.
+    Leaves `.grad`, and the graph below losses, as they are. A parameter that losses do not use has zeros. Errors are
+    those of `GhostClipper`.
     """
     samples, _ = check_losses(losses, check_views(views), None)
     parameters = trainable_parameters(Members.of(model))

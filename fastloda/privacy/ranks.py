@@ -1,19 +1,19 @@
-"""Several processes as one: each takes its share of a batch, and they leave the step with the same private gradient.
+"""Private steps of several processes: each takes its share of a batch, and all end the step with the same private gradient.
 
     share of the records --accumulate--> clipped sums --reduce--> rank 0: + noise, once --broadcast--> .grad
 
 Run a script with `torchrun`, call `torch.distributed.init_process_group()` in it, and a `GhostClipper` or `DPTrainer` finds
-the others by itself. A trainer parts each batch among the ranks. In a loop of your own, draw one Poisson sample on all ranks
-and take each one's `fastloda.training.sampling.share`: a record on two ranks would be clipped on each, and contribute double
+the others by itself. A trainer divides each batch among the ranks. In a loop of your own, draw one Poisson sample on all ranks
+and take each rank's `fastloda.training.sampling.share`: a record on two ranks would be clipped on each, and contribute double
 the bound.
 
-One flat buffer goes to rank 0 and one comes back. An all-reduce of the sums would move as many bytes, but then the noise would
-have to be sent as well; and only rank 0 ever holds the sum before it is noised. What comes back are the bits of rank 0's
-gradient, so that replicas can't drift apart by rounding. The sum itself is in float64; the gradients that go into it are
-not, and round otherwise in other micro-batches, as a rank's are.
+One flat buffer goes to rank 0 and one comes back. An all-reduce of the sums would move as many bytes, but the noise would
+have to be sent as well; and only rank 0 ever holds the sum before noise is added. The bits of rank 0's gradient come back, so
+that replicas can't drift apart by rounding. The sum itself is in float64; the gradients that go into it are not, so that
+another division of the samples into micro-batches or ranks rounds them in another way.
 
-Who takes part is decided once, when the clipper or the trainer is made. A process group that comes, goes or changes after that
-would change what is summed under one noise and counted once: the next step is refused.
+The ranks that take part are fixed when the clipper or the trainer is made. A process group that comes, goes or changes after
+that would change what is summed under one noise and counted once: the next step is refused.
 
 Frozen weights may be sharded with FSDP2, while the adapters stay whole on every rank:
 
@@ -23,8 +23,8 @@ Frozen weights may be sharded with FSDP2, while the adapters stay whole on every
 >>> fully_shard(model, ignored_params=adapters)
 
 Every forward and backward pass is then made by all ranks together, so all call `accumulate` equally often, each time with at
-least one sample, masked if need be. `DPTrainer` sees to that. What FSDP2 keeps gathered between forward and backward, the
-root's own weights, the step hands back and gathers again.
+least one sample, masked if need be. `DPTrainer` sees to that. The root module's own weights, which FSDP2 leaves gathered between
+forward and backward, are handed back by the step and gathered again.
 
 If one rank raises, the others wait for it in the next collective, until `torchrun` ends them because it has died, or the
 process group times out (its `timeout` argument). Within a step of `DPTrainer` the others raise as well, naming the rank, unless
@@ -46,7 +46,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastloda.errors import PrivacyError, UserError
 from fastloda.privacy.watch import bits
 
-# Who takes part: a process group; None, the default one if it is initialised; "alone", this process whatever runs beside it.
+# The ranks of a step: those of a process group; None, of the default group if it is initialised; "alone", this process only.
 Group = ProcessGroup | Literal["alone"] | None
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -54,16 +54,16 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one private run. Every method but the properties is a collective: all ranks call it, or wait for ever."""
+    """The processes of one private run. From `sum_to_first` on methods are collectives: all ranks call them, or wait for ever."""
 
     rank: int = 0
     size: int = 1
     group: ProcessGroup | None = None
-    process: int | None = None  # which one joined the group: a forked child has not
+    process: int | None = None  # the id of the process that joined the group; a forked child's is another
 
     @classmethod
     def of(cls, group: Group = None) -> Self:
-        """The world of a group (see `Group`).
+        """Find the world of a group (see `Group`).
 
         Raises:
             ValueError: this process is not in the group.
@@ -87,10 +87,10 @@ class World:
         return cls(dist.get_rank(group), dist.get_world_size(group), group, os.getpid())
 
     def unchanged(self, group: Group = None) -> Self:
-        """This world, if `of(group)` would still give it; no collective.
+        """Return this world if `of(group)` would still give it; no collective.
 
         Raises:
-            PrivacyError: it would not, or the group is gone.
+            PrivacyError: `of` would give another world, or the group is gone.
         """
         try:
             now = World.of(group)
@@ -118,7 +118,7 @@ class World:
         return self.rank == 0
 
     def sum_to_first(self, tensors: Mapping[Key, Tensor]) -> Mapping[Key, Tensor]:
-        """On rank 0 the sums over the ranks, by one flat buffer; on the others what they gave."""
+        """Sum tensors over the ranks, in one flat buffer: rank 0 returns the sums, the others what they gave."""
         if self.size == 1:
             return tensors
         flat = self._flat(list(tensors.values()))
@@ -130,7 +130,7 @@ class World:
         return sums
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
-        """In place, by one flat buffer: every rank's tensors become rank 0's, bit for bit."""
+        """Copy rank 0's tensors into every rank's, in place and bit for bit, in one flat buffer."""
         if self.size == 1:
             return
         flat = self._flat(tensors)
@@ -139,15 +139,15 @@ class World:
             _scatter(flat, tensors)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, on each of them."""
+        """Sum a tensor over the ranks, on each of them."""
         return self._all_reduced(tensor, dist.ReduceOp.SUM)
 
     def most(self, number: int) -> int:
-        """The largest of the ranks' integers, on each of them."""
+        """Find the largest of the ranks' integers, on each of them."""
         return int(self._all_reduced(torch.tensor(number), dist.ReduceOp.MAX))
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank. Pickled: for small things."""
+        """List every rank's value, by rank. Values are pickled: keep them small."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -155,7 +155,7 @@ class World:
         return values
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """What compute() returns, or raises, on rank 0, which alone calls it."""
+        """Call compute() on rank 0 alone; every rank returns, or raises, what it does there."""
         if self.size == 1:
             return compute()
         outcome: list[Any] = [None, None]
@@ -170,22 +170,22 @@ class World:
         return outcome[0]
 
     def check_same(self, facts: Mapping[str, object]) -> None:
-        """Refuse, on all ranks, facts in which ranks differ: name -> value with a repr that says all.
+        """Refuse, on all ranks, facts in which the ranks differ: name -> value, compared by its repr.
 
         Raises:
-            ValueError: which facts, and every rank's value.
+            ValueError: ranks differ; the message tells the facts, and every rank's value.
             RuntimeError: another rank called `tell_failure` instead.
         """
         if self.size > 1:
             self._meet(dict(facts))
 
     def tell_failure(self, error: Exception) -> None:
-        """Instead of `check_same`: the ranks that wait there raise as well, naming this one and its error."""
+        """Let the ranks that wait in `check_same` raise, naming this rank and its error; called in its place."""
         if self.size > 1:
             self._meet(f"{type(error).__name__}: {error}")
 
     def _meet(self, statement: dict[str, object] | str) -> None:
-        """Compare the ranks' facts; a string is a failure in their place. Eight bytes a rank unless they differ."""
+        """Compare the ranks' statements: facts, or a string that tells a failure. Eight bytes a rank unless they differ."""
         digest = hashlib.sha256(repr(statement).encode()).digest()
         mine = self._carried(torch.tensor([int.from_bytes(digest[:8], "little", signed=True)]))
         digests = [torch.empty_like(mine) for _ in range(self.size)]
@@ -208,7 +208,7 @@ class World:
         return total.to(tensor.device)
 
     def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """All of them in one buffer, in a dtype that holds each exactly."""
+        """Join tensors in one flat buffer, in a dtype that holds each of them exactly."""
         dtype = tensors[0].dtype
         for t in tensors:
             dtype = torch.promote_types(dtype, t.dtype)
@@ -216,7 +216,7 @@ class World:
         return self._carried(torch.cat([t.detach().reshape(-1).to(device, dtype) for t in tensors]))
 
     def _carried(self, tensor: Tensor) -> Tensor:
-        """On a device whose tensors the group's backend carries in every collective; gloo does on the CPU only."""
+        """Move a tensor to a device that the group's backend supports in every collective; for gloo that is the CPU only."""
         backends = dict(part.split(":") for part in dist.get_backend_config(self.group).split(","))
         if backends.get(tensor.device.type, "gloo") != "gloo":
             return tensor
@@ -259,20 +259,20 @@ def replicate(model: nn.Module, group: Group = None) -> None:
 
 
 def parameter_facts(parameters: Mapping[str, nn.Parameter]) -> dict[str, object]:
-    """What must be the same on all ranks for their gradients to be added."""
+    """List the facts that must be the same on all ranks for their gradients to be added: dtypes and shapes."""
     return {f"parameter {name!r}": f"{p.dtype} {list(p.shape)}" for name, p in parameters.items()}
 
 
 def value_facts(parameters: Mapping[str, nn.Parameter]) -> dict[str, object]:
-    """The sum of the parameters' bits, for replicas must be equal: one pass over them."""
+    """Compute, by one pass, the checksum of the parameters' bits, as a fact for `check_same`: replicas must be equal."""
     total = int(bits(parameters.values()))
     return {"the checksum of the trainable parameters (fastloda.privacy.ranks.replicate makes them equal)": total}
 
 
 def hand_back_shards(model: nn.Module) -> bool:
-    """Frozen weights that FSDP2 left gathered go back to their shards; returns whether it shards any.
+    """Hand frozen weights that FSDP2 left gathered back to their shards; return whether it shards any.
 
-    In between the model holds other parameter objects, which would look as if frozen weights had been replaced.
+    While they are gathered the model holds other parameter objects, as if frozen weights had been replaced.
     """
     if not dist.is_initialized():
         return False
@@ -285,10 +285,10 @@ def hand_back_shards(model: nn.Module) -> bool:
 
 
 def check_wrappers(model: nn.Module, world: World) -> None:
-    """Refuse what would send gradients around the private step, or keep it from seeing the parameters.
+    """Refuse wrappers and shards that would send gradients around the private step, or hide parameters from it.
 
     Raises:
-        PrivacyError: naming the module or the parameter, and what to do.
+        PrivacyError: names the module or the parameter, and says what to do.
     """
     if not dist.is_initialized():
         return

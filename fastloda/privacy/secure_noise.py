@@ -1,8 +1,8 @@
 """Noise from the operating system's cryptographically secure generator.
 
-Whoever sees enough numbers of PyTorch's Mersenne Twister can compute all that follow; from the system's generator (ChaCha20 on
-Linux, reseeded by the kernel) no one can. It can't be seeded and holds no state here: noise can't be repeated, not by a forked
-process, and not by a run that resumes, whose steps done again are charged again (`training/releases.py`).
+Whoever sees enough numbers of PyTorch's Mersenne Twister can compute all that follow; with the system's generator (ChaCha20 on
+Linux, reseeded by the kernel) no one can. It can't be seeded and holds no state here. So noise can't be repeated, neither by a
+forked process nor by a run that resumes; steps that it makes again are charged again (`training/releases.py`).
 """
 
 import math
@@ -21,16 +21,16 @@ BITS = 63
 
 @dataclass(frozen=True)
 class SecureGenerator:
-    """Takes the place of a `torch.Generator` wherever FastLoDA draws noise.
+    """A secure source of noise, in place of a `torch.Generator` wherever FastLoDA draws noise.
 
     It draws on the CPU, and the noise then moves to the model's device. Cost: a number takes about 7 times as long as one of
     PyTorch's generator, about twice with averaged=1 (measured once on a million numbers, on one thread of a CPU). It grows with
     the trainable parameters, not with the batch.
 
     Attributes:
-        averaged: each number is the sum of so many Gaussian ones over the root of their count, which is Gaussian again. What
-            floating point leaves out between possible values of one number lets an attacker rule out candidates for what lies
-            beneath the noise (Mironov 2012); of four together he would have to try 2^159 (Holohan & Braghin 2021,
+        averaged: how many Gaussian numbers are added, and divided by the root of their count, to make one, Gaussian again. The
+            gaps between the floating-point values of a single number let an attacker rule out candidates for the value under
+            the noise (Mironov 2012); with four he would have to try 2^159 (Holohan & Braghin 2021,
             https://arxiv.org/abs/2107.10138, section 5.1). 1 saves the time.
     """
 
@@ -42,7 +42,7 @@ class SecureGenerator:
             raise UserError(f"averaged must be an integer >= 1, got {self.averaged!r}")
 
     def normal(self, shape: torch.Size) -> Tensor:
-        """N(0, 1), float64, on the CPU."""
+        """Draw independent N(0, 1) numbers of this shape, float64, on the CPU."""
         noise = torch.zeros(shape, dtype=torch.float64)
         for part in noise.view(-1).split(CHUNK):
             for _ in range(self.averaged):
@@ -51,13 +51,13 @@ class SecureGenerator:
 
 
 def uniform(count: int) -> Tensor:
-    """(k + 1/2) / 2^63 for k of 63 random bits, rounded to float64: in (0, 1], never 0, and down to 2^-64."""
+    """Draw `count` uniform numbers (k + 1/2) / 2^63, k of 63 random bits, rounded to float64: in (0, 1], down to 2^-64."""
     bits = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64) if count else torch.zeros(0).long()
     return bits.bitwise_and_(2**BITS - 1).double().add_(0.5).mul_(2.0**-BITS)
 
 
 def box_muller(uniforms: Tensor) -> Tensor:
-    """Independent normal numbers of as many uniform ones, an even count (Box & Muller 1958).
+    """Compute independent normal numbers from as many uniform ones, an even count (Box & Muller 1958).
 
     sqrt(-2 log u) cos(2 pi v) and ... sin(2 pi v): exact up to rounding. The smallest u gives the tail, 9.4 sigma.
     """

@@ -1,4 +1,4 @@
-"""What the operator of a private step may look at."""
+"""The statistics of a private step, for its operator."""
 
 import math
 import warnings
@@ -7,36 +7,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WASTED = 0.95  # of the samples without a finite gradient: the step learned nothing
+WASTED = 0.95  # the share of samples without a finite gradient from which on a step counts as wasted
 
 
 @dataclass(frozen=True, repr=False)
 class StepStats:
-    """Counts over the samples of a step. They are statistics of private data: for the operator, not for release.
+    """The counts over the samples of a step. They are statistics of private data: for the operator, not for release.
 
-    Kept on the device until read, so that a step does not wait for the GPU; `+` joins micro-batches.
+    They stay on the device until read, so that a step does not wait for the GPU; `+` joins micro-batches.
     """
 
     totals: Tensor  # float64 [4]: samples, clipped, nonfinite, sum of the finite samples' losses
 
     @property
     def samples(self) -> int:
-        """Samples that were not masked."""
+        """The number of samples that were not masked."""
         return int(self.totals[0])
 
     @property
     def clipped(self) -> int:
-        """Samples whose gradient was longer than its bound; with clipping per layer, in some layer."""
+        """The number of samples whose gradient was longer than its bound; with clipping per layer, in some layer."""
         return int(self.totals[1])
 
     @property
     def nonfinite(self) -> int:
-        """Samples that contributed zero because their gradient was not finite."""
+        """The number of samples that contributed zero because their gradient was not finite."""
         return int(self.totals[2])
 
     @classmethod
     def of(cls, losses: Tensor, norms: Tensor, mask: Tensor, bounds: Tensor) -> "StepStats":
-        """Count over a micro-batch: norms [groups, samples], bounds [groups, 1], mask [samples]."""
+        """Count over a micro-batch: losses [samples * views], norms [groups, samples], mask [samples], bounds [groups, 1]."""
         finite, longer = norms.isfinite().all(0), (norms > bounds).any(0)
         loss = losses.detach().double().view(len(mask), -1).mean(1)
         counts = [mask, mask & finite & longer, mask & ~finite, torch.where(mask & finite, loss, 0.0)]
@@ -44,7 +44,7 @@ class StepStats:
 
     @classmethod
     def none(cls, device: torch.device) -> "StepStats":
-        """Those of no samples."""
+        """Make the statistics of no samples."""
         return cls(torch.zeros(4, dtype=torch.float64, device=device))
 
     @property
@@ -58,12 +58,12 @@ class StepStats:
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss over the samples with a finite gradient; NaN if there is none."""
+        """The mean loss over the samples with a finite gradient; NaN if there is none."""
         finite = self.samples - self.nonfinite
         return float(self.totals[3]) / finite if finite else math.nan
 
     def warn_if_wasted(self, stacklevel: int = 2) -> None:
-        """Say that a step released noise alone; a GPU is waited for."""
+        """Warn if the step released noise alone. This waits for the GPU."""
         if self.wasted:
             warnings.warn(
                 f"{self.nonfinite} of {self.samples} samples had a gradient that is not finite and contributed zero: this step "

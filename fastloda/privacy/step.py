@@ -1,7 +1,7 @@
-"""The private step: one backward, norms, clip, sum, noise once, divide by the expected batch size, step.
+"""The private step: one backward, norms, clip, sum, add noise once, divide by the expected batch size, optimizer step.
 
-DP-SGD (Abadi et al. 2016) with book-keeping (Bu et al. 2023). Neighbouring data sets differ by adding or removing one
-record. All that a record can change before the noise is the clipped sum, by at most max_grad_norm in L2 norm; with adaptive
+This is DP-SGD (Abadi et al. 2016) with book-keeping (Bu et al. 2023). Neighbouring data sets differ by adding or removing one
+record. Before the noise, a record changes nothing but the clipped sum, by at most max_grad_norm in L2 norm; with adaptive
 clipping a count as well, which is accounted for (`fastloda.privacy.adaptive`).
 """
 
@@ -34,7 +34,7 @@ from fastloda.privacy.styles import check_max_grad_norm
 from fastloda.privacy.sums import Alike, FlatSums
 from fastloda.privacy.watch import Watch, add_watcher, resume_after_update, watch_from_update, watched_since_update
 
-look_at_backward()  # from here on, for a loss may hold a gradient that was made before any clipper
+look_at_backward()  # when imported, for a loss may use a gradient that was made before any clipper
 
 
 class GhostClipper:
@@ -47,17 +47,18 @@ class GhostClipper:
     >>> optimizer.step()
 
     Guarantees: one sample changes the sum by at most max_grad_norm (1 + 1e-5) in L2 norm, whatever the model puts out; a
-    sample whose gradient is not finite contributes zero; the noise is added once, however many micro-batches came.
+    sample whose gradient is not finite contributes zero; the noise is added once, however many micro-batches there are.
 
-    Where `torch.distributed` is initialised, all ranks are one step (`fastloda.privacy.ranks`): each accumulates its own share of
-    the samples, perhaps none, and all call privatize. The noise is added once for all of them, and every rank gets the same
+    Where `torch.distributed` is initialised, all ranks make one step (`fastloda.privacy.ranks`): each accumulates its own share
+    of the samples, perhaps none, and all call privatize. The noise is added once for all of them, and every rank gets the same
     bits in `.grad`. No record may be on two ranks.
 
     Args:
-        max_grad_norm: the bound on a sample's contribution. With adaptive clipping where it starts; the attribute then moves.
-        views: losses per sample, averaged before clipping.
+        model: the model whose trainable parameters get the private gradient.
+        max_grad_norm: the bound on a sample's contribution; with adaptive clipping its start, and the attribute then moves.
+        views: the number of losses per sample, averaged before clipping.
         clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings (`privacy/styles.py`).
-        group: the process group of those ranks. None: the default one, if it is initialised; "alone": this process only.
+        group: the process group of the ranks. None: the default group, if it is initialised; "alone": this process only.
 
     Raises:
         ValueError: max_grad_norm is not positive and finite, or views < 1, or clipping is unknown or does not fit the model.
@@ -83,7 +84,7 @@ class GhostClipper:
         check_wrappers(model, self.world)
         members = Members.of(model)
         self.parameters = trainable_parameters(members)
-        # what has no rule gets the slower one, from the next forward pass on
+        # layers without a rule get the slower one, from the next forward pass on
         cover_modules(members.modules, self.parameters)
         self._watch: Watch | None = Watch(members)  # None from the noise to the end of the update
         add_watcher(model, self)
@@ -105,7 +106,11 @@ class GhostClipper:
 
     @property
     def world(self) -> World:
-        """The ranks that make the step together, since the clipper was made. Raises PrivacyError if they have changed."""
+        """The ranks that make the step together, fixed when the clipper was made.
+
+        Raises:
+            PrivacyError: they have changed since.
+        """
         return self._world.unchanged(self.group)
 
     def reset(self) -> None:
@@ -123,7 +128,8 @@ class GhostClipper:
             mask: bool [samples]; False marks padding, which contributes zero. Default: all true.
 
         Raises:
-            ValueError, PrivacyError: see the message; nothing has changed then.
+            ValueError: losses, mask or views do not fit each other; nothing has changed then.
+            PrivacyError: a sample's contribution could not be bounded; nothing has changed then.
         """
         samples, mask = check_losses(losses, self.views, mask)
         self._world.unchanged(self.group)
@@ -132,7 +138,7 @@ class GhostClipper:
         return self._add(losses, samples, mask, sharded)
 
     def check_model(self) -> None:
-        """Refuse a model that is not the one that the clipper was made for, or that a pass over records has written to.
+        """Refuse the model if other parameters train than when the clipper was made, or if a pass over records wrote to it.
 
         Raises:
             ValueError: other parameters train.
@@ -142,11 +148,11 @@ class GhostClipper:
         now = trainable_parameters(members)
         if now.keys() != self.parameters.keys() or any(now[name] is not p for name, p in self.parameters.items()):
             raise UserError("the model's trainable parameters changed since GhostClipper was made: make a new one")
-        self._watch = self._watch or Watch(members)  # an update without an optimizer of PyTorch's ends unseen
-        self._watch.check(members, thorough=False)  # what counts no write is compared once, before the noise
+        self._watch = self._watch or Watch(members)  # only PyTorch's optimizers show where an update ends
+        self._watch.check(members, thorough=False)  # uncounted writes are looked for once, before the noise
 
     def _add(self, losses: Tensor, samples: int, mask: Tensor, sharded: bool) -> StepStats:
-        """`accumulate`, for a model that is known to be the one that the clipper was made for."""
+        """Do the work of `accumulate`, without `check_model`."""
         if not samples:  # an empty Poisson batch adds nothing; its noise comes in privatize
             check_not_sharded(sharded)
             return StepStats.none(losses.device)
@@ -164,22 +170,23 @@ class GhostClipper:
     def privatize(
         self, noise_multiplier: float, expected_batch_size: float, generator: NoiseSource | NoiseOver | None = None
     ) -> None:
-        """.grad = (clipped sum + N(0, (noise_multiplier max_grad_norm)^2)) / expected_batch_size; then start anew.
+        """Set .grad = (clipped sum + N(0, (noise_multiplier max_grad_norm)^2)) / expected_batch_size, and start anew.
 
         With adaptive clipping the gradient's noise is larger, by what the step's other release costs, and max_grad_norm moves.
 
         Args:
-            noise_multiplier: noise's standard deviation over max_grad_norm, as accounted; 0 gives no privacy.
+            noise_multiplier: the noise's standard deviation over max_grad_norm, as accounted; 0 gives no privacy.
             expected_batch_size: sample_rate x records, those of all ranks together. Public: never the realised batch size.
-            generator: for experiments that must repeat, or a `SecureGenerator`; read on rank 0 only. A function is called with
-                the sums, on all ranks, and gives it. Default: seeded by the operating system.
+            generator: the source of the noise, read on rank 0 only: a torch.Generator for experiments that must repeat, or a
+                `SecureGenerator`; or a function that all ranks call with the sums, and that returns one. Default: a generator
+                seeded by the operating system.
 
         Raises:
             ValueError: an argument is out of range, or the ranks disagree on one, on max_grad_norm, on views, or on the
                 trainable parameters or their values. All ranks raise, and nothing has changed.
         """
         world = self.world
-        if world.size > 1:  # first, for what one rank refuses all must refuse
+        if world.size > 1:  # before any check that could fail on one rank alone: all ranks must refuse together
             world.check_same(self._facts(noise_multiplier, expected_batch_size))
         _check_privatize(noise_multiplier, expected_batch_size)
         if self._watch:
@@ -205,14 +212,14 @@ class GhostClipper:
         self.reset()
         self._watch = None
         resume_after_update(self)
-        stats.warn_if_wasted(stacklevel=3)  # last, for it waits for the GPU
+        stats.warn_if_wasted(stacklevel=3)  # at the end, for it waits for the GPU
 
     def watch(self) -> None:
-        """Take the model as it is now: from here to the noise nothing may change."""
+        """Take the model as it is now: from now until the noise is added nothing in it may change."""
         self._watch = Watch(Members.of(self.model))
 
     def _facts(self, noise_multiplier: float, expected_batch_size: float) -> dict[str, object]:
-        """What all ranks must agree on."""
+        """List the facts on which all ranks must agree."""
         arguments = {
             "max_grad_norm": self.max_grad_norm,
             "views": self.views,
@@ -237,11 +244,11 @@ def ghost_dp_step(
     clipping: Clipping = "flat",
     group: Group = None,
 ) -> StepStats:
-    """One step of DP-SGD, or of any optimizer on the private gradient; in place of `loss.mean().backward(); optimizer.step()`.
+    """Make one step of DP-SGD, or of any optimizer on the private gradient, for `loss.mean().backward(); optimizer.step()`.
 
-    losses [samples * views] is the model's loss, one number per sample and view. Arguments and errors as in `GhostClipper`;
-    every check comes before anything changes. On several ranks the statistics are of this rank's samples. Adaptive clipping
-    is refused: its bound goes on from step to step, in a `GhostClipper` that is kept.
+    losses [samples * views] is the model's loss, one number per sample and view. Arguments and errors are those of
+    `GhostClipper`; every check comes before anything changes. On several ranks the statistics returned are of this rank's
+    samples. Adaptive clipping is refused: its bound moves from step to step, and needs one `GhostClipper` for all of them.
     """
     watched_since_update(model, Members.of(model))
     clipper = GhostClipper(model, max_grad_norm, views, clipping=clipping, group=group)
@@ -252,9 +259,9 @@ def ghost_dp_step(
     check_optimizer(optimizer, clipper.parameters)
     _check_privatize(noise_multiplier, expected_batch_size)
     samples, mask = check_losses(losses, clipper.views, mask)
-    stats = clipper._add(losses, samples, mask, hand_back_shards(model))  # made just now: not to be looked at once more
+    stats = clipper._add(losses, samples, mask, hand_back_shards(model))  # the new clipper need not check its model
     clipper.privatize(noise_multiplier, expected_batch_size, generator)
-    del clipper  # which would watch the model from here on by itself
+    del clipper  # or it would go on to watch the model
     optimizer.step()
     watch_from_update(model)
     return stats

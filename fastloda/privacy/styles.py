@@ -1,10 +1,10 @@
-"""Styles of clipping: how the parameters are grouped, each group's share of the bound, and the factor that is wished for.
+"""Styles of clipping: how the parameters are grouped, each group's share of the bound, and the factor that is wanted.
 
     Flat        one group                 c = min(1, C / |g|)          Abadi et al. 2016, https://arxiv.org/abs/1607.00133
     Automatic   one group                 c = C / (|g| + gamma)        Bu et al. 2023, https://arxiv.org/abs/2206.07136
     PerLayer    a group for each layer    c_l = min(1, C_l / |g_l|)    McMahan et al. 2018, https://arxiv.org/abs/1710.06963
 
-`clip.clip_factors` grants no more of a wish than the promise allows. `adaptive.AdaptiveClipping` is Flat with a bound that moves.
+`clip.clip_factors` lowers a factor where the bound demands it. `adaptive.AdaptiveClipping` is Flat with a bound that moves.
 """
 
 import math
@@ -19,13 +19,13 @@ from fastloda.errors import UserError
 from fastloda.privacy.noise import NoiseSource
 from fastloda.privacy.ranks import World
 
-BOUNDS_AGREE = 1e-6  # relative; far below the 1e-5 of the promise
+BOUNDS_AGREE = 1e-6  # relative tolerance; far below the 1e-5 by which a contribution may exceed max_grad_norm
 
 Groups = Mapping[str, tuple[str, ...]]  # group -> the names of its parameters
 
 
 class Bound:
-    """The bound C on what a sample contributes, over the steps of a run: one that stays, and looks at no sample.
+    """The bound C on what a sample contributes, over the steps of a run. This one never moves, and looks at no sample.
 
     Attributes:
         value: C, public.
@@ -35,24 +35,24 @@ class Bound:
         self.value = value
 
     def observe(self, norms: Tensor, mask: Tensor) -> None:
-        """Take in a micro-batch: |g_n| [samples], and which of them are no padding."""
+        """Take in a micro-batch: norms |g_n| [samples], and mask, bool [samples], false for padding."""
 
     def forget(self) -> None:
         """Drop what was observed since the last step."""
 
     def observed(self, world: World) -> Sequence[Tensor]:
-        """Sum over the ranks what `move` would release; for each release its noise must be new."""
+        """Sum over the ranks what `move` would release, on rank 0: new sums need new noise, so its source must know them."""
         return ()
 
     def move(
         self, noise_multiplier: float, expected_batch_size: float, world: World, generator: NoiseSource | None
     ) -> None:
-        """Release what was observed, with noise, and follow it, alike on all ranks."""
+        """Release what was observed, with noise, and set C by it, to the same value on all ranks."""
 
 
 @dataclass(frozen=True)
 class Flat:
-    """All parameters together: the whole gradient is shortened to max_grad_norm, if it is longer."""
+    """The style that clips all parameters together: the whole gradient is shortened to max_grad_norm, if it is longer."""
 
     name: ClassVar[str] = "flat"
 
@@ -60,7 +60,7 @@ class Flat:
         return {"": tuple(names)}
 
     def shares(self, groups: Groups, max_grad_norm: float) -> list[float]:
-        """Each group's bound over max_grad_norm, in order; their squares sum to 1.
+        """Compute each group's bound over max_grad_norm, in order; their squares sum to 1.
 
         Raises:
             ValueError: the style's own bounds do not fit the model or max_grad_norm.
@@ -68,11 +68,11 @@ class Flat:
         return [1.0]
 
     def wanted(self, norms: Tensor, bounds: Tensor) -> Tensor:
-        """Factors [groups, samples] for norms [groups, samples] and bounds [groups, 1]."""
+        """Compute the factors [groups, samples] that the style wants for norms [groups, samples] and bounds [groups, 1]."""
         return torch.ones_like(norms)
 
     def gradient_noise(self, noise_multiplier: float, expected_batch_size: float) -> float:
-        """Compute the gradient's noise over max_grad_norm, of a step that costs what `noise_multiplier` says."""
+        """Compute the gradient's noise over max_grad_norm in a step that costs as much as `noise_multiplier` alone."""
         return noise_multiplier
 
     def bound_from(self, max_grad_norm: float) -> Bound:
@@ -82,7 +82,7 @@ class Flat:
 
 @dataclass(frozen=True)
 class Automatic(Flat):
-    """Every gradient is scaled to a length just below max_grad_norm, long or short: C / (|g| + gamma).
+    """The style that scales every gradient, long or short, to a length just below max_grad_norm: C / (|g| + gamma).
 
     No norm has to be guessed: a larger max_grad_norm does nothing that a larger learning rate would not do (for Adam,
     nothing at all). gamma > 0 keeps a share of the difference between short gradients, which plain normalisation loses.
@@ -100,7 +100,7 @@ class Automatic(Flat):
 
 @dataclass(frozen=True)
 class PerLayer(Flat):
-    """Each layer is clipped by its own norm. A layer is a module with trainable parameters of its own.
+    """The style that clips each layer by its own norm. A layer is a module with trainable parameters of its own.
 
     Attributes:
         bounds: module name -> bound, for every layer; the root of their sum of squares must be max_grad_norm.
@@ -113,7 +113,7 @@ class PerLayer(Flat):
     def __post_init__(self):
         if self.bounds is not None:
             checked = {layer: check_positive(f"bounds[{layer!r}]", bound) for layer, bound in self.bounds.items()}
-            object.__setattr__(self, "bounds", checked)  # a plain dict of our own, as checkpoints hold it
+            object.__setattr__(self, "bounds", checked)  # a plain dict that checkpoints can hold and users can't change
 
     def groups(self, names: Mapping[str, object]) -> Groups:
         layers: dict[str, tuple[str, ...]] = {}
@@ -138,7 +138,7 @@ class PerLayer(Flat):
 
 @dataclass(frozen=True)
 class PerParameter(PerLayer):
-    """Each parameter is clipped by its own norm; `bounds` has the parameters' names."""
+    """The style that clips each parameter by its own norm; `bounds` has the parameters' names."""
 
     name: ClassVar[str] = "per_parameter"
 

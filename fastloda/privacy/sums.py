@@ -1,4 +1,4 @@
-"""Sums for many parameters in one buffer, so that noise is drawn, scaled and cast once and not for each.
+"""Sums for many parameters in one buffer, so that noise is drawn, scaled and cast once for all of them.
 
 An adapted U-Net has hundreds of small parameters: a few operations for each would cost a small step more than their arithmetic.
 """
@@ -9,15 +9,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-Alike = tuple[torch.device, torch.dtype]  # of parameters that share a buffer
+Alike = tuple[torch.device, torch.dtype]  # parameters that agree in these share a buffer
 
 
 class FlatSums:
-    """Zeros to add to, in float64: rounding must not add up over the micro-batches of a step.
+    """The sums of a step, zero at the start, in float64: rounding must not add up over micro-batches.
 
     Attributes:
-        buffers: 1-d, for the parameters of each device and dtype.
-        by_name: the same numbers, as the parameters' shapes have them.
+        buffers: the 1-d sums for the parameters of each device and dtype.
+        by_name: views of the buffers by parameter, in their shapes.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
@@ -32,13 +32,13 @@ class FlatSums:
         return torch.zeros(numbers, dtype=torch.float64, device=device)
 
     def add_(self, parts: Mapping[str, Tensor | None]) -> None:
-        """Add to the parameters named; None adds nothing."""
+        """Add parts [*parameter.shape] to the sums of the parameters that they name; None adds nothing."""
         given = {name: part for name, part in parts.items() if part is not None}
         if given:
             torch._foreach_add_([self.by_name[name] for name in given], list(given.values()))
 
     def parted(self, buffers: Mapping[Alike, Tensor]) -> dict[str, Tensor]:
-        """Views of such buffers by parameter, in their shapes."""
+        """View buffers like `self.buffers` by parameter, in their shapes."""
         views = {}
         for alike, shapes in self._shapes.items():
             parts = buffers[alike].split([shape.numel() for shape in shapes.values()])

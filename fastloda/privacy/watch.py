@@ -1,7 +1,7 @@
-"""Nothing of a model may change with the records but by the noisy update.
+"""The watch that nothing in a model changes with the records except by the noisy update.
 
-A forward or backward pass that writes to a buffer (running statistics, the largest gradient that FP8 scaling keeps), to a frozen
-parameter, or to a trainable one (`F.embedding` with max_norm) would release what it wrote without noise. So a model is
+A forward or backward pass that writes to a buffer (running statistics, the largest gradient that FP8 scaling stores), to a
+frozen parameter, or to a trainable one (`F.embedding` with max_norm) would release what it wrote without noise. So a model is
 watched from the end of one update to the noise of the next.
 """
 
@@ -21,11 +21,11 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Watch:
-    """All parameters and buffers of a model as they are now.
+    """The state of all parameters and buffers of a model when the watch was made.
 
-    PyTorch counts the writes to each tensor, other than through `.data` or NumPy. So what trainable parameters and buffers hold
-    is compared too; and the former may be written to if they then hold what they held, as when an average is swapped in for an
-    evaluation and out again.
+    PyTorch counts the writes to each tensor, except through `.data` or NumPy. So the values of trainable parameters and buffers
+    are compared too. Trainable parameters may be written to if they get their old values back, as when an average is swapped in
+    for an evaluation and out again.
     """
 
     def __init__(self, members: Members):
@@ -38,14 +38,14 @@ class Watch:
         return bits([*self._trainable.values(), *self._buffers])
 
     def check(self, members: Members, thorough: bool = True) -> None:
-        """Refuse members, of the same model now, that are not what they were.
+        """Refuse the members of the same model if they have changed since the watch was made.
 
-        thorough: compare what they hold even if no write was counted, for which a GPU is waited for.
+        thorough: whether to compare values even if no write was counted, which waits for the GPU.
 
         Raises:
             PrivacyError: names the first that changed.
         """
-        if _places(members) != self._places:  # moved to a device or cast, which no record brings about
+        if _places(members) != self._places:  # the user moved or cast the model, which does not depend on records
             self.__init__(members)
             return
         rewritten = False
@@ -74,10 +74,10 @@ OWN_CHANGES = (
 
 
 class Watcher(Protocol):
-    """Whoever watches a model from step to step.
+    """The protocol of an object that watches a model from step to step.
 
     Attributes:
-        parameters: those that an update moves, by name.
+        parameters: the parameters that an update moves, by name.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -87,11 +87,11 @@ class Watcher(Protocol):
 
 
 _watchers: WeakKeyDictionary[nn.Module, WeakSet[Watcher]] = WeakKeyDictionary()
-_after_update: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()  # of models that `ghost_dp_step` moved last
+_after_update: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()  # models as `ghost_dp_step` left them
 
 
 def add_watcher(model: nn.Module, watcher: Watcher) -> None:
-    """Let `accept_changes` tell a watcher, who has just taken the model as it is."""
+    """Let `accept_changes` tell a watcher, which has just taken the model as it is."""
     _after_update.pop(model, None)
     _watchers.setdefault(model, WeakSet()).add(watcher)
 
@@ -111,7 +111,7 @@ _awaiting_update: WeakSet[Watcher] = WeakSet()
 
 
 def resume_after_update(watcher: Watcher) -> None:
-    """Let a watcher take the model as it is when an optimizer has next moved its parameters."""
+    """Let a watcher take the model as it is once an optimizer has moved its parameters."""
     _awaiting_update.add(watcher)
     _follow_optimizers()
 
@@ -142,7 +142,7 @@ def accept_changes(model: nn.Module) -> None:
 
 
 def bits(parameters: Iterable[Tensor]) -> Tensor:
-    """The sum of all the bits, as integers: int64, on the device of the first. One pass over them."""
+    """Sum the bits of all tensors, read as integers, by one pass: int64, on the device of the first."""
     alike: dict[tuple, list[Tensor]] = {}
     for p in parameters:
         p = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
@@ -157,5 +157,5 @@ def _places(members: Members) -> list[tuple[torch.dtype, torch.device]]:
 
 
 def _versions(members: Members) -> dict[str, tuple[Tensor, int]]:
-    """Tensors, not their ids: the id of a tensor that was replaced may come back."""
+    """Map names to tensors and their counts of writes; tensors and not ids, for the id of a replaced one may come back."""
     return {name: (t, t._version) for name, t in (members.parameters | members.buffers).items()}

@@ -1,7 +1,7 @@
 """Exact per-sample gradients of any layer through `torch.func`: one forward and backward of it for each row, vectorised.
 
-Slower than a rule, and it keeps all per-row gradients. `cover(model)` puts it on the layers whose operations have no rule, and
-has the forward pass mark what is made of parameters alone, which needs none (`composites.py`).
+This is slower than a rule, and stores all per-row gradients. `cover(model)` installs it on the layers whose operations have no
+rule, and lets the forward pass mark what is made of parameters alone, which needs no rule (`composites.py`).
 """
 
 import functools
@@ -38,16 +38,16 @@ from fastloda.per_sample.rules import may_be_covered, may_cover
 KNOWN: set[type[nn.Module]] = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding}
 KNOWN |= {nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
-KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}  # never need looking into
+KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}  # always have rules
 WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that whole"
 HOLDERS = (nn.ParameterList, nn.ParameterDict)  # never called: what they hold belongs to the layer around them
 
-# with the parameters that trained then
+# Layers that need nothing from here, with the names of the parameters that trained when that was found out.
 _left_alone: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
 
 
 class Covered:
-    """What `cover` did. `layers`: the names of those that turned out to need torch.func, known after a forward pass."""
+    """The result of `cover`. `layers`: the names of the layers that turned out to need torch.func, known after a forward pass."""
 
     def __init__(self, chosen: Mapping[str, nn.Module]):
         self._chosen = chosen
@@ -57,7 +57,7 @@ class Covered:
         return [name for name, layer in self._chosen.items() if isinstance(_installed(layer), FunctionalRule)]
 
     def remove(self) -> None:
-        """The layers as they were."""
+        """Give the layers back their own forward."""
         for layer in self._chosen.values():
             if _installed(layer):
                 del layer.forward
@@ -69,32 +69,33 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
     >>> fastloda.cover(model)
     >>> fastloda.ghost_dp_step(losses(model(x)), model, optimizer, ...)
 
-    Each layer with trainable parameters of its own that is no layer FastLoDA knows is looked into at its first call. If its
-    operations have rules, it is left alone from then on; otherwise it warns once, by name, and its own parameters (and those
-    of its parametrizations and lists) get per-row gradients by vmap over one forward and backward of a row, or row after row
-    where vmap can't. Those of layers inside it keep their rules. Without a private step it trains as before, at the cost of one
+    The first call of each unknown layer with trainable parameters of its own is examined. If its operations have rules, the
+    layer is left alone from then on. Otherwise a warning names it once, and its own parameters (and those of its
+    parametrizations and lists) get per-row gradients by vmap over one forward and backward of a row, or row after row where
+    vmap can't. Parameters of layers inside it keep their rules. Without a private step it trains as before, at the cost of one
     more forward pass. nn.RNN, nn.LSTM and nn.GRU run without their fused kernels instead, as linear maps, which have rules; with
     packed sequences they go row after row.
 
-    The first forward pass of the model is watched. What it makes of parameters and constants alone is used as parameters are,
+    The first forward pass of the model is watched. What it makes of parameters and constants alone is treated as a parameter
     by the rules. Where an operation still has no rule, or sees other rows than the samples' (experts, windows), the smallest
     module around it that has one row for each sample is taken through torch.func whole, with a warning by name.
 
     Guarantees: the gradients are exact, or the step refuses by name before anything changes. In every step the layer is
-    computed once more, row by row, and must give what it gave; and at first, and for larger batches, the rows' gradients must
-    sum to autograd's, and no output of a row may depend on another row. So layers that mix samples, draw random numbers,
+    computed once more, row by row, and must give the same outputs; and at first, and for larger batches, the rows' gradients
+    must sum to autograd's, and no output of a row may depend on another row. So layers that mix samples, draw random numbers,
     change a state, or branch on the batch are refused, and so are inputs whose batch is not the first dimension.
 
     Args:
+        model: the model that the private step trains.
         layers: names of the layers to take through torch.func in any case, whole: with the parameters of all layers inside them.
-            Default: those that need it.
+            Default: the layers that need it.
 
     Raises:
         ValueError: no layer has the name, or none of its parameters trains.
     """
     modules = dict(model.named_modules())
     if layers is None:
-        _left_alone.pop(model, None)  # asked for: to be watched once more
+        _left_alone.pop(model, None)  # the user asks for it: watch the model once more
         return cover_modules(modules, trainable(model))
     chosen = {name: _checked(modules, name) for name in layers}
     for name, layer in chosen.items():
@@ -103,7 +104,7 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
 
 
 def cover_modules(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Covered:
-    """`cover` for those that need it, of a model's modules by name; names: of its trainable parameters."""
+    """Cover the layers that need it among a model's modules, by name ("" is the model); names: its trainable parameters."""
     watch_convolutions(modules.values())
     chosen = {name: layer for name, layer in modules.items() if _may_need_it(name, layer)}
     for name, layer in chosen.items():
@@ -115,7 +116,7 @@ def cover_modules(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Cov
 
 
 def own_parameters(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the trainable parameters that the layer holds itself, in a list or dictionary, or through parametrizations."""
+    """List the names of the trainable parameters that the layer holds itself, in a list or dictionary, or by parametrizations."""
     inside = (
         f"{key}.{name}"
         for key, module in layer._modules.items()
@@ -126,7 +127,7 @@ def own_parameters(layer: nn.Module) -> tuple[str, ...]:
 
 
 class NotByRow(PrivacyError):
-    """A call of a layer that takes or gives no rows."""
+    """The error of a layer call that takes or gives no rows."""
 
     def __init__(self, message: str, call: LayerCall):
         super().__init__(message)
@@ -135,10 +136,10 @@ class NotByRow(PrivacyError):
 
 @dataclass
 class FunctionalRule:
-    """Per-row gradients by vmap, or row after row where that fails; see `cover` for what is checked."""
+    """The rule that takes per-row gradients by vmap, or row after row where that fails; `cover` says what is checked."""
 
     name: str
-    verified: int = 0  # rows
+    verified: int = 0  # the most rows for which the gradients were verified
     vectorised: bool = True
     dims: dict[int, tuple[int, ...]] = field(default_factory=dict)  # number of outputs -> the batch dimension of each
 
@@ -151,17 +152,17 @@ class FunctionalRule:
             call.check_same(outputs, "row by row")
         except (PrivacyError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of any operation of a layer that is not ours
+        except Exception as error:  # any operation of a user's layer may raise anything
             raise PrivacyError(f"{self._label(call)} can't be run row by row: {error}. {WHOLE}") from error
         return grads
 
     def batch_dims(self, call: LayerCall) -> tuple[int, ...]:
-        """Where two rows make another shape than one."""
+        """Find the batch dimension of each output: the one in which the outputs of two rows differ from those of one."""
         found = self.dims.get(len(call.outputs))
         if found is None:
             try:
                 one, two = ([y.shape for y in self._first_rows(call, count)] for count in (1, 2))
-            except Exception as error:  # of any operation of a layer that is not ours
+            except Exception as error:  # any operation of a user's layer may raise anything
                 raise NotByRow(f"{self._label(call)} can't be run for one row alone: {error}. {WHOLE}", call) from error
             differ = [[d for d, (a, b) in enumerate(zip(s, t)) if (a, b) == (1, 2)] for s, t in zip(one, two)]
             if any(len(s) != len(t) or len(d) != 1 for s, t, d in zip(one, two, differ)):
@@ -179,7 +180,7 @@ class FunctionalRule:
             return call.run({}, args, kwargs)
 
     def _by_row(self, call: LayerCall, gys: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """-> {name: [rows, *shape]}, and the outputs."""
+        """Compute the per-row gradients {name: [rows, *shape]} and the outputs."""
         if self.vectorised:
             try:
                 return self._vectorised(call, gys)
@@ -205,7 +206,7 @@ class FunctionalRule:
 
         def of_row(row: list[Tensor], gys: list[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
             args, kwargs = _with_rows(call, [t[None] for t in row])
-            outputs, back = torch.func.vjp(lambda own: call.run(own, args, kwargs), own)[:2]  # the third would be aux
+            outputs, back = torch.func.vjp(lambda own: call.run(own, args, kwargs), own)[:2]  # the third is aux
             return back(tuple(gy.unsqueeze(dim) for gy, dim in zip(gys, dims)))[0], outputs
 
         at_a_time = chunk_samples(sum(p.numel() for p in own.values()))
@@ -213,12 +214,12 @@ class FunctionalRule:
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message=".*batching rule.*"
-            )  # of speed; the layer's own warning says slow
+            )  # it is about speed, of which the layer's own warning speaks
             grads, outputs = by_row(_batched(call), [gy.movedim(dim, 0) for gy, dim in zip(gys, dims)])
         return grads, tuple(y.squeeze(dim + 1).movedim(0, dim) for y, dim in zip(outputs, dims))
 
     def _verify(self, call: LayerCall, rows: int) -> None:
-        """Once more by autograd: the gradients' sum, and that no row's output depends on another row."""
+        """Check against autograd that the rows' gradients sum to the batch's, and that no row's output depends on another row."""
         generator = torch.Generator().manual_seed(0)
         gys = [torch.randn(y.shape, generator=generator).to(y) for y in call.outputs]
         own = _own(call)
@@ -229,7 +230,7 @@ class FunctionalRule:
         call.check_same(tuple(y.detach() for y in outputs), "when it is run again")
         total = _grads(outputs, list(own.values()), gys)
         grads, _ = self._by_row(call, gys)
-        # of the largest: one that is zero but for rounding, as that of the bias of an attention's keys, has no size of its own
+        # The tolerance is relative to the largest gradient: some are zero but for rounding, such as the bias of attention's keys.
         size = max(float(by_row.abs().sum(0).amax()) if by_row.numel() else 0.0 for by_row in grads.values())
         for (name, by_row), summed in zip(grads.items(), total):
             if ((by_row.sum(0) - summed).abs() > call.tolerance(by_row.dtype) * size).any():
@@ -251,21 +252,21 @@ class FunctionalRule:
 
 @dataclass
 class Undecided:
-    """At the first call that counts: leave the layer alone, or take it through torch.func."""
+    """The mark of a layer of which the first call decides: it is left alone, or goes through torch.func."""
 
     name: str
     looked_into: bool = False
 
 
 class Composed:
-    """A recurrent layer without its fused kernels: PyTorch composes it of linear maps, which have rules."""
+    """The mark of a recurrent layer that runs without its fused kernels: PyTorch composes it of linear maps, which have rules."""
 
 
 @dataclass
 class Watched:
-    """A layer or model that may make values of its parameters alone, which `composites.py` marks in the graph.
+    """The mark of a layer or model that may make values of its parameters alone, which `composites.py` marks in the graph.
 
-    looked_into: whether all uses of its parameters were looked at.
+    looked_into: whether all uses of its parameters were examined.
     """
 
     looked_into: bool = False
@@ -315,10 +316,10 @@ def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple,
 
 
 def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Use]:
-    """The uses of the layer's parameters that have no rule, by a call that nothing else sees, and that sees nothing before it."""
+    """Find the uses of the layer's parameters that have no rule, by a trial call that leaves no trace."""
     args, kwargs = detached((args, kwargs))
     devices = {t.device for t in tensors((args, kwargs)) if t.is_cuda}
-    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not those of a checkpoint around it
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not an outer checkpoint's hooks
     with torch.random.fork_rng(devices=devices), as_it_is:
         outputs = [t for t in tensors(forward(layer, *args, **kwargs)) if t.requires_grad]
     parameters = {name: layer.get_parameter(name) for name in names}
@@ -327,14 +328,15 @@ def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: 
 
 
 def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any) -> Any:
-    """What the model returned; once more if modules had to be taken whole, in which a layer has no rule or sees other rows.
+    """Take modules through torch.func whole where a layer inside has no rule or sees other rows than the samples'.
 
-    That is the smallest module around the layer that has one row for each sample. Where there is none, nothing is changed.
+    Each is the smallest module around such a layer that has one row for each sample; where there is none, nothing is changed.
+    Returns the model's result, computed again if a module was taken.
     """
     modules, tried, hopeless = dict(model.named_modules()), {}, set()
     while lacking := [name for name in _without_rule(model, (args, kwargs), result, tried) if name not in hopeless]:
         before = tried.setdefault(lacking[0], {})
-        for path, forward in before.items():  # it was no help
+        for path, forward in before.items():  # it did not help: undo it
             modules[path].__dict__.pop("forward", None)
             modules[path].__dict__.update({"forward": forward} if forward else {})
         place = next((path for path in _around(lacking[0]) if path not in before), None)
@@ -357,16 +359,16 @@ def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any
 
 
 def _drop_inside(whole: nn.Module) -> None:
-    """What is installed on the modules inside one that is taken whole, and does nothing there."""
+    """Remove what is installed on the modules inside one that is taken whole, where it does nothing."""
     for layer in whole.modules():
         if layer is not whole and _installed(layer):
             del layer.forward
 
 
 def _without_rule(model: nn.Module, given: Any, result: Any, tried: Mapping[str, Collection[str]]) -> list[str]:
-    """Names of the parameters that enter operations without a rule, or whose rows can't be those of the samples.
+    """List the parameters that enter operations without a rule, or with rows that can't be the samples'.
 
-    tried: the modules that were taken whole for one of them, which it names again if they have no rows.
+    tried: parameter -> the modules that were taken whole for it; it is listed again if such a module has no rows.
     """
     outputs = [t for t in tensors(result) if differentiable(t) and t.grad_fn is not None]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -386,7 +388,11 @@ def _without_rule(model: nn.Module, given: Any, result: Any, tried: Mapping[str,
 
 
 def _has_rows(use: Use, rows: Collection[int]) -> bool:
-    """Raises NotByRow: of a recorded layer, it has none at all."""
+    """Tell whether the operation's output may have rows of the samples; rows: the possible numbers of them.
+
+    Raises:
+        NotByRow: the operation is a layer that takes or gives no rows.
+    """
     if use.node.name() == LAYER_CALL:
         use.node.call.outer_blocks()
         return True
@@ -395,7 +401,7 @@ def _has_rows(use: Use, rows: Collection[int]) -> bool:
 
 
 def _around(name: str) -> list[str]:
-    """Paths of the modules around the layer that holds the parameter, the smallest first."""
+    """List the paths of the modules around the layer that holds the parameter, the smallest first."""
     parts = name.split(".")[:-2]
     return [".".join(parts[:count]) for count in range(len(parts), -1, -1)] if "." in name else []
 
@@ -411,7 +417,7 @@ def _composed(layer: nn.RNNBase, *args, **kwargs):
 
 
 def _packed(layer: nn.RNNBase, names: tuple[str, ...], input: PackedSequence, hx=None):
-    """A recurrent layer of packed sequences, whose rows are positions of many samples: as one of padded sequences, row by row."""
+    """Call a recurrent layer on packed sequences, whose rows are positions of many samples, as one on padded sequences by row."""
     padded, lengths = pad_packed_sequence(input, batch_first=True)
     rule = FunctionalRule(type(layer).__name__, vectorised=False)
     args = (padded, lengths, _turned(hx))
@@ -429,12 +435,12 @@ def _of_padded(layer: nn.RNNBase, padded: Tensor, lengths: Tensor, hx):
 
 
 def _turned(hidden):
-    """[layers, batch, width] <-> [batch, layers, width], of LSTM's two."""
+    """Swap hidden states [layers, batch, width] and [batch, layers, width], one or LSTM's two."""
     return tree_map(lambda t: t.transpose(0, 1) if isinstance(t, Tensor) else t, hidden)
 
 
 def _install(layer: nn.Module, rule: Rule, names: tuple[str, ...]) -> None:
-    """An attribute of the layer itself, in place of its class's method: copies and pickles take it along."""
+    """Set the layer's forward by an attribute of its own, which copies and pickles take along, in place of its class's method."""
     layer.forward = functools.partial(_forward, layer, rule, names)
 
 
@@ -452,7 +458,7 @@ def _may_need_it(name: str, layer: nn.Module) -> bool:
 
 
 def _is_free(layer: nn.Module) -> bool:
-    """Whether it may have a forward of ours."""
+    """Tell whether we may give the layer a forward: it is unknown, not scripted, and has none of its own."""
     if isinstance(layer, torch.jit.ScriptModule):  # scripted or traced: its forward pass is not Python's
         return False
     kind = type(layer)
@@ -476,7 +482,7 @@ def _rows(call: LayerCall) -> int:
 
 
 def _batched(call: LayerCall) -> list[Tensor]:
-    """The inputs with as many rows as the first; all others are the same for every sample."""
+    """List the inputs with as many rows as the first; all others are the same for every sample."""
     rows = _rows(call)
     return [t for t in tensors((call.args, call.kwargs)) if t.dim() and len(t) == rows]
 
@@ -505,7 +511,7 @@ def _grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Te
 
 
 def _rows_alone(gy: Tensor, dim: int, chosen: Tensor) -> Tensor:
-    """Zero but for the chosen rows."""
+    """Set the rows of gy that are not chosen, bool [rows], to zero; dim is the dimension of the rows."""
     return gy * chosen.view(-1, *[1] * (gy.dim() - dim - 1))
 
 

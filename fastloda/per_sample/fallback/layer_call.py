@@ -1,7 +1,7 @@
-"""A layer as one operation of the graph that hands a private step the per-sample gradients of its own parameters.
+"""A layer call as one operation of the graph, which hands a private step the per-sample gradients of the layer's parameters.
 
-While the layer runs, its own parameters are stood in for by detached copies, so that the graph of its inputs is PyTorch's own
-and no operation inside uses them. `LayerCallFunction` then takes the outputs and the parameters, and a rule makes the gradients:
+While the layer runs, detached copies take the place of its own parameters, so that no operation inside uses these and the graph
+of its inputs is PyTorch's own. `LayerCallFunction` then takes the outputs and the parameters, and a rule makes the gradients:
 
     rule.row_grads(call, gradients of the outputs) -> {name: per-row gradients [rows, *parameter.shape]}
 
@@ -25,67 +25,71 @@ from fastloda.per_sample.tensors import accumulable
 
 
 class RowRule(Protocol):
-    """How the per-sample gradients of a layer's parameters are made."""
+    """The protocol of a rule that makes the per-sample gradients of a layer's parameters."""
 
     def row_grads(self, call: "LayerCall", gys: list[Tensor]) -> Mapping[str, Tensor]:
-        """{name: [rows, *parameter.shape]} for call.names, from the gradients of call.outputs."""
+        """Make {name: [rows, *parameter.shape]} for call.names, from the gradients gys of call.outputs."""
 
     def batch_dims(self, call: "LayerCall") -> Sequence[int]:
-        """The dimension of each of call.outputs that is the batch."""
+        """Tell which dimension of each of call.outputs is the batch."""
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer: what its rule needs, and what its ordinary gradient needs."""
+    """The call of a layer: what its rule needs, and what its ordinary gradient needs."""
 
     layer: nn.Module
     forward: Callable  # (layer, *args, **kwargs)
     rule: RowRule
-    names: tuple[str, ...]  # of the parameters that train through it, as the layer names them
+    names: tuple[str, ...]  # the layer's names of the parameters that train through the call
     args: tuple
     kwargs: dict
-    outputs: tuple[Tensor, ...]  # those with a gradient
-    autocast: tuple[str, torch.dtype | None]  # device, and the dtype if it was on
+    outputs: tuple[Tensor, ...]  # the differentiable ones
+    autocast: tuple[str, torch.dtype | None]  # the device, and autocast's dtype there; None if it was off
 
     @property
     def label(self) -> str:
         return f"layer {type(self.layer).__name__}"
 
     def recipes(self, gys: list[Tensor]) -> dict[int, Recipe]:
-        """{input of the LayerCallFunction: recipe}"""
+        """Make the recipes by the numbers of LayerCallFunction's inputs, from the gradients gys of the outputs."""
         grads = self.rule.row_grads(self, gys)
         return {len(self.outputs) + i: of_rows(grads[name]) for i, name in enumerate(self.names)}
 
     def batch_first(self, gys: list[Tensor]) -> Tensor:
-        """[rows, all numbers of a row], as the independence of samples is probed."""
+        """Join the gradients of all outputs to [rows, numbers of a row], as the probe compares them."""
         rows = [gy.movedim(dim, 0) for gy, dim in zip(gys, self.rule.batch_dims(self))]
         return torch.cat([gy.reshape(len(gy), -1) for gy in rows], 1)
 
     @contextmanager
     def as_called(self) -> Generator[None]:
-        """The autocast of the forward pass."""
+        """Switch autocast as in the forward pass."""
         device, dtype = self.autocast
         with torch.autocast(device, dtype, enabled=dtype is not None):
             yield
 
     def outer_blocks(self) -> list[int]:
-        """Of each output: the numbers before its batch dimension."""
+        """Count the blocks before the batch dimension of each output, its `outer`: see `batch_axis.py`."""
         return [prod(y.shape[:dim]) for y, dim in zip(self.outputs, self.rule.batch_dims(self))]
 
     def run(self, own: Mapping[str, Tensor], args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
-        """The outputs with a gradient, for parameters and inputs of choice."""
+        """Call the layer with other parameters `own` and inputs, and return its differentiable outputs."""
         with self.as_called(), _stood_in_for(self.layer, own):
             leaves = tensors(self.forward(self.layer, *args, **kwargs))
         return tuple(leaf for leaf in leaves if differentiable(leaf))
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Relative: what another order of the same operations may change."""
-        kinds = (dtype, self.autocast[1] or dtype, torch.float32)  # to which a layer of a float64 model may cast
+        """Compute the relative difference that another order of the same operations may make."""
+        kinds = (dtype, self.autocast[1] or dtype, torch.float32)  # a layer of a float64 model may cast to float32
         coarsest = max(torch.finfo(t).eps for t in kinds)
         return min(0.1, 256 * coarsest)
 
     def check_same(self, outputs: tuple[Tensor, ...], how: str) -> None:
-        """Refuse a layer that does not compute what it computed."""
+        """Refuse a layer whose outputs, computed again in the way that `how` says, differ from the first ones.
+
+        Raises:
+            PrivacyError: names the layer.
+        """
         for found, was in zip(outputs, self.outputs, strict=True):
             allowed = self.tolerance(was.dtype)
             if found.shape != was.shape or not torch.allclose(
@@ -98,7 +102,7 @@ class LayerCall:
 
 
 class LayerCallFunction(torch.autograd.Function):
-    """The outputs as they are; `receiver` gets their gradients and what makes the parameters' per-sample gradients."""
+    """The identity of a call's outputs; in backward `receiver` gets their gradients and a function that makes the recipes."""
 
     keeps_rows = True
 
@@ -123,7 +127,7 @@ class LayerCallFunction(torch.autograd.Function):
 def call_as_one(
     layer: nn.Module, forward: Callable, rule: RowRule, names: Sequence[str], args: tuple, kwargs: dict
 ) -> Any:
-    """forward(layer, *args, **kwargs), with those of the parameters `names` that train going through `rule`."""
+    """Call forward(layer, *args, **kwargs) as one operation, in which `rule` makes the gradients of the parameters `names`."""
     names = tuple(name for name in names if layer.get_parameter(name).requires_grad)
     parameters = [layer.get_parameter(name) for name in names]
     with _stood_in_for(layer, {name: p.detach() for name, p in zip(names, parameters)}):
@@ -145,7 +149,7 @@ def call_as_one(
 
 @contextmanager
 def _stood_in_for(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Generator[None]:
-    """Other tensors in every place of the layer that holds one of the named parameters: ties stay ties."""
+    """Put other tensors in every place of the layer that holds one of the named parameters: ties stay ties."""
     instead = {id(layer.get_parameter(name)): t for name, t in tensors.items()}
     holders: list[dict[str, Any]] = [module._parameters for module in layer.modules()]
     places = [(holder, key, p) for holder in holders for key, p in holder.items() if id(p) in instead]
@@ -159,7 +163,7 @@ def _stood_in_for(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Generator[
 
 
 def may_be_one() -> bool:
-    """Whether a layer called now is to enter the graph as one operation: never within torch.func or torch.compile."""
+    """Tell whether a layer called now may enter the graph as one operation: never within torch.func or torch.compile."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     return torch.is_grad_enabled() and not transformed and not torch.compiler.is_compiling()
 
@@ -181,7 +185,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def _ordinary(call: LayerCall, parameters: tuple[Tensor, ...], gys: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """The parameters' gradients, summed over the batch."""
+    """Compute the parameters' ordinary gradients, summed over the batch."""
     own = {name: p.detach().requires_grad_() for name, p in zip(call.names, parameters)}
     with torch.enable_grad():
         outputs = call.run(own, call.args, call.kwargs)
@@ -194,7 +198,7 @@ def _ordinary(call: LayerCall, parameters: tuple[Tensor, ...], gys: list[Tensor]
 
 
 def of_rows(grads: Tensor) -> Recipe:
-    """Per-row gradients, summed over a sample's rows."""
+    """Make the recipe that sums per-row gradients [rows, *shape] over each sample's rows."""
     return Recipe(lambda t, samples: accumulable(t).reshape(samples, -1, *t.shape[1:]).sum(1), (grads,))
 
 

@@ -21,16 +21,16 @@ from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import check_graph, check_independence, trainable_parameters
 from fastloda.per_sample.rules import FUNCTION_RULES, Call, Rule
 
-LayerRule = Callable[[nn.Module, tuple, Any], Mapping[str, Tensor]]  # the gradient of one output, or a tuple of several
+LayerRule = Callable[[nn.Module, tuple, Any], Mapping[str, Tensor]]  # (layer, inputs, grad_output) -> {name: gradients}
 FunctionRule = Callable[..., Mapping[int, Tensor]]
 ALLOWED_ERROR = 1e-9  # relative, in float64
 
 
 def register_rule(target: type) -> Callable[[Callable], Callable]:
-    """A decorator that gives a layer class, or an `autograd.Function`, its per-sample gradients.
+    """Make a decorator that registers a per-sample gradient rule for a layer class, or an `autograd.Function`.
 
-    For a layer, `rule(layer, inputs, grad_output) -> {name: gradients}` tells those of the parameters that the layer holds
-    itself, [rows, *parameter.shape] for rows of the batch:
+    For a layer, `rule(layer, inputs, grad_output) -> {name: gradients}` computes the gradients of the parameters that the layer
+    holds itself, [rows, *parameter.shape] for rows of the batch:
 
     >>> @fastloda.register_rule(Scale)                          # y = x * exp(log_scale), x [N, ..., C]
     ... def scale_rule(layer, inputs, grad_output):
@@ -38,16 +38,17 @@ def register_rule(target: type) -> Callable[[Callable], Callable]:
     ...     return {"log_scale": (grad_output * x * layer.log_scale.exp()).flatten(1, -2).sum(1)}
     >>> fastloda.check_rule(Scale(8), torch.randn(4, 5, 8))
 
-    inputs are the arguments of `forward` in the order of its signature, detached; grad_output is that of the output, or a tuple
-    if forward returns several tensors. The rule runs in backward, without gradients. It covers every instance, from now on,
-    but not subclasses with a forward of their own. Layers inside the layer keep their own rules. The batch is the first
-    dimension of every output.
+    inputs are the arguments of `forward` in the order of its signature, detached; grad_output is the gradient of the output, or a
+    tuple of gradients if forward returns several tensors. The rule runs in backward, without gradients. It covers every instance,
+    from now on, but not subclasses with a forward of their own. Layers inside the layer keep their own rules. The batch is the
+    first dimension of every output.
 
-    For an autograd.Function, `rule(ctx, grad_output) -> {number: gradients}` tells those of the inputs that may be parameters,
-    counted among the arguments that are tensors; ctx is that of backward, with its `saved_tensors`.
+    For an autograd.Function, `rule(ctx, grad_output) -> {number: gradients}` computes the gradients of the inputs that may be
+    parameters, numbered among the arguments that are tensors; ctx is the one of backward, with its `saved_tensors`.
 
-    A rule is trusted: what it answers is what is clipped. Whatever it does, a sample contributes at most max_grad_norm as long
-    as the gradient of each row depends on that row alone. `check_rule` compares it with one backward pass per sample.
+    A rule is trusted: the gradients it returns are clipped and summed. Whatever it does, a sample contributes at most
+    max_grad_norm as long as the gradient of each row depends on that row alone. `check_rule` compares it with one backward pass
+    per sample.
 
     Raises:
         TypeError: target is neither an nn.Module class nor an autograd.Function.
@@ -62,14 +63,14 @@ def register_rule(target: type) -> Callable[[Callable], Callable]:
 def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
     """Compare a layer's (or model's) per-sample gradients with one backward pass per sample, in float64.
 
-    inputs: as the layer takes them; those tensors with as many rows as the first have one row for each sample. At least two rows.
+    inputs: the layer's arguments; tensors with as many rows as the first one have one row for each sample, at least two.
 
     Returns:
         {parameter: largest error of a sample's gradient, relative to the largest gradient of that parameter}
 
     Raises:
         ValueError: an error is above 1e-9; the message names the worst parameter. Or inputs has fewer than two rows.
-        PrivacyError: as in a private step: no rule for a parameter, or samples mix.
+        PrivacyError: a private step would refuse the layer: a parameter has no rule, or samples mix.
     """
     layer = copy.deepcopy(layer).double()
     inputs = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
@@ -106,7 +107,7 @@ def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class UserRule:
-    """A layer's rule as `layer_call.py` calls it."""
+    """The adapter that lets `layer_call.py` call a user's rule of a layer."""
 
     rule: LayerRule
     signature: inspect.Signature
@@ -163,7 +164,7 @@ def _register_function(target: type[torch.autograd.Function], rule: FunctionRule
 
 
 def _losses(layer: nn.Module, inputs: tuple, chosen: Tensor, rows: int) -> Tensor:
-    """One curved loss for each of the chosen rows, over all outputs."""
+    """Compute one nonlinear loss for each of the chosen rows, over all outputs: [chosen]."""
     of = lambda t: t[chosen] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t  # noqa: E731
     outputs = [y for y in tensors(layer(*tree_map(of, inputs))) if y.is_floating_point()]
     flat = torch.cat([y.reshape(len(chosen), -1) for y in outputs], 1)

@@ -1,9 +1,9 @@
 """Exact per-sample gradient rules, one for each operation of the autograd graph that may use a trainable parameter.
 
-A rule sees a `Call` of the operation, its node (saved tensors) and grad_output, and answers with a `Recipe` for each
-parameter input, in the shape in which it enters. It may raise `PrivacyError` for a form of the operation that it does not cover.
-Uses by any other operation, as another input, or that `refuses` is true for, are refused before backward runs. A node that
-hands over its recipes itself, by a `receiver` (a LoDA layer, a layer with a rule of its own), has none here.
+A rule takes a `Call` of the operation, with its node (saved tensors) and grad_output, and returns a `Recipe` for each input that
+is a parameter, in the shape in which it enters. It may raise `PrivacyError` for a form of the operation that it does not cover.
+Uses by any other operation, as another input, or for which `refuses` is true, are refused before backward runs. A node that
+hands over its recipes itself, by a `receiver` (a LoDA layer, a layer with a rule of its own), needs no function here.
 """
 
 from collections.abc import Callable, Collection
@@ -34,14 +34,20 @@ from fastloda.per_sample.rules.expand import makes_no_copy, tile
 from fastloda.per_sample.rules.linear import addmm, bilinear, bmm, mm, mv, one_for_each_row
 from fastloda.per_sample.rules.norm import batch_norm, group_norm, layer_norm, rms_norm
 
-if TYPE_CHECKING:  # it reads these rules
+if TYPE_CHECKING:  # graph.py imports these rules
     from fastloda.per_sample.graph import LossGraph, Use
 
 Recipes = Callable[[Call], dict[int, Recipe]]
 
 
 class Rule(NamedTuple):
-    """`recipes(call) -> {input: Recipe}` for the operation's inputs that may be parameters; None: the node hands them over."""
+    """The rule of one operation.
+
+    Attributes:
+        recipes: a function that makes {number of the input: Recipe} from a Call; None if the node hands its recipes over.
+        inputs: the numbers of the inputs that may be parameters.
+        refuses: (node, shape of the parameter, outer) -> whether this use is not covered.
+    """
 
     recipes: Recipes | None
     inputs: Collection[int]
@@ -72,7 +78,7 @@ RULES = {
     "TrilinearBackward0": Rule(bilinear, (1,)),
     "WhereBackward0": Rule(where, (0, 1), varies_along_batch),
 }
-FUNCTION_RULES: dict[type, Rule] = {}  # by the autograd.Function itself: its name need not be unique
+FUNCTION_RULES: dict[type, Rule] = {}  # autograd.Function -> its rule; names of these need not be unique
 
 
 def rule_of(node: Node) -> Rule | None:
@@ -81,7 +87,11 @@ def rule_of(node: Node) -> Rule | None:
 
 
 def recipes_of(node: Node) -> Recipes | None:
-    """What makes the recipes of a covered operation; None: the node hands them over."""
+    """Find the function that makes the recipes of an operation; None if the node hands them over.
+
+    Raises:
+        PrivacyError: the operation has no rule.
+    """
     rule = rule_of(node)
     if rule is None:
         raise PrivacyError(f"used by {node.name()} without an exact per-sample rule")
@@ -89,25 +99,25 @@ def recipes_of(node: Node) -> Recipes | None:
 
 
 def uncovered(graph: "LossGraph") -> "list[Use]":
-    """The uses that no rule covers."""
+    """List the uses in a graph that no rule covers."""
     return [use for uses in graph.uses.values() for use in uses if not _covered(use, graph.outer[use.node])]
 
 
 def may_be_covered(use: "Use") -> bool:
-    """Whether a rule covers the use if the batch lies in the right place."""
+    """Tell whether a rule covers the use if the batch lies in the right place."""
     return may_cover(use.node, use.index, use.shape)
 
 
 def may_cover(node: Node, index: int, shape: Size, outer: int = 0) -> bool:
-    """`covers`, wherever the batch lies in the output."""
+    """Tell whether `covers` holds for some place of the batch in the output; `outer` is not read."""
     rows = output_shape(node)
     return any(covers(node, index, shape, before) for before in {prod(rows[:dim]) for dim in range(len(rows))})
 
 
 def covers(node: Node, index: int, shape: Size, outer: int) -> bool:
-    """Whether a rule covers a parameter that enters the operation as that input, in that shape.
+    """Tell whether a rule covers a parameter that enters the operation as input number `index`, in `shape`.
 
-    None does where the output is complex: a real parameter's gradient is then the real part of a complex product.
+    No rule covers complex outputs, where a real parameter's gradient is the real part of a complex product.
     """
     rule = rule_of(node)
     if rule is None or rule.recipes is not None and any(output.dtype.is_complex for output in node._input_metadata):

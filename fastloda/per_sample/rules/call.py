@@ -1,4 +1,4 @@
-"""One call of an operation, as its rule sees it."""
+"""The argument of a rule: one call of its operation."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from fastloda.per_sample.node import Node
 
 
 class Call(NamedTuple):
-    """The operation's node (its saved tensors), the gradient of its output, and where the batch lies in that."""
+    """The call of an operation: its node, the gradient of its output, and the place of the batch in that."""
 
-    node: Node
+    node: Node  # with the saved tensors
     gy: Tensor
     samples: int
     outer: int  # blocks before the batch coordinate: see `batch_axis.py`
-    shapes: Mapping[int, Size]  # input -> the shape in which a parameter enters there
+    shapes: Mapping[int, Size]  # number of an input that is a parameter -> the shape in which it enters
 
     @property
     def place(self) -> tuple[int, int]:
@@ -24,13 +24,13 @@ class Call(NamedTuple):
         return locate(self.gy.shape, self.outer)
 
     def first(self, t: Tensor) -> Tensor:
-        """t, which has the leading dimensions of gy, with the batch first: [rows, ...]."""
+        """Bring the batch of t, which has the leading dimensions of gy, first: [rows, ...]."""
         dim, blocks = self.place
         return t if self.samples == 1 or (dim, blocks) == (0, 1) else batch_apart(t, dim, blocks)
 
     def apart(self, t: Tensor) -> Tensor:
-        """[rows, *t.shape], where the dimension that holds the batch keeps only the blocks before it, mostly 1.
+        """Split the batch of t off: [rows, *t.shape], where the batch's old dimension keeps the blocks before it, mostly 1.
 
-        A lone sample owns all of t, wherever its batch dimension is.
+        A batch of one sample owns all of t, wherever its batch dimension is.
         """
         return t[None] if self.samples == 1 else batch_apart(t, *self.place)

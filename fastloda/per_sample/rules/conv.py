@@ -1,4 +1,4 @@
-"""Convolutions of one, two and three dimensions, grouped or not, with zero padding; and transposed ones."""
+"""The rule of convolutions, also transposed, of one, two and three dimensions, grouped or not, with zero padding."""
 
 from dataclasses import replace
 from math import prod
@@ -14,10 +14,10 @@ from fastloda.per_sample.tensors import accumulable, channel_sum, lay_out_taps, 
 
 
 def convolution(call: Call) -> dict[int, Recipe]:
-    """convolution(x, weight, bias): inputs 0 x [N, C, *size], 1 weight [O, C / groups, *kernel], 2 bias [O].
+    """Make the recipes of convolution(x, weight, bias): inputs 0 x [N, C, *size], 1 weight [O, C / groups, *kernel], 2 bias [O].
 
-    A transposed one is the way back through a convolution from y to x with the same weight [C, O / groups, *kernel]: to the
-    weight's gradient, y's is the input and x the gradient.
+    A transposed convolution from x to y is the backward of one from y to x with the same weight [C, O / groups, *kernel]. So for
+    its weight's gradient gy takes the place of the input, and x that of the output's gradient.
     """
     node = call.node
     recipes = {2: Recipe(channel_sum, (call.gy,))} if 2 in call.shapes else {}
@@ -34,7 +34,7 @@ def _weight(x: Tensor, gy: Tensor, kernel: tuple[int, ...], node) -> Recipe:
     groups = node._saved_groups
 
     def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
-        """[samples, O k^d, C / groups], as `lay_out_taps` takes it: the k^d taps of gy against x in place, group by group."""
+        """Multiply the k^d taps of gy with x, group by group: [samples, O k^d, C / groups], as `lay_out_taps` takes it."""
         taps = accumulable(gather_taps(gy, x.shape[2:], *geometry))
         rows, size = len(x), taps.shape[-1]
         taps = taps.reshape(rows * groups, -1, size)

@@ -1,4 +1,4 @@
-"""Embedding tables: each sample's output gradients, added to the rows that it looked up."""
+"""The rules of embedding tables: each sample's output gradients are added to the rows that it looked up."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ SUM, MEAN, MAX = range(3)  # embedding_bag's modes
 
 
 def embedding(call: Call) -> dict[int, Recipe]:
-    """embedding(weight [V, D], indices [N, ...]): input 0 weight."""
+    """Make the recipe of embedding(weight [V, D], indices [N, ...]): input 0 weight."""
     node = call.node
     _refuse_counts(node)
     entries = node._saved_weight_sym_argsize_0
@@ -28,7 +28,7 @@ def embedding(call: Call) -> dict[int, Recipe]:
 
 
 def embedding_bag(call: Call) -> dict[int, Recipe]:
-    """embedding_bag(weight [V, D], bags of indices): input 0 weight; one bag a row of gy [bags, D]."""
+    """Make the recipe of embedding_bag(weight [V, D], bags of indices): input 0 weight; each row of gy [bags, D] is a bag's."""
     node, gy = call.node, call.gy
     _refuse_counts(node)
     entries = node._saved_weight_sym_argsize_0
@@ -45,7 +45,7 @@ def embedding_bag(call: Call) -> dict[int, Recipe]:
 
 
 def _bags(node, bags: int) -> tuple[Tensor, Tensor]:
-    """-> indices and the weight of each in its bag's row, both [bags, longest bag]; padding weighs 0."""
+    """Lay out indices and the weights with which they count, both [bags, longest bag]; padding weighs 0."""
     flat, starts = node._saved_indices, node._saved_offsets[:bags]
     lengths = torch.diff(starts, append=starts.new_tensor([len(flat)]))
     places = torch.arange(int(lengths.max()) if bags else 0, device=flat.device)
@@ -62,7 +62,7 @@ def _bags(node, bags: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(gy: Tensor, largest: Tensor, sizes: Tensor, entries: int) -> Recipe:
-    """largest [bags, D]: the index whose entry each output is; an empty bag has none."""
+    """Make the recipe for mode "max"; largest [bags, D]: the index of the row that each output came from; sizes [bags]."""
 
     def weight_grad(gy: Tensor, largest: Tensor, sizes: Tensor, samples: int) -> Tensor:
         rows = sample_rows(gy, samples) * (sizes > 0).reshape(samples, -1, 1)
@@ -72,7 +72,7 @@ def _largest(gy: Tensor, largest: Tensor, sizes: Tensor, entries: int) -> Recipe
 
 
 def _added(rows: Tensor, indices: Tensor, entries: int) -> Tensor:
-    """rows [samples, T, D], each number added to the table's row that indices tells: [samples, entries, D]."""
+    """Add each number of rows [samples, T, D] to the table's row in indices, of the same shape: [samples, entries, D]."""
     return rows.new_zeros(len(rows), entries, rows.shape[-1]).scatter_add_(1, indices, rows)
 
 

@@ -1,5 +1,7 @@
-"""A parameter repeated along the batch by `expand` or `repeat`: the class token of a transformer, the scale of InstanceNorm,
-an adapter in a compiled model. The copies have gradients of their own, which is all that a rule needs.
+"""The rule of a parameter that `expand` or `repeat` copies along the batch.
+
+Examples are the class token of a transformer, the scale of InstanceNorm, an adapter in a compiled model. Each copy has a
+gradient of its own, which is all that a rule needs.
 """
 
 from torch import Size, Tensor
@@ -14,17 +16,17 @@ from fastloda.per_sample.tensors import accumulable
 
 
 def makes_no_copy(node: Node, shape: Size, outer: int) -> bool:
-    """Whether the parameter has all the entries that come out, and not for a lone row: then it is only re-laid."""
+    """Tell whether the output has no more entries than the parameter, in a batch of several: it is then only re-laid."""
     return bool(outer) and output_shape(node).numel() == shape.numel()
 
 
 def tile(call: Call) -> dict[int, Recipe]:
-    """expand(p) or p.repeat(...): input 0. A sample's gradient is the sum over its copies."""
+    """Make the recipe of expand(p) or p.repeat(...): input 0 p. A sample's gradient is the sum over its copies."""
     shape = call.shapes[0]
     if call.samples == 1:
         return {0: Recipe(lambda gy, samples: _copies(gy[0][None], shape), (call.gy[None],))}
     dim, blocks = call.place
-    own = ((1,) * (call.gy.dim() - len(shape)) + tuple(shape))[dim]  # entries of p within the batch's dimension
+    own = ((1,) * (call.gy.dim() - len(shape)) + tuple(shape))[dim]  # the entries of p in the batch's dimension
     rows = call.gy.shape[dim] // blocks
     if blocks != 1 or rows % (call.samples * own):
         raise PrivacyError(

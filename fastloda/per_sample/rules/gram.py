@@ -1,15 +1,15 @@
 """The Gram (ghost) norm of a linear map, |g|^2 = sum_ts <x_t, x_s> <g_t, g_s> for g = sum_t g_t x_t^T, as an upper bound.
 
 The Gram's terms do not cancel where g's positions do, so that in bf16 or float32 its rounding may hide a gradient many times
-the clipping norm. Here the Gram and the clipped sum are both taken in float64, and what they may be off is added:
+the clipping norm. Here the Gram G and the clipped sum are both computed in float64, and their largest errors are added:
 
     |g|^2 <= G + k u S^2,     S = sum_t |x_t| |g_t|,   k = C + O + T^2 + 8 roundings,   u = 2^-53
     |fl(g)| <= |g| + (T + 4) u S
 
 (a sum of n products is off by at most n u / (1 - n u) times the sum of their magnitudes: Higham, Accuracy and Stability of
-Numerical Algorithms, section 3.1). One position, T = 1, is the square of a product of two norms. Several are as good as exact,
-to k u S^2 / 2 |g|^2, about 1e-12 for 16 positions, unless they cancel to 1e-6 of their size: then the norm is larger than
-the gradient's, never smaller.
+Numerical Algorithms, section 3.1). With one position, T = 1, it is the square of a product of two norms. With several the bound
+is as good as exact, to k u S^2 / 2 |g|^2, about 1e-12 for 16 positions, unless they cancel to 1e-6 of their size: then the norm
+is larger than the gradient's, never smaller.
 """
 
 from math import prod
@@ -21,22 +21,22 @@ from fastloda.per_sample.planner import split_rows
 from fastloda.per_sample.recipe import Fused
 
 ROUNDING = 2.0**-53
-ALLOWED = 1e-6  # of the 1e-5 by which a norm may fall short of what is summed
+ALLOWED = 1e-6  # the part that is used here of the 1e-5 by which a norm may fall short of what is summed
 
 
 def gram(x: Tensor) -> Fused | None:
-    """Norms and clipped sums for x [rows, ..., C] and gy [rows, ..., O]; for the CPU, whose float64 costs only twice float32."""
+    """Return the Gram's norms and clipped sums where x is on the CPU, whose float64 costs only twice float32; else None."""
     return Fused(squares, weighted_sum) if x.device.type == "cpu" else None
 
 
 def squares(x: Tensor, gy: Tensor, samples: int) -> Tensor:
-    """float64 [samples, 1]: upper bounds of |g|^2."""
+    """Compute upper bounds of |g|^2 from x [rows, ..., C] and gy [rows, ..., O]: float64 [samples, 1]."""
     parts = [_squares(*_rows(x, gy, samples, part)) for part in _parts(x, gy, samples)]
     return torch.cat(parts)[:, None]
 
 
 def _squares(x: Tensor, gy: Tensor) -> Tensor:
-    """[n, T, C] and [n, T, O] -> [n]"""
+    """Compute the upper bounds for a few samples, x [n, T, C] and gy [n, T, O]: [n]."""
     positions = x.shape[1]
     size = (torch.linalg.vector_norm(x, dim=2) * torch.linalg.vector_norm(gy, dim=2)).sum(1)
     if positions == 1:
@@ -49,7 +49,7 @@ def _squares(x: Tensor, gy: Tensor) -> Tensor:
 
 
 def weighted_sum(x: Tensor, gy: Tensor, factors: Tensor) -> Tensor:
-    """sum_n factors[n] g_n: [C, O]. A sample whose factor is 0 may be NaN."""
+    """Compute sum_n factors[n] g_n: [C, O]. A sample whose factor is 0 may be NaN."""
     total = torch.zeros(x.shape[-1], gy.shape[-1], dtype=torch.float64, device=x.device)
     for part in _parts(x, gy, len(factors)):
         rows_x, rows_gy = _rows(x, gy, len(factors), part)

@@ -1,4 +1,4 @@
-"""Linear maps: y = x W^T + b over rows, however many rows a sample has, together or sequence first."""
+"""The rules of linear maps, y = x W^T + b over rows; a sample may have several rows, together or sequence first."""
 
 from dataclasses import replace
 from math import prod
@@ -17,7 +17,7 @@ from fastloda.per_sample.tensors import accumulable, sample_rows
 
 
 def addmm(call: Call) -> dict[int, Recipe]:
-    """addmm(bias, x, weight.T): inputs 0 bias [O], 1 x [rows, C], 2 weight.T [C, O]."""
+    """Make the recipes of addmm(bias, x, weight.T): inputs 0 bias [O], 1 x [rows, C], 2 weight.T [C, O]."""
     node = call.node
     if node._saved_alpha != 1 or node._saved_beta != 1:
         raise PrivacyError("addmm with alpha or beta other than 1 has no per-sample rule")
@@ -32,18 +32,18 @@ def addmm(call: Call) -> dict[int, Recipe]:
 
 
 def mm(call: Call) -> dict[int, Recipe]:
-    """mm(x, weight.T): inputs 0 x [rows, C], 1 weight.T [C, O]."""
+    """Make the recipe of mm(x, weight.T): inputs 0 x [rows, C], 1 weight.T [C, O]."""
     return {1: weight(call, call.node._saved_self)}
 
 
 def mv(call: Call) -> dict[int, Recipe]:
-    """mv(x, p): inputs 0 x [rows, C], 1 p [C]."""
+    """Make the recipe of mv(x, p): inputs 0 x [rows, C], 1 p [C]."""
     grad = lambda x, gy, samples: (sample_rows(x, samples) * sample_rows(gy, samples)).sum(1)  # noqa: E731
     return {1: Recipe(grad, (call.first(call.node._saved_self), call.first(call.gy[:, None])))}
 
 
 def bmm(call: Call) -> dict[int, Recipe]:
-    """bmm(x, p): inputs 0 x [G, rows, C], 1 p [G, C, O]; and bmm(p, x): 0 p [G, O, C], 1 x [G, C, rows]. As einsum makes them."""
+    """Make the recipes of einsum's products bmm(x [G, rows, C], p [G, C, O]) and bmm(p [G, O, C], x [G, C, rows])."""
     dim, _ = call.place
     right = lambda x, gy: torch.einsum("ngtc,ngto->ngco", x, gy)  # noqa: E731
     left = lambda x, gy: torch.einsum("ngct,ngot->ngoc", x, gy)  # noqa: E731
@@ -58,12 +58,12 @@ def bmm(call: Call) -> dict[int, Recipe]:
 
 
 def one_for_each_row(node: Node, shape: Size, outer: int) -> bool:
-    """Whether the batch lies in bmm's first dimension, along which a parameter has entries of its own."""
+    """Tell whether the batch lies in bmm's first dimension, along which a parameter has entries of its own."""
     return bool(outer) and locate(output_shape(node), outer)[0] == 0
 
 
 def bilinear(call: Call) -> dict[int, Recipe]:
-    """x1 W x2 for each output (nn.Bilinear): input 1 W [O, C1, C2], x1 [rows, C1] and x2 [rows, C2]."""
+    """Make the recipe of nn.Bilinear, x1 W x2 for each output: input 1 W [O, C1, C2], x1 [rows, C1] and x2 [rows, C2]."""
     node = call.node
     form = tuple(map(tuple, (node._saved_expand1, node._saved_expand2, node._saved_expand3, node._saved_sumdim)))
     if form != ((1, 3), (0,), (1, 2), (2, 3)):
@@ -76,7 +76,7 @@ def bilinear(call: Call) -> dict[int, Recipe]:
 
 
 def weight(call: Call, x: Tensor) -> Recipe:
-    """The recipe for weight.T [C, O] from x [rows, C] and gy [rows, O]."""
+    """Make the recipe for weight.T [C, O] from x [rows, C] and gy [rows, O]."""
     x, gy = call.first(x), call.first(call.gy)
     rows = prod(x.shape[:-1])
     recipe = replace(linear_recipe(x, gy), product=("tc,to->co", ((rows, x.shape[-1]), (rows, gy.shape[-1]))))
@@ -84,13 +84,13 @@ def weight(call: Call, x: Tensor) -> Recipe:
 
 
 def bias_grad(gy: Tensor, samples: int) -> Tensor:
-    """[samples, O]"""
+    """Sum gy [rows, ..., O] over each sample's rows: [samples, O]."""
     return sample_rows(gy, samples).sum(1)
 
 
 def _of_groups(product, rows_dim: int):
     def grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
-        """[rows, G, ...] -> [samples, G, ...]; a sample's rows join what the product sums over."""
+        """Compute the product [samples, G, ...] of x and gy [rows, G, ...], summed over a sample's rows too."""
 
         def joined(t: Tensor) -> Tensor:
             t = accumulable(t).reshape(samples, -1, *t.shape[1:])

@@ -1,4 +1,4 @@
-"""Scale and shift of normalisations: the normalised input times the output gradient, summed per sample."""
+"""The rules of normalisations, for their scale and shift: normalised input times output gradient, summed per sample."""
 
 import torch
 from torch import Size, Tensor
@@ -10,7 +10,7 @@ from fastloda.per_sample.tensors import accumulable, channel_sum
 
 
 def group_norm(call: Call) -> dict[int, Recipe]:
-    """native_group_norm(x, weight, bias): inputs 0 x [N, C, *size], 1 weight [C], 2 bias [C]."""
+    """Make the recipes of native_group_norm(x, weight, bias): inputs 0 x [N, C, *size], 1 weight [C], 2 bias [C]."""
     node, gy = call.node, call.gy
     groups = node._saved_group
 
@@ -24,7 +24,7 @@ def group_norm(call: Call) -> dict[int, Recipe]:
 
 
 def batch_norm(call: Call) -> dict[int, Recipe]:
-    """native_batch_norm(x, weight, bias) by running statistics: inputs 0 x [N, C, *size], 1 weight [C], 2 bias [C]."""
+    """Make the recipes of native_batch_norm(x, weight, bias) by running statistics: inputs as in `group_norm`."""
     node, gy = call.node, call.gy
     if node._saved_training:
         raise PrivacyError("batch norm takes statistics over the batch: samples mix")
@@ -39,7 +39,7 @@ def batch_norm(call: Call) -> dict[int, Recipe]:
 
 
 def layer_norm(call: Call) -> dict[int, Recipe]:
-    """native_layer_norm(x, weight, bias): inputs 0 x [N, ..., *normalised], 1 weight and 2 bias [*normalised]."""
+    """Make the recipes of native_layer_norm(x, weight, bias): inputs 0 x [N, ..., *shape], 1 weight and 2 bias [*shape]."""
     node = call.node
     shape = Size(node._saved_normalized_shape)
 
@@ -53,7 +53,7 @@ def layer_norm(call: Call) -> dict[int, Recipe]:
 
 
 def rms_norm(call: Call) -> dict[int, Recipe]:
-    """_fused_rms_norm(x, weight), as on GPUs; elsewhere RMSNorm ends in a product. Inputs 0 x [N, ..., *normalised], 1 weight."""
+    """Make the recipe of _fused_rms_norm(x [N, ..., *shape], weight): input 1. Only GPUs use it; elsewhere `mul` is the rule."""
     node = call.node
     shape = Size(node._saved_normalized_shape)
     leading = call.gy.shape[: call.gy.dim() - len(shape)]
@@ -66,5 +66,5 @@ def rms_norm(call: Call) -> dict[int, Recipe]:
 
 
 def position_sum(t: Tensor, shape: torch.Size, samples: int) -> Tensor:
-    """[rows, ..., *shape] -> [samples, *shape]"""
+    """Sum t [rows, ..., *shape] over each sample's rows and positions: [samples, *shape]."""
     return accumulable(t).reshape(samples, -1, *shape).sum(1)
