@@ -5,13 +5,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from fastloda.accounting.accountant import METHODS
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.accounting.ledger import Counts, Ledger, new_id
 from fastloda.accounting.mechanism import Mechanism, check_delta, check_mechanism, merged
 from fastloda.accounting.rdp import rdp_epsilon
 from fastloda.errors import UserError
 
-METHODS = ("prv", "rdp")
 IGNORED = {"alphas", "eps_error", "delta_error"}
 Noise = tuple[float, float]  # noise_multiplier, sample_rate
 

@@ -14,7 +14,7 @@ from prv_accountant.domain import Domain
 from prv_accountant.privacy_random_variables import PrivacyRandomVariable, PrivacyRandomVariableTruncated
 from scipy.stats import norm
 
-from fastloda.accounting.mechanism import Mechanism
+from fastloda.accounting.mechanism import FAILURES, Mechanism
 from fastloda.accounting.rdp import rdp_epsilon
 
 QUICK_GRID = 2**16  # points of the grid: a tenth of a second
@@ -62,13 +62,6 @@ def prv_epsilons(m: Mechanism, delta: float) -> tuple[float, float]:
             loss = _Truncated(PoissonSubsampledGaussianMechanism(*m[:2]), domain.t_min(), domain.t_max())
             composed = Heterogeneous([CellCentred().discretise(loss, domain)]).compute_composition([m.steps])
             lower, _, upper = composed.compute_epsilon(delta - rounding, delta_error, eps_error)
-    except (
-        ArithmeticError,
-        AssertionError,
-        IndexError,
-        MemoryError,
-        RuntimeError,
-        ValueError,
-    ):  # where it can't compute
+    except FAILURES:
         return 0.0, math.inf
     return (lower, max(0.0, upper)) if lower <= upper < math.inf else (0.0, math.inf)

@@ -16,15 +16,8 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
     A norm is not finite where the gradient is not. losses [samples * views], errors: as in `GhostClipper.accumulate`.
     Leaves `.grad`, and the graph below losses, as they are.
     """
-    samples, _ = check_losses(losses, check_views(views), None)
-    world = World.of() if hand_back_shards(model) else World()
-    parameters = trainable_parameters(Members.of(model))
-    if not samples:
-        check_not_sharded(world.size > 1)
-        return losses.detach().double()
-    with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-        grads = compute_per_sample_grads(losses, model, parameters, samples, world.most, retain_graph=True)
-        return squared_norms(grads.values(), samples, losses.device).sqrt()
+    samples, grads = _compute(losses, model, trainable_parameters(Members.of(model)), views)
+    return squared_norms(grads.values(), samples, losses.device).sqrt()
 
 
 def per_sample_grads(losses: Tensor, model: nn.Module, *, views: int = 1) -> dict[str, Tensor]:
@@ -37,17 +30,27 @@ def per_sample_grads(losses: Tensor, model: nn.Module, *, views: int = 1) -> dic
     Leaves `.grad`, and the graph below losses, as they are. A parameter that losses do not use has zeros. Errors are
     those of `GhostClipper`.
     """
-    samples, _ = check_losses(losses, check_views(views), None)
     parameters = trainable_parameters(Members.of(model))
+    samples, grads = _compute(losses, model, parameters, views)
+    return {name: _whole(grads.get(name), p, samples) for name, p in parameters.items()}
+
+
+def _compute(
+    losses: Tensor, model: nn.Module, parameters: dict[str, nn.Parameter], views: int
+) -> tuple[int, dict[str, PerSampleGrad]]:
+    """Count the samples, and compute their gradients, of which there are none for no samples."""
+    samples, _ = check_losses(losses, check_views(views), None)
+    world = World.of() if hand_back_shards(model) else World()
     if not samples:
-        return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}
+        check_not_sharded(world.size > 1)
+        return 0, {}
     with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-        grads = compute_per_sample_grads(losses, model, parameters, samples, retain_graph=True)
-        return {name: _whole(grads[name], p, samples) for name, p in parameters.items()}
+        return samples, compute_per_sample_grads(losses, model, parameters, samples, world.most, retain_graph=True)
 
 
-def _whole(grad: PerSampleGrad, parameter: Tensor, samples: int) -> Tensor:
-    parts = [part for _, part in grad.chunks()]
-    if not parts:
+@torch.no_grad()
+def _whole(grad: PerSampleGrad | None, parameter: Tensor, samples: int) -> Tensor:
+    parts = [part for _, part in grad.chunks()] if grad else []
+    if not grad or not parts:
         return parameter.new_zeros(samples, *parameter.shape)
     return grad.order(torch.cat(parts)).reshape(samples, *parameter.shape).clone()

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastloda.errors import UserError
+from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads
 from fastloda.per_sample.fallback.functional import cover_modules
 from fastloda.per_sample.looking_engine import look_at_backward
@@ -97,11 +97,21 @@ class GhostClipper:
 
     @property
     def max_grad_norm(self) -> float:
-        """The bound on a sample's contribution to the sum that is being made."""
+        """The bound on a sample's contribution to the sum. It may be set between two steps.
+
+        Raises:
+            ValueError: the bound is not positive and finite.
+            PrivacyError: gradients are accumulated already, clipped to another bound than the noise would be for.
+        """
         return self._bound.value
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
+        if self._has_sums and value != self.max_grad_norm:
+            raise PrivacyError(
+                f"max_grad_norm changed within a step: what was accumulated is clipped to {self.max_grad_norm:g}, and the noise "
+                "would not fit it. Change it before the first accumulate() of a step, or call reset()"
+            )
         self._bound.value = check_max_grad_norm(value)
 
     @property
@@ -116,6 +126,7 @@ class GhostClipper:
     def reset(self) -> None:
         """Forget what was accumulated."""
         self._sums = FlatSums(self.parameters)  # anew, for the model may have been moved or cast
+        self._has_sums = False
         self._bound.forget()
         self._stats = StepStats.none(self._shares.device)
 
@@ -161,6 +172,7 @@ class GhostClipper:
             grads = compute_per_sample_grads(losses, self.model, self.parameters, samples, world.most)
             norms, bounds = group_norms(grads, self._groups, samples, losses.device), self._shares * self.max_grad_norm
             factors = clip_factors(norms, bounds, mask, self.clipping)
+            self._has_sums = True
             self._sums.add_(group_sums(grads, self._groups, factors))
             self._bound.observe(norms[0], mask)
         stats = StepStats.of(losses, norms, mask, bounds)

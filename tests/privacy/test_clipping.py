@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentError
 from torch import Generator, Tensor, nn
 
-from fastloda import GhostClipper, LoDALinear, ghost_dp_step
+from fastloda import GhostClipper, LoDALinear, PrivacyError, ghost_dp_step
 from fastloda.per_sample import planner as plan
 from fastloda.privacy.adaptive import AdaptiveClipping, centred_count
 from fastloda.privacy.clip import STYLES, clip_factors, clipping_style
@@ -634,3 +634,21 @@ def test_the_command_line_chooses_style_flips_and_secure_noise():
     for wrong in (["--privacy.clipping", "fixed"], ["--training.secure_noise", "--training.seed", "1"]):
         with pytest.raises((ArgumentError, ValueError), match="clipping|secure_noise"):
             parser.instantiate(parser.parse_args(command + wrong))
+
+
+def test_the_bound_changes_between_steps_only():
+    """Within one, what was clipped to the old bound would get the noise of the new one."""
+    model = nn.Linear(3, 1)
+    clipper = GhostClipper(model, 1.0)
+    clipper.max_grad_norm = 2.0
+    clipper.accumulate(model(torch.randn(4, 3)).flatten())
+    clipper.max_grad_norm = 2.0
+    with pytest.raises(PrivacyError, match="clipped to 2, and the noise would not fit it"):
+        clipper.max_grad_norm = 0.1
+    assert clipper.max_grad_norm == 2.0
+    clipper.privatize(1.0, 4.0)
+    clipper.max_grad_norm = 0.1
+    for value in (0.0, math.inf, "1"):
+        with pytest.raises(ValueError, match="max_grad_norm must be"):
+            clipper.max_grad_norm = value
+    assert clipper.max_grad_norm == 0.1
