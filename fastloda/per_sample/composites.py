@@ -127,11 +127,26 @@ class Composite(NamedTuple):
         grads = grads.to(self.node._input_metadata[self.number].dtype)
         grads = grads.reshape(len(grads), *output_shape(self.node, self.number))
         edges = [GradientEdge(self.node, self.number)], [GradientEdge(self.leaf, 0)]
-        try:
-            return torch.autograd.grad(*edges, [grads], retain_graph=True, is_grads_batched=True)[0]
-        except RuntimeError:  # an operation that can't be vectorised
-            by_sample = [torch.autograd.grad(*edges, [grad], retain_graph=True)[0] for grad in grads]
-            return torch.stack(by_sample)
+        with _recomputed_each_time():
+            try:
+                return torch.autograd.grad(*edges, [grads], retain_graph=True, is_grads_batched=True)[0]
+            except RuntimeError:  # an operation that can't be vectorised
+                by_sample = [torch.autograd.grad(*edges, [grad], retain_graph=True)[0] for grad in grads]
+                return torch.stack(by_sample)
+
+
+@contextmanager
+def _recomputed_each_time() -> Generator[None]:
+    """Let each backward pass recompute what checkpointing dropped: within one group PyTorch lets it be read only once."""
+    group = getattr(torch._C, "_get_graph_exec_group", lambda: None)()
+    if group is None:
+        yield
+        return
+    torch._C._set_graph_exec_group(None)
+    try:
+        yield
+    finally:
+        torch._C._set_graph_exec_group(group)
 
 
 def composite_nodes(

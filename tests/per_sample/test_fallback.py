@@ -135,7 +135,8 @@ def check_covered(case: drawn.Case) -> None:
     covered = cover(case.model)
     case.truth = lambda: drawn.Case(plain, case.x, case.readout, case.views).truth()
     check_exact(case)
-    assert not covered.layers, "through torch.func"
+    lone = len(case.x) == 1  # nothing tells the prompts, of one row as well, from its features
+    assert not covered.layers or lone, "through torch.func"
 
 
 @pytest.mark.parametrize("chosen", ["as planned", "made again"])
@@ -145,7 +146,7 @@ def test_values_made_of_parameters_are_exact(chosen, counts, monkeypatch):
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("step", ["network", "product"])
+@pytest.mark.parametrize("step", ["network", "product", "checkpointed"])
 def test_every_use_of_what_is_made_is_exact(step, use):
     model = drawn.randomise(Composite([step], use).double())
     check_covered(drawn.Case(model, torch.randn(4, T, C, dtype=torch.float64), views=2))
