@@ -414,8 +414,8 @@ def _public_folder(run: Path, model: Path | None) -> Path:
         return chosen
     if (chosen / CONFIG).exists():
         raise RunError(
-            f"{chosen} is not finished: the same `fastloda choose` continues it; or give --model {shlex.quote(str(public))} to do "
-            "without its model (what it has released counts all the same)"
+            f"{chosen} is not finished: the same `fastloda choose` continues it; or give --model {shlex.quote(str(public))}, "
+            "to do without its model (what it has released counts all the same)"
         )
     return public
 
