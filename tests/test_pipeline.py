@@ -18,6 +18,7 @@ from fastloda.accountant import PrivacyAccountant, compose_epsilon
 from fastloda.baselines import DPSGD, run_dpsgd, train_dpsgd
 from fastloda.baselines.dpsgd import _augmented_losses
 from fastloda.budget import Privacy, private_training
+from fastloda.checkpoint import CheckpointError
 from fastloda.classify import AUGMENTS, seeded_network
 from fastloda.data import LabelledImages, digits_split, font_digits, load_npz
 from fastloda.diffusion import UNetConfig
@@ -298,6 +299,19 @@ def _interrupt(patch, name: str, call: int) -> None:
         return real(self)
 
     patch.setattr(owner, attribute, interrupted)
+
+
+def test_a_pretraining_that_goes_on_with_other_images_is_refused(tmp_path, monkeypatch):
+    """Of the same number, in the same file."""
+    data, settings = tmp_path / "data.npz", {"unet": UNET, "training": PUBLIC} | QUIET
+    font_digits(30, 0, 8).save_npz(data)
+    with monkeypatch.context() as patch:
+        die_at(patch, "fastloda.pipeline.save_unet")
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tmp_path / "run", data=str(data), **settings)
+    font_digits(30, 1, 8).save_npz(data)
+    with pytest.raises(CheckpointError, match="of a run with other settings or data"):
+        pretrain(tmp_path / "run", data=str(data), **settings)
 
 
 # -- choosing public images ------------------------------------------------------------------------------------------

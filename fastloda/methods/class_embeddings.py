@@ -115,7 +115,7 @@ def random_frequencies(public: LabelledImages, features: int, scale: float, seed
     length = scale * torch.pdist(some).median() if len(some) > 1 else torch.zeros(())
     if not 0 < length < math.inf:
         raise ValueError(
-            f"the public images are too few or too alike to compare others with: half of the pairs of the first {len(some)} are equal"
+            f"the public images are too few or too alike to choose from: half of the pairs of the first {len(some)} are equal"
         )
     return torch.randn(some.shape[1], features // 2, generator=generator) / length
 
