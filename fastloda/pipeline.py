@@ -129,8 +129,9 @@ def choose(
 
     Optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public images
     those are, and how they are moved to be more like them (`fastloda.methods.public_choice`). Writes chosen/ in the run's folder;
-    `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too. All of chosen/ may
-    be released, on the terms in its privacy.json. Interrupted, it continues; the sum is drawn once.
+    `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too, whichever model
+    it adapts. All of chosen/ may be released, on the terms in its privacy.json. Interrupted, it continues; the sum is drawn
+    once. Comes before `finetune`, in a run of its own if there is one already.
 
     Args:
         run: the run's folder.
