@@ -296,10 +296,12 @@ def _no_safetensors(path: Path) -> str | None:
             "a folder with PEFT's LoRA: fastloda.integrations.peft.load_peft loads it" if peft else "a folder, no file"
         )
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(9)
     if not start:
         return "empty"
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":  # torch.save's archives, and older pickles
+    if start[8:] == b"{":  # after eight bytes of its length, which may be any
+        return None
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # torch.save's archives, and older pickles
         return (
             "a pickle, as torch.save writes them, which could run code: look into it with torch.load(..., weights_only=True), "
             "and save adapters by save_loda"

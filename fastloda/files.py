@@ -1,10 +1,16 @@
 """Files that are either the old or the new one, never half of either, also after kill -9 or a power cut."""
 
 import errno
+import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+# What file systems without locks say.
+_NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK))
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | Callable[[Path], None]) -> None:
@@ -21,9 +27,9 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[Path], 
         else:
             temporary.write_bytes(content)
         temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -62,10 +68,32 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a folder's entries to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def held(file: IO, wait: bool = True) -> Iterator[None]:
+    """Hold an open file inside, which no two processes do at a time, as far as its file system has locks.
+
+    Raises:
+        BlockingIOError: another process holds it, and wait is False.
+    """
+    _lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
+        yield
+    finally:
+        _lock(file, fcntl.LOCK_UN)  # closing it would leave it to forked children
+
+
+def _lock(file: IO, how: int) -> None:
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise

@@ -6,13 +6,15 @@ So each release goes to the disk first, durably, into a file beside the checkpoi
 tells nothing without the key in the checkpoint. A crash can over-count by one step, never under-count.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from fastloda.checkpoint import CheckpointError
 from fastloda.errors import PrivacyError
-from fastloda.files import write_atomically
+from fastloda.files import held, sync
 
 
 def intent_path(checkpoint: Path) -> Path:
@@ -39,7 +41,8 @@ class Releases:
         self.sums: dict[int, str] = {}
         self._size = 0
         if self.path and self.path.exists():
-            self._read(self.path.read_bytes())
+            with self.path.open("r+b") as file, held(file):
+                self._read(file)
 
     @property
     def last(self) -> int:
@@ -48,7 +51,11 @@ class Releases:
 
     def check_alone(self) -> None:
         """Raise PrivacyError if another process has written to the file since this one has."""
-        if self.path and self.path.exists() and self.path.stat().st_size != self._size:
+        if self.path and self.path.exists():
+            self._check_size(self.path.stat().st_size)
+
+    def _check_size(self, found: int) -> None:
+        if found != self._size:
             raise PrivacyError(
                 f"another process has written to {self.path}: two runs with one checkpoint would each count their own releases "
                 "only; give each a checkpoint of its own"
@@ -68,33 +75,34 @@ class Releases:
         self.sums[account["steps"]] = hashed
 
     def _write(self, entry: dict) -> None:
+        """Append a line while no other process can; the first one makes the file."""
         line = (json.dumps(entry) + "\n").encode()
-        if not self._size and not self.path.exists():
-            write_atomically(self.path, line)
-        else:
-            self._append(line)
-        self._size += len(line)
-
-    def _append(self, line: bytes) -> None:
         try:
-            with self.path.open("r+b") as file:
-                self.check_alone()
-                file.seek(0, os.SEEK_END)
+            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | (0 if self._size else os.O_CREAT), 0o666)
+            with os.fdopen(handle, "r+b", buffering=0) as file, held(file):
+                self._check_size(os.fstat(handle).st_size)
                 try:
-                    file.write(line)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(handle)
+                    if not self._size:
+                        sync(self.path.parent)
                 except OSError:
-                    os.truncate(self.path, self._size)
+                    os.ftruncate(handle, self._size)
                     raise
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+        self._size += len(line)
 
-    def _read(self, content: bytes) -> None:
+    def _read(self, file: BinaryIO) -> None:
         """The first line holds the account. A last one that a power cut left unfinished was never released."""
-        lines = content.splitlines(keepends=True)
-        if len(lines) > 1 and not lines[-1].endswith(b"\n"):
-            os.truncate(self.path, len(content) - len(lines.pop()))
+        lines = file.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+            file.truncate(sum(map(len, lines)))
+        self._size = sum(map(len, lines))
+        if not lines:
+            return
         try:
             entries = [json.loads(line) for line in lines]
             self.sums = {entry["steps"]: entry.get("sum", "") for entry in entries}
@@ -104,7 +112,6 @@ class Releases:
             raise CheckpointError(f"{self.path} is damaged: {error or type(error).__name__}") from error
         if not all(type(number) is int and type(hashed) is str for number, hashed in self.sums.items()):
             raise CheckpointError(f"{self.path} is damaged: it holds no privacy record")
-        self._size = sum(map(len, lines))
 
 
 def read_intent(checkpoint: Path) -> dict | None:

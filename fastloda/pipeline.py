@@ -8,6 +8,7 @@ evaluate    evaluation.json
 """
 
 import logging
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +44,7 @@ from fastloda.methods.public_choice import PublicChoice
 from fastloda.models import load_unet, save_unet, was_chosen_privately
 from fastloda.randomness import seeded
 from fastloda.report.plots import sample_grid
-from fastloda.runs import DONE, Stage, digest, make_folder, read_json, write_json
+from fastloda.runs import CONFIG, DONE, RunError, Stage, digest, make_folder, read_json, write_json
 from fastloda.settings import Adapter, Classifier, FineTuning
 from fastloda.trainer import DPTrainer
 
@@ -56,7 +57,7 @@ MODEL, ADAPTER, SAMPLES, GRID, EVALUATION = (
     "grid.png",
     "evaluation.json",
 )
-CHOSEN, SUMS, PREVIEW = "chosen", "sums.safetensors", "samples.png"
+CHOSEN, PRIVATE, SUMS, PREVIEW = "chosen", "private", "sums.safetensors", "samples.png"
 PREVIEW_COLUMNS = 10  # images of each class in it
 
 with torch.device("meta"):  # for its configuration alone: no weights are drawn
@@ -128,8 +129,9 @@ def choose(
 
     Optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public images
     those are, and how they are moved to be more like them (`fastloda.methods.public_choice`). Writes chosen/ in the run's folder;
-    `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too. All of chosen/ may
-    be released, on the terms in its privacy.json. Interrupted, it continues; the sum is drawn once.
+    `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too, whichever model
+    it adapts. All of chosen/ may be released, on the terms in its privacy.json. Interrupted, it continues; the sum is drawn
+    once. Comes before `finetune`, in a run of its own if there is one already.
 
     Args:
         run: the run's folder.
@@ -167,8 +169,10 @@ def choose(
     stage = Stage(Path(run) / CHOSEN, settings, (base / MODEL, *files_of(public)), outputs, private=True)
     if not _reuse(stage):
         pool = open_for_unet(public, network.config, count=count, seed=seed or 0)
+        choice.check(pool, private.num_classes)
+        _check_comes_first(stage.folder, Path(run) / PRIVATE)
         with stage.work():
-            released = _released_once(stage.folder, choice, private, pool, delta, nominal, seed)
+            released = _released_once(stage, choice, private, pool, seed)
             checkpoint = stage.folder / CHECKPOINT
             options = {"checkpoint": checkpoint, "progress": progress}
             choice.train_further(network, pool, released, seed or 0, **options)
@@ -178,21 +182,32 @@ def choose(
     return read_statement(stage.folder) | {"model": str(stage.folder / MODEL)}
 
 
+def _check_comes_first(chosen: Path, private: Path) -> None:
+    """RunError where adapters are there already, whose statement could not count what is about to be released."""
+    if (private / CONFIG).exists() and not (chosen / SUMS).exists():
+        raise RunError(
+            f"{private} was fine-tuned already, and its {STATEMENT} would not count what `fastloda choose` releases: choose in "
+            "another --run, with --model for the public model, and fine-tune there; `fastloda account --composition` then says "
+            "what both cost together"
+        )
+
+
 def _released_once(
-    folder: Path,
-    choice: PublicChoice,
-    private: LabelledImages,
-    pool: LabelledImages,
-    delta: float,
-    records: int,
-    seed: int | None,
+    stage: Stage, choice: PublicChoice, private: LabelledImages, pool: LabelledImages, seed: int | None
 ) -> ClassEmbeddings:
     """The noisy sums, written down before anything is made of them: an interrupted stage does not release them again."""
-    if not (folder / SUMS).exists():
-        released, release = choice.release(private, pool, records, seed or 0, noise_stream(seed))
-        write_json(folder / STATEMENT, release_statement(release.what, release[1:], delta, records, seed))
-        released.save(folder / SUMS)
-    return ClassEmbeddings.load(folder / SUMS)
+    sums, statement = stage.folder / SUMS, stage.folder / STATEMENT
+    if not sums.exists():
+        if statement.exists():
+            raise RunError(f"{statement} says what was released, but {sums} is gone. {stage.way_out}")
+        records = stage.settings["records"]
+        released, _ = choice.release(private, pool, records, seed or 0, noise_stream(seed))
+        released.save(sums)
+    released = ClassEmbeddings.load(sums)
+    if not statement.exists():
+        what, *mechanism = released.release
+        write_json(statement, release_statement(what, mechanism, stage.settings["delta"], released.records, seed))
+    return released
 
 
 def finetune(
@@ -229,17 +244,17 @@ def finetune(
     network = load_unet(public / MODEL, place)
     images = open_for_unet(data, network.config)
     privacy = privacy.with_records(len(images))
-    statement = _statement_of(public)
+    before = _released_before(run, public)
     with seeded(training.seed or 0):  # only where A starts: public, and independent of the noise
         attach_loda(network, **asdict(adapter))
     settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter)}
     settings |= {"training": asdict(training), "device": place.type}
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
-    stage = Stage(Path(run) / "private", settings, (public / MODEL,), outputs, private=True)
+    stage = Stage(Path(run) / PRIVATE, settings, (public / MODEL,), outputs, private=True)
     if not _reuse(stage):
         private = private_training(
             privacy,
-            releases(statement) if statement else (),
+            [release for statement in before for release in releases(statement)],
             fixed_shape=place.type != "cpu",
             **training.optimization(),
         )
@@ -251,7 +266,9 @@ def finetune(
             trainer.fit()
             with trainer.average.in_place():
                 save_loda(network, stage.folder / ADAPTER)
-            publish(trainer, privacy, stage.folder, known_releases(statement) if statement else ())
+            publish(
+                trainer, privacy, stage.folder, [known for statement in before for known in known_releases(statement)]
+            )
             write_json(stage.folder / STATEMENT, read_statement(stage.folder) | {"classes": images.num_classes})
     return read_statement(stage.folder)
 
@@ -293,9 +310,9 @@ def sample(
     base = _public_folder(run, model)
     network = load_unet(base / MODEL, place)
     released = _released_with(base) if reach else None
-    inputs = (base / MODEL,) if public else (base / MODEL, _attach_trained(network, Path(run) / "private", base))
+    inputs = (base / MODEL,) if public else (base / MODEL, _attach_trained(network, Path(run) / PRIVATE, base))
     inputs += (base / SUMS,) if reach else ()
-    classes = network.config.num_classes if public else _trained_classes(Path(run) / "private", network)
+    classes = network.config.num_classes if public else _trained_classes(Path(run) / PRIVATE, network)
     settings = {
         "count": count,
         "steps": steps,
@@ -390,15 +407,28 @@ def evaluate(
 
 
 def _public_folder(run: Path, model: Path | None) -> Path:
+    """Raises RunError where `choose` was begun: which model is meant hangs on whether it is to be finished."""
     if model is not None:
         return Path(model)
-    chosen = Path(run) / CHOSEN
-    return chosen if (chosen / DONE).is_file() else Path(run) / "public"
+    chosen, public = Path(run) / CHOSEN, Path(run) / "public"
+    if (chosen / DONE).is_file():
+        return chosen
+    if (chosen / CONFIG).exists():
+        raise RunError(
+            f"{chosen} is not finished: the same `fastloda choose` continues it; or give --model {shlex.quote(str(public))}, "
+            "to do without its model (what it has released counts all the same)"
+        )
+    return public
 
 
-def _statement_of(folder: Path) -> dict | None:
-    """What a public model that `choose` has trained further released about the private records; None of any other."""
-    return read_statement(folder) if was_chosen_privately(folder / MODEL) else None
+def _released_before(run: Path, public: Path) -> list[dict]:
+    """The statements of what `choose` released about the private records, for the model that is adapted, or in this run."""
+    chosen, folders = Path(run) / CHOSEN, []
+    if was_chosen_privately(public / MODEL):
+        folders.append(public)
+    if (chosen / SUMS).exists() and chosen.resolve() not in [folder.resolve() for folder in folders]:
+        folders.append(chosen)
+    return [read_statement(folder) for folder in folders]
 
 
 def _released_with(folder: Path) -> ClassEmbeddings:

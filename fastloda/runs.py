@@ -12,15 +12,15 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from fastloda.files import write_atomically
+from fastloda.files import held, write_atomically
 
-CONFIG, DONE = "config.yaml", "done.json"
+CONFIG, DONE, LOCK = "config.yaml", "done.json", ".lock"
 
 
 class RunError(ValueError):
@@ -53,23 +53,44 @@ class Stage:
         """
         if (known := self._read(CONFIG, yaml.safe_load)) is None:
             if (self.folder / DONE).exists():
-                raise RunError(f"{self.folder} was finished, but {CONFIG} is gone. {self._way_out}")
+                raise RunError(f"{self.folder} was finished, but {CONFIG} is gone. {self.way_out}")
             return False
         if different := _differences(known, plain(self.settings)):
-            raise RunError(f"{self.folder} was made with other settings: {different}. {self._way_out}")
+            raise RunError(f"{self.folder} was made with other settings: {different}. {self.way_out}")
         if (done := self._read(DONE, json.loads)) is None:
             return False
         if changed := [str(path) for path in self.inputs if done.get("inputs", {}).get(path.name) != digest(path)]:
-            raise RunError(f"{self.folder} was made from another {', '.join(changed)}. {self._way_out}")
+            raise RunError(f"{self.folder} was made from another {', '.join(changed)}. {self.way_out}")
         if lost := [name for name in self.outputs if not (self.folder / name).is_file()]:
-            raise RunError(f"{self.folder} was finished, but {', '.join(lost)} is gone. {self._way_out}")
+            raise RunError(f"{self.folder} was finished, but {', '.join(lost)} is gone. {self.way_out}")
         return True
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """Do the stage's work inside: the settings are written before it, and the mark that it is done after it."""
-        began, resumed = time.monotonic(), (self.folder / CONFIG).exists()
+        """Do the stage's work inside: the settings are written before it, and the mark that it is done after it.
+
+        Raises:
+            RunError: it is private, and another process does its work, or has done it since it was asked.
+        """
         make_folder(self.folder, 0o700 if self.private else 0o777)
+        with self._alone() if self.private else nullcontext():
+            yield from self._work()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with (self.folder / LOCK).open("w") as file:
+            try:
+                with held(file, wait=False):
+                    if (self.folder / DONE).exists():
+                        raise RunError(
+                            f"{self.folder} was finished by another process just now: the same command shows it"
+                        )
+                    yield
+            except BlockingIOError as error:
+                raise RunError(f"another process works in {self.folder}: wait for it, or use another --run") from error
+
+    def _work(self) -> Iterator[None]:
+        began, resumed = time.monotonic(), (self.folder / CONFIG).exists()
         text = f"# fastloda {self.folder.name}: the settings of this stage\n" + yaml.safe_dump(
             plain(self.settings), sort_keys=False
         )
@@ -80,7 +101,8 @@ class Stage:
         write_json(self.folder / DONE, done)
 
     @property
-    def _way_out(self) -> str:
+    def way_out(self) -> str:
+        """What to do with a folder that does not hold what was asked for."""
         spent = ", but what was released from it still counts" if self.private else ""
         return f"Use those, another --run, or delete it (rm -r {shlex.quote(str(self.folder))}{spent})"
 
@@ -91,9 +113,9 @@ class Stage:
         try:
             content = parse(path.read_text())
         except (ValueError, yaml.YAMLError) as error:
-            raise RunError(f"{path} is damaged: {error}. {self._way_out}") from error
+            raise RunError(f"{path} is damaged: {error}. {self.way_out}") from error
         if not isinstance(content, dict):
-            raise RunError(f"{path} is damaged. {self._way_out}")
+            raise RunError(f"{path} is damaged. {self.way_out}")
         return content
 
 

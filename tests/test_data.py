@@ -119,6 +119,12 @@ def test_npz_uint8_in_both_layouts(tmp_path):
     assert load_npz(tmp_path / "nchw.npz", num_classes=10).num_classes == 10
 
 
+def test_a_range_of_tiny_numbers_is_read_like_any_other(tmp_path):
+    path, images = tmp_path / "tiny.npz", np.linspace(0, 1, 16).reshape(1, 1, 4, 4)
+    np.savez(path, images=images * 1e-310, range=np.array([0, 1e-310]), labels=[0])
+    assert torch.allclose(load_npz(path).images, torch.from_numpy(images * 2 - 1).float(), atol=1e-6)
+
+
 GOOD = {"images": np.full((2, 1, 4, 4), -0.5), "labels": np.array([0, 1])}
 
 
@@ -145,11 +151,20 @@ GOOD = {"images": np.full((2, 1, 4, 4), -0.5), "labels": np.array([0, 1])}
         ({"range": np.array(1)}, "range must be two numbers"),
         ({"range": np.array(["a", "b"])}, "range must be two numbers"),
         ({"labels": np.array([0, 1, 2])}, "labels must be of shape [2], one an image, not [3]"),
-        ({"labels": np.array([[0], [1]])}, "labels must be of shape [2], one an image, not [2, 1]"),
+        ({"labels": np.array([[0], [1]])}, "labels must be one integer an image, not an array of shape [2, 1]"),
         ({"labels": np.array([0.0, 1.0])}, "labels must be integers, not float64"),
-        ({"labels": np.array([0, -1])}, "1 of 2 values do not: -1"),
+        ({"labels": np.array(1)}, "labels must be one integer an image, not an array of shape []"),
+        ({"labels": np.array(["cat", "dog"])}, "labels must be integers, not <U3: number the classes from 0"),
+        ({"labels": np.array([0, -1])}, "labels must count from 0, and the least of them is -1"),
+        ({"labels": np.array([0, -1]), "num_classes": 3}, "lie in 0 .. 2; 1 of 2 values do not: -1"),
+        ({"images": np.zeros((2, 1, 0, 4), np.uint8)}, "images must have pixels, not the shape [2, 1, 0, 4]"),
+        ({"images": np.zeros((2, 1, 4, 4), np.uint16)}, "not uint16: give other integers as floats, with their range"),
+        ({"range": np.array([-1.5e308, 1.5e308])}, "the number of black, then the larger one of white"),
         ({"labels": np.array([0, 7]), "num_classes": 3}, "lie in 0 .. 2; 1 of 2 values do not: 7"),
-        ({"num_classes": np.array([2, 2])}, "scalar"),
+        *(
+            ({"num_classes": np.array(bad)}, "num_classes must be an integer, not array(")
+            for bad in ([2, 2], 2.5, np.inf, np.nan, "2", 2j)
+        ),
         ({"labels": np.array([0, "x"], dtype=object)}, "pickled objects are refused"),
     ],
 )

@@ -5,6 +5,7 @@ import importlib
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -766,6 +767,9 @@ def test_a_folder_that_is_none_says_what_to_put_there(tmp_path):
         ["train/1.png", "test/1.png"],
         ["Train/cat/1.png", "val/cat/1.png", "Test/cat/1.png"],
         ["validation/cat/1.png"],
+        ["train_set/cat/1.png", "test-set/cat/1.png"],
+        ["train2017/1.png", "val2017/1.png"],
+        ["TrainImages/1.png", "testimages/1.png"],
         ["train/cat/1.png", "val/cat/1.png", "unlabelled/1.png"],
     ],
 )
@@ -781,7 +785,15 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, files):
 
 
 @pytest.mark.parametrize(
-    "files", [["train/1.png", "bus/1.png"], ["a/test/1.png", "b/1.png"], ["a/1.png"], ["a/x/1.png", "b/y/1.png"]]
+    "files",
+    [
+        ["train/1.png", "bus/1.png"],
+        ["trains/1.png", "valley/1.png"],
+        ["test_set/1.png", "bus/1.png"],
+        ["a/test/1.png", "b/1.png"],
+        ["a/1.png"],
+        ["a/x/1.png", "b/y/1.png"],
+    ],
 )
 def test_classes_that_look_a_little_like_parts_are_classes(tmp_path, files):
     write_folder(tmp_path, {name: some_bytes(9, 9) for name in files})
@@ -828,6 +840,29 @@ def test_linked_folders_and_files_are_read_like_others_but_nothing_twice(tmp_pat
     (root / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with refuses(r"gone\.png: "):
         image_folder(root)
+
+
+def test_two_hard_links_are_one_record(tmp_path):
+    write_folder(tmp_path, {"a/1.png": some_bytes(9, 9), "b/1.png": some_bytes(9, 9)})
+    os.link(tmp_path / "a" / "1.png", tmp_path / "b" / "2.png")
+    with refuses("are one file, by a link: a record may be there once"):
+        image_folder(tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    write_folder(tmp_path, {"a/1.png": some_bytes(9, 9)})
+    os.mkfifo(tmp_path / "a" / "2.png")
+    with refuses(r"2\.png: no file that could be read, but a pipe or a device"):
+        image_folder(tmp_path)
+
+
+def test_an_image_is_read_by_no_other_program(tmp_path, monkeypatch):
+    """PIL gives EPS to Ghostscript, whatever the file is called."""
+    (tmp_path / "a").mkdir()
+    Image.fromarray(some_bytes(9, 9, 3)).save(tmp_path / "a" / "1.png", format="EPS")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was called"))
+    with refuses(r"1\.png: cannot identify image file"):
+        image_folder(tmp_path)
 
 
 def test_hidden_folders_inside_a_class_stay_hidden(tmp_path):

@@ -796,6 +796,18 @@ def test_a_foreign_file_says_what_it_is_and_what_loads_it(tmp_path, kind, adapte
     assert_load_refused(trained_model() if adapted else small_model(), tmp_path / "a.safetensors", message)
 
 
+def test_a_file_may_begin_with_any_length_of_its_header(tmp_path):
+    """Those whose first byte is a pickle's are adapters, too."""
+    path, first = tmp_path / "adapter.safetensors", set()
+    for length in range(1, 90):
+        model = nn.ModuleDict({"n" * length: nn.Conv2d(4, 4, 1)})
+        attach_loda(model, rank=1)
+        save_loda(model, path)
+        first.add(path.read_bytes()[0])
+        assert load_loda(nn.ModuleDict({"n" * length: nn.Conv2d(4, 4, 1)}), path) == ["n" * length]
+    assert len(first) == 32, "a multiple of 8: every one of them"
+
+
 @pytest.mark.parametrize("adapted", [True, False], ids=["into adapters", "into a plain model"])
 @pytest.mark.parametrize(
     "kind", ["pickle", "old pickle", "plain pickle", "empty", "cut short", "folder", "PEFT's folder"]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import pkgutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from fastloda.accountant import PrivacyAccountant, compose_epsilon
 from fastloda.baselines import DPSGD, run_dpsgd, train_dpsgd
 from fastloda.baselines.dpsgd import _augmented_losses
 from fastloda.budget import Privacy, private_training
+from fastloda.checkpoint import CheckpointError
 from fastloda.classify import AUGMENTS, seeded_network
 from fastloda.data import LabelledImages, digits_split, font_digits, load_npz
 from fastloda.diffusion import UNetConfig
@@ -299,6 +301,19 @@ def _interrupt(patch, name: str, call: int) -> None:
     patch.setattr(owner, attribute, interrupted)
 
 
+def test_a_pretraining_that_goes_on_with_other_images_is_refused(tmp_path, monkeypatch):
+    """Of the same number, in the same file."""
+    data, settings = tmp_path / "data.npz", {"unet": UNET, "training": PUBLIC} | QUIET
+    font_digits(30, 0, 8).save_npz(data)
+    with monkeypatch.context() as patch:
+        die_at(patch, "fastloda.pipeline.save_unet")
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tmp_path / "run", data=str(data), **settings)
+    font_digits(30, 1, 8).save_npz(data)
+    with pytest.raises(CheckpointError, match="of a run with other settings or data"):
+        pretrain(tmp_path / "run", data=str(data), **settings)
+
+
 # -- choosing public images ------------------------------------------------------------------------------------------
 
 CHOICE = PublicChoice(20.0, features=20, drawn=16, training=dataclasses.replace(PUBLIC, steps=2))
@@ -332,6 +347,110 @@ def test_the_sum_is_released_once(public_run, monkeypatch):
     assert "operating system" in read_statement(public_run / "chosen")["randomness"]
 
 
+def die_at(patch, target: str) -> None:
+    """A kill when that is called."""
+    owner, _, name = target.rpartition(".")
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    patch.setattr(pkgutil.resolve_name(owner), name, dies)
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        "pipeline.noise_stream",
+        "pipeline.release_statement",
+        "pipeline.write_json",
+        "diffusion.pretrain._Run.train_step",
+    ],
+)
+def test_a_choice_killed_anywhere_is_stated_as_it_was_released(public_run, monkeypatch, when):
+    with monkeypatch.context() as patch:
+        die_at(patch, f"fastloda.{when}")
+        with pytest.raises(KeyboardInterrupt):
+            choose(public_run, **CHOOSING)
+    sums, released = public_run / "chosen" / "sums.safetensors", None
+    if sums.exists():
+        released = sums.read_bytes()
+    assert (released is None) == (when == "pipeline.noise_stream")
+    statement = choose(public_run, **CHOOSING)
+    assert released in (None, sums.read_bytes())
+    assert statement["epsilon"] == compose_epsilon([(1.0, 20.0, 1)], 1e-5) and statement["records"] == 1437
+    assert statement["mechanism"] == "Gaussian noise on the sum of joint embeddings, of sensitivity 1"
+
+
+def test_what_an_unfinished_choice_released_is_not_forgotten(public_run, monkeypatch):
+    """Nor what a finished one did, where another model is adapted."""
+    with monkeypatch.context() as patch:
+        die_at(patch, "fastloda.diffusion.pretrain._Run.train_step")
+        with pytest.raises(KeyboardInterrupt):
+            choose(public_run, **CHOOSING)
+    for work in (lambda: finetune(public_run, PRIVACY, **QUIET), lambda: sample(public_run, public=True, **QUIET)):
+        with pytest.raises(
+            RunError, match="chosen is not finished: the same `fastloda choose` continues it; or give --model"
+        ):
+            work()
+    assert not (public_run / "private").exists() and not (public_run / "samples-public").exists()
+    statement = finetune(public_run, PRIVACY, model=public_run / "public", **QUIET)
+    assert statement["earlier"] == [[1.0, 20.0, 1]] and len(statement["releases"]) == 2
+    assert statement["epsilon"] == account(1e-5, composition=(str(public_run),))["epsilon"] <= 10
+    choose(public_run, **CHOOSING)  # releases nothing more
+    assert finetune(public_run, PRIVACY, model=public_run / "public", **QUIET) == statement
+
+
+def test_two_choices_count_both(public_run, tmp_path):
+    """A run that chose for itself, and adapts another run's chosen model."""
+    other = tmp_path / "other"
+    choose(other, model=public_run / "public", **CHOOSING)
+    choose(public_run, **(CHOOSING | {"choice": dataclasses.replace(CHOICE, noise_multiplier=30.0)}))
+    statement = finetune(public_run, PRIVACY, model=other / "chosen", **QUIET)
+    assert statement["earlier"] == [[1.0, 20.0, 1], [1.0, 30.0, 1]] and len(statement["releases"]) == 3
+
+
+def test_a_choice_after_the_fine_tuning_is_refused_before_it_releases(run, public_run, monkeypatch):
+    (public_run / "private").symlink_to(run / "private")
+    with pytest.raises(RunError, match="private was fine-tuned already, .* in another --run"):
+        choose(public_run, **CHOOSING)
+    assert not (public_run / "chosen").exists()
+
+
+def test_a_lost_release_is_not_made_again(public_run, monkeypatch):
+    with monkeypatch.context() as patch:
+        die_at(patch, "fastloda.diffusion.pretrain._Run.train_step")
+        with pytest.raises(KeyboardInterrupt):
+            choose(public_run, **CHOOSING)
+    (public_run / "chosen" / "sums.safetensors").unlink()
+    before = snapshot(public_run / "chosen")
+    with pytest.raises(RunError, match="says what was released, but .* is gone.*still counts"):
+        choose(public_run, **CHOOSING)
+    assert snapshot(public_run / "chosen") == before
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"), [("one class", "no public image of class 0 "), ("one image", "too few or too alike")]
+)
+def test_public_images_that_nothing_can_be_chosen_from_cost_nothing(public_run, tmp_path, kept, message):
+    pool, few = font_digits(60, 0, 8), tmp_path / "few.npz"
+    pool = pool[pool.labels == 3] if kept == "one class" else pool[torch.zeros(60, dtype=torch.int64)]
+    labels = pool.labels if kept == "one class" else torch.arange(60) % 10
+    LabelledImages(pool.images, labels, 10).save_npz(few)
+    with pytest.raises(ValueError, match=message):
+        choose(public_run, public=str(few), **CHOOSING)
+    assert not (public_run / "chosen").exists()
+
+
+def test_a_private_stage_is_one_processs(public_run, tmp_path):
+    settings = {"a": 1}
+    first, second = (Stage(tmp_path / "stage", settings, private=True) for _ in range(2))
+    with first.work(), pytest.raises(RunError, match="another process works in"), second.work():
+        pass
+    with pytest.raises(RunError, match="was finished by another process just now"), second.work():
+        pass
+    assert second.is_done()
+
+
 def test_everything_chosen_is_made_from_the_sum(public_run, tmp_path, monkeypatch):
     """With the released sums replaced by constants, other records give the same files."""
     constant = lambda self, private, public, records, seed, noise: (  # noqa: E731
@@ -345,7 +464,11 @@ def test_everything_chosen_is_made_from_the_sum(public_run, tmp_path, monkeypatc
     for name, data in (("a", "digits"), ("b", str(tmp_path / "other.npz"))):
         choose(tmp_path / name, data=data, model=public_run / "public", **CHOOSING)
         files.append(
-            {k: v for k, v in snapshot(tmp_path / name / "chosen").items() if k not in ("config.yaml", "done.json")}
+            {
+                k: v
+                for k, v in snapshot(tmp_path / name / "chosen").items()
+                if k not in ("config.yaml", "done.json", ".lock")
+            }
         )
     assert files[0] == files[1] and len(files[0]) == 4
 

@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import json
+import multiprocessing
 import os
 import pickle
 import random
+import time
 import warnings
 
 import numpy as np
@@ -283,6 +285,54 @@ def test_two_processes_on_one_checkpoint_are_refused(tmp_path):
         second.train_step()
     first.train_step()
     assert Releases(path).last == 3
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_of_many_processes_at_one_moment_one_writes(tmp_path, monkeypatch, before):
+    """Each has read the same list; the next line, or the first, is one process's, however long another thinks before its own."""
+    path, at, processes = tmp_path / "run.pt", multiprocessing.get_context("fork"), 4
+    start = Releases(path)
+    for number in range(1, before + 1):
+        start.add({"steps": number}, "")
+    barrier, results, look = at.Barrier(processes), at.Queue(), Releases._check_size
+
+    def look_slowly(self, found: int) -> None:
+        look(self, found)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(Releases, "_check_size", look_slowly)
+
+    def write(mine: str) -> None:
+        releases = Releases(path)
+        barrier.wait()
+        try:
+            for number in range(before + 1, before + 6):
+                releases.add({"steps": number}, mine)
+            results.put(mine)
+        except PrivacyError:
+            results.put(None)
+
+    children = [at.Process(target=write, args=(str(i),)) for i in range(processes)]
+    for child in children:
+        child.start()
+    done = [name for name in (results.get(timeout=60) for _ in children) if name]
+    for child in children:
+        child.join()
+    assert len(done) <= 1, "two processes each counted their own releases only"
+    sums = Releases(path).sums
+    assert sorted(sums) == list(range(1, len(sums) + 1))
+    assert len(set(sums[number] for number in range(before + 1, len(sums) + 1))) == 1
+    assert len(intent_path(path).read_text().splitlines()) == len(sums)
+
+
+def test_the_lists_first_line_unfinished_was_never_released(tmp_path):
+    path = tmp_path / "run.pt"
+    first = trainer(checkpoint=path)
+    first.save()
+    intent_path(path).write_text('{"sample_rate": 0.3, "st')
+    second = trainer(checkpoint=path)
+    second.train_step()
+    assert second.step == Releases(path).last == 1
 
 
 @pytest.mark.parametrize("way", ["fit", "save"])

@@ -315,18 +315,18 @@ def test_a_missing_or_foreign_count_is_refused(tmp_path):
     old = intent_path(path).read_bytes()
     t.train_step()
     t.save()
-    for content in (None, old):
+    for content in (None, b"", old[:-1], old):
         intent_path(path).unlink(missing_ok=True)
-        if content:
+        if content is not None:
             intent_path(path).write_bytes(content)
         with pytest.raises(CheckpointError, match="gone or older"):
             trainer(checkpoint=path)
     record = json.loads(old)
     for content in ("", "[]", "{}", json.dumps(record | {"steps": "9"}), json.dumps(record | {"steps": None})):
-        intent_path(path).write_text(content)
+        intent_path(path).write_text(content + "\n")
         with pytest.raises(CheckpointError, match="damaged"):
             trainer(checkpoint=path)
-    intent_path(path).write_text(json.dumps(record | {"noise_multiplier": 9.0, "steps": 2}))
+    intent_path(path).write_text(json.dumps(record | {"noise_multiplier": 9.0, "steps": 2}) + "\n")
     with pytest.raises(CheckpointError, match="another run"):
         trainer(checkpoint=path)
 

@@ -1,6 +1,7 @@
 """A folder of images, a subfolder for each class."""
 
-import os
+import re
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,11 @@ _GREY = frozenset(("1", "L", "LA"))
 _COLOUR = frozenset(("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr"))
 _SEE_THROUGH = frozenset(("LA", "RGBA", "PA"))
 _SHOWN = 3
-_SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"))
+_SPLIT = re.compile(
+    r"(train|training|test|testing|val|valid|validation|dev|eval)([ _-]?(set|data|split|part|images?|imgs?|[0-9]+))?",
+    re.IGNORECASE,
+)
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name says: of others PIL runs programs
 
 
 def class_names(root: str | Path) -> list[str]:
@@ -36,7 +41,7 @@ def class_names(root: str | Path) -> list[str]:
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise FileNotFoundError(f"{root}: no subfolders. {WHERE}")
-    parts = [name for name in names if name.lower() in _SPLITS]
+    parts = [name for name in names if _SPLIT.fullmatch(name)]
     if len(parts) == len(names) or any(_classes_in(root / name) for name in parts):
         raise ValueError(
             f"{root}: {', '.join(parts)} are parts of a data set by their names, not classes: give one of them, as "
@@ -89,7 +94,9 @@ def image_folder(root: str | Path, *, size: int | None = None) -> LabelledImages
     pixels = np.stack([np.asarray(image.convert(mode)).reshape(image.height, image.width, -1) for image in images])
     with naming(Path(root)):
         most = int(pixels.max())
-        check_not_dark(most, f"Save white as 255, or give the images as an npz file with an array range=[0, {most}]")
+        check_not_dark(
+            most, f"Save white as 255, or give the images as an npz file with an array range=[0, {max(most, 1)}]"
+        )
     labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(paths) for paths in files]))
     return LabelledImages(to_floats(torch.from_numpy(pixels).movedim(3, 1).contiguous()), labels, len(files))
 
@@ -114,10 +121,14 @@ def _files_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 
 def _check_once(paths: list[Path]) -> None:
-    """ValueError where links lead to one file twice: it would be two records, and its contribution twice the bound."""
-    first: dict[str, Path] = {}
+    """ValueError where links, also hard ones, lead to one file twice: as two records it would contribute twice the bound."""
+    first: dict[tuple[int, int], Path] = {}
     for path in paths:
-        if (other := first.setdefault(os.path.realpath(path), path)) is not path:
+        with naming(path, OSError):
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("no file that could be read, but a pipe or a device: remove it")
+        if (other := first.setdefault((found.st_dev, found.st_ino), path)) is not path:
             raise ValueError(
                 f"{path} and {other} are one file, by a link: a record may be there once; remove one of them"
             )
@@ -129,14 +140,19 @@ def _warn_of_left_out(folder: Path, names: list[str], what: str) -> None:
 
 def _open(path: Path, size: int | None) -> Image.Image:
     """In mode L or RGB."""
-    with naming(path, Exception), Image.open(path) as file:  # PIL's decoders raise nearly anything for a damaged file
+    with (
+        naming(path, Exception),
+        Image.open(path, formats=_FORMATS) as file,
+    ):  # PIL's decoders raise nearly anything for a damaged file
         image = _plain(ImageOps.exif_transpose(file))
         return image if size is None else _square(image).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _plain(image: Image.Image) -> Image.Image:
     if image.mode not in _GREY | _COLOUR:
-        raise ValueError(f"of mode {image.mode}: only images of 8 bits a channel are read")
+        raise ValueError(
+            f"of mode {image.mode}: only images of 8 bits a channel are read, grey or in colour: save it as one"
+        )
     mode = "L" if image.mode in _GREY else "RGB"
     if image.mode in _SEE_THROUGH or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

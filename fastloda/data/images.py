@@ -44,6 +44,8 @@ class LabelledImages:
             raise ValueError(f"images must be float32 and labels int64, not {types[0]} and {types[1]}")
         if images.ndim != 4 or images.shape[1] not in CHANNELS:
             raise ValueError(f"images must be [n, C, H, W] with C in {CHANNELS}, not {list(images.shape)}")
+        if not all(images.shape[2:]):
+            raise ValueError(f"images must have pixels, not the shape {list(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be of shape [{len(images)}], one an image, not {list(labels.shape)}")
         if not isinstance(images, ByteImages):
@@ -105,10 +107,16 @@ def load_npz(path: str | Path, *, num_classes: int | None = None) -> LabelledIma
         images, labels = _to_nchw(arrays["images"]), to_labels(arrays["labels"])
         images = _in_range(images, arrays.get("range"))
         if num_classes is None:
-            num_classes = int(arrays["num_classes"]) if "num_classes" in arrays else _classes_of(labels)
+            num_classes = _one_integer(arrays["num_classes"]) if "num_classes" in arrays else _classes_of(labels)
         return LabelledImages(images, labels, num_classes)
-    except (ValueError, TypeError) as error:  # TypeError: a num_classes that is not one number
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _one_integer(array: np.ndarray) -> int:
+    if array.size != 1 or array.dtype.kind not in "iuf" or array.item() % 1:
+        raise ValueError(f"num_classes must be an integer, not {array!r}")
+    return int(array.item())
 
 
 def _in_range(images: Tensor, black_and_white: np.ndarray | None) -> Tensor:
@@ -119,14 +127,14 @@ def _in_range(images: Tensor, black_and_white: np.ndarray | None) -> Tensor:
     if black_and_white.shape != (2,) or black_and_white.dtype.kind not in "iuf":
         raise ValueError(f"range must be two numbers, those of black and of white, not {black_and_white!r}")
     black, white = map(float, black_and_white)
-    if not -float("inf") < black < white < float("inf"):
+    if not 0 < white - black < float("inf"):
         raise ValueError(f"range must be the number of black, then the larger one of white, not [{black:g}, {white:g}]")
     if (black, white) == (0, WHITE) and images.dtype == torch.uint8:
         return to_floats(images)
     if (black, white) == (-1, 1):
         return images.float()
     _refuse(images, lambda x: ~((x >= black) & (x <= white)), f"images must lie in range, [{black:g}, {white:g}]")
-    return ((images.double() - black) * (2 / (white - black)) - 1).clamp(-1, 1).float()  # clamp: of rounding errors
+    return ((images.double() - black) / (white - black) * 2 - 1).clamp(-1, 1).float()  # clamp: of rounding errors
 
 
 def _refuse_other_ranges(images: Tensor) -> None:
@@ -156,8 +164,10 @@ def check_not_dark(most: int, way_out: str) -> None:
 
 def _classes_of(labels: Tensor) -> int:
     """How many there are, of labels that nothing else is said of."""
-    if not labels.numel() or (least := int(labels.min())) < 0:
-        return 1  # negative ones are refused by their values
+    if not labels.numel():
+        return 1
+    if (least := int(labels.min())) < 0:
+        raise ValueError(f"labels must count from 0, and the least of them is {least}")
     count = int(labels.max()) + 1
     if unseen := sorted(set(range(min(count, len(labels) + 1))) - set(labels.flatten().tolist())):
         counted = f"subtract {least}, so that they count from 0, or " if least else ""
@@ -213,7 +223,9 @@ def _to_array(images: Tensor | ByteImages, uint8: bool) -> np.ndarray:
 def _to_nchw(array: np.ndarray) -> Tensor:
     array = array.astype(np.uint8) if array.dtype == np.bool_ else array
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"images must be uint8 or floats, not {array.dtype}")
+        raise ValueError(
+            f"images must be uint8 or floats, not {array.dtype}: give other integers as floats, with their range"
+        )
     if array.ndim != 4 or not {array.shape[1], array.shape[3]} & set(CHANNELS):
         rule = f"images must be [n, C, H, W] or [n, H, W, C] with C in {CHANNELS}"
         raise ValueError(f"{rule}, not {list(array.shape)}")
@@ -230,7 +242,9 @@ def to_labels(array: np.ndarray) -> Tensor:
         ValueError: they are no integers.
     """
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"labels must be integers, not {array.dtype}")
+        raise ValueError(f"labels must be integers, not {array.dtype}: number the classes from 0")
+    if array.ndim != 1:
+        raise ValueError(f"labels must be one integer an image, not an array of shape {list(array.shape)}")
     return torch.from_numpy(array.astype(np.int64))
 
 

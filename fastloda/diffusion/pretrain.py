@@ -116,7 +116,7 @@ class _Run:
             return
         state = {
             "settings": asdict(self.settings),
-            "images": len(self.data),
+            "images": self.data.digest(),
             "step": self.step,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "average": self.average.values,
@@ -127,7 +127,7 @@ class _Run:
 
     def _resume(self) -> None:
         state = load_checkpoint(self.checkpoint, self._fingerprint)
-        if (state["settings"], state["images"]) != (asdict(self.settings), len(self.data)):
+        if (state["settings"], state["images"]) != (asdict(self.settings), self.data.digest()):
             raise CheckpointError(f"{self.checkpoint} is of a run with other settings or data: {state['settings']}")
         copy_into(self.parameters, state["parameters"])
         self.average.load(state["average"])

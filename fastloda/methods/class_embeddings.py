@@ -22,6 +22,8 @@ from fastloda.files import write_atomically
 from .base import Release
 from .gaussian_release import release_class_sums
 
+WHAT = "sum of joint embeddings"
+
 
 @dataclass(frozen=True)
 class ClassEmbeddings:
@@ -52,6 +54,11 @@ class ClassEmbeddings:
     def noise(self) -> float:
         """Standard deviation of each number of the means."""
         return self.noise_multiplier / self._of_each
+
+    @property
+    def release(self) -> Release:
+        """What was released, and at which cost."""
+        return Release(WHAT, 1.0, self.noise_multiplier, 1)
 
     @property
     def _of_each(self) -> float:
@@ -92,16 +99,24 @@ def release_class_embeddings(
 ) -> tuple[ClassEmbeddings, Release]:
     """The noisy sums, and their record; noise_multiplier: standard deviation of the noise, the sensitivity being 1."""
     embeddings = fourier_features(private.images[:], frequencies)
-    what = ("sum of joint embeddings", embeddings, private.labels, private.num_classes)
+    what = (WHAT, embeddings, private.labels, private.num_classes)
     sums, release = release_class_sums(*what, noise_multiplier, generator)
     return ClassEmbeddings(frequencies, sums, noise_multiplier, records), release
 
 
 def random_frequencies(public: LabelledImages, features: int, scale: float, seed: int) -> Tensor:
-    """[pixels, features / 2] of a Gaussian kernel, whose length is `scale` median distances between public images."""
+    """[pixels, features / 2] of a Gaussian kernel, whose length is `scale` median distances between public images.
+
+    Raises:
+        ValueError: half of these are equal, so that there is no such length.
+    """
     generator = torch.Generator().manual_seed(seed)
     some = public.images[:500].flatten(1)
-    length = scale * torch.pdist(some).median()
+    length = scale * torch.pdist(some).median() if len(some) > 1 else torch.zeros(())
+    if not 0 < length < math.inf:
+        raise ValueError(
+            f"the public images are too few or too alike to choose from: half of the pairs of the first {len(some)} are equal"
+        )
     return torch.randn(some.shape[1], features // 2, generator=generator) / length
 
 

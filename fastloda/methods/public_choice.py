@@ -62,6 +62,17 @@ class PublicChoice:
         if not 0 <= self.reach < float("inf"):
             raise ValueError(f"choice.reach must be finite and not negative, got {self.reach}")
 
+    def check(self, public: LabelledImages, classes: int) -> None:
+        """Refuse public images from which nothing can be chosen, before anything is released to choose them by.
+
+        Raises:
+            ValueError: a class of the private ones without public images, or what `random_frequencies` refuses.
+        """
+        for label in range(classes):
+            if not (public.labels == label).any():
+                raise ValueError(f"there is no public image of class {label} to choose")
+        random_frequencies(public, self.features, self.scale, seed=0)
+
     def release(
         self, private: LabelledImages, public: LabelledImages, records: int, seed: int, noise: Generator
     ) -> tuple[ClassEmbeddings, Release]:
@@ -78,11 +89,10 @@ class PublicChoice:
         Raises:
             ValueError: a class without public images.
         """
+        self.check(public, len(released.means))
         weights = torch.zeros(len(public), dtype=torch.float64)
         for label, mean in enumerate(released.means):
             members = (public.labels == label).nonzero()[:, 0]
-            if not len(members):
-                raise ValueError(f"there is no public image of class {label} to choose")
             features = released.embed(public.images[members]).double()
             weights[members] = tilted(features, mean, self.tolerance * released.noise) / len(released.means)
         return weights
