@@ -19,7 +19,7 @@ from fastloda.errors import PrivacyError
 from fastloda.graph import nodes_below
 from fastloda.layout import Edges
 from fastloda.separable import MEAN, SampleFlow
-from fastloda.unhooked import Grads, UnhookedPass
+from fastloda.unhooked import Grads, UnhookedPass, check_saved
 
 SUM = 2  # as criterions save their reduction
 BOUNDARY = "PrivateOutputsBackward"  # how the autograd graph names a private module's outputs
@@ -35,7 +35,9 @@ class LookingEngine(type(Variable._execution_engine)):
     def run_backward(self, tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs):
         # with inputs the pass ends above the outputs of a private module, and without any of these there is nothing to look at
         looked_at = zip(tensors, grad_tensors) if _waiting and not inputs else ()
-        starts = [(_edge(root), grad) for root, grad in looked_at if isinstance(root, GradientEdge) or root.requires_grad]
+        starts = [
+            (_edge(root), grad) for root, grad in looked_at if isinstance(root, GradientEdge) or root.requires_grad
+        ]
         with _opened([root for root, _ in starts], [grad for _, grad in starts]):
             return super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
 
@@ -112,6 +114,7 @@ def check_loss(roots: Sequence[Edge], below: Mapping[Node, Edges], boundaries: S
                 "module: its gradient would not be private. Penalties belong into the optimizer's weight_decay, and what "
                 "trains into the module"
             )
+    check_saved(nodes)
     used = {edge for edges in below.values() for edge in edges} | set(roots)
     cut = [output for node in boundaries for number, output in enumerate(node.cut) if (node, number) in used]
     rows = {len(output) if output.dim() else 0 for output in cut}

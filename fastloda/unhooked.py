@@ -5,11 +5,13 @@ divides by the norm of the whole gradient couples all samples. PyTorch does not 
 of a private loss gets a hook of ours, first of its hooks, which sees what arrived after all others' hooks, and what it leaves
 before them. One gradient is passed on as the same tensor, so that nothing is computed to compare it; several are added up.
 Hooks that only look (retain_grad, logging) pass.
+
+Nor does it promise anything if what an operation saved for its backward pass is altered by `saved_tensors_hooks` on the way.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial, reduce
 
 import torch
 from torch import Tensor
@@ -54,12 +56,35 @@ class UnhookedPass:
             PrivacyError: with what to do.
         """
         for number, grad in enumerate(arrived):
-            if not _is_sum(grad, self._left.pop((node, number), [])):
+            if not _is_sum(grad, self._left.pop((node, number), ())):
                 raise PrivacyError(
                     "a gradient hook between the private module's outputs and the loss (register_hook, or a module's backward "
-                    f"hook) has changed a gradient, above {node.name()}: it may have scaled each sample's gradient by all of them. "
-                    "Put it onto the features inside the module, where what it does is looked at"
+                    f"hook) has changed a gradient, above {node.name()}: it may have scaled each sample's gradient by all of "
+                    "them. Put it onto the features inside the module, where what it does is looked at"
                 )
+
+
+def check_saved(nodes: Iterable[Node]) -> None:
+    """Refuse operations whose saved values somebody's hooks hand back; PyTorch's own, of checkpoints and offloading, are exact.
+
+    Raises:
+        PrivacyError: with what to do.
+    """
+    for node in nodes:
+        for name in _saved_names(type(node)):
+            saved = getattr(node, name)
+            for value in saved if isinstance(saved, tuple) else (saved,):
+                hook = getattr(value, "unpack_hook", None)
+                if hook is not None and not str(getattr(hook, "__module__", None)).startswith("torch."):
+                    raise PrivacyError(
+                        f"what {node.name()} saved in the loss comes back through saved_tensors_hooks, which may alter each "
+                        "sample's values by all of them: compute the loss outside of their context, with the model inside"
+                    )
+
+
+@cache
+def _saved_names(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
 def _first_hook(node: Node, hook: Callable[[Grads, Grads], None]) -> RemovableHandle:
