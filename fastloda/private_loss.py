@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from fastloda.averaged import mark_averaged
 from fastloda.errors import PrivacyError
 from fastloda.graph import nodes_below
 from fastloda.layout import Edges
@@ -39,13 +40,21 @@ class LookingEngine(type(Variable._execution_engine)):
             (_edge(root), grad) for root, grad in looked_at if isinstance(root, GradientEdge) or root.requires_grad
         ]
         with _opened([root for root, _ in starts], [grad for _, grad in starts]):
-            return super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
+            grads = super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
+        if create_graph:
+            mark_averaged([_edge(root)[0] for root in tensors if _is_root(root)], inputs or (), grads)
+        return grads
+
+
+def look_at_backward() -> None:
+    """Let PyTorch's engine for backward passes be one that looks."""
+    if not isinstance(Variable._execution_engine, LookingEngine):
+        Variable._execution_engine = LookingEngine()
 
 
 def wait_for_backward(outputs: object) -> None:
     """Let every backward pass that reaches these outputs be looked at; outputs: their node of the graph."""
-    if not isinstance(Variable._execution_engine, LookingEngine):
-        Variable._execution_engine = LookingEngine()
+    look_at_backward()
     outputs.passes = []
     _waiting.add(outputs)
 
@@ -62,6 +71,10 @@ def check_arrived(outputs: object, grads: Grads) -> None:
             "has replaced PyTorch's engine): call loss.backward() or torch.autograd.backward(loss) from Python"
         )
     outputs.passes[-1].check(outputs, grads)
+
+
+def _is_root(given: Tensor | GradientEdge) -> bool:
+    return isinstance(given, GradientEdge) or given.requires_grad
 
 
 def _edge(root: Tensor | GradientEdge) -> Edge:

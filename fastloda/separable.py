@@ -242,8 +242,12 @@ class SampleFlow:
             return self._stacked(op) if op.kind in ("Stack", "Cat") else self._linear(op)
         if any(isinstance(state, One) for state in states):
             return self._linear(op)
-        rule = RULES.get(op.kind) or (_pointwise if _is_pointwise(op.kind) else _opaque)
+        rule = RULES.get(op.kind) or (_pointwise if _is_pointwise(op.kind) else type(self).unknown)
         return rule(self, op, place)
+
+    def unknown(self, op: Operation, place: int) -> State:
+        """Of an operation without a rule."""
+        return _opaque(self, op, place)
 
     def _linear(self, op: Operation) -> State:
         """Of what was summed over samples, or comes from several of them."""
@@ -255,10 +259,12 @@ class SampleFlow:
         if total.averaged or op.kind not in ("Div", "Mul", "Mean"):
             return total
         factor = 1 / op.inputs[0].shape.numel() if op.kind == "Mean" else _constant_factor(op)
+        return MEAN_OF_ALL if self.makes_mean(factor) else replace(total, by=(*total.by, factor))
+
+    def makes_mean(self, factor: float | None) -> bool:
+        """Whether a sum over the samples times this, if it can be read, may be their mean."""
         samples = None if not factor else 1 / factor / self.samples
-        if samples is None or (round(samples) >= 1 and math.isclose(samples, round(samples), rel_tol=1e-6)):
-            return MEAN_OF_ALL
-        return replace(total, by=(*total.by, factor))
+        return samples is None or (round(samples) >= 1 and math.isclose(samples, round(samples), rel_tol=1e-6))
 
     def _stacked(self, op: Operation) -> State:
         """One sample's numbers after the other's: rows, if it is all of them in order."""
@@ -549,7 +555,7 @@ def _batch_first(flow: SampleFlow, op: Operation, place: int) -> State:
             op.refuse("compares outputs of different samples: it wants them as [samples, classes, ...]")
         return _reduced(flow, op, place)
     if not first:
-        return _opaque(flow, op, place)
+        return flow.unknown(op, place)
     return _joint(flow, op, [op.moved(given, {0: 0}) for given in op.inputs])
 
 
