@@ -45,12 +45,12 @@ class AverageFlow(SampleFlow):
     def makes_mean(self, factor: float | None) -> bool:
         return bool(factor) and math.isclose(1 / factor, self.samples, rel_tol=1e-6)
 
-    def _check_picks(self) -> None:
+    def _check_picks(self, made: Iterable[State | None]) -> None:
         pass
 
     def averages(self, below: Mapping[Node, Edges], inputs: Mapping[Node, int]) -> bool:
         """Whether a mean over the samples is among the nodes; inputs: node -> number of its outputs, all [samples, ...]."""
-        self.check(below, inputs)
+        self.check(below, inputs, [(node, number) for node in below for number in range(len(node._input_metadata))])
         return any(isinstance(state, Total) and state.averaged for state in self.states.values())
 
 

@@ -136,7 +136,7 @@ def check_loss(roots: Sequence[Edge], below: Mapping[Node, Edges], boundaries: S
     tape = boundaries[0].tape
     _check_reduction(nodes, samples := rows.pop(), tape.loss_reduction)
     flow = SampleFlow(samples, tape.grown)
-    flow.check(below, {node: len(node.cut) for node in boundaries})
+    flow.check(below, {node: len(node.cut) for node in boundaries}, roots)
     factor = flow.odd_factor(roots)
     if factor is not None and tape.loss_reduction == "mean":
         raise PrivacyError(

@@ -469,7 +469,7 @@ def test_means_over_targets_beside_as_many_means_as_samples(rows, options):
 
 def test_a_mask_over_samples_and_positions_is_no_index():
     out, tape = outputs(2, 2, C)
-    with pytest.raises(PrivacyError, match="picks rows along the batch"):
+    with pytest.raises(PrivacyError, match="picked along the batch"):
         out[torch.tensor([[False, False], [True, True]])].logsumexp(1).mean().backward()
     assert tape.empty
 
