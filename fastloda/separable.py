@@ -410,7 +410,7 @@ def _constant_factor(op: Operation) -> float | None:
 
 def _not_lent(op: Operation) -> None:
     if any(isinstance(given.state, Rows) and given.state.lent for given in op.inputs):
-        op.refuse(f"adds up what an index has picked: {PICKED}")
+        op.refuse(f"takes together what an index has picked: {PICKED}")
 
 
 def _added(flow: SampleFlow, op: Operation, mean: bool) -> Total:

@@ -89,7 +89,18 @@ def hinge_of_pairs(s):
 
 
 def mixup(z):
-    return (0.7 * z + 0.3 * z[torch.tensor([1, 2, 3, 4, 5, 0])]).square().mean()
+    return (0.7 * z + 0.3 * z[NEXT]).square().mean()
+
+
+NEXT = torch.tensor([1, 2, 3, 4, 5, 0])
+LSTM = nn.LSTM(C, 3, batch_first=True).requires_grad_(False)
+
+
+def put(rows, index, shape):
+    """Rows in the places that an index says, of zeros."""
+    whole = torch.zeros(shape)
+    whole[index] = rows
+    return whole
 
 
 MIXING = {  # name -> (shape of the outputs, loss)
@@ -154,6 +165,22 @@ MIXING = {  # name -> (shape of the outputs, loss)
     "ranks of samples": ((N,), lambda s: F.multilabel_margin_loss(s, torch.tensor([0, 2, -1, 1, 1, 1]))),
     "samples as classes": ((N, C), lambda s: F.nll_loss(s.log_softmax(1).T, Y[:C])),
     "frozen tower": ((N, C), lambda s: F.cross_entropy(s @ torch.randn(C, N), torch.arange(N))),
+    "largest, by an index of one": ((N,), lambda s: s[s.argmax()[None]].sum()),
+    "top four, added up": ((N, C), lambda s: (torch.ones(4) @ s[s.norm(dim=1).topk(4).indices]).sum()),
+    "picked, then a sum of both": ((N,), lambda s: (s.mean() + s[s.topk(4).indices]).mean()),
+    "sorted and stacked": ((N,), lambda s: (torch.stack(list(s[s.argsort()])) * torch.arange(N)).mean()),
+    "put into others' rows": ((N, C), lambda s: (put(s, NEXT, s.shape) * s).mean()),
+    "copied into others' rows": ((N, C), lambda s: (torch.zeros(N, C).index_copy(0, NEXT, s) * s).mean()),
+    "added to others' rows": ((N, C), lambda s: (s.index_add(0, NEXT, s)).square().mean()),
+    "put back, normalised": ((N,), lambda s: put(s[Y > 1].softmax(0), Y > 1, s.shape).square().mean()),
+    "put back, then a root": ((N,), lambda s: put(s[Y <= 1], Y <= 1, s.shape).square().mean().sqrt()),
+    "recurrent over the batch": ((N, C), lambda s: LSTM(s[None])[0].square().mean()),
+    "reflected along the batch": ((N, C), lambda s: F.pad(s.T[None], (1, 1), mode="reflect").diff().square().mean()),
+    "instance norm over the batch": ((N, C), lambda s: F.instance_norm(s.T[None]).abs().mean()),
+    "triangular system of the batch": (
+        (N, C),
+        lambda s: torch.linalg.solve_triangular(torch.ones(N, N).tril(), s, upper=False).square().mean(),
+    ),
     "distances to targets": ((N, C), lambda s: F.cross_entropy(-torch.cdist(s, torch.randn(N, C)), torch.arange(N))),
 }
 
@@ -241,6 +268,31 @@ def quantiles(z):
     return torch.maximum(levels * error, (levels - 1) * error).mean()
 
 
+def gaussian(z):
+    return -torch.distributions.MultivariateNormal(z, 2 * torch.eye(C)).log_prob(torch.ones(N, C)).mean()
+
+
+def spectrogram(z):
+    return torch.stft(z, 16, 4, window=torch.hann_window(16), return_complex=True).abs().mean()
+
+
+def by_group(z):
+    """Each sample by the head of its group, put back into its own place."""
+    losses = torch.zeros(N)
+    for group, weight in ((Y > 1, 2.0), (Y <= 1, 0.5), (Y > 9, 1.0)):
+        losses[group] = weight * F.cross_entropy(z[group], Y[group], reduction="none")
+    return losses.mean()
+
+
+def random_field(z):
+    """The forward algorithm of a linear-chain CRF."""
+    steps, score = torch.eye(C), z[:, 0]
+    for t in range(1, T):
+        score = torch.logsumexp(score[:, :, None] + steps + z[:, t, None], 1)
+    return (score.logsumexp(1) - z.gather(2, tokens[:, :, None]).sum((1, 2))).mean()
+
+
+ADAPTIVE = nn.AdaptiveLogSoftmaxWithLoss(16, 20, [5, 10]).requires_grad_(False)
 tokens = torch.randint(0, C, (N, T), generator=torch.Generator().manual_seed(3))
 HONEST = {
     "cross entropy": ((N, C), lambda z: F.cross_entropy(z, Y)),
@@ -307,6 +359,14 @@ HONEST = {
     "padded": ((N, C), lambda z: F.pad(z, (1, 0)).diff(dim=1).abs().mean()),
     "renormalised": ((N, C), lambda z: z.renorm(2, 0, 0.5).square().mean()),
     "second moments": ((N, C), lambda z: (z.T @ z).sum() / N),
+    "Gaussian of several dimensions": ((N, C), gaussian),
+    "instance norm": ((N, 2, T, T), lambda z: F.instance_norm(z).abs().mean()),
+    "spectrogram, centred": ((N, 64), spectrogram),
+    "frozen recurrent layer": ((N, T, C), lambda z: LSTM(z)[0].square().mean()),
+    "adaptive softmax": ((N, 16), lambda z: ADAPTIVE(z, torch.tensor([0, 3, 7, 4, 12, 19])).loss),
+    "adaptive softmax, all classes": ((N, 16), lambda z: F.nll_loss(ADAPTIVE.log_prob(z), Y)),
+    "by group": ((N, C), by_group),
+    "random field": ((N, T, C), random_field),
     "compiled, by row": ((N, C), lambda z: compiled(z).mean()),
 }
 
@@ -339,6 +399,8 @@ UNSEEN = {name for name in MIXING if "mistake" in name} | {
 }
 UNSEEN |= {"masked rows", "neighbours in the batch", "halves", "halves by chunk", "flipped", "pairs"}
 UNSEEN |= {"largest, by index", "weighted by the batch", "ranks of samples", "samples as classes"}
+UNSEEN |= {"largest, by an index of one", "top four, added up", "picked, then a sum of both", "put back, normalised"}
+UNSEEN |= {"sorted and stacked", "triangular system of the batch"}
 UNSEEN |= {"frozen tower", "distances to targets", "outputs as scales of a group norm"}
 
 
@@ -518,6 +580,12 @@ UNARY = {
     "slice -1": lambda t: t[..., 1:] if t.shape[-1] > 1 else t,
     "view": lambda t: t.reshape(-1, 2) if t.numel() % 2 == 0 else t,
     "norm": lambda t: t / (1 + t.norm(dim=-1, keepdim=True)),
+    "picked": lambda t: t[torch.arange(len(t)).flip(0)],
+    "halves put back": lambda t: put(t[::2].exp(), torch.arange(len(t))[::2], t.shape) if len(t) > 1 else t,
+    "picked and put back": lambda t: put(t[NEXT[:4] % len(t)].abs(), NEXT[:4] % len(t), t.shape) if t.dim() > 1 else t,
+    "put elsewhere": lambda t: put(t[:1].abs(), torch.tensor([len(t) - 1]), t.shape),
+    "recurrent": lambda t: LSTM(t[..., None].expand(*t.shape, C))[0].sum(-1) if t.dim() == 2 else t,
+    "instance norm": lambda t: F.instance_norm(t[None]) if t.dim() == 2 and t.shape[1] > 1 else t,
     "own function": lambda t: RowSquares.apply(t.flatten(1))[:, None] if t.dim() > 1 else t,
 }
 REDUCE = {
