@@ -246,7 +246,7 @@ class SampleFlow:
                 if edge in self.states and output_shape(*edge).numel()
             ]
             for number, metadata in enumerate(node._input_metadata if entering else ()):
-                if (node, number) in used:
+                if (node, number) in used and Size(metadata.shape).numel():
                     operation = Operation(node, _kind(node), number, Size(metadata.shape), entering)
                     self.states[node, number] = self._state(operation, place)
         self._check_picks(self.states.get(root) for root in roots)
@@ -660,9 +660,10 @@ def _put_back(flow: SampleFlow, op: Operation, place: int) -> State:
     if not values:
         return into
     (given,) = values
-    along = given.state.entries == given.shape[dim] if len(given.shape) > dim else False
-    along = along and len(given.shape) == len(op.shape) and given.state.outer == outer == into.outer
-    if len(at) > 1 or index.dim() != 1 or not along or into.entries != op.shape[dim]:
+    alone = given.state.entries == index.numel() == 1  # PyTorch drops its dimension
+    along = len(given.shape) == len(op.shape) and given.state.entries == given.shape[dim] and given.state.outer == outer
+    whole = into.outer == outer and into.entries == op.shape[dim]
+    if len(at) > 1 or index.dim() != 1 or not (along or alone) or not whole:
         return flow.unknown(op, place)
     rows = into.numbers
     if [rows[i] for i in index.tolist()] != given.state.numbers:
@@ -728,19 +729,21 @@ def _layouts(op: Operation) -> list[Rows]:
 
 
 def _parting_layout(flow: SampleFlow, op: Operation, layouts: Sequence[Rows]) -> Rows | None:
-    """The first layout by which backward keeps the samples apart."""
+    """The first layout by which backward keeps the samples apart; also of gradients so large or small that some clip them."""
     edges = [GradientEdge(*given.source) for given in op.inputs]
     gy = torch.randn(op.shape, generator=torch.Generator().manual_seed(0)).to(**_placed(op.node, op.number))
-    whole = _gradients(op.node, op.number, gy, edges)
+    extreme = 2.0 ** (math.log2(torch.finfo(gy.dtype).max) // 4)
     numbers = torch.arange(flow.samples)
     choices = [(numbers >> bit) % 2 == value for bit in range((flow.samples - 1).bit_length()) for value in (0, 1)]
+    whole = {scale: _gradients(op.node, op.number, scale * gy, edges) for scale in (1.0, 1 / extreme, extreme)}
 
-    def parts(rows: Rows, chosen: Tensor) -> bool:
-        own = gy * rows.belong(op.shape, chosen).to(gy.device)
-        grads = zip(op.inputs, _gradients(op.node, op.number, own, edges), whole)
+    def parts(rows: Rows, chosen: Tensor, scale: float) -> bool:
+        own = scale * gy * rows.belong(op.shape, chosen).to(gy.device)
+        grads = zip(op.inputs, _gradients(op.node, op.number, own, edges), whole[scale])
         return all(_apart(alone, beside, given.state.belong(given.shape, chosen)) for given, alone, beside in grads)
 
-    return next((rows for rows in layouts if all(parts(rows, chosen) for chosen in choices)), None)
+    looks = [(chosen, 1.0) for chosen in choices] + [(choices[0], 1 / extreme), (choices[0], extreme)]
+    return next((rows for rows in layouts if all(parts(rows, *look) for look in looks)), None)
 
 
 def _placed(node: Node, number: int) -> dict:
