@@ -60,7 +60,7 @@ def mark_averaged(roots: Iterable[Node], inputs: Sequence[Source], grads: Sequen
     inputs: empty for all leaves, as in `Tensor.backward`; grads: of the inputs, None if they are in .grad.
     """
     if any(level.key() is TransformType.Vmap for level in get_interpreter_stack() or ()):
-        return  # one sample's own
+        return  # one sample's own: nothing to look for
     below = nodes_below(roots)
     sources = inputs or [node.variable for node in below if hasattr(node, "variable")]
     if grads is None:
