@@ -305,9 +305,9 @@ def own_rows(index: Tensor, dim: int, size: int, rows: int) -> bool:
 
 def indices_by_dim(node: Node, kind: str, shape: Sequence[int]) -> list[Tensor | None]:
     """The index into each dimension of the indexed tensor; a mask over several dimensions is one for each."""
-    if kind == "IndexSelectBackward0":
+    if kind in ("IndexAddBackward0", "IndexCopyBackward0", "IndexSelectBackward0"):
         indices = [None] * len(shape)
-        indices[wrapped(node._saved_dim, len(shape))] = node._saved_index
+        indices[wrapped(node._saved_dim, len(shape))] = node._saved_index.reshape(-1)
         return indices
     indices = []
     for index in node._saved_indices:

@@ -17,11 +17,12 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
 from fastloda.accountant import PrivacyAccountant, calibrate_noise
@@ -268,29 +269,27 @@ class PrivacyEngine:
         """Undo `save_checkpoint`, into what make_private returned. The account is added to: what was spent stays spent.
 
         The file can't run code (weights_only). What it lacks stays as it is, with a warning. Returns what it holds besides.
-        Raises ValueError, RuntimeError, OSError.
+        Raises ValueError, RuntimeError, OSError; the account, module and optimizer are then as they were.
         """
         document = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
         if absent := {"module_state_dict", "privacy_accountant_state_dict"} - set(document):
             raise ValueError(f"{path} lacks {sorted(absent)}")
-        self.accountant.load_state_dict(document["privacy_accountant_state_dict"])  # first: it refuses a malformed one
-        module.load_state_dict(document["module_state_dict"], **(module_load_dict_kwargs or {}))
-        states = {
-            "optimizer": optimizer,
-            "noise_scheduler": noise_scheduler,
-            "grad_clip_scheduler": grad_clip_scheduler,
-        }
-        for name, value in states.items():
-            state = document.get(f"{name}_state_dict")
-            if value is None:
-                continue
-            if state is None:
-                warnings.warn(f"{path} has no {name}_state_dict: the {name} stays as it is", stacklevel=2)
-            elif name == "optimizer" and not any(PRIVACY in group for group in state["param_groups"]):
-                # Opacus's, whose account was loaded above
-                getattr(value, "original_optimizer", value).load_state_dict(state)
-            else:
-                value.load_state_dict(state)
+        account = document["privacy_accountant_state_dict"]
+        HistoryAccountant().load_state_dict(account)  # first: it refuses a malformed one
+        schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
+        given = {name: value for name, value in (schedulers | {"optimizer": optimizer}).items() if value is not None}
+        with _as_before_if_it_fails(module, *given.values()):
+            module.load_state_dict(document["module_state_dict"], **(module_load_dict_kwargs or {}))
+            for name, value in given.items():
+                state = document.get(f"{name}_state_dict")
+                if state is None:
+                    warnings.warn(f"{path} has no {name}_state_dict: the {name} stays as it is", stacklevel=2)
+                elif name == "optimizer" and not any(PRIVACY in group for group in state["param_groups"]):
+                    # Opacus's, whose account is loaded below
+                    getattr(value, "original_optimizer", value).load_state_dict(state)
+                else:
+                    value.load_state_dict(state)
+        self.accountant.load_state_dict(account)
         return document
 
     def _noise_source(self, generator: NoiseSource | None) -> NoiseSource | None:
@@ -303,6 +302,19 @@ class PrivacyEngine:
         if generator is not None:
             raise ValueError("noise_generator and secure_mode=True exclude each other: secure noise can't be seeded")
         return SecureGenerator()
+
+
+@contextmanager
+def _as_before_if_it_fails(module: nn.Module, *others: Any) -> Iterator[None]:
+    """Give all of them their states back where loading others fails halfway."""
+    before = [(module, {name: t.clone() if isinstance(t, Tensor) else t for name, t in module.state_dict().items()})]
+    before += [(other, other.state_dict()) for other in others]
+    try:
+        yield
+    except BaseException:
+        for holder, state in before:
+            holder.load_state_dict(state)
+        raise
 
 
 def make_private(

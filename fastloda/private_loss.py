@@ -7,17 +7,20 @@ takes its place, looks, and opens the outputs for this one pass. Outputs that we
 that comes another way (from C++, from TorchScript) ends there.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from weakref import ReferenceType, WeakSet
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from fastloda.averaged import mark_averaged
 from fastloda.errors import PrivacyError
 from fastloda.graph import nodes_below
+from fastloda.layout import Edges
 from fastloda.separable import MEAN, SampleFlow
+from fastloda.unhooked import Grads, UnhookedPass, check_saved
 
 SUM = 2  # as criterions save their reduction
 BOUNDARY = "PrivateOutputsBackward"  # how the autograd graph names a private module's outputs
@@ -32,31 +35,46 @@ class LookingEngine(type(Variable._execution_engine)):
 
     def run_backward(self, tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs):
         # with inputs the pass ends above the outputs of a private module, and without any of these there is nothing to look at
-        looked_at = tensors if _waiting and not inputs else ()
-        roots = [_edge(root) for root in looked_at if isinstance(root, GradientEdge) or root.requires_grad]
-        with _opened(roots, _outputs_below(roots)):
-            return super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
+        looked_at = zip(tensors, grad_tensors) if _waiting and not inputs else ()
+        starts = [
+            (_edge(root), grad) for root, grad in looked_at if isinstance(root, GradientEdge) or root.requires_grad
+        ]
+        with _opened([root for root, _ in starts], [grad for _, grad in starts]):
+            grads = super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
+        if create_graph:
+            mark_averaged([_edge(root)[0] for root in tensors if _is_root(root)], inputs or (), grads)
+        return grads
+
+
+def look_at_backward() -> None:
+    """Let PyTorch's engine for backward passes be one that looks."""
+    if not isinstance(Variable._execution_engine, LookingEngine):
+        Variable._execution_engine = LookingEngine()
 
 
 def wait_for_backward(outputs: object) -> None:
     """Let every backward pass that reaches these outputs be looked at; outputs: their node of the graph."""
-    if not isinstance(Variable._execution_engine, LookingEngine):
-        Variable._execution_engine = LookingEngine()
-    outputs.opened = 0
+    look_at_backward()
+    outputs.passes = []
     _waiting.add(outputs)
 
 
-def check_opened(outputs: object) -> None:
-    """Refuse a gradient for outputs whose loss was not looked at.
+def check_arrived(outputs: object, grads: Grads) -> None:
+    """Refuse gradients of outputs whose loss was not looked at, or that a hook has changed.
 
     Raises:
         PrivacyError: with what to do.
     """
-    if not outputs.opened:
+    if not outputs.passes:
         raise PrivacyError(
             "this backward pass could not be looked at before it ran (it was started from C++ or TorchScript, or another library "
             "has replaced PyTorch's engine): call loss.backward() or torch.autograd.backward(loss) from Python"
         )
+    outputs.passes[-1].check(outputs, grads)
+
+
+def _is_root(given: Tensor | GradientEdge) -> bool:
+    return isinstance(given, GradientEdge) or given.requires_grad
 
 
 def _edge(root: Tensor | GradientEdge) -> Edge:
@@ -66,31 +84,40 @@ def _edge(root: Tensor | GradientEdge) -> Edge:
 
 
 @contextmanager
-def _opened(roots: Sequence[Edge], reached: Sequence[Node]) -> Iterator[None]:
-    if reached:
-        check_loss(roots, reached)
+def _opened(roots: Sequence[Edge], grads: Grads) -> Iterator[None]:
+    """Let the outputs below take the gradients of one backward pass; roots, grads: what it starts from."""
+    below = nodes_below([node for node, _ in roots])
+    reached = [node for node in below if node.name() == BOUNDARY]
+    if not reached:
+        yield
+        return
+    check_loss(roots, below, reached)
+    this_pass, fresh = UnhookedPass(roots, grads), [node.tape for node in reached if node.tape.empty]
+    taking = set(reached)
+    handles = this_pass.watch({node: edges for node, edges in below.items() if edges and node not in taking})
     for node in reached:
-        node.opened += 1
+        node.passes.append(this_pass)
     try:
         yield
+    except BaseException:
+        for tape in fresh:
+            tape.clear()  # of a pass that has not reached all outputs
+        raise
     finally:
         for node in reached:
-            node.opened -= 1
+            node.passes.remove(this_pass)
+        for handle in handles:
+            handle.remove()
 
 
-def _outputs_below(roots: Sequence[Edge]) -> list[Node]:
-    return [node for node in nodes_below([node for node, _ in roots]) if node.name() == BOUNDARY]
-
-
-def check_loss(roots: Sequence[Edge], boundaries: Sequence[Node]) -> None:
+def check_loss(roots: Sequence[Edge], below: Mapping[Node, Edges], boundaries: Sequence[Node]) -> None:
     """Refuse a loss that couples samples, trains something outside the private module, or is reduced in another way.
 
-    roots: what backward starts from; boundaries: the outputs of private modules that it reaches.
+    roots: what backward starts from; below: its graph; boundaries: the outputs of private modules in it.
 
     Raises:
         PrivacyError: with the reason; no gradient has been computed then.
     """
-    below = nodes_below([node for node, _ in roots])
     nodes = list(below)
     anchors = {edge[0] for node in boundaries for edge in node.next_functions}
     for leaf in nodes:
@@ -100,11 +127,7 @@ def check_loss(roots: Sequence[Edge], boundaries: Sequence[Node]) -> None:
                 "module: its gradient would not be private. Penalties belong into the optimizer's weight_decay, and what "
                 "trains into the module"
             )
-    if any(output._backward_hooks for node in boundaries for output in _alive(node.handed_out)):
-        raise PrivacyError(
-            "an output of the private module has a gradient hook, which may scale each sample's gradient by all of them: put it "
-            "onto the features inside the module, where what it does is looked at"
-        )
+    check_saved(nodes)
     used = {edge for edges in below.values() for edge in edges} | set(roots)
     cut = [output for node in boundaries for number, output in enumerate(node.cut) if (node, number) in used]
     rows = {len(output) if output.dim() else 0 for output in cut}
@@ -113,17 +136,13 @@ def check_loss(roots: Sequence[Edge], boundaries: Sequence[Node]) -> None:
     tape = boundaries[0].tape
     _check_reduction(nodes, samples := rows.pop(), tape.loss_reduction)
     flow = SampleFlow(samples, tape.grown)
-    flow.check(below, {node: len(node.cut) for node in boundaries})
+    flow.check(below, {node: len(node.cut) for node in boundaries}, roots)
     factor = flow.odd_factor(roots)
     if factor is not None and tape.loss_reduction == "mean":
         raise PrivacyError(
             f"the loss is a sum over the samples times {factor:.6g}, which is no mean of these {samples}: with each record more, "
             "all gradients would grow before they are clipped. Take the mean, or pass loss_reduction='sum'"
         )
-
-
-def _alive(references: Iterable[ReferenceType]) -> list[Tensor]:
-    return [t for t in (reference() for reference in references) if t is not None]
 
 
 def _check_reduction(nodes: Sequence[Node], rows: int, loss_reduction: str) -> None:

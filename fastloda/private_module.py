@@ -13,7 +13,6 @@ backward pass then work as for any losses.
 import functools
 import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -28,7 +27,7 @@ from fastloda.errors import PrivacyError
 from fastloda.members import Members
 from fastloda.nested import map_tensors, tensors_in
 from fastloda.ops import accumulable
-from fastloda.private_loss import check_opened, wait_for_backward
+from fastloda.private_loss import check_arrived, wait_for_backward
 from fastloda.watch import Watch
 
 _ANCHOR = torch.empty(0, requires_grad=True)  # what makes the cut-off outputs differentiable
@@ -105,7 +104,7 @@ class PrivateOutputs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        check_opened(ctx)
+        check_arrived(ctx, grads)
         ctx.tape.record(ctx.cut, grads)
         return None, None, None
 
@@ -189,9 +188,7 @@ class PrivateModule(nn.Module):
         wanted = tuple(filter(_is_computed, tensors_in(outputs)))
         if not wanted:
             return outputs
-        cut = PrivateOutputs.apply(self._tape, wanted, _ANCHOR)
-        cut[0].grad_fn.handed_out = [weakref.ref(output) for output in cut]
-        cut = iter(cut)
+        cut = iter(PrivateOutputs.apply(self._tape, wanted, _ANCHOR))
         return map_tensors(outputs, lambda t: next(cut) if _is_computed(t) else t)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

@@ -27,6 +27,10 @@ from fastloda.layout import Edges, indices_by_dim, output_shape, signed, wrapped
 from fastloda.regions import COMPILED, may_run_again
 
 NONE, MEAN = 0, 1  # reductions, as PyTorch's losses save them
+PICKED = (
+    "samples' outputs are picked along the batch, by an index or a mask, by which each one's share may depend on the others: "
+    "multiply each sample's loss by 0 or 1 instead, or put what was picked back into its own rows"
+)
 REMEDY = (
     "The loss must be the mean, or sum, of one loss per sample: take the criterion with reduction='none', which gives these, and "
     "then its .mean()"
@@ -40,17 +44,31 @@ class Rows:
     Attributes:
         outer: the number of blocks before the batch coordinate, which no view of a tensor changes.
         owners: the samples along the batch coordinate, in runs.
+        lent: whether an index has picked them, and they must be put back into their own rows before anything is added up.
     """
 
     outer: int
     owners: tuple[range, ...]
+    lent: bool = False
 
     @property
     def entries(self) -> int:
         return sum(map(len, self.owners))
 
+    @property
+    def numbers(self) -> list[int]:
+        """The sample of each entry."""
+        return [owner for run in self.owners for owner in run]
+
+    def belong(self, shape: Sequence[int], chosen: Tensor) -> Tensor:
+        """Which numbers are those of the chosen samples; chosen: bool [samples]."""
+        entries = chosen[self.numbers].view(1, -1, 1)
+        return entries.expand(self.outer, -1, prod(shape) // (self.outer * self.entries)).reshape(shape)
+
     def dims(self, shape: Sequence[int]) -> list[int]:
         """The dimensions over which the batch coordinate is spread: one, unless a view has split it."""
+        if self.entries == 1:
+            return [d for d, n in enumerate(shape) if n == 1 and prod(shape[:d]) == self.outer][:1]
         inner = prod(shape) // (self.outer * self.entries)
         strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
         top = inner * self.entries
@@ -156,7 +174,7 @@ REDUCING = _names(
 )
 REDUCING |= _names("StdMean Sum Var VarMean")
 SUMMING = _names("Mean Sum")
-ALONG = _names("Cummax Cummin Cumprod Cumsum Gather IndexSelect LogSoftmax Logcumsumexp Softmax Sort Topk Glu")
+ALONG = _names("Cummax Cummin Cumprod Cumsum Gather LogSoftmax Logcumsumexp Softmax Sort Topk Glu")
 PRODUCTS = {kind.removesuffix("Backward0"): letters for kind, letters in layout.PRODUCTS.items()}
 PRODUCTS |= {"Dot": ("k", "k", "")}
 BATCH_FIRST = _names(
@@ -168,6 +186,7 @@ BATCH_FIRST |= _names(
 BATCH_FIRST |= _names(
     "PixelShuffle PixelUnshuffle Im2Col NllLoss NllLoss2D NllLossNd MultiMarginLoss MultilabelMarginLoss"
 )
+PUTTING = _names("IndexAdd IndexCopy IndexPut")
 LINEAR = (
     VIEWS
     | set(PRODUCTS)
@@ -206,12 +225,17 @@ class SampleFlow:
         self.picked: dict[tuple[Node, int], Counter] = defaultdict(Counter)
         self.sizes: dict[tuple[Node, int], int] = {}
 
-    def check(self, below: Mapping[Node, Edges], outputs: Mapping[Node, int]) -> None:
-        """Refuse what is not separable of the nodes below a loss. outputs: node -> number of its outputs, all [samples, ...].
+    def check(
+        self, below: Mapping[Node, Edges], outputs: Mapping[Node, int], roots: Iterable[tuple[Node, int]]
+    ) -> None:
+        """Refuse what is not separable of the nodes below a loss.
+
+        outputs: node -> number of its outputs, all [samples, ...]; roots: what backward starts from.
 
         Raises:
             PrivacyError: names the operation.
         """
+        used = {edge for edges in below.values() for edge in edges}.union(roots)
         for place, (node, edges) in enumerate(below.items()):
             if node in outputs:
                 self.states |= {(node, number): Rows(1, self.whole) for number in range(outputs[node])}
@@ -219,12 +243,13 @@ class SampleFlow:
             entering = [
                 Input(index, self.states[edge], output_shape(*edge), edge)
                 for index, edge in enumerate(edges)
-                if edge in self.states
+                if edge in self.states and output_shape(*edge).numel()
             ]
             for number, metadata in enumerate(node._input_metadata if entering else ()):
-                operation = Operation(node, _kind(node), number, Size(metadata.shape), entering)
-                self.states[node, number] = self._state(operation, place)
-        self._check_picks()
+                if (node, number) in used and Size(metadata.shape).numel():
+                    operation = Operation(node, _kind(node), number, Size(metadata.shape), entering)
+                    self.states[node, number] = self._state(operation, place)
+        self._check_picks(self.states.get(root) for root in roots)
 
     def odd_factor(self, roots: Iterable[tuple[Node, int]]) -> float | None:
         """What a root that is a sum, and no mean, was multiplied with; roots: outputs of nodes."""
@@ -234,20 +259,27 @@ class SampleFlow:
 
     def _state(self, op: Operation, place: int) -> State:
         states = [given.state for given in op.inputs]
+        if op.kind in PUTTING:
+            return _put_back(self, op, place)
         if any(isinstance(state, Total) for state in states):
-            return self._linear(op)
+            return self.linear(op)
         if all(isinstance(state, One) for state in states):
             if len({state.owner for state in states}) == 1:
                 return states[0]
-            return self._stacked(op) if op.kind in ("Stack", "Cat") else self._linear(op)
+            return self._stacked(op) if op.kind in ("Stack", "Cat") else self.linear(op)
         if any(isinstance(state, One) for state in states):
-            return self._linear(op)
-        rule = RULES.get(op.kind) or (_pointwise if _is_pointwise(op.kind) else _opaque)
+            return self.linear(op)
+        rule = RULES.get(op.kind) or (_pointwise if _is_pointwise(op.kind) else type(self).unknown)
         return rule(self, op, place)
 
-    def _linear(self, op: Operation) -> State:
+    def unknown(self, op: Operation, place: int) -> State:
+        """Of an operation without a rule."""
+        return _opaque(self, op, place)
+
+    def linear(self, op: Operation) -> State:
         """Of what was summed over samples, or comes from several of them."""
         several = len(op.inputs) > 1 and op.kind not in ("Add", "Sub", "Rsub", "Cat", "Stack")
+        _not_lent(op)
         if op.kind not in LINEAR or several or (op.kind == "Div" and op.inputs[0].index != 0):
             op.refuse("is no linear function of what was added up over the samples")
         totals = [given.state for given in op.inputs if isinstance(given.state, Total)] or [SUM_OF_ALL]
@@ -255,10 +287,12 @@ class SampleFlow:
         if total.averaged or op.kind not in ("Div", "Mul", "Mean"):
             return total
         factor = 1 / op.inputs[0].shape.numel() if op.kind == "Mean" else _constant_factor(op)
+        return MEAN_OF_ALL if self.makes_mean(factor) else replace(total, by=(*total.by, factor))
+
+    def makes_mean(self, factor: float | None) -> bool:
+        """Whether a sum over the samples times this, if it can be read, may be their mean."""
         samples = None if not factor else 1 / factor / self.samples
-        if samples is None or (round(samples) >= 1 and math.isclose(samples, round(samples), rel_tol=1e-6)):
-            return MEAN_OF_ALL
-        return replace(total, by=(*total.by, factor))
+        return samples is None or (round(samples) >= 1 and math.isclose(samples, round(samples), rel_tol=1e-6))
 
     def _stacked(self, op: Operation) -> State:
         """One sample's numbers after the other's: rows, if it is all of them in order."""
@@ -269,18 +303,25 @@ class SampleFlow:
         dim = wrapped(op.node._saved_dim, len(op.shape))
         return Rows(prod(op.shape[:dim]), self.whole)
 
+    def is_even(self, owners: Sequence[range]) -> bool:
+        """Whether all samples are among them, and equally often."""
+        if all(run == self.whole[0] for run in owners):
+            return True
+        counts = Counter(owner for run in owners for owner in run)
+        return len(counts) == self.samples and len(set(counts.values())) == 1
+
     def pick(self, op: Operation, given: Input, entries: Sequence[int]) -> None:
         """Note that an operation takes only some of the batch's entries."""
         self.picked[given.source].update(entries)
         self.sizes[given.source] = given.state.entries
 
-    def _check_picks(self) -> None:
-        for source, counts in self.picked.items():
-            if len(set(counts.values())) != 1 or len(counts) != self.sizes[source]:
-                raise PrivacyError(
-                    f"samples mix in the loss: some samples' outputs are picked and others left out, by which each one's share "
-                    f"may depend on the others: multiply each sample's loss by 0 or 1 instead. {REMEDY}"
-                )
+    def _check_picks(self, made: Iterable[State | None]) -> None:
+        uneven = any(
+            len(set(counts.values())) != 1 or len(counts) != self.sizes[source]
+            for source, counts in self.picked.items()
+        )
+        if uneven or any(isinstance(state, Rows) and state.lent for state in made):
+            raise PrivacyError(f"samples mix in the loss: {PICKED}. {REMEDY}")
 
     def check_growth(self, op: Operation, given: Input, place: int) -> None:
         """`check_beside` where broadcasting brings a dimension: [N, 1] - [N] is [N, N]."""
@@ -344,7 +385,7 @@ def _reduced(flow: SampleFlow, op: Operation, place: int) -> State:
             "the loss is divided by the class weights of the batch, or by the number of its targets that are not ignored: "
             f"each sample's share depends on the other samples. {REMEDY}"
         )
-    return _added(op, mean)
+    return _added(flow, op, mean)
 
 
 def _normalised_by_targets(node: Node) -> bool:
@@ -367,9 +408,14 @@ def _constant_factor(op: Operation) -> float | None:
     return 1 / other.item() if op.kind == "Div" else other.item()
 
 
-def _added(op: Operation, mean: bool) -> Total:
-    whole = all(run.start == 0 and len(run) == len(op.inputs[0].state.owners[0]) for run in op.inputs[0].state.owners)
-    if mean and not whole:
+def _not_lent(op: Operation) -> None:
+    if any(isinstance(given.state, Rows) and given.state.lent for given in op.inputs):
+        op.refuse(f"takes together what an index has picked: {PICKED}")
+
+
+def _added(flow: SampleFlow, op: Operation, mean: bool) -> Total:
+    _not_lent(op)
+    if mean and not flow.is_even(op.inputs[0].state.owners):
         op.refuse("averages over a part of the samples: take a sum")
     return MEAN_OF_ALL if mean else SUM_OF_ALL
 
@@ -391,7 +437,7 @@ def _reduce(flow: SampleFlow, op: Operation, place: int) -> State:
         return op.moved(given, {d: d if same else i for i, d in enumerate(kept)})
     if op.kind not in SUMMING:
         op.refuse("is taken over the samples")
-    return _added(op, mean=op.kind == "Mean")
+    return _added(flow, op, mean=op.kind == "Mean")
 
 
 def _along(flow: SampleFlow, op: Operation, place: int) -> State:
@@ -452,7 +498,8 @@ def _repeated(flow: SampleFlow, op: Operation, place: int) -> State:
         or given.shape[dim] != entries
     ):
         return _aligned(flow, op, place)
-    return Rows(prod(op.shape[: dim + shift]), given.state.owners * (op.shape[dim + shift] // entries))
+    times = op.shape[dim + shift] // entries
+    return replace(given.state, outer=prod(op.shape[: dim + shift]), owners=given.state.owners * times)
 
 
 def _parted(flow: SampleFlow, op: Operation, place: int) -> State:
@@ -463,12 +510,13 @@ def _parted(flow: SampleFlow, op: Operation, place: int) -> State:
     single = op.kind in ("Select", "Unbind")
     if dim not in state.dims(given.shape):
         return op.moved(given, {d: d - (single and d > dim) for d in range(count) if d != dim or not single})
+    _not_lent(op)
     size = given.shape[dim]
     if state.dims(given.shape) != [dim] or size != state.entries:
         op.refuse("tears the rows of the batch apart")
     chosen = _chosen(op, size)
     flow.pick(op, given, chosen)
-    owners = [owner for run in state.owners for owner in run][chosen.start : chosen.stop : chosen.step]
+    owners = state.numbers[chosen.start : chosen.stop : chosen.step]
     if len(owners) == 1:
         return One(owners[0])
     return Rows(state.outer, _runs(owners)) if owners else MEAN_OF_ALL
@@ -515,7 +563,8 @@ def _joined(flow: SampleFlow, op: Operation, place: int) -> State:
     entries = sum(given.state.entries for given in op.inputs)
     if not simple or entries != op.shape[dim] or len({given.state.outer for given in op.inputs}) > 1:
         op.refuse("puts outputs and other values into one batch")
-    owners = [owner for given in op.inputs for run in given.state.owners for owner in run]
+    _not_lent(op)
+    owners = [owner for given in op.inputs for owner in given.state.numbers]
     return Rows(op.inputs[0].state.outer, _runs(owners))
 
 
@@ -530,6 +579,7 @@ def _product(flow: SampleFlow, op: Operation, place: int) -> State:
         if all(d in places for d in batch):
             kept.append(op.moved(given, places))
         elif len(batch) == 1 and given.shape[batch[0]] == given.state.entries:
+            _not_lent(op)
             contracted.append((own[batch[0]], given.state.owners))
         else:
             op.refuse("tears the rows of the batch apart")
@@ -549,7 +599,7 @@ def _batch_first(flow: SampleFlow, op: Operation, place: int) -> State:
             op.refuse("compares outputs of different samples: it wants them as [samples, classes, ...]")
         return _reduced(flow, op, place)
     if not first:
-        return _opaque(flow, op, place)
+        return flow.unknown(op, place)
     return _joint(flow, op, [op.moved(given, {0: 0}) for given in op.inputs])
 
 
@@ -566,13 +616,13 @@ def _ctc(flow: SampleFlow, op: Operation, place: int) -> State:
     (given,) = op.inputs
     if given.state.dims(given.shape) != [1]:
         op.refuse("wants the batch second: [T, N, C]")
-    return Rows(1, given.state.owners)
+    return replace(given.state, outer=1)
 
 
 def _indexed(flow: SampleFlow, op: Operation, place: int) -> State:
-    """x[indices], some of which may be tensors: each sample may only find its own row."""
+    """x[indices], some of which may be tensors: each sample finds its own row, or rows are lent."""
     (given,) = op.inputs
-    _saved(op, "_saved_indices")
+    _saved(op, "_saved_index" if op.kind == "IndexSelect" else "_saved_indices")
     indices = indices_by_dim(op.node, op.node.name(), given.shape)
     advanced = [d for d, index in enumerate(indices) if index is not None]
     taken = torch.broadcast_tensors(*(indices[d] for d in advanced))
@@ -581,17 +631,44 @@ def _indexed(flow: SampleFlow, op: Operation, place: int) -> State:
     kept = [d for d in range(len(indices)) if indices[d] is None]
     places = {d: i if d < first else i + taken[0].dim() for i, d in enumerate(kept)} if adjacent else {}
     places = places or {d: i + taken[0].dim() for i, d in enumerate(kept)}
-    for d in given.state.dims(given.shape):
+    batch = given.state.dims(given.shape)
+    for d in batch:
         if d in places:
             continue
-        own = [e for e in range(taken[0].dim()) if _is_arange(taken[advanced.index(d)], e, given.shape[d])]
+        index = taken[advanced.index(d)]
+        own = [e for e in range(index.dim()) if _is_arange(index, e, given.shape[d])]
+        if not own and batch == [d] and given.shape[d] == given.state.entries and index.dim() == 1:
+            numbers = given.state.numbers
+            return Rows(prod(op.shape[:first]), _runs([numbers[i] for i in index.tolist()]), lent=True)
         if not own:
-            op.refuse(
-                "picks rows along the batch by an index or a mask, by which each sample's share may depend on the others: "
-                "multiply each sample's loss by 0 or 1 instead"
-            )
+            op.refuse(PICKED)
         places[d] = first + own[0]
     return op.moved(given, places)
+
+
+def _put_back(flow: SampleFlow, op: Operation, place: int) -> State:
+    """x[index] = values, or += values: what was lent, or constants, into the samples' own rows."""
+    base, values = ([given for given in op.inputs if (given.index == 0) == first] for first in (True, False))
+    if any(not isinstance(given.state, Rows) for given in op.inputs):
+        return flow.linear(op)
+    _saved(op, "_saved_indices" if op.kind == "IndexPut" else "_saved_index")
+    indices = indices_by_dim(op.node, op.node.name(), op.shape)
+    at = [d for d, index in enumerate(indices) if index is not None]
+    dim, index = at[0], indices[at[0]]
+    outer = prod(op.shape[:dim])
+    into = base[0].state if base else Rows(outer, flow.whole)
+    if not values:
+        return into
+    (given,) = values
+    alone = given.state.entries == index.numel() == 1  # PyTorch drops its dimension
+    along = len(given.shape) == len(op.shape) and given.state.entries == given.shape[dim] and given.state.outer == outer
+    whole = into.outer == outer and into.entries == op.shape[dim]
+    if len(at) > 1 or index.dim() != 1 or not (along or alone) or not whole:
+        return flow.unknown(op, place)
+    rows = into.numbers
+    if [rows[i] for i in index.tolist()] != given.state.numbers:
+        op.refuse("puts samples into the rows of others")
+    return into
 
 
 def _is_arange(index: Tensor, dim: int, size: int) -> bool:
@@ -610,30 +687,63 @@ def _saved(op: Operation, name: str):
 
 def _opaque(flow: SampleFlow, op: Operation, place: int) -> State:
     """An operation that is not known: its backward must keep the samples apart, for enough choices to part any two."""
-    node, samples = op.node, flow.samples
-    rows = Rows(1, flow.whole)
-    if not op.shape or op.shape[0] != samples or any(given.state != rows for given in op.inputs):
+    layouts = _layouts(op)
+    if not layouts:
         op.refuse_unseen(
             "is not known (it comes from torch.jit.script, torch.compile, an autograd.Function, or a part of PyTorch that "
-            "FastLoDA does not know), and does not give each sample a row of its own"
+            "FastLoDA does not know), and does not give each sample numbers of its own"
         )
-    numbers = torch.arange(samples)
-    choices = [(numbers >> bit) % 2 == value for bit in range((samples - 1).bit_length()) for value in (0, 1)]
-    edges = [GradientEdge(*given.source) for given in op.inputs]
     try:
-        gy = torch.randn(op.shape, generator=torch.Generator().manual_seed(0)).to(**_placed(node, op.number))
-        whole = _gradients(node, op.number, gy, edges)
-        for chosen in choices:
-            chosen = chosen.to(gy.device)
-            own = gy * chosen.view(-1, *[1] * (gy.dim() - 1))
-            for alone, beside in zip(_gradients(node, op.number, own, edges), whole):
-                if not _apart(alone, beside, chosen):
-                    op.refuse("takes outputs of different samples together")
+        found = _parting_layout(flow, op, layouts)
     except (RuntimeError, NotImplementedError) as error:
         op.refuse_unseen(f"has a backward pass that does not run twice ({error})")
-    if not any(samples in given.shape[1:] for given in op.inputs):
-        flow.check_beside(op, op.inputs[0], place, range(1, len(op.shape)))
-    return rows
+    if found is None:
+        op.refuse("takes outputs of different samples together")
+    beside = [d for d in range(len(op.shape)) if d not in found.dims(op.shape)]
+    if not any(flow.samples in _without(given.shape, given.state.dims(given.shape)) for given in op.inputs):
+        flow.check_beside(op, op.inputs[0], place, beside)
+    return found
+
+
+def _without(shape: Size, dims: Sequence[int]) -> list[int]:
+    return [size for d, size in enumerate(shape) if d not in dims]
+
+
+def _layouts(op: Operation) -> list[Rows]:
+    """Where the samples may lie in the output: in the dimension that they have in an input, from the front or from behind."""
+    if len({given.state.owners for given in op.inputs}) > 1:
+        return []
+    shifts = [(given, shift) for given in op.inputs for shift in {0, len(op.shape) - len(given.shape)}]
+    found = [
+        given.state.moved(
+            given.shape,
+            op.shape,
+            {d: d + shift for d in range(max(0, -shift), len(given.shape)) if d + shift < len(op.shape)},
+        )
+        for given, shift in shifts
+    ]
+    state = op.inputs[0].state
+    if op.shape and op.shape[0] == state.entries:
+        found.insert(0, replace(state, outer=1))
+    return [rows for rows in dict.fromkeys(found) if rows is not None]
+
+
+def _parting_layout(flow: SampleFlow, op: Operation, layouts: Sequence[Rows]) -> Rows | None:
+    """The first layout by which backward keeps the samples apart; also of gradients so large or small that some clip them."""
+    edges = [GradientEdge(*given.source) for given in op.inputs]
+    gy = torch.randn(op.shape, generator=torch.Generator().manual_seed(0)).to(**_placed(op.node, op.number))
+    extreme = 2.0 ** (math.log2(torch.finfo(gy.dtype).max) // 4)
+    numbers = torch.arange(flow.samples)
+    choices = [(numbers >> bit) % 2 == value for bit in range((flow.samples - 1).bit_length()) for value in (0, 1)]
+    whole = {scale: _gradients(op.node, op.number, scale * gy, edges) for scale in (1.0, 1 / extreme, extreme)}
+
+    def parts(rows: Rows, chosen: Tensor, scale: float) -> bool:
+        own = scale * gy * rows.belong(op.shape, chosen).to(gy.device)
+        grads = zip(op.inputs, _gradients(op.node, op.number, own, edges), whole[scale])
+        return all(_apart(alone, beside, given.state.belong(given.shape, chosen)) for given, alone, beside in grads)
+
+    looks = [(chosen, 1.0) for chosen in choices] + [(choices[0], 1 / extreme), (choices[0], extreme)]
+    return next((rows for rows in layouts if all(parts(rows, *look) for look in looks)), None)
 
 
 def _placed(node: Node, number: int) -> dict:
@@ -647,9 +757,10 @@ def _gradients(node: Node, number: int, gy: Tensor, edges: Sequence[GradientEdge
 
 
 def _apart(alone: Tensor | None, beside: Tensor | None, chosen: Tensor) -> bool:
-    """Whether the gradient that the chosen samples bring stays with them, and is what it is beside the others."""
+    """Whether the gradient that the chosen numbers bring stays with them, and is what it is beside the others."""
     if alone is None or beside is None:
         return alone is beside
+    chosen = chosen.to(alone.device)
     others, own, there = alone[~chosen].nan_to_num(), alone[chosen].nan_to_num(), beside[chosen].nan_to_num()
     allowed = 64 * torch.finfo(own.dtype).eps * float(there.abs().amax()) if there.numel() else 0.0
     return not others.any() and torch.allclose(own, there, rtol=1e-3, atol=allowed)
@@ -662,4 +773,4 @@ RULES |= {"Expand": _aligned, "Repeat": _repeated} | dict.fromkeys(("Flip", "Rol
 RULES |= dict.fromkeys(("Permute", "Transpose", "T"), _permuted) | dict.fromkeys(("Cat", "Stack"), _joined)
 RULES |= dict.fromkeys(("Select", "Slice", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind"), _parted)
 RULES |= dict.fromkeys(BATCH_FIRST, _batch_first)
-RULES |= {"NativeLayerNorm": _layer_norm, "CtcLoss": _ctc, "Index": _indexed}
+RULES |= {"NativeLayerNorm": _layer_norm, "CtcLoss": _ctc, "Index": _indexed, "IndexSelect": _indexed}

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastloda.adaptive import AdaptiveClipping
 from fastloda.amx import check_convolutions
+from fastloda.averaged import check_not_averaged
 from fastloda.clip import check_max_grad_norm, clip_factors, group_norms, group_sums
 from fastloda.coverage import check_graph, check_independence, check_optimizer, trainable_parameters
 from fastloda.distributed import Group, World, check_wrappers, hand_back_shards, parameter_facts, value_facts
@@ -26,6 +27,7 @@ from fastloda.graph import trace
 from fastloda.members import Members
 from fastloda.noise import NoiseOver, NoiseSource, gaussian
 from fastloda.pieces import PerSampleGrad, squared_norms
+from fastloda.private_loss import look_at_backward
 from fastloda.records import per_sample_grads
 from fastloda.styles import Clipping, clipping_style
 from fastloda.watch import Watch, add_watcher, watch_from_update, watched_since_update
@@ -84,6 +86,9 @@ class StepStats:
     def __repr__(self) -> str:
         counts = f"samples={self.samples}, clipped={self.clipped}, nonfinite={self.nonfinite}"
         return f"StepStats({counts}, mean_loss={self.mean_loss:.6g})"
+
+
+look_at_backward()  # from here on, for a loss may hold a gradient that was made before any clipper
 
 
 class GhostClipper:
@@ -321,6 +326,7 @@ def _per_sample_grads(losses, model, parameters, samples, world, retain_graph=Fa
     """world: of the ranks that must make each backward pass together."""
     graph = trace(losses, parameters)
     check_graph(graph)
+    check_not_averaged(losses)
     check_convolutions(dict(model.named_modules()), graph)
     check_independence(losses, graph, model, parameters, samples, world.most)
     return per_sample_grads(losses, graph, parameters, samples, retain_graph)

@@ -227,6 +227,26 @@ def test_a_checkpoint_of_opacus_counts_once(tmp_path):
     assert len(engine.accountant) == 4 and optimizer.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("of", ["module", "optimizer"])
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, of):
+    module, optimizer, _ = private(noise=1.0, engine=(engine := PrivacyEngine()))
+    fits = {name: t + 1 for name, t in module.state_dict().items()}
+    *others, last = fits
+    misfits = {name: fits[name] for name in others} | {last: torch.zeros(99)}
+    groups = torch.optim.SGD(small_net().parameters(), lr=0.5).state_dict()
+    document = {
+        "module_state_dict": misfits if of == "module" else fits,
+        "privacy_accountant_state_dict": {"history": [(1.0, 0.5, 4)], "mechanism": "prv"},
+        "optimizer_state_dict": groups if of == "module" else {"state": {}, "param_groups": []},
+    }
+    torch.save(document, tmp_path / "c.pt")
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with pytest.raises((RuntimeError, ValueError), match="size mismatch|parameter groups"):
+        engine.load_checkpoint(path=tmp_path / "c.pt", module=module, optimizer=optimizer)
+    assert len(engine.accountant) == 0 and optimizer.param_groups[0]["lr"] == 1.0
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
 # ---- copies
 
 

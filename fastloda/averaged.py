@@ -1,0 +1,103 @@
+"""Gradients of a mean over the samples that a loss goes on from, as a gradient penalty does.
+
+    (gx,) = torch.autograd.grad(model(x).mean(), x, create_graph=True)
+
+divides each sample's gradient by their number, and so with one record more every sample's penalty is another. The loss's graph
+shows no division then, only its result. So the engine looks at the passes that make a graph (`create_graph`), and marks what
+they make of a mean; a private step refuses losses with such marks.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn import Parameter
+
+from fastloda.errors import PrivacyError
+from fastloda.graph import nodes_below
+from fastloda.layout import Edges, output_shape
+from fastloda.separable import MEAN, NONE, Operation, Rows, SampleFlow, State, Total
+
+Source = Tensor | GradientEdge
+
+_MARK = "samples of a mean whose gradient this is"  # in a node's metadata, which the graph keeps
+_any_marks = False
+
+
+class AverageFlow(SampleFlow):
+    """Follows the samples from a model's inputs to a number, and guesses where they can't be followed."""
+
+    def _state(self, op: Operation, place: int) -> State:
+        try:
+            return super()._state(op, place)
+        except Exception:  # of whatever code the user has: nothing is refused here
+            means = op.kind == "Mean" or getattr(op.node, "_saved_reduction", NONE) == MEAN
+            averaged = means or any(isinstance(given.state, Total) and given.state.averaged for given in op.inputs)
+            rows = op.shape and op.shape[0] == self.samples and not averaged
+            return Rows(1, self.whole) if rows else Total(averaged)
+
+    def unknown(self, op: Operation, place: int) -> State:
+        op.refuse_unseen("has no rule")
+
+    def makes_mean(self, factor: float | None) -> bool:
+        return bool(factor) and math.isclose(1 / factor, self.samples, rel_tol=1e-6)
+
+    def _check_picks(self, made: Iterable[State | None]) -> None:
+        pass
+
+    def averages(self, below: Mapping[Node, Edges], inputs: Mapping[Node, int]) -> bool:
+        """Whether a mean over the samples is among the nodes; inputs: node -> number of its outputs, all [samples, ...]."""
+        self.check(below, inputs, [(node, number) for node in below for number in range(len(node._input_metadata))])
+        return any(isinstance(state, Total) and state.averaged for state in self.states.values())
+
+
+def mark_averaged(roots: Iterable[Node], inputs: Sequence[Source], grads: Sequence[Tensor | None] | None) -> None:
+    """Mark the gradients that a backward pass has made a graph of, if it started from a mean over the rows of its inputs.
+
+    inputs: empty for all leaves, as in `Tensor.backward`; grads: of the inputs, None if they are in .grad.
+    """
+    if any(level.key() is TransformType.Vmap for level in get_interpreter_stack() or ()):
+        return  # one sample's own: nothing to look for
+    below = nodes_below(roots)
+    sources = inputs or [node.variable for node in below if hasattr(node, "variable")]
+    if grads is None:
+        grads = [source.grad for source in sources if isinstance(source, Tensor)]
+    counts: dict[int, dict[Node, int]] = defaultdict(dict)
+    for source in sources:
+        edge = source if isinstance(source, GradientEdge) else get_gradient_edge(source)
+        shape = output_shape(edge.node, edge.output_nr)
+        if len(shape) and shape[0] > 1 and not isinstance(source, Parameter):
+            counts[shape[0]][edge.node] = edge.output_nr + 1
+    for samples, places in counts.items():
+        if AverageFlow(samples, {}).averages(below, places):
+            _mark(grads, samples)
+
+
+def _mark(grads: Iterable[Tensor | None], samples: int) -> None:
+    global _any_marks
+    for grad in grads:
+        while isinstance(grad, Tensor) and grad.grad_fn is not None:
+            grad.grad_fn.metadata.setdefault(_MARK, set()).add(samples)
+            _any_marks = True
+            grad = get_unwrapped(grad) if is_functorch_wrapped_tensor(grad) else None
+
+
+def check_not_averaged(losses: Tensor) -> None:
+    """Refuse losses that go on from the gradient of a mean over their samples, or over several rows of each.
+
+    Raises:
+        PrivacyError: with what to do.
+    """
+    if not _any_marks or losses.grad_fn is None:
+        return
+    rows = len(losses)
+    means = {count for node in nodes_below([losses.grad_fn]) for count in node.metadata.get(_MARK, ())}
+    if any(rows % count == 0 or count % rows == 0 for count in means):
+        raise PrivacyError(
+            "the losses go on from a gradient (create_graph=True) of a mean over the samples, which is divided by their number: "
+            "with one record more, each sample's loss would be another. Take the gradient of the sum, "
+            "torch.autograd.grad(y.sum(), x, create_graph=True), which gives each sample its own"
+        )
