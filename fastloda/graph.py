@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloda.layout import Edges, carries_batch, follow_batch, output_shape
 from fastloda.made import Consumers, Made, made_nodes, made_uses
-from fastloda.regions import COMPILED, code_number
+from fastloda.regions import COMPILED, code_number, may_pick_rows
 from fastloda.relaid import TILING, Step, relays
 from fastloda.rules import covers
 
@@ -93,7 +93,7 @@ def trace(
         operations=frozenset(kinds),
         picked={node: places.picked[node] for node in uses if node in places.picked},
         crossings=places.crossings,
-        unsure=places.unsure or not places.laid.isdisjoint(uses),
+        unsure=places.unsure or not places.laid.isdisjoint(uses) or any(map(may_pick_rows, compiled)),
         shared=places.shared.intersection(uses),
         compiled=compiled,
         convolutions=convolutions,
