@@ -53,9 +53,18 @@ class LossGraph:
 
 
 def trace(
-    losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter], covered: Callable[..., bool] = covers
+    losses: Tensor | Iterable[Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    covered: Callable[..., bool] = covers,
+    *,
+    alone: bool = False,
 ) -> LossGraph:
-    """Walk the graph below `losses` (or several outputs) once. covered: says whether a rule covers a use, as `rules.covers`."""
+    """Walk the graph below `losses` (or several outputs) once.
+
+    Args:
+        covered: says whether a rule covers a use, as `rules.covers`.
+        alone: all losses are of one sample, in several views: whatever the graph holds is its own.
+    """
     roots = [losses] if isinstance(losses, Tensor) else list(losses)
     edges = nodes_below([root.grad_fn for root in roots if root.grad_fn is not None])
     order = list(edges)
@@ -65,7 +74,7 @@ def trace(
             if child is not None:
                 consumers[child].append((node, index, number))
 
-    places = follow_batch(edges, len(roots[0]) if roots[0].dim() else 1)
+    places = follow_batch(edges, len(roots[0]) if roots[0].dim() and not alone else 1)
     outer = places.outer
     made = made_nodes(edges, consumers, outer, covered)
     names = {id(parameter): name for name, parameter in parameters.items()}

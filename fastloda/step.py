@@ -319,7 +319,7 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
 
 def _per_sample_grads(losses, model, parameters, samples, world, retain_graph=False) -> dict[str, PerSampleGrad]:
     """world: of the ranks that must make each backward pass together."""
-    graph = trace(losses, parameters)
+    graph = trace(losses, parameters, alone=samples == 1)
     check_graph(graph)
     check_convolutions(dict(model.named_modules()), graph)
     check_independence(losses, graph, model, parameters, samples, world.most)

@@ -379,6 +379,12 @@ def in_views(model, batch, generator):
     return cross_entropy(model(x + torch.randn(x.shape, generator=generator)), batch[1].repeat_interleave(3))
 
 
+def view_by_view(model, batch, generator):
+    """A forward pass for each view."""
+    noisy = [batch[0] + torch.randn(batch[0].shape, generator=generator) for _ in range(3)]
+    return torch.stack([cross_entropy(model(x), batch[1]) for x in noisy], 1).flatten()
+
+
 def in_low_precision(model, batch, generator):
     with torch.autocast("cpu", torch.bfloat16):
         return cross_entropy(model(batch[0]), batch[1])
@@ -394,6 +400,11 @@ HONEST = {
     "views of short batches": (
         in_views,
         {"views": 3, "fixed_shape": False, "sample_rate": 0.05, "expected_batch_size": 2},
+        {},
+    ),
+    "view by view, of lone records": (
+        view_by_view,
+        {"views": 3, "fixed_shape": False, "sample_rate": 0.05, "expected_batch_size": 2, "steps": 20},
         {},
     ),
     "low precision": (in_low_precision, {}, {}),
