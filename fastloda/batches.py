@@ -1,6 +1,6 @@
 """The private records, read one by one, and batches of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, default_collate
 
-Columns = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | Mapping[str, Tensor | np.ndarray]
+Columns = Tensor | np.ndarray | tuple[Tensor | np.ndarray, ...] | Mapping[str, Tensor | np.ndarray]
 
 
 class Batches:
-    """A map-style Dataset, or columns: tensors or arrays with one record per row, one of them or several.
+    """A map-style Dataset, or columns: tensors or arrays with one record per row, one, a tuple or a dict of them.
 
     Attributes:
         records: how many.
 
     Raises:
-        ValueError: the data is neither, or empty.
+        ValueError: the data is neither, or could be both, or is empty.
     """
 
     def __init__(self, data: Columns | Dataset):
@@ -52,11 +52,23 @@ class Batches:
 
 
 def _are_columns(data: object) -> bool:
-    if isinstance(data, (tuple, list)):
-        columns = data
-    else:
-        columns = data.values() if isinstance(data, Mapping) else [data]
-    return bool(columns) and all(isinstance(t, (Tensor, np.ndarray)) for t in columns)
+    """Raises ValueError: it is open what a record is, on which all privacy rests."""
+    held = (
+        list(data.values()) if isinstance(data, Mapping) else list(data) if isinstance(data, (tuple, list)) else [data]
+    )
+    columns = [isinstance(t, (Tensor, np.ndarray)) for t in held]
+    if isinstance(data, list) and any(columns):
+        raise ValueError(
+            "data is a list of tensors, which may be records or columns: give a tuple of columns with one record per row, "
+            "(images, labels), or one tensor of all records, torch.stack(data)"
+        )
+    if isinstance(data, Mapping) and not all(columns) or any(columns) and not all(columns):
+        other = next(type(t).__name__ for t, is_one in zip(held, columns) if not is_one)
+        raise ValueError(
+            f"data is a {type(data).__name__} of columns, of which one is a {other}: each must be a tensor or an array with one "
+            "record per row; a list of records holds tuples or dicts"
+        )
+    return bool(held) and all(columns)
 
 
 def _rows(column: Tensor | np.ndarray, rows: Tensor) -> Tensor:

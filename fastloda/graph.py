@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloda.layout import Edges, carries_batch, follow_batch, output_shape
 from fastloda.made import Consumers, Made, made_nodes, made_uses
-from fastloda.regions import COMPILED, code_number
+from fastloda.regions import COMPILED, code_number, may_pick_rows
 from fastloda.relaid import TILING, Step, relays
 from fastloda.rules import covers
 
@@ -53,9 +53,18 @@ class LossGraph:
 
 
 def trace(
-    losses: Tensor | Iterable[Tensor], parameters: Mapping[str, nn.Parameter], covered: Callable[..., bool] = covers
+    losses: Tensor | Iterable[Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    covered: Callable[..., bool] = covers,
+    *,
+    alone: bool = False,
 ) -> LossGraph:
-    """Walk the graph below `losses` (or several outputs) once. covered: says whether a rule covers a use, as `rules.covers`."""
+    """Walk the graph below `losses` (or several outputs) once.
+
+    Args:
+        covered: says whether a rule covers a use, as `rules.covers`.
+        alone: all losses are of one sample, in several views: whatever the graph holds is its own.
+    """
     roots = [losses] if isinstance(losses, Tensor) else list(losses)
     edges = nodes_below([root.grad_fn for root in roots if root.grad_fn is not None])
     order = list(edges)
@@ -65,7 +74,7 @@ def trace(
             if child is not None:
                 consumers[child].append((node, index, number))
 
-    places = follow_batch(edges, len(roots[0]) if roots[0].dim() else 1)
+    places = follow_batch(edges, len(roots[0]) if roots[0].dim() and not alone else 1)
     outer = places.outer
     made = made_nodes(edges, consumers, outer, covered)
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -93,7 +102,7 @@ def trace(
         operations=frozenset(kinds),
         picked={node: places.picked[node] for node in uses if node in places.picked},
         crossings=places.crossings,
-        unsure=places.unsure or not places.laid.isdisjoint(uses),
+        unsure=places.unsure or not places.laid.isdisjoint(uses) or any(map(may_pick_rows, compiled)),
         shared=places.shared.intersection(uses),
         compiled=compiled,
         convolutions=convolutions,

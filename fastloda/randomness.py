@@ -169,11 +169,17 @@ def restore_generators(generators: Mapping[str, Generator], states: Mapping[str,
 
 
 @contextmanager
-def restored(generators: Mapping[str, Generator]) -> Iterator[None]:
-    """Whatever is drawn inside, `generators` and the global ones are after as they were before."""
+def restored(generators: Mapping[str, Generator]) -> Iterator[Callable[[], bool]]:
+    """Whatever is drawn inside, `generators` and the global ones are after as they were before; yields whether it is any yet."""
     states = generator_states(generators)
+
+    def drew() -> bool:
+        now = generator_states(generators)
+        same = (torch.equal(t, now[name]) if isinstance(t, Tensor) else t == now[name] for name, t in states.items())
+        return not all(same)
+
     try:
-        yield
+        yield drew
     finally:
         restore_generators(generators, states)
 

@@ -1,23 +1,94 @@
-"""Regions of the graph that torch.compile made one operation of: which code they run, and whether it may run again."""
+"""Regions of the graph that torch.compile made one operation of: which code they run, what it does, whether it may run again."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor, fx
 from torch.autograd.graph import Node
 
 from fastloda.errors import PrivacyError
 
 COMPILED = "CompiledFunctionBackward"
 
+# What backward makes of operations that pick or lay rows by an index, with the place of its dimension among the arguments.
+BY_DIMENSION = {"gather": 1, "index_add": 1, "index_copy": 1, "index_select": 1, "scatter": 1, "scatter_add": 1}
+BY_DIMENSION |= {"scatter_reduce": 1, "select_scatter": 2}
+BY_INDICES = ("index", "index_put", "_unsafe_index", "_unsafe_index_put")
+BY_INDICES += ("_unsafe_masked_index", "_unsafe_masked_index_put_accumulate")
+BY_ANYTHING = ("masked_scatter", "masked_select", "put", "take", "sort", "embedding_bag")
+
 _numbers: WeakKeyDictionary[type, int] = WeakKeyDictionary()
+_picking: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 _next = count()
 
 
 def code_number(region: Node) -> int:
     """Equal for runs of the same compiled code, and never given again: the graph does not show what happens inside."""
     return _numbers.setdefault(type(region), next(_next))
+
+
+def may_pick_rows(region: Node) -> bool:
+    """Whether an index in the code may say whose rows are whose, so that it can be another one in each batch.
+
+    The code of the backward pass is private to PyTorch. Where it can't be read, it may.
+    """
+    kind = type(region)
+    if kind not in _picking:
+        code = _backward_code(kind)
+        _picking[kind] = code is None or _picks_rows(code)
+    return _picking[kind]
+
+
+def _backward_code(kind: type) -> fx.Graph | None:
+    kept = getattr(getattr(kind, "_forward_cls", None), "_lazy_backward_info", None)
+    module = getattr(kept, "bw_module", None)
+    if module is None and hasattr(kept, "bw_module_fn"):  # from the cache of an earlier process
+        module = kept.bw_module_fn()
+    return getattr(module, "graph", None)
+
+
+def _picks_rows(code: fx.Graph) -> bool:
+    given = [_value(node) for node in code.nodes if node.op == "placeholder" and "tangents" in str(node.target)]
+    rows = [t.shape[0] for t in given if isinstance(t, Tensor) and t.dim()]
+    return any(_picks(node, rows) for node in code.nodes if node.op == "call_function")
+
+
+def _picks(node: fx.Node, rows: Collection[int]) -> bool:
+    """Whether an operation picks along a dimension that may hold the rows."""
+    name = getattr(node.target, "__name__", "").split(".")[0]
+    if name in BY_ANYTHING:
+        return True
+    if name == "embedding_dense_backward":
+        return _may_hold(node.args[2], rows)
+    if name in BY_DIMENSION:
+        dims = [node.args[BY_DIMENSION[name]]]
+    elif name in BY_INDICES:
+        indices = next(argument for argument in node.args if isinstance(argument, (list, tuple)))
+        dims = [dim for dim, index in enumerate(indices) if index is not None]
+    else:
+        return False
+    picked = _value(node.args[0])
+    if not isinstance(picked, Tensor):  # the cache keeps no shapes
+        return 0 in dims
+    dims = {dim % picked.dim() if picked.dim() else 0 for dim in dims}
+    if 0 not in dims and picked.dim() and _may_hold(picked.shape[0], rows):
+        return False  # the batch comes first, wherever else a number like its size occurs
+    return any(_may_hold(picked.shape[dim], rows) for dim in dims if picked.dim())
+
+
+def _may_hold(size: Any, rows: Collection[Any]) -> bool:
+    """Whether a dimension of this size may be as many rows, or blocks of them, if that is known before a run."""
+    size = _value(size)
+    if not isinstance(size, int) or not rows:
+        return True
+    return any(isinstance(count, int) and (count <= 1 or size % count == 0) for count in rows)
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
 @contextmanager

@@ -324,7 +324,7 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
 
 def _per_sample_grads(losses, model, parameters, samples, world, retain_graph=False) -> dict[str, PerSampleGrad]:
     """world: of the ranks that must make each backward pass together."""
-    graph = trace(losses, parameters)
+    graph = trace(losses, parameters, alone=samples == 1)
     check_graph(graph)
     check_not_averaged(losses)
     check_convolutions(dict(model.named_modules()), graph)

@@ -34,7 +34,7 @@ from fastloda.schedules import Schedule, warmup_then
 from fastloda.secure import SecureGenerator
 from fastloda.step import GhostClipper, StepStats
 from fastloda.styles import Clipping, clipping_style
-from fastloda.unmixed import check_steady, halves, is_due, is_power_of_two, look
+from fastloda.unmixed import Evaluated, Signs, check_steady, evaluated, halves, is_due, is_power_of_two, look, places
 
 # losses(model, batch, generator) -> one number per sample and view, [n * views], sample-major
 Losses = Callable[[nn.Module, Any, Generator], Tensor]
@@ -161,8 +161,10 @@ class DPTrainer:
             every rank. Batches have the same structure, or the one that `default_collate` makes of the Dataset's records.
         losses: (model, batch, generator) -> [n * views] losses, each of its own record only. Its randomness must come from
             `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer is made, and looked
-            at in its first step, in steps 2, 4, 8, ... and in random ones: with other records beside it, and all else as it
-            was, a record must have the same loss (`fastloda.unmixed`). The run's course is the same with it.
+            at in its first step, in steps 2, 4, 8, ..., in random ones, and where losses stand out: with other records beside
+            it, and all else as it was, a record must have the same loss and gradient, and, where nothing is drawn at random, at
+            another place of the batch too (`fastloda.unmixed`). The run's course is the same with it. What `losses` keeps of
+            earlier steps' records no look can see: keep nothing.
         settings: see PrivateTraining.
         checkpoint: file to save to and resume from; its folder is made if there is none. None keeps nothing.
         checkpoint_every: steps between saves.
@@ -207,6 +209,7 @@ class DPTrainer:
         self.checkpoint_every = checkpoint_every
         self._fingerprint = fingerprint(model)
         self._looks, self._look_due, self._look_closely = 0, True, True
+        self._signs = Signs()
         self._moving = False  # between the release of a gradient and the end of the update that it makes
         self._wasted = StepStats.none(self._device)  # of the last steps in a row that were
         self._wasted_steps = 0
@@ -239,7 +242,7 @@ class DPTrainer:
         try:
             with restored(self._generators):
                 read = self._data.read(chosen)
-            self._evaluate(read)
+            self._evaluate(read, [])
         except (NameError, AttributeError):
             return  # losses() may name the trainer that is being made; the first step calls it before it pays
         except Exception as error:
@@ -375,23 +378,35 @@ class DPTrainer:
         settings, world = self.settings, self.world
         sharded = hand_back_shards(self.model)
         together = math.ceil(largest_share(indices, world.size) / settings.micro_batch_size) if sharded else 0
-        parts = micro_batches(
-            share(indices, world.rank, world.size), settings.micro_batch_size, settings.fixed_shape, at_least=together
-        )
-        stats = StepStats(torch.zeros(4, dtype=torch.float64, device=self._device))
+        own = share(indices, world.rank, world.size)
+        parts = list(micro_batches(own, settings.micro_batch_size, settings.fixed_shape, at_least=together))
+        before = generator_states(self._generators)
         try:
-            for chosen, mask in parts:
-                read = self._data.read(chosen)
-                seen = self._look(read, chosen) if self._look_due else None
-                losses = self._losses_of(read)
-                if seen is not None:
-                    check_steady(seen, losses.detach())
-                stats += self.clipper.accumulate(losses, mask)
+            stats, losses = self._accumulate_parts(parts)
+            closely = self._look_closely and self._looks
+            if self._signs.read(losses) and not closely and not sharded:
+                self.clipper.reset()
+                restore_generators(self._generators, before)
+                self._look_due = self._look_closely = True
+                stats, _ = self._accumulate_parts(parts)
         except Exception as error:
             if not sharded:  # the others wait in privatize; with sharded weights, in the middle of a pass
                 world.tell_failure(error)
             raise
         return stats
+
+    def _accumulate_parts(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[StepStats, list[Tensor]]:
+        """-> the counts, and the losses of each micro-batch."""
+        stats, found = StepStats.none(self._device), []
+        for chosen, mask in parts:
+            read = self._data.read(chosen)
+            seen = self._look(read, chosen) if self._look_due else None
+            losses = self._losses_of(read)
+            found.append(losses.detach())
+            if seen is not None:
+                check_steady(seen, found[-1])
+            stats += self.clipper.accumulate(losses, mask)
+        return stats, found
 
     def _losses_of(self, read: list) -> Tensor:
         """[n * views], with their graph."""
@@ -411,13 +426,13 @@ class DPTrainer:
             )
         return losses
 
-    def _evaluate(self, read: list) -> Tensor:
-        """The losses alone; all random states are as they were after, and FSDP2's shards where they were."""
+    def _evaluate(self, read: list, choices: Sequence[Tensor]) -> Evaluated:
+        """The losses alone, and the choices' gradients; random states and FSDP2's shards are after as they were before."""
         sharded = hand_back_shards(self.model)
         try:
             # with gradients enabled the same kernels run as in training; FSDP2 would wait for a backward pass
-            with restored(self._generators), torch.set_grad_enabled(not sharded):
-                return self._losses_of(read).detach().clone()
+            with restored(self._generators) as drew, torch.set_grad_enabled(not sharded):
+                return evaluated(self._losses_of(read), choices, self.parameters.values(), drew)
         finally:
             hand_back_shards(self.model)
             torch.clear_autocast_cache()
@@ -433,7 +448,8 @@ class DPTrainer:
                 read = read + self._data.read(chosen[1:])
             parts = halves(len(read), self._look_closely or is_power_of_two(self.step + 1), self._secret, name)
             replaced = [(part, self._data.read(self._others(chosen[part], name))) for part in parts]
-        own = look(self._evaluate, read, replaced, steady=not hand_back_shards(self.model))
+        order = places(len(read), self.settings.fixed_shape, self._secret, name)
+        own = look(self._evaluate, read, replaced, order, steady=not hand_back_shards(self.model))
         return None if alone else own
 
     def _others(self, chosen: Tensor, name: str) -> Tensor:

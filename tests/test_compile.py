@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+from weakref import WeakKeyDictionary
 
 import drawn
 import oracle
 import pytest
 import torch
 from drawn import Checkpointed, Twice, randomise
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastloda
@@ -22,6 +23,8 @@ from fastloda import (
     per_sample_grad_norms,
 )
 from fastloda.diffusion.unet import UNet, UNetConfig
+from fastloda.graph import nodes_below
+from fastloda.regions import COMPILED, _backward_code, _picks_rows, may_pick_rows
 
 EXACT = dict(rtol=1e-10, atol=1e-13)
 
@@ -529,6 +532,67 @@ def test_samples_that_mix_are_refused_whenever_the_code_changes():
     per_sample_grad_norms(case.losses(), case.model)
     case.model.mixes = True
     check_refused(case, "samples mix")
+
+
+class Picking(nn.Module):
+    """Rows go from one layer to the next by an index that comes with the batch."""
+
+    def __init__(self, pick):
+        super().__init__()
+        self.pick, self.first, self.second = pick, LoDALinear(5, 4, rank=1), LoDALinear(4, 3, rank=1)
+
+    def forward(self, x, index):
+        return self.second(self.pick(self.first(x).tanh(), index))
+
+
+PICKS = {
+    "index": lambda x, index: x[index],
+    "turned": lambda x, index: x.mT[:, index].mT,
+    "index_select": lambda x, index: x.index_select(0, index),
+    "gather": lambda x, index: x.gather(0, index[:, None].expand_as(x)),
+    "take_along_dim": lambda x, index: torch.take_along_dim(x, index[:, None], 0),
+    "embedding": lambda x, index: nn.functional.embedding(index, x),
+    "index_put": lambda x, index: torch.zeros_like(x).index_put((index,), x),
+    "index_copy": lambda x, index: torch.zeros_like(x).index_copy(0, index, x),
+    "index_add": lambda x, index: torch.zeros_like(x).index_add(0, index, x),
+    "scatter": lambda x, index: torch.zeros_like(x).scatter(0, index[:, None].expand_as(x), x),
+    "sorted": lambda x, index: x[index.double().argsort()],
+}
+
+
+def only_region(losses):
+    (region,) = (node for node in nodes_below([losses.grad_fn]) if node.name() == COMPILED)
+    return region
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("pick", PICKS)
+def test_rows_that_an_index_picks_inside_are_looked_at_every_time(pick, dynamic):
+    """The third batch is on no schedule."""
+    model = compiled(randomise(Picking(PICKS[pick]).double()), dynamic=dynamic)
+    x, in_order = torch.randn(7, 5, dtype=torch.float64), torch.arange(7)
+    for _ in range(2):
+        per_sample_grad_norms(model(x, in_order).square().sum(1), model)
+    with pytest.raises(PrivacyError, match="samples mix"):
+        per_sample_grad_norms(model(x, in_order.roll(1)).square().sum(1), model)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_picks_no_rows_is_looked_at_on_the_schedule_only(cached, monkeypatch):
+    """Resizing, pooling and padding index positions, and a gather along the features no rows."""
+    body = [conv(1, 2), nn.Upsample(scale_factor=2), nn.MaxPool2d(2), conv(2, 2, padding_mode="reflect")]
+    model = compiled(randomise(nn.Sequential(*body, nn.Upsample(scale_factor=1.5, mode="bilinear")).double()))
+    for size in (4, 5):  # one of which is that of the batch
+        region = only_region(model(torch.randn(4, 1, size, size, dtype=torch.float64)).flatten(1).sum(1))
+        if cached:  # whose code has no shapes
+            monkeypatch.setattr("fastloda.regions._value", lambda node: None if isinstance(node, fx.Node) else node)
+        assert not _picks_rows(_backward_code(type(region)))
+    picking = compiled(randomise(Picking(PICKS["index"]).double()))
+    region = only_region(picking(torch.randn(7, 5, dtype=torch.float64), torch.arange(7)).sum(1))
+    assert _picks_rows(_backward_code(type(region)))
+    monkeypatch.setattr("fastloda.regions._backward_code", lambda kind: None)
+    monkeypatch.setattr("fastloda.regions._picking", WeakKeyDictionary())
+    assert may_pick_rows(region), "what can't be read may"
 
 
 def test_rows_that_belong_to_no_sample_are_refused():

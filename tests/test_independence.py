@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastloda import GhostClipper, PrivacyError, coverage, ghost_dp_step, watch
+from fastloda import GhostClipper, PrivacyError, coverage, ghost_dp_step, per_sample_grad_norms, per_sample_grads, watch
 from fastloda.make_private import make_private
 
 N, D = 6, 4
@@ -515,3 +515,62 @@ def test_changes_that_no_record_has_to_do_with():
     model.load_state_dict(start)
     watch.accept_changes(model)
     steps.take()
+
+
+# ---- views that come in several forward passes
+
+
+def in_turns(model, x):
+    """[samples * views] by one forward pass for each view, x [samples, views, 5]."""
+    return torch.stack([model(view).square().sum(1) for view in x.unbind(1)], 1).flatten()
+
+
+def turned_over(model, x):
+    """By one pass in which the views come first."""
+    return model(x.transpose(0, 1).flatten(0, 1)).square().sum(1).view(x.shape[1], -1).T.flatten()
+
+
+OUT_OF_ORDER = {
+    "views first": lambda model, x: torch.cat([model(view).square().sum(1) for view in x.unbind(1)]),
+    "views of others": lambda model, x: in_turns(model, x).roll(1),
+    "samples of others": lambda model, x: in_turns(model, x).roll(x.shape[1]),
+    "backwards": lambda model, x: in_turns(model, x).flip(0),
+    "parts": lambda model, x: torch.cat([model(part.flatten(0, 1)).square().sum(1) for part in x.split(4)]),
+}
+
+
+def model_and_views(samples=6, views=3):
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    return model, torch.randn(samples, views, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("losses", [in_turns, turned_over])
+def test_views_of_several_passes_are_exact_in_uneven_micro_batches(losses):
+    model, x = model_and_views()
+    truth = oracle.sample_grads(model, lambda m, rows: m(rows).square().sum(1), x.flatten(0, 1), views=3)
+    torch.testing.assert_close(per_sample_grad_norms(losses(model, x), model, views=3), oracle.norms(truth))
+    for name, grads in per_sample_grads(losses(model, x), model, views=3).items():
+        torch.testing.assert_close(grads, torch.stack([of_sample[name] for of_sample in truth]))
+    bound = float(oracle.norms(truth).median())
+    clipper = GhostClipper(model, bound, views=3)
+    for part in x.split([1, 3, 2]):
+        clipper.accumulate(losses(model, part))
+    clipper.accumulate(losses(model, x[:2]), torch.zeros(2, dtype=torch.bool))
+    clipper.privatize(0, 1)
+    for name, wanted in oracle.clipped_sum(truth, bound).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, wanted)
+
+
+@pytest.mark.parametrize("kind", OUT_OF_ORDER)
+def test_views_of_several_passes_out_of_order_are_refused(kind):
+    model, x = model_and_views()
+    losses = OUT_OF_ORDER[kind](model, x)
+    for look in (per_sample_grad_norms, per_sample_grads, lambda *a, **k: GhostClipper(model, 1.0, 3).accumulate(a[0])):
+        with pytest.raises(PrivacyError, match="samples mix|joins with others. Call that layer once"):
+            look(losses, model, views=3)
+    assert all(p.grad is None for p in model.parameters())
+    losses.sum().backward()  # nothing is left behind
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    OUT_OF_ORDER[kind](model, x).sum().backward()
+    torch.testing.assert_close(found, [p.grad for p in model.parameters()])

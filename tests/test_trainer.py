@@ -248,7 +248,7 @@ def of_dict(model, batch, generator):
 x, y = small_data()
 FORMS = {
     "arrays": ((x.numpy(), y.numpy()), losses),
-    "an array and a tensor": ([x.numpy(), y], losses),
+    "an array and a tensor": ((x.numpy(), y), losses),
     "a dict of columns": ({"x": x, "y": y.numpy()}, of_dict),
     "records of arrays": (Records(lambda x, y: (x.numpy(), int(y))), losses),
     "dicts": (Records(lambda x, y: {"x": x, "y": int(y)}), of_dict),
@@ -289,6 +289,12 @@ SLIPS = {
     "integers": ({"losses": lambda m, b, g: (m(b[0])[:, 0] > 0).long()}, "losses.*int64"),
     "objects": ({"data": Records(lambda x, y: (x, object()))}, "records can't be made a batch"),
     "ragged": ({"data": Records(lambda x, y: (x[:, : 1 + int(y)], y))}, "records can't be made a batch"),
+    "a list of records that are tensors": ({"data": list(x)}, "may be records or columns.*torch.stack"),
+    "a list of arrays": ({"data": list(x.numpy())}, "may be records or columns"),
+    "a list of columns": ({"data": [x, y]}, "may be records or columns.*a tuple of columns"),
+    "a list beside a column": ({"data": (x, y.tolist())}, "tuple of columns, of which one is a list"),
+    "a dict of lists": ({"data": {"x": x.tolist(), "y": y.tolist()}}, "dict of columns, of which one is a list"),
+    "a dict of records": ({"data": {i: (a, b) for i, (a, b) in enumerate(zip(x, y))}}, "of which one is a tuple"),
     "no columns": ({"data": (x.numpy(), y[:-1])}, "one record per row"),
     "no records": ({"data": {"x": x[:0]}}, "one record per row"),
     "an expected batch 100 times too large": (

@@ -143,6 +143,146 @@ def test_a_mixing_that_begins_later_is_refused_at_a_later_look(kind):
     assert 4 <= t.step < 8
 
 
+# ---- what shows in the gradients alone
+
+
+def behind_a_constant(model, batch, generator):
+    return 1e6 + cross_entropy(model(batch[0]), batch[1]) * batch[0].mean()
+
+
+def surrogate(model, batch, generator):
+    """A weight of the batch, on what adds nothing to the loss's value."""
+    losses = cross_entropy(model(batch[0]), batch[1])
+    return losses + (losses - losses.detach()) * losses.detach().mean()
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(scale)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gy):
+        return gy * ctx.saved_tensors[0], None
+
+
+def scaled_backward(model, batch, generator):
+    return cross_entropy(Scaled.apply(model(batch[0]), batch[0].abs().mean()), batch[1])
+
+
+def scaling_hook(model, batch, generator):
+    out, scale = model(batch[0]), batch[0].abs().mean()
+    out.register_hook(lambda gy: gy * scale)
+    return cross_entropy(out, batch[1])
+
+
+@pytest.mark.parametrize("losses", [behind_a_constant, surrogate, scaled_backward, scaling_hook])
+def test_records_that_change_each_others_gradients_alone_are_refused(losses):
+    t = trainer(losses)
+    with pytest.raises(PrivacyError, match="gradients of records depend on other records"):
+        t.train_step()
+    assert t.step == 0 and all(p.grad is None for p in t.parameters.values())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.integers(2, 9),
+    constant=st.sampled_from([0.0, 1e4, 1e7]),
+    strength=st.floats(0.05, 10.0),
+    source=st.sampled_from(["mean", "max", "neighbour"]),
+    number=st.integers(0, 10**6),
+)
+def test_looks_see_any_such_gradient(samples, constant, strength, source, number):
+    generator = Generator().manual_seed(number)
+    values, leaf = torch.rand(40, generator=generator) + 0.5, torch.ones((), requires_grad=True)
+    of = {"mean": lambda v: v.mean(), "max": lambda v: v.max(), "neighbour": lambda v: v.roll(1, 0)}[source]
+
+    def losses(read, mixes):
+        own = values[read] * leaf
+        return constant + own.detach() + (own - own.detach()) * (1 + (strength * of(values[read]) if mixes else 0))
+
+    with pytest.raises(PrivacyError, match="gradients of records depend on other records"):
+        looked_at(lambda read: losses(read, True), samples, leaf)
+    looked_at(lambda read: losses(read, False), samples, leaf)
+
+
+# ---- places in the batch
+
+
+def by_place(model, batch, generator):
+    return cross_entropy(model(batch[0]), batch[1]) * torch.linspace(0.5, 2.0, len(batch[1]))
+
+
+def half_turned(model, batch, generator):
+    """The usual augmentation, of the first half of each batch."""
+    x = batch[0].clone()
+    x[: len(x) // 2] = x[: len(x) // 2].flip(1)
+    return cross_entropy(model(x), batch[1])
+
+
+def every_other_turned(model, batch, generator):
+    """A record less turns all after it: 6.9 times the bound."""
+    x = batch[0].clone()
+    x[::2] = x[::2].flip(1)
+    return cross_entropy(model(x), batch[1])
+
+
+def divided(model, batch, generator):
+    return cross_entropy(model(batch[0]), batch[1]) / len(batch[1])
+
+
+@pytest.mark.parametrize("losses", [by_place, half_turned, every_other_turned, divided])
+def test_losses_that_follow_the_place_or_the_number_of_records_are_refused(losses):
+    """One record more moves those after it."""
+    t = trainer(losses, {"fixed_shape": False, "micro_batch_size": 40})
+    with pytest.raises(PrivacyError, match="places in the batch, or on its size"):
+        t.train_step()
+    assert t.step == 0
+
+
+def test_a_division_by_a_fixed_size_is_none_by_the_records():
+    assert trainer(divided).fit().step == SETTINGS.steps
+
+
+# ---- what one record alone brings about
+
+
+def skipping(model, batch, generator):
+    losses = cross_entropy(model(batch[0]), batch[1])
+    return losses if losses.isfinite().all() else losses.nan_to_num(0, 0, 0) * 0
+
+
+def capped(model, batch, generator):
+    losses = cross_entropy(model(batch[0]), batch[1])
+    return losses * (100 / losses.detach().amax()).clamp(max=1)
+
+
+def hiding(model, batch, generator):
+    """A record that is not finite makes the others' smaller, and stays in sight."""
+    losses = cross_entropy(model(batch[0]), batch[1])
+    return losses * (0.5 if losses.isnan().any() else 1.0)
+
+
+@pytest.mark.parametrize("losses", [skipping, capped, hiding])
+def test_a_batch_that_one_bad_record_changes_is_looked_at_when_it_comes(losses, monkeypatch):
+    """At step 6, between the looks; record 5 is in no batch before."""
+    x, y = small_data()
+    x[5] = torch.nan if losses is not capped else 1e4
+    batches = iter([[1, 2, 3, 4, 6]] * 5 + [[1, 2, 3, 4, 5, 6]] * 9)
+    monkeypatch.setattr("fastloda.trainer.poisson_sample", lambda *_: torch.tensor(next(batches)))
+    monkeypatch.setattr(DPTrainer, "_others", lambda self, chosen, name: (chosen + 11) % 40)
+    monkeypatch.setattr("fastloda.trainer.is_due", lambda step, _: step in (1, 2, 4))
+    t = trainer(losses, {"steps": 12, "fixed_shape": False}, data=(x, y))
+    with pytest.raises(PrivacyError, match="skipped or rescaled for one of its records"):
+        t.fit()
+    assert t.step == 5
+    honest = iter([[1, 2, 3, 4, 6]] * 5 + [[1, 2, 3, 4, 5, 6]] * 9)
+    monkeypatch.setattr("fastloda.trainer.poisson_sample", lambda *_: torch.tensor(next(honest)))
+    plain = lambda model, batch, generator: cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    assert trainer(plain, {"steps": 12, "fixed_shape": False}, data=(x, y)).fit().step == 12
+
+
 def test_a_batch_of_one_record_is_looked_at_with_a_partner(monkeypatch):
     monkeypatch.setattr("fastloda.trainer.poisson_sample", lambda *_: torch.tensor([4]))
     data = small_data()
@@ -153,6 +293,20 @@ def test_a_batch_of_one_record_is_looked_at_with_a_partner(monkeypatch):
         t.train_step()
     alone = trainer(batch_statistic, {"micro_batch_size": 1})  # where no record is ever beside another
     assert alone.fit().step == SETTINGS.steps
+
+
+def looked_at(losses, samples, leaf=None):
+    """The losses of records 0, 1, ..., by both halves and another order; leaf: what trains in them."""
+    secret = Secret()
+    parts = unmixed.halves(samples, True, secret, "look")
+    replaced = [(part, list(range(20, 20 + int(part.sum())))) for part in parts]
+    order = unmixed.places(samples, bool(samples % 2), secret, "look")
+    parameters = [] if leaf is None else [leaf]
+
+    def evaluate(read, choices):
+        return unmixed.evaluated(losses(read), choices, parameters, lambda: False)
+
+    return unmixed.look(evaluate, list(range(samples)), replaced, order, steady=True)
 
 
 @settings(max_examples=25, deadline=None)
@@ -175,10 +329,7 @@ def test_looks_see_any_such_dependence(samples, views, strength, source, number)
     }[source]
 
     def look(losses):
-        secret = Secret()
-        parts = unmixed.halves(samples, True, secret, "look")
-        replaced = [(part, list(range(20, 20 + int(part.sum())))) for part in parts]
-        return unmixed.look(lambda read: losses(values[read]).flatten(), list(range(samples)), replaced, steady=True)
+        return looked_at(lambda read: losses(values[read]).flatten(), samples)
 
     with pytest.raises(PrivacyError, match="depend on other records"):
         look(lambda v: v + strength * others(v))
@@ -204,9 +355,9 @@ def test_what_cannot_be_looked_at_is_refused_with_a_way_out():
             t.train_step()
         assert t.step == 0
 
-    def differs_in_training(model, batch, generator):  # call 1 when it is made, three for a look, then the step's own
+    def differs_in_training(model, batch, generator):  # call 1 when it is made, four for a look, then the step's own
         called.append(None)
-        return cross_entropy(model(batch[0]), batch[1]) * (2.0 if len(called) == 5 else 1.0)
+        return cross_entropy(model(batch[0]), batch[1]) * (2.0 if len(called) == 6 else 1.0)
 
     called.clear()
     with pytest.raises(PrivacyError, match="keeps something"):
@@ -235,6 +386,12 @@ def in_views(model, batch, generator):
     return cross_entropy(model(x + torch.randn(x.shape, generator=generator)), batch[1].repeat_interleave(3))
 
 
+def view_by_view(model, batch, generator):
+    """A forward pass for each view."""
+    noisy = [batch[0] + torch.randn(batch[0].shape, generator=generator) for _ in range(3)]
+    return torch.stack([cross_entropy(model(x), batch[1]) for x in noisy], 1).flatten()
+
+
 def in_low_precision(model, batch, generator):
     with torch.autocast("cpu", torch.bfloat16):
         return cross_entropy(model(batch[0]), batch[1])
@@ -250,6 +407,11 @@ HONEST = {
     "views of short batches": (
         in_views,
         {"views": 3, "fixed_shape": False, "sample_rate": 0.05, "expected_batch_size": 2},
+        {},
+    ),
+    "view by view, of lone records": (
+        view_by_view,
+        {"views": 3, "fixed_shape": False, "sample_rate": 0.05, "expected_batch_size": 2, "steps": 20},
         {},
     ),
     "low precision": (in_low_precision, {}, {}),
@@ -308,7 +470,7 @@ def test_the_schedule_is_public_and_thin():
     t = trainer(counted, {"steps": 64, "micro_batch_size": 40, "sample_rate": 0.9, "expected_batch_size": 36})
     t.fit()
     looks = sum(unmixed.is_due(step, t._secret) for step in range(1, 65))
-    assert len(calls) == 1 + 64 + 2 * looks + 7  # at the start; training; looks; both halves at 1, 2, 4, ... 64
+    assert len(calls) == 1 + 64 + 3 * looks + 7  # at the start; training; looks; both halves at 1, 2, 4, ... 64
 
 
 def test_kernels_that_add_up_in_varying_order_are_not_refused():
@@ -320,6 +482,4 @@ def test_kernels_that_add_up_in_varying_order_are_not_refused():
         return values[read] * (1 + 3e-5 * torch.rand(len(read)).double())
 
     for _ in range(20):
-        parts = unmixed.halves(8, True, Secret(), "look")
-        replaced = [(part, list(range(20, 20 + int(part.sum())))) for part in parts]
-        unmixed.look(shaky, list(range(8)), replaced, steady=True)
+        looked_at(shaky, 8)
