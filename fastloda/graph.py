@@ -21,7 +21,7 @@ from fastloda.regions import COMPILED, code_number, may_pick_rows
 from fastloda.relaid import TILING, Step, relays
 from fastloda.rules import covers
 
-CONVOLUTION = "ConvolutionBackward0"
+CONVOLUTION, BATCH_NORM = "ConvolutionBackward0", "NativeBatchNormBackward0"
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class LossGraph:
     shared: frozenset[Node]  # operations whose output has no rows of the samples
     compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
     convolutions: tuple[Node, ...]  # of frozen weights too
+    batch_norms: tuple[Node, ...]  # by running statistics, frozen ones too
 
 
 def trace(
@@ -87,8 +88,9 @@ def trace(
 
     uses = {node: found[node] for node in order if node in found}
     kinds = [node.name() for node in order]
-    compiled, convolutions = (
-        tuple(node for node, kind in zip(order, kinds) if kind == wanted) for wanted in (COMPILED, CONVOLUTION)
+    compiled, convolutions, batch_norms = (
+        tuple(node for node, kind in zip(order, kinds) if kind == wanted)
+        for wanted in (COMPILED, CONVOLUTION, BATCH_NORM)
     )
     # they see a saved number as a tensor, and PyTorch then fails; or take it for one that the model reads
     with _disable_current_modes(), torch._C.DisableTorchFunction():
@@ -106,6 +108,7 @@ def trace(
         shared=places.shared.intersection(uses),
         compiled=compiled,
         convolutions=convolutions,
+        batch_norms=batch_norms,
     )
 
 

@@ -84,6 +84,7 @@ def run_backward(
     try:
         for node in adapters:
             node.recorder = _adapter_recorder(node, graph.outer[node], on_record)
+        handles += [node.register_prehook(_contiguous) for node in graph.batch_norms]
         for node in others:  # a lowest one runs too if it shares a parameter with an adapter
             handles.append(node.register_prehook(_rule_recorder(node, graph, on_record, read, runs=True)))
         adapter_edges = dict.fromkeys(node.next_functions[use.index] for node in adapters for use in graph.uses[node])
@@ -98,6 +99,11 @@ def run_backward(
             handle.remove()
         for node in adapters:
             node.recorder = None
+
+
+def _contiguous(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Of a batch of one, PyTorch 2.13's backward of BatchNorm takes rows that lie channels last for others on the CPU."""
+    return tuple(gy.contiguous() if gy is not None and len(gy) == 1 else gy for gy in gradients)
 
 
 def _adapter_recorder(node: Node, outer: int, on_record: OnRecord):

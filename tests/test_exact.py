@@ -349,3 +349,36 @@ def test_a_parameter_shared_by_an_adapter_and_an_unfused_one():
             losses(model, x)
         )  # frees the graph: what is read must be read before
         assert stats.clipped == 3
+
+
+class Affine(nn.Module):
+    """What a BatchNorm computes by its running statistics, in other words."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+        self.shift = norm.bias.detach() - norm.running_mean * self.scale
+
+    def forward(self, x):
+        return x * self.scale[:, None, None] + self.shift[:, None, None]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_batch_norm_before_tokens_is_exact_for_a_batch_of_one(samples, trains):
+    """PyTorch 2.13's own backward is not, on the CPU: a record's gradient would hang on whether another is in the batch."""
+    norm = nn.BatchNorm2d(4).double().eval().requires_grad_(trains)
+    with torch.no_grad():
+        for t in (norm.weight, norm.bias, norm.running_var, norm.running_mean):
+            t.uniform_(1, 2)
+    head = nn.Linear(4, 3).double().requires_grad_(False)
+    first = nn.Conv2d(3, 4, 1).double()
+    tokens = lambda conv, norm, x: head(norm(conv(x)).flatten(2).transpose(1, 2)).square().sum((1, 2))  # noqa: E731
+    x = torch.randn(samples, 3, 2, 2, dtype=torch.float64)
+    truth = torch.autograd.grad(tokens(first, Affine(norm), x).sum(), list(first.parameters()))
+    model = nn.ModuleList([first, norm, head])
+    clipper = GhostClipper(model, 1e9)
+    clipper.accumulate(tokens(first, norm, x))
+    clipper.privatize(0, 1)
+    for p, wanted in zip(first.parameters(), truth):
+        torch.testing.assert_close(p.grad, wanted, rtol=1e-10, atol=0)
