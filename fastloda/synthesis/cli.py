@@ -81,9 +81,10 @@ def _run(command: str, options: Sequence[str]) -> int:
         print(f"{name}: interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "fastloda":
+        package = (error.name or "fastloda").partition(".")[0]
+        if package == "fastloda":
             raise
-        return _fail(name, f"{error.name} is not installed: pip install 'fastloda[synthesis]'")
+        return _fail(name, f"{package} is not installed: pip install 'fastloda[synthesis]'")
     except OSError as error:
         of_file = f": {error.filename}" if error.filename else ""
         return _fail(name, f"{error.strerror}{of_file}" if error.strerror else str(error))

@@ -135,6 +135,33 @@ def test_version(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("fastloda ")
 
 
+def test_help_and_imports_wait_for_nothing_that_they_do_not_need():
+    """PyTorch takes seconds to import, and so do the accountants' libraries and Triton."""
+    code = """
+import sys
+from fastloda.synthesis.cli import main
+assert main(["--help"]) == main(["--version"]) == 0
+assert "torch" not in sys.modules
+from fastloda import DPTrainer, LoDAConv2d, ghost_dp_step, make_private
+slow = {"dp_accounting", "prv_accountant", "scipy.stats", "triton", "matplotlib", "sklearn", "jsonargparse", "rich"}
+assert not slow & set(sys.modules), slow & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("missing", ["jsonargparse", "matplotlib", "rich"])
+def test_a_missing_extra_is_named(missing, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] in (missing, "fastloda")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    from fastloda.synthesis.cli import main
+
+    assert main(["demo", "--seeds", "0"]) == 2
+    assert capsys.readouterr().err == (
+        f"fastloda demo: error: {missing} is not installed: pip install 'fastloda[synthesis]'\n"
+    )
+
+
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
