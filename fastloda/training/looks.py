@@ -8,7 +8,7 @@ from torch import Tensor
 from fastloda.privacy.ranks import hand_back_shards
 from fastloda.randomness import restored
 from fastloda.training.batches import Batches
-from fastloda.training.mixing import Evaluated, Signs, halves, is_due, is_power_of_two, look, places
+from fastloda.training.mixing import Evaluated, Signs, halves, is_due, is_power_of_four, is_power_of_two, look, places
 from fastloda.training.run_state import RunState
 
 SOME = 32  # number of records in a look that is not close
@@ -50,7 +50,8 @@ class Looks:
     def look(self, read: list, chosen: Tensor) -> Tensor | None:
         """Look at the records `read`, of indices `chosen`: return the losses, or None if some only, or others, were looked at.
 
-        A look that is not close takes some of the records only, so that all looks of a run cost little, unless shapes are fixed.
+        So that all looks of a run cost little, only the close one and those at steps 4, 16, 64, ... compare gradients and places
+        as well, and one that is not close takes a few of the records, unless shapes are fixed.
 
         Raises:
             PrivacyError: a loss depends on another record.
@@ -59,6 +60,7 @@ class Looks:
         self.due, self._count = self.closely, self._count + 1
         name = f"look {self._count} at step {run.step + 1} on rank {run.world.rank}"
         alone = len(read) == 1 < settings.micro_batch_size
+        thorough = self.closely or is_power_of_four(run.step + 1)
         some = SOME < len(read) and not (self.closely or settings.fixed_shape)
         if some:
             kept = torch.randperm(len(read), generator=run.secret.generator(f"some of {name}"))[:SOME].sort().values
@@ -67,10 +69,12 @@ class Looks:
             if alone:
                 chosen = torch.cat([chosen, self._others(chosen, name)])
                 read = read + self._data.read(chosen[1:])
-            parts = halves(len(read), self.closely or is_power_of_two(run.step + 1), run.secret, name)
+            both = self.closely or is_power_of_two(run.step + 1) and not thorough
+            parts = halves(len(read), both, run.secret, name)
             replaced = [(part, self._data.read(self._others(chosen[part], name))) for part in parts]
-        order = places(len(read), settings.fixed_shape, run.secret, name)
-        own = look(self._evaluate, read, replaced, order, steady=not hand_back_shards(run.clipper.model))
+        order = places(len(read), settings.fixed_shape, run.secret, name) if thorough else ()
+        steady = not hand_back_shards(run.clipper.model)
+        own = look(self._evaluate, read, replaced, order, steady=steady, gradients=thorough)
         return None if alone or some else own
 
     def _others(self, chosen: Tensor, name: str) -> Tensor:

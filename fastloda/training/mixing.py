@@ -60,6 +60,10 @@ def is_power_of_two(step: int) -> bool:
     return step & (step - 1) == 0
 
 
+def is_power_of_four(step: int) -> bool:
+    return is_power_of_two(step) and step.bit_length() % 2 == 1
+
+
 def is_due(step: int, secret: Secret) -> bool:
     """Tell whether a look is due at `step`: at 1, 2, 4, 8, ..., and at a random one between any two, whatever the data."""
     power = 1 << (step.bit_length() - 1)
@@ -85,6 +89,7 @@ def look(
     replaced: Sequence[tuple[Tensor, list]],
     order: Sequence[int],
     steady: bool,
+    gradients: bool = True,
 ) -> Tensor:
     """Compute the losses [samples * views] of the records read, and refuse losses that change when other records change.
 
@@ -94,21 +99,24 @@ def look(
         replaced: pairs of samples to replace and records to replace them by; one evaluation for each pair.
         order: places, of all samples or some, that make the other order if nothing is drawn at random.
         steady: whether to evaluate again after a change, to tell rounding and other causes from the records.
+        gradients: whether to compare gradients too, for which each evaluation takes a backward pass.
 
     Raises:
         PrivacyError: the losses or gradients change with other records, or from call to call.
     """
     stay = [~chosen for chosen, _ in replaced]
-    own = evaluate(read, stay)
+    own = evaluate(read, stay if gradients else [])
     for number, (chosen, others) in enumerate(replaced):
         others, kept = iter(others), stay[number]
-        mixed = evaluate([next(others) if new else old for new, old in zip(chosen.tolist(), read)], [kept])
+        mixed = evaluate(
+            [next(others) if new else old for new, old in zip(chosen.tolist(), read)], [kept][: len(own.gradients)]
+        )
         changes = _changes(own, mixed, kept, number)
         if not any(change > allowed for change, allowed in zip(changes, _allowed(own.losses))):
             continue
         noise = (0.0, 0.0)
         if steady:
-            again = evaluate(read, [kept])
+            again = evaluate(read, [kept][: len(own.gradients)])
             check_steady(own.losses, again.losses)
             noise = _changes(own, again, torch.ones_like(kept), number)
         _refuse_changes(own.losses, changes, noise, f"{int(chosen.sum())} of {len(read)}")
@@ -125,6 +133,8 @@ def _allowed(losses: Tensor) -> tuple[float, float]:
 def _changes(a: Evaluated, b: Evaluated, kept: Tensor, number: int) -> tuple[float, float]:
     """Compute the largest relative change of a kept sample's loss, and of a parameter's finite gradient of choice `number`."""
     losses = relative_change(a.losses, b.losses).view(len(kept), -1)[kept.to(a.losses.device)]
+    if not len(b.gradients):
+        return float(losses.max()) if losses.numel() else 0.0, 0.0
     gradients = relative_change(a.gradients[number], b.gradients[0])
     finite = a.gradients[number].isfinite() & b.gradients[0].isfinite()
     largest = lambda t: float(t.max()) if t.numel() else 0.0  # noqa: E731

@@ -63,9 +63,9 @@ class DPTrainer:
         losses: function (model, batch, generator) -> [n * views] losses, each of its own record only. Its randomness comes
             from `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer is made, and
             looked at in its first step, in steps 2, 4, 8, ..., in random ones, and where losses stand out: with other records
-            beside it, and all else as it was, a record must have the same loss and gradient, and, where nothing is drawn at
-            random, at another place of the batch too (`mixing.py`). The run's course is the same with it. What `losses` keeps
-            of earlier steps' records no look can see: keep nothing.
+            beside it, and all else as it was, a record must have the same loss; in steps 1, 4, 16, ... also the same gradient,
+            and, where nothing is drawn at random, at another place of the batch too (`mixing.py`). The run's course is the
+            same with it. What `losses` keeps of earlier steps' records no look can see: keep nothing.
         settings: the settings of the run.
         checkpoint: file to save to and resume from; its folder is made if there is none. None saves nothing.
         checkpoint_every: number of steps between saves.
