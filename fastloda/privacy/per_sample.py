@@ -1,5 +1,8 @@
 """The norms and gradients of single samples, for inspection; a private step returns none."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +19,9 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
     A norm is not finite where the gradient is not. losses [samples * views], errors: as in `GhostClipper.accumulate`.
     Leaves `.grad`, and the graph below losses, as they are.
     """
-    samples, grads = _compute(losses, model, trainable_parameters(Members.of(model)), views)
-    return squared_norms(grads.values(), samples, losses.device).sqrt()
+    with _in_full_precision(losses):
+        samples, grads = _compute(losses, model, trainable_parameters(Members.of(model)), views)
+        return squared_norms(grads.values(), samples, losses.device).sqrt()
 
 
 def per_sample_grads(losses: Tensor, model: nn.Module, *, views: int = 1) -> dict[str, Tensor]:
@@ -31,8 +35,17 @@ def per_sample_grads(losses: Tensor, model: nn.Module, *, views: int = 1) -> dic
     those of `GhostClipper`.
     """
     parameters = trainable_parameters(Members.of(model))
-    samples, grads = _compute(losses, model, parameters, views)
-    return {name: _whole(grads.get(name), p, samples) for name, p in parameters.items()}
+    with _in_full_precision(losses):
+        samples, grads = _compute(losses, model, parameters, views)
+        return {name: _whole(grads.get(name), p, samples) for name, p in parameters.items()}
+
+
+@contextmanager
+def _in_full_precision(losses: object) -> Generator[None]:
+    """Compute without a graph and without autocast: a gradient that is made again must be what it was."""
+    device = losses.device.type if isinstance(losses, Tensor) else "cpu"
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
 
 
 def _compute(
@@ -44,11 +57,9 @@ def _compute(
     if not samples:
         check_not_sharded(world.size > 1)
         return 0, {}
-    with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-        return samples, compute_per_sample_grads(losses, model, parameters, samples, world.most, retain_graph=True)
+    return samples, compute_per_sample_grads(losses, model, parameters, samples, world.most, retain_graph=True)
 
 
-@torch.no_grad()
 def _whole(grad: PerSampleGrad | None, parameter: Tensor, samples: int) -> Tensor:
     parts = [part for _, part in grad.chunks()] if grad else []
     if not grad or not parts:
