@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from fastloda.errors import PrivacyError
+from fastloda.per_sample.refusals import is_power_of_two
 from fastloda.randomness import generators_in
 
 _halves = random.SystemRandom()  # draws from no generator that a training run uses
@@ -58,7 +59,7 @@ class CollateOrEmpty:
             return copy.deepcopy(self.empty)
         if len(records) > 1:
             self.batches += 1
-            if self.batches & (self.batches - 1) == 0:
+            if is_power_of_two(self.batches):
                 self._refuse_mixed_reading(len(records))
                 self._refuse_mixing(records)
         return self.collate_fn(records)

@@ -1,6 +1,7 @@
 """Per-sample gradients of all trainable parameters from a vector of losses, or a refusal before anything changes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,13 @@ def compute_per_sample_grads(
     check_convolutions(dict(model.named_modules()), graph)
     check_independence(losses, graph, model, parameters, samples, agree)
     return per_sample_grads(losses, graph, parameters, samples, retain_graph)
+
+
+@contextmanager
+def in_full_precision(device: torch.device) -> Generator[None]:
+    """Compute without a graph and without autocast inside: a gradient that is made again must be what it was."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def check_views(views: int) -> int:

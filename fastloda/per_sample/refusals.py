@@ -46,6 +46,11 @@ LOOK_AGAIN = 1 / 400  # the probability that a batch is probed though its kind o
 _chance = random.SystemRandom()  # its choices are public; no run draws from it
 
 
+def is_power_of_two(count: int) -> bool:
+    """Tell whether a count is 1, 2, 4, 8, ...: the public schedule of all looks."""
+    return count & (count - 1) == 0
+
+
 @dataclass
 class Looks:
     """The counts of what the probe has seen of one kind of computation."""
@@ -58,7 +63,7 @@ class Looks:
 
         No record has a say in this, so that the schedule is public.
         """
-        return self.batches & (self.batches - 1) == 0 or _chance.random() < LOOK_AGAIN
+        return is_power_of_two(self.batches) or _chance.random() < LOOK_AGAIN
 
 
 # Model -> `LossGraph.signature` of the computation -> what the probe has seen of it.

@@ -114,9 +114,11 @@ def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
     return noise
 
 
-def add_noise_(sums: Iterable[Tensor], std: float, generator: NoiseSource | None = None) -> None:
-    """Add N(0, std^2) to float64 sums in place, a part of each at a time; draw nothing if std is 0."""
-    if std:
-        for total in sums:
-            for part in total.split(AT_A_TIME):
-                part.add_(gaussian(part.shape, std, part.device, generator))
+def add_noise(total: Tensor, std: float, generator: NoiseSource | None = None) -> Tensor:
+    """Compute total + N(0, std^2) for a float64 sum [numbers], a part at a time; total stays as it is, should a draw fail."""
+    if not std:
+        return total
+    noisy = torch.empty_like(total)
+    for into, part in zip(noisy.split(AT_A_TIME), total.split(AT_A_TIME)):
+        into.copy_(gaussian(part.shape, std, part.device, generator).add_(part))
+    return noisy

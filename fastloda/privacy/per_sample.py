@@ -1,12 +1,9 @@
 """The norms and gradients of single samples, for inspection; a private step returns none."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
-from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads
+from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads, in_full_precision
 from fastloda.per_sample.gradient import PerSampleGrad, squared_norms
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import trainable_parameters
@@ -19,8 +16,9 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
     A norm is not finite where the gradient is not. losses [samples * views], errors: as in `GhostClipper.accumulate`.
     Leaves `.grad`, and the graph below losses, as they are.
     """
-    with _in_full_precision(losses):
-        samples, grads = _compute(losses, model, trainable_parameters(Members.of(model)), views)
+    samples, _ = check_losses(losses, check_views(views), None)
+    with in_full_precision(losses.device):
+        grads = _compute(losses, model, trainable_parameters(Members.of(model)), samples)
         return squared_norms(grads.values(), samples, losses.device).sqrt()
 
 
@@ -34,30 +32,22 @@ def per_sample_grads(losses: Tensor, model: nn.Module, *, views: int = 1) -> dic
     Leaves `.grad`, and the graph below losses, as they are. A parameter that losses do not use has zeros. Errors are
     those of `GhostClipper`.
     """
+    samples, _ = check_losses(losses, check_views(views), None)
     parameters = trainable_parameters(Members.of(model))
-    with _in_full_precision(losses):
-        samples, grads = _compute(losses, model, parameters, views)
+    with in_full_precision(losses.device):
+        grads = _compute(losses, model, parameters, samples)
         return {name: _whole(grads.get(name), p, samples) for name, p in parameters.items()}
 
 
-@contextmanager
-def _in_full_precision(losses: object) -> Generator[None]:
-    """Compute without a graph and without autocast: a gradient that is made again must be what it was."""
-    device = losses.device.type if isinstance(losses, Tensor) else "cpu"
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        yield
-
-
 def _compute(
-    losses: Tensor, model: nn.Module, parameters: dict[str, nn.Parameter], views: int
-) -> tuple[int, dict[str, PerSampleGrad]]:
-    """Count the samples, and compute their gradients, of which there are none for no samples."""
-    samples, _ = check_losses(losses, check_views(views), None)
+    losses: Tensor, model: nn.Module, parameters: dict[str, nn.Parameter], samples: int
+) -> dict[str, PerSampleGrad]:
+    """Compute the samples' gradients, of which there are none for no samples."""
     world = World.of() if hand_back_shards(model) else World()
     if not samples:
         check_not_sharded(world.size > 1)
-        return 0, {}
-    return samples, compute_per_sample_grads(losses, model, parameters, samples, world.most, retain_graph=True)
+        return {}
+    return compute_per_sample_grads(losses, model, parameters, samples, world.most, retain_graph=True)
 
 
 def _whole(grad: PerSampleGrad | None, parameter: Tensor, samples: int) -> Tensor:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastloda.errors import PrivacyError, UserError
-from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads
+from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads, in_full_precision
 from fastloda.per_sample.fallback.functional import cover_modules
 from fastloda.per_sample.looking_engine import look_at_backward
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import check_optimizer, trainable_parameters
 from fastloda.privacy.adaptive import AdaptiveClipping
 from fastloda.privacy.clip import Clipping, clip_factors, clipping_style, group_norms, group_sums
-from fastloda.privacy.noise import NoiseOver, NoiseSource, add_noise_
+from fastloda.privacy.noise import NoiseOver, NoiseSource, add_noise
 from fastloda.privacy.ranks import (
     Group,
     World,
@@ -30,7 +30,7 @@ from fastloda.privacy.ranks import (
     value_facts,
 )
 from fastloda.privacy.stats import StepStats
-from fastloda.privacy.styles import check_max_grad_norm
+from fastloda.privacy.styles import Flat, check_max_grad_norm
 from fastloda.privacy.sums import Alike, FlatSums
 from fastloda.privacy.watch import Watch, add_watcher, resume_after_update, watch_from_update, watched_since_update
 
@@ -76,7 +76,7 @@ class GhostClipper:
     ):
         max_grad_norm = check_max_grad_norm(max_grad_norm)
         self.views = check_views(views)
-        self.clipping = clipping_style(clipping)
+        self._clipping = clipping_style(clipping)
         self.model = model
         self.group = group
         self._world = World.of(group)
@@ -94,6 +94,11 @@ class GhostClipper:
         self._shares = torch.tensor(shares, dtype=torch.float64, device=device)[:, None]
         self._bound = self.clipping.bound_from(max_grad_norm)
         self.reset()
+
+    @property
+    def clipping(self) -> Flat:
+        """The style of clipping. It is fixed, for the noise, the groups and the bound all follow from it."""
+        return self._clipping
 
     @property
     def max_grad_norm(self) -> float:
@@ -167,7 +172,7 @@ class GhostClipper:
         if not samples:  # an empty Poisson batch adds nothing; its noise comes in privatize
             check_not_sharded(sharded)
             return StepStats.none(losses.device)
-        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
+        with in_full_precision(losses.device):
             world = self.world if sharded else World()
             grads = compute_per_sample_grads(losses, self.model, self.parameters, samples, world.most)
             norms, bounds = group_norms(grads, self._groups, samples, losses.device), self._shares * self.max_grad_norm
@@ -209,9 +214,9 @@ class GhostClipper:
             source = cast(NoiseOver, generator)([*sums.values(), *self._bound.observed(world)])
         else:
             source = generator
-        if world.first:
-            add_noise_(sums.values(), std, source)
-        means = {alike: (total / expected_batch_size).to(alike[1]) for alike, total in sums.items()}
+        noise = std if world.first else 0.0  # the other ranks copy the first one's mean
+        noisy = {alike: add_noise(total, noise, source) for alike, total in sums.items()}
+        means = {alike: (total / expected_batch_size).to(alike[1]) for alike, total in noisy.items()}
         world.copy_from_first(list(means.values()))
         self._bound.move(noise_multiplier, expected_batch_size, world, source)
         self._hand_over(means)

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastloda.per_sample.refusals import is_power_of_two
 from fastloda.privacy.ranks import hand_back_shards
 from fastloda.randomness import restored
 from fastloda.training.batches import Batches
-from fastloda.training.mixing import Evaluated, Signs, halves, is_due, is_power_of_four, is_power_of_two, look, places
+from fastloda.training.mixing import Evaluated, Signs, halves, is_due, is_power_of_four, look, places
 from fastloda.training.run_state import RunState
 
 SOME = 32  # number of records in a look that is not close

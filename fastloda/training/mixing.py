@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastloda.errors import PrivacyError
+from fastloda.per_sample.refusals import is_power_of_two
 from fastloda.randomness import Secret
 
 # Largest change relative to a loss that counts as rounding, which is nearly always zero in a batch of the same shape.
@@ -56,11 +57,8 @@ def evaluated(
     return Evaluated(losses.detach().clone(), gradients, drew())
 
 
-def is_power_of_two(step: int) -> bool:
-    return step & (step - 1) == 0
-
-
 def is_power_of_four(step: int) -> bool:
+    """Tell whether a step is 1, 4, 16, 64, ..."""
     return is_power_of_two(step) and step.bit_length() % 2 == 1
 
 

@@ -652,3 +652,36 @@ def test_the_bound_changes_between_steps_only():
         with pytest.raises(ValueError, match="max_grad_norm must be"):
             clipper.max_grad_norm = value
     assert clipper.max_grad_norm == 0.1
+
+
+class FailsOnce:
+    """Noise whose source is gone when the second part is drawn, and back at the next try."""
+
+    def __init__(self):
+        self.draws = 0
+
+    def normal(self, shape):
+        self.draws += 1
+        if self.draws == 2:
+            raise OSError("the source of noise is gone")
+        return torch.ones(shape, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore")  # ones are no noise
+def test_a_draw_that_fails_leaves_no_noise_behind(monkeypatch):
+    """The next try adds its own noise, once."""
+    monkeypatch.setattr("fastloda.privacy.noise.AT_A_TIME", 2)
+    model, source = nn.Linear(3, 1), FailsOnce()
+    clipper = GhostClipper(model, 1.0)
+    with pytest.raises(OSError, match="gone"):
+        clipper.privatize(1.0, 1.0, source)
+    assert all(p.grad is None for p in model.parameters())
+    clipper.privatize(1.0, 1.0, source)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
+def test_the_style_of_clipping_is_fixed():
+    """Adaptive clipping's count would go on being released, and flat clipping's noise would not pay for it."""
+    clipper = GhostClipper(nn.Linear(3, 1), 1.0, clipping="adaptive")
+    with pytest.raises(AttributeError):
+        clipper.clipping = Flat()

@@ -79,19 +79,18 @@ def vector(t: DPTrainer) -> torch.Tensor:
 @pytest.fixture
 def released(monkeypatch):
     """(clipped sum, noise) of each release."""
-    pairs, add_noise, gaussian = [], step_module.add_noise_, noise_module.gaussian
+    pairs, add_noise, gaussian = [], step_module.add_noise, noise_module.gaussian
 
-    def sum_seen(sums, *arguments):
-        (total,) = sums
+    def sum_seen(total, *arguments):
         pairs.append([total.clone()])
-        add_noise([total], *arguments)
+        return add_noise(total, *arguments)
 
     def noise_seen(*arguments):
         noise = gaussian(*arguments)
         pairs[-1].append(noise.clone())
         return noise
 
-    monkeypatch.setattr(step_module, "add_noise_", sum_seen)
+    monkeypatch.setattr(step_module, "add_noise", sum_seen)
     monkeypatch.setattr(noise_module, "gaussian", noise_seen)
     return pairs
 
