@@ -1,14 +1,15 @@
 """What the guards cost: private steps with and without, paired and interleaved. `python bench/guards.py` writes a result file.
 
 Without: the loss's graph is read for its parameters' uses only; no factor or dimension enters the signature, nothing is probed,
-and no parameter or buffer is watched. The looks are timed apart, for they come at few steps.
+and no parameter or buffer is watched. The looks come at few steps, so they are timed inside whole runs of `DPTrainer`.
 """
 
 import json
-import math
 import statistics
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from unittest.mock import patch
@@ -21,20 +22,21 @@ from adapters import use_loda_layers  # noqa: E402
 from cases import Case  # noqa: E402
 from measure import Race, ratio  # noqa: E402
 
-from fastloda import GhostClipper
+from fastloda import DPTrainer, GhostClipper, PrivateTraining  # noqa: E402
 from fastloda.engine.loss_check import check_loss  # noqa: E402
 from fastloda.engine.module import PrivateModule, Tape  # noqa: E402
-from fastloda.per_sample import graph
+from fastloda.per_sample import compute, graph
 from fastloda.per_sample import refusals as coverage
 from fastloda.per_sample.graph import nodes_below  # noqa: E402
 from fastloda.privacy import step
+from fastloda.training.looks import Looks
 
 CASES = (
     Case("digits_unet", batch=64),
     Case("wideresnet", batch=16, rank=None),
 )
-CHANCE = coverage.LOOK_AGAIN
-STEPS = 1000  # of the run over which the looks are counted
+RUNS = ((CASES[0], True), (CASES[0], False), (replace(CASES[0], batch=256), False), (CASES[1], True))
+STEPS = 1000  # of a run whose looks are timed
 
 
 class NoWatch:
@@ -50,7 +52,7 @@ class NoWatch:
 def without_guards() -> ExitStack:
     stack = ExitStack()
     stack.enter_context(patch.object(step, "Watch", NoWatch))
-    stack.enter_context(patch.object(step, "check_independence", lambda *args, **kwargs: None))
+    stack.enter_context(patch.object(compute, "check_independence", lambda *args, **kwargs: None))
     stack.enter_context(patch.object(graph, "_settings", lambda node: ()))
     return stack
 
@@ -74,7 +76,7 @@ class Run:
 
 
 def of_steps(case: Case, rounds: int) -> dict[str, float]:
-    """Times of whole steps without a look, and of the looks."""
+    """Times of whole steps without a look."""
     with patch.object(coverage, "LOOK_AGAIN", 0):
         guarded, bare = Run(case, True), Run(case, False)
         for run in (guarded, bare) * 4:  # past the first scheduled looks
@@ -84,23 +86,55 @@ def of_steps(case: Case, rounds: int) -> dict[str, float]:
         race = Race({"guarded": guarded, "bare": bare})
         for _ in range(rounds):
             race.round()
-        times = race.paired(rounds)
-        plain, again, first = [], [], []
-        for _ in range(max(3, rounds // 6)):
-            plain.append(machine.seconds(guarded))
-            looks.batches = 2**30 - 1
-            again.append(machine.seconds(guarded))
-            looks.parted = 0
-            first.append(machine.seconds(guarded))
-    median = statistics.median
-    look, begin = (median(times) / median(plain) - 1 for times in (again, first))
-    share = (begin + look * (math.log2(STEPS) + CHANCE * STEPS)) / STEPS
+    times = race.paired(rounds)
     return {
         "step, guarded / bare": ratio(times["guarded"], times["bare"]),
-        "first look, in steps": begin,
-        "later look, in steps": look,
-        f"all looks of {STEPS} steps, as a share": share,
-        "bare step, seconds": median(times["bare"]),
+        "bare step, seconds": statistics.median(times["bare"]),
+    }
+
+
+def timed(function: Callable, times: list[float]) -> Callable:
+    """The function, which adds the time of each call to `times`."""
+
+    def run(*args):
+        found = []
+        times.append(machine.seconds(lambda: found.append(function(*args))))
+        return found[0]
+
+    return run
+
+
+def of_run(case: Case, fixed_shape: bool, steps: int = STEPS) -> dict[str, float]:
+    """The shares of a run of DPTrainer that the looks take: the probe's of the graph, and the trainer's of the data."""
+    settings = PrivateTraining(
+        sample_rate=0.125,
+        expected_batch_size=case.batch,
+        steps=steps,
+        noise_multiplier=1.0,
+        delta=1e-5,
+        micro_batch_size=case.batch if fixed_shape else 2 * case.batch,
+        fixed_shape=fixed_shape,
+        learning_rate=1e-6,
+    )
+    data = tuple(t.detach() for t in replace(case, batch=8 * case.batch).inputs())
+    losses = lambda model, batch, generator: case.losses(model, batch)  # noqa: E731
+    trainer = DPTrainer(use_loda_layers(case.build()), data, losses, settings, progress=False)
+    probes, looks = [], []
+    with (
+        patch.object(coverage._Probe, "look", timed(coverage._Probe.look, probes)),
+        patch.object(Looks, "look", timed(Looks.look, looks)),
+    ):
+        first = machine.seconds(trainer.train_step)
+        first_probes, first_look = sum(probes), sum(looks)
+        total = first + machine.seconds(trainer.fit)
+    probe, look = sum(probes), sum(looks)
+    step = (total - probe - look) / steps
+    return {
+        "probe, share of the run": probe / total,
+        "trainer's looks, share of the run": look / total,
+        "first probe, in steps": first_probes / step,
+        "trainer's first look, in steps": first_look / step,
+        "step without looks, seconds": step,
     }
 
 
@@ -118,6 +152,8 @@ def main() -> None:
     torch.set_num_threads(2)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 30
     found = {case.name: of_steps(case, rounds) for case in CASES} | {"make_private": of_loss()}
+    for case, fixed in RUNS:
+        found[f"{case.name}, {STEPS} steps, {'fixed' if fixed else 'varying'} shapes"] = of_run(case, fixed)
     document = {"machine": machine.name(), "versions": machine.versions(), "rounds": rounds, "figures": found}
     path = Path(__file__).parent / "results" / "guards" / f"{machine.name()}-{date.today()}.json"
     path.parent.mkdir(exist_ok=True)

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastloda.per_sample.refusals import is_power_of_two
+from fastloda.per_sample.refusals import is_scheduled
 from fastloda.privacy.ranks import hand_back_shards
 from fastloda.randomness import restored
 from fastloda.training.batches import Batches
-from fastloda.training.mixing import Evaluated, Signs, halves, is_due, is_power_of_four, look, places
+from fastloda.training.mixing import Evaluated, Signs, halves, is_due, look, places
 from fastloda.training.run_state import RunState
 
-SOME = 32  # number of records in a look that is not close
+SOME = 16  # number of records in a look that is not close
 
 
 class Looks:
@@ -51,17 +51,18 @@ class Looks:
     def look(self, read: list, chosen: Tensor) -> Tensor | None:
         """Look at the records `read`, of indices `chosen`: return the losses, or None if some only, or others, were looked at.
 
-        So that all looks of a run cost little, only the close one and those at steps 4, 16, 64, ... compare gradients and places
-        as well, and one that is not close takes a few of the records, unless shapes are fixed.
+        So that all looks of a run cost little, only the close one and those at steps 16, 256, 4096, ... compare gradients and
+        places as well, and one that is not close takes a few of the records, unless shapes are fixed.
 
         Raises:
             PrivacyError: a loss depends on another record.
         """
         run, settings = self._run, self._run.settings
         self.due, self._count = self.closely, self._count + 1
-        name = f"look {self._count} at step {run.step + 1} on rank {run.world.rank}"
+        step = run.step + 1
+        name = f"look {self._count} at step {step} on rank {run.world.rank}"
         alone = len(read) == 1 < settings.micro_batch_size
-        thorough = self.closely or is_power_of_four(run.step + 1)
+        thorough = self.closely or is_scheduled(step) and step.bit_length() % 4 == 1
         some = SOME < len(read) and not (self.closely or settings.fixed_shape)
         if some:
             kept = torch.randperm(len(read), generator=run.secret.generator(f"some of {name}"))[:SOME].sort().values
@@ -70,7 +71,7 @@ class Looks:
             if alone:
                 chosen = torch.cat([chosen, self._others(chosen, name)])
                 read = read + self._data.read(chosen[1:])
-            both = self.closely or is_power_of_two(run.step + 1) and not thorough
+            both = self.closely or is_scheduled(step) and not thorough
             parts = halves(len(read), both, run.secret, name)
             replaced = [(part, self._data.read(self._others(chosen[part], name))) for part in parts]
         order = places(len(read), settings.fixed_shape, run.secret, name) if thorough else ()

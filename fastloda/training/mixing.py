@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.refusals import is_power_of_two
+from fastloda.per_sample.refusals import is_power_of_two, is_scheduled
 from fastloda.randomness import Secret
 
 # Largest change relative to a loss that counts as rounding, which is nearly always zero in a batch of the same shape.
@@ -57,16 +57,11 @@ def evaluated(
     return Evaluated(losses.detach().clone(), gradients, drew())
 
 
-def is_power_of_four(step: int) -> bool:
-    """Tell whether a step is 1, 4, 16, 64, ..."""
-    return is_power_of_two(step) and step.bit_length() % 2 == 1
-
-
 def is_due(step: int, secret: Secret) -> bool:
-    """Tell whether a look is due at `step`: at 1, 2, 4, 8, ..., and at a random one between any two, whatever the data."""
-    power = 1 << (step.bit_length() - 1)
+    """Tell whether a look is due at `step`: at 1, 4, 16, 64, ..., and at a random one between any two, whatever the data."""
+    power = 4 ** ((step.bit_length() - 1) // 2)
     drawn = secret.generator(f"look after {power}")
-    return is_power_of_two(step) or step == power + int(torch.randint(power, (), generator=drawn))
+    return is_scheduled(step) or step == power + int(torch.randint(3 * power, (), generator=drawn))
 
 
 def halves(samples: int, both: bool, secret: Secret, name: str) -> list[Tensor]:

@@ -29,6 +29,7 @@ def instruments():
     names = (
         "cases",
         "compare",
+        "guards",
         "machine",
         "measure",
         "operations",
@@ -59,6 +60,14 @@ def test_rounds_are_interleaved_and_a_failure_is_a_result(instruments):
     assert "".join(calls) == "abbaaba"  # another one starts each time; b leaves in its third round
     assert {name: len(times) for name, times in race.paired(3).items()} == {"a": 3}
     assert race.errors == {"b": "RuntimeError: no room in (path)"}
+
+
+def test_the_guards_are_timed_where_they_are(instruments):
+    """The bench replaces guards by name: each must still be there, and be seen."""
+    guards = instruments.guards
+    case = guards.Case("layer", batch=4, channels=4, size=4)
+    assert all(value > 0 for value in (guards.of_steps(case, 1) | guards.of_loss(rounds=2)).values())
+    assert all(value > 0 for value in guards.of_run(case, True, steps=2).values())
 
 
 @pytest.mark.parametrize("leaves", ["the race", "before the race", "the largest batch"])
