@@ -22,7 +22,8 @@ class _Parser(ArgumentParser):
     """A parser that raises errors instead of exiting, and names types as Python does."""
 
     def __init__(self, **options):
-        super().__init__(exit_on_error=False, formatter_class=_Help, **options)
+        options |= {"exit_on_error": False, "formatter_class": _Help}  # jsonargparse gives its own for a nested class
+        super().__init__(**options)
 
     def format_help(self) -> str:
         return re.sub(r"<class\s+'([\w.]+)'>", r"\1", super().format_help())

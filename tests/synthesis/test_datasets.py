@@ -621,6 +621,30 @@ def test_all_files_are_there_before_the_first_is_read(tmp_path, monkeypatch):
         imagenet32(tmp_path)
 
 
+# --- parts of published sets
+
+
+def test_a_part_is_read_where_it_is_enough_and_said(tmp_path):
+    write_everything(tmp_path)
+    (tmp_path / "cifar10" / "data_batch_2").unlink()
+    for name in ("imagenet32", "imagenet10"):
+        for number in range(2, 11):
+            (tmp_path / name / f"train_data_batch_{number}.npz").unlink()
+    images, labels = MNIST.FILES["train"]
+    (tmp_path / "mnist" / images).write_bytes(idx(some_bytes(5, 28, 28)))
+    (tmp_path / "mnist" / labels).write_bytes(idx(np.arange(5, dtype=np.uint8)))
+    savemat(tmp_path / "svhn" / SVHN.FILES["train"], {"X": some_bytes(32, 32, 3, 5), "y": np.full((5, 1), 3, np.uint8)})
+    most = {"mnist": 5, "svhn": 5, "cifar10": 4 * TRAIN, "imagenet32": TRAIN, "imagenet10": TRAIN}
+    for name, count in most.items():
+        with pytest.raises((ValueError, FileNotFoundError)):
+            open_dataset(name, tmp_path / name)
+        with pytest.warns(UserWarning, match="a part of the published set|of the [0-9]+ published images"):
+            found = open_dataset(name, tmp_path / name, partial=True)
+        assert len(found) == count or name == "imagenet10" and len(found) < count
+    with refuses("no data_batch_1", FileNotFoundError):
+        open_dataset("cifar10", tmp_path / "mnist", partial=True)
+
+
 # --- images kept as bytes
 
 
@@ -1006,10 +1030,12 @@ def test_the_papers_table_runs_on_published_files(tmp_path):
     """CIFAR-10's pickles and ImageNet32's npz batches, as they lie in one folder, to a finished table."""
     root = tmp_path / "data"
     write_cifar10(root / "cifar-10-batches-py"), write_imagenet32(root / "Imagenet32_train_npz")
+    (root / "cifar-10-batches-py" / "data_batch_5").unlink()
     command = f"reproduce table2 --data {root} --run {tmp_path / 'run'} --quick --seeds 1 --jobs 1 --device cpu --progress false"
-    assert main([*command.split(), "--methods", "DP-LoDA,DP-LDM,DP-MEPF"]) == 0
+    assert main([*command.split(), "--methods", "DP-LoDA,DP-LDM,DP-MEPF"]) == 2
+    assert main([*command.split(), "--allow_partial", "--methods", "DP-LoDA,DP-LDM,DP-MEPF"]) == 0
     text = (tmp_path / "run" / "results.md").read_text()
-    assert "| DP-LoDA | its samples | " in text and "60 images" in text and "(63.5)" in text
+    assert "| DP-LoDA | its samples | " in text and "48 images" in text and "(63.5)" in text
 
 
 SHAPES = {

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastloda.synthesis import methods
 from fastloda.synthesis.classify import SmallCNN
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import LabelledImages, font_digits
@@ -18,8 +20,9 @@ from fastloda.synthesis.methods import Budget, Method, NoDP, PrivateClassifier, 
 from fastloda.synthesis.reproduce import recipes
 from fastloda.synthesis.reproduce.cells import all_cells
 from fastloda.synthesis.reproduce.published import CIFAR10, CIFAR10_1PCT, MNIST
-from fastloda.synthesis.reproduce.recipes import RECIPES, Recipe, recipe
+from fastloda.synthesis.reproduce.recipes import RECIPES, Recipe, Variant, recipe
 from fastloda.synthesis.settings import Classifier
+from fastloda.synthesis.stages import DIGITS_UNET
 
 FITS: list[tuple] = []
 
@@ -49,7 +52,7 @@ class Direct:
         return "Direct()"
 
 
-def small(root: Path | None = None, quick: bool = False, **changes) -> Recipe:
+def small(variant: Variant | None = None, **changes) -> Recipe:
     data: dict[str, LabelledImages] = {
         name: font_digits(40, seed=i) for i, name in enumerate(("private", "test", "public"))
     }
@@ -165,6 +168,61 @@ def test_rows_can_be_chosen(table, tmp_path, capsys):
     assert "no row DP-Magic; it has DP-LoDA, DP-SGD, No privacy" in capsys.readouterr().err
 
 
+def test_epsilons_can_be_chosen(table, tmp_path, capsys):
+    assert reproduce(tmp_path, "--seeds", "1", "--methods", "DP-LoDA", "--epsilons", "3,0.5") == 0
+    assert [epsilon for _, epsilon, _ in FITS] == [0.5, 3.0]
+    assert reproduce(tmp_path, "--epsilons", "0") == 2
+    assert "epsilons must be positive" in capsys.readouterr().err
+
+
+IMPORTS = """
+from dataclasses import dataclass
+import torch
+from fastloda import calibrate_noise
+from fastloda.synthesis.methods import Release, Sampler, Spent
+"""
+
+
+def test_a_method_of_ones_own_is_a_row(table, tmp_path, monkeypatch, capsys):
+    """The one in the docstring of `methods`."""
+    code = textwrap.dedent("\n".join(methods.__doc__.splitlines()[4:]))
+    (tmp_path / "my_module.py").write_text(IMPORTS + code + "\n\nclass Named:\n    name = 'x'\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    options = ("--seeds", "1", "--methods", "DP-LoDA,my_module:Prototypes")
+    assert reproduce(tmp_path / "run", *options) == 0 == reproduce(tmp_path / "run", *options)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    spent = {(cell["method"], cell["epsilon"]): cell["spent"]["epsilon"] for cell in found["measured"]}
+    assert set(spent) == {(name, epsilon) for name in ("DP-LoDA", "Prototypes") for epsilon in (1.0, 10.0)}
+    assert 0.9 < spent["Prototypes", 1.0] <= 1 and 9 < spent["Prototypes", 10.0] <= 10
+    assert "No setting was chosen by" not in (tmp_path / "run" / "results.md").read_text()
+    for name, message in (
+        ("my_module:Nothing", "no method my_module:Nothing"),
+        ("my_module:Named", "has no trained_on, has_budget, fit"),
+        ("no_module:X", "No module named 'no_module'"),
+    ):
+        assert reproduce(tmp_path / "other", "--methods", name) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_quick_run_says_so_and_claims_nothing(tmp_path):
+    assert reproduce(tmp_path, "--quick", "--seeds", "1", "--methods", "DP-MERF", "--epsilons", "1") == 0
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("# Private handwritten digits, public font digits (quick run)")
+    assert "A quick run, to see that everything works" in text and "not tuned" in text
+    assert "No setting was chosen by" not in text and "by trials" not in text
+    assert "quick run" in (tmp_path / "report.html").read_text()
+
+
+def test_the_unet_can_be_chosen(tmp_path, capsys):
+    unet = replace(DIGITS_UNET, width=24)
+    made = recipe("digits", Variant(quick=True, unet=unet))
+    assert made.methods[1].public.unet == unet
+    shape = ["--unet.image_size", "8", "--unet.in_channels", "3"]
+    assert reproduce(tmp_path, "--quick", *shape) == 2
+    assert "unet.in_channels must be 1 for this table, got 3" in capsys.readouterr().err
+
+
 def test_a_cell_of_other_settings_is_not_taken(table, tmp_path, monkeypatch, capsys):
     reproduce(tmp_path, "--seeds", "1")
     monkeypatch.setitem(RECIPES, "digits", lambda *_: small(synthetic_images=30))
@@ -190,7 +248,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
 
 
 def test_built_in_tables_have_the_papers_rows():
-    made = recipe("digits", None, quick=True)
+    made = recipe("digits", Variant(quick=True))
     assert [m.name for m in made.methods] == [
         "Public only",
         "DP-LoDA",
@@ -203,7 +261,7 @@ def test_built_in_tables_have_the_papers_rows():
         "No privacy",
     ]
     assert made.epsilons == (1.0, 5.0, 10.0) and made.delta == 1e-5
-    cells = all_cells(recipe("digits", None).methods, (1.0, 5.0, 10.0), seeds=3)
+    cells = all_cells(recipe("digits", Variant()).methods, (1.0, 5.0, 10.0), seeds=3)
     assert len(cells) == 3 * (7 * 3 + 2)
 
 
@@ -211,7 +269,7 @@ def test_published_values_are_those_of_the_paper():
     assert CIFAR10["DP-LoDA", 10.0] == 63.5 and CIFAR10["DP-MERF", 1.0] == 13.8 and CIFAR10["No privacy", None] == 90.7
     assert CIFAR10_1PCT["DP-SGD", 10.0] == 21.2 and MNIST["DP-Diffusion", 10.0] == 95.9
     names = {name for accuracies in (CIFAR10, CIFAR10_1PCT, MNIST) for name, _ in accuracies}
-    rows = {method.name for method in recipe("digits", None, quick=True).methods}
+    rows = {method.name for method in recipe("digits", Variant(quick=True)).methods}
     assert names <= rows
 
 
@@ -219,19 +277,20 @@ def test_paper_tables_take_their_files(monkeypatch, tmp_path):
     """The recipes of the paper's tables, on images that stand for their files."""
     opened = []
 
-    def stand_in(name, root, split, *, size, channels):
+    def stand_in(name, root, split, *, size, channels, partial):
         opened.append((name, split, size, channels))
         fonts = font_digits(20, seed=len(opened), size=8)
         return LabelledImages(fonts.images.repeat(1, 3, 4, 4), fonts.labels, 10)
 
     monkeypatch.setattr(recipes, "open_dataset", stand_in)
-    monkeypatch.setattr(recipes, "stratified_subset", lambda data, fraction, seed: data[:10])
+    monkeypatch.setattr(recipes, "stratified_subset", lambda data, **_: data[:10])
     for name, private in (("table2", "cifar10"), ("table3", "cifar10"), ("table4", "mnist")):
-        made = recipe(name, tmp_path, quick=True)
+        made = recipe(name, Variant(tmp_path, quick=True))
         assert {entry[0] for entry in opened} >= {private} and made.published
+        assert ("our own choice" in made.lead) == (private == "cifar10")
         names = [method.name for method in made.methods]
         assert names[:3] == ["DP-LoDA", "DP-Diffusion", "DP-LDM"] and "DP-LoDA on latents" in names
-        full = recipe(name, tmp_path)
+        full = recipe(name, Variant(tmp_path))
         assert full.methods[0].public.unet.width == 64 and set(full.classifiers) == {"resnet9", "wrn-40-4"}
     assert all(entry[2:] == (32, 3) for entry in opened)
     torch.manual_seed(0)

@@ -36,9 +36,9 @@ class Drawn(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A data set read from a folder by a function (root, split, size) -> images."""
+    """A data set read from a folder by a function (root, split, size, whether a part of it is enough) -> images."""
 
-    open: Callable[[Path, Split, int | None], LabelledImages]
+    open: Callable[[Path, Split, int | None, bool], LabelledImages]
     about: str
 
 
@@ -62,14 +62,17 @@ ALWAYS_THERE = {
 }
 FROM_FOLDER = {
     "mnist": Published(
-        lambda root, split, size: mnist(root, split, size=max(size or MNIST_SIDE, MNIST_SIDE)), MNIST_FILES
+        lambda root, split, size, partial: mnist(
+            root, split, size=max(size or MNIST_SIDE, MNIST_SIDE), partial=partial
+        ),
+        MNIST_FILES,
     ),
-    "cifar10": Published(lambda root, split, _: cifar10(root, split), CIFAR10_FILES),
-    "svhn": Published(lambda root, split, _: svhn(root, split), SVHN_FILES),
-    "imagenet32": Published(lambda root, split, _: imagenet32(root, split), IMAGENET32_FILES),
+    "cifar10": Published(lambda root, split, _, partial: cifar10(root, split, partial=partial), CIFAR10_FILES),
+    "svhn": Published(lambda root, split, _, partial: svhn(root, split, partial=partial), SVHN_FILES),
+    "imagenet32": Published(lambda root, split, _, partial: imagenet32(root, split, partial=partial), IMAGENET32_FILES),
     "imagenet10": Published(
-        lambda root, split, _: imagenet10(root, split),
-        f"The ten classes of ImageNet32 that match CIFAR-10's. {IMAGENET32_FILES}",
+        lambda root, split, _, partial: imagenet10(root, split, partial=partial),
+        f"The ten classes of ImageNet32 that match CIFAR-10's, by our own choice. {IMAGENET32_FILES}",
     ),
 }
 NAMES = (*ALWAYS_THERE, *FROM_FOLDER)
@@ -97,6 +100,7 @@ def open_dataset(
     num_classes: int | None = None,
     count: int = 20_000,
     seed: int = 0,
+    partial: bool = False,
 ) -> LabelledImages:
     """Open a data set by one of `NAMES`, a folder of images, or an npz file. Nothing is downloaded.
 
@@ -112,6 +116,7 @@ def open_dataset(
         num_classes: largest allowed number of classes.
         count: number of images of font-digits and colour-font-digits.
         seed: seed of font-digits and colour-font-digits.
+        partial: whether a part of a published data set is enough: some of its files, or files of fewer images.
 
     Raises:
         FileNotFoundError: a file is not there; the message says which files to put where.
@@ -124,7 +129,7 @@ def open_dataset(
     if channels is not None and channels not in CHANNELS:
         raise UserError(f"channels must be 1 or 3, not {channels}")
     if name in NAMES:
-        data = _open_named(name, root, split, size, count, seed)
+        data = _open_named(name, root, split, size, count, seed, partial)
     else:
         data = _open_path(str(name), root, split, size)
     if not len(data):
@@ -146,12 +151,12 @@ def describe(name: str | None = None) -> str:
 
 
 def _open_named(
-    name: str, root: str | Path | None, split: Split, size: int | None, count: int, seed: int
+    name: str, root: str | Path | None, split: Split, size: int | None, count: int, seed: int, partial: bool
 ) -> LabelledImages:
     if name in FROM_FOLDER:
         if root is None:
             raise UserError(f"{name} is read from a local folder: say which. {describe(name)}")
-        return FROM_FOLDER[name].open(Path(root), split, size)
+        return FROM_FOLDER[name].open(Path(root), split, size, partial)
     if root is not None:
         raise UserError(f"{name} needs no folder, but {root} is given")
     if split not in ALWAYS_THERE[name].splits:

@@ -10,7 +10,7 @@ from fastloda.errors import UserError
 from .batches import PIXELS, SHAPE, Batch, read_batch
 from .byte_images import to_floats
 from .images import LabelledImages, check_labels, to_labels
-from .published import Split, check_count, check_split, find_file, naming, warn_if_changed
+from .published import Split, check_count, check_split, find_files, naming, warn_if_changed
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 WHERE = (
@@ -31,27 +31,28 @@ MD5 = {
 COUNT = 10_000  # number of images in each file
 
 
-def cifar10(root: str | Path, split: Split = "train") -> LabelledImages:
+def cifar10(root: str | Path, split: Split = "train", *, partial: bool = False) -> LabelledImages:
     """Read small photographs of `CLASSES`, [n, 3, 32, 32]; 50,000 to train and 10,000 to test. 614 MB of floats.
 
-    The pickles are read as data: nothing in them is run (see `safe_pickle`).
+    The pickles are read as data: nothing in them is run (see `safe_pickle`). `partial` takes those of the files that are there.
 
     Raises:
         FileNotFoundError: a file is not there; the message says which files to put where.
         ValueError: a file's format or count is wrong, or a label is not in 0 .. 9; the message begins with the path.
     """
     check_split(split)
-    paths = [find_file(root, (name, f"{name}.bin"), FOLDERS, WHERE) for name in FILES[split]]
-    pixels, labels = zip(*map(_read, paths), strict=True)
+    names = [(name, f"{name}.bin") for name in FILES[split]]
+    paths = find_files(root, names, FOLDERS, WHERE, partial)
+    pixels, labels = zip(*(_read(path, partial) for path in paths), strict=True)
     images = torch.from_numpy(np.concatenate(pixels).reshape(-1, *SHAPE))
     return LabelledImages(to_floats(images), torch.cat(labels), num_classes=len(CLASSES))
 
 
-def _read(path: Path) -> Batch:
+def _read(path: Path, partial: bool) -> Batch:
     with naming(path):
         warn_if_changed(path, MD5.get(path.name))
         pixels, labels = _from_binary(path) if path.suffix == ".bin" else read_batch(path)
-        check_count(len(pixels), COUNT)
+        check_count(len(pixels), COUNT, partial)
         check_labels(labels, 0, len(CLASSES) - 1)
         return pixels, labels
 

@@ -16,7 +16,7 @@ from fastloda.errors import UserError
 from .batches import PIXELS, SHAPE, Batch, read_batch
 from .byte_images import ByteImages
 from .images import LabelledImages, check_labels
-from .published import Split, check_count, check_split, find_file, naming
+from .published import Split, check_count, check_split, find_files, naming
 
 WHERE = (
     "ImageNet32: put train_data_batch_1.npz to train_data_batch_10.npz and val_data.npz, or the pickles of those names "
@@ -59,7 +59,7 @@ MATCHES = (
 
 
 def imagenet32(
-    root: str | Path, split: Split = "train", *, classes: Sequence[int | str] | None = None
+    root: str | Path, split: Split = "train", *, classes: Sequence[int | str] | None = None, partial: bool = False
 ) -> LabelledImages:
     """Read photographs, [n, 3, 32, 32] as `ByteImages`; 1,281,167 to train (3.9 GB) and 50,000 to test (the validation set).
 
@@ -68,6 +68,7 @@ def imagenet32(
         split: part of the data set, "train", or "test" for the validation set.
         classes: classes to keep, as labels 1 .. 1000 or WordNet ids; the first becomes label 0. An id that is not in
             `MATCHES` needs map_clsloc.txt in the folder. Default: all, in the published order; label 1 becomes 0.
+        partial: whether to take those of the files that are there.
 
     Raises:
         FileNotFoundError: a file is not there; the message says which files to put where.
@@ -78,7 +79,7 @@ def imagenet32(
     number = _numbers(Path(root), range(1, CLASSES + 1) if classes is None else classes)
     pixels = np.empty((COUNTS[split], PIXELS), np.uint8)  # one array: ImageNet twice would be 8 GB
     labels, seen, kept = [], 0, 0
-    for batch_pixels, batch_labels in _batches(root, split):
+    for batch_pixels, batch_labels in _batches(root, split, partial):
         seen += len(batch_labels)
         if seen > len(pixels):
             break
@@ -89,15 +90,15 @@ def imagenet32(
         pixels[kept:end] = batch_pixels[wanted.numpy()]
         kept = end
     with naming(Path(root)):
-        check_count(seen, COUNTS[split])
+        check_count(seen, COUNTS[split], partial)
     pixels = pixels if kept == len(pixels) else pixels[:kept].copy()
     images = ByteImages(torch.from_numpy(pixels.reshape(-1, *SHAPE)))
     return LabelledImages(images, torch.cat(labels), num_classes=int(number.max()) + 1)
 
 
-def imagenet10(root: str | Path, split: Split = "train") -> LabelledImages:
+def imagenet10(root: str | Path, split: Split = "train", *, partial: bool = False) -> LabelledImages:
     """Read ImageNet32's ten classes that match CIFAR-10's (`MATCHES`), with its labels 0 .. 9; about 13,000 and 500 images."""
-    return imagenet32(root, split, classes=[match.label for match in MATCHES])
+    return imagenet32(root, split, classes=[match.label for match in MATCHES], partial=partial)
 
 
 def as_imagenet32(cifar10: LabelledImages) -> LabelledImages:
@@ -112,9 +113,9 @@ def as_imagenet32(cifar10: LabelledImages) -> LabelledImages:
     return LabelledImages(cifar10.images, labels, num_classes=CLASSES)
 
 
-def _batches(root: str | Path, split: Split) -> Iterator[Batch]:
+def _batches(root: str | Path, split: Split, partial: bool) -> Iterator[Batch]:
     """Yield the batches file by file; all files are found before the first is read."""
-    for path in [find_file(root, (f"{name}.npz", name), FOLDERS, WHERE) for name in FILES[split]]:
+    for path in find_files(root, [(f"{name}.npz", name) for name in FILES[split]], FOLDERS, WHERE, partial):
         with naming(path):
             pixels, labels = read_batch(path)
             check_labels(labels, 1, CLASSES)

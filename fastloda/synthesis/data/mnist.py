@@ -38,11 +38,12 @@ _UNSIGNED_BYTE = 0x08
 _GZIP = b"\x1f\x8b"
 
 
-def mnist(root: str | Path, split: Split = "train", *, size: int = SIDE) -> LabelledImages:
+def mnist(root: str | Path, split: Split = "train", *, size: int = SIDE, partial: bool = False) -> LabelledImages:
     """Read handwritten digits, [n, 1, size, size], ink 1 on -1; 60,000 to train and 10,000 to test.
 
     `size` above 28 surrounds them with background: 32 fits a U-Net that halves its images several times. Sets in the same
-    format and of the same counts (Fashion-MNIST, KMNIST) are read too, with a warning about their checksums.
+    format and of the same counts (Fashion-MNIST, KMNIST) are read too, with a warning about their checksums; with `partial`
+    those of smaller counts as well.
 
     Raises:
         FileNotFoundError: a file is not there; the message says which files to put where.
@@ -55,15 +56,15 @@ def mnist(root: str | Path, split: Split = "train", *, size: int = SIDE) -> Labe
     for path in paths:
         warn_if_changed(path, MD5.get(path.name))
     count = COUNTS[split]
-    pixels, labels = _read_idx(paths[0], (count, SIDE, SIDE)), _read_idx(paths[1], (count,))
+    pixels, labels = _read_idx(paths[0], (count, SIDE, SIDE), partial), _read_idx(paths[1], (count,), partial)
     before = (size - SIDE) // 2
     images = F.pad(torch.from_numpy(pixels)[:, None], 2 * (before, size - SIDE - before))
     with naming(paths[1]):
         return LabelledImages(to_floats(images), to_labels(labels), num_classes=10)
 
 
-def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Read uint8 of that shape; the header is checked before anything of the size that it states is read."""
+def _read_idx(path: Path, shape: tuple[int, ...], partial: bool) -> np.ndarray:
+    """Read uint8 of that shape, or fewer rows of it; the header is checked before anything of its size is read."""
     with naming(path, EOFError, gzip.BadGzipFile, zlib.error), _open(path) as file:
         header = file.read(4 + 4 * len(shape))
         if len(header) < 4 + 4 * len(shape):
@@ -72,7 +73,8 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         if (zeros, kind, dimensions) != (0, _UNSIGNED_BYTE, len(shape)):
             wanted = bytes([0, 0, _UNSIGNED_BYTE, len(shape)])
             raise UserError(f"begins with {header[:4].hex()}, an idx file of such bytes with {wanted.hex()}")
-        check_count(found[0], shape[0])
+        check_count(found[0], shape[0], partial)
+        shape = (found[0], *shape[1:])
         if tuple(found) != shape:
             raise UserError(f"images of {found[1:]} pixels, not {list(shape[1:])}")
         content = file.read(math.prod(shape) + 1)

@@ -50,9 +50,34 @@ def check_split(split: str) -> None:
         raise UserError(f"split must be train or test, not {split!r}")
 
 
-def check_count(found: int, published: int) -> None:
-    """Refuse another number of images than was published with a ValueError."""
-    if found != published:
+def find_files(
+    root: str | Path, files: Sequence[Sequence[str]], folders: Sequence[str], where: str, partial: bool
+) -> list[Path]:
+    """Find each of `files` (its possible names) by `find_file`; if a part of them is enough, those that are there.
+
+    Raises:
+        FileNotFoundError: one is not there; or none is, if a part is enough.
+    """
+    found, missing = [], []
+    for names in files:
+        try:
+            found.append(find_file(root, names, folders, where))
+        except FileNotFoundError as error:
+            missing.append(error)
+    if missing and not (partial and found):
+        raise missing[0]
+    if missing:
+        warnings.warn(
+            f"{root}: {len(found)} of {len(files)} files are there: a part of the published set", stacklevel=3
+        )
+    return found
+
+
+def check_count(found: int, published: int, partial: bool = False) -> None:
+    """Refuse another number of images than was published with a ValueError; warn of fewer, if a part is enough."""
+    if partial and 0 < found < published:
+        warnings.warn(f"{found} of the {published} published images", stacklevel=3)
+    elif found != published:
         raise UserError(f"{found} images, not the {published} published")
 
 

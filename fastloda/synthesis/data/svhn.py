@@ -32,8 +32,10 @@ _ZERO = 10  # the label of the digit 0, for MATLAB counts from 1
 _DAMAGED = (MatReadError, NotImplementedError, TypeError, LookupError, EOFError, OSError, struct.error, zlib.error)
 
 
-def svhn(root: str | Path, split: Split = "train") -> LabelledImages:
+def svhn(root: str | Path, split: Split = "train", *, partial: bool = False) -> LabelledImages:
     """Read house numbers, digit by digit, [n, 3, 32, 32]; 73,257 to train and 26,032 to test. 900 MB of floats.
+
+    `partial` takes a file of fewer images as well.
 
     Raises:
         FileNotFoundError: the file is not there; the message says which to put where.
@@ -49,7 +51,7 @@ def svhn(root: str | Path, split: Split = "train") -> LabelledImages:
         pixels, labels = content["X"], content["y"].reshape(-1)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
             raise UserError(f"X must be uint8 [32, 32, 3, n], not {pixels.dtype} {list(pixels.shape)}")
-        check_count(pixels.shape[3], COUNTS[split])
+        check_count(pixels.shape[3], COUNTS[split], partial)
         images = to_floats(torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1))))
         return LabelledImages(images, _digits(labels), num_classes=10)
 

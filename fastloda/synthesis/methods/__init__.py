@@ -1,4 +1,21 @@
-"""The methods that the paper compares, each `fit(private, public, budget, work)`; see `base.py`."""
+"""The methods that the paper compares, each `fit(private, public, budget, work)`; see `base.py`.
+
+A method of your own is a row of a table by `fastloda reproduce digits --methods DP-LoDA,my_module:Prototypes`:
+
+    @dataclass(frozen=True)
+    class Prototypes:
+        name, trained_on, has_budget = "Prototypes", "its samples", True  # the row, and a column for each epsilon
+
+        def fit(self, private, public, budget, work):
+            # releases the noisy sum of each class's images, and draws a class's mean again and again
+            noise = calibrate_noise(budget.epsilon, budget.delta, sample_rate=1.0, steps=1)
+            sums = torch.zeros(private.num_classes, *private.images.shape[1:]).index_add(0, private.labels, private.images[:])
+            bound = sums[0].numel() ** 0.5  # of one image's norm: pixels lie in [-1, 1]
+            noisy = sums + noise * bound * torch.randn(sums.shape, generator=torch.Generator().manual_seed(work.seed))
+            means = noisy * private.num_classes / budget.records  # the nominal number of records is public, classes' are not
+            spent = Spent(budget.delta, (Release("class sums", 1.0, noise, 1),))
+            return Sampler(lambda labels, seed: means[labels], private.num_classes, spent)
+"""
 
 from .autoencoder import AutoencoderTraining
 from .base import Budget, ByEpsilon, Method, PrivateClassifier, Release, Sampler, Spent, Work

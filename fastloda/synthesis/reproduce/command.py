@@ -6,25 +6,29 @@ from pathlib import Path
 import rich
 
 from fastloda.errors import UserError
-from fastloda.synthesis.arguments import Device, Names, resolve_device
+from fastloda.synthesis.arguments import Device, Floats, Names, resolve_device
+from fastloda.synthesis.diffusion import UNetConfig
 from fastloda.synthesis.environment import environment
 
-from .recipes import TableName
+from .recipes import TableName, Variant
 from .report import Findings
 from .workers import Order, Table, compute_cells, default_jobs
 
 logger = logging.getLogger("fastloda")
 
-NO_NAMES = Names()
+NO_NAMES, NO_FLOATS = Names(), Floats()
 
 
 def reproduce(
     table: TableName,
     *,
     data: Path | None = None,
+    allow_partial: bool = False,
     run: Path | None = None,
     seeds: int = 3,
+    epsilons: Floats = NO_FLOATS,
     methods: Names = NO_NAMES,
+    unet: UNetConfig | None = None,
     features: Path | None = None,
     quick: bool = False,
     jobs: int | None = None,
@@ -41,12 +45,17 @@ def reproduce(
     Args:
         table: name of the table: digits, table2, table3 or table4.
         data: folder with the published files; an error says which files must lie where.
+        allow_partial: whether some of the published files, or files of fewer images, are enough.
         run: folder for all results; default: runs/ and the table's name.
         seeds: number of repetitions of each cell; the table has their mean and standard deviation.
-        methods: names of the only rows to compute, separated by commas, as in DP-LoDA,DP-SGD. Default: all.
+        epsilons: columns of the table, separated by commas. Default: the paper's. Settings are those of the largest tuned
+            epsilon that is not above.
+        methods: names of the only rows to compute, separated by commas, as in DP-LoDA,DP-SGD. Default: all. A method of your
+            own is named by its module and class, as in my_module:MyMethod (`fastloda.synthesis.methods` says what it needs).
+        unet: shape of the U-Net in place of the table's; the default of each field is the paper's.
         features: TorchScript file of an Inception network for FID and the other scores; default: a small classifier trained on
             the public images.
-        quick: whether to take minutes instead of hours, with too few steps and images for good results.
+        quick: whether to take minutes instead of hours, with too few steps and images for good results; the report says so.
         jobs: number of cells at a time, each in a process with its share of the cores. Default: one on a GPU, on a CPU one
             per core.
         device: device to compute on.
@@ -56,9 +65,12 @@ def reproduce(
         raise UserError(f"seeds must be at least 1, got {seeds}")
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
+    if bad := [epsilon for epsilon in epsilons if not 0 < epsilon < float("inf")]:
+        raise UserError(f"epsilons must be positive and finite, got {bad[0]}")
     place, folder = resolve_device(device), Path(run or f"runs/{table}{'-quick' * quick}")
     jobs = jobs or default_jobs(place)
-    made = Table(Order(table, data, folder, seeds, tuple(methods), features, quick, place))
+    variant = Variant(data, quick, allow_partial, unet)
+    made = Table(Order(table, variant, folder, seeds, tuple(sorted(set(epsilons))), tuple(methods), features, place))
     compute_cells(made, jobs, progress)
     results = {cell: made.result(cell) for cell in made.cells}
     findings = Findings(made.recipe, results, folder, environment(place) | {"cells at a time": jobs})

@@ -1,8 +1,10 @@
 """Recipes of the tables: their data, the methods with their settings, and how each setting was chosen."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -10,6 +12,7 @@ import torch
 
 from fastloda.errors import UserError
 from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, open_dataset, stratified_subset
+from fastloda.synthesis.data.published import Split
 from fastloda.synthesis.demo import QUICK, DemoSettings
 from fastloda.synthesis.diffusion import UNetConfig, digits_unet, paper_unet
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
@@ -45,6 +48,23 @@ EPSILONS, DELTA = (1.0, 5.0, 10.0), 1e-5
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The way in which a table is wanted.
+
+    Attributes:
+        data: folder of the published files; None for a table that needs none.
+        quick: whether to take few steps and images, to show that it runs.
+        partial: whether a part of a published data set is enough.
+        unet: shape of the U-Net in place of the table's.
+    """
+
+    data: Path | None = None
+    quick: bool = False
+    partial: bool = False
+    unet: UNetConfig | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The recipe of one table.
 
@@ -57,6 +77,7 @@ class Recipe:
         how_chosen: part of the recipe -> how its hyper-parameters were chosen.
         published: published values, if the paper has this table.
         extractor_steps: number of training steps of the default feature extractor, on public images.
+        blind: whether all settings were chosen without a look at how well they do on the private or the test images.
     """
 
     name: TableName
@@ -73,24 +94,69 @@ class Recipe:
     delta: float = DELTA
     published: Accuracies = field(default_factory=dict)
     extractor_steps: int = 500
+    blind: bool = True
 
     def only(self, names: Sequence[str]) -> "Recipe":
-        """Keep only the rows of these names; all if there are none. Raises ValueError for a row that the table has not."""
+        """Keep only the rows of these names, and add methods of the user's own, as "module:name"; all rows if there are no names.
+
+        Raises:
+            ValueError: the table has no such row, or a module no such method.
+        """
         known = {method.name: method for method in self.methods}
-        if unknown := [name for name in names if name not in known]:
-            raise UserError(f"{self.name} has no row {', '.join(unknown)}; it has {', '.join(known)}")
-        return replace(self, methods=[known[name] for name in names]) if names else self
+        own = {name: own_method(name) for name in names if ":" in name}
+        if unknown := [name for name in names if name not in known | own]:
+            raise UserError(f"{self.name} has no row {', '.join(unknown)}; it has {', '.join(known)}, or module:Class")
+        if repeated := [method.name for method in own.values() if method.name in known]:
+            raise UserError(f"{self.name} has a row {repeated[0]} already: give your method another name")
+        if not names:
+            return self
+        how_chosen = dict(self.how_chosen) | {method.name: "by its author" for method in own.values()}
+        methods = [(known | own)[name] for name in names]
+        return replace(self, methods=methods, how_chosen=how_chosen, blind=self.blind and not own)
 
 
-def recipe(name: TableName, root: Path | None, quick: bool = False) -> Recipe:
-    """Make the recipe of a table, with published files read from `root`; `quick` takes few steps and images.
+def own_method(place: str) -> Method:
+    """Import a method of the user's own from "module:name", a class without arguments or an object, as `Method` says.
 
     Raises:
-        ValueError: the name is unknown, or the table needs files and no root is given.
+        ValueError: there is no such module or name, or it is no method.
+    """
+    module, _, name = place.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # which an installed command does not search
+    try:
+        found = getattr(import_module(module), name)
+        method = found() if isinstance(found, type) else found
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"no method {place}: {error}") from error
+    if lacking := [part for part in ("name", "trained_on", "has_budget", "fit") if not hasattr(method, part)]:
+        raise UserError(f"{place} is no method, for it has no {', '.join(lacking)}: see fastloda.synthesis.methods")
+    if type(method).__repr__ is object.__repr__:
+        raise UserError(
+            f"{place} needs a __repr__ of its settings, as a dataclass has: it tells finished cells from others"
+        )
+    return method
+
+
+def recipe(name: TableName, variant: Variant) -> Recipe:
+    """Make the recipe of a table. A quick one says so, and claims nothing of how its settings were chosen.
+
+    Raises:
+        ValueError: the name is unknown, or the table needs files and no folder is given.
     """
     if name not in RECIPES:
         raise UserError(f"the table must be one of {', '.join(RECIPES)}, got {name!r}")
-    return RECIPES[name](root, quick)
+    made = RECIPES[name](variant)
+    if not variant.quick:
+        return made
+    lead = f"A quick run, to see that everything works: too few steps and images for results that mean anything. {made.lead}"
+    return replace(
+        made,
+        title=f"{made.title} (quick run)",
+        lead=lead,
+        how_chosen={"all": "for speed alone; not tuned"},
+        blind=False,
+    )
 
 
 with torch.device("meta"):  # only the configuration is needed
@@ -103,14 +169,24 @@ ON_THE_STAND_IN = (
     "as in the demo: by trials on public images that stand in for the private ones (docs/results/demo-tuning.md)"
 )
 IMAGES = 4000  # number of synthetic images of each cell
+QUICK_IMAGES = 1000  # number of images of each published set in a quick run
+IMAGENET10 = (
+    " Which ten classes of ImageNet match CIFAR-10's is our own choice (`fastloda.synthesis.data.imagenet32.MATCHES`): the "
+    "paper's could not be looked up, so the rows can't be compared with the published ones to the point."
+)
 BEFOREHAND = "set beforehand, after the method's paper; not tuned"
 
 
-def _digits(root: Path | None, quick: bool) -> Recipe:
+def _digits(variant: Variant) -> Recipe:
+    quick = variant.quick
     demo = replace(DemoSettings(), **(QUICK if quick else {"synthetic_images": IMAGES}))
-    model = PublicModel(DIGITS_UNET, demo.public_training(seed=0))
+    unet = _unet(variant, DIGITS_UNET)
+    model = PublicModel(unet, demo.public_training(seed=0))
     half = replace(model.conditional, steps=max(1, model.conditional.steps // 2))
-    latent_model = replace(model, unet=LATENT_DIGITS, conditional=half)
+    latent_unet = replace(
+        variant.unet or LATENT_DIGITS, image_size=LATENT_DIGITS.image_size, in_channels=LATENT_CHANNELS
+    )
+    latent_model = replace(model, unet=latent_unet, conditional=half)
     private = digits_split()[0]
     count = len(private)
     tunings = _by_epsilon(lambda epsilon: _demo_tuning(demo, epsilon, count))
@@ -162,6 +238,15 @@ def _digits(root: Path | None, quick: bool) -> Recipe:
         },
         extractor_steps=20 if quick else 500,
     )
+
+
+def _unet(variant: Variant, default: UNetConfig) -> UNetConfig:
+    """Take the shape that is asked for, if it fits the table's images."""
+    unet = variant.unet or default
+    for name in ("image_size", "in_channels", "num_classes"):
+        if getattr(unet, name) != getattr(default, name):
+            raise UserError(f"unet.{name} must be {getattr(default, name)} for this table, got {getattr(unet, name)}")
+    return unet
 
 
 def _by_epsilon(make: Callable[[float], T]) -> ByEpsilon[T]:
@@ -217,11 +302,11 @@ class _Scale:
     sampler_steps: int = 50
 
 
-def _paper_scale(quick: bool, private_epochs: int, batch_size: int) -> _Scale:
+def _paper_scale(variant: Variant, private_epochs: int, batch_size: int) -> _Scale:
     with torch.device("meta"):
-        small = {"width": 8, "norm_groups": 4, "multipliers": (1, 1), "attention": (1,)} if quick else {}
-        unet = paper_unet(**small).config
-    if quick:
+        small = {"width": 8, "norm_groups": 4, "multipliers": (1, 1), "attention": (1,)} if variant.quick else {}
+        unet = _unet(variant, paper_unet(**small).config)
+    if variant.quick:
         return _Scale(unet, 2, 40, 2, 1, batch_size, 1, sampler_steps=2)
     return _Scale(unet, 200_000, 50_000, 10_000, private_epochs, batch_size, 8)
 
@@ -230,8 +315,7 @@ def _paper(
     name: TableName,
     title: str,
     names: tuple[str, str],
-    root: Path | None,
-    quick: bool,
+    variant: Variant,
     published: Accuracies,
     *,
     everything: str | None = None,
@@ -240,14 +324,19 @@ def _paper(
     epsilons: tuple[float, ...] = EPSILONS,
     subset: float | None = None,
 ) -> Recipe:
-    if root is None:
+    if variant.data is None:
         raise UserError(f"{name} reads published files: give their folder with --data (it holds {' and '.join(names)})")
-    open_part = lambda name, split: open_dataset(name, root, split, size=32, channels=3)  # noqa: E731
+    quick = variant.quick
+
+    def open_part(name: str, split: Split) -> LabelledImages:
+        images = open_dataset(name, variant.data, split, size=32, channels=3, partial=variant.partial)
+        return stratified_subset(images, count=min(QUICK_IMAGES, len(images))) if quick else images
+
     whole = cache(lambda: open_part(names[0], "train"))
     private = cache(lambda: stratified_subset(whole(), fraction=subset, seed=0)) if subset else whole
     public, test = cache(lambda: open_part(names[1], "train")), cache(lambda: open_part(names[0], "test"))
     records = len(private())
-    scale = _paper_scale(quick, private_epochs, min(batch_size, records))
+    scale = _paper_scale(variant, private_epochs, min(batch_size, records))
     conditional = PublicTraining(
         scale.public_steps, min(128, len(public())), 2e-4, warmup=min(5000, scale.public_steps), ema_decay=0.999
     )
@@ -274,7 +363,8 @@ def _paper(
     return Recipe(
         name=name,
         title=title,
-        lead=f"{names[0]} is private ({records:,} images), {names[1]} public; tested on the test images of {names[0]}.",
+        lead=f"{names[0]} is private ({records:,} images), {names[1]} public; tested on the test images of {names[0]}."
+        + IMAGENET10 * (names[1] == "imagenet10"),
         private=private,
         test=test,
         public=public,
@@ -305,25 +395,23 @@ def _latent(scale: _Scale, model: PublicModel, tunings: ByEpsilon[PrivateTuning]
     return [DPLDM(autoencoder, latent_model, tunings), loda]
 
 
-RECIPES: dict[TableName, Callable[[Path | None, bool], Recipe]] = {
+RECIPES: dict[TableName, Callable[[Variant], Recipe]] = {
     "digits": _digits,
-    "table2": lambda root, quick: _paper(
+    "table2": lambda variant: _paper(
         "table2",
         "Table II: CIFAR-10",
         ("cifar10", "imagenet10"),
-        root,
-        quick,
+        variant,
         CIFAR10,
         everything="imagenet32",
         private_epochs=200,
         batch_size=4096,
     ),
-    "table3": lambda root, quick: _paper(
+    "table3": lambda variant: _paper(
         "table3",
         "Table III: 1% of CIFAR-10",
         ("cifar10", "imagenet10"),
-        root,
-        quick,
+        variant,
         CIFAR10_1PCT,
         everything="imagenet32",
         private_epochs=200,
@@ -331,12 +419,11 @@ RECIPES: dict[TableName, Callable[[Path | None, bool], Recipe]] = {
         epsilons=(1.0, 10.0),
         subset=0.01,
     ),
-    "table4": lambda root, quick: _paper(
+    "table4": lambda variant: _paper(
         "table4",
         "Table IV: MNIST",
         ("mnist", "svhn"),
-        root,
-        quick,
+        variant,
         MNIST,
         private_epochs=100,
         batch_size=4096,

@@ -198,7 +198,9 @@ class Findings:
         if together:
             everything = f"({rounded_up(together)}, {delta:g})-private"
             lines.append(f"Were all private cells of this page released, they would be {everything} together.")
-        return [*lines, "No setting was chosen by how well it does on the private or the test images."]
+        if self.recipe.blind:
+            lines.append("No setting was chosen by how well it does on the private or the test images.")
+        return lines
 
     @cached_property
     def _chart(self) -> Figure:

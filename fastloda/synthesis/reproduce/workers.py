@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from rich.progress import (
 from fastloda.synthesis.metrics import Extractor, public_extractor, torchscript_features
 
 from .cells import Cell, Problem, all_cells
-from .recipes import TableName, recipe
+from .recipes import TableName, Variant, recipe
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Order:
     """The request for a table. A worker makes the table from it again: a recipe holds functions, which can't be sent."""
 
     table: TableName
-    data: Path | None
+    variant: Variant
     run: Path
     seeds: int
+    epsilons: tuple[float, ...]
     methods: tuple[str, ...]
     features: Path | None
-    quick: bool
     device: torch.device
 
 
@@ -56,12 +56,12 @@ class Table:
     """
 
     def __init__(self, order: Order):
-        self.order, self.recipe = order, recipe(order.table, order.data, order.quick).only(order.methods)
-        chosen = self.recipe
+        chosen = recipe(order.table, order.variant).only(order.methods)
+        self.order, self.recipe = order, replace(chosen, epsilons=order.epsilons or chosen.epsilons)
         images = {"private": chosen.private(), "public": chosen.public(), "test": chosen.test()}
         judging = {"classifiers": chosen.classifiers, "synthetic_images": chosen.synthetic_images}
         self.problem = Problem(**images, delta=chosen.delta, **judging, extractor=self._extractor())
-        self.cells = all_cells(chosen.methods, chosen.epsilons, order.seeds)
+        self.cells = all_cells(chosen.methods, self.recipe.epsilons, order.seeds)
 
     def result(self, cell: Cell) -> dict:
         """Return a cell's result; compute it if it is not there."""
