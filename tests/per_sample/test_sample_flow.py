@@ -51,6 +51,10 @@ class NormalisedBackward(RowSquares):
         return ctx.saved_tensors[0] * g[:, None] / g.norm()
 
 
+class Gelu(NormalisedBackward):
+    """One that has the name of an operation of PyTorch's."""
+
+
 class ClippedBackward(RowSquares):
     """A backward pass that clips the gradient of the batch where it is large, or keeps it from being small."""
 
@@ -147,6 +151,7 @@ MIXING = {  # name -> (shape of the outputs, loss)
     "broadcast mistake, expanded": ((N, 1), lambda o: (o.expand(N, N) - torch.randn(N)).abs().mean()),
     "weighted by the batch": ((N,), lambda s: (s.square() * s / s.sum()).sum()),
     "backward that normalises": ((N, C), lambda s: NormalisedBackward.apply(s).mean()),
+    "backward that normalises, by a known name": ((N, C), lambda s: Gelu.apply(s).mean()),
     "backward that clips": ((N, C), lambda s: ClippedBackward.apply(s).mean()),
     "masked rows": ((N, C), lambda s: F.cross_entropy(s[Y > 1], Y[Y > 1])),
     "distances": ((N, C), lambda s: torch.cdist(s, s).mean()),
@@ -397,6 +402,7 @@ def test_honest_losses_are_honest(name):
 UNSEEN = {name for name in MIXING if "mistake" in name} | {
     "contrastive, reentrant checkpoint",
     "backward that normalises",
+    "backward that normalises, by a known name",
     "backward that clips",
 }
 UNSEEN |= {"masked rows", "neighbours in the batch", "halves", "halves by chunk", "flipped", "pairs"}
