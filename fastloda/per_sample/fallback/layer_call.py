@@ -190,11 +190,16 @@ def _ordinary(call: LayerCall, parameters: tuple[Tensor, ...], gys: list[Tensor]
     with torch.enable_grad():
         outputs = call.run(own, call.args, call.kwargs)
     call.check_same(tuple(t.detach() for t in outputs), "when it is run again")
+    return grads_of(outputs, list(own.values()), gys)
+
+
+def grads_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of inputs from those of the outputs, of which some may need none; None where no output depends."""
     used = [(y, gy) for y, gy in zip(outputs, gys) if y.requires_grad]
     if not used:
-        return (None,) * len(own)
+        return (None,) * len(inputs)
     ys, used_gys = zip(*used)
-    return torch.autograd.grad(ys, list(own.values()), used_gys, allow_unused=True)
+    return torch.autograd.grad(ys, inputs, used_gys, retain_graph=True, allow_unused=True)
 
 
 def of_rows(grads: Tensor) -> Recipe:
