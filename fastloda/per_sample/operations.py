@@ -33,18 +33,17 @@ TILING = _kinds("Expand Repeat")
 SELECTING = _kinds("Select Unbind")  # take one index of a dimension, which vanishes
 SLICING = _kinds("Slice Split SplitWithSizes")  # take a range of indices of a dimension
 POINTWISE = _kinds(  # beside those that PyTorch tags so
-    "BinaryCrossEntropy BinaryCrossEntropyWithLogits Hardswish HuberLoss KlDiv LogSigmoid MseLoss NativeDropout Prelu "
-    "PreluKernel Real Rrelu RreluWithNoise SmoothL1Loss SoftMarginLoss SpecialXlog1Py Where Xlog1Py"
+    "BinaryCrossEntropy BinaryCrossEntropyWithLogits Hardswish HuberLoss LogSigmoid MseLoss NativeDropout PreluKernel "
+    "RreluWithNoise SmoothL1Loss SoftMarginLoss SpecialXlog1Py Where"
 )
-
 ALONG = _kinds(  # along some dimensions
     "ConstantPadNd Cummax Cummin Cumprod Cumsum Flip Gather Glu LogSoftmax Logcumsumexp Renorm Roll Softmax Sort Topk"
 )
 # Operations that take a batch in the first dimension; all but the first group also take one sample without.
 BATCH_FIRST = _kinds("Convolution NativeGroupNorm")
 MAYBE_BATCH_FIRST = _kinds(
-    "AdaptiveAvgPool2D AvgPool2D AvgPool3D Im2Col MaxPool1D MaxPool2DWithIndices MaxPool3DWithIndices MultiMarginLoss "
-    "MultilabelMarginLoss NllLoss NllLoss2D NllLossNd PixelShuffle PixelUnshuffle ReflectionPad2D ReplicationPad2D "
+    "AdaptiveAvgPool2D AvgPool2D AvgPool3D Im2Col MaxPool2DWithIndices MaxPool3DWithIndices MultiMarginLoss "
+    "MultilabelMarginLoss NllLoss NllLoss2D PixelShuffle PixelUnshuffle ReflectionPad2D ReplicationPad2D "
     "UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest2D"
 )
 
@@ -53,9 +52,8 @@ INDEXING = _kinds("Index IndexSelect")
 PACKING = "PackPaddedSequence"
 PICKING = INDEXING | _kinds("MaskedSelect SegmentReduce Take") | {PACKING}  # take some of the input's rows
 PUTTING = _kinds("IndexAdd IndexCopy IndexPut")
-PLACING = PUTTING | _kinds(
-    "MaskedScatter Scatter ScatterAdd SelectScatter SliceScatter"
-)  # put the second input into the first
+# These put rows of the second input into the first.
+PLACING = PUTTING | _kinds("MaskedScatter Scatter ScatterAdd SelectScatter SliceScatter")
 WRITING = "torch::autograd::CopySlices"  # writes into a view of the first input; the graph does not say where
 # These move rows by indices or lengths that are not read here, the second group along some dimensions only.
 LAYING = _kinds("Embedding EmbeddingBag IndexReduce Put ScatterReduce SparseAddmm")

@@ -40,7 +40,11 @@ def pointwise(flow: "SampleFlow", op: Operation[Rows]) -> State:
 
 def _align(flow: "SampleFlow", op: Operation[Rows]) -> State:
     """Find the rows of an operation that works number by number, with broadcasting."""
-    joint = op.joint([op.move(given) for given in op.inputs])
+    states = []
+    for given in op.inputs:
+        shift = len(op.shape) - len(given.shape)
+        states.append(op.move(given, {d: d + shift for d in range(len(given.shape))}))
+    joint = op.joint(states)
     for given in op.inputs:
         flow.check_growth(op, given)
     return joint

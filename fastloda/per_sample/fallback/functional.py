@@ -214,9 +214,8 @@ class FunctionalRule:
         at_a_time = chunk_samples(sum(p.numel() for p in own.values()))
         by_row = torch.func.vmap(of_row, randomness="error", chunk_size=at_a_time)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*batching rule.*"
-            )  # it is about speed, of which the layer's own warning speaks
+            # It is about speed, of which the layer's own warning speaks.
+            warnings.filterwarnings("ignore", message=".*batching rule.*")
             grads, outputs = by_row(_batched(call), [gy.movedim(dim, 0) for gy, dim in zip(gys, dims)])
         return grads, tuple(y.squeeze(dim + 1).movedim(0, dim) for y, dim in zip(outputs, dims))
 
@@ -230,7 +229,18 @@ class FunctionalRule:
         with torch.enable_grad():
             outputs = call.run(own, args, kwargs)
         call.check_same(tuple(y.detach() for y in outputs), "when it is run again")
-        total = _grads(outputs, list(own.values()), gys)
+        self._check_sums(call, gys, _grads(outputs, list(own.values()), gys))
+        leaves = [t for t in inputs if t.requires_grad]
+        for chosen in parting(torch.ones(rows, dtype=torch.bool, device=gys[0].device)) if leaves else ():
+            only = [gy * chosen.view(-1, *[1] * (gy.dim() - dim - 1)) for gy, dim in zip(gys, self.batch_dims(call))]
+            others = [gx[~chosen] for gx in _grads(outputs, leaves, only)]
+            if any(((gx != 0) & ~gx.isnan()).any() for gx in others):
+                raise PrivacyError(
+                    f"{self._label(call)} mixes samples: the output of one depends on the input of another"
+                )
+        self.verified = rows
+
+    def _check_sums(self, call: LayerCall, gys: list[Tensor], total: Sequence[Tensor]) -> None:
         grads, _ = self._by_row(call, gys)
         # The tolerance is relative to the largest gradient: some are zero but for rounding, such as the bias of attention's keys.
         size = max(float(by_row.abs().sum(0).amax()) if by_row.numel() else 0.0 for by_row in grads.values())
@@ -240,16 +250,6 @@ class FunctionalRule:
                     f"{self._label(call)}: the gradients of {name!r} for each row alone do not sum to that of all rows: it mixes "
                     "samples, or draws random numbers"
                 )
-        leaves = [t for t in inputs if t.requires_grad]
-        for chosen in parting(torch.ones(rows, dtype=torch.bool, device=gys[0].device)) if leaves else ():
-            only = [_rows_alone(gy, dim, chosen) for gy, dim in zip(gys, self.batch_dims(call))]
-            for gx in _grads(outputs, leaves, only):
-                others = gx[~chosen]
-                if ((others != 0) & ~others.isnan()).any():
-                    raise PrivacyError(
-                        f"{self._label(call)} mixes samples: the output of one depends on the input of another"
-                    )
-        self.verified = rows
 
 
 @dataclass
@@ -496,11 +496,6 @@ def _own(call: LayerCall) -> dict[str, Tensor]:
 
 def _grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads_of(outputs, inputs, gys))]
-
-
-def _rows_alone(gy: Tensor, dim: int, chosen: Tensor) -> Tensor:
-    """Set the rows of gy that are not chosen, bool [rows], to zero; dim is the dimension of the rows."""
-    return gy * chosen.view(-1, *[1] * (gy.dim() - dim - 1))
 
 
 def _cuda(call: LayerCall) -> list[torch.device]:

@@ -61,20 +61,14 @@ class LayerCall:
         rows = [gy.movedim(dim, 0) for gy, dim in zip(gys, self.rule.batch_dims(self))]
         return torch.cat([gy.reshape(len(gy), -1) for gy in rows], 1)
 
-    @contextmanager
-    def as_called(self) -> Generator[None]:
-        """Switch autocast as in the forward pass."""
-        device, dtype = self.autocast
-        with torch.autocast(device, dtype, enabled=dtype is not None):
-            yield
-
     def outer_blocks(self) -> list[int]:
         """Count the blocks before the batch dimension of each output, its `outer`: see `batch_axis.py`."""
         return [prod(y.shape[:dim]) for y, dim in zip(self.outputs, self.rule.batch_dims(self))]
 
     def run(self, own: Mapping[str, Tensor], args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
         """Call the layer with other parameters `own` and inputs, and return its differentiable outputs."""
-        with self.as_called(), _stood_in_for(self.layer, own):
+        device, dtype = self.autocast
+        with torch.autocast(device, dtype, enabled=dtype is not None), _stood_in_for(self.layer, own):
             leaves = tensors(self.forward(self.layer, *args, **kwargs))
         return tuple(leaf for leaf in leaves if differentiable(leaf))
 
