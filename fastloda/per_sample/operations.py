@@ -22,7 +22,7 @@ def _kinds(names: str) -> frozenset[str]:
 
 
 VIEWS = _kinds("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View")
-HOOKED = "BackwardHookFunctionBackward"  # the identity that carries a module's full backward hooks
+HOOKED = "BackwardHookFunctionBackward"  # the identity, of each input, that carries a module's full backward hooks
 PERMUTING = _kinds("Permute T Transpose")
 REDUCING = _kinds(
     "Amax Amin Aminmax Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nanmedian Nansum Norm Prod Std StdMean Sum "
@@ -68,8 +68,7 @@ PRODUCTS = {  # einsum's letters of each input and of the output
     "Mv": ("ik", "k", "i"),
 }
 ADDING = _kinds("Add Cat Rsub Stack Sub")  # linear in all inputs together
-LINEAR = VIEWS | PERMUTING | SELECTING | SLICING | TILING | ADDING | PRODUCTS.keys()
-LINEAR |= _kinds("Div Mean Mul Neg Sum") | {HOOKED}
+LINEAR = VIEWS | PERMUTING | SELECTING | SLICING | TILING | ADDING | PRODUCTS.keys() | _kinds("Div Mean Mul Neg Sum")
 
 
 @cache

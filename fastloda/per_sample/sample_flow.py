@@ -18,7 +18,7 @@ from torch import Size, Tensor
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.node import Edges, Node, output_shape
-from fastloda.per_sample.operations import ADDING, LINEAR, PUTTING, dim_of, is_pointwise
+from fastloda.per_sample.operations import ADDING, HOOKED, LINEAR, PUTTING, dim_of, is_pointwise
 from fastloda.per_sample.states import (
     MEAN_OF_ALL,
     PICKED,
@@ -87,6 +87,8 @@ class SampleFlow:
     def _state(self, op: Operation) -> State:
         if op.kind in PUTTING:
             return put_back(self, op)
+        if op.kind == HOOKED and (own := [given.state for given in op.inputs if given.index == op.number]):
+            return own[0]
         states = [given.state for given in op.inputs]
         owners = {state.owner for state in states if isinstance(state, One)}
         if all(isinstance(state, One) for state in states) and len(owners) == 1:

@@ -256,7 +256,7 @@ def _read_indexing(op: Operation, shape: Size) -> Indexing:
         op.refuse_unseen(f"can't be read ({error}): leave the criterion out of torch.utils.checkpoint")
 
 
-TRANSFERS: dict[str, Transfer] = dict.fromkeys(operations.VIEWS | {operations.HOOKED}, _view)
+TRANSFERS: dict[str, Transfer] = dict.fromkeys(operations.VIEWS, _view)
 TRANSFERS |= dict.fromkeys(operations.PERMUTING, _permute) | dict.fromkeys(operations.PRODUCTS, _product)
 TRANSFERS |= dict.fromkeys(operations.REDUCING, _reduce) | dict.fromkeys(operations.ALONG, _along)
 TRANSFERS |= dict.fromkeys(operations.SELECTING | operations.SLICING | {"UnsafeSplit"}, _part) | dict.fromkeys(

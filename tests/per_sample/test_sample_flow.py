@@ -64,6 +64,18 @@ class Gelu(torch.autograd.Function):
         return ctx.saved_tensors[0] * g / g.norm()
 
 
+class HookedCriterion(nn.Module):
+    """A criterion of two inputs, whose backward passes are watched: of the second it takes a softmax along `dim`."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+        self.register_full_backward_hook(lambda *given: None)
+
+    def forward(self, z, turned):
+        return z.square().mean() + turned.softmax(self.dim).square().mean()
+
+
 class ClippedBackward(RowSquares):
     """A backward pass that clips the gradient of the batch where it is large, or keeps it from being small."""
 
@@ -161,6 +173,7 @@ MIXING = {  # name -> (shape of the outputs, loss)
     "weighted by the batch": ((N,), lambda s: (s.square() * s / s.sum()).sum()),
     "backward that normalises": ((N, C), lambda s: NormalisedBackward.apply(s).mean()),
     "backward that normalises, by a known name": ((N, C), lambda s: Gelu.apply(s).mean()),
+    "softmax of the second input of a hooked criterion": ((N, N), lambda s: HookedCriterion(1)(s, s.T)),
     "backward that clips": ((N, C), lambda s: ClippedBackward.apply(s).mean()),
     "masked rows": ((N, C), lambda s: F.cross_entropy(s[Y > 1], Y[Y > 1])),
     "distances": ((N, C), lambda s: torch.cdist(s, s).mean()),
@@ -356,6 +369,7 @@ HONEST = {
     "one by one": ((N, C), one_by_one),
     "stacked one by one": ((N, C), stacked),
     "by unbind": ((N, C), lambda z: torch.stack([row.logsumexp(0) for row in z.unbind()]).mean()),
+    "softmax of the second input of a hooked criterion": ((N, C), lambda z: HookedCriterion(0)(z, z.T)),
     "own Function that clamps": ((N, C), lambda z: ClampedBackward.apply(z).mean()),
     "own Function by row": ((N, C), lambda z: RowSquares.apply(z).mean()),
     "checkpointed": ((N, C), lambda z: checkpoint(lambda z: F.cross_entropy(z, Y), z, use_reentrant=False)),
