@@ -13,13 +13,12 @@ from weakref import WeakSet
 
 from fastloda.engine.unhooked import Grads, UnhookedPass, check_saved
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.batch_axis import Edges
 from fastloda.per_sample.graph import nodes_below
 from fastloda.per_sample.looking_engine import Edge, look_at_backward
-from fastloda.per_sample.node import Node
-from fastloda.per_sample.sample_flow import MEAN, SampleFlow
+from fastloda.per_sample.node import Edges, Node
+from fastloda.per_sample.operations import MEAN, SUM
+from fastloda.per_sample.sample_flow import SampleFlow
 
-SUM = 2  # the number by which criterions save reduction="sum"
 BOUNDARY = "PrivateOutputsBackward"  # how the autograd graph names a private module's outputs
 
 _waiting: WeakSet[object] = WeakSet()  # outputs that a backward pass may still reach

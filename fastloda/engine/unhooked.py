@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.batch_axis import Edges
-from fastloda.per_sample.node import Node
+from fastloda.per_sample.node import Edges, Node
 
 Grads = Sequence[Tensor | None]
 

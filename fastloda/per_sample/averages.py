@@ -17,10 +17,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import Parameter
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.batch_axis import Edges, output_shape
 from fastloda.per_sample.graph import nodes_below
-from fastloda.per_sample.node import Node
-from fastloda.per_sample.sample_flow import MEAN, NONE, Operation, Rows, SampleFlow, State, Total
+from fastloda.per_sample.node import Edges, Node, output_shape
+from fastloda.per_sample.operations import MEAN, NONE
+from fastloda.per_sample.sample_flow import SampleFlow
+from fastloda.per_sample.states import Operation, Rows, State, Total
 
 Source = Tensor | GradientEdge
 
@@ -31,16 +32,16 @@ _any_marks = False
 class AverageFlow(SampleFlow):
     """The sample flow from a model's inputs to a number, which guesses where samples can't be followed and refuses nothing."""
 
-    def _state(self, op: Operation, place: int) -> State:
+    def _state(self, op: Operation) -> State:
         try:
-            return super()._state(op, place)
+            return super()._state(op)
         except Exception:  # raised by any user code: nothing is refused here
             means = op.kind == "Mean" or getattr(op.node, "_saved_reduction", NONE) == MEAN
             averaged = means or any(isinstance(given.state, Total) and given.state.averaged for given in op.inputs)
             rows = op.shape and op.shape[0] == self.samples and not averaged
             return Rows(1, self.whole) if rows else Total(averaged)
 
-    def unknown(self, op: Operation, place: int) -> State:
+    def unknown(self, op: Operation) -> State:
         op.refuse_unseen("has no rule")
 
     def makes_mean(self, factor: float | None) -> bool:

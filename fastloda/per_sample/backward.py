@@ -21,9 +21,10 @@ from fastloda.per_sample.composites import Composite
 from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import LossGraph, Use
 from fastloda.per_sample.node import Node
+from fastloda.per_sample.operations import TILING, kind_of
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.regions import may_run_again
-from fastloda.per_sample.relaying import TILING, back_to_parameter
+from fastloda.per_sample.relaying import back_to_parameter
 from fastloda.per_sample.rules import Call, Recipes, recipes_of
 
 # Within `with one_recomputation():` reading saved tensors after the pass costs no second recomputation (older PyTorch: it does).
@@ -65,7 +66,7 @@ def of_parameter(use: Use, recipe: Recipe, samples: int) -> Recipe:
     """Make the parameter's own recipe from the recipe of the tensor that the operation read, a view or function of it."""
     if not use.steps:
         return recipe
-    keeps_norm = not any(isinstance(step, Composite) or step.node.name() in TILING for step in use.steps)
+    keeps_norm = not any(isinstance(step, Composite) or kind_of(step.node) in TILING for step in use.steps)
     return recipe.through(
         back_to_parameter(use.steps), keeps_norm, samples * sum(step.scratch_bytes for step in use.steps)
     )

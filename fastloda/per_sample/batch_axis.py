@@ -13,7 +13,7 @@ read at every step: if each sample picks its own rows, these are followed; else 
 none of those may use a parameter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -22,46 +22,20 @@ import torch
 from torch import Size, Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.node import Node
+from fastloda.per_sample import operations as op
+from fastloda.per_sample.node import Edges, Node, output_shape
+from fastloda.per_sample.operations import dim_of, dims_of, indexed_dims, indexing, kind_of, own_rows, places
 from fastloda.per_sample.regions import COMPILED
 
-Edges = tuple[tuple[Node | None, int], ...]  # for each input of a node: what made it, and which of its outputs it is
-
-
-def _kinds(names: str, number: int = 0) -> set[str]:
-    return {f"{name}Backward{number}" for name in names.split()}
-
-
-REDUCING = _kinds("Amax Amin LinalgVectorNorm Logsumexp Max Min Std Var") | _kinds("Mean Norm Prod Sum", 1)
-PACKING = "PackPaddedSequenceBackward0"
-# An input of these may hold the batch in another dimension than the output does.
-MOVING = REDUCING | _kinds("Permute Select Stack T Transpose Unbind") | _kinds("Transpose", 1)
-VIEWING = _kinds("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View")
-VIEWING |= _kinds("Squeeze", 1) | _kinds("Squeeze", 2)
-ELEMENTWISE = _kinds("Add Addcmul Div Mul Sub")
-BROADCASTING = ELEMENTWISE | _kinds("Expand Repeat")
 LAYER_CALL = "LayerCallFunctionBackward"  # tells where the batch is in each of its outputs: see `layer_call.py`
-BATCH_FIRST = _kinds("Convolution NativeBatchNorm NativeGroupNorm") | {LAYER_CALL}  # by definition
-ORDERING = _kinds("Index IndexSelect")  # may put rows into another order
-PARTING = _kinds("Slice Split SplitWithSizes Cat")  # may leave out some of the samples
-PICKING = _kinds(
-    "Index IndexSelect MaskedSelect PackPaddedSequence SegmentReduce Take"
-)  # take some of the input's rows
-PLACING = _kinds(
-    "IndexAdd IndexCopy IndexPut MaskedScatter Scatter ScatterAdd SelectScatter SliceScatter"
-)  # put the second input's rows into the first
-WRITING = "torch::autograd::CopySlices"  # writes into a view of the first input; the graph does not say where
-# These move rows by indices or lengths that are not read here, the second group along some dimensions only.
-LAYING = _kinds("Embedding EmbeddingBag IndexReduce Put ScatterReduce SparseAddmm")
-LAYING_ALONG = _kinds("Cummax Cummin Cumprod Cumsum Gather Kthvalue Logcumsumexp Median Mode Roll Sort Topk")
-PRODUCTS = {  # einsum's letters of each input and of the output
-    "AddmmBackward0": ("ij", "ik", "kj", "ij"),
-    "BaddbmmBackward0": ("bij", "bik", "bkj", "bij"),
-    "BmmBackward0": ("bik", "bkj", "bij"),
-    "MmBackward0": ("ik", "kj", "ij"),
-    "MvBackward0": ("ik", "k", "i"),
-}
-WEIGHTS = {"AddmmBackward0": (2,), "ConvolutionBackward0": (1, 2), "MmBackward0": (1,)}  # inputs that all rows share
+BATCH_FIRST = op.BATCH_FIRST | {"NativeBatchNorm", LAYER_CALL}
+BROADCASTING = op.ARITHMETIC | op.TILING
+# An input of these may hold the batch in another dimension than the output does.
+MOVING = op.REDUCING | op.PERMUTING | op.SELECTING | {"Stack"}
+PARTING = op.SLICING | {"Cat"}  # may leave out some of the samples
+# Another first size of these says nothing: they are judged by their kind.
+SIZED = op.VIEWS | MOVING | BROADCASTING | PARTING | op.PICKING | op.PLACING | {op.WRITING}
+WEIGHTS = {"Addmm": (2,), "Convolution": (1, 2), "Mm": (1,)}  # inputs that all rows share
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +94,17 @@ class BatchPlaces(NamedTuple):
     shared: frozenset[Node] = frozenset()
 
 
+class Reading(NamedTuple):
+    """The reading of one input by an operation of the graph."""
+
+    node: Node
+    kind: str
+    shape: Size  # of the operation's output
+    index: int  # the number of the input
+    below: Size  # the shape of the input
+    rows: int  # the samples
+
+
 def follow_batch(edges: dict[Node, Edges], rows: int) -> BatchPlaces:
     """Follow a batch of `rows` samples from the losses downwards; edges: node -> its edges, each node after its inputs."""
     if rows == 1:
@@ -127,60 +112,55 @@ def follow_batch(edges: dict[Node, Edges], rows: int) -> BatchPlaces:
     claims: dict[Node, Claim] = {}
     unsure = any(map(_writes_rows, edges.items()))
     laid: set[Node] = set()
-    taken = []  # (kind of operation, its input, the input's dimension by which rows of other samples are taken)
-    for node, below_it in reversed(edges.items()):
-        kind, claim = node.name(), claims.get(node, 1)
-        claims[node] = claim = 1 if kind in BATCH_FIRST and isinstance(claim, int) else claim
-        told = node.call.outer_blocks() if kind == LAYER_CALL and isinstance(claim, int) else ()
-        for index, (child, number) in enumerate(below_it):
-            if child is None:
-                continue
-            below = told[index] if index < len(told) else _claim_below(node, kind, claim, index, child, number, rows)
-            if (
-                node in laid
-                or isinstance(claim, int)
-                and _lays_rows(node, kind, claim, index, output_shape(child, number))
-            ):
+    taken: list[tuple[Reading, Node]] = []  # readings by which rows of other samples are taken from a node
+    for node in reversed(edges):
+        claim = claims.get(node, 1)
+        known = isinstance(claim, int)
+        claims[node] = claim = 1 if known and kind_of(node) in BATCH_FIRST else claim
+        told = node.call.outer_blocks() if known and node.name() == LAYER_CALL else ()
+        for reading, child in _readings(node, edges[node], rows):
+            below = told[reading.index] if reading.index < len(told) else _claim_below(reading, claim)
+            if node in laid or isinstance(claim, int) and _lays_rows(reading, claim):
                 laid.add(child)
             if isinstance(claim, Picked) and isinstance(below, int):
-                unsure = unsure or not _takes_positions(node, kind, output_shape(child, number), rows)
-            if isinstance(below, (Picked, Permuted)) and isinstance(claim, int) and kind in PICKING:
-                taken.append((kind, child, number, _indexed_dims(node, kind, output_shape(child, number))))
+                unsure = unsure or not _takes_positions(reading)
+            if known and isinstance(below, (Picked, Permuted)) and reading.kind in op.PICKING:
+                taken.append((reading, child))
             claims[child] = _stronger(claims.get(child), below)
-    crossings = [
-        kind for kind, child, number, dims in taken if _lies_in(claims[child], output_shape(child, number), dims)
-    ]
     outer = {node: claim if isinstance(claim, int) else 1 for node, claim in claims.items()}
     picked = {node: claim.kind for node, claim in claims.items() if isinstance(claim, (Picked, Permuted))}
     shared = frozenset(node for node, claim in claims.items() if isinstance(claim, Shared))
+    crossings = [reading.node.name() for reading, child in taken if _takes_along_batch(reading, claims[child])]
     return BatchPlaces(outer, picked, crossings, frozenset(laid), unsure, shared)
 
 
-def _lays_rows(node: Node, kind: str, outer: int, index: int, below: Size) -> bool:
+def _readings(node: Node, below: Edges, rows: int) -> Iterator[tuple[Reading, Node]]:
+    """Yield the readings of a node's inputs, each with the node that made it."""
+    kind, shape = kind_of(node), output_shape(node) if below else Size()
+    for index, (child, number) in enumerate(below):
+        if child is not None:
+            yield Reading(node, kind, shape, index, output_shape(child, number), rows), child
+
+
+def _lays_rows(r: Reading, outer: int) -> bool:
     """Tell whether an operation may make a sample's rows of any rows of its input, as a product with a permutation matrix can."""
-    shape = output_shape(node)
-    if kind in LAYING:
+    if r.kind in op.LAYING:
         return True
-    if not shape or not below:
+    if not r.shape or not r.below:
         return False
-    dim, _ = locate(shape, outer)
-    if kind in LAYING_ALONG:
-        dims = getattr(node, "_saved_dims", None) or [getattr(node, "_saved_dim", 0)]
-        return dim in {wrapped(d, len(below)) for d in dims}
-    if kind in PRODUCTS:
-        *letters, out = PRODUCTS[kind]
-        return out[dim] not in letters[index][-len(below) :]
-    return outer == 1 and shape[0] != below[0] and kind not in SIZED
-
-
-# Another first size of these says nothing: they are judged by their kind.
-SIZED = VIEWING | MOVING | BROADCASTING | PARTING | PICKING | PLACING | {WRITING}
+    dim, _ = locate(r.shape, outer)
+    if r.kind in op.LAYING_ALONG:
+        return dim in dims_of(r.node, len(r.below))
+    if r.kind in op.PRODUCTS:
+        *letters, out = op.PRODUCTS[r.kind]
+        return out[dim] not in letters[r.index][-len(r.below) :]
+    return outer == 1 and r.shape[0] != r.below[0] and r.kind not in SIZED
 
 
 def _writes_rows(entry: tuple[Node, Edges]) -> bool:
     """Tell whether the node of `entry` is an in-place operation that writes features into a part of a tensor."""
     node, below = entry
-    written = [output_shape(*edge) for edge in below[1:] if edge[0] is not None] if node.name() == WRITING else []
+    written = [output_shape(*edge) for edge in below[1:] if edge[0] is not None] if node.name() == op.WRITING else []
     return any(shape.numel() != output_shape(node).numel() for shape in written)
 
 
@@ -190,46 +170,61 @@ def _stronger(known: Claim | None, new: Claim) -> Claim:
     return new if known is None or rank(new) > rank(known) else known
 
 
-def _claim_below(node: Node, kind: str, claim: Claim, index: int, child: Node, number: int, rows: int) -> Claim:
-    """Tell what an operation whose output has `claim` says of its input number `index`, output `number` of `child`."""
-    below = output_shape(child, number)
+def _claim_below(r: Reading, claim: Claim) -> Claim:
+    """Tell what an operation whose output has `claim` says of the input that it reads."""
     if isinstance(claim, Shared):
         return SHARED
     if isinstance(claim, Permuted):
-        found = _claim_below(node, kind, claim.outer, index, child, number, rows)
-        if kind in ORDERING:
-            return _reordered(node, kind, claim.outer, claim.owners, below, rows)
-        if isinstance(found, Picked):
-            return Picked(found.kind, claim.owners)
-        return Permuted(found, claim.owners, claim.kind) if isinstance(found, int) else found
+        return _below_permuted(r, claim)
     if isinstance(claim, Picked):
-        first = (
-            min(_indexed_dims(node, kind, below), default=None)
-            if kind in PICKING or _takes_rows(node, kind, below)
-            else None
-        )
-        if first is None:
-            return claim
-        place = prod(below[:first])
-        return place if claim.owners is None else Permuted(place, claim.owners, claim.kind)
-    shape = output_shape(node)
-    if index in WEIGHTS.get(kind, ()) and locate(shape, claim) == (0, 1):
+        return _below_picked(r, claim)
+    at = locate(r.shape, claim)
+    if r.index in WEIGHTS.get(r.kind, ()) and at == (0, 1):
         return SHARED
-    if kind in PICKING:
-        return _picked_from(node, kind, claim, below, rows)
-    if kind in PLACING and index == 1:
-        return _placed_into(node, kind, claim, below, rows)
-    if kind in PARTING:
-        dim, blocks = locate(shape, claim)
-        if blocks == 1 and dim < len(below) and len(below) == len(shape) and below[dim] != shape[dim]:
-            return Picked(kind)
-    if kind == "StackBackward0" and locate(shape, claim) == (wrapped(node._saved_dim, len(shape)), 1):
-        return Picked(kind)  # each input has one sample's numbers
-    partly = (kind == WRITING and index and shape.numel() != below.numel()) or _is_python(node)
-    if partly and shape and below and shape[0] != below[0] and claim == 1:
-        return Picked(kind)
-    moved = claim != 1 or kind in MOVING or kind in BROADCASTING
-    return _below(node, kind, claim, child, number) if moved else 1
+    if r.kind in op.PICKING:
+        return _below_pick(r, claim)
+    if r.kind in op.PLACING and r.index == 1:
+        return _below_placing(r, claim)
+    if _parts_samples(r, claim, *at):
+        return Picked(r.node.name())
+    moves = claim != 1 or r.kind in MOVING or r.kind in BROADCASTING
+    return _below_move(r, claim) if moves else 1
+
+
+def _below_permuted(r: Reading, claim: Permuted) -> Claim:
+    """Tell what is below rows in another order: the same order, or the samples' own below what changed it."""
+    if r.kind in op.INDEXING:
+        return _below_reorder(r, claim.outer, claim.owners)
+    found = _claim_below(r, claim.outer)
+    if isinstance(found, Picked):
+        return Picked(found.kind, claim.owners)
+    return Permuted(found, claim.owners, claim.kind) if isinstance(found, int) else found
+
+
+def _below_picked(r: Reading, claim: Picked) -> Claim:
+    """Tell what is below picked rows: more of them, unless these were picked along a dimension that must hold the batch."""
+    if r.kind not in op.PICKING and not _takes_rows(r):
+        return claim
+    dims = indexed_dims(r.node, r.below)
+    if not dims:
+        return claim
+    place = prod(r.below[: min(dims)])
+    return place if claim.owners is None else Permuted(place, claim.owners, claim.kind)
+
+
+def _parts_samples(r: Reading, outer: int, dim: int, blocks: int) -> bool:
+    """Tell whether an operation gives, or takes from its input, a part of the samples; the batch lies in dimension `dim`."""
+    if (
+        r.kind in PARTING
+        and blocks == 1
+        and len(r.below) == len(r.shape)
+        and r.below[dim : dim + 1] != r.shape[dim : dim + 1]
+    ):
+        return True
+    if r.kind == "Stack" and dim == dim_of(r.node, len(r.shape)):
+        return True  # each input has one sample's numbers
+    partly = (r.kind == op.WRITING and r.index and r.shape.numel() != r.below.numel()) or _is_python(r.node)
+    return bool(partly and r.shape and r.below and r.shape[0] != r.below[0] and outer == 1)
 
 
 def _is_python(node: Node) -> bool:
@@ -238,114 +233,75 @@ def _is_python(node: Node) -> bool:
     return function is not None and node.name() != COMPILED and not getattr(function, "keeps_rows", False)
 
 
-def _reordered(
-    node: Node, kind: str, outer: int, owners: Tensor | None, below: Size, rows: int
-) -> int | Permuted | Picked:
+def _below_pick(r: Reading, outer: int) -> Claim:
+    """Tell what an operation that picks rows says of its input: its `outer` if every sample picks rows of its own."""
+    if r.kind == op.PACKING:
+        return 1 if r.node._saved_batch_first else r.below[0]
+    if r.kind not in op.INDEXING or not r.shape:
+        return Picked(r.node.name())
+    indices, first, others = indexing(r.node, r.below)
+    dim, blocks = locate(r.shape, outer)
+    for d, place in others.items():
+        if place == dim:
+            return prod(r.below[:d]) * blocks
+    for d, index in indices.items():
+        if blocks == 1 and own_rows(index, dim - first, r.below[d], r.rows):
+            return prod(r.below[:d])
+    return _below_reorder(r, outer, None)
+
+
+def _below_reorder(r: Reading, outer: int, owners: Tensor | None) -> int | Permuted | Picked:
     """Tell what an index that reorders rows says of its input; owners: each output row's sample, None if they are in order."""
-    by_dim = indices_by_dim(node, kind, below)
-    (dim, index), *more = [(d, index) for d, index in enumerate(by_dim) if index is not None]
-    if more or index.dim() != 1 or len(index) != below[dim] or locate(output_shape(node), outer) != (dim, 1):
-        return Picked(kind)
+    (dim, index), *more = indexing(r.node, r.below).indices.items()
+    if more or index.dim() != 1 or len(index) != r.below[dim] or locate(r.shape, outer) != (dim, 1):
+        return Picked(r.node.name())
     in_order = torch.arange(len(index), device=index.device)
     owners = in_order if owners is None else owners
-    if rows % len(index) or len(owners) != len(index) or not torch.equal(index.sort().values, in_order):
-        return Picked(kind)
-    found, place = torch.empty_like(owners).index_copy(0, index, owners), prod(below[:dim])
-    return place if torch.equal(found, in_order) else Permuted(place, found, kind)
+    if r.rows % len(index) or len(owners) != len(index) or not torch.equal(index.sort().values, in_order):
+        return Picked(r.node.name())
+    found, place = torch.empty_like(owners).index_copy(0, index, owners), prod(r.below[:dim])
+    return place if torch.equal(found, in_order) else Permuted(place, found, r.node.name())
 
 
-def _picked_from(node: Node, kind: str, outer: int, below: Size, rows: int) -> Claim:
-    """Tell what an operation that picks rows says of its input: its `outer` if every sample picks rows of its own."""
-    if kind == PACKING:
-        return 1 if node._saved_batch_first else below[0]
-    if kind not in ORDERING or not output_shape(node):
-        return Picked(kind)
-    by_dim = indices_by_dim(node, kind, below)
-    advanced = [d for d, index in enumerate(by_dim) if index is not None]
-    indices = dict(zip(advanced, torch.broadcast_tensors(*(by_dim[d] for d in advanced))))
-    count = indices[advanced[0]].dim()
-    first = advanced[0] if advanced == list(range(advanced[0], advanced[-1] + 1)) else 0
-    dim, blocks = locate(output_shape(node), outer)
-    if not first <= dim < first + count:
-        kept = [d for d in range(len(below)) if d not in indices]
-        place = kept[dim if dim < first else dim - count]
-        return prod(below[:place]) * blocks
-    for d, index in indices.items():
-        if blocks == 1 and own_rows(index, dim - first, below[d], rows):
-            return prod(below[:d])
-    return _reordered(node, kind, outer, None, below, rows)
-
-
-def _placed_into(node: Node, kind: str, outer: int, values: Size, rows: int) -> Claim:
+def _below_placing(r: Reading, outer: int) -> Claim:
     """Tell what an operation that puts values into rows says of the values: their `outer` if every sample puts in its own."""
-    shape = output_shape(node)
-    dim, blocks = locate(shape, outer)
-    dims = _indexed_dims(node, kind, shape)
-    if dim not in dims:
-        return 1 if (dim, blocks) == (0, 1) else _aligned_below(shape, values, dim, blocks)
-    if kind == "IndexPutBackward0" and values and blocks == 1:
-        index = torch.broadcast_tensors(*(i for i in indices_by_dim(node, kind, shape) if i is not None))[
-            dims.index(dim)
-        ]
-        if values[0] == index.shape[0] and own_rows(index, 0, shape[dim], rows):
+    dim, blocks = locate(r.shape, outer)
+    if dim not in indexed_dims(r.node, r.shape):
+        at = dim - (len(r.shape) - len(r.below))
+        return prod(r.below[:at]) * blocks if at >= 0 and (dim, blocks) != (0, 1) else 1
+    if r.kind == "IndexPut" and r.below and blocks == 1:
+        index = indexing(r.node, r.shape).indices[dim]
+        if r.below[0] == index.shape[0] and own_rows(index, 0, r.shape[dim], r.rows):
             return 1
-    return Picked(kind)
+    return Picked(r.node.name())
 
 
-def _aligned_below(shape: Size, below: Size, dim: int, blocks: int) -> int:
-    dim -= len(shape) - len(below)
-    return prod(below[:dim]) * blocks if dim >= 0 else 1
-
-
-def own_rows(index: Tensor, dim: int, size: int, rows: int) -> bool:
-    """Tell whether entries of index, sample-major along dim, point to their own sample's among `size` sample-major numbers."""
-    if index.shape[dim] % rows or size % rows:
-        return False
-    owners = torch.arange(rows, device=index.device).repeat_interleave(index.shape[dim] // rows)
-    return bool((index // (size // rows) == owners.view(-1, *[1] * (index.dim() - dim - 1))).all())
-
-
-def indices_by_dim(node: Node, kind: str, shape: Sequence[int]) -> list[Tensor | None]:
-    """List the index into each dimension of the indexed tensor (None: not indexed); a mask over d dimensions gives d indices."""
-    if kind in ("IndexAddBackward0", "IndexCopyBackward0", "IndexSelectBackward0"):
-        indices = [None] * len(shape)
-        indices[wrapped(node._saved_dim, len(shape))] = node._saved_index.reshape(-1)
-        return indices
-    indices = []
-    for index in node._saved_indices:
-        indices += index.nonzero(as_tuple=True) if index is not None and index.dtype == torch.bool else [index]
-    indices = [index if index is None else index % size for index, size in zip(indices, shape)]
-    return indices + [None] * (len(shape) - len(indices))
-
-
-def _indexed_dims(node: Node, kind: str, shape: Sequence[int]) -> list[int]:
-    """List the dimensions along which rows are picked from a tensor, or put into it."""
-    if kind in ("IndexBackward0", "IndexPutBackward0", "IndexSelectBackward0"):
-        return [d for d, index in enumerate(indices_by_dim(node, kind, shape)) if index is not None]
-    if kind == PACKING:
-        return [0 if node._saved_batch_first else 1]
-    dim = getattr(node, "_saved_dim", None)
-    return list(range(len(shape))) if dim is None else [wrapped(dim, len(shape))]
-
-
-def _takes_rows(node: Node, kind: str, below: Size) -> bool:
+def _takes_rows(r: Reading) -> bool:
     """Tell whether an operation takes a part of its input's first dimension."""
-    if kind in ("SelectBackward0", "UnbindBackward0"):
-        return wrapped(node._saved_dim, len(below)) == 0
-    return kind in PARTING and kind != "CatBackward0" and bool(below) and output_shape(node)[0] != below[0]
+    if r.kind in op.SELECTING:
+        return dim_of(r.node, len(r.below)) == 0
+    return r.kind in op.SLICING and bool(r.below) and r.shape[0] != r.below[0]
 
 
-def _takes_positions(node: Node, kind: str, below: Size, rows: int) -> bool:
+def _takes_positions(r: Reading) -> bool:
     """Tell whether an operation picks by sample and position from [rows, T, ...]; other inputs may have been picked before."""
-    return kind == "IndexBackward0" and below[0] == rows and _indexed_dims(node, kind, below)[:2] == [0, 1]
+    return r.kind == "Index" and r.below[0] == r.rows and indexed_dims(r.node, r.below)[:2] == [0, 1]
 
 
-def _lies_in(claim: Claim, shape: Size, dims: Sequence[int]) -> bool:
-    return isinstance(claim, int) and bool(shape) and locate(shape, claim)[0] in dims
+def _takes_along_batch(r: Reading, claim: Claim) -> bool:
+    """Tell whether an operation picks along the dimension of its input that holds the batch, by the final claim on it."""
+    return isinstance(claim, int) and bool(r.below) and locate(r.below, claim)[0] in indexed_dims(r.node, r.below)
 
 
-def output_shape(node: Node, number: int = 0) -> Size:
-    return Size(node._input_metadata[number].shape)
+def _below_move(r: Reading, outer: int) -> int | Shared:
+    """Tell where the batch lies in the input of an operation that moves, drops or broadcasts dimensions."""
+    if r.kind in op.VIEWS or not r.shape or (r.kind == op.WRITING and r.shape.numel() == r.below.numel()):
+        return outer
+    at, blocks = locate(r.shape, outer)
+    dim = next((d for d, place in places(r.node, r.below, r.shape).items() if place == at), None)
+    if r.kind in BROADCASTING and (dim is None or r.below[dim] == 1 < r.shape[at]):
+        return SHARED
+    return 1 if dim is None else prod(r.below[:dim]) * blocks
 
 
 def locate(shape: Sequence[int], outer: int) -> tuple[int, int]:
@@ -367,64 +323,3 @@ def batch_apart(t: Tensor, dim: int, blocks: int) -> Tensor:
     if t.shape[dim] % blocks:
         raise PrivacyError(f"a tensor of shape {tuple(t.shape)} has no batch in dimension {dim}: it must come first")
     return t.unflatten(dim, (blocks, t.shape[dim] // blocks)).movedim(dim + 1, 0)
-
-
-def signed(dim: int) -> int:
-    """Read a dimension or index as a signed number: autograd gives -1 as 2^64 - 1."""
-    return dim - (1 << 64) if dim >= 1 << 63 else dim
-
-
-def wrapped(dim: int, dims: int) -> int:
-    return signed(dim) % dims if dims else 0
-
-
-def _below(node: Node, kind: str, outer: int, child: Node, number: int) -> Claim:
-    """Tell what an operation that knows its own `outer` says of its input, output `number` of `child`."""
-    shape, below = output_shape(node), output_shape(child, number)
-    if kind in VIEWING or not shape or (kind == WRITING and shape.numel() == below.numel()):
-        return outer
-    at, blocks = locate(shape, outer)
-    dim = _dim_below(node, kind, at, len(shape), len(below))
-    if kind in BROADCASTING and (dim < 0 or below[dim] == 1 < shape[at]):
-        return SHARED
-    return prod(below[:dim]) * blocks if 0 <= dim < len(below) else 1
-
-
-def _dim_below(node: Node, kind: str, dim: int, dims: int, dims_below: int) -> int:
-    """Find the dimension of an input that becomes dimension `dim` of the output; negative: the input is broadcast along it."""
-    if kind == "TBackward0":
-        return dims - 1 - dim
-    if kind in ("TransposeBackward0", "TransposeBackward1"):
-        a, b = wrapped(node._saved_dim0, dims), wrapped(node._saved_dim1, dims)
-        return {a: b, b: a}.get(dim, dim)
-    if kind == "PermuteBackward0":
-        return wrapped(node._saved_dims[dim], dims)
-    if kind in ("SelectBackward0", "UnbindBackward0"):
-        return dim + (dim >= wrapped(node._saved_dim, dims_below))
-    if kind == "StackBackward0":
-        return dim - (dim > wrapped(node._saved_dim, dims))
-    if kind in REDUCING and dims < dims_below:
-        return dict(enumerate(_kept_dims(node, dims_below))).get(dim, dim)
-    return dim - max(0, dims - dims_below)  # element by element, products, convolutions, ...: aligned
-
-
-def _kept_dims(node: Node, dims: int) -> list[int]:
-    summed = node._saved_dim
-    summed = [summed] if isinstance(summed, int) else summed or range(dims)
-    summed = {wrapped(dim, dims) for dim in summed}
-    return [dim for dim in range(dims) if dim not in summed]
-
-
-def carries_batch(node: Node, consumers: Sequence[tuple[Node, int, int]], outer: Mapping[Node, int]) -> bool:
-    """Tell whether the output of `node`, an expand or repeat, has entries for each row; no if readers broadcast it over them."""
-    shape = output_shape(node)
-    if not outer[node]:
-        return True
-    for consumer, _, _ in consumers:
-        read = output_shape(consumer)
-        if consumer.name() not in ELEMENTWISE:
-            return True
-        dim = locate(read, outer[consumer])[0] - (len(read) - len(shape))
-        if dim >= 0 and shape[dim] == read[dim + len(read) - len(shape)]:
-            return True
-    return not consumers

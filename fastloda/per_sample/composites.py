@@ -19,9 +19,10 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
-from fastloda.per_sample.batch_axis import LAYER_CALL, Edges, carries_batch, output_shape
-from fastloda.per_sample.node import Node
-from fastloda.per_sample.relaying import RELAYING, TILING, relays
+from fastloda.per_sample.batch_axis import LAYER_CALL
+from fastloda.per_sample.node import Edges, Node, output_shape
+from fastloda.per_sample.operations import TILING, kind_of
+from fastloda.per_sample.relaying import Readers, is_step, relays
 
 MARK = "fastloda: made of parameters and constants"
 READING = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
@@ -31,7 +32,7 @@ LIKE_ANOTHER: set[Callable] = {torch.zeros_like, torch.ones_like, torch.empty_li
 LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
 WHOLE_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__}
 
-Consumers = Mapping[Node, Sequence[tuple[Node, int, int]]]  # node -> (reading operation, its input, the node's output)
+Consumers = Mapping[Node, Readers]  # node -> the operations that read its outputs
 
 
 class Marking(TorchFunctionMode):
@@ -88,7 +89,7 @@ class Marking(TorchFunctionMode):
 
 def _is_made(node: Node) -> bool:
     """Tell whether the node does more than re-lay a parameter. Views are skipped first, for a linear map may end in one."""
-    while node.name() in RELAYING or node.name() in TILING:
+    while is_step(node):
         node = node.next_functions[0][0]
     return not hasattr(node, "variable")
 
@@ -170,7 +171,7 @@ def composite_nodes(
         if node in marked:
             marked.update(child for child, _ in edges[node] if child is not None)
     for node, below in edges.items():
-        if (node.name() in RELAYING or node.name() in TILING) and below[0][0] in marked:
+        if is_step(node) and below[0][0] in marked:
             marked.add(node)
 
     made: set[Node] = set()
@@ -183,8 +184,7 @@ def composite_nodes(
     for node in reversed(edges):
         if node in marked and edges[node] and all(fits(node, *consumer) for consumer in consumers[node]):
             others = [consumer for consumer in consumers[node] if consumer[0] not in made]
-            relaid = relays(node, outer[node]) or node.name() not in TILING
-            if relaid or not others or not carries_batch(node, others, outer):
+            if kind_of(node) not in TILING or not others or relays(node, others, outer):
                 made.add(node)
     return frozenset(made)
 

@@ -17,32 +17,19 @@ from torch import Tensor, nn
 
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.backward import of_parameter, run_backward
-from fastloda.per_sample.batch_axis import LAYER_CALL, output_shape
+from fastloda.per_sample.batch_axis import LAYER_CALL
 from fastloda.per_sample.fallback.functional import FunctionalRule, cover
 from fastloda.per_sample.fallback.layer_call import tensors
 from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import LossGraph, Use, trace
 from fastloda.per_sample.members import Members
-from fastloda.per_sample.node import Node
+from fastloda.per_sample.node import Node, output_shape
 from fastloda.per_sample.planner import Sizes, Way, choose, costs
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.refusals import check_graph, check_independence, trainable_parameters
 from fastloda.per_sample.rules import uncovered
 
-HEAD = (
-    "layer",
-    "class",
-    "operation",
-    "parameters",
-    "rows",
-    "way",
-    "gradients",
-    "recipe",
-    "flops: kept",
-    "made again",
-    "ghost",
-    "",
-)
+HEAD = "layer,class,operation,parameters,rows,way,gradients,recipe,flops: kept,made again,ghost,".split(",")
 LEFT = (0, 1, 2, 5, 11)  # columns aligned to the left
 
 
@@ -109,7 +96,7 @@ class Explanation:
         total = ("total", "", "", f"{sums[0]:,}", "", "", _bytes(sums[1]), _bytes(sums[2]), "", "", "", "")
         planned = f"as planned: {_bytes(self.held_bytes)} held, {_count(self.flops)} flops beside forward and backward"
         return "\n".join(
-            [*_aligned([HEAD, *map(_cells, self.rows), total]), planned, *map("refused: {}".format, self.refused)]
+            [*_align([HEAD, *map(_cells, self.rows), total]), planned, *map("refused: {}".format, self.refused)]
         )
 
 
@@ -297,21 +284,21 @@ def _cells(row: Row) -> tuple[str, ...]:
     return row.layer, row.kind, operations, *numbers, *flops, row.note
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+def _align(lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines)]
     pad = lambda i, cell: cell.ljust(widths[i]) if i in LEFT else cell.rjust(widths[i])  # noqa: E731
     return ["  ".join(pad(i, cell) for i, cell in enumerate(line)).rstrip() for line in lines]
 
 
 def _bytes(count: int) -> str:
-    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    return _scale(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def _count(count: int) -> str:
-    return _scaled(count, 1000, ("", "k", "M", "G", "T", "P"))
+    return _scale(count, 1000, ("", "k", "M", "G", "T", "P"))
 
 
-def _scaled(count: int, step: int, units: Sequence[str]) -> str:
+def _scale(count: int, step: int, units: Sequence[str]) -> str:
     value, unit = float(count), 0
     while value >= step and unit < len(units) - 1:
         value, unit = value / step, unit + 1

@@ -134,7 +134,7 @@ class PerSampleGrad:
         if lone := self._lone:
             fused, tensors = lone
             accumulated_in = torch.promote_types(tensors[0].dtype, torch.float32)
-            return self._checked(fused.weighted_sum(*tensors, factors.to(accumulated_in)))
+            return self._check_shape(fused.weighted_sum(*tensors, factors.to(accumulated_in)))
         if self.again:
             parts = (weighted_row_sum(grads, factors[chosen], some_are_zero) for chosen, grads in self.chunks())
             total = reduce(Tensor.add_, parts)
@@ -142,9 +142,9 @@ class PerSampleGrad:
             total = weighted_row_sum(self.kept, factors, some_are_zero)
         else:
             return None
-        return self._checked(self.order(total.unsqueeze(0)).squeeze(0))
+        return self._check_shape(self.order(total.unsqueeze(0)).squeeze(0))
 
-    def _checked(self, total: Tensor) -> Tensor:
+    def _check_shape(self, total: Tensor) -> Tensor:
         if total.shape != self.shape:
             raise PrivacyError(
                 f"a parameter of shape {tuple(self.shape)} entered an operation as {tuple(total.shape)}: no exact rule"

@@ -5,7 +5,7 @@ the loss, all show as edges to its AccumulateGrad node. A private step covers a 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,11 +13,12 @@ import torch
 from torch import Size, Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastloda.per_sample.batch_axis import Edges, carries_batch, follow_batch, output_shape
+from fastloda.per_sample.batch_axis import follow_batch
 from fastloda.per_sample.composites import Composite, Consumers, composite_nodes, composite_uses
-from fastloda.per_sample.node import Node
+from fastloda.per_sample.node import Edges, Node, output_shape
+from fastloda.per_sample.operations import TILING, kind_of
 from fastloda.per_sample.regions import COMPILED, code_number, may_pick_rows
-from fastloda.per_sample.relaying import TILING, Step, relays
+from fastloda.per_sample.relaying import Step, relays
 from fastloda.per_sample.rules import covers
 
 CONVOLUTION, BATCH_NORM = "ConvolutionBackward0", "NativeBatchNormBackward0"
@@ -69,7 +70,6 @@ def trace(
     """
     roots = [losses] if isinstance(losses, Tensor) else list(losses)
     edges = nodes_below([root.grad_fn for root in roots if root.grad_fn is not None])
-    order = list(edges)
     consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
     for node, below in edges.items():
         for index, (child, number) in enumerate(below):
@@ -77,32 +77,17 @@ def trace(
                 consumers[child].append((node, index, number))
 
     places = follow_batch(edges, len(roots[0]) if roots[0].dim() and not alone else 1)
-    outer = places.outer
-    made = composite_nodes(edges, consumers, outer, covered)
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    found: dict[Node, list[Use]] = defaultdict(list)
-    for leaf in order:
-        name = names.get(id(getattr(leaf, "variable", None)))
-        if name is not None:
-            for use in _uses(name, leaf, consumers, outer, made):
-                found[use.node].append(use)
-
-    uses = {node: found[node] for node in order if node in found}
-    kinds = [node.name() for node in order]
+    made = composite_nodes(edges, consumers, places.outer, covered)
+    uses = _uses_by_node(edges, parameters, consumers, places.outer, made)
     compiled, convolutions, batch_norms = (
-        tuple(node for node, kind in zip(order, kinds) if kind == wanted)
-        for wanted in (COMPILED, CONVOLUTION, BATCH_NORM)
+        tuple(node for node in edges if node.name() == kind) for kind in (COMPILED, CONVOLUTION, BATCH_NORM)
     )
-    # Modes of the caller would see a saved number as a tensor, at which PyTorch fails, or take it for a number the model reads.
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
-        settings = [setting for node in order for setting in _settings(node)]
-    signature = hash((*kinds, *settings, *map(code_number, compiled), *(outer[node] > 1 for node in uses)))
     return LossGraph(
         uses=uses,
-        outer={node: outer[node] for node in uses},
+        outer={node: places.outer[node] for node in uses},
         deeper=_with_uses_below(edges, uses),
-        signature=signature,
-        operations=frozenset(kinds),
+        signature=_signature(edges, compiled, [places.outer[node] for node in uses]),
+        operations=frozenset(node.name() for node in edges),
         picked={node: places.picked[node] for node in uses if node in places.picked},
         crossings=places.crossings,
         unsure=places.unsure or not places.laid.isdisjoint(uses) or any(map(may_pick_rows, compiled)),
@@ -111,6 +96,15 @@ def trace(
         convolutions=convolutions,
         batch_norms=batch_norms,
     )
+
+
+def _signature(nodes: Collection[Node], compiled: Iterable[Node], outer: Iterable[int]) -> int:
+    """Hash what sets a kind of computation apart: see `LossGraph.signature`."""
+    # Modes of the caller would see a saved number as a tensor, at which PyTorch fails, or take it for a number the model reads.
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        settings = [setting for node in nodes for setting in _settings(node)]
+    kinds = (node.name() for node in nodes)
+    return hash((*kinds, *settings, *map(code_number, compiled), *(blocks > 1 for blocks in outer)))
 
 
 DIMENSIONS = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1")
@@ -151,27 +145,35 @@ def nodes_below(roots: Iterable[Node]) -> dict[Node, Edges]:
     """Map each node below the roots, and these, to its edges, each node after its inputs; PyTorch is asked once for each."""
     found: dict[Node, Edges] = {}
     seen: set[Node] = set()
-    for root in roots:
-        if root in seen:
-            continue
-        seen.add(root)
-        stack = [_entered(root)]
-        while stack:
-            node, edges, waiting = stack[-1]
-            for child, _ in waiting:
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    stack.append(_entered(child))
-                    break
-            else:
-                found[node] = edges
-                stack.pop()
+    stack = [(None, (), iter([(root, 0) for root in roots]))]
+    while stack:
+        node, edges, waiting = stack[-1]
+        child = next((child for child, _ in waiting if child is not None and child not in seen), None)
+        if child is None:
+            found[node] = edges
+            stack.pop()
+        else:
+            seen.add(child)
+            stack.append((child, below := child.next_functions, iter(below)))
+    del found[None]
     return found
 
 
-def _entered(node: Node) -> tuple[Node, Edges, Iterator[tuple[Node | None, int]]]:
-    edges = node.next_functions
-    return node, edges, iter(edges)
+def _uses_by_node(
+    nodes: Iterable[Node],
+    parameters: Mapping[str, nn.Parameter],
+    consumers: Consumers,
+    outer: Mapping[Node, int],
+    made: frozenset[Node],
+) -> dict[Node, list[Use]]:
+    """Find the uses of all parameters by the operations that make them, in the order of `nodes`."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: dict[Node, list[Use]] = defaultdict(list)
+    for leaf in nodes:
+        name = names.get(id(getattr(leaf, "variable", None)))
+        for use in _uses(name, leaf, consumers, outer, made) if name is not None else ():
+            found[use.node].append(use)
+    return {node: found[node] for node in nodes if node in found}
 
 
 def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> list[Use]:
@@ -182,7 +184,7 @@ def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int]
         tensor, before = pending.pop()
         for node, index, number in consumers[tensor]:
             steps = before if tensor is leaf else (*before, Step(tensor, number))
-            if _relays(node, consumers, outer, made):
+            if relays(node, consumers[node], outer) or node in made and kind_of(node) in TILING:
                 pending.append((node, steps))
             elif node not in made:
                 uses[node, index] = Use(name, node, index, output_shape(tensor, number), steps)
@@ -192,20 +194,13 @@ def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int]
     return list(uses.values())
 
 
-def _relays(node: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> bool:
-    if relays(node, outer[node]):
-        return True
-    return node.name() in TILING and (node in made or not carries_batch(node, consumers[node], outer))
-
-
 def _with_uses_below(edges: Mapping[Node, Edges], uses: Mapping[Node, list[Use]]) -> frozenset[Node]:
-    leads_to_use: set[Node] = set()
+    leading: set[Node] = set()  # to a use, or uses themselves
     deeper: set[Node] = set()
     for node, below in edges.items():
-        if any(child in leads_to_use for child, _ in below):
-            leads_to_use.add(node)
-            if node in uses:
-                deeper.add(node)
+        if any(child in leading for child, _ in below):
+            deeper.add(node)
+            leading.add(node)
         elif node in uses:
-            leads_to_use.add(node)
-    return frozenset(deeper)
+            leading.add(node)
+    return frozenset(deeper.intersection(uses))

@@ -133,19 +133,9 @@ def check_graph(graph: LossGraph) -> None:
             f"samples mix: {graph.crossings[0]} hands a sample the rows of others, by an index along the batch"
         )
     for node, kind in graph.picked.items():
-        if kind in JOINING:
-            cause = f"a part of the samples, which {kind} joins with others. Call that layer once for all of them (records of "
-            cause += (
-                "unequal length padded); or hand each part's losses to GhostClipper.accumulate, one part after another"
-            )
-        else:
-            cause = f"rows that {kind} picks by data (a mask, an index, lengths), so that whose each row is changes from batch "
-            cause += (
-                "to batch. Compute that layer at all positions, and weigh the losses of those that do not count by 0"
-            )
         raise PrivacyError(
-            f"parameter {graph.uses[node][0].name!r} is used by {node.name()} on {cause}; or cover(model, [name]) of a module "
-            "around it that takes one row for each sample (a layer of experts), which is exact but slower"
+            f"parameter {graph.uses[node][0].name!r} is used by {node.name()} on {_cause_of_picks(kind)}; or cover(model, "
+            "[name]) of a module around it that takes one row for each sample (a layer of experts), which is exact but slower"
         )
     for use in uncovered(graph):
         kind = use.node.name()
@@ -154,6 +144,18 @@ def check_graph(graph: LossGraph) -> None:
         raise PrivacyError(
             f"parameter {use.name!r} is used by {kind} (input {use.index}), which has no exact per-sample rule: {remedy}"
         )
+
+
+def _cause_of_picks(kind: str) -> str:
+    if kind in JOINING:
+        return (
+            f"a part of the samples, which {kind} joins with others. Call that layer once for all of them (records of unequal "
+            "length padded); or hand each part's losses to GhostClipper.accumulate, one part after another"
+        )
+    return (
+        f"rows that {kind} picks by data (a mask, an index, lengths), so that whose each row is changes from batch to batch. "
+        "Compute that layer at all positions, and weigh the losses of those that do not count by 0"
+    )
 
 
 def check_independence(

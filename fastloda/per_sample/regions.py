@@ -43,10 +43,10 @@ def may_pick_rows(region: Node) -> bool:
 
 
 def _backward_code(kind: type) -> fx.Graph | None:
-    kept = getattr(getattr(kind, "_forward_cls", None), "_lazy_backward_info", None)
-    module = getattr(kept, "bw_module", None)
-    if module is None and hasattr(kept, "bw_module_fn"):  # from the cache of an earlier process
-        module = kept.bw_module_fn()
+    info = getattr(getattr(kind, "_forward_cls", None), "_lazy_backward_info", None)
+    module = getattr(info, "bw_module", None)
+    if module is None and hasattr(info, "bw_module_fn"):  # from the cache of an earlier process
+        module = info.bw_module_fn()
     return getattr(module, "graph", None)
 
 

@@ -5,13 +5,25 @@ of the operation gives the gradient of what it read. The steps back from there t
 sample, and move numbers without changing them (those of a repetition are summed).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Size, Tensor
 
-from fastloda.per_sample.batch_axis import VIEWING, output_shape, signed, wrapped
-from fastloda.per_sample.node import Node
+from fastloda.per_sample.batch_axis import locate
+from fastloda.per_sample.node import Node, output_shape
+from fastloda.per_sample.operations import (
+    ARITHMETIC,
+    PERMUTING,
+    TILING,
+    VIEWS,
+    dim_of,
+    kind_of,
+    permutation,
+    taken_range,
+)
+
+Readers = Sequence[tuple[Node, int, int]]  # of a node's outputs: (operation, number of its input, number of the output)
 
 
 class Step(NamedTuple):
@@ -28,17 +40,41 @@ class Step(NamedTuple):
 
     def back(self, grads: Tensor) -> Tensor:
         """Take gradients of the step's output [samples, *after] to those of its input [samples, *before]."""
-        return RELAYING.get(self.node.name(), _untiled)(self, grads)
+        return BACK[kind_of(self.node)](self, grads)
 
 
-def relays(node: Node, outer: int) -> bool:
-    """Tell whether the node only re-lays its input, whatever reads its output.
+def relays(node: Node, readers: Readers, outer: Mapping[Node, int]) -> bool:
+    """Tell whether the node only re-lays its input.
 
-    `expand` and `repeat` do where they make no copy, except in a batch of one (outer 0), where the one copy may be the batch's.
+    `expand` and `repeat` do where `readers` broadcast their output over the batch, and where they make no copy, except in a batch
+    of one (outer 0), where the one copy may be the batch's.
+
+    outer: node -> the blocks before the batch coordinate in its output.
     """
-    if node.name() in TILING:
-        return bool(outer) and output_shape(node).numel() == output_shape(*node.next_functions[0]).numel()
-    return node.name() in RELAYING
+    if kind_of(node) in TILING:
+        no_copy = output_shape(node).numel() == output_shape(*node.next_functions[0]).numel()
+        return bool(outer[node]) and no_copy or not _carries_batch(node, readers, outer)
+    return is_step(node)
+
+
+def _carries_batch(node: Node, readers: Readers, outer: Mapping[Node, int]) -> bool:
+    """Tell whether the output of `node`, an expand or repeat, has entries for each row; no if readers broadcast it over them."""
+    shape = output_shape(node)
+    if not outer[node]:
+        return True
+    for reader, _, _ in readers:
+        read = output_shape(reader)
+        if kind_of(reader) not in ARITHMETIC:
+            return True
+        dim = locate(read, outer[reader])[0] - (len(read) - len(shape))
+        if dim >= 0 and shape[dim] == read[dim + len(read) - len(shape)]:
+            return True
+    return not readers
+
+
+def is_step(node: Node) -> bool:
+    """Tell whether the node re-lays its input, or repeats it."""
+    return kind_of(node) in BACK
 
 
 def back_to_parameter(steps: Sequence) -> Callable[[Tensor], Tensor]:
@@ -52,56 +88,38 @@ def back_to_parameter(steps: Sequence) -> Callable[[Tensor], Tensor]:
     return back
 
 
-def untiled(grads: Tensor, before: Sequence[int]) -> Tensor:
-    """Sum gradients [samples, *after] over the copies: [samples, *before]; dimensions of `after` are multiples of `before`'s."""
+def sum_copies(grads: Tensor, shape: Sequence[int]) -> Tensor:
+    """Sum gradients [samples, *after] over the copies: [samples, *shape]; sizes of `after` are multiples of those of `shape`."""
     after = grads.shape[1:]
-    before = (1,) * (len(after) - len(before)) + tuple(before)
+    before = (1,) * (len(after) - len(shape)) + tuple(shape)
     copies = [size for a, b in zip(after, before) for size in (a // b if b else 1, b)]
-    grads = grads.reshape(len(grads), *copies).sum(tuple(range(1, 1 + len(copies), 2))) if copies else grads
-    return grads
+    summed = grads.reshape(len(grads), *copies).sum(tuple(range(1, 1 + len(copies), 2))) if copies else grads
+    return summed.reshape(len(grads), *shape)
 
 
-def _untiled(step: Step, grads: Tensor) -> Tensor:
-    return untiled(grads, step.before).reshape(len(grads), *step.before)
+def _untile(step: Step, grads: Tensor) -> Tensor:
+    return sum_copies(grads, step.before)
 
 
-def _reshaped(step: Step, grads: Tensor) -> Tensor:
+def _reshape(step: Step, grads: Tensor) -> Tensor:
     return grads.reshape(len(grads), *step.before)
 
 
-def _turned(step: Step, grads: Tensor) -> Tensor:
-    return grads.mT if grads.dim() == 3 else grads  # x.t() of a vector is the vector
+def _unpermute(step: Step, grads: Tensor) -> Tensor:
+    order = permutation(step.node, len(step.before))
+    return grads.permute(0, *(1 + order.index(dim) for dim in range(len(order))))
 
 
-def _transposed(step: Step, grads: Tensor) -> Tensor:
-    dims = len(step.before)
-    return grads.transpose(1 + wrapped(step.node._saved_dim0, dims), 1 + wrapped(step.node._saved_dim1, dims))
-
-
-def _permuted(step: Step, grads: Tensor) -> Tensor:
-    order = [1 + wrapped(dim, len(step.before)) for dim in step.node._saved_dims]
-    return grads.permute(0, *sorted(range(1, len(order) + 1), key=lambda dim: order[dim - 1]))
-
-
-def _padded(step: Step, grads: Tensor) -> Tensor:
+def _pad(step: Step, grads: Tensor) -> Tensor:
     """Take gradients of a part of the input to the whole input's, with zeros for the rest."""
-    node, before = step.node, step.before
-    dim = wrapped(node._saved_dim, len(before))
-    whole = grads.new_zeros(len(grads), *before)
-    if node.name() == "SelectBackward0":
-        whole.select(1 + dim, signed(node._saved_index)).copy_(grads)
-        return whole
-    if node.name() == "SliceBackward0":
-        part = slice(signed(node._saved_start or 0), signed(node._saved_end), node._saved_step)
-    else:
-        sizes = getattr(node, "_saved_split_sizes", None)
-        start = sum(sizes[: step.number]) if sizes is not None else step.number * node._saved_split_size
-        part = slice(start, start + grads.shape[1 + dim])
-    whole[(slice(None),) * (1 + dim) + (part,)] = grads
+    dim = dim_of(step.node, len(step.before))
+    part = taken_range(step.node, step.number, step.before, grads.shape[1:])
+    grads = grads.unsqueeze(1 + dim) if kind_of(step.node) == "Select" else grads
+    whole = grads.new_zeros(len(grads), *step.before)
+    whole[(slice(None),) * (1 + dim) + (slice(part.start, part.stop, part.step),)] = grads
     return whole
 
 
-TILING = {"ExpandBackward0", "RepeatBackward0"}  # along the batch covered by `rules/expand.py`; steps otherwise
-RELAYING = dict.fromkeys(VIEWING, _reshaped)
-RELAYING |= {"TBackward0": _turned, "TransposeBackward0": _transposed, "PermuteBackward0": _permuted}
-RELAYING |= dict.fromkeys(("SelectBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"), _padded)
+# Those that tile are covered along the batch by `rules/expand.py`, and are steps otherwise.
+BACK = dict.fromkeys(VIEWS, _reshape) | dict.fromkeys(PERMUTING, _unpermute) | dict.fromkeys(TILING, _untile)
+BACK |= dict.fromkeys(("Select", "Slice", "Split", "SplitWithSizes"), _pad)

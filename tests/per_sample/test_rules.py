@@ -611,6 +611,10 @@ def test_a_registered_rule_is_exact_and_needs_no_cover(counts):
     [
         (lambda layer, inputs, gy: {"scale": 2 * right(layer, inputs, gy)["scale"]}, "'scale' are off by 1 of"),
         (lambda layer, inputs, gy: {"scale": right(layer, inputs, gy)["scale"].flip(0)}, "'scale'"),
+        (
+            lambda layer, inputs, gy: {"scale": right(layer, inputs, gy)["scale"] * float("nan")},
+            "'scale' are off by nan",
+        ),
         (lambda layer, inputs, gy: {}, "'scale' a gradient of shape \\(4, 3\\), got none"),
         (lambda layer, inputs, gy: {"scale": right(layer, inputs, gy)["scale"].sum(0)}, "got one of shape \\(3,\\)"),
     ],

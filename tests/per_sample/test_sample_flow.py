@@ -51,6 +51,31 @@ class NormalisedBackward(RowSquares):
         return ctx.saved_tensors[0] * g[:, None] / g.norm()
 
 
+class Gelu(torch.autograd.Function):
+    """An operation with the name of one of PyTorch's, whose backward pass scales each sample's gradient by all of them."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.saved_tensors[0] * g / g.norm()
+
+
+class HookedCriterion(nn.Module):
+    """A criterion of two inputs, whose backward passes are watched: of the second it takes a softmax along `dim`."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+        self.register_full_backward_hook(lambda *given: None)
+
+    def forward(self, z, turned):
+        return z.square().mean() + turned.softmax(self.dim).square().mean()
+
+
 class ClippedBackward(RowSquares):
     """A backward pass that clips the gradient of the batch where it is large, or keeps it from being small."""
 
@@ -147,6 +172,8 @@ MIXING = {  # name -> (shape of the outputs, loss)
     "broadcast mistake, expanded": ((N, 1), lambda o: (o.expand(N, N) - torch.randn(N)).abs().mean()),
     "weighted by the batch": ((N,), lambda s: (s.square() * s / s.sum()).sum()),
     "backward that normalises": ((N, C), lambda s: NormalisedBackward.apply(s).mean()),
+    "backward that normalises, by a known name": ((N, C), lambda s: Gelu.apply(s).mean()),
+    "softmax of the second input of a hooked criterion": ((N, N), lambda s: HookedCriterion(1)(s, s.T)),
     "backward that clips": ((N, C), lambda s: ClippedBackward.apply(s).mean()),
     "masked rows": ((N, C), lambda s: F.cross_entropy(s[Y > 1], Y[Y > 1])),
     "distances": ((N, C), lambda s: torch.cdist(s, s).mean()),
@@ -342,6 +369,7 @@ HONEST = {
     "one by one": ((N, C), one_by_one),
     "stacked one by one": ((N, C), stacked),
     "by unbind": ((N, C), lambda z: torch.stack([row.logsumexp(0) for row in z.unbind()]).mean()),
+    "softmax of the second input of a hooked criterion": ((N, C), lambda z: HookedCriterion(0)(z, z.T)),
     "own Function that clamps": ((N, C), lambda z: ClampedBackward.apply(z).mean()),
     "own Function by row": ((N, C), lambda z: RowSquares.apply(z).mean()),
     "checkpointed": ((N, C), lambda z: checkpoint(lambda z: F.cross_entropy(z, Y), z, use_reentrant=False)),
@@ -397,6 +425,7 @@ def test_honest_losses_are_honest(name):
 UNSEEN = {name for name in MIXING if "mistake" in name} | {
     "contrastive, reentrant checkpoint",
     "backward that normalises",
+    "backward that normalises, by a known name",
     "backward that clips",
 }
 UNSEEN |= {"masked rows", "neighbours in the batch", "halves", "halves by chunk", "flipped", "pairs"}

@@ -19,21 +19,23 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.amx import watch_convolutions
-from fastloda.per_sample.batch_axis import LAYER_CALL, output_shape
+from fastloda.per_sample.batch_axis import LAYER_CALL
 from fastloda.per_sample.composites import is_marking, marking
 from fastloda.per_sample.fallback.layer_call import (
     LayerCall,
     call_as_one,
     detached,
     differentiable,
+    grads_of,
     may_be_one,
     tensors,
     trainable,
 )
 from fastloda.per_sample.graph import Use, trace
+from fastloda.per_sample.node import output_shape
 from fastloda.per_sample.planner import chunk_samples
 from fastloda.per_sample.refusals import parting
-from fastloda.per_sample.rules import may_be_covered, may_cover
+from fastloda.per_sample.rules import may_cover, uncovered
 
 KNOWN: set[type[nn.Module]] = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding}
 KNOWN |= {nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
@@ -97,7 +99,7 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
     if layers is None:
         _left_alone.pop(model, None)  # the user asks for it: watch the model once more
         return cover_modules(modules, trainable(model))
-    chosen = {name: _checked(modules, name) for name in layers}
+    chosen = {name: _find_layer(modules, name) for name in layers}
     for name, layer in chosen.items():
         _install(layer, FunctionalRule(name), trainable(layer))
     return Covered(chosen)
@@ -212,9 +214,8 @@ class FunctionalRule:
         at_a_time = chunk_samples(sum(p.numel() for p in own.values()))
         by_row = torch.func.vmap(of_row, randomness="error", chunk_size=at_a_time)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*batching rule.*"
-            )  # it is about speed, of which the layer's own warning speaks
+            # It is about speed, of which the layer's own warning speaks.
+            warnings.filterwarnings("ignore", message=".*batching rule.*")
             grads, outputs = by_row(_batched(call), [gy.movedim(dim, 0) for gy, dim in zip(gys, dims)])
         return grads, tuple(y.squeeze(dim + 1).movedim(0, dim) for y, dim in zip(outputs, dims))
 
@@ -228,7 +229,18 @@ class FunctionalRule:
         with torch.enable_grad():
             outputs = call.run(own, args, kwargs)
         call.check_same(tuple(y.detach() for y in outputs), "when it is run again")
-        total = _grads(outputs, list(own.values()), gys)
+        self._check_sums(call, gys, _grads(outputs, list(own.values()), gys))
+        leaves = [t for t in inputs if t.requires_grad]
+        for chosen in parting(torch.ones(rows, dtype=torch.bool, device=gys[0].device)) if leaves else ():
+            only = [gy * chosen.view(-1, *[1] * (gy.dim() - dim - 1)) for gy, dim in zip(gys, self.batch_dims(call))]
+            others = [gx[~chosen] for gx in _grads(outputs, leaves, only)]
+            if any(((gx != 0) & ~gx.isnan()).any() for gx in others):
+                raise PrivacyError(
+                    f"{self._label(call)} mixes samples: the output of one depends on the input of another"
+                )
+        self.verified = rows
+
+    def _check_sums(self, call: LayerCall, gys: list[Tensor], total: Sequence[Tensor]) -> None:
         grads, _ = self._by_row(call, gys)
         # The tolerance is relative to the largest gradient: some are zero but for rounding, such as the bias of attention's keys.
         size = max(float(by_row.abs().sum(0).amax()) if by_row.numel() else 0.0 for by_row in grads.values())
@@ -238,16 +250,6 @@ class FunctionalRule:
                     f"{self._label(call)}: the gradients of {name!r} for each row alone do not sum to that of all rows: it mixes "
                     "samples, or draws random numbers"
                 )
-        leaves = [t for t in inputs if t.requires_grad]
-        for chosen in parting(torch.ones(rows, dtype=torch.bool, device=gys[0].device)) if leaves else ():
-            only = [_rows_alone(gy, dim, chosen) for gy, dim in zip(gys, self.batch_dims(call))]
-            for gx in _grads(outputs, leaves, only):
-                others = gx[~chosen]
-                if ((others != 0) & ~others.isnan()).any():
-                    raise PrivacyError(
-                        f"{self._label(call)} mixes samples: the output of one depends on the input of another"
-                    )
-        self.verified = rows
 
 
 @dataclass
@@ -258,13 +260,11 @@ class Undecided:
     looked_into: bool = False
 
 
-class Composed:
-    """The mark of a recurrent layer that runs without its fused kernels: PyTorch composes it of linear maps, which have rules."""
-
-
 @dataclass
 class Watched:
     """The mark of a layer or model that may make values of its parameters alone, which `composites.py` marks in the graph.
+
+    A recurrent layer keeps it, for it runs without its fused kernels: PyTorch composes it of linear maps, which have rules.
 
     looked_into: whether all uses of its parameters were examined.
     """
@@ -272,10 +272,10 @@ class Watched:
     looked_into: bool = False
 
 
-Rule = FunctionalRule | Undecided | Composed | Watched
+Mark = FunctionalRule | Undecided | Watched
 
 
-def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwargs):
+def _forward(layer: nn.Module, mark: Mark, names: tuple[str, ...], *args, **kwargs):
     own = [functools.reduce(getattr, name.split("."), layer) for name in names]
     stood_in = any(not isinstance(p, nn.Parameter) for p in own)  # a layer around this one is taken whole
     if stood_in or not may_be_one() or not any(p.requires_grad for p in own):
@@ -283,36 +283,36 @@ def _forward(layer: nn.Module, rule: Rule, names: tuple[str, ...], *args, **kwar
     outermost = not is_marking()
     with marking(layer) as marks:
         before = marks.count
-        result = _recorded(layer, rule, names, args, kwargs)
-        if outermost and (isinstance(rule, Undecided) or isinstance(rule, Watched) and not rule.looked_into):
-            rule.looked_into = True
+        result = _call(layer, mark, names, args, kwargs)
+        if outermost and isinstance(mark, (Undecided, Watched)) and not mark.looked_into:
+            mark.looked_into = True
             result = _whole_where_needed(layer, args, kwargs, result)
-    if isinstance(_installed(layer), Watched) and marks.count == before:
+    if isinstance(_installed(layer), Watched) and marks.count == before and not isinstance(layer, nn.RNNBase):
         layer.__dict__.pop("forward")
         _left_alone.setdefault(layer, set()).add(names)
     return result
 
 
-def _recorded(layer: nn.Module, rule: Rule, names: tuple[str, ...], args: tuple, kwargs: dict):
-    forward: Callable = _composed if isinstance(layer, nn.RNNBase) else type(layer).forward
+def _call(layer: nn.Module, mark: Mark, names: tuple[str, ...], args: tuple, kwargs: dict):
+    forward: Callable = _compose if isinstance(layer, nn.RNNBase) else type(layer).forward
     if isinstance(layer, nn.RNNBase) and isinstance(args[0] if args else kwargs.get("input"), PackedSequence):
-        return _packed(layer, names, *args, **kwargs)
-    if isinstance(rule, (Composed, Watched)):
+        return _call_packed(layer, names, *args, **kwargs)
+    if isinstance(mark, Watched):
         return forward(layer, *args, **kwargs)
-    if isinstance(rule, Undecided):
+    if isinstance(mark, Undecided):
         lacking = _lacking(layer, forward, names, args, kwargs)
         layer.__dict__.pop("forward")
         if not lacking:
-            _install(layer, Composed() if isinstance(layer, nn.RNNBase) else Watched(looked_into=True), names)
+            _install(layer, Watched(looked_into=True), names)
             return forward(layer, *args, **kwargs)
         warnings.warn(
-            f"{_label(rule.name, layer)} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through "
+            f"{_label(mark.name, layer)} has no per-sample rule for {lacking[0].node.name()}: its gradients are taken through "
             "torch.func, exact but slower. fastloda.register_rule gives it a faster one",
             stacklevel=5,
         )
-        rule = FunctionalRule(rule.name)
-        _install(layer, rule, names)
-    return call_as_one(layer, forward, rule, names, args, kwargs)
+        mark = FunctionalRule(mark.name)
+        _install(layer, mark, names)
+    return call_as_one(layer, forward, mark, names, args, kwargs)
 
 
 def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Use]:
@@ -323,8 +323,7 @@ def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: 
     with torch.random.fork_rng(devices=devices), as_it_is:
         outputs = [t for t in tensors(forward(layer, *args, **kwargs)) if t.requires_grad]
     parameters = {name: layer.get_parameter(name) for name in names}
-    uses = trace(outputs, parameters, may_cover).uses.values() if outputs else ()
-    return [use for of_node in uses for use in of_node if not may_be_covered(use)]
+    return uncovered(trace(outputs, parameters, may_cover), may_cover) if outputs else []
 
 
 def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any) -> Any:
@@ -377,10 +376,9 @@ def _without_rule(model: nn.Module, given: Any, result: Any, tried: Mapping[str,
         if not outputs:
             return []
         graph = trace(outputs, parameters, may_cover)
+        lacking = uncovered(graph, may_cover)
         uses = [use for of_node in graph.uses.values() for use in of_node]
-        return [
-            use.name for use in uses if use.node in graph.shared or not may_be_covered(use) or not _has_rows(use, rows)
-        ]
+        return [use.name for use in uses if use.node in graph.shared or use in lacking or not _has_rows(use, rows)]
     except NotByRow as error:
         (path,) = [path for path, layer in model.named_modules() if layer is error.layer]
         whole_for = [name for name, places in tried.items() if path in places]
@@ -406,7 +404,7 @@ def _around(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts), -1, -1)] if "." in name else []
 
 
-def _composed(layer: nn.RNNBase, *args, **kwargs):
+def _compose(layer: nn.RNNBase, *args, **kwargs):
     on = torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags would set tf32 too
     try:
         torch._C._set_mkldnn_enabled(False)
@@ -416,35 +414,35 @@ def _composed(layer: nn.RNNBase, *args, **kwargs):
         torch._C._set_mkldnn_enabled(on)
 
 
-def _packed(layer: nn.RNNBase, names: tuple[str, ...], input: PackedSequence, hx=None):
+def _call_packed(layer: nn.RNNBase, names: tuple[str, ...], input: PackedSequence, hx=None):
     """Call a recurrent layer on packed sequences, whose rows are positions of many samples, as one on padded sequences by row."""
     padded, lengths = pad_packed_sequence(input, batch_first=True)
     rule = FunctionalRule(type(layer).__name__, vectorised=False)
-    args = (padded, lengths, _turned(hx))
-    outputs, hidden = call_as_one(layer, _of_padded, rule, names, args, {})
+    args = (padded, lengths, _swap(hx))
+    outputs, hidden = call_as_one(layer, _run_padded, rule, names, args, {})
     if input.sorted_indices is not None:
         outputs, lengths = outputs[input.sorted_indices], lengths[input.sorted_indices.cpu()]
     data = pack_padded_sequence(outputs, lengths, batch_first=True).data
-    return input._replace(data=data), _turned(hidden)
+    return input._replace(data=data), _swap(hidden)
 
 
-def _of_padded(layer: nn.RNNBase, padded: Tensor, lengths: Tensor, hx):
+def _run_padded(layer: nn.RNNBase, padded: Tensor, lengths: Tensor, hx):
     packed = pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
-    outputs, hidden = _composed(layer, packed, _turned(hx))
-    return pad_packed_sequence(outputs, batch_first=True, total_length=padded.shape[1])[0], _turned(hidden)
+    outputs, hidden = _compose(layer, packed, _swap(hx))
+    return pad_packed_sequence(outputs, batch_first=True, total_length=padded.shape[1])[0], _swap(hidden)
 
 
-def _turned(hidden):
+def _swap(hidden):
     """Swap hidden states [layers, batch, width] and [batch, layers, width], one or LSTM's two."""
     return tree_map(lambda t: t.transpose(0, 1) if isinstance(t, Tensor) else t, hidden)
 
 
-def _install(layer: nn.Module, rule: Rule, names: tuple[str, ...]) -> None:
+def _install(layer: nn.Module, mark: Mark, names: tuple[str, ...]) -> None:
     """Set the layer's forward by an attribute of its own, which copies and pickles take along, in place of its class's method."""
-    layer.forward = functools.partial(_forward, layer, rule, names)
+    layer.forward = functools.partial(_forward, layer, mark, names)
 
 
-def _installed(layer: nn.Module) -> Rule | None:
+def _installed(layer: nn.Module) -> Mark | None:
     forward = layer.__dict__.get("forward")
     return forward.args[1] if isinstance(forward, functools.partial) and forward.func is _forward else None
 
@@ -466,7 +464,7 @@ def _is_free(layer: nn.Module) -> bool:
     return not (known or "forward" in layer.__dict__)
 
 
-def _checked(modules: dict[str, nn.Module], name: str) -> nn.Module:
+def _find_layer(modules: dict[str, nn.Module], name: str) -> nn.Module:
     if name not in modules:
         raise UserError(f"the model has no layer {name!r}; it has {list(modules)[1:20]}")
     if not trainable(modules[name]):
@@ -474,17 +472,12 @@ def _checked(modules: dict[str, nn.Module], name: str) -> nn.Module:
     return modules[name]
 
 
-def _rows(call: LayerCall) -> int:
+def _batched(call: LayerCall) -> list[Tensor]:
+    """List the inputs with as many rows as the first; all others are the same for every sample."""
     given = [t for t in tensors((call.args, call.kwargs)) if t.dim()]
     if not given:
         raise PrivacyError("it is called without a tensor that has a batch dimension")
-    return len(given[0])
-
-
-def _batched(call: LayerCall) -> list[Tensor]:
-    """List the inputs with as many rows as the first; all others are the same for every sample."""
-    rows = _rows(call)
-    return [t for t in tensors((call.args, call.kwargs)) if t.dim() and len(t) == rows]
+    return [t for t in given if len(t) == len(given[0])]
 
 
 def _with_rows(call: LayerCall, rows: Sequence[Tensor]) -> tuple[tuple, dict]:
@@ -502,17 +495,7 @@ def _own(call: LayerCall) -> dict[str, Tensor]:
 
 
 def _grads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Tensor]) -> list[Tensor]:
-    used = [(y, gy) for y, gy in zip(outputs, gys) if y.requires_grad]
-    if not used:
-        return [torch.zeros_like(t) for t in inputs]
-    ys, gys = zip(*used)
-    found = torch.autograd.grad(ys, inputs, gys, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found)]
-
-
-def _rows_alone(gy: Tensor, dim: int, chosen: Tensor) -> Tensor:
-    """Set the rows of gy that are not chosen, bool [rows], to zero; dim is the dimension of the rows."""
-    return gy * chosen.view(-1, *[1] * (gy.dim() - dim - 1))
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads_of(outputs, inputs, gys))]
 
 
 def _cuda(call: LayerCall) -> list[torch.device]:

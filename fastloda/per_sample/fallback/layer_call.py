@@ -61,20 +61,14 @@ class LayerCall:
         rows = [gy.movedim(dim, 0) for gy, dim in zip(gys, self.rule.batch_dims(self))]
         return torch.cat([gy.reshape(len(gy), -1) for gy in rows], 1)
 
-    @contextmanager
-    def as_called(self) -> Generator[None]:
-        """Switch autocast as in the forward pass."""
-        device, dtype = self.autocast
-        with torch.autocast(device, dtype, enabled=dtype is not None):
-            yield
-
     def outer_blocks(self) -> list[int]:
         """Count the blocks before the batch dimension of each output, its `outer`: see `batch_axis.py`."""
         return [prod(y.shape[:dim]) for y, dim in zip(self.outputs, self.rule.batch_dims(self))]
 
     def run(self, own: Mapping[str, Tensor], args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
         """Call the layer with other parameters `own` and inputs, and return its differentiable outputs."""
-        with self.as_called(), _stood_in_for(self.layer, own):
+        device, dtype = self.autocast
+        with torch.autocast(device, dtype, enabled=dtype is not None), _stood_in_for(self.layer, own):
             leaves = tensors(self.forward(self.layer, *args, **kwargs))
         return tuple(leaf for leaf in leaves if differentiable(leaf))
 
@@ -190,11 +184,16 @@ def _ordinary(call: LayerCall, parameters: tuple[Tensor, ...], gys: list[Tensor]
     with torch.enable_grad():
         outputs = call.run(own, call.args, call.kwargs)
     call.check_same(tuple(t.detach() for t in outputs), "when it is run again")
+    return grads_of(outputs, list(own.values()), gys)
+
+
+def grads_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of inputs from those of the outputs, of which some may need none; None where no output depends."""
     used = [(y, gy) for y, gy in zip(outputs, gys) if y.requires_grad]
     if not used:
-        return (None,) * len(own)
+        return (None,) * len(inputs)
     ys, used_gys = zip(*used)
-    return torch.autograd.grad(ys, list(own.values()), used_gys, allow_unused=True)
+    return torch.autograd.grad(ys, inputs, used_gys, retain_graph=True, allow_unused=True)
 
 
 def of_rows(grads: Tensor) -> Recipe:

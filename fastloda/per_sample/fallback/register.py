@@ -15,7 +15,6 @@ from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.backward import per_sample_grads
 from fastloda.per_sample.fallback.functional import own_parameters
 from fastloda.per_sample.fallback.layer_call import LayerCall, call_as_one, may_be_one, of_rows, tensors
-from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.graph import trace
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import check_graph, check_independence, trainable_parameters
@@ -83,23 +82,17 @@ def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
     graph = trace(losses, parameters)
     check_graph(graph)
     check_independence(losses, graph, layer, parameters, rows)
-    found = {name: _all(grad) for name, grad in per_sample_grads(losses, graph, parameters, rows).items()}
-    errors = dict.fromkeys(parameters, 0.0)
-    sizes = dict.fromkeys(parameters, 0.0)
-    for row in range(rows):
-        loss = _losses(layer, inputs, torch.tensor([row]), rows)[0]
-        truth = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for (name, p), grad in zip(parameters.items(), truth):
-            grad = torch.zeros_like(p) if grad is None else grad
-            by_row = found[name]
-            got = torch.zeros_like(p) if by_row is None else by_row[row]
-            errors[name] = max(errors[name], _largest(got - grad))
-            sizes[name] = max(sizes[name], _largest(grad))
-    errors = {name: error / (sizes[name] or 1.0) for name, error in errors.items()}
-    worst = max(errors, key=errors.__getitem__)
-    if not errors[worst] <= ALLOWED_ERROR:
+    found = per_sample_grads(losses, graph, parameters, rows)
+    errors = {}
+    for name, truth in _one_by_one(layer, inputs, parameters, rows).items():
+        chunks = [grads for _, grads in found[name].chunks()]
+        got = found[name].order(torch.cat(chunks)) if chunks else torch.zeros_like(truth)
+        errors[name] = _largest(got - truth) / (_largest(truth) or 1.0)
+    wrong = {name: error for name, error in errors.items() if not error <= ALLOWED_ERROR}  # NaN is wrong too
+    if wrong:
+        worst = max(wrong, key=wrong.__getitem__)
         raise UserError(
-            f"the per-sample gradients of {type(layer).__name__} are wrong: those of {worst!r} are off by {errors[worst]:.3g} of "
+            f"the per-sample gradients of {type(layer).__name__} are wrong: those of {worst!r} are off by {wrong[worst]:.3g} of "
             f"the largest, allowed is {ALLOWED_ERROR:g}"
         )
     return errors
@@ -117,12 +110,12 @@ class UserRule:
         bound.apply_defaults()
         with torch.no_grad():
             grads = self.rule(call.layer, bound.args[1:], gys[0] if len(gys) == 1 else tuple(gys))
-        return {name: self._checked(grads, call, name, len(gys[0])) for name in call.names}
+        return {name: self._check(grads, call, name, len(gys[0])) for name in call.names}
 
     def batch_dims(self, call: LayerCall) -> Sequence[int]:
         return (0,) * len(call.outputs)
 
-    def _checked(self, grads: Mapping[str, Tensor], call: LayerCall, name: str, rows: int) -> Tensor:
+    def _check(self, grads: Mapping[str, Tensor], call: LayerCall, name: str, rows: int) -> Tensor:
         wanted = (rows, *call.layer.get_parameter(name).shape)
         if name not in grads or tuple(grads[name].shape) != wanted:
             got = f"one of shape {tuple(grads[name].shape)}" if name in grads else "none"
@@ -171,9 +164,17 @@ def _losses(layer: nn.Module, inputs: tuple, chosen: Tensor, rows: int) -> Tenso
     return (flat * torch.linspace(-1, 2, flat.shape[1], dtype=flat.dtype)).tanh().sum(1)
 
 
-def _all(grad: PerSampleGrad) -> Tensor | None:
-    chunks = [grads for _, grads in grad.chunks()]
-    return grad.order(torch.cat(chunks)) if chunks else None
+def _one_by_one(
+    layer: nn.Module, inputs: tuple, parameters: Mapping[str, nn.Parameter], rows: int
+) -> dict[str, Tensor]:
+    """Compute the parameters' gradients by one backward pass for each row: [rows, *shape]."""
+    own = list(parameters.values())
+    by_row = []
+    for row in range(rows):
+        loss = _losses(layer, inputs, torch.tensor([row]), rows)[0]
+        grads = torch.autograd.grad(loss, own, allow_unused=True)
+        by_row.append([torch.zeros_like(p) if grad is None else grad for p, grad in zip(own, grads)])
+    return {name: torch.stack(grads) for name, grads in zip(parameters, zip(*by_row))}
 
 
 def _largest(t: Tensor) -> float:

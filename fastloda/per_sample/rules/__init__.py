@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Size
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.batch_axis import output_shape
-from fastloda.per_sample.node import Node
+from fastloda.per_sample.node import Node, output_shape
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.broadcast import (
     add,
@@ -98,16 +97,6 @@ def recipes_of(node: Node) -> Recipes | None:
     return rule.recipes
 
 
-def uncovered(graph: "LossGraph") -> "list[Use]":
-    """List the uses in a graph that no rule covers."""
-    return [use for uses in graph.uses.values() for use in uses if not _covered(use, graph.outer[use.node])]
-
-
-def may_be_covered(use: "Use") -> bool:
-    """Tell whether a rule covers the use if the batch lies in the right place."""
-    return may_cover(use.node, use.index, use.shape)
-
-
 def may_cover(node: Node, index: int, shape: Size, outer: int = 0) -> bool:
     """Tell whether `covers` holds for some place of the batch in the output; `outer` is not read."""
     rows = output_shape(node)
@@ -125,5 +114,7 @@ def covers(node: Node, index: int, shape: Size, outer: int) -> bool:
     return index in rule.inputs and not rule.refuses(node, shape, outer)
 
 
-def _covered(use: "Use", outer: int) -> bool:
-    return covers(use.node, use.index, use.shape, outer)
+def uncovered(graph: "LossGraph", cover: Callable[[Node, int, Size, int], bool] = covers) -> "list[Use]":
+    """List the uses in a graph that no rule covers; cover: `covers` or `may_cover`."""
+    uses = [use for of_node in graph.uses.values() for use in of_node]
+    return [use for use in uses if not cover(use.node, use.index, use.shape, graph.outer[use.node])]

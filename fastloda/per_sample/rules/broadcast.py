@@ -12,75 +12,45 @@ import torch
 from torch import Size, Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.batch_axis import locate, output_shape
-from fastloda.per_sample.node import Node
+from fastloda.per_sample.batch_axis import locate
+from fastloda.per_sample.node import Node, output_shape
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.tensors import accumulable
 
-Factor = Callable[..., Tensor]  # (gy, *factors) -> the parameter's gradient before it is summed
+Product = tuple[float, Callable[..., Tensor] | None, *tuple[Tensor, ...]]
 
 
-def add(call: Call) -> dict[int, Recipe]:
-    """Make the recipes of a + alpha b: inputs 0 a and 1 b."""
-    factors = (1, call.node._saved_alpha)
-    return {
-        index: _recipe(call, shape, lambda gy, f=factors[index]: gy, scale=factors[index]) for index, shape in _of(call)
-    }
+def _rule(product: Callable[[Node, int], Product]) -> Callable[[Call], dict[int, Recipe]]:
+    """Make the rule of an operation.
+
+    product: (node, number of the input) -> (scale, function, *tensors): the gradient of that input before it is summed is
+        scale * function(gy, *tensors), or scale * gy without tensors.
+    """
+    return lambda call: {index: _recipe(call, shape, *product(call.node, index)) for index, shape in _of(call)}
 
 
-def sub(call: Call) -> dict[int, Recipe]:
-    """Make the recipes of a - alpha b: inputs 0 a and 1 b."""
-    factors = (1, -call.node._saved_alpha)
-    return {index: _recipe(call, shape, lambda gy: gy, scale=factors[index]) for index, shape in _of(call)}
+def _div(node: Node, index: int) -> Product:
+    if index:
+        return 1, lambda gy, a, b: -gy * (a / b) / b, node._saved_self, node._saved_other
+    return 1, torch.div, node._saved_other
 
 
-def mul(call: Call) -> dict[int, Recipe]:
-    """Make the recipes of a b: inputs 0 a and 1 b, each saved only if the other needs a gradient."""
-    others = lambda index: (call.node._saved_other, call.node._saved_self)[index]  # noqa: E731
-    return {index: _recipe(call, shape, lambda gy, other: gy * other, others(index)) for index, shape in _of(call)}
+def _addcmul(node: Node, index: int) -> Product:
+    if index:
+        return node._saved_value, torch.mul, node._saved_tensor2 if index == 1 else node._saved_tensor1
+    return 1, None
 
 
-def div(call: Call) -> dict[int, Recipe]:
-    """Make the recipes of a / b: inputs 0 a and 1 b."""
-    node = call.node
-    recipes = {}
-    for index, shape in _of(call):
-        if index == 0:
-            recipes[0] = _recipe(call, shape, lambda gy, b: gy / b, node._saved_other)
-        else:
-            recipes[1] = _recipe(call, shape, lambda gy, a, b: -gy * (a / b) / b, node._saved_self, node._saved_other)
-    return recipes
-
-
-def addcmul(call: Call) -> dict[int, Recipe]:
-    """Make the recipes of a + value b c: inputs 0 a, 1 b and 2 c."""
-    node = call.node
-    recipes = {}
-    for index, shape in _of(call):
-        if index == 0:
-            recipes[0] = _recipe(call, shape, lambda gy: gy)
-        else:
-            other = node._saved_tensor2 if index == 1 else node._saved_tensor1
-            recipes[index] = _recipe(call, shape, lambda gy, other: gy * other, other, scale=node._saved_value)
-    return recipes
-
-
-def prelu(call: Call) -> dict[int, Recipe]:
-    """Make the recipe of PReLU, x where x > 0, else weight x: input 1 weight, viewed so that it broadcasts."""
-    negative = lambda gy, x: gy * x.clamp(max=0)  # noqa: E731
-    return {index: _recipe(call, shape, negative, call.node._saved_self) for index, shape in _of(call)}
-
-
-def where(call: Call) -> dict[int, Recipe]:
-    """Make the recipes of where(condition, a, b): inputs 0 a and 1 b."""
-    held = call.node._saved_condition
-    return {index: _recipe(call, shape, torch.mul, held if index == 0 else ~held) for index, shape in _of(call)}
-
-
-def masked_fill(call: Call) -> dict[int, Recipe]:
-    """Make the recipe of a.masked_fill(mask, number): input 0 a."""
-    return {index: _recipe(call, shape, torch.mul, ~call.node._saved_mask) for index, shape in _of(call)}
+# The inputs are numbered 0 a, 1 b, 2 c.
+add = _rule(lambda node, index: (node._saved_alpha if index else 1, None))  # a + alpha b
+sub = _rule(lambda node, index: (-node._saved_alpha if index else 1, None))  # a - alpha b
+mul = _rule(lambda node, index: (1, torch.mul, node._saved_self if index else node._saved_other))  # a b
+div = _rule(_div)  # a / b
+addcmul = _rule(_addcmul)  # a + value b c
+prelu = _rule(lambda node, _: (1, lambda gy, a: gy * a.clamp(max=0), node._saved_self))  # a where a > 0, else b a
+where = _rule(lambda node, index: (1, torch.mul, ~node._saved_condition if index else node._saved_condition))  # a or b
+masked_fill = _rule(lambda node, _: (1, torch.mul, ~node._saved_mask))  # a, or a number
 
 
 def varies_along_batch(node: Node, shape: Size, outer: int) -> bool:
@@ -120,13 +90,13 @@ def _of(call: Call) -> list[tuple[int, Size]]:
     return list(call.shapes.items())
 
 
-def _recipe(call: Call, shape: Size, product: Factor, *factors: Tensor, scale: float = 1) -> Recipe:
-    """Make the recipe of scale * product(gy, *factors), summed to `shape`."""
+def _recipe(call: Call, shape: Size, scale: float, function: Callable[..., Tensor] | None, *tensors: Tensor) -> Recipe:
+    """Make the recipe of scale * function(gy, *tensors), summed to `shape`."""
 
     def grad(*tensors_and_samples: Any) -> Tensor:
-        *tensors, samples = tensors_and_samples
-        total = summed(product(*map(accumulable, tensors)) if factors else tensors[0], shape, samples)
+        *operands, samples = tensors_and_samples
+        total = summed(function(*map(accumulable, operands)) if function else operands[0], shape, samples)
         return total * scale  # a new tensor: the sum may be gy itself
 
-    tensors = tuple(call.apart(t) for t in (call.gy, *(factor.expand_as(call.gy) for factor in factors)))
-    return Recipe(grad, tensors, scratch_bytes=4 * call.gy.numel() if factors else 0)
+    operands = tuple(call.apart(t) for t in (call.gy, *(t.expand_as(call.gy) for t in tensors)))
+    return Recipe(grad, operands, scratch_bytes=4 * call.gy.numel() if function else 0)

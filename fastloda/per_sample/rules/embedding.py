@@ -22,7 +22,7 @@ def embedding(call: Call) -> dict[int, Recipe]:
         rows, indices = sample_rows(gy, samples), indices.reshape(samples, -1)
         if 0 <= padding < entries:  # the padding row gets no gradient
             rows = rows * (indices != padding).unsqueeze(-1)
-        return _added(rows, indices.unsqueeze(-1).expand_as(rows), entries)
+        return _scatter(rows, indices.unsqueeze(-1).expand_as(rows), entries)
 
     return {0: Recipe(weight_grad, (call.first(call.gy), call.first(node._saved_indices)))}
 
@@ -39,7 +39,7 @@ def embedding_bag(call: Call) -> dict[int, Recipe]:
 
     def weight_grad(gy: Tensor, indices: Tensor, weights: Tensor, samples: int) -> Tensor:
         rows = (sample_rows(gy, samples).unsqueeze(2) * weights.view(samples, len(gy) // samples, -1, 1)).flatten(1, 2)
-        return _added(rows, indices.reshape(*rows.shape[:2], 1).expand_as(rows), entries)
+        return _scatter(rows, indices.reshape(*rows.shape[:2], 1).expand_as(rows), entries)
 
     return {0: Recipe(weight_grad, (gy, indices, weights), scratch_bytes=4 * indices.numel() * gy.shape[1])}
 
@@ -66,12 +66,12 @@ def _largest(gy: Tensor, largest: Tensor, sizes: Tensor, entries: int) -> Recipe
 
     def weight_grad(gy: Tensor, largest: Tensor, sizes: Tensor, samples: int) -> Tensor:
         rows = sample_rows(gy, samples) * (sizes > 0).reshape(samples, -1, 1)
-        return _added(rows, largest.long().clamp(min=0).reshape(rows.shape), entries)
+        return _scatter(rows, largest.long().clamp(min=0).reshape(rows.shape), entries)
 
     return Recipe(weight_grad, (gy, largest, sizes))
 
 
-def _added(rows: Tensor, indices: Tensor, entries: int) -> Tensor:
+def _scatter(rows: Tensor, indices: Tensor, entries: int) -> Tensor:
     """Add each number of rows [samples, T, D] to the table's row in indices, of the same shape: [samples, entries, D]."""
     return rows.new_zeros(len(rows), entries, rows.shape[-1]).scatter_add_(1, indices, rows)
 

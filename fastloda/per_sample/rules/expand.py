@@ -7,10 +7,9 @@ gradient of its own, which is all that a rule needs.
 from torch import Size, Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.batch_axis import output_shape
-from fastloda.per_sample.node import Node
+from fastloda.per_sample.node import Node, output_shape
 from fastloda.per_sample.recipe import Recipe
-from fastloda.per_sample.relaying import untiled
+from fastloda.per_sample.relaying import sum_copies
 from fastloda.per_sample.rules.call import Call
 from fastloda.per_sample.tensors import accumulable
 
@@ -24,7 +23,7 @@ def tile(call: Call) -> dict[int, Recipe]:
     """Make the recipe of expand(p) or p.repeat(...): input 0 p. A sample's gradient is the sum over its copies."""
     shape = call.shapes[0]
     if call.samples == 1:
-        return {0: Recipe(lambda gy, samples: _copies(gy[0][None], shape), (call.gy[None],))}
+        return {0: Recipe(lambda gy, samples: sum_copies(accumulable(gy), shape), (call.gy[None],))}
     dim, blocks = call.place
     own = ((1,) * (call.gy.dim() - len(shape)) + tuple(shape))[dim]  # the entries of p in the batch's dimension
     rows = call.gy.shape[dim] // blocks
@@ -35,13 +34,8 @@ def tile(call: Call) -> dict[int, Recipe]:
         )
 
     def grad(gy: Tensor, samples: int) -> Tensor:
-        own_first = gy.reshape(samples, -1, *gy.shape[1:]).squeeze(
-            2 + dim
-        )  # [samples, copies x own, *other dimensions]
-        return _copies(own_first.movedim(1, 1 + dim), shape)
+        # [samples, copies x own, *other dimensions]
+        own_first = gy.reshape(samples, -1, *gy.shape[1:]).squeeze(2 + dim)
+        return sum_copies(accumulable(own_first.movedim(1, 1 + dim)), shape)
 
     return {0: Recipe(grad, (call.apart(call.gy),))}
-
-
-def _copies(grads: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return untiled(accumulable(grads), shape).reshape(len(grads), *shape)

@@ -7,8 +7,8 @@ import torch
 from torch import Size, Tensor
 
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.batch_axis import locate, output_shape
-from fastloda.per_sample.node import Node
+from fastloda.per_sample.batch_axis import locate
+from fastloda.per_sample.node import Node, output_shape
 from fastloda.per_sample.products import linear_recipe
 from fastloda.per_sample.recipe import Recipe
 from fastloda.per_sample.rules.call import Call

@@ -1,0 +1,151 @@
+"""What the sample flow knows of a tensor between a model's outputs and a loss: which numbers belong to which sample."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Generic, NamedTuple, NoReturn, TypeVar
+
+from torch import Size, Tensor
+
+from fastloda.errors import PrivacyError
+from fastloda.per_sample.node import Node
+from fastloda.per_sample.operations import kind_of, places
+
+PICKED = (
+    "samples' outputs are picked along the batch, by an index or a mask, by which each one's share may depend on the others: "
+    "multiply each sample's loss by 0 or 1 instead, or put what was picked back into its own rows"
+)
+REMEDY = (
+    "The loss must be the mean, or sum, of one loss per sample: take the criterion with reduction='none', which gives these, and "
+    "then its .mean()"
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The state of a tensor each of whose numbers belongs to one sample; in row-major order [outer, entries, rest].
+
+    Attributes:
+        outer: the number of blocks before the batch coordinate, which no view of a tensor changes.
+        owners: the sample of each entry along the batch coordinate.
+        lent: whether an index has picked the entries, which must be put back into their own rows before anything is added up.
+    """
+
+    outer: int
+    owners: tuple[int, ...]
+    lent: bool = False
+
+    @property
+    def entries(self) -> int:
+        return len(self.owners)
+
+    def belong(self, shape: Sequence[int], chosen: Tensor) -> Tensor:
+        """Mark the numbers of the chosen samples: bool [samples] -> bool, of `shape`."""
+        entries = chosen[list(self.owners)].view(1, -1, 1)
+        return entries.expand(self.outer, -1, prod(shape) // (self.outer * self.entries)).reshape(shape)
+
+    def dims(self, shape: Sequence[int]) -> list[int]:
+        """List the dimensions over which the batch coordinate is spread: one, unless a view has split it."""
+        if self.entries == 1:
+            return [d for d, n in enumerate(shape) if n == 1 and prod(shape[:d]) == self.outer][:1]
+        inner = prod(shape) // (self.outer * self.entries)
+        strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+        top = inner * self.entries
+        return [d for d, (n, s) in enumerate(zip(shape, strides)) if n > 1 and max(s, inner) < min(s * n, top)]
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Tell whether every index along a dimension of `shape` stands for whole samples; a view may cut across them."""
+        inner = prod(shape) // (self.outer * self.entries)
+        strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+        ends = (inner, inner * self.entries)
+        return all(end % s == 0 for end in ends for n, s in zip(shape, strides) if s < end < s * n)
+
+    def move(self, before: Sequence[int], after: Sequence[int], places: Mapping[int, int]) -> "Rows | None":
+        """Compute the rows after dimension d of `before` became places[d] of `after`; None if that tears the batch apart."""
+        dims = self.dims(before)
+        now = [places.get(d, -1) for d in dims]
+        adjacent = now and now[0] >= 0 and now == list(range(now[0], now[0] + len(now)))
+        if not adjacent or any(before[d] != after[n] for d, n in zip(dims, now)):
+            return None
+        return replace(self, outer=prod(after[: now[0]]) * (self.outer // prod(before[: dims[0]])))
+
+
+@dataclass(frozen=True)
+class One:
+    """The state of a tensor whose numbers all belong to the sample `owner`."""
+
+    owner: int
+
+
+@dataclass(frozen=True)
+class Total:
+    """The state of a tensor whose numbers are sums over samples, linear in terms of single ones.
+
+    Attributes:
+        averaged: whether a mean, a division by a multiple of the number of samples, or one by an unknown value made it.
+        by: the other numbers that the sum was multiplied with.
+    """
+
+    averaged: bool
+    by: tuple[float, ...] = ()
+
+
+State = Rows | One | Total
+S = TypeVar("S", bound=State)
+MEAN_OF_ALL, SUM_OF_ALL = Total(averaged=True), Total(averaged=False)
+
+
+class Input(NamedTuple, Generic[S]):
+    """The differentiable input number `index` of an operation: its state and shape, and the (node, output) it comes from."""
+
+    index: int
+    state: S
+    shape: Size
+    source: tuple[Node, int]
+
+
+class Operation(NamedTuple, Generic[S]):
+    """An operation of the loss's graph, one of its outputs, and those of its inputs that depend on the model's outputs."""
+
+    node: Node
+    place: int  # how many operations come before it in the graph
+    number: int  # which output of the node
+    shape: Size  # the shape of that output
+    inputs: list[Input[S]]
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.node)
+
+    def refuse(self, why: str) -> NoReturn:
+        raise PrivacyError(f"samples mix in the loss: {self._label} {why}. {REMEDY}")
+
+    def refuse_unseen(self, why: str) -> NoReturn:
+        raise PrivacyError(f"whether samples mix in the loss can't be seen: {self._label} {why}. {REMEDY}")
+
+    @property
+    def _label(self) -> str:
+        return self.kind.removesuffix("Backward")
+
+    def move(self, given: Input[Rows], to: Mapping[int, int] | None = None) -> Rows:
+        """Compute the output's rows; refuse what tears the batch apart.
+
+        to: dimension of the input -> dimension of the output. Default: what `operations.places` says of the operation.
+        """
+        found = given.state.move(
+            given.shape, self.shape, places(self.node, given.shape, self.shape) if to is None else to
+        )
+        if found is None:
+            self.refuse("tears the rows of the batch apart")
+        return found
+
+    def joint(self, states: Sequence[Rows]) -> Rows:
+        """Find the rows of an operation that takes the numbers of several inputs in pairs: all must have the same."""
+        if any(state != states[0] for state in states):
+            self.refuse("takes outputs of different samples together")
+        return states[0]
+
+    def check_not_lent(self) -> None:
+        """Refuse an operation that adds up, or cuts, rows that an index has picked."""
+        if any(isinstance(given.state, Rows) and given.state.lent for given in self.inputs):
+            self.refuse(f"takes together what an index has picked: {PICKED}")
