@@ -71,16 +71,15 @@ class CollateOrEmpty:
         return _without_rows(one, two)
 
     def _refuse_mixed_reading(self, count: int) -> None:
-        """Refuse a data set that reads a batch at once if the first records change when others are read after them."""
+        """Refuse a data set that reads a batch at once if the first record changes when others are read after it."""
         dataset = self.dataset
         while type(dataset) is Subset:  # a Subset reads record by record where its data set does
             dataset = dataset.dataset
         if not getattr(dataset, "__getitems__", None):
             return
         total = len(self.dataset)
-        first, one, other = (
-            [_halves.randrange(total) for _ in range(n)] for n in (count // 2, *[count - count // 2] * 2)
-        )
+        # one record alone is seldom the largest, or its own partner
+        first, one, other = ([_halves.randrange(total) for _ in range(n)] for n in (1, count - 1, count - 1))
         plain, replaced = self._first_read(first, one), self._first_read(first, other)
         if not _differ(plain, replaced):
             return
@@ -89,7 +88,7 @@ class CollateOrEmpty:
                 f"the data set's __getitems__ reads other values of the same records each time, {_UNSTEADY}"
             )
         raise PrivacyError(
-            "the data set's __getitems__ mixes records: what it gives of some changed when others were read after them (a "
+            "the data set's __getitems__ mixes records: what it gives of one changed when others were read after it (a "
             "statistic over the batch, a transform that takes many records?), so that one record would move the gradients of "
             "others. Compute each from its own record, with public constants for statistics"
         )
