@@ -19,11 +19,17 @@ PLDOf = Callable[[float, float, float, int], PrivacyLossDistribution]
 GRID = 2**20  # the most points of the grid: some seconds, 300 MB
 
 
-def pld_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, pld_of: PLDOf | None = None) -> float:
+def pld_epsilon(
+    mechanisms: tuple[Mechanism, ...], delta: float, pld_of: PLDOf | None = None, rough: float | None = None
+) -> float:
     """Compute PLD's upper bound on epsilon.
 
-    pld_of: function (sample_rate, noise_multiplier, interval, log of the mass that may be cut off) -> distribution of one step
-    that is at least as private. Default: that of the subsampled Gaussian itself.
+    Args:
+        mechanisms: the mechanisms to compose.
+        delta: the delta for which epsilon is bounded.
+        pld_of: function (sample_rate, noise_multiplier, interval, log of the mass that may be cut off) -> distribution of one
+            step that is at least as private. Default: that of the subsampled Gaussian itself.
+        rough: the epsilon for which the grid is made. Default: the cheap bound.
 
     Raises:
         ValueError: the grid would be too large or rounding too coarse for this delta, or dp-accounting gives no finite bound.
@@ -31,9 +37,9 @@ def pld_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, pld_of: PLDOf |
     total = sum(m.steps for m in mechanisms)
     lost = delta / 1e5  # the probability that all tails cut off may hold; its losses count as infinite
     spans = sum(_span(m, lost / total) for m in mechanisms)
-    reach = rdp_epsilon(mechanisms, 1e-15)
+    reach = 4 * rough if rough else rdp_epsilon(mechanisms, 1e-15)
     # The method's error goes with the square of the interval over a step's usual loss.
-    wanted = min(rdp_epsilon(mechanisms, min(delta, 1e-5)) / 96 / math.sqrt(total), 0.5)
+    wanted = min((rough or rdp_epsilon(mechanisms, min(delta, 1e-5))) / 96 / math.sqrt(total), 0.5)
     least = (2 * spans + reach) / GRID
     if least > 4 * wanted:
         raise ValueError(f"a grid of {(2 * spans + reach) / wanted:.1g} points would be needed, more than {4 * GRID}")
