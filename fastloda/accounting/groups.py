@@ -114,10 +114,11 @@ class _GroupLoss(MixtureGaussianPrivacyLoss):
 @lru_cache(maxsize=8)
 def _pld(q: float, sigma: float, members: int, interval: float, log_lost: int) -> PrivacyLossDistribution:
     if q > ALWAYS:
-        grid = {"value_discretization_interval": interval, "log_mass_truncation_bound": log_lost}
-        return from_gaussian_mechanism(sigma / members, **grid)
-    drawn = np.arange(members + 1)
-    chances = binom.pmf(drawn, members, q)
+        return from_gaussian_mechanism(
+            sigma / members, value_discretization_interval=interval, log_mass_truncation_bound=log_lost
+        )
+    drawn = list(range(members + 1))
+    chances = binom.pmf(drawn, members, q).tolist()
     pmfs = (
         _pmf(_GroupLoss(sigma, drawn, chances, log_mass_truncation_bound=log_lost, adjacency_type=direction), interval)
         for direction in (AdjacencyType.REMOVE, AdjacencyType.ADD)
@@ -127,7 +128,8 @@ def _pld(q: float, sigma: float, members: int, interval: float, log_lost: int) -
 
 def _pmf(loss: _GroupLoss, interval: float) -> PLDPmf:
     """Put the losses on the grid by connecting the dots, as dp-accounting does for its own mechanisms."""
-    ends = loss.connect_dots_bounds()
-    first, last = math.floor(ends.epsilon_lower / interval), math.ceil(ends.epsilon_upper / interval)
-    deltas = loss.get_delta_for_epsilon(np.arange(first, last + 1) * interval)
+    tail = loss.privacy_loss_tail()
+    first = math.floor(loss.privacy_loss(tail.upper_x_truncation) / interval)
+    last = math.ceil(loss.privacy_loss(tail.lower_x_truncation) / interval)
+    deltas = loss.get_delta_for_epsilon((np.arange(first, last + 1) * interval).tolist())
     return create_pmf_pessimistic_connect_dots_fixed_gap(interval, first, last, deltas)

@@ -94,9 +94,10 @@ class OwnerBatches(Batches):
 
 def _checked(owners: OwnerIds, records: int) -> list[Owner]:
     """Convert the owners to a list of integers or strings, one a record."""
-    if isinstance(owners, str) or not (hasattr(owners, "tolist") or isinstance(owners, Sequence)):
+    convert = getattr(owners, "tolist", None)  # of tensors, arrays, pandas' columns
+    if isinstance(owners, str) or not (convert or isinstance(owners, Sequence)):
         raise UserError(f"owners must be a list of integers or strings, one a record; got {type(owners).__name__}")
-    ids = owners.tolist() if hasattr(owners, "tolist") else list(owners)
+    ids = convert() if convert else list(owners)
     if not isinstance(ids, list) or len(ids) != records:
         found = len(ids) if isinstance(ids, list) else "a single one"
         raise UserError(f"owners must name the owner of each of the {records} records, got {found}")
