@@ -144,6 +144,7 @@ class DPTrainer:
         lambda self: self.run.last_step, doc="The step at which training ends, by the steps or by the budget."
     )
     records = property(lambda self: self._data.records, doc="The number of records, whoever owns them.")
+    unit = property(lambda self: self._data.unit, doc='The unit of privacy: "record", or "owner" if owners were given.')
     units = property(
         lambda self: self.run.units,
         doc="The number of units of privacy: of owners, if they were given, or else of records.",
