@@ -265,14 +265,9 @@ def finetune(
     public = _public_folder(run, model)
     network = load_unet(public / MODEL, place)
     images = open_for_unet(data, network.config)
-    owners = None if owner is None else read_owners(data, owner)
-    privacy = privacy.with_records(len(images) if owners is None else len(set(owners)))
     before = _released_before(run, public)
-    if owners is not None and before:
-        raise UserError(
-            "`fastloda choose` released a sum in which each image counts by itself, which no epsilon of an owner covers: "
-            "fine-tune by --owner in another --run, with --model for the public model"
-        )
+    owners = _owners_of(data, owner, before)
+    privacy = privacy.with_records(len(set(owners)) if owners else len(images))
     with seeded(training.seed or 0):  # seeds A's initial values only, which are public and independent of the noise
         attach_loda(network, **asdict(adapter))
     settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter)}
@@ -483,6 +478,18 @@ def _released_before(run: Path, public: Path) -> list[dict]:
     if (chosen / SUMS).exists() and chosen.resolve() not in [folder.resolve() for folder in folders]:
         folders.append(chosen)
     return [read_statement(folder) for folder in folders]
+
+
+def _owners_of(data: str, owner: str | None, before: list[dict]) -> list[str] | None:
+    """Read whose each image is, if that is asked for. Raises UserError if images were counted by themselves before."""
+    if owner is None:
+        return None
+    if before:
+        raise UserError(
+            "`fastloda choose` released a sum in which each image counts by itself, which no epsilon of an owner covers: "
+            "fine-tune by --owner in another --run, with --model for the public model"
+        )
+    return read_owners(data, owner)
 
 
 def _released_with(folder: Path) -> ClassEmbeddings:

@@ -4,7 +4,8 @@ A step takes `per_owner` rows of each owner that was drawn: so many of the owner
 some of them repeated, of an owner who has fewer. Weights make the owner's loss the mean over the chosen records; a repeated one
 counts once, as the mean over its rows. To the clipper an owner is one sample of `per_owner` x views losses. So an owner moves
 the clipped sum by at most max_grad_norm, whatever the number of records, and adding or removing an owner with all records costs
-what adding or removing a record does where each has one. No row stands in for another owner's, so that none can be spoiled by it.
+what adding or removing a record does where each has one. All rows of an owner are records of that owner: a record that is not
+finite spoils no other owner's.
 """
 
 import hashlib

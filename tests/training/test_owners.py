@@ -243,6 +243,19 @@ def test_an_owners_choice_depends_on_no_other_owner():
     assert len(untouched) > 2 and all(whole[owner] == part[owner] for owner in untouched)
 
 
+def test_owners_of_as_many_records_choose_independently():
+    owners, alike, steps = ["a"] * 4 + ["b"] * 4, 0, 60
+    t = trainer(
+        dataclasses.replace(EXACT, per_owner=1, steps=steps, expected_batch_size=2), owners=owners, data=small_data(8)
+    )
+    for _ in range(steps):
+        with noted() as used:
+            t.train_step()
+        (of_a,), (of_b,) = used[-1][:2]
+        alike += of_b - of_a == 4
+    assert binomtest(alike, steps, 1 / 4).pvalue > 1e-3
+
+
 def test_empty_batches_are_noised_and_counted():
     t = trainer(dataclasses.replace(SETTINGS, sample_rate=1e-9, expected_batch_size=1.0))
     before = vector(t.parameters).clone()
