@@ -98,10 +98,10 @@ def open_for_unet(name: str, unet: UNetConfig | Takes, **drawn) -> LabelledImage
     images = _open_as(name, unet.in_channels, unet.image_size, unet.num_classes, **drawn)
     if images.images.shape[1:] != (unet.in_channels, unet.image_size, unet.image_size):
         wanted = f"{unet.in_channels} x {unet.image_size} x {unet.image_size}"
-        raise UserError(
-            f"{name} has images of {shape_text(images)}, the model is for {wanted}: `fastloda pretrain` sets it by "
-            "--unet.in_channels and --unet.image_size; for a pipeline of diffusers, convert the images"
-        )
+        model, way_out = "pipeline", "convert them; a folder of colour images is resized by itself"
+        if isinstance(unet, UNetConfig):
+            model, way_out = "U-Net", "`fastloda pretrain` sets it by --unet.in_channels and --unet.image_size"
+        raise UserError(f"{name} has images of {shape_text(images)}, the {model} is for {wanted}: {way_out}")
     if unseen := (images.labels.bincount(minlength=images.num_classes) == 0).nonzero().flatten().tolist():
         logger.warning("%s says that it has %d classes, but has no image of %s", name, images.num_classes, unseen[:10])
     return images

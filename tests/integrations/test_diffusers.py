@@ -500,3 +500,14 @@ def test_saving_an_adapted_model_keeps_the_adapters_and_says_where(how, tmp_path
     load_loda(again, tmp_path / "saved" / "unet" / "loda.safetensors")
     x, given = torch.randn(2, 2, 8, 8), conditions(model, 2)
     torch.testing.assert_close(again(x, 7, **given).sample, model(x, 7, **given).sample)
+
+
+def test_transformers_models_keep_their_adapters_too(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    model = adapted(tiny_pipelines.stable_diffusion().text_encoder, targets=("q_proj", "v_proj"))
+    with pytest.warns(UserWarning, match="loda.safetensors: load_loda"):
+        model.save_pretrained(tmp_path)
+    again = transformers.CLIPTextModel.from_pretrained(tmp_path)
+    load_loda(again, tmp_path / "loda.safetensors")
+    tokens = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(again(tokens).last_hidden_state, model(tokens).last_hidden_state)

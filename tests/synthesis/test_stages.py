@@ -643,7 +643,7 @@ def test_finetune_checks_everything_before_it_writes(public_run, tmp_path):
     labels = LabelledImages(torch.zeros(30, 1, 8, 8), torch.full((30,), 10), 11)
     labels.save_npz(tmp_path / "eleven.npz")
     cases = [
-        ({"data": str(tmp_path / "nine.npz")}, "1 x 9 x 9, the model is for 1 x 8 x 8"),
+        ({"data": str(tmp_path / "nine.npz")}, "1 x 9 x 9, the U-Net is for 1 x 8 x 8"),
         ({"data": str(tmp_path / "eleven.npz")}, "eleven.npz has 11 classes, more than the 10 expected"),
         ({"data": str(tmp_path / "none.npz")}, "no such file"),
         ({"data": "digitz"}, "data must be one of digits, "),
