@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, FlowMatchEuler
 from fastloda import per_sample_grad_norms  # noqa: E402
 from fastloda.integrations.diffusers import diffusion_losses  # noqa: E402
 from fastloda.loda.attach import loda_layers, loda_parameters  # noqa: E402
+from fastloda.synthesis import budget  # noqa: E402
 from fastloda.synthesis.bases import class_prompts, open_base  # noqa: E402
 from fastloda.synthesis.budget import Privacy  # noqa: E402
 from fastloda.synthesis.cli import main  # noqa: E402
@@ -31,6 +33,7 @@ from fastloda.synthesis.pipelines import open_pipeline  # noqa: E402
 from fastloda.synthesis.runs import RunError, digest  # noqa: E402
 from fastloda.synthesis.settings import Adapter, FineTuning  # noqa: E402
 from fastloda.synthesis.stages import finetune, sample  # noqa: E402
+from fastloda.training.trainer import DPTrainer  # noqa: E402
 
 diffusers.logging.set_verbosity_error()
 diffusers.logging.disable_progress_bar()
@@ -156,6 +159,29 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         finetune(tmp_path / "run", PRIVACY, data=str(tmp_path / "data.npz"), model=folders[kind], **change, **QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_fine_tuning_on_latents_continues_bit_for_bit(folders, tmp_path, monkeypatch):
+    images_for("dit").save_npz(tmp_path / "data.npz")
+    options = {"data": str(tmp_path / "data.npz"), "model": folders["dit"], "training": FineTuning(seed=1), **QUIET}
+    longer = replace(PRIVACY, epochs=1.2)
+    assert finetune(tmp_path / "whole", longer, **options)["steps"] == 3
+    monkeypatch.setattr(budget, "DPTrainer", partial(DPTrainer, checkpoint_every=1))
+    with monkeypatch.context() as patch:
+        step = DPTrainer.train_step
+
+        def interrupted(self):
+            if self.step == 2:
+                raise KeyboardInterrupt
+            return step(self)
+
+        patch.setattr(DPTrainer, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tmp_path / "run", longer, **options)
+    finetune(tmp_path / "run", longer, **options)
+    assert json.loads((tmp_path / "run" / "private" / "done.json").read_text())["resumed"]
+    ours, whole = (load_file(tmp_path / run / "private" / "adapter.safetensors") for run in ("run", "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
 # ---- losses
