@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from fastloda.errors import UserError
 from fastloda.integrations.diffusers import diffusion_losses
+from fastloda.loda.attach import BESIDE
 from fastloda.randomness import seeded
 from fastloda.synthesis.bases import PIPELINE, refuse_prompts
 from fastloda.synthesis.data import LabelledImages
@@ -296,6 +297,11 @@ def open_pipeline(folder: Path, device: torch.device) -> Pipeline:
     kind = KINDS[name]
     for part, classes in kind.parts.items():
         _check_part(folder, part, index.get(part), classes)
+        if (folder / part / BESIDE).exists():
+            raise UserError(
+                f"{folder / part} has adapters in {BESIDE}, which would be left out: save the model after merge_loda, and count "
+                "what they have spent if the private images are the same"
+            )
     left_out = {part: None for part, what in index.items() if isinstance(what, list) and part not in kind.parts}
     options = {"local_files_only": True, "use_safetensors": True}
     try:

@@ -250,7 +250,8 @@ def finetune(
             an npz file as in `fastloda pretrain`. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class. They may
             have fewer classes than the model; how many is taken to be public.
         model: folder of the public model: of a U-Net of `fastloda pretrain`, or of a pipeline of diffusers (DDPM, DDIM, DiT,
-            Stable Diffusion). Default: chosen/ in the run's folder, or else public/.
+            Stable Diffusion), which is taken to be public: if private images shaped it, that is not counted. Default: chosen/ in
+            the run's folder, or else public/.
         prompts: prompts for a model that reads text: a template with {class}, as "a photo of a {class}", or one for each class,
             as "cat=a photo of a cat,dog=a photo of a dog". Classes are named by the folders of the images, which are then
             taken to be public, or by their numbers.

@@ -385,6 +385,13 @@ def without_a_tensor(folder: Path) -> None:
     save_file({name: tensor for name, tensor in load_file(path).items() if name != "conv_out.weight"}, path)
 
 
+def with_adapters(folder: Path) -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    Adapter(rank=1).attach(pipe.unet)
+    with pytest.warns(UserWarning, match="without its adapters"):
+        pipe.save_pretrained(folder)
+
+
 INDEX, UNET = "model_index.json", "unet/config.json"
 UNCOVERED = {
     "kind": ("pixels", edited(INDEX, _class_name="FluxPipeline"), "is a FluxPipeline, which is not covered: only DDPM"),
@@ -403,6 +410,7 @@ UNCOVERED = {
     ),
     "other weights": ("pixels", edited(UNET, layers_per_block=2), "can't be loaded"),
     "fewer weights": ("pixels", without_a_tensor, "the weights of unet lack conv_out.weight"),
+    "adapters": ("text", with_adapters, "unet has adapters in loda.safetensors.*merge_loda"),
     "oblong": ("pixels", edited(UNET, sample_size=[8, 16]), "only square images"),
 }
 
