@@ -44,7 +44,7 @@ setup(
         ],
         "triton": ["triton>=3.4"],  # comes with PyTorch's builds for GPUs
         "opacus": ["opacus>=1.6"],
-        "diffusers": ["diffusers>=0.35"],
+        "diffusers": ["diffusers>=0.35", "transformers"],  # the latter for pipelines that read text
         "peft": ["peft>=0.17"],
         "timm": ["timm>=1.0"],  # needs torchvision, in a build that fits PyTorch's
         "bench": ["pytest>=8", "pytest-benchmark>=5", "opacus>=1.6"],
@@ -57,6 +57,7 @@ setup(
             "triton>=3.4",
             "opacus>=1.6",
             "diffusers>=0.35",
+            "transformers",
             "peft>=0.17",
         ],
     },

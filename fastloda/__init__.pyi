@@ -8,7 +8,7 @@ from .engine.engine import PrivacyEngine, make_private, make_private_with_epsilo
 from .engine.loader import BatchMemoryManager
 from .engine.validator import ModuleValidator
 from .errors import PrivacyError
-from .loda.attach import attach_loda, load_loda, loda_parameters, loda_state_dict, save_loda
+from .loda.attach import attach_loda, load_loda, loda_parameters, loda_state_dict, merge_loda, save_loda
 from .loda.compile import compile
 from .loda.layers import LoDAConv2d, LoDALinear
 from .per_sample.explain import explain
@@ -54,6 +54,7 @@ __all__ = [
     "loda_state_dict",
     "make_private",
     "make_private_with_epsilon",
+    "merge_loda",
     "per_sample_grad_norms",
     "per_sample_grads",
     "register_rule",

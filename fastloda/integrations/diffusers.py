@@ -5,16 +5,43 @@ what a pipeline expects. `attach_loda(unet)` adapts every convolution; `attach_l
 attention's projections. Diffusers checkpoints activations without reentrance, as the private step needs it.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import keystr, tree_map_with_path
 
 from fastloda.errors import UserError
+from fastloda.files import write_atomically
+from fastloda.integrations.peft import as_lora
 from fastloda.training.noising import add_noise, draw, draw_timesteps
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the targets of diffusers' own LoRA training
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name under which a pipeline looks for LoRA
+
+
+def save_lora_weights(model: nn.Module, folder: str | os.PathLike, *, part: str = "unet") -> Path:
+    """Write a model's adapters as the LoRA that a pipeline loads: `pipe.load_lora_weights(folder)`; return the file's path.
+
+    The file is pytorch_lora_weights.safetensors, written atomically; its metadata has each layer's rank and scale. A pipeline
+    that takes no LoRA (DDPM, DiT) takes the merged model instead: `fastloda.merge_loda(model)`.
+
+    Args:
+        folder: folder to write into; made if missing.
+        part: the model's name in the pipeline: "unet" or "transformer".
+
+    Raises:
+        ValueError: the model has no adapters, or one that LoRA can't represent; see `fastloda.integrations.peft.save_peft`.
+        OSError: the file cannot be written.
+    """
+    tensors, _, metadata = as_lora(model, f"{part}.")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / LORA_WEIGHTS
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    return path
 
 
 def diffusion_losses(

@@ -79,24 +79,12 @@ def save_peft(model: nn.Module, folder: str | os.PathLike, *, base_model: str | 
             activation; a convolution with groups, dilation or a padding other than by zeros, where PEFT's adapter differs.
         OSError: a file cannot be written.
     """
-    layers = dict(loda_layers(model))
-    if not layers:
-        raise UserError(NOTHING_TO_SAVE)
-    if "" in layers:
-        raise UserError("the model is a single layer, which PEFT can't name: put it into a module")
-    for name, layer in layers.items():
-        if reason := _not_lora(layer):
-            raise UserError(f"{name}: {reason}, which PEFT's LoRA can't represent; save_loda can")
-    tensors = {}
-    for name, layer in layers.items():
-        tensors |= {f"{PREFIX}{name}.lora_A.weight": layer.loda_A, f"{PREFIX}{name}.lora_B.weight": layer.loda_B}
-    config = _config(layers)
-    metadata = {DIFFUSERS_METADATA: json.dumps({PREFIX + key: value for key, value in config.items()})}
+    tensors, config, metadata = as_lora(model, PREFIX)
     peft_only = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model, "inference_mode": True}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    write_atomically(folder / TENSORS, lambda temporary: save_file(separate(tensors), temporary, metadata))
+    write_atomically(folder / TENSORS, lambda temporary: save_file(tensors, temporary, metadata))
     write_atomically(folder / CONFIG, json.dumps(peft_only | config, indent=2).encode())
 
 
@@ -131,6 +119,31 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> list[str]:
 
 
 # ---- writing
+
+
+def as_lora(model: nn.Module, prefix: str) -> tuple[dict[str, Tensor], dict, dict[str, str]]:
+    """Make LoRA of a model's adapters: tensors by name, LoraConfig's arguments, and metadata with them that diffusers reads.
+
+    Args:
+        prefix: beginning of every name, with its dot.
+
+    Raises:
+        ValueError: as for `save_peft`.
+    """
+    layers = dict(loda_layers(model))
+    if not layers:
+        raise UserError(NOTHING_TO_SAVE)
+    if "" in layers:
+        raise UserError("the model is a single layer, which PEFT can't name: put it into a module")
+    for name, layer in layers.items():
+        if reason := _not_lora(layer):
+            raise UserError(f"{name}: {reason}, which PEFT's LoRA can't represent; save_loda can")
+    tensors = {}
+    for name, layer in layers.items():
+        tensors |= {f"{prefix}{name}.lora_A.weight": layer.loda_A, f"{prefix}{name}.lora_B.weight": layer.loda_B}
+    config = _config(layers)
+    metadata = {DIFFUSERS_METADATA: json.dumps({prefix + key: value for key, value in config.items()})}
+    return separate(tensors), config, metadata
 
 
 def _not_lora(layer: LoDAConv2d | LoDALinear) -> str | None:

@@ -1,5 +1,6 @@
 """Functions that put adapters on a model, and save and load the adapters alone."""
 
+import inspect
 import json
 import logging
 import math
@@ -8,6 +9,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +32,8 @@ L = TypeVar("L", bound=nn.Module)
 NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # though their weights may have two dimensions
 Targets = type | str | Iterable[str] | Callable[[str, nn.Module], bool]
 SETTINGS = ("rank", "activation", "negative_slope", "scale")
+SAVE = "save_pretrained"  # diffusers', transformers' and huggingface_hub's method
+BESIDE = "loda.safetensors"  # the file of adapters that it leaves beside the library's own
 NOTHING_TO_SAVE = (
     "the model has no adapters to save: call attach_loda first; what PEFT has wrapped has a save_pretrained(folder)"
 )
@@ -90,6 +94,7 @@ def attach_loda(
     replacements: dict[nn.Module, nn.Module] = {layer: _adapter(layer, settings) for layer in chosen.values()}
     model.requires_grad_(False)
     _replace(model, replacements)
+    _save_adapters_too(model)
     _say_what_is_left(skipped, chosen, matching)
     return Adapted(chosen, skipped)
 
@@ -163,6 +168,10 @@ def _reason_to_keep(layer: nn.Module) -> str | None:
         return f"{type(layer).__name__} is no nn.Conv2d and no nn.Linear: replace it by one, or wrap the model by PEFT's LoRA"
     if type(layer) not in ADAPTABLE:
         return f"{type(layer).__name__} is a subclass that may compute something else"
+    return _lost_by_replacement(layer)
+
+
+def _lost_by_replacement(layer: nn.Module) -> str | None:
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         return "it has hooks, which the replacement would lose"
     if "forward" in vars(layer):  # as accelerate's offloading does
@@ -184,6 +193,74 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
                 parent._modules[name] = replacements[child]
                 if name == "_orig_mod":  # the wrapper also holds compiled code of the old layer: make it anew
                     parent.__setstate__(parent.__getstate__())
+
+
+def merge_loda(model: nn.Module) -> list[str]:
+    """Replace the model's adapted layers in place by ordinary ones of weight W + scale B A, which compute the same.
+
+    The model then has no adapters and its first structure, so that any library saves, loads and exports it. The new weights are
+    rounded to the dtype of W, and are frozen.
+
+    Returns:
+        The names of the merged layers.
+
+    Raises:
+        ValueError: the model has no adapters or is a single layer, or one of its layers, which is named, can't be merged: its
+            activation is nonlinear, its convolution grouped, or it has hooks. The model is as before.
+    """
+    layers = dict(loda_layers(model))
+    if not layers:
+        raise UserError("the model has no adapters to merge")
+    if "" in layers:
+        raise UserError(
+            "the model is a single layer, which can't be replaced in place: model.merge() makes the merged one"
+        )
+    merged: dict[nn.Module, nn.Module] = {}
+    for name, layer in layers.items():
+        if reason := _lost_by_replacement(layer):
+            raise UserError(f"{name} can't be merged: {reason}")
+        try:
+            merged[layer] = layer.merge()
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+    _replace(model, merged)
+    _save_as_the_library_does(model)
+    return list(layers)
+
+
+def _save_adapters_too(model: nn.Module) -> None:
+    """Make `save_pretrained` of the model and its parts write the adapters as well, where a library gave them that method."""
+    for part in model.modules():
+        if callable(getattr(type(part), SAVE, None)) and any(isinstance(m, ADAPTED) for m in part.modules()):
+            setattr(part, SAVE, _SavePretrained(part))
+
+
+def _save_as_the_library_does(model: nn.Module) -> None:
+    for part in model.modules():
+        vars(part).pop(SAVE, None)
+
+
+class _SavePretrained:
+    """The `save_pretrained` of a model with adapters: the library's own, then the adapters beside it, and a warning."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # diffusers' pipelines pass on the options that they find in it
+        return inspect.signature(partial(getattr(type(self.model), SAVE), self.model))
+
+    def __call__(self, save_directory: str | os.PathLike, *arguments, **options):
+        result = getattr(type(self.model), SAVE)(self.model, save_directory, *arguments, **options)
+        path = Path(save_directory) / BESIDE
+        save_loda(self.model, path)
+        warnings.warn(
+            f"from_pretrained({str(save_directory)!r}) will give the model without its adapters, which are in {path}: "
+            "load_loda(model, that file) puts them on; or call merge_loda(model) before, which folds adapters of the identity "
+            "activation into the weights",
+            stacklevel=2,
+        )
+        return result
 
 
 def _layers(model: nn.Module, types: tuple[type[L], ...]) -> Iterator[tuple[str, L]]:
@@ -266,6 +343,7 @@ def install_adapters(
         layers = {name: _adapter(base, settings[name]) for name, base in bases.items()}
         model.requires_grad_(False)
         _replace(model, {base: layers[name] for name, base in bases.items()})
+        _save_adapters_too(model)
     with torch.no_grad():
         for name, layer in layers.items():
             for key in ("loda_A", "loda_B"):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from fastloda.errors import UserError
 from fastloda.synthesis.data import NAMES, LabelledImages, open_dataset, stratified_subset
 from fastloda.synthesis.data.catalogue import ALWAYS_THERE
+from fastloda.synthesis.data.folder import class_names
 from fastloda.synthesis.diffusion import UNetConfig
 
 logger = logging.getLogger("fastloda")
@@ -23,6 +24,14 @@ NAMED = frozenset(  # data sets that are the same everywhere and need no file
 _NAME = re.compile(
     rf"(?P<name>{'|'.join(map(re.escape, NAMES))})(?P<test>-test)?(@((?P<percent>\d+(\.\d+)?)%|(?P<count>\d+)))?(:(?P<root>.+))?"
 )
+
+
+class Takes(NamedTuple):
+    """The images that a model takes, [in_channels, image_size, image_size], of at most num_classes classes; None: any number."""
+
+    in_channels: int
+    image_size: int
+    num_classes: int | None
 
 
 class _Named(NamedTuple):
@@ -73,7 +82,14 @@ def files_of(data: str) -> tuple[Path, ...]:
     return (Path(data),) if _parse(data) is None and not Path(data).is_dir() else ()
 
 
-def open_for_unet(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
+def names_of_classes(name: str, images: LabelledImages) -> list[str]:
+    """List the names of the images' classes: those of the subfolders of a folder of images, else their numbers."""
+    if _parse(name) is None and Path(name).is_dir():
+        return class_names(name)
+    return [str(label) for label in range(images.num_classes)]
+
+
+def open_for_unet(name: str, unet: UNetConfig | Takes, **drawn) -> LabelledImages:
     """Open images by `open_images`, and refuse those that the U-Net can't take.
 
     Raises:
@@ -82,10 +98,10 @@ def open_for_unet(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
     images = _open_as(name, unet.in_channels, unet.image_size, unet.num_classes, **drawn)
     if images.images.shape[1:] != (unet.in_channels, unet.image_size, unet.image_size):
         wanted = f"{unet.in_channels} x {unet.image_size} x {unet.image_size}"
-        raise UserError(
-            f"{name} has images of {shape_text(images)}, the U-Net is for {wanted}: `fastloda pretrain` sets it by "
-            "--unet.in_channels and --unet.image_size"
-        )
+        model, way_out = "pipeline", "convert them; a folder of colour images is resized by itself"
+        if isinstance(unet, UNetConfig):
+            model, way_out = "U-Net", "`fastloda pretrain` sets it by --unet.in_channels and --unet.image_size"
+        raise UserError(f"{name} has images of {shape_text(images)}, the {model} is for {wanted}: {way_out}")
     if unseen := (images.labels.bincount(minlength=images.num_classes) == 0).nonzero().flatten().tolist():
         logger.warning("%s says that it has %d classes, but has no image of %s", name, images.num_classes, unseen[:10])
     return images
@@ -123,7 +139,7 @@ def shape_text(images: LabelledImages) -> str:
     return " x ".join(map(str, images.images.shape[1:]))
 
 
-def _open_as(name: str, channels: int, size: int, num_classes: int, **drawn) -> LabelledImages:
+def _open_as(name: str, channels: int, size: int, num_classes: int | None, **drawn) -> LabelledImages:
     """Open images, and make grey ones colour if three channels are wanted; colours are not made grey, which would lose them."""
     return open_images(name, num_classes=num_classes, size=size, channels=3 if channels == 3 else None, **drawn)
 

@@ -34,7 +34,10 @@ def load_unet(path: Path, device: torch.device | str = "cpu") -> UNet:
         ValueError: the file is not one of `save_unet`, or is damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no public model {path}: make one with `fastloda pretrain`")
+        raise FileNotFoundError(
+            f"no public model {path}: make one with `fastloda pretrain`; `finetune` and `sample` also take --model FOLDER, a "
+            "pipeline of diffusers"
+        )
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = _about(file)

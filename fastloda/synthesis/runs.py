@@ -138,7 +138,11 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 
 def digest(path: Path) -> str:
-    """Compute a file's sha256."""
+    """Compute a file's sha256; of a folder, that of all its files and their names, but for hidden ones."""
+    if path.is_dir():
+        names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+        seen = [(name, digest(path / name)) for name in names if not any(n.startswith(".") for n in Path(name).parts)]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -5,12 +5,22 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from fastloda.errors import UserError
+from fastloda.loda.attach import Targets, attach_loda
 from fastloda.synthesis.classify import AugmentName, NetworkName, Norm, OptimizerName, make_network
 from fastloda.synthesis.diffusion import TIMESTEPS, Diffusion
 from fastloda.training.schedules import Schedule
 from fastloda.training.trainer import Losses
+
+# The projections in attention: those of diffusers' models, and those of `fastloda pretrain`'s U-Net.
+ATTENTION = r"(.*\.)?(to_q|to_k|to_v|to_out\.0|proj_q|proj_k|proj_v)|(down|middle|up)blocks\.[\d.]+\.proj"
+PRESETS: dict[str, Targets] = {
+    "convolutions": nn.Conv2d,
+    "attention": ATTENTION,
+    "both": lambda name, layer: isinstance(layer, nn.Conv2d) or re.fullmatch(ATTENTION, name) is not None,
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,8 @@ class Adapter:
         activation: activation between the convolutions; "identity" is LoRA.
         negative_slope: slope of leaky_relu below 0.
         scale: factor of the adapter's output.
-        targets: regular expression that the whole name of a layer must match; default: every convolution.
+        targets: layers to adapt: convolutions, attention (its query, key, value and output projections), both, or a regular
+            expression that the whole name of a layer must match. Default: convolutions; both for a DiT, which has only one.
     """
 
     rank: int = 4
@@ -39,6 +50,15 @@ class Adapter:
         except re.error as error:
             raise UserError(f"adapter.targets is no regular expression: {self.targets!r} ({error})") from error
 
+    def attach(self, network: nn.Module) -> None:
+        """Attach the adapters to a network, in place.
+
+        Raises:
+            ValueError: no layer of the network matches, or the rank is too high for all of them.
+        """
+        targets = PRESETS.get(self.targets, self.targets) if self.targets else None
+        attach_loda(network, **asdict(self) | {"targets": targets})
+
 
 @dataclass(frozen=True)
 class FineTuning:
@@ -50,7 +70,7 @@ class FineTuning:
         warmup: number of steps of linear warm-up.
         schedule: schedule of the learning rate after the warm-up.
         ema_decay: decay of the moving average of the adapters over the steps, which is what is released.
-        label_dropout: share of labels that are dropped, for classifier-free guidance.
+        label_dropout: share of labels that are dropped, for classifier-free guidance; none for a model that needs a label.
         flips: whether each view of an image is mirrored left to right with probability 1/2. For photographs, not for digits.
         timesteps: range of timesteps, without its end, on which the adapters are trained. The noisiest images say little
             about the private ones, and the least noisy little about their shape: both would only cost signal.

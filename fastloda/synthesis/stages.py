@@ -11,7 +11,7 @@ evaluate    evaluation.json
 import logging
 import shlex
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +20,11 @@ from torch import nn
 
 from fastloda.errors import UserError
 from fastloda.files import write_atomically
-from fastloda.loda.attach import attach_loda, load_loda, save_loda
+from fastloda.loda.attach import load_loda, save_loda
 from fastloda.randomness import seeded
 from fastloda.synthesis.account import known_releases, read_statement, releases
 from fastloda.synthesis.arguments import Device, resolve_device
+from fastloda.synthesis.bases import MODEL, Base, class_prompts, open_base
 from fastloda.synthesis.budget import (
     CHECKPOINT,
     EPSILON_CURVE,
@@ -46,6 +47,7 @@ from fastloda.synthesis.inputs import (
     NAMED,
     files_of,
     full_name,
+    names_of_classes,
     open_for_unet,
     open_images,
     open_tests,
@@ -63,8 +65,7 @@ from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
 
 logger = logging.getLogger("fastloda")
 
-MODEL, ADAPTER, SAMPLES, GRID, EVALUATION = (
-    "model.safetensors",
+ADAPTER, SAMPLES, GRID, EVALUATION = (
     "adapter.safetensors",
     "samples.npz",
     "grid.png",
@@ -232,6 +233,7 @@ def finetune(
     owner: str | None = None,
     per_owner: int = 1,
     model: Path | None = None,
+    prompts: str | None = None,
     adapter: Adapter = ADAPTERS,
     training: FineTuning = FINE_TUNING,
     device: Device = "auto",
@@ -255,39 +257,47 @@ def finetune(
             with the columns file and owner. Default: each image is one person's only one.
         per_owner: number of an owner's images in a step, averaged before clipping; with `owner` only. Time and memory grow with
             it.
-        model: folder of the public model; default: chosen/ in the run's folder, or else public/.
+        model: folder of the public model: of a U-Net of `fastloda pretrain`, or of a pipeline of diffusers (DDPM, DDIM, DiT,
+            Stable Diffusion), which is taken to be public: if private images shaped it, that is not counted. Default: chosen/ in
+            the run's folder, or else public/.
+        prompts: prompts for a model that reads text: a template with {class}, as "a photo of a {class}", or one for each class,
+            as "cat=a photo of a cat,dog=a photo of a dog". Classes are named by the folders of the images, which are then
+            taken to be public, or by their numbers.
         adapter: settings of the adapters that are trained.
         training: settings of the optimization.
         device: device to compute on.
         progress: whether to show a progress bar. Its loss and clipped fraction are private: for the operator's eyes.
     """
     place = resolve_device(device)
-    public = _public_folder(run, model)
-    network = load_unet(public / MODEL, place)
-    images = open_for_unet(data, network.config)
-    before = _released_before(run, public)
+    base = open_base(_public_folder(run, model), place)
+    images = open_for_unet(data, base.takes)
+    captions = None if prompts is None else class_prompts(prompts, names_of_classes(data, images))
+    base.caption(captions)
+    before = _released_before(run, base)
     owners = _owners_of(data, owner, before)
     privacy = privacy.with_records(len(set(owners)) if owners else len(images))
+    losses = base.losses(training, privacy.views)
+    adapter = replace(adapter, targets=adapter.targets or base.targets)
     with seeded(training.seed or 0):  # seeds A's initial values only, which are public and independent of the noise
-        attach_loda(network, **asdict(adapter))
-    settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter)}
+        adapter.attach(base.network)
+    settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter), "prompts": prompts}
     settings |= {"training": asdict(training), "device": place.type, "owner": owner, "per_owner": per_owner}
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
-    stage = Stage(Path(run) / PRIVATE, settings, (public / MODEL,), outputs, private=True)
+    stage = Stage(Path(run) / PRIVATE, settings, (base.file,), outputs, private=True)
     if not _reuse(stage):
-        # images[:] is the tensor itself, or bytes converted to floats
-        records, losses = (images.images[:], images.labels), training.losses(privacy.views)
         earlier = [release for statement in before for release in releases(statement)]
         options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": earlier, "progress": progress}
+        records = base.records(images)
         optimization = training.optimization() | {"per_owner": per_owner}
-        trainer = private_trainer(network, records, losses, privacy, optimization, owners=owners, **options)
+        trainer = private_trainer(base.network, records, losses, privacy, optimization, owners=owners, **options)
         with stage.work():
             fit_average(trainer)
-            save_loda(network, stage.folder / ADAPTER)
+            save_loda(base.network, stage.folder / ADAPTER)
             publish(
                 trainer, privacy, stage.folder, [known for statement in before for known in known_releases(statement)]
             )
-            write_json(stage.folder / STATEMENT, read_statement(stage.folder) | {"classes": images.num_classes})
+            classes = {"classes": images.num_classes} | ({"prompts": captions} if captions else {})
+            write_json(stage.folder / STATEMENT, read_statement(stage.folder) | classes)
     return read_statement(stage.folder)
 
 
@@ -343,25 +353,27 @@ def sample(
     Args:
         run: folder of the run.
         count: number of images.
-        steps: number of steps of the DDIM sampler.
+        steps: number of steps of the sampler: DDIM, or a pipeline's own.
         guidance: weight of classifier-free guidance; above 0 it doubles the time.
         seed: seed of the images; it is independent of training, and need not be secret.
         reach: distance, for pixels in [-1, 1], by which a pixel may easily be moved to make the images agree better with the
             release of `fastloda choose`; 0.1 helps a little on digits. It costs no budget. 0: no moves.
         public: whether to draw from the model without the adapter, into samples-public/; chosen/ has its own privacy.json.
-        model: folder of the public model; default: chosen/ in the run's folder, or else public/.
+        model: folder of the public model, as in `fastloda finetune`; default: chosen/ in the run's folder, or else public/.
         batch_size: number of images at a time; the result does not depend on it.
         device: device to compute on.
         progress: whether to show a progress bar.
     """
     check_sampling(count, steps, guidance, batch_size, reach)
     place = resolve_device(device)
-    base = _public_folder(run, model)
-    network = load_unet(base / MODEL, place)
+    base = open_base(_public_folder(run, model), place)
     released = _released_with(base) if reach else None
-    inputs = (base / MODEL,) if public else (base / MODEL, _attach_trained(network, Path(run) / PRIVATE, base))
-    inputs += (base / SUMS,) if reach else ()
-    classes = network.config.num_classes if public else _trained_classes(Path(run) / PRIVATE, network)
+    inputs = (base.file,) if public else (base.file, _attach_trained(base, Path(run) / PRIVATE))
+    inputs += (base.file.parent / SUMS,) if reach else ()
+    trained_on = _trained_on(Path(run) / PRIVATE)
+    base.caption(trained_on.get("prompts"))
+    base.check_drawing(steps, guidance)
+    classes = public and base.takes.num_classes or trained_on.get("classes", base.takes.num_classes)
     settings = {
         "count": count,
         "steps": steps,
@@ -382,8 +394,7 @@ def sample(
                 "batch_size": batch_size,
                 "progress": progress,
             }
-            drawn = draw_samples(network, Diffusion(), labels, **options).clamp(-1, 1)
-            images = LabelledImages(drawn, labels, classes)
+            images = LabelledImages(base.draw(labels, **options), labels, classes)
             images = moved(images, released, reach, progress) if released else images
             images.save_npz(stage.folder / SAMPLES, uint8=True)
             write_atomically(stage.folder / GRID, sample_grid(images.images, labels))
@@ -470,11 +481,11 @@ def _public_folder(run: Path, model: Path | None) -> Path:
     return public
 
 
-def _released_before(run: Path, public: Path) -> list[dict]:
+def _released_before(run: Path, base: Base) -> list[dict]:
     """Read the statements of what `choose` released about the private records, for the adapted model or in this run."""
     chosen, folders = Path(run) / CHOSEN, []
-    if was_chosen_privately(public / MODEL):
-        folders.append(public)
+    if base.chosen_privately:
+        folders.append(base.file.parent)
     if (chosen / SUMS).exists() and chosen.resolve() not in [folder.resolve() for folder in folders]:
         folders.append(chosen)
     return [read_statement(folder) for folder in folders]
@@ -492,11 +503,11 @@ def _owners_of(data: str, owner: str | None, before: list[dict]) -> list[str] | 
     return read_owners(data, owner)
 
 
-def _released_with(folder: Path) -> ClassEmbeddings:
+def _released_with(base: Base) -> ClassEmbeddings:
     """Load what `choose` released, which the budget of anything that adapts its model covers."""
-    if not was_chosen_privately(folder / MODEL):
-        raise UserError(f"{folder} holds no model of `fastloda choose`, whose release --reach would move images toward")
-    return ClassEmbeddings.load(folder / SUMS)
+    if not base.chosen_privately:
+        raise UserError(f"{base.file} is no model of `fastloda choose`, whose release --reach would move images toward")
+    return ClassEmbeddings.load(base.file.parent / SUMS)
 
 
 def _draw_preview(model: UNet, folder: Path, seed: int, progress: bool) -> None:
@@ -505,21 +516,21 @@ def _draw_preview(model: UNet, folder: Path, seed: int, progress: bool) -> None:
     write_atomically(folder / PREVIEW, sample_grid(preview, labels))
 
 
-def _attach_trained(network: UNet, private: Path, public: Path) -> Path:
-    """Attach the run's adapters to the network; return their file."""
+def _attach_trained(base: Base, private: Path) -> Path:
+    """Attach the run's adapters to the base's network; return their file."""
     if not (private / DONE).is_file():
         raise FileNotFoundError(
             f"no adapter in {private}: `fastloda finetune` makes one; or draw from the public model with --public"
         )
-    if read_json(private / DONE).get("inputs", {}).get(MODEL) != digest(public / MODEL):
-        raise UserError(f"{private / ADAPTER} adapts another model than {public / MODEL}")
-    load_loda(network, private / ADAPTER)
+    if digest(base.file) not in read_json(private / DONE).get("inputs", {}).values():
+        raise UserError(f"{private / ADAPTER} adapts another model than {base.file}")
+    load_loda(base.network, private / ADAPTER)
     return private / ADAPTER
 
 
-def _trained_classes(private: Path, network: UNet) -> int:
-    """Read the number of classes that the adapters were trained on, perhaps fewer than the public model has."""
-    return read_statement(private).get("classes", network.config.num_classes)
+def _trained_on(private: Path) -> dict:
+    """Read the run's statement, which has the classes and prompts that the adapters were trained on; {} if there is none yet."""
+    return read_statement(private) if (private / STATEMENT).is_file() else {}
 
 
 def _reuse(stage: Stage) -> bool:

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import pickle
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +26,24 @@ from fastloda import (
     ghost_dp_step,
     load_loda,
     loda_parameters,
+    merge_loda,
     per_sample_grad_norms,
     save_loda,
 )
-from fastloda.integrations.diffusers import ATTENTION, diffusion_losses
+from fastloda.integrations.diffusers import ATTENTION, diffusion_losses, save_lora_weights
 from fastloda.integrations.peft import save_peft
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install fastloda[diffusers]")
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel  # noqa: E402
+import tiny_pipelines  # noqa: E402
+from diffusers import (  # noqa: E402
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor  # noqa: E402
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler  # noqa: E402
 
@@ -425,3 +436,78 @@ def test_diffusers_loads_the_export(tmp_path):
     assert not torch.allclose(outputs(plain), outputs(model), atol=1e-2)
     plain.load_lora_adapter(tmp_path, weight_name="adapter_model.safetensors", prefix="base_model.model")
     torch.testing.assert_close(outputs(plain), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+def adapted(model, **settings):
+    attach_loda(model, rank=2, **settings)
+    for parameter in loda_parameters(model):
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def drawn_from(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    prompts = ["cat", "dog"]
+    return pipeline(prompts, guidance_scale=1.5, num_inference_steps=2, generator=generators, output_type="np").images
+
+
+def test_a_pipeline_loads_the_exported_lora(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed: pip install fastloda[peft]")
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    pipeline = tiny_pipelines.stable_diffusion()
+    pipeline.save_pretrained(tmp_path / "base")
+    plain = drawn_from(pipeline)
+    adapted(pipeline.unet, targets=(*ATTENTION, "conv1"), activation="identity", scale=0.5)
+    wanted = drawn_from(pipeline)
+    assert np.abs(wanted - plain).max() > 1e-2
+    assert save_lora_weights(pipeline.unet, tmp_path / "lora") == tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    other = StableDiffusionPipeline.from_pretrained(tmp_path / "base")
+    other.load_lora_weights(tmp_path / "lora")
+    np.testing.assert_allclose(drawn_from(other), wanted, atol=1e-5)
+
+
+def test_a_merged_pipeline_is_saved_and_loaded_by_diffusers_alone(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    pipeline = tiny_pipelines.stable_diffusion()
+    adapted(pipeline.unet, targets=(nn.Conv2d, nn.Linear), activation="identity")
+    wanted = drawn_from(pipeline)
+    merge_loda(pipeline.unet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("loda*"))
+    np.testing.assert_allclose(drawn_from(StableDiffusionPipeline.from_pretrained(tmp_path)), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["attached", "loaded", "copied", "unpickled"])
+def test_saving_an_adapted_model_keeps_the_adapters_and_says_where(how, tmp_path):
+    model = adapted(unconditional())
+    if how == "loaded":
+        save_loda(model, tmp_path / "a")
+        model = unconditional()
+        load_loda(model, tmp_path / "a")
+    elif how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "unpickled":
+        model = pickle.loads(pickle.dumps(model))
+    pipeline = DDPMPipeline(model, DDPMScheduler())
+    with pytest.warns(UserWarning, match="without its adapters, which are in .*unet.loda.safetensors: load_loda"):
+        pipeline.save_pretrained(save_directory=tmp_path / "saved", variant="fp16")
+    options_arrived = tmp_path / "saved" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    assert options_arrived.is_file()
+    again = UNet2DModel.from_pretrained(tmp_path / "saved" / "unet", variant="fp16")
+    load_loda(again, tmp_path / "saved" / "unet" / "loda.safetensors")
+    x, given = torch.randn(2, 2, 8, 8), conditions(model, 2)
+    torch.testing.assert_close(again(x, 7, **given).sample, model(x, 7, **given).sample)
+
+
+def test_transformers_models_keep_their_adapters_too(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    model = adapted(tiny_pipelines.stable_diffusion().text_encoder, targets=("q_proj", "v_proj"))
+    with pytest.warns(UserWarning, match="loda.safetensors: load_loda"):
+        model.save_pretrained(tmp_path)
+    again = transformers.CLIPTextModel.from_pretrained(tmp_path)
+    load_loda(again, tmp_path / "loda.safetensors")
+    tokens = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(again(tokens).last_hidden_state, model(tokens).last_hidden_state)

@@ -16,8 +16,18 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastloda
-from fastloda import LoDAConv2d, LoDALinear, attach_loda, load_loda, loda_parameters, loda_state_dict, save_loda
+from fastloda import (
+    LoDAConv2d,
+    LoDALinear,
+    attach_loda,
+    load_loda,
+    loda_parameters,
+    loda_state_dict,
+    merge_loda,
+    save_loda,
+)
 from fastloda.integrations.peft import TENSORS, load_peft, save_peft
+from fastloda.loda.wrappers import bare_modules
 
 
 class Net(nn.Module):
@@ -303,3 +313,52 @@ def test_a_file_of_pefts_is_named_as_such(tmp_path):
     save_peft(adapted(), tmp_path)
     with pytest.raises(ValueError, match="PEFT's LoRA: fastloda.integrations.peft.load_peft"):
         load_loda(plain(), tmp_path / TENSORS)
+
+
+# ---- merging
+
+
+@settings(deadline=None, max_examples=8)
+@given(part=st.sampled_from([*PARTS, "nothing"]), wholes=st.lists(st.sampled_from(list(WHOLE)), max_size=2))
+def test_a_merged_model_computes_the_same_without_adapters_in_any_wrappers(part, wholes):
+    model = functools.reduce(lambda model, name: WHOLE[name](model), wholes, (PARTS | WHOLE)[part](adapted()))
+    x = torch.randn(2, 2, 5, 5)
+    before = model(x).detach()
+    assert merge_loda(model) == list(TARGETS)
+    torch.testing.assert_close(model(x), before)
+    assert not loda_state_dict(model)
+    bare = dict(bare_modules(model))
+    assert [type(bare[name]) for name in TARGETS] == [nn.Conv2d, nn.Conv2d, nn.Linear]
+    assert not any(bare[name].weight.requires_grad for name in TARGETS)
+    assert len(list(model.parameters())) == len(list(plain().parameters()))
+
+
+def one_of(layer, **chosen):
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), layer)
+    attach_loda(model, rank=1, **{"activation": "identity"} | chosen)
+    return model
+
+
+def hooked():
+    model = one_of(nn.Conv2d(2, 2, 1))
+    model[1].register_forward_hook(lambda *_: None)
+    return model
+
+
+UNMERGEABLE = {
+    "nonlinear": (lambda: one_of(nn.Conv2d(2, 2, 1), activation="leaky_relu"), "0: .*'leaky_relu'.*only .*identity"),
+    "grouped": (lambda: one_of(nn.Conv2d(2, 2, 1, groups=2)), "1: .*groups=2"),
+    "hooked": (hooked, "1 can't be merged: it has hooks"),
+    "no adapters": (plain, "no adapters to merge"),
+    "one layer": (lambda: LoDALinear(2, 2, rank=1, activation="identity"), r"single layer.*model.merge\(\)"),
+}
+
+
+@pytest.mark.parametrize("name", UNMERGEABLE)
+def test_what_cannot_be_merged_is_named_and_left_alone(name):
+    make, message = UNMERGEABLE[name]
+    model = make()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=message):
+        merge_loda(model)
+    assert list(model.modules()) == before

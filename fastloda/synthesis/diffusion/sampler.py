@@ -55,7 +55,7 @@ def sample(
         raise UserError(f"labels must be [n] integers in 0..{model.null_class}, got {labels}")
 
     schedule = list(_schedule(diffusion, steps, eta=1.0 if method == "ddpm" else eta))
-    seeds = _seeds(len(labels), torch.Generator().manual_seed(seed) if seed is not None else generator)
+    seeds = image_seeds(len(labels), torch.Generator().manual_seed(seed) if seed is not None else generator)
     batches = [slice(i, i + batch_size) for i in range(0, len(labels), batch_size)]
     device = next(model.parameters()).device
     images = torch.empty(len(labels), *model.image_shape)  # a normal tensor: the caller may train on it
@@ -112,7 +112,7 @@ def _step(x: Tensor, noise: Tensor, abar: float, abar_next: float, sigma: float,
     return math.sqrt(abar_next) * x0 + math.sqrt(max(0.0, 1 - abar_next - sigma**2)) * noise
 
 
-def _seeds(n: int, generator: torch.Generator | None) -> list[int]:
+def image_seeds(n: int, generator: torch.Generator | None) -> list[int]:
     """Draw one seed per image, so that an image's noise is the same in every batch."""
     device = generator.device if generator else "cpu"
     return torch.randint(2**63 - 1, (n,), generator=generator, device=device).tolist()

@@ -123,11 +123,21 @@ class Diffusion:
                 f"expected t {tuple(y.shape)} and noise {tuple(x0.shape)}, "
                 f"got {tuple(t.shape)} and {tuple(noise.shape)}"
             )
-        if label_dropout > 0:
-            dropped = draw(torch.rand, y.shape, generator, y.device) < label_dropout
-            y = torch.where(dropped, model.null_class, y)
+        y = drop_labels(y, model.null_class, label_dropout, generator)
         if flips:
-            mirrored = draw(torch.rand, y.shape, generator, x0.device) < 0.5
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+            x0 = mirror_some(x0, generator)
         predicted = model(self.add_noise(x0, t, noise), t, y)
         return (predicted - noise).square().flatten(1).mean(1)
+
+
+def drop_labels(y: Tensor, null: int, share: float, generator: torch.Generator | None) -> Tensor:
+    """Replace each label in y [n] by `null` with probability `share`; without a draw if that is 0."""
+    if share == 0:
+        return y
+    return torch.where(draw(torch.rand, y.shape, generator, y.device) < share, null, y)
+
+
+def mirror_some(x0: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Mirror each image in x0 [n, C, H, W] left to right with probability 1/2."""
+    mirrored = draw(torch.rand, x0.shape[:1], generator, x0.device) < 0.5
+    return torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)

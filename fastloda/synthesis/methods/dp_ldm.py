@@ -4,9 +4,8 @@ Autoencoder and latent U-Net are trained on public images. The attention blocks 
 train on the latents of the private ones. With adapters instead, it is LoDA on a latent diffusion model: the paper's future work.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
-from fastloda.loda.attach import attach_loda
 from fastloda.randomness import seeded
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion.unet import Attention, UNet
@@ -41,7 +40,7 @@ class DPLDM:
             tune_attention_alone(model)
         else:
             with seeded(work.seed):
-                attach_loda(model, **asdict(self.adapter))
+                self.adapter.attach(model)
         tuning = self.tunings.at(budget.epsilon)
         return tune(model, private, budget, tuning, work, Coder(coder.encode, coder.decode))
 

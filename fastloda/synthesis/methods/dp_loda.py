@@ -1,8 +1,7 @@
 """DP-LoDA: low-dimensional adapters of a public diffusion model, trained privately; the method that this package is for."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from fastloda.loda.attach import attach_loda
 from fastloda.randomness import seeded
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import UNet
@@ -31,5 +30,5 @@ class DPLoDA:
     ) -> Sampler:
         """Attach adapters to a public model and train them; `earlier` are releases that the budget covers too."""
         with seeded(work.seed):  # the seed of A's initial values, which is public and independent of the noise
-            attach_loda(model, **asdict(self.adapter))
+            self.adapter.attach(model)
         return tune(model, private, budget, self.tunings.at(budget.epsilon), work, earlier=earlier)

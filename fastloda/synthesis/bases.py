@@ -1,0 +1,135 @@
+"""The public model that `finetune` adapts and `sample` draws from: a U-Net of `fastloda pretrain`, or a pipeline of diffusers."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastloda.errors import UserError
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.diffusion import sample as draw_samples
+from fastloda.synthesis.inputs import Takes
+from fastloda.synthesis.models import load_unet, was_chosen_privately
+from fastloda.synthesis.settings import FineTuning
+from fastloda.training.batches import Columns
+from fastloda.training.trainer import Losses
+
+MODEL, PIPELINE = "model.safetensors", "model_index.json"
+
+
+class Base(Protocol):
+    """A public model of images, as stages see it.
+
+    Attributes:
+        network: the part that adapters go onto, all of which may train.
+        file: the file or folder that it was loaded from, whose digest identifies it.
+        takes: the images that it takes.
+        targets: the preset of layers that are adapted by default; None: every convolution.
+        chosen_privately: whether private images had a say in its public ones, at a budget's cost.
+    """
+
+    network: torch.nn.Module
+    file: Path
+    takes: UNetConfig | Takes
+    targets: str | None
+    chosen_privately: bool
+
+    def caption(self, prompts: Sequence[str] | None) -> None:
+        """Take the prompt of each class; None for a model without text.
+
+        Raises:
+            ValueError: the model needs prompts, or takes none.
+        """
+
+    def records(self, images: LabelledImages) -> Columns:
+        """Make what the losses are computed on, each record of its own image alone."""
+
+    def losses(self, training: FineTuning, views: int) -> Losses:
+        """Make the denoising loss for a trainer, one number per sample and view.
+
+        Raises:
+            ValueError: the training has a setting that the model can't follow.
+        """
+
+    def check_drawing(self, steps: int, guidance: float) -> None:
+        """Refuse with a ValueError what `draw` can't do."""
+
+    def draw(
+        self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, progress: bool
+    ) -> Tensor:
+        """Draw one image per label [n]: float32 [n, C, H, W] in [-1, 1] on the CPU; image i depends on seed, i and its label."""
+
+
+class OwnUNet:
+    """A U-Net of `fastloda pretrain`, in the folder that it was written to."""
+
+    targets = None
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.file = folder / MODEL
+        self.network: UNet = load_unet(self.file, device)
+        self.takes = self.network.config
+        self.chosen_privately = was_chosen_privately(self.file)
+
+    def caption(self, prompts: Sequence[str] | None) -> None:
+        refuse_prompts(prompts, str(self.file))
+
+    def records(self, images: LabelledImages) -> Columns:
+        return images.images[:], images.labels  # images[:] is the tensor itself, or bytes converted to floats
+
+    def losses(self, training: FineTuning, views: int) -> Losses:
+        return training.losses(views)
+
+    def check_drawing(self, steps: int, guidance: float) -> None:
+        if steps > Diffusion().timesteps:
+            raise UserError(f"need 1 <= steps <= {Diffusion().timesteps}, got {steps}")
+
+    def draw(self, labels: Tensor, **options) -> Tensor:
+        return draw_samples(self.network, Diffusion(), labels, **options).clamp(-1, 1)
+
+
+def open_base(folder: Path, device: torch.device) -> Base:
+    """Open the public model in a folder: a pipeline of diffusers where there is a model_index.json, else our own U-Net.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: the model is damaged, or a pipeline of a kind that is not covered.
+    """
+    if not (folder / PIPELINE).is_file():
+        return OwnUNet(folder, device)
+    from fastloda.synthesis.pipelines import open_pipeline  # needs diffusers, which takes seconds to import
+
+    return open_pipeline(folder, device)
+
+
+def refuse_prompts(prompts: Sequence[str] | None, model: str) -> None:
+    """Refuse prompts for a model that takes labels, with a ValueError."""
+    if prompts is not None:
+        raise UserError(f"{model} takes the numbers of classes, not text: leave out --prompts")
+
+
+def class_prompts(text: str, names: Sequence[str]) -> list[str]:
+    """Make the prompt of each class.
+
+    Args:
+        text: a template with {class}, as "a photo of a {class}"; or one prompt a class, as "cat=a photo of a cat,dog=a dog".
+        names: the classes' names, in the order of their labels.
+
+    Raises:
+        ValueError: a class has no prompt or two, a prompt is empty, or a name is none of a class.
+    """
+    if "{class}" in text:
+        return [text.replace("{class}", name) for name in names]
+    pairs = [part.partition("=") for part in re.split(r",(?=[^,=]*=)", text)]
+    given = [name.strip() for name, _, _ in pairs]
+    prompts = {name.strip(): prompt.strip() for name, _, prompt in pairs}
+    if sorted(given) != sorted(names) or not all(prompts.values()):
+        raise UserError(
+            f"prompts must be a template with {{class}}, or name=prompt for each of the classes {', '.join(names)} once, with "
+            f"commas between them; got {text!r}"
+        )
+    return [prompts[name] for name in names]

@@ -1,0 +1,342 @@
+"""Pipelines of diffusers in a folder, as `pipe.save_pretrained(folder)` writes them: their losses, and samples by their own call.
+
+DDPMPipeline, DDIMPipeline       a UNet2DModel on pixels, with a table of classes or without classes
+DiTPipeline                      a DiTTransformer2DModel on latents, with a table of classes
+StableDiffusionPipeline          a UNet2DConditionModel on latents, with one prompt for each class
+
+The loss is the mean squared error of what the scheduler's `prediction_type` says, under the scheduler's own noise schedule.
+Latents are the means of the VAE's distributions, computed once: a public map of each image alone. All but the network stays
+frozen. Nothing in a folder can run code: only classes of diffusers and transformers are made, and weights must be safetensors.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastloda.errors import UserError
+from fastloda.integrations.diffusers import diffusion_losses
+from fastloda.loda.attach import BESIDE
+from fastloda.randomness import seeded
+from fastloda.synthesis.bases import PIPELINE, refuse_prompts
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion.sampler import image_seeds
+from fastloda.synthesis.diffusion.schedule import TIMESTEPS, drop_labels, mirror_some
+from fastloda.synthesis.inputs import Takes
+from fastloda.synthesis.runs import read_json
+from fastloda.synthesis.settings import FineTuning
+from fastloda.training.noising import draw_timesteps
+from fastloda.training.trainer import Losses
+
+try:
+    import diffusers
+except ImportError as error:
+    raise UserError("a pipeline of diffusers needs that package: pip install 'fastloda[diffusers]'") from error
+
+LIBRARIES = ("diffusers", "transformers")
+ENCODED_AT_ONCE = 16
+
+
+class Pipeline:
+    """A pipeline of diffusers as a `Base`; a subclass knows how its kind is conditioned and called.
+
+    Attributes:
+        pipe: the pipeline, on its device.
+        null: label that stands for "no label"; None: the model has none.
+    """
+
+    part = "unet"
+    targets: str | None = None
+    parts: dict[str, tuple[str, ...]] = {}  # component -> the classes that it may be of; () for any
+    null: int | None = None
+    chosen_privately = False
+
+    def __init__(self, folder: Path, pipe: Any):
+        self.file, self.pipe, self.name = folder, pipe, type(pipe).__name__
+        self.network: nn.Module = getattr(pipe, self.part)
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval().float()
+        self.takes = self._takes(self.network.config)
+
+    def _takes(self, config: Any) -> Takes:
+        raise NotImplementedError
+
+    def _side(self, config: Any) -> int:
+        """Return the side of the network's square inputs."""
+        if not isinstance(config.sample_size, int):
+            raise UserError(f"{self.file}: sample_size is {config.sample_size}, and only square images are covered")
+        return config.sample_size
+
+    def caption(self, prompts: Sequence[str] | None) -> None:
+        refuse_prompts(prompts, self.name)
+
+    def records(self, images: LabelledImages) -> tuple[Tensor, Tensor]:
+        return images.images[:], images.labels
+
+    def losses(self, training: FineTuning, views: int) -> Losses:
+        scheduler = self.pipe.scheduler
+        cdf = _cdf_of(training.timesteps, scheduler.config.num_train_timesteps)
+
+        def losses(model: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+            x0, y = (column.repeat_interleave(views, dim=0) for column in batch)
+            times = draw_timesteps(cdf, len(batch[0]), views, generator, x0.device)
+            if self.null is not None:
+                y = drop_labels(y, self.null, training.label_dropout, generator)
+            if training.flips:
+                x0 = mirror_some(x0, generator)
+            options = {"timesteps": times, "generator": generator, **self._conditions(y)}
+            return diffusion_losses(self._predictor(model), scheduler, x0, **options)
+
+        return losses
+
+    def _conditions(self, labels: Tensor) -> dict[str, Tensor]:
+        """Make the network's arguments for labels [n], which may be `null`."""
+        raise NotImplementedError
+
+    def _predictor(self, model: nn.Module) -> Callable:
+        """Return the function that predicts what the scheduler's prediction_type says, and nothing else."""
+        return model
+
+    def check_drawing(self, steps: int, guidance: float) -> None:
+        if steps > (most := self.pipe.scheduler.config.num_train_timesteps):
+            raise UserError(f"{self.file}: the scheduler has {most} steps, not {steps}: set --steps")
+        if guidance and self.null is None:
+            raise UserError(f"{self.name} has no pass without a label, which guidance needs: leave out --guidance")
+
+    def draw(
+        self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, progress: bool
+    ) -> Tensor:
+        seeds, drawn = image_seeds(len(labels), torch.Generator().manual_seed(seed)), []
+        for rows in torch.arange(len(labels)).split(batch_size):
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            about = f"sampling {first + 1}-{last} of {len(labels)}"
+            self.pipe.set_progress_bar_config(disable=not progress, desc=about, unit="step")
+            generators = [torch.Generator().manual_seed(s) for s in seeds[first:last]]
+            options = {"generator": generators, "num_inference_steps": steps, "output_type": "np"}
+            with seeded(seeds[first]):  # for a scheduler that is not given the generators
+                images = self._call(labels[rows], guidance, options)
+            drawn.append(torch.from_numpy(images).movedim(3, 1) * 2 - 1)
+        return torch.cat(drawn).clamp(-1, 1)
+
+    def _call(self, labels: Tensor, guidance: float, options: dict) -> Any:
+        """Call the pipeline -> images [n, H, W, C] in [0, 1], an array."""
+        raise NotImplementedError
+
+
+class Pixels(Pipeline):
+    """A DDPM or DDIM: a UNet2DModel on pixels, whose labels enter by its table of classes, if it has one."""
+
+    parts = {"unet": ("UNet2DModel",), "scheduler": ()}
+
+    def _takes(self, config: Any) -> Takes:
+        if config.class_embed_type is not None:
+            raise UserError(f"{self.file}: class_embed_type {config.class_embed_type!r} is not covered, only a table")
+        return Takes(config.in_channels, self._side(config), config.num_class_embeds or 1)
+
+    @property
+    def _has_classes(self) -> bool:
+        return self.network.config.num_class_embeds is not None
+
+    def _conditions(self, labels: Tensor) -> dict[str, Tensor]:
+        return {"class_labels": labels} if self._has_classes else {}
+
+    def _call(self, labels: Tensor, guidance: float, options: dict) -> Any:
+        with self._labelled(labels):
+            return self.pipe(batch_size=len(labels), **options).images
+
+    @contextmanager
+    def _labelled(self, labels: Tensor):
+        """Add the labels to each call of the network, to which these pipelines give none."""
+        given = self._conditions(labels.to(self.pipe.device))
+        add = lambda _, arguments, options: (arguments, options | given)  # noqa: E731
+        handle = self.network.register_forward_pre_hook(add, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class Latents(Pipeline):
+    """A pipeline whose network works on the latents of an AutoencoderKL."""
+
+    def _image_side(self, config: Any) -> int:
+        vae = self.pipe.vae.config
+        if config.in_channels != vae.latent_channels:
+            raise UserError(
+                f"{self.file}: the network takes {config.in_channels} channels, the latents have {vae.latent_channels}: only "
+                "networks that take the latents alone are covered"
+            )
+        return self._side(config) * 2 ** (len(vae.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def records(self, images: LabelledImages) -> tuple[Tensor, Tensor]:
+        """Encode the images in batches of one size, so that no image's rounding depends on how many there are."""
+        vae, latents = self.pipe.vae, []
+        for part in tqdm(images.images.split(ENCODED_AT_ONCE), "encoding", disable=len(images) < 1000):
+            pixels = part.to(vae.device)
+            filled = torch.cat([pixels, pixels.new_zeros(ENCODED_AT_ONCE - len(pixels), *pixels.shape[1:])])
+            means = vae.encode(filled).latent_dist.mean[: len(pixels)]
+            latents.append((means * vae.config.scaling_factor).cpu())
+        return torch.cat(latents), images.labels
+
+    def losses(self, training: FineTuning, views: int) -> Losses:
+        if training.flips:
+            raise UserError(f"training.flips mirrors pixels, and {self.name} trains on latents: leave it out")
+        return super().losses(training, views)
+
+
+class ClassLatents(Latents):
+    """A DiT: a transformer on latents, whose labels enter by its table of classes, the last of which is "no label"."""
+
+    part = "transformer"
+    targets = "both"  # its only convolution embeds the patches
+    parts = {
+        "transformer": ("DiTTransformer2DModel", "Transformer2DModel"),
+        "vae": ("AutoencoderKL",),
+        "scheduler": (),
+    }
+
+    def _takes(self, config: Any) -> Takes:
+        self.null = config.num_embeds_ada_norm
+        return Takes(self.pipe.vae.config.in_channels, self._image_side(config), self.null)
+
+    def _conditions(self, labels: Tensor) -> dict[str, Tensor]:
+        return {"class_labels": labels}
+
+    def _predictor(self, model: nn.Module) -> Callable:
+        """Leave out the learned variance, as the pipeline does."""
+        channels = self.network.config.in_channels
+        return lambda x, times, **options: (model(x, times, **options)[0][:, :channels],)
+
+    def check_drawing(self, steps: int, guidance: float) -> None:
+        super().check_drawing(steps, guidance)
+        if guidance and self.null != 1000:
+            raise UserError(
+                f"{self.name} takes class 1000 for no label, and {self.file} has {self.null} classes: leave out --guidance"
+            )
+
+    def _call(self, labels: Tensor, guidance: float, options: dict) -> Any:
+        rows = 2 if guidance else 1  # of each image, the second of which the pipeline drops
+        with self._steps_drawing_from(options["generator"] * rows):
+            return self.pipe(class_labels=labels.tolist(), guidance_scale=1 + guidance, **options).images
+
+    @contextmanager
+    def _steps_drawing_from(self, generators: list[torch.Generator]):
+        """Give the scheduler's steps the generators, which this pipeline keeps from them."""
+        scheduler = self.pipe.scheduler
+        if "generator" not in inspect.signature(scheduler.step).parameters:
+            yield
+            return
+        scheduler.step = partial(scheduler.step, generator=generators)
+        try:
+            yield
+        finally:
+            del scheduler.step
+
+
+class TextLatents(Latents):
+    """A Stable Diffusion: a U-Net on latents that reads a prompt, here one for each class, through a frozen text encoder."""
+
+    parts = {
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+        "scheduler": (),
+        "text_encoder": (),
+        "tokenizer": (),
+    }
+
+    def _takes(self, config: Any) -> Takes:
+        for name in ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim"):
+            if getattr(config, name, None) is not None:
+                raise UserError(f"{self.file}: {name} is {getattr(config, name)!r}: only prompts are covered")
+        return Takes(self.pipe.vae.config.in_channels, self._image_side(config), None)
+
+    @torch.no_grad()
+    def caption(self, prompts: Sequence[str] | None) -> None:
+        if prompts is None:
+            raise UserError(
+                f"{self.name} draws by prompts: give `fastloda finetune` one for each class, as --prompts 'a photo of a "
+                "{class}' or --prompts 'cat=a photo of a cat,dog=a photo of a dog'"
+            )
+        self.prompts, self.null = list(prompts), len(prompts)
+        self._texts, _ = self.pipe.encode_prompt([*self.prompts, ""], self.pipe.device, 1, False)
+
+    def _conditions(self, labels: Tensor) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": self._texts[labels]}
+
+    def _call(self, labels: Tensor, guidance: float, options: dict) -> Any:
+        prompts = [self.prompts[label] for label in labels.tolist()]
+        return self.pipe(prompts, guidance_scale=1 + guidance, **options).images
+
+
+KINDS: dict[str, type[Pipeline]] = {
+    "DDPMPipeline": Pixels,
+    "DDIMPipeline": Pixels,
+    "DiTPipeline": ClassLatents,
+    "StableDiffusionPipeline": TextLatents,
+}
+
+
+def open_pipeline(folder: Path, device: torch.device) -> Pipeline:
+    """Open a pipeline of diffusers in a folder, in float32; nothing is downloaded, no pickle read and no code of the folder run.
+
+    Raises:
+        ValueError: the folder is damaged, or a pipeline or a part of a kind that is not covered.
+    """
+    index = read_json(folder / PIPELINE)
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in KINDS:
+        raise UserError(f"{folder} is a {name}, which is not covered: only {', '.join(KINDS)} are")
+    kind = KINDS[name]
+    for part, classes in kind.parts.items():
+        _check_part(folder, part, index.get(part), classes)
+        if (folder / part / BESIDE).exists():
+            raise UserError(
+                f"{folder / part} has adapters in {BESIDE}, which would be left out: save the model after merge_loda, and count "
+                "what they have spent if the private images are the same"
+            )
+    left_out = {part: None for part, what in index.items() if isinstance(what, list) and part not in kind.parts}
+    options = {"local_files_only": True, "use_safetensors": True}
+    try:
+        pipe = getattr(diffusers, name).from_pretrained(folder, **options, **left_out)
+    except ImportError as error:  # StableDiffusionPipeline without transformers
+        raise UserError(f"{name} needs another package: pip install 'fastloda[diffusers]' ({error})") from error
+    except Exception as error:  # a damaged folder raises nearly anything
+        raise UserError(
+            f"{folder} can't be loaded, is damaged, or has weights that are no safetensors: {error}"
+        ) from error
+    for part in kind.parts:
+        if lacking := [name for name, tensor in _tensors(getattr(pipe, part)) if tensor.is_meta]:
+            raise UserError(f"{folder}: the weights of {part} lack {', '.join(lacking[:3])}: they are of another model")
+    return kind(folder.resolve(), pipe.to(device))
+
+
+def _tensors(part: Any) -> list[tuple[str, Tensor]]:
+    return [*part.named_parameters(), *part.named_buffers()] if isinstance(part, nn.Module) else []
+
+
+def _check_part(folder: Path, part: str, what: Any, classes: tuple[str, ...]) -> None:
+    match what:
+        case [str(library), str(found)] if library in LIBRARIES and (not classes or found in classes):
+            return
+    raise UserError(
+        f"{folder}: {part} is {what}, which is not covered: it must be of {' or '.join(classes or LIBRARIES)}"
+    )
+
+
+def _cdf_of(timesteps: tuple[int, int], count: int) -> Tensor:
+    """Make the distribution function of the timesteps first .. end - 1 of a scheduler that has `count`; the default means all."""
+    first, end = timesteps
+    last = count if end == TIMESTEPS else end
+    if not first < last <= count:
+        raise UserError(f"training.timesteps are {[first, end]}, but the pipeline's scheduler has {count}")
+    within = torch.zeros(count, dtype=torch.float64)
+    within[first:last] = 1
+    return within.cumsum(0) / within.sum()
