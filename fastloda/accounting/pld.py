@@ -5,6 +5,7 @@ dots": Doroshenko, Ghazi, Kamath, Kumar, Manurangsi, https://arxiv.org/abs/2207.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -14,16 +15,26 @@ from scipy.stats import norm
 from fastloda.accounting.mechanism import Mechanism
 from fastloda.accounting.rdp import rdp_epsilon
 
+PLDOf = Callable[[float, float, float, int], PrivacyLossDistribution]
 GRID = 2**20  # the most points of the grid: some seconds, 300 MB
 
 
-def pld_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
+def pld_epsilon(
+    mechanisms: tuple[Mechanism, ...], delta: float, pld_of: PLDOf | None = None, rough: float | None = None
+) -> float:
     """Compute PLD's upper bound on epsilon.
+
+    Args:
+        mechanisms: the mechanisms to compose.
+        delta: the delta for which epsilon is bounded.
+        pld_of: function (sample_rate, noise_multiplier, interval, log of the mass that may be cut off) -> distribution of one
+            step that is at least as private. Default: that of the subsampled Gaussian itself.
+        rough: the epsilon for which the grid is made. Default: the cheap bound.
 
     Raises:
         ValueError: the grid would be too large or rounding too coarse for this delta, or dp-accounting gives no finite bound.
     """
-    composed, rounding = _composed(mechanisms, delta)
+    composed, rounding = _composed(mechanisms, delta, pld_of, rough)
     with np.errstate(all="ignore"):
         epsilon = composed.get_epsilon_for_delta(delta - rounding)
     if not math.isfinite(epsilon):
@@ -45,8 +56,12 @@ def pld_deltas(mechanisms: tuple[Mechanism, ...], epsilons: np.ndarray, delta: f
     return np.clip(deltas, 0, 1) + rounding
 
 
-def _composed(mechanisms: tuple[Mechanism, ...], delta: float) -> tuple[PrivacyLossDistribution, float]:
+def _composed(
+    mechanisms: tuple[Mechanism, ...], delta: float, pld_of: PLDOf | None = None, rough: float | None = None
+) -> tuple[PrivacyLossDistribution, float]:
     """Compose the mechanisms' distributions; return the error by which rounding may make a delta too small, too.
+
+    The arguments are those of `pld_epsilon`.
 
     Raises:
         ValueError: the grid would be too large or rounding too coarse for this delta.
@@ -54,9 +69,9 @@ def _composed(mechanisms: tuple[Mechanism, ...], delta: float) -> tuple[PrivacyL
     total = sum(m.steps for m in mechanisms)
     lost = delta / 1e5  # the probability that all tails cut off may hold; its losses count as infinite
     spans = sum(_span(m, lost / total) for m in mechanisms)
-    reach = rdp_epsilon(mechanisms, 1e-15)
+    reach = 4 * rough if rough else rdp_epsilon(mechanisms, 1e-15)
     # The method's error goes with the square of the interval over a step's usual loss.
-    wanted = min(rdp_epsilon(mechanisms, min(delta, 1e-5)) / 96 / math.sqrt(total), 0.5)
+    wanted = min((rough or rdp_epsilon(mechanisms, min(delta, 1e-5))) / 96 / math.sqrt(total), 0.5)
     least = (2 * spans + reach) / GRID
     if least > 4 * wanted:
         raise ValueError(f"a grid of {(2 * spans + reach) / wanted:.1g} points would be needed, more than {4 * GRID}")
@@ -67,7 +82,7 @@ def _composed(mechanisms: tuple[Mechanism, ...], delta: float) -> tuple[PrivacyL
     log_lost, lost = math.floor(math.log(lost / total)), lost / len(mechanisms)
     with np.errstate(all="ignore"):
         nothing = identity(interval)
-        parts = [_power(_pld(*m[:2], interval, log_lost), m.steps, nothing, lost) for m in mechanisms]
+        parts = [_power((pld_of or _pld)(*m[:2], interval, log_lost), m.steps, nothing, lost) for m in mechanisms]
         while len(parts) > 1:  # in pairs, so that short ones are composed with short ones
             pairs = zip(parts[::2], parts[1::2], strict=False)
             parts = [a.compose(b, lost) for a, b in pairs] + parts[len(parts) // 2 * 2 :]

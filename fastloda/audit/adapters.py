@@ -1,6 +1,6 @@
 """Adapters that make a PrivateStep of a user's own training code: it runs unchanged, is watched, and its effects are undone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Generator as Yielding
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.data import Dataset
 
-from fastloda.audit.step import PrivateStep, Records, Released, Sampler, count, same, split
+from fastloda.audit.step import PrivateStep, Records, Released, Sampler, count, count_units, same, split
 from fastloda.errors import UserError
 from fastloda.privacy.stats import StepStats
 from fastloda.privacy.step import GhostClipper
@@ -86,10 +86,11 @@ def of_ghost_step(
 
 
 def of_trainer(
-    make: Callable[[Dataset, PrivateTraining], DPTrainer],
+    make: Callable[..., DPTrainer],
     settings: PrivateTraining,
     records: Records,
     population: int = 200,
+    owned: bool = False,
 ) -> PrivateStep:
     """Make a PrivateStep of a trainer's `train_step` and its sampler.
 
@@ -98,32 +99,39 @@ def of_trainer(
     `settings`.
 
     `records` are repeated to `population` rows, from which the sampler is watched as it chooses.
+
+    `owned`: whether the unit of privacy is an owner. The last tensor of the records, here and in `audit_step`, then has the
+    owner of each, an integer, and `make(data, settings, owners)` is called, where data are the other tensors.
     """
 
-    def trainer(data: Dataset, generator: Generator, **changes) -> DPTrainer:
+    def trainer(data: "_Rows", owners: Sequence[int], generator: Generator, **changes) -> DPTrainer:
         seed = int(torch.randint(2**62, (), generator=generator))
-        return make(data, replace(settings, seed=seed, target_epsilon=None, **changes))
+        changed = replace(settings, seed=seed, target_epsilon=None, **changes)
+        return make(data, changed, owners) if owned else make(data, changed)
 
     def release(records: Records, generator: Generator, parts: int = 1) -> Released:
-        present = count(records)
-        size = -(-max(1, present) // parts) if parts > 1 else settings.micro_batch_size
+        present, units = count(records), count_units(records, owned)
+        size = -(-max(1, units) // parts) if parts > 1 else settings.micro_batch_size
         rate = 1.0 if present else NEVER
-        made = trainer(_Rows(records, max(1, present)), generator, sample_rate=rate, micro_batch_size=size)
+        data, owners = _Rows(records, max(1, present), owned), (records[-1].tolist() or [0]) if owned else []
+        made = trainer(data, owners, generator, sample_rate=rate, micro_batch_size=size)
         return of_loop(made.model, lambda *_: made.train_step())(records, generator)
 
-    seen = _Rows(records, population)
+    seen = _Rows(records, population, owned)
     sampling: list[DPTrainer] = []  # one trainer for all draws, made at the first
 
     def draw(generator: Generator) -> list[int]:
         if not sampling:
             # one micro-batch, whose records are read before those that the trainer reads to check the data
-            sampling.append(trainer(seen, generator, steps=MANY_STEPS, micro_batch_size=population))
+            changes = {"steps": MANY_STEPS, "micro_batch_size": population}
+            sampling.append(trainer(seen, range(population), generator, **changes))
         seen.fetched.clear()
         stats: list[StepStats] = []
         of_loop(sampling[0].model, lambda *_: stats.append(sampling[0].train_step())).release(records, generator)
-        return seen.fetched[: stats[0].samples]  # what is fetched beyond them pads the last micro-batch
+        rows = settings.per_owner  # of each unit, which has one record here
+        return seen.fetched[: stats[0].samples * rows : rows]  # what is fetched beyond them pads the last micro-batch
 
-    return PrivateStep(release, release, Sampler(draw, population), shows_state=True)
+    return PrivateStep(release, release, Sampler(draw, population), shows_state=True, owned=owned)
 
 
 # ---- watching
@@ -179,10 +187,13 @@ MANY_STEPS = 10**6
 
 
 class _Rows(Dataset):
-    """A data set of the audit's records, or zeros if none, repeated to `length`, that lists the indices fetched."""
+    """A data set of the audit's records, or zeros if none, repeated to `length`, that lists the indices fetched.
 
-    def __init__(self, records: Records, length: int):
-        self._tensors = [records] if isinstance(records, Tensor) else list(records)
+    `owned`: whether to leave out the last tensor, which has the owners.
+    """
+
+    def __init__(self, records: Records, length: int, owned: bool):
+        self._tensors = [records] if isinstance(records, Tensor) else list(records)[: -1 if owned else None]
         self._length = length
         self.fetched: list[int] = []
 

@@ -1,7 +1,7 @@
 """Neighbour replay: one step under the same seed with and without one record. The noise cancels; the record's share is left.
 
 The norm of the share must be at most max_grad_norm / expected_batch_size, for any record beside any others (Cebere et al.
-2602.17454).
+2602.17454). Where the unit of privacy is an owner, all records of one are added at once (`PrivateStep.owned`).
 """
 
 import math
@@ -13,7 +13,19 @@ from torch import Tensor
 
 from fastloda.audit.claim import Claim
 from fastloda.audit.report import Finding
-from fastloda.audit.step import PrivateStep, Records, Released, count, each, join, rows, same, seed_for
+from fastloda.audit.step import (
+    PrivateStep,
+    Records,
+    Released,
+    count,
+    count_units,
+    each,
+    join,
+    rows,
+    same,
+    seed_for,
+    units,
+)
 
 SLACK = 1e-5  # relative tolerance of the bound, for DP-SGD's own rounding
 COARSE = 0.01  # fraction of max_grad_norm up to which the releases' rounding still allows a verdict
@@ -87,29 +99,33 @@ def hostile(record: Records, name: str) -> Records:
     return each(lambda t: HOSTILE[name](t) if t.is_floating_point() and t.numel() else t, record)
 
 
-def candidates(records: Records) -> dict[str, Records]:
-    """Choose single records to add: ordinary ones and hostile ones, by name."""
-    n = count(records)
-    ordinary = {f"record {i}": rows(records, slice(i, i + 1)) for i in range(n - 1, max(-1, n - 1 - ORDINARY), -1)}
-    return ordinary | {name: hostile(rows(records, slice(n - 1, n)), name) for name in HOSTILE}
+def candidates(records: Records, owned: bool) -> dict[str, Records]:
+    """Choose single units to add: ordinary ones and hostile ones, by name."""
+    n, word = count_units(records, owned), "owner" if owned else "record"
+    ordinary = {
+        f"{word} {i}": units(records, slice(i, i + 1), owned) for i in range(n - 1, max(-1, n - 1 - ORDINARY), -1)
+    }
+    last = units(records, slice(n - 1, n), owned)
+    return ordinary | {name: hostile(last, name) for name in HOSTILE}
 
 
-def companies(records: Records) -> dict[str, Records]:
-    """Make the batches that records are added to, by name; the first is the usual one."""
-    usual = usual_batch(records)
-    first, large = rows(usual, slice(0, 1)), hostile(rows(usual, slice(0, 1)), "a record x 1e4")
+def companies(records: Records, owned: bool) -> dict[str, Records]:
+    """Make the batches that units are added to, by name; the first is the usual one."""
+    usual = usual_batch(records, owned)
+    first = units(usual, slice(0, 1), owned)
+    large = hostile(first, "a record x 1e4")
     return {
         f"{count(usual)} records": usual,
         "none": rows(usual, slice(0, 0)),
-        "one record": first,
+        "one owner" if owned else "one record": first,
         "one large record": large,
         "large and ordinary records": join(usual, large),
     }
 
 
-def usual_batch(records: Records) -> Records:
-    """Take the records that are in the batch; the others are candidates."""
-    return rows(records, slice(0, min(ORDINARY, count(records) // 2)))
+def usual_batch(records: Records, owned: bool) -> Records:
+    """Take the units that are in the batch; the others are candidates."""
+    return units(records, slice(0, min(ORDINARY, count_units(records, owned) // 2)), owned)
 
 
 # ---- replaying
@@ -117,12 +133,12 @@ def usual_batch(records: Records) -> Records:
 
 def replay(step: PrivateStep, records: Records, claim: Claim, seed: int, tick: Callable) -> list[Neighbours]:
     """Replay the step with every candidate beside every company, at the end or the start of the batch; then in micro-batches."""
-    found = []
-    for name, company in companies(records).items():
-        found += _replay_beside(step, name, company, candidates(records), claim, seed, tick)
+    found, added = [], candidates(records, step.owned)
+    for name, company in companies(records, step.owned).items():
+        found += _replay_beside(step, name, company, added, claim, seed, tick)
     if step.release_in_parts is not None:
-        usual = usual_batch(records)
-        some = dict(list(candidates(records).items())[-len(HOSTILE) - 1 :])
+        usual = usual_batch(records, step.owned)
+        some = dict(list(added.items())[-len(HOSTILE) - 1 :])
         for parts in (2, 4):
             name = f"{count(usual)} records in {parts} micro-batches"
             found += _replay_beside(step, name, usual, some, claim, seed, tick, parts)
@@ -216,8 +232,8 @@ def coverage(step: PrivateStep, neighbours: list[Neighbours]) -> Finding:
     return Finding("nothing unnoised", statistic, meaning, holds=not leaked)
 
 
-def choose_canary(neighbours: list[Neighbours], records: Records) -> Neighbours | None:
+def choose_canary(neighbours: list[Neighbours], records: Records, owned: bool) -> Neighbours | None:
     """Choose the record with the largest finite share beside the usual batch, of those above rounding; None if there is none."""
-    usual = next(iter(companies(records)))
+    usual = next(iter(companies(records, owned)))
     able = [n for n in neighbours if n.company == usual and n.tolerance < n.contribution < math.inf]
     return max(able, key=lambda n: n.contribution, default=None)

@@ -65,7 +65,8 @@ def audit_step(
 
     Args:
         step: a PrivateStep (of_ghost_step, of_loop, of_trainer), or a function (records, generator) -> private gradient.
-        records: at least 2 records, one a row, in one tensor or several; half of them, at most 8, form the batch.
+        records: at least 2 records, one a row, in one tensor or several; half of them, at most 8, form the batch. Where the unit
+            is an owner (`of_trainer(owned=True)`), the last tensor says whose they are, and this counts owners.
         claim: the claim about the step.
         observations: number of steps with the canary, and of steps without; all takes about 2.5 x observations + 150 steps.
         sampler: the sampler by which training chooses records; default: the step's own, if it has one.
@@ -79,7 +80,7 @@ def audit_step(
         ValueError, TypeError: a bad argument; or the step does not repeat itself under a seed, so that nothing can be replayed.
     """
     step = step if isinstance(step, PrivateStep) else PrivateStep(_callable(step))
-    _check(records, claim, observations, draws, checks, significance)
+    _check(step, records, claim, observations, draws, checks, significance)
     _check_repeats(step, records, seed)
     sampler = sampler or step.sampler
     total = 2 * observations + 12 * _few(observations) + 150 + (draws if sampler else 0)
@@ -92,7 +93,7 @@ def audit_step(
         if "replay" in checks or "canary" in checks:
             neighbours = replay(step, records, claim, seed, bar.update)
             found += [sensitivity(neighbours, claim), coverage(step, neighbours)]
-            canary = choose_canary(neighbours, records)
+            canary = choose_canary(neighbours, records, step.owned)
         mus = None
         if "canary" in checks or "noise" in checks:
             noise, gaussian, counted = _observe(step, records, claim, canary, observations, generator, bar.update)
@@ -126,7 +127,7 @@ def _report(claim: Claim, found: list[Finding], mus, significance: float) -> Aud
 
 def _observe(step, records, claim, canary: Neighbours | None, observations, generator, tick):
     """Observe successive steps of one random stream, with and without the canary -> the noise, and both estimates of mu."""
-    outside = usual_batch(records)
+    outside = usual_batch(records, step.owned)
     inside = outside if canary is None else join(outside, canary.added)
     batches = {"out": outside, "in": inside}
     share = None if canary is None else canary.share
@@ -159,7 +160,7 @@ def _canary(gaussian, counted, claim: Claim, canary: Neighbours | None, observat
 
 
 def _other_batches(step: PrivateStep, records: Records, claim, scale: Scale, few, generator, tick) -> Iterable[Finding]:
-    usual = usual_batch(records)
+    usual = usual_batch(records, step.owned)
     n, one, nobody = count(usual), rows(usual, slice(0, 1)), rows(usual, slice(0, 0))
     batches = {"1 record": (one, 1), f"{count(records)} records": (records, 1)}
     batches[f"{n} large records"] = hostile(usual, "a record x 1e4"), 1
@@ -207,8 +208,8 @@ def _callable(step: Release) -> Release:
     return step
 
 
-def _check(records, claim, observations, draws, checks, significance) -> None:
-    check_records(records)
+def _check(step, records, claim, observations, draws, checks, significance) -> None:
+    check_records(records, step.owned)
     if not isinstance(claim, Claim):
         raise TypeError(f"claim must be a Claim, got {claim!r}")
     for name, value, least in (("observations", observations, 100), ("draws", draws, 100)):
@@ -222,7 +223,7 @@ def _check(records, claim, observations, draws, checks, significance) -> None:
 
 def _check_repeats(step: PrivateStep, records: Records, seed: int) -> None:
     """Refuse a step that fails on an ordinary batch, or that does not repeat itself under a seed."""
-    again = partial(step.replay, usual_batch(records), seed_for(seed, "repeats"))
+    again = partial(step.replay, usual_batch(records, step.owned), seed_for(seed, "repeats"))
     first, second = again().flat(), again().flat()
     if not first.isfinite().all():
         raise UserError("the step releases NaN or Inf on ordinary records: there is nothing to audit")

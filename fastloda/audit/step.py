@@ -80,12 +80,15 @@ class PrivateStep:
         release_in_parts: function (records, generator, parts) -> the output of the same step in that many micro-batches.
         sampler: the sampler by which training chooses a step's records.
         shows_state: whether `Released.unnoised` lists everything that a step changes besides what the gradient covers.
+        owned: whether the unit of privacy is an owner of several records: the last tensor of the records then says, by an integer
+            each, whose they are, and all records of an owner are added together.
     """
 
     release: Release
     release_in_parts: Callable[[Records, Generator, int], Tensor | Mapping[str, Tensor] | Released] | None = None
     sampler: Sampler | None = None
     shows_state: bool = False
+    owned: bool = False
 
     def __call__(self, records: Records, generator: Generator, parts: int = 1) -> Released:
         """Take one step. With parts=1 it is `release`, so that what trains is what is audited."""
@@ -135,8 +138,8 @@ def seed_for(seed: int, name: str) -> int:
 # ---- records
 
 
-def check_records(records: Records) -> int:
-    """Check that `records` has the right form, and return their number. Raises TypeError, ValueError."""
+def check_records(records: Records, owned: bool) -> None:
+    """Check that `records` has the right form. Raises TypeError, ValueError."""
     tensors = [records] if isinstance(records, Tensor) else records
     if not isinstance(tensors, Sequence) or not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
         raise TypeError(
@@ -145,7 +148,26 @@ def check_records(records: Records) -> int:
     lengths = sorted({len(t) for t in tensors})
     if len(lengths) > 1 or lengths[0] < 2:
         raise UserError(f"records must be at least 2, and as many in each tensor; got {lengths}")
-    return lengths[0]
+    if not owned:
+        return
+    if len(tensors) < 2 or tensors[-1].dim() > 1 or tensors[-1].is_floating_point() or count_units(tensors, owned) < 2:
+        raise UserError(
+            "the last tensor of records must say whose each record is, by an integer for each of at least 2 owners; got "
+            f"{tensors[-1]!r:.200}"
+        )
+
+
+def units(records: Records, chosen: slice, owned: bool) -> Records:
+    """Pick units of privacy in their order: records, or all records of an owner."""
+    if not owned:
+        return rows(records, chosen)
+    owners = records[-1].tolist()
+    picked = set(list(dict.fromkeys(owners))[chosen])
+    return rows(records, torch.tensor([owner in picked for owner in owners], dtype=torch.bool))
+
+
+def count_units(records: Records, owned: bool) -> int:
+    return len(records[-1].unique()) if owned else count(records)
 
 
 def each(function: Callable[..., Tensor], *records: Records) -> Records:

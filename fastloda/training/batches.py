@@ -1,11 +1,11 @@
 """The private records, read one by one, and the batches made of them."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, default_collate
 
@@ -19,10 +19,14 @@ class Batches:
 
     Attributes:
         records: number of records.
+        unit: the word for what is drawn, clipped and accounted for; here a record.
+        rows: number of rows of a unit in a step.
 
     Raises:
         ValueError: the data is neither, or could be both, or is empty.
     """
+
+    unit, rows = "record", 1
 
     def __init__(self, data: Columns | Dataset):
         self._data = data
@@ -39,9 +43,18 @@ class Batches:
         else:
             raise UserError(f"data must be tensors or a map-style Dataset with records, got {type(data).__name__}")
 
-    def read(self, indices: Tensor) -> list:
-        """Read the records of `indices`, in the form that `batch` takes."""
-        return indices.tolist() if self._columns else [self._data[i] for i in indices.tolist()]
+    @property
+    def units(self) -> int:
+        """The number of units."""
+        return self.records
+
+    def facts(self) -> dict[str, Any]:
+        """List what must be the same on all ranks, and when a run resumes."""
+        return {"records": self.records, "owners": None}
+
+    def read(self, units: Tensor, stream: Callable[[str], Generator]) -> list:
+        """Read the units of these indices, in the form that `batch` takes; where a choice is made, by streams of this step."""
+        return units.tolist() if self._columns else [self._data[i] for i in units.tolist()]
 
     def batch(self, read: list, device: torch.device) -> Any:
         """Make a batch of `read`, as `default_collate` does or in the columns' structure; tensors on the device."""
@@ -51,6 +64,10 @@ class Batches:
         else:
             batch = default_collate(read)
         return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
+
+    def weigh(self, losses: Tensor, read: list) -> Tensor:
+        """Weigh losses [len(read) * rows * views] such that a unit's mean is its loss."""
+        return losses
 
 
 def _are_columns(data: object) -> bool:

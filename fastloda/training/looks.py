@@ -12,7 +12,7 @@ from fastloda.training.batches import Batches
 from fastloda.training.mixing import Evaluated, Signs, halves, is_due, look, places
 from fastloda.training.run_state import RunState
 
-SOME = 16  # number of records in a look that is not close
+SOME = 16  # number of units in a look that is not close
 
 
 class Looks:
@@ -23,7 +23,7 @@ class Looks:
         closely: whether the look replaces both halves and all places, as in the first step.
 
     Args:
-        evaluate: function (records read, choices whose gradients are wanted) -> losses and gradients, under the same random
+        evaluate: function (units read, choices whose gradients are wanted) -> losses and gradients, under the same random
             states at every call.
     """
 
@@ -49,13 +49,13 @@ class Looks:
         return False
 
     def look(self, read: list, chosen: Tensor) -> Tensor | None:
-        """Look at the records `read`, of indices `chosen`: return the losses, or None if some only, or others, were looked at.
+        """Look at the units `read`, of indices `chosen`: return the losses, or None if some only, or others, were looked at.
 
         So that all looks of a run cost little, only the close one and those at steps 16, 256, 4096, ... compare gradients and
-        places as well, and one that is not close takes a few of the records, unless shapes are fixed.
+        places as well, and one that is not close takes a few of the units, unless shapes are fixed.
 
         Raises:
-            PrivacyError: a loss depends on another record.
+            PrivacyError: a loss depends on another unit, a record or an owner.
         """
         run, settings = self._run, self._run.settings
         self.due, self._count = self.closely, self._count + 1
@@ -70,17 +70,17 @@ class Looks:
         with restored(run.generators):
             if alone:
                 chosen = torch.cat([chosen, self._others(chosen, name)])
-                read = read + self._data.read(chosen[1:])
+                read = read + self._data.read(chosen[1:], run.stream)
             both = self.closely or is_scheduled(step) and not thorough
             parts = halves(len(read), both, run.secret, name)
-            replaced = [(part, self._data.read(self._others(chosen[part], name))) for part in parts]
+            replaced = [(part, self._data.read(self._others(chosen[part], name), run.stream)) for part in parts]
         order = places(len(read), settings.fixed_shape, run.secret, name) if thorough else ()
         steady = not hand_back_shards(run.clipper.model)
         own = look(self._evaluate, read, replaced, order, steady=steady, gradients=thorough)
         return None if alone or some else own
 
     def _others(self, chosen: Tensor, name: str) -> Tensor:
-        """Choose another record for each of `chosen`, if there are two."""
-        records = self._run.records
+        """Choose another unit for each of `chosen`, if there are two."""
+        units = self._run.units
         stream = self._run.secret.generator(f"others of {chosen.tolist()}, {name}")
-        return (chosen + torch.randint(1, max(2, records), chosen.shape, generator=stream)) % records
+        return (chosen + torch.randint(1, max(2, units), chosen.shape, generator=stream)) % units

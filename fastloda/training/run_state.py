@@ -22,6 +22,7 @@ from fastloda.privacy.secure_noise import SecureGenerator
 from fastloda.privacy.step import GhostClipper
 from fastloda.randomness import Secret, generator_states, restore_generators
 from fastloda.training.average import Average, copy_into
+from fastloda.training.batches import Batches
 from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.training.releases import Releases
 from fastloda.training.sampling import poisson_sample
@@ -43,6 +44,7 @@ class RunState:
     """The state of a private run, in memory and on disk.
 
     Attributes:
+        units: number of units of privacy, of which each step draws some: records, or owners of records.
         optimizer, schedule, average: objects that training changes beside the clipper's parameters.
         accountant: accountant of the steps taken.
         secret: secret from which each step's batch and noise follow; the same on all ranks.
@@ -50,8 +52,9 @@ class RunState:
         checkpoint: file to save to; None saves nothing.
     """
 
-    def __init__(self, settings: PrivateTraining, records: int, clipper: GhostClipper, checkpoint: Path | None):
-        self.settings, self.records, self.clipper, self.checkpoint = settings, records, clipper, checkpoint
+    def __init__(self, settings: PrivateTraining, data: Batches, clipper: GhostClipper, checkpoint: Path | None):
+        self.settings, self.units, self.clipper, self.checkpoint = settings, data.units, clipper, checkpoint
+        self._data_facts = data.facts()
         self.parameters = clipper.parameters
         self.optimizer = OPTIMIZERS[settings.optimizer](list(self.parameters.values()), settings)
         check_optimizer(self.optimizer, self.parameters)
@@ -92,9 +95,12 @@ class RunState:
             self.last_step  # noqa: B018, computed by rank 0 while all are here
 
     def batch(self) -> Tensor:
-        """Draw the indices of the next step's Poisson batch, the same on all ranks and at each call."""
-        drawn_by = self.secret.generator(f"batch {self.step + 1}")
-        return poisson_sample(self.records, self.settings.sample_rate, drawn_by)
+        """Draw the indices of the next step's Poisson batch of units, the same on all ranks and at each call."""
+        return poisson_sample(self.units, self.settings.sample_rate, self.stream("batch"))
+
+    def stream(self, name: str) -> Generator:
+        """Make the stream of that name in the next step, which starts anew at each call; the same on all ranks."""
+        return self.secret.generator(f"{name} {self.step + 1}")
 
     def noise_over(self, sums: Sequence[Tensor]) -> NoiseSource:
         """Make the noise of the next release, which is on record when this returns; it will hide `sums`.
@@ -151,7 +157,7 @@ class RunState:
         by_rank = self.world.gather(generator_states(self.generators))
         state = {
             "settings": asdict(self.settings),
-            "records": self.records,
+            "data": self._data_facts,
             "randomness": describe_randomness(self.settings.seed, self.settings.secure_noise),
             "accountant": self.accountant.state_dict(),
             "max_grad_norm": self.clipper.max_grad_norm,
@@ -167,7 +173,8 @@ class RunState:
 
     def _load(self, checkpoint: Path) -> None:
         state = load_checkpoint(checkpoint, self.fingerprint, self.world)
-        if different := _differences(state["settings"] | {"records": state["records"]}, self.settings, self.records):
+        now = asdict(self.settings) | self._data_facts
+        if different := _differences(state["settings"] | state["data"], now):
             raise CheckpointError(
                 f"{checkpoint} is of a run with other settings: {different}; use them, or another file"
             )
@@ -245,7 +252,6 @@ class RunState:
 _FREE_TO_CHANGE = {"target_epsilon", "fixed_shape"}
 
 
-def _differences(saved: dict, settings: PrivateTraining, records: int) -> str:
-    now = asdict(settings) | {"records": records}
+def _differences(saved: dict, now: dict) -> str:
     changed = [name for name in now if name not in _FREE_TO_CHANGE and saved.get(name) != now[name]]
     return ", ".join(f"{name} is {saved.get(name)!r} there and {now[name]!r} here" for name in changed)

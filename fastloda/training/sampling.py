@@ -1,4 +1,4 @@
-"""Poisson sampling by record: each step, every record enters independently with probability sample_rate.
+"""Poisson sampling by record, or by owner: each step, every one enters independently with probability sample_rate.
 
 The accountant's privacy amplification holds for this sampler and for no other; shuffled batches are not private to the same
 epsilon (Chua et al. 2024, Lebeda et al. 2024).
@@ -16,7 +16,7 @@ def poisson_sample(records: int, sample_rate: float, generator: Generator) -> Te
 
 
 def share(indices: Tensor, rank: int, ranks: int) -> Tensor:
-    """Select the indices of one rank's records: record i is always rank i mod ranks', so that no record is on two ranks."""
+    """Select the indices of one rank's records, or owners: i is always rank i mod ranks', so that none is on two ranks."""
     return indices[indices % ranks == rank]
 
 

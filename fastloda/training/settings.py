@@ -12,16 +12,18 @@ from fastloda.privacy.clip import Clipping, clipping_style
 from fastloda.privacy.styles import check_max_grad_norm
 from fastloda.training.schedules import Schedule
 
-FAR = 20  # factor from sample_rate x records, either way, beyond which expected_batch_size is taken for a mistake
+FAR = 20  # factor from sample_rate x samples, either way, beyond which expected_batch_size is taken for a mistake
 
 
 @dataclass(frozen=True)
 class PrivateTraining:
     """Settings of a private run. All are public: none may be computed from the private records.
 
+    A sample is a record; or, where `DPTrainer` is given owners, an owner with at most `per_owner` records.
+
     Attributes:
-        sample_rate: probability that a record enters a step's batch.
-        expected_batch_size: sample_rate x the public number of records, over all ranks; the divisor of the clipped sum.
+        sample_rate: probability that a sample enters a step's batch.
+        expected_batch_size: sample_rate x the public number of samples, over all ranks; the divisor of the clipped sum.
         steps: number of noisy optimizer steps, empty batches included.
         noise_multiplier: standard deviation of the noise divided by max_grad_norm; 0 trains without privacy. With adaptive
             clipping, the noise multiplier that both releases of a step together cost (`fastloda.privacy.adaptive`).
@@ -29,9 +31,10 @@ class PrivateTraining:
         target_epsilon: bound on epsilon before which training stops; None trains for `steps`.
         max_grad_norm: L2 bound on a sample's contribution; with adaptive clipping, its first value.
         clipping: style of clipping: "flat", "automatic", "per_layer", "adaptive", or a style object, as in `GhostClipper`.
-        views: number of noise levels or augmentations per sample, averaged before clipping.
+        views: number of noise levels or augmentations per record, averaged before clipping.
+        per_owner: number of rows of an owner in a step, averaged before clipping: different records, where the owner has as many.
         micro_batch_size: number of samples in a rank's memory at a time; the logical batch does not depend on it.
-        fixed_shape: whether to pad the last micro-batch with masked records, so that shapes never vary.
+        fixed_shape: whether to pad the last micro-batch with masked samples, so that shapes never vary.
         optimizer, learning_rate, weight_decay, momentum, betas: arguments as in torch.optim (momentum of SGD, betas of Adam).
         warmup: number of steps of linear warm-up.
         schedule: learning rate after the warm-up: "constant", or "cosine", which ends at zero.
@@ -53,6 +56,7 @@ class PrivateTraining:
     target_epsilon: float | None = None
     max_grad_norm: float = 1.0
     views: int = 1
+    per_owner: int = 1
     micro_batch_size: int = 256
     fixed_shape: bool = True
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
@@ -70,7 +74,7 @@ class PrivateTraining:
 
     def __post_init__(self):
         check_max_grad_norm(self.max_grad_norm)
-        for name in ("steps", "views", "micro_batch_size"):
+        for name in ("steps", "views", "per_owner", "micro_batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be an integer >= 1, got {value!r}")
@@ -90,13 +94,13 @@ class PrivateTraining:
         self.accountant().epsilon_rdp(self.delta, 1)  # checks all that it takes
         clipping_style(self.clipping).gradient_noise(self.noise_multiplier, self.expected_batch_size)
 
-    def check_records(self, records: int) -> None:
-        """Refuse an expected_batch_size far from sample_rate x records; below one expected record, far from 1."""
-        sampled = max(1.0, self.sample_rate * records)
+    def check_units(self, units: int, unit: str) -> None:
+        """Refuse an expected_batch_size far from sample_rate x units; below one expected unit, far from 1."""
+        sampled = max(1.0, self.sample_rate * units)
         if not sampled / FAR <= self.expected_batch_size <= sampled * FAR:
             raise UserError(
-                f"expected_batch_size must be sample_rate x records, {self.sample_rate:g} x {records} = "
-                f"{self.sample_rate * records:g}, got {self.expected_batch_size:g}: it divides the clipped sum"
+                f"expected_batch_size must be sample_rate x {unit}s, {self.sample_rate:g} x {units} = "
+                f"{self.sample_rate * units:g}, got {self.expected_batch_size:g}: it divides the clipped sum"
             )
 
     def accountant(self) -> PrivacyAccountant:

@@ -22,6 +22,7 @@ from fastloda.randomness import generator_states, restore_generators, restored
 from fastloda.training.batches import Batches, Columns
 from fastloda.training.looks import Looks
 from fastloda.training.mixing import Evaluated, check_steady, evaluated
+from fastloda.training.owners import OwnerBatches, OwnerIds
 from fastloda.training.run_state import OtherRelease, RunState
 from fastloda.training.sampling import largest_share, micro_batches, share
 from fastloda.training.settings import PrivateTraining
@@ -51,10 +52,11 @@ class DPTrainer:
     data without noise: it is for the operator's eyes and is written nowhere.
 
     Where `torch.distributed` is initialised, all ranks train one model (`fastloda.privacy.ranks`): construct it, and call `fit`,
-    `train_step`, `save` and `state_dict`, on all of them. Each step's batch is one Poisson sample of all records, the same on any
-    number of ranks; record i is trained on by rank i mod their number, with random losses of that rank's own. Rank 0's
-    trainable parameters are copied to the others at the start; rank 0 adds the noise, shows the bar, and reads and writes the
-    checkpoint. With as many ranks as wrote it, a run resumes bit for bit; with another number the losses are drawn anew.
+    `train_step`, `save` and `state_dict`, on all of them. Each step's batch is one Poisson sample of all records (or owners), the
+    same on any number of ranks; the i-th is trained on by rank i mod their number, with random losses of that rank's own.
+    Rank 0's trainable parameters are copied to the others at the start; rank 0 adds the noise, shows the bar, and reads and
+    writes the checkpoint. With as many ranks as wrote it, a run resumes bit for bit; with another number the losses are drawn
+    anew.
 
     Args:
         model: a model with some trainable parameters, each covered by a rule.
@@ -67,6 +69,10 @@ class DPTrainer:
             and, where nothing is drawn at random, at another place of the batch too (`mixing.py`). The run's course is the
             same with it. What `losses` keeps of earlier steps' records no look can see: keep nothing.
         settings: the settings of the run.
+        owners: the owner of each record, integers or strings, where the unit of privacy is an owner (a patient, a user) of
+            several: a sequence, array or tensor. Each step then draws owners with `sample_rate`, takes `per_owner` rows of each
+            (`owners.py`), and clips the mean over them; a batch holds per_owner x owners records, losses() is called as ever,
+            and epsilon is for adding or removing an owner with all records. Default: every record has an owner of its own.
         checkpoint: file to save to and resume from; its folder is made if there is none. None saves nothing.
         checkpoint_every: number of steps between saves.
         progress: whether to show a progress bar.
@@ -84,21 +90,23 @@ class DPTrainer:
         losses: Losses,
         settings: PrivateTraining,
         *,
+        owners: OwnerIds | None = None,
         checkpoint: str | os.PathLike | None = None,
         checkpoint_every: int = 50,
         progress: bool = True,
         group: Group = None,
     ):
         self.model, self.losses, self.settings, self.checkpoint_every = model, losses, settings, checkpoint_every
-        self._data = Batches(data)
-        settings.check_records(self._data.records)
-        self.clipper = GhostClipper(
-            model, settings.max_grad_norm, settings.views, clipping=settings.clipping, group=group
-        )
+        self._data = Batches(data) if owners is None else OwnerBatches(data, owners, settings.per_owner)
+        if self._data.rows != settings.per_owner:
+            raise UserError(
+                f"per_owner={settings.per_owner} needs the owners of the records: give DPTrainer(owners=...)"
+            )
+        settings.check_units(self._data.units, self._data.unit)
+        rows = self._data.rows * settings.views
+        self.clipper = GhostClipper(model, settings.max_grad_norm, rows, clipping=settings.clipping, group=group)
         self.parameters = self.clipper.parameters
-        self.run = RunState(
-            settings, self._data.records, self.clipper, None if checkpoint is None else Path(checkpoint)
-        )
+        self.run = RunState(settings, self._data, self.clipper, None if checkpoint is None else Path(checkpoint))
         self.progress = progress and self.world.first
         self._looks = Looks(self.run, self._data, self._evaluate)
         self._waste = Waste(self.run.device)
@@ -111,10 +119,10 @@ class DPTrainer:
     def _try_losses(self) -> None:
         """Compute the losses of one batch and drop them, so that what can't work fails before anything is paid for."""
         settings = self.settings
-        chosen, _ = next(micro_batches(torch.arange(self.records), settings.micro_batch_size, settings.fixed_shape))
+        chosen, _ = next(micro_batches(torch.arange(self.run.units), settings.micro_batch_size, settings.fixed_shape))
         try:
             with restored(self.run.generators):
-                read = self._data.read(chosen)
+                read = self._data.read(chosen, self.run.stream)
             self._evaluate(read, [])
         except (NameError, AttributeError):
             return  # losses() may refer to the trainer that is being made; the first step calls it before it pays
@@ -125,7 +133,7 @@ class DPTrainer:
 
     def _agree(self) -> None:
         """Refuse ranks whose runs would differ, and start all ranks from the same parameters."""
-        facts = {"records": self.records, "checkpoint_every": self.checkpoint_every, "the model": self.run.fingerprint}
+        facts = self._data.facts() | {"checkpoint_every": self.checkpoint_every, "the model": self.run.fingerprint}
         self.world.check_same(asdict(self.settings) | facts | {"having a checkpoint": self.checkpoint is not None})
         replicate(self.model, self.clipper.group)
         self.average.load({name: p.detach() for name, p in self.parameters.items()})
@@ -135,7 +143,11 @@ class DPTrainer:
     last_step = property(
         lambda self: self.run.last_step, doc="The step at which training ends, by the steps or by the budget."
     )
-    records = property(lambda self: self.run.records, doc="The number of records.")
+    records = property(lambda self: self._data.records, doc="The number of records, whoever owns them.")
+    units = property(
+        lambda self: self.run.units,
+        doc="The number of units of privacy: of owners, if they were given, or else of records.",
+    )
     checkpoint = property(lambda self: self.run.checkpoint, doc="The file to save to, if any.")
     optimizer = property(lambda self: self.run.optimizer)
     schedule = property(lambda self: self.run.schedule, doc="The schedule of the learning rate.")
@@ -262,17 +274,17 @@ class DPTrainer:
         """Accumulate the clipped sum of micro-batches (indices, mask) -> the counts, and the losses of each micro-batch."""
         stats, found = StepStats.none(self.run.device), []
         for chosen, mask in parts:
-            read = self._data.read(chosen)
+            read = self._data.read(chosen, self.run.stream)
             seen = self._looks.look(read, chosen) if self._looks.due else None
             losses = self._losses_of(read)
             found.append(losses.detach())
             if seen is not None:
                 check_steady(seen, found[-1])
-            stats += self.clipper.accumulate(losses, mask)
+            stats += self.clipper.accumulate(self._data.weigh(losses, read), mask)
         return stats, found
 
     def _losses_of(self, read: list) -> Tensor:
-        """Compute the losses [n * views] of the records read, with their graph."""
+        """Compute the losses [n * views] of the units read, with their graph."""
         try:
             batch = self._data.batch(read, self.run.device)
         except (TypeError, RuntimeError, ValueError) as error:
@@ -281,11 +293,12 @@ class DPTrainer:
                 "tuples and dicts of them"
             ) from error
         losses, views = self.losses(self.model, batch, self.run.generators["losses"]), self.settings.views
-        if not isinstance(losses, Tensor) or losses.shape != (len(read) * views,) or not losses.is_floating_point():
+        rows = len(read) * self._data.rows
+        if not isinstance(losses, Tensor) or losses.shape != (rows * views,) or not losses.is_floating_point():
             got = f"{losses.dtype} of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
             raise UserError(
                 f"losses() must give one floating-point number for each sample and view, as reduction='none' does: a tensor of "
-                f"shape ({len(read) * views},) for {len(read)} samples x {views} views; got {got}"
+                f"shape ({rows * views},) for {rows} samples x {views} views; got {got}"
             )
         return losses
 

@@ -5,7 +5,9 @@ The steps under audit are DP-SGD written out for a linear model; each fault repl
 
 import json
 import math
+import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -675,6 +677,43 @@ def trained():
     return of_trainer(make, SETTINGS, data())
 
 
+OWNED = replace(SETTINGS, per_owner=2)
+
+
+def owned_data():
+    """16 owners of one to four records each, which lie apart."""
+    owners = torch.arange(16).repeat_interleave(torch.tensor([1, 2, 3, 4] * 4))
+    order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(3))
+    return *data(len(owners)), owners[order]
+
+
+def trained_by_owner(owners_are_known=True):
+    model = small_model()
+
+    def make(dataset, settings, owners):
+        told = {"owners": owners} if owners_are_known else {}
+        chosen = settings if owners_are_known else replace(settings, per_owner=1)
+        return DPTrainer(model, dataset, lambda model, batch, _: losses(model, batch), chosen, progress=False, **told)
+
+    return of_trainer(make, OWNED, owned_data(), owned=True)
+
+
+def test_records_clipped_by_themselves_are_no_protection_of_their_owner():
+    """An owner of four records moves the sum by up to four times the bound."""
+    report = audit(trained_by_owner(owners_are_known=False), owned_data(), Claim.of(OWNED), checks=["replay"])
+    assert violated(report) == {"neighbour replay"}, report
+    shares = next(check for check in report.checks if check.name == "neighbour replay").statistic
+    assert float(re.search(r"largest share ([0-9.]+) C", shares)[1]) > 2, shares
+
+
+@pytest.mark.parametrize("owners", [None, torch.rand(16), torch.zeros(16, dtype=torch.long)])
+def test_an_audit_by_owner_wants_the_owners(owners):
+    batch = data() if owners is None else (*data(), owners)
+    batch = (batch[0], batch[1].float()) if owners is None else batch
+    with pytest.raises(ValueError, match="the last tensor of records must say whose each record is"):
+        audit(trained_by_owner(), batch, Claim.of(OWNED), checks=["replay"])
+
+
 def float_views(n=16):
     return tuple(t.float() for t in records(n))
 
@@ -687,6 +726,7 @@ CORRECT = {
     "GhostClipper": (ghost, data, CLAIM, 1, 20),
     "GhostClipper, views": (ghost_views, float_views, CLAIM, 1, 20),
     "DPTrainer": (trained, data, Claim.of(SETTINGS), 1, 20),
+    "DPTrainer, owners": (trained_by_owner, owned_data, Claim.of(OWNED), 1, 20),
 }
 
 
