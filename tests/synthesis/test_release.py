@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pages import check_page, source_pixels
 
+from fastloda.accounting.groups import group_epsilon
 from fastloda.accounting.membership import MembershipBound
 from fastloda.synthesis import stages
 from fastloda.synthesis.budget import Privacy
@@ -94,6 +95,9 @@ def test_the_promise_comes_first_with_the_accountants_numbers(run):
     ]
     for text in [*shown, "privacy.target_epsilon", "private/adapter.safetensors", "private/checkpoint.pt.spent"]:
         assert text in html
+    table = html.split("For a person with several images")[1]
+    for size in (2, 5, 10):
+        assert f'<td>{size}</td>\n<td class="number">{rounded_up(group_epsilon([release], 1e-5, size))}</td>' in table
     assert 'class="alarm"' not in html
 
 
@@ -142,9 +146,16 @@ def test_a_statement_that_promises_too_much_is_refused(run):
 
 def test_the_unit_and_the_name_of_the_data_are_those_of_the_statement(run):
     unit = "one owner of images, at most 3 of which are used in a step"
-    change(run / "private" / "privacy.json", unit=unit, data="Blood cells <2019>")
+    assert "For a person with several images" in page_of(run)
+    change(
+        run / "private" / "privacy.json", unit=unit, owners=300, name="Blood cells <2019>", classes=["mast", "T & B"]
+    )
     html = page_of(run)
-    assert f"for adding or removing {unit}." in html and "to each of the 1,437 owners of images" in html
+    assert (
+        f"for adding or removing {unit}." in html
+        and "to each of the 300 owners of images" in html
+        and "mast, T &amp; B" in html
+    )
     assert (
         "the images of a certain owner were among “Blood cells &lt;2019&gt;”" in html
         and "person with several" not in html

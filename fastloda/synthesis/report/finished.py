@@ -69,7 +69,7 @@ class FinishedRun:
     @property
     def private_name(self) -> str:
         """The name of the private images; never a path."""
-        return self.statement.get("data") or _public_name(str(self._config(PRIVATE).get("data", "")), "private images")
+        return self.statement.get("name") or _public_name(str(self._config(PRIVATE).get("data", "")), "private images")
 
     @property
     def public_name(self) -> str:
@@ -81,13 +81,24 @@ class FinishedRun:
         return self.statement.get("unit", "one record (one image)")
 
     @property
+    def count(self) -> int:
+        """The public, nominal number of units."""
+        return self.statement["owners" if self.protects_owners else "records"]
+
+    @property
+    def classes(self) -> str:
+        """The names of the classes, or how many there are."""
+        classes = self.statement.get("classes", "as the public model has")
+        return ", ".join(classes) if isinstance(classes, list) else str(classes)
+
+    @property
     def protects_owners(self) -> bool:
         """Whether the unit is an owner of several images."""
         return "owner" in self.unit
 
     @property
     def counted(self) -> str:
-        """What `records` counts, in the plural."""
+        """The name of the units, in the plural."""
         return "owners of images" if self.protects_owners else "images"
 
     @property

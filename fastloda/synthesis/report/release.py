@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastloda import __version__
+from fastloda.accounting.groups import group_epsilon
 from fastloda.accounting.membership import MembershipBound
 from fastloda.files import write_atomically
 from fastloda.synthesis.budget import CHECKPOINT, EPSILON_CURVE, STATEMENT
@@ -23,6 +24,7 @@ from fastloda.training.releases import intent_path
 logger = logging.getLogger("fastloda")
 
 PAGE = "report.html"
+GROUP_SIZES = (2, 5, 10)  # numbers of images of one person
 FALSE_POSITIVE_RATES = (0.01, 0.001)
 GRID_COLUMNS, GRID_ROWS = 10, 20
 SIGNATURE = ("Name and function", "Date", "Signature")
@@ -100,7 +102,7 @@ def _promise(run: FinishedRun) -> Iterator[Text | Bullets]:
     )
     yield Bullets(
         [
-            f"To whom: to each of the {run.statement['records']:,} {run.counted} alike, the rare as the common.",
+            f"To whom: to each of the {run.count:,} {run.counted} alike, the rare as the common.",
             "For how long: for good, against attacks that nobody knows yet, and whatever others publish.",
             "For what: for any number of synthetic images from the adapter, and for all that is computed from them.",
             "What is not promised: that nothing can be learned about people from what all the images have in common, or that no "
@@ -155,7 +157,7 @@ def _strength(run: FinishedRun) -> Iterator[Facts | Text | Table]:
         {
             "epsilon": f"{rounded_up(epsilon)} (at most; smaller is stronger: 1 is strong, 10 is common in research)",
             "delta": f"{delta:g} (1 in {1 / delta:,.0f}: the part of all chances that epsilon leaves out)",
-            "mu of Gaussian DP": f"{rounded_up(bound.gdp_mu(delta))} (for attacks with both rates of errors above {delta:g})",
+            "mu of Gaussian DP": f"{rounded_up(bound.gdp_mu(delta))} (for attacks with both error rates above {delta:g})",
             "advantage": f"{percent(bound.advantage())} (true minus false positives, of the best attack)",
         }
     )
@@ -176,28 +178,24 @@ def _strength(run: FinishedRun) -> Iterator[Facts | Text | Table]:
             "candidates of both kinds."
         ],
     )
-    if rows := _group_rows(run):
+    if not run.protects_owners:
         yield Table(
             "For a person with several images",
             ("Images of one person", "Epsilon"),
-            rows,
+            [(str(size), rounded_up(group_epsilon(run.releases, delta, size))) for size in GROUP_SIZES],
             notes=[
-                f"At delta {delta:g}; the promise above is for one image. All images of that person are left out or added."
+                f"At delta {delta:g}, for leaving out or adding any of that person's images, or all of them. The promise above is "
+                "for one image."
             ],
         )
 
 
-def _group_rows(run: FinishedRun) -> list[tuple[str, str]]:
-    return []
-
-
 def _data(run: FinishedRun, evaluations: Sequence[dict]) -> Facts:
-    statement = run.statement
     facts = {
         "private images": run.private_name,
-        "how many": f"{statement['records']:,} (a nominal number, which is public)",
+        "how many": f"{run.count:,} (a nominal number, which is public)",
         "unit of privacy": run.unit,
-        "classes": statement.get("classes", "as the public model has"),
+        "classes": run.classes,
         "public images": run.public_name,
     }
     if evaluations:
@@ -267,7 +265,7 @@ def _digests(run: FinishedRun) -> Facts:
 def _questions(run: FinishedRun) -> Iterator[str]:
     if not run.protects_owners:
         yield "Does each person have one image only? A person with several is promised less: each of them counts."
-    yield f"May it be known that there are {run.statement['records']:,} {run.counted}, and which classes they have?"
+    yield f"May it be known that there are {run.count:,} {run.counted}, and which classes they have?"
     yield "Were the public images really public, and none of the private ones among them?"
     yield (
         "Was anything else released about the same images: another run, a statistic, settings chosen by how they did on them? "
