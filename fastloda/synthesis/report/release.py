@@ -184,8 +184,7 @@ def _strength(run: FinishedRun) -> Iterator[Facts | Text | Table]:
             ("Images of one person", "Epsilon"),
             [(str(size), rounded_up(group_epsilon(run.releases, delta, size))) for size in GROUP_SIZES],
             notes=[
-                f"At delta {delta:g}, for leaving out or adding any of that person's images, or all of them. The promise above is "
-                "for one image."
+                f"At delta {delta:g}, for leaving out or adding any of that person's images, or all. The promise above is for one."
             ],
         )
 
