@@ -156,7 +156,7 @@ def _strength(run: FinishedRun) -> Iterator[Facts | Text | Table]:
     yield Facts(
         {
             "epsilon": f"{rounded_up(epsilon)} (at most; smaller is stronger: 1 is strong, 10 is common in research)",
-            "delta": f"{delta:g} (1 in {1 / delta:,.0f}: the part of all chances that epsilon leaves out)",
+            "delta": f"{delta:g} (the probability with which epsilon may fail to hold: 1 in {1 / delta:,.0f})",
             "mu of Gaussian DP": f"{rounded_up(bound.gdp_mu(delta))} (for attacks with both error rates above {delta:g})",
             "advantage": f"{percent(bound.advantage())} (true minus false positives, of the best attack)",
         }
@@ -184,7 +184,7 @@ def _strength(run: FinishedRun) -> Iterator[Facts | Text | Table]:
             ("Images of one person", "Epsilon"),
             [(str(size), rounded_up(group_epsilon(run.releases, delta, size))) for size in GROUP_SIZES],
             notes=[
-                f"At delta {delta:g}, for leaving out or adding any of that person's images, or all. The promise above is for one."
+                f"At delta {delta:g}, for leaving out or adding any of that person's images. The promise above is for one image."
             ],
         )
 
