@@ -166,7 +166,7 @@ def test_the_evaluation_may_be_left_out(run):
     accuracy = json.loads((run / "evaluation.json").read_text())["samples"]["accuracy"]
     assert f"{100 * accuracy:.1f}" in page_of(run).split("<h2>Evaluation")[1].split("<h2>")[0]
     html = page_of(run, evaluation=False)
-    assert "<h2>Evaluation" not in html and "with its accuracies" not in html
+    assert "<h2>Evaluation" not in html and "accuracies on the test" not in html
 
 
 def test_a_run_without_samples_says_how_to_draw_them(run):

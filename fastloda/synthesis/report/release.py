@@ -13,7 +13,7 @@ from fastloda.accounting.groups import group_epsilon
 from fastloda.accounting.membership import MembershipBound
 from fastloda.files import write_atomically
 from fastloda.synthesis.budget import CHECKPOINT, EPSILON_CURVE, STATEMENT
-from fastloda.synthesis.report.finished import FinishedRun
+from fastloda.synthesis.report.finished_run import FinishedRun
 from fastloda.synthesis.report.html import Blanks, Bullets, Facts, Figure, Page, Section, Text, render
 from fastloda.synthesis.report.plots import sample_grid
 from fastloda.synthesis.report.tables import Table, rounded_up
@@ -70,7 +70,7 @@ def _page(run: FinishedRun, evaluations: Sequence[dict]) -> Page:
         Section("Settings", [Facts(run.settings())]),
         Section("Files that this page is about", [_digests(run)]),
         Section("Date and versions", [_versions()]),
-        Section("What this page cannot know", [Bullets(list(_questions(run))), Blanks(SIGNATURE)]),
+        Section("What this page cannot know", [Bullets(list(_questions(run, evaluations))), Blanks(SIGNATURE)]),
     ]
     return Page(title, lead, [section for section in sections if section.blocks])
 
@@ -261,7 +261,7 @@ def _digests(run: FinishedRun) -> Facts:
     return Facts({str(path): digest(run.folder / path) for path in paths}, "SHA-256 of each")
 
 
-def _questions(run: FinishedRun) -> Iterator[str]:
+def _questions(run: FinishedRun, evaluations: Sequence[dict]) -> Iterator[str]:
     if not run.protects_owners:
         yield "Does each person have one image only? A person with several is promised less: each of them counts."
     yield f"May it be known that there are {run.count:,} {run.counted}, and which classes they have?"
@@ -270,6 +270,8 @@ def _questions(run: FinishedRun) -> Iterator[str]:
         "Was anything else released about the same images: another run, a statistic, settings chosen by how they did on them? "
         "Then more is spent than stands here; “fastloda account --composition” adds up several runs."
     )
+    if evaluations:
+        yield "May the accuracies on the test images be published? Without them: “fastloda report --evaluation false”."
     yield "Are the names of data and classes on this page fit to be published?"
 
 
