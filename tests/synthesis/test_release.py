@@ -93,7 +93,13 @@ def test_the_promise_comes_first_with_the_accountants_numbers(run):
         "font-digits",
         "seeded by the operating system",
     ]
-    for text in [*shown, "privacy.target_epsilon", "private/adapter.safetensors", "private/checkpoint.pt.spent"]:
+    for text in [
+        *shown,
+        "privacy.target_epsilon",
+        "samples.guidance",
+        "private/adapter.safetensors",
+        "private/checkpoint.pt.spent",
+    ]:
         assert text in html
     table = html.split("For a person with several images")[1]
     for size in (2, 5, 10):

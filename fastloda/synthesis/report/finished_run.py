@@ -18,6 +18,7 @@ from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, PRIVATE, SAMP
 
 OWN_IMAGES = "images of one's own"
 SHOWN_SETTINGS = ("privacy", "adapter", "training")  # the others can hold paths
+SAMPLING_SETTINGS = ("count", "steps", "guidance", "reach")
 HIDDEN_SETTINGS = ("seed",)  # whoever knows it can foresee what was drawn
 
 
@@ -121,14 +122,16 @@ class FinishedRun:
         return MembershipBound.of_releases(self.releases, self.statement["delta"])
 
     def settings(self) -> dict[str, object]:
-        """Collect the settings of fine-tuning, without those that hold paths or seeds."""
+        """Collect the settings of fine-tuning and sampling, without those that hold paths or seeds."""
         config = self._config(PRIVATE)
-        return {
+        fine_tuning = {
             f"{group}.{name}": value
             for group in SHOWN_SETTINGS
             for name, value in config.get(group, {}).items()
             if name not in HIDDEN_SETTINGS and value is not None
         }
+        sampling = {f"{s.name}.{name}": s.settings[name] for s in self.sample_sets for name in SAMPLING_SETTINGS}
+        return fine_tuning | sampling
 
     @cached_property
     def sample_sets(self) -> list[SampleSet]:
