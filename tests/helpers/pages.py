@@ -38,13 +38,19 @@ class _Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
+def without_images(html: str) -> str:
+    """Leave out the images' bytes, in which any short word may occur by chance."""
+    return re.sub(r'src="data:[^"]*"', "", html)
+
+
 def check_page(html: str) -> list[dict]:
     """Check that a page is well-formed and self-contained, and each image described; return its images' attributes."""
     checker = _Checker()
     checker.feed(html)
     assert not checker.open
-    assert not re.search(r"(src|href)=\"(?!data:)", html) and "http" not in html and "<script" not in html
-    assert "url(" not in html and "@import" not in html
+    text = without_images(html)
+    assert not re.search(r"(src|href)=\"(?!data:)", html) and "http" not in text and "<script" not in text
+    assert "url(" not in text and "@import" not in text
     for image in checker.images:
         assert image["alt"] and source_pixels(image).size
     return checker.images
