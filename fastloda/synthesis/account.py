@@ -8,7 +8,7 @@ from fastloda.accounting.compose import compose_epsilon
 from fastloda.errors import UserError
 from fastloda.privacy.noise import describe_together
 from fastloda.synthesis.arguments import Names
-from fastloda.synthesis.budget import ADJACENCY, SAMPLER, STATEMENT, unrecorded_release
+from fastloda.synthesis.budget import ADJACENCY, OWNER_ADJACENCY, SAMPLER, STATEMENT, unrecorded_release
 from fastloda.synthesis.runs import read_json
 
 NO_RUNS = Names()
@@ -64,7 +64,7 @@ def read_statement(path: Path) -> dict:
     if not found:
         raise FileNotFoundError(f"no {STATEMENT} at {path}: fine-tuning writes it when it has finished")
     statement = read_json(found[0])
-    if statement.get("adjacency") != ADJACENCY or statement.get("sampler") != SAMPLER:
+    if statement.get("adjacency") not in (ADJACENCY, OWNER_ADJACENCY) or statement.get("sampler") != SAMPLER:
         raise UserError(f"{found[0]} is no privacy statement of FastLoDA")
     return statement
 
@@ -84,6 +84,8 @@ def known_releases(statement: dict) -> list[dict]:
 
 
 def _compose(statements: list[dict], delta: float) -> dict:
+    if len(units := sorted({statement["adjacency"] for statement in statements})) > 1:
+        raise UserError(f"the statements have other units of privacy, {' and '.join(units)}: they do not compose")
     known = [release for statement in statements for release in known_releases(statement)]
     return {
         "epsilon": compose_epsilon([tuple(release[name] for name in MECHANISM) for release in known], delta),

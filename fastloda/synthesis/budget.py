@@ -16,11 +16,12 @@ from fastloda.files import write_atomically
 from fastloda.privacy.adaptive import AdaptiveClipping
 from fastloda.privacy.clip import ClippingName, clipping_style
 from fastloda.privacy.noise import UNRECORDED, describe_randomness, describe_together
-from fastloda.privacy.styles import Automatic, Flat, PerLayer
+from fastloda.privacy.styles import Automatic, PerLayer
 from fastloda.synthesis.report.plots import epsilon_plot
 from fastloda.synthesis.runs import CONFIG, DONE, write_json
 from fastloda.training.average import copy_into
 from fastloda.training.batches import Columns
+from fastloda.training.owners import OwnerIds
 from fastloda.training.releases import intent_path
 from fastloda.training.settings import PrivateTraining
 from fastloda.training.trainer import DPTrainer, Losses
@@ -29,6 +30,7 @@ logger = logging.getLogger("fastloda")
 
 STATEMENT, EPSILON_CURVE, CHECKPOINT = "privacy.json", "epsilon.png", "checkpoint.pt"
 ADJACENCY, SAMPLER = "add/remove one record", "Poisson"
+OWNER_ADJACENCY = "add/remove one owner with all records"
 CURVE_POINTS = 40
 
 README = f"""\
@@ -42,6 +44,8 @@ Better kept: {DONE}; the time that training took depends, a little, on the recor
 @dataclass(frozen=True)
 class Privacy:
     """The promise, and what else determines the noise. All is public: none may be computed from the private records.
+
+    Where owners of several images are given (`fastloda finetune --owner`), each is one record here.
 
     Attributes:
         target_epsilon: upper bound on epsilon, which training may not exceed; 1 is strong, 10 is common in research.
@@ -159,14 +163,18 @@ def private_trainer(
     privacy: Privacy,
     optimization: Mapping[str, Any],
     *,
+    owners: OwnerIds | None = None,
     checkpoint: Path | None = None,
     earlier: Sequence[Sequence] = (),
     progress: bool = True,
 ) -> DPTrainer:
-    """Make the trainer of a private run with the least noise that keeps the promise; see `private_training`."""
+    """Make the trainer of a private run with the least noise that keeps the promise; see `private_training`.
+
+    `owners` are those of the records, as `DPTrainer` takes them, where owners are the unit of privacy.
+    """
     fixed_shape = next(model.parameters()).device.type != "cpu"
     settings = private_training(privacy, earlier, fixed_shape=fixed_shape, **optimization)
-    return DPTrainer(model, records, losses, settings, checkpoint=checkpoint, progress=progress)
+    return DPTrainer(model, records, losses, settings, owners=owners, checkpoint=checkpoint, progress=progress)
 
 
 def fit_average(trainer: DPTrainer) -> None:
@@ -195,14 +203,17 @@ def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[di
     before = earlier or [unrecorded_release(release) for release in settings.earlier]
     text = describe_randomness(settings.seed, settings.secure_noise)
     all_releases = [*before, _release(own, settings.seed is not None, text)]
+    by_owner = trainer.unit == "owner"
+    at_most = f"at most {settings.per_owner} of which are used in a step"
     return (
         {
+            "unit": f"one owner of images, {at_most}" if by_owner else "one image",
             "epsilon": trainer.epsilon(),
             "epsilon_rdp": accountant.epsilon_rdp(settings.delta),
             "delta": settings.delta,
             "target_epsilon": settings.target_epsilon,
-            "adjacency": ADJACENCY,
-            "mechanism": "Gaussian noise on the sum of clipped per-record gradients, divided by the expected batch size",
+            "adjacency": OWNER_ADJACENCY if by_owner else ADJACENCY,
+            "mechanism": f"Gaussian noise on the sum of clipped per-{trainer.unit} gradients, divided by the expected batch size",
             "sampler": SAMPLER,
             "sample_rate": settings.sample_rate,
             "noise_multiplier": settings.noise_multiplier,
@@ -210,21 +221,22 @@ def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[di
             "earlier": [list(release) for release in settings.earlier],
             "max_grad_norm": settings.max_grad_norm,
             "views": settings.views,
-            "records": privacy.records,
+            f"{trainer.unit}s": privacy.records,
             "expected_batch_size": settings.expected_batch_size,
             "accountant": _accountant(),
             "secure_noise": settings.secure_noise,
         }
         | _randomness(all_releases)
-        | _clipping(clipping_style(settings.clipping), settings.noise_multiplier, settings.expected_batch_size)
+        | _clipping(settings, trainer.unit)
     )
 
 
-def _clipping(style: Flat, noise_multiplier: float, expected_batch_size: float) -> dict:
-    match style:
+def _clipping(settings: PrivateTraining, unit: str) -> dict:
+    noise_multiplier, expected_batch_size = settings.noise_multiplier, settings.expected_batch_size
+    match style := clipping_style(settings.clipping):
         case AdaptiveClipping():
             return {
-                "mechanism": "Gaussian noise on the sum of clipped per-record gradients, and on the count of the gradients "
+                "mechanism": f"Gaussian noise on the sum of clipped per-{unit} gradients, and on the count of the gradients "
                 "within the bound; both divided by the expected batch size",
                 "clipping": style.name,
                 "quantile": style.quantile,

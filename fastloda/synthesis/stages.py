@@ -37,7 +37,7 @@ from fastloda.synthesis.budget import (
     release_statement,
 )
 from fastloda.synthesis.classify import accuracy, train_classifier
-from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.data import LabelledImages, read_owners
 from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig, class_balanced_labels, digits_unet
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
@@ -229,6 +229,8 @@ def finetune(
     privacy: Privacy,
     *,
     data: str = "digits",
+    owner: str | None = None,
+    per_owner: int = 1,
     model: Path | None = None,
     adapter: Adapter = ADAPTERS,
     training: FineTuning = FINE_TUNING,
@@ -247,6 +249,12 @@ def finetune(
         data: private images with labels: digits or colour-digits; mnist:FOLDER or cifar10:FOLDER; or a folder of images or
             an npz file as in `fastloda pretrain`. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class. They may
             have fewer classes than the model; how many is taken to be public.
+        owner: whose each image of a folder is, where people have several: then privacy protects a person with all their images,
+            and privacy.batch_size, privacy.records and privacy.epochs count people. `subfolder`: the folder right inside the
+            class's folder; or a regular expression with one group that matches from the start of the file name; or a .csv file
+            with the columns file and owner. Default: each image is one person's only one.
+        per_owner: number of an owner's images in a step, averaged before clipping; with `owner` only. Time and memory grow with
+            it.
         model: folder of the public model; default: chosen/ in the run's folder, or else public/.
         adapter: settings of the adapters that are trained.
         training: settings of the optimization.
@@ -257,12 +265,18 @@ def finetune(
     public = _public_folder(run, model)
     network = load_unet(public / MODEL, place)
     images = open_for_unet(data, network.config)
-    privacy = privacy.with_records(len(images))
+    owners = None if owner is None else read_owners(data, owner)
+    privacy = privacy.with_records(len(images) if owners is None else len(set(owners)))
     before = _released_before(run, public)
+    if owners is not None and before:
+        raise UserError(
+            "`fastloda choose` released a sum in which each image counts by itself, which no epsilon of an owner covers: "
+            "fine-tune by --owner in another --run, with --model for the public model"
+        )
     with seeded(training.seed or 0):  # seeds A's initial values only, which are public and independent of the noise
         attach_loda(network, **asdict(adapter))
     settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter)}
-    settings |= {"training": asdict(training), "device": place.type}
+    settings |= {"training": asdict(training), "device": place.type, "owner": owner, "per_owner": per_owner}
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
     stage = Stage(Path(run) / PRIVATE, settings, (public / MODEL,), outputs, private=True)
     if not _reuse(stage):
@@ -270,7 +284,8 @@ def finetune(
         records, losses = (images.images[:], images.labels), training.losses(privacy.views)
         earlier = [release for statement in before for release in releases(statement)]
         options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": earlier, "progress": progress}
-        trainer = private_trainer(network, records, losses, privacy, training.optimization(), **options)
+        optimization = training.optimization() | {"per_owner": per_owner}
+        trainer = private_trainer(network, records, losses, privacy, optimization, owners=owners, **options)
         with stage.work():
             fit_average(trainer)
             save_loda(network, stage.folder / ADAPTER)

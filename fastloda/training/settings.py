@@ -44,8 +44,8 @@ class PrivateTraining:
         secure_noise: whether noise comes from a cryptographically secure generator (`SecureGenerator`, which states its
             cost). It can't be repeated, so seed must be None, and steps that a crash took after the last checkpoint are
             charged and lost.
-        earlier: releases about the same records before this run, as `compose_epsilon` takes them; epsilon and target_epsilon
-            cover them too.
+        earlier: releases about the same records (or owners, counted as owners) before this run, as `compose_epsilon` takes
+            them; epsilon and target_epsilon cover them too.
     """
 
     sample_rate: float

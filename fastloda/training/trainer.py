@@ -62,12 +62,12 @@ class DPTrainer:
         model: a model with some trainable parameters, each covered by a rule.
         data: tensors or arrays with one record per row (one, a tuple or a dict of them), or a map-style Dataset; the same on
             every rank. Batches have the same structure, or the one that `default_collate` makes of the Dataset's records.
-        losses: function (model, batch, generator) -> [n * views] losses, each of its own record only. Its randomness comes
-            from `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer is made, and
-            looked at in its first step, in steps 4, 16, 64, ..., in random ones, and where losses stand out: with other records
-            beside it, and all else as it was, a record must have the same loss; in steps 1, 16, 256, ... also the same gradient,
-            and, where nothing is drawn at random, at another place of the batch too (`mixing.py`). The run's course is the
-            same with it. What `losses` keeps of earlier steps' records no look can see: keep nothing.
+        losses: function (model, batch, generator) -> [n * views] losses, each of its own record only (or of its owner's). Its
+            randomness comes from `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer
+            is made, and looked at in its first step, in steps 4, 16, 64, ..., in random ones, and where losses stand out: with
+            other records beside it, and all else as it was, a record must have the same loss; in steps 1, 16, 256, ... also the
+            same gradient, and, where nothing is drawn at random, at another place of the batch too (`mixing.py`). The run's
+            course is the same with it. What `losses` keeps of earlier steps' records no look can see: keep nothing.
         settings: the settings of the run.
         owners: the owner of each record, integers or strings, where the unit of privacy is an owner (a patient, a user) of
             several: a sequence, array or tensor. Each step then draws owners with `sample_rate`, takes `per_owner` rows of each
@@ -144,6 +144,7 @@ class DPTrainer:
         lambda self: self.run.last_step, doc="The step at which training ends, by the steps or by the budget."
     )
     records = property(lambda self: self._data.records, doc="The number of records, whoever owns them.")
+    unit = property(lambda self: self._data.unit, doc='The unit of privacy: "record", or "owner" if owners were given.')
     units = property(
         lambda self: self.run.units,
         doc="The number of units of privacy: of owners, if they were given, or else of records.",

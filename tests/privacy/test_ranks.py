@@ -387,13 +387,14 @@ RUNS = {  # each as long as SETTINGS says, but for what is changed
     "rank 1 empty": {"sample_rate": 1.0, "records": 1},
     "adaptive": {"clipping": "adaptive"},
     "per layer": {"clipping": "per_layer"},
+    "owners": {"per_owner": 2, "expected_batch_size": 6, "owners": [i * i % 23 for i in range(41)]},
 }
 
 
 def run_of(name: str, **options) -> DPTrainer:
     changes = dict(RUNS[name])
-    data = small_data(changes.pop("records", 41))
-    return trainer(dataclasses.replace(SETTINGS, **changes), data=data, **options)
+    data, owners = small_data(changes.pop("records", 41)), changes.pop("owners", None)
+    return trainer(dataclasses.replace(SETTINGS, **changes), data=data, owners=owners, **options)
 
 
 @case

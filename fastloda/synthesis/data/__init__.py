@@ -10,6 +10,7 @@ from .font_digits import Hands, font_digits
 from .imagenet32 import MATCHES, as_imagenet32, imagenet10, imagenet32
 from .images import LabelledImages, load_npz
 from .mnist import mnist
+from .owners import read_owners
 from .subset import stratified_subset
 from .svhn import svhn
 
@@ -35,6 +36,7 @@ __all__ = [
     "load_npz",
     "mnist",
     "open_dataset",
+    "read_owners",
     "stratified_subset",
     "svhn",
 ]

@@ -103,6 +103,11 @@ def image_folder(root: str | Path, *, size: int | None = None) -> LabelledImages
     return LabelledImages(to_floats(torch.from_numpy(pixels).movedim(3, 1).contiguous()), labels, len(files))
 
 
+def image_files(root: str | Path) -> list[Path]:
+    """List the files of the images that `image_folder(root)` reads, in its order; errors are the same."""
+    return [path for name in class_names(root) for path in _images_in(Path(root) / name)]
+
+
 def _images_in(folder: Path) -> list[Path]:
     files = sorted(_files_in(folder))
     images = [path for path in files if path.suffix.lower() in ENDINGS]

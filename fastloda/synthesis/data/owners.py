@@ -1,0 +1,95 @@
+"""Whose each image of a folder is, where people have several: read from subfolders, file names or a table."""
+
+import csv
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastloda.errors import UserError
+
+from .folder import image_files
+
+SUBFOLDER = "subfolder"
+WAYS = (
+    f"Owners are read from `{SUBFOLDER}` (the folder right inside the class's folder), by a regular expression with one group "
+    r"that matches from the start of the file name, as `(p\d+)_`, or from a .csv file with the columns file (relative to the "
+    "folder of images) and owner"
+)
+_SHOWN = 5
+
+
+def read_owners(root: str | Path, how: str) -> list[str]:
+    """Read the owner of each image that `image_folder(root)` reads, in its order.
+
+    An owner may have images of several classes: equal names are one owner.
+
+    Args:
+        root: the folder of the classes' folders.
+        how: "subfolder", a regular expression, or the path of a table that ends in .csv: see `WAYS`.
+
+    Raises:
+        FileNotFoundError: there is no such folder or table.
+        UserError: root is no folder of images, images have no owner (the message names some), two owners differ in case only,
+            or `how` is none of the three.
+    """
+    root = Path(root)
+    if root.is_file():
+        raise UserError(f"{root} is no folder of images: owners can be read for a folder of images only")
+    files = image_files(root)
+    relative = [path.relative_to(root) for path in files]
+    if how == SUBFOLDER:
+        owners = [path.parts[1] if len(path.parts) > 2 else None for path in relative]
+    elif how.lower().endswith(".csv"):
+        table = _read_table(Path(how))
+        owners = [table.get(path.as_posix()) for path in relative]
+    else:
+        pattern = _pattern(how)
+        owners = [match[1] if (match := pattern.match(path.name)) else None for path in relative]
+    named = [owner for owner in owners if owner]
+    if len(named) < len(files):
+        without = [path.as_posix() for path, owner in zip(relative, owners) if not owner]
+        some = ", ".join(without[:_SHOWN]) + (", ..." if len(without) > _SHOWN else "")
+        raise UserError(f"{root}: {len(without)} of {len(files)} images have no owner by {how!r}: {some}. {WAYS}")
+    _check_names(named)
+    return named
+
+
+def _read_table(path: Path) -> Mapping[str, str]:
+    """Read a table from file to owner; files are normal relative paths."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such table of owners. {WAYS}")
+    owners: dict[str, str] = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file)
+        if not {"file", "owner"} <= set(table.fieldnames or ()):
+            raise UserError(f"{path} must have the columns file and owner, got {table.fieldnames}")
+        for row in table:
+            name, owner = os.path.normpath((row["file"] or "").strip()), (row["owner"] or "").strip()
+            if owners.setdefault(name, owner) != owner:
+                raise UserError(f"{path} names two owners of {name}: {owners[name]!r} and {owner!r}")
+    return owners
+
+
+def _pattern(how: str) -> re.Pattern:
+    try:
+        pattern = re.compile(how)
+    except re.error as error:
+        raise UserError(f"{how!r} is no regular expression ({error}). {WAYS}") from error
+    if pattern.groups != 1:
+        raise UserError(f"{how!r} must have one group, which is the owner, and has {pattern.groups}. {WAYS}")
+    return pattern
+
+
+def _check_names(owners: list[str]) -> None:
+    """Refuse names that are one owner's in two spellings, who would count as two; warn where nobody has two images."""
+    spelt: dict[str, str] = {}
+    for owner in owners:
+        if (other := spelt.setdefault(owner.casefold(), owner)) != owner:
+            raise UserError(f"owners {other!r} and {owner!r} differ in case only: give one owner one name")
+    if len(spelt) == len(owners):
+        warnings.warn(
+            "every image has an owner of its own: if people have several, the owner was read from the wrong place",
+            stacklevel=3,
+        )
