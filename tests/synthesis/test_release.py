@@ -79,9 +79,7 @@ def test_the_promise_comes_first_with_the_accountants_numbers(run):
     alone = MembershipBound.of_promise(statement["epsilon"], 1e-5)
     epsilon = rounded_up(statement["epsilon"])
     promise = html.index("What is promised")
-    assert promise < html.index(
-        f"({epsilon}, 1e-05)-differentially private for adding or removing one record (one image)"
-    )
+    assert promise < html.index(f"({epsilon}, 1e-05)-differentially private for adding or removing one image.")
     assert (
         promise < html.index("What may be published") < html.index("How strong the promise is") < html.index("The data")
     )
@@ -165,6 +163,7 @@ def test_the_unit_and_the_name_of_the_data_are_those_of_the_statement(run):
     assert (
         "the images of a certain owner were among “Blood cells &lt;2019&gt;”" in html
         and "person with several" not in html
+        and "each person counted once" in html
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -67,6 +68,7 @@ def epsilon_plot(steps: Sequence[int], epsilons: Sequence[float], *, target: flo
         if target is not None:
             axes.axhline(target, color=DOT, linestyle="--", linewidth=1.2)
             axes.annotate(f"target {target:g}", (0, target), (4, -13), textcoords="offset points", color=DOT)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="optimizer steps", ylabel=f"epsilon at delta = {delta:g}", ylim=(0, None), xlim=(0, max(steps)))
     return png.getvalue()
 

@@ -262,7 +262,9 @@ def _digests(run: FinishedRun) -> Facts:
 
 
 def _questions(run: FinishedRun, evaluations: Sequence[dict]) -> Iterator[str]:
-    if not run.protects_owners:
+    if run.protects_owners:
+        yield "Was each image assigned to the person whom it shows or belongs to, and each person counted once?"
+    else:
         yield "Does each person have one image only? A person with several is promised less: each of them counts."
     yield f"May it be known that there are {run.count:,} {run.counted}, and which classes they have?"
     yield "Were the public images really public, and none of the private ones among them?"
