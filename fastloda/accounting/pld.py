@@ -34,6 +34,38 @@ def pld_epsilon(
     Raises:
         ValueError: the grid would be too large or rounding too coarse for this delta, or dp-accounting gives no finite bound.
     """
+    composed, rounding = _composed(mechanisms, delta, pld_of, rough)
+    with np.errstate(all="ignore"):
+        epsilon = composed.get_epsilon_for_delta(delta - rounding)
+    if not math.isfinite(epsilon):
+        raise ValueError(f"it returned {epsilon}")
+    return epsilon
+
+
+def pld_deltas(mechanisms: tuple[Mechanism, ...], epsilons: np.ndarray, delta: float) -> np.ndarray:
+    """Compute PLD's upper bounds on delta at several epsilons, ascending and from 0, on the grid that is made for `delta`.
+
+    Raises:
+        ValueError: as for `pld_epsilon`.
+    """
+    composed, rounding = _composed(mechanisms, delta)
+    with np.errstate(all="ignore"):
+        deltas = np.asarray(composed.get_delta_for_epsilon(epsilons.tolist()), dtype=float)
+    if not np.isfinite(deltas).all():
+        raise ValueError("it returned a delta that is not finite")
+    return np.clip(deltas, 0, 1) + rounding
+
+
+def _composed(
+    mechanisms: tuple[Mechanism, ...], delta: float, pld_of: PLDOf | None = None, rough: float | None = None
+) -> tuple[PrivacyLossDistribution, float]:
+    """Compose the mechanisms' distributions; return the error by which rounding may make a delta too small, too.
+
+    The arguments are those of `pld_epsilon`.
+
+    Raises:
+        ValueError: the grid would be too large or rounding too coarse for this delta.
+    """
     total = sum(m.steps for m in mechanisms)
     lost = delta / 1e5  # the probability that all tails cut off may hold; its losses count as infinite
     spans = sum(_span(m, lost / total) for m in mechanisms)
@@ -54,10 +86,7 @@ def pld_epsilon(
         while len(parts) > 1:  # in pairs, so that short ones are composed with short ones
             pairs = zip(parts[::2], parts[1::2], strict=False)
             parts = [a.compose(b, lost) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
-        epsilon = parts[0].get_epsilon_for_delta(delta - rounding)
-    if not math.isfinite(epsilon):
-        raise ValueError(f"it returned {epsilon}")
-    return epsilon
+    return parts[0], rounding
 
 
 def _span(m: Mechanism, lost: float) -> float:

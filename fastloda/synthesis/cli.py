@@ -22,6 +22,7 @@ COMMANDS = {  # name -> the module of the function of that name
     "finetune": "stages",
     "sample": "stages",
     "evaluate": "stages",
+    "report": "report.release",
     "account": "account",
     "reproduce": "reproduce",
 }
@@ -40,6 +41,7 @@ Fine-tune a diffusion model on private images under differential privacy, and dr
   fastloda finetune --run runs/a --privacy.target_epsilon 10 --privacy.delta 1e-5
   fastloda sample   --run runs/a --count 2000          private synthetic images
   fastloda evaluate --run runs/a                       what a classifier learns from them
+  fastloda report   --run runs/a                       what is promised, on one page to sign before publication
   fastloda account  --delta 1e-5 --sample_rate 0.01 --noise_multiplier 1 --steps 1000
   fastloda reproduce digits --quick                    every method that the paper compares, as its tables do
 

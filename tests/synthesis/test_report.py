@@ -1,45 +1,44 @@
 """Tables, figures and the page: right numbers, self-contained, escaped, and no private image."""
 
-import base64
 import inspect
 import io
 import json
 import math
-import re
 from dataclasses import fields, replace
-from html.parser import HTMLParser
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pages import check_page, png_pixels, source_pixels
 from rich.console import Console
 
 from fastloda import DPTrainer
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.synthesis.account import releases
 from fastloda.synthesis.report import (
+    Blanks,
+    Bullets,
+    Facts,
     Figure,
     Page,
     Result,
+    Section,
+    Text,
     accuracy_plot,
     epsilon_plot,
     render,
     result_table,
     sample_grid,
 )
-from fastloda.synthesis.report.tables import rounded_up
+from fastloda.synthesis.report.plots import accuracy_curves
+from fastloda.synthesis.report.tables import rounded_up, settings_table, times_table
 
 RESULTS = [
     Result("Public only", 0.0, "public samples", (0.5, 0.6)),
     Result("DP-LoDA | ours", 9.971, "private samples", (0.9, 0.92)),
     Result("No privacy", math.inf, "digits", (0.99,)),
 ]
-
-
-def _png(content: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(content)))
 
 
 def test_mean_and_standard_deviation():
@@ -75,103 +74,88 @@ def test_markdown_and_terminal_show_the_same_cells():
 
 def test_grid_has_a_row_for_each_class_and_exact_pixels():
     images = torch.tensor([-1.0, 0.0, 1.0, 0.5])[:, None, None, None].expand(4, 1, 8, 8)
-    pixels = _png(sample_grid(images, torch.tensor([1, 0, 1, 1]), columns=2))
-    assert pixels.shape == (2 * 32 + 2, 2 * 32 + 2, 4)
-    corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
-    assert corners[:, 0].tolist() == [128, 0, 0, 255]  # class 0 has one image, so that a place stays empty
-    assert corners[:, 3].tolist() == [255, 0, 255, 255]
+    pixels = png_pixels(sample_grid(images, torch.tensor([1, 0, 1, 1]), columns=2))
+    assert pixels.shape[0] == 2 * 64 + 2 and pixels.shape[1] > 2 * 64 + 2
+    grid = pixels[:, -(2 * 64 + 2) :]
+    corners = grid[[0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.tolist() == [[128] * 3, [255] * 3, [0] * 3, [255] * 3]  # class 0 has one image: a place stays empty
+    assert (grid[64:66] == 255).all() and (grid[:64, :64] == 128).all()
 
 
 def test_grid_of_colours_and_of_large_images_is_not_enlarged():
     images = torch.rand(4, 3, 40, 40) * 2 - 1
-    pixels = _png(sample_grid(images, torch.tensor([0, 0, 1, 1])))
-    assert pixels.shape == (81, 81, 4)
+    pixels = png_pixels(sample_grid(images, torch.tensor([0, 0, 1, 1])))
+    assert pixels.shape[0] == 82
     expected = ((images[3] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(pixels[41:, 41:, :3], expected)
+    np.testing.assert_array_equal(pixels[42:, -40:], expected)
+
+
+def test_each_row_of_a_grid_has_its_class_name_and_nothing_is_cut_off():
+    images, labels = torch.zeros(3, 1, 16, 16), torch.tensor([0, 2, 2])
+    short = png_pixels(sample_grid(images, labels))
+    named = png_pixels(
+        sample_grid(
+            images,
+            labels,
+            ("red", "never", "basophilic erythroblasts, Größe, 中性粒细胞, a neutrophil, and many more words"),
+        )
+    )
+    width = 2 * 64 + 2
+    assert named.shape[0] > short.shape[0] == 2 * 64 + 2 and named.shape[1] > short.shape[1]  # lines go on below
+    for pixels in (short, named):
+        labels = pixels[:, :-width]
+        for row in (labels[:64], labels[66:]):
+            assert (row < 128).any()
+        assert (labels[-1] == 255).all() and (labels[0] == 255).all() and (labels[:, -1] == 255).all()
 
 
 def test_figures_leave_matplotlib_as_it_was():
     before, backend = dict(matplotlib.rcParams), matplotlib.rcParams._get("backend")
-    for png in (accuracy_plot(RESULTS), epsilon_plot([0, 5, 10], [0.0, 1.0, 2.0], target=2.0, delta=1e-5)):
-        assert _png(png).shape[2] == 4
-        assert len(np.unique(_png(png)[..., :3].reshape(-1, 3), axis=0)) > 10  # something is drawn
+    curves = accuracy_curves({"DP": [(1.0, [50.0, 60.0]), (10.0, [90.0])]}, {"No privacy": 99.0})
+    for png in (accuracy_plot(RESULTS), epsilon_plot([0, 5, 10], [0.0, 1.0, 2.0], target=2.0, delta=1e-5), curves):
+        assert (png_pixels(png)[0] == 255).all()  # opaque: dark on light wherever it is shown
+        assert len(np.unique(png_pixels(png)[..., :3].reshape(-1, 3), axis=0)) > 10  # something is drawn
     assert dict(matplotlib.rcParams) == before and matplotlib.rcParams._get("backend") == backend
     import fastloda.synthesis.report.plots as plots
 
     assert "pyplot" not in inspect.getsource(plots)
 
 
-def _page(**changes) -> Page:
+def _page(text: str = "Said.") -> Page:
     figure = Figure("a figure", accuracy_plot(RESULTS))
-    values = {
-        "title": "Title",
-        "lead": "Lead.",
-        "results": result_table(RESULTS),
-        "chart": figure,
-        "samples": [Figure("a grid", sample_grid(torch.zeros(1, 1, 8, 8), torch.zeros(1).long()), True)],
-        "statement": ["Said."],
-        "spent": {"a run": {"epsilon": 1 / 3}},
-        "curves": [figure],
-        "settings": {"steps": (250, "by trial")},
-        "timings": {"train": 12.4},
-        "environment": {"torch": "2"},
-    }
-    return Page(**values | changes)
-
-
-class _Checker(HTMLParser):
-    """Fails on tags that do not nest; collects images."""
-
-    VOID = {"meta", "img", "br", "link"}
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.images = [], []
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "img":
-            self.images.append(dict(attrs))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def check_page(html: str) -> list[dict]:
-    """Well-formed and self-contained; returns its images."""
-    checker = _Checker()
-    checker.feed(html)
-    assert not checker.open
-    assert not re.search(r"(src|href)=\"(?!data:)", html) and "http" not in html and "<script" not in html
-    for image in checker.images:
-        assert image["alt"] and _png(base64.b64decode(image["src"].split(",")[1])).size
-    return checker.images
+    grid = Figure("a grid", sample_grid(torch.zeros(1, 1, 8, 8), torch.zeros(1).long()))
+    settings = settings_table({"steps": (250, "by trial"), text: (1 / 7, text)})
+    sections = [
+        Section("", [result_table(RESULTS, "A table"), figure]),
+        Section(text, [grid, Text([text], "notice"), Text([text], "alarm"), Bullets([text])]),
+        Section("Facts", [Facts({"epsilon": 1 / 3, text: text}, "a run", folded=True), Facts({text: text}, text)]),
+        Section("More", [settings, times_table({"train": 12.4, text: 1.0}), Blanks(["Signature", text])]),
+    ]
+    return Page("Title", text, sections)
 
 
 def test_the_page_is_self_contained_and_says_everything():
     html = render(_page())
-    assert len(check_page(html)) == 3
-    for text in (
+    assert [image["alt"] for image in check_page(html)] == ["a figure", "a grid"]
+    shown = [
         "Title",
-        "Lead.",
         "Said.",
+        "A table",
         "55.0 ± 7.1",
         "DP-LoDA | ours",
         "0.333333",
+        "0.142857",
         "by trial",
         "250",
         "train",
-        "12",
-    ):
-        assert text in html
-    assert "prefers-color-scheme: dark" in html
+    ]
+    assert all(text in html for text in [*shown, "12", "Signature", "<summary>a run"])
+    assert "@media print" in html and 'content="width=device-width' in html and 'class="alarm"' in html
 
 
 def test_the_page_escapes_what_it_is_given():
-    evil = "<script>alert('x')</script>"
-    html = render(_page(title=evil, lead=evil, statement=[evil], timings={evil: 1.0}, spent={evil: {evil: evil}}))
-    assert "<script" not in html and html.count("&lt;script&gt;") >= 7
+    html = render(_page("<script>alert('x')</script>"))
+    assert "<script" not in html and html.count("&lt;script&gt;") == 14
 
 
 # -- the demo, on steps so few that nothing is learned ---------------------------------------------------------------
@@ -250,14 +234,20 @@ def test_the_report_shows_no_private_image(demo_run):
     private, test = (part.images for part in digits_split())
     real = {image.numpy().tobytes() for image in ((torch.cat([private, test]) + 1) * 127.5).round().byte()}
     for image in images[1:5]:
-        grid = _png(base64.b64decode(image["src"].split(",")[1]))
-        step = 34
-        for row in range(0, grid.shape[0], step):
-            for column in range(0, grid.shape[1], step):
-                cell = grid[row : row + 32 : 4, column : column + 32 : 4, 0]
-                assert cell.tobytes() not in real
+        grid = source_pixels(image)
+        assert not {each.tobytes() for each in _cells(grid[:, grid.shape[1] % 66 + 2 :])} & real
     for text in ("add/remove one record", "Poisson", "experiment", "how each was chosen", "prv-accountant", "Before"):
         assert text in html
+
+
+def _cells(grid: np.ndarray) -> list[np.ndarray]:
+    """Cut a grid of 8 x 8 images, without its labels, into the images."""
+    tops, lefts = (range(0, side, 66) for side in grid.shape[:2])
+    large = [grid[top : top + 64, left : left + 64, 0] for top in tops for left in lefts]
+    cells = [each[::8, ::8] for each in large]
+    for cell, each in zip(cells, large, strict=True):
+        np.testing.assert_array_equal(cell.repeat(8, 0).repeat(8, 1), each)
+    return cells
 
 
 def test_seeds_repeat_every_stage(demo_run):

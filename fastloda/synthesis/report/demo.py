@@ -9,9 +9,9 @@ from fastloda.accounting.compose import compose_epsilon
 from fastloda.files import write_atomically
 from fastloda.synthesis.account import releases
 from fastloda.synthesis.data import font_digits
-from fastloda.synthesis.report.html import Figure, Page, render
+from fastloda.synthesis.report.html import Facts, Figure, Page, Section, Text, render
 from fastloda.synthesis.report.plots import accuracy_plot, sample_grid
-from fastloda.synthesis.report.tables import Result, result_table, rounded_up
+from fastloda.synthesis.report.tables import Result, result_table, rounded_up, settings_table, times_table
 from fastloda.synthesis.runs import write_json
 
 TITLE = "Private synthetic digits"
@@ -109,19 +109,23 @@ class Outcome:
 
     def to_page(self) -> Page:
         fonts = font_digits(400, seed=0)  # of real images only public ones are shown
-        shown = Figure("Public training images: digits drawn from fonts", sample_grid(fonts.images, fonts.labels), True)
+        shown = Figure("Public training images: digits drawn from fonts", sample_grid(fonts.images, fonts.labels))
+        grids = [Figure(caption, path.read_bytes()) for caption, path in self.grids.items()]
+        curves = [Figure(caption, path.read_bytes()) for caption, path in self.curves.items()]
+        spent = [Facts(statement, run, folded=True) for run, statement in self._named_statements()]
+        accuracies = Figure("Accuracy on real digits; dots are single seeds", accuracy_plot(self.results))
+        settings = {name: (value, self.reasons[name]) for name, value in self.settings.items()}
         return Page(
-            title=TITLE,
-            lead=self._lead(),
-            results=result_table(self.results),
-            chart=Figure("Accuracy on real digits; dots are single seeds", accuracy_plot(self.results)),
-            samples=[shown, *(Figure(caption, path.read_bytes(), True) for caption, path in self.grids.items())],
-            statement=self._statement(),
-            spent=dict(self._named_statements()),
-            curves=[Figure(caption, path.read_bytes()) for caption, path in self.curves.items()],
-            settings={name: (value, self.reasons[name]) for name, value in self.settings.items()},
-            timings=self.seconds,
-            environment=self.environment,
+            TITLE,
+            self._lead(),
+            [
+                Section("", [result_table(self.results), accuracies]),
+                Section("Images", [shown, *grids]),
+                Section("Privacy", [Text(self._statement(), "notice"), *curves, *spent]),
+                Section("Hyper-parameters, and how each was chosen", [settings_table(settings)]),
+                Section("Time", [times_table(self.seconds)]),
+                Section("Machine and versions", [Facts(self.environment)]),
+            ],
         )
 
     def _named_statements(self) -> Iterator[tuple[str, dict]]:

@@ -1,8 +1,12 @@
-"""A self-contained HTML page with text, tables and figures inside it. Everything that is filled in is escaped."""
+"""A self-contained HTML page of sections: text, tables and figures inside it. Everything that is filled in is escaped.
+
+It reads well on a phone (360 px), on a desktop, and printed; it is dark on light everywhere, for it may be signed.
+"""
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 from jinja2 import Environment, StrictUndefined
 
@@ -11,11 +15,10 @@ from fastloda.synthesis.report.tables import Table
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG image and a caption."""
+    """A PNG image, and a caption that also says what it shows to those who can't see it."""
 
     caption: str
     png: bytes
-    pixelated: bool = False
 
     @property
     def source(self) -> str:
@@ -23,120 +26,202 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Page:
-    """The contents of a report, in their order.
+class Text:
+    """Paragraphs: plain, in a box that sets them off, or in a red one that warns."""
 
-    Attributes:
-        title, lead: headline, and one paragraph.
-        results: the main table.
-        more: further tables, below the chart.
-        chart: plot of the accuracies.
-        samples: grids of images.
-        statement: paragraphs about privacy.
-        spent: facts of each private run: run -> (name -> value).
-        curves: plots of epsilon by step.
-        settings: name -> (value, how it was chosen).
-        timings: stage -> seconds.
-        environment: name -> value.
-    """
+    paragraphs: Sequence[str]
+    look: Literal["plain", "notice", "alarm"] = "plain"
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of lines."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A table of names and values; `folded`, the title alone is shown until it is clicked."""
+
+    values: Mapping[str, object]
+    title: str = ""
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Blanks:
+    """A row of lines to fill in by hand, each with a label below it."""
+
+    labels: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page under a title ("" for none)."""
+
+    title: str
+    blocks: Sequence[Figure | Text | Bullets | Facts | Blanks | Table]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A headline, one paragraph, and the sections below them."""
 
     title: str
     lead: str
-    results: Table
-    chart: Figure
-    samples: Sequence[Figure]
-    statement: Sequence[str]
-    spent: Mapping[str, Mapping[str, object]]
-    curves: Sequence[Figure]
-    more: Sequence[Table] = ()
-    settings: Mapping[str, tuple[object, str]] = field(default_factory=dict)
-    timings: Mapping[str, float] = field(default_factory=dict)
-    environment: Mapping[str, object] = field(default_factory=dict)
+    sections: Sequence[Section]
 
 
 def render(page: Page) -> str:
     """Render the page as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["show"] = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
+    environment.filters["kind"] = lambda block: type(block).__name__
     return environment.from_string(TEMPLATE).render(page=page)
 
 
 # The template is in the module, so that it needs no packaging.
-MACROS = """\
+STYLE = """\
+:root { --ink: #1c2026; --soft: #535a65; --line: #d5d9de; --band: #f1f4f7; --accent: #1f5fa8; --alarm: #b3141d }
+* { box-sizing: border-box }
+html { -webkit-text-size-adjust: 100% }
+body { margin: 0 auto; max-width: 50rem; padding: 2.5rem 1.25rem 4rem; background: #fff; color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; overflow-wrap: break-word }
+h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .6rem }
+h2 { font-size: 1.2rem; line-height: 1.3; margin: 2.4rem 0 .8rem; padding-top: .8rem; border-top: 1px solid var(--line) }
+p, ul { margin: 0 0 .8rem }
+ul { padding-left: 1.3rem }
+li { margin-bottom: .35rem }
+.lead { font-size: 1.06rem; color: var(--soft) }
+.wide { overflow-x: auto; margin-bottom: 1rem }
+table { width: 100%; border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums }
+caption { text-align: left; font-weight: 600; padding: .6rem 0 .3rem }
+th { text-align: left; vertical-align: bottom; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--line) }
+th, td { padding: .4rem .9rem .4rem 0 }
+td { vertical-align: top }
+th:last-child, td:last-child { padding-right: 0 }
+tbody tr + tr > * { border-top: 1px solid var(--line) }
+.number { text-align: right }
+td.number { white-space: nowrap }
+.facts { margin-bottom: 1rem }
+.facts td { overflow-wrap: anywhere }
+.facts td:first-child { width: 38%; font-weight: 600 }
+figure { margin: 1rem 0 1.6rem }
+figcaption { color: var(--soft); font-size: .92rem; margin-bottom: .45rem }
+img { display: block; max-width: min(100%, 34rem); height: auto }
+.notice, .alarm { background: var(--band); border-left: 4px solid var(--accent); padding: .8rem 1rem; margin-bottom: 1rem }
+.alarm { background: #fdeced; border-color: var(--alarm); color: var(--alarm); font-weight: 600 }
+.notice p:last-child, .alarm p:last-child { margin: 0 }
+details summary { cursor: pointer; color: var(--accent); margin: .4rem 0 }
+.blanks { display: flex; flex-wrap: wrap; gap: 0 1.5rem }
+.blanks p { flex: 1 1 11rem; margin: 3.2rem 0 0; border-top: 1px solid var(--ink); padding-top: .2rem; color: var(--soft);
+  font-size: .88rem }
+@media (max-width: 30rem) {
+  body { padding: 1.25rem 1rem 2.5rem }
+  h1 { font-size: 1.45rem }
+  th, td { padding-right: .6rem }
+  .facts td, .facts td:first-child { display: block; width: auto; padding-right: 0 }
+  .facts td:first-child { padding-bottom: 0 }
+  .facts td + td { border: 0; padding-top: .1rem }
+}
+@media print {
+  @page { size: A4; margin: 16mm 18mm }
+  body { max-width: none; padding: 0; font-size: 10.5pt; line-height: 1.4; print-color-adjust: exact }
+  h2 { margin-top: 1.4rem; break-after: avoid }
+  .wide { overflow: visible }
+  th, td { padding-top: .22rem; padding-bottom: .22rem }
+  tr, figure, .notice, .alarm, .blanks, li { break-inside: avoid }
+  thead { display: table-header-group }
+  img { max-width: min(100%, 10cm) }
+  details::details-content { content-visibility: visible; height: auto }
+}
+"""
+
+TEMPLATE = """\
 {% macro figure(item) %}
 <figure>
 <figcaption>{{ item.caption }}</figcaption>
-<img{% if item.pixelated %} class="pixelated"{% endif %} src="{{ item.source }}" alt="{{ item.caption }}">
+<img src="{{ item.source }}" alt="{{ item.caption }}">
 </figure>
 {% endmacro %}
-{% macro rows_table(table, kind) %}
-<div class="wide"><table class="{{ kind }}">
+{% macro table(item) %}
+<div class="wide"><table>
+{% if item.title %}
+<caption>{{ item.title }}</caption>
+{% endif %}
 <thead><tr>
-{% for name in table.columns %}
-<th{% if loop.index0 >= table.left %} class="number"{% endif %}>{{ name }}</th>
+{% for name in item.columns %}
+<th{% if loop.index0 >= item.left %} class="number"{% endif %}>{{ name }}</th>
 {% endfor %}
 </tr></thead>
 <tbody>
-{% for row in table.rows %}
+{% for row in item.rows %}
 <tr>
 {% for cell in row %}
-<td{% if loop.index0 >= table.left %} class="number"{% endif %}>{{ cell }}</td>
+<td{% if loop.index0 >= item.left %} class="number"{% endif %}>{{ cell }}</td>
 {% endfor %}
 </tr>
 {% endfor %}
 </tbody></table></div>
-{% for note in table.notes %}
+{% for note in item.notes %}
 <p>{{ note }}</p>
 {% endfor %}
 {% endmacro %}
-{% macro facts_table(facts) %}
-<div class="wide"><table><tbody>
-{% for name, value in facts.items() %}
-<tr><td class="name"><code>{{ name }}</code></td><td>{{ value | show }}</td></tr>
+{% macro facts(item) %}
+{% if item.folded %}
+<details><summary>{{ item.title }}</summary>
+{% endif %}
+<table class="facts">
+{% if item.title and not item.folded %}
+<caption>{{ item.title }}</caption>
+{% endif %}
+<tbody>
+{% for name, value in item.values.items() %}
+<tr><td>{{ name }}</td><td>{{ value | show }}</td></tr>
 {% endfor %}
-</tbody></table></div>
+</tbody></table>
+{% if item.folded %}
+</details>
+{% endif %}
 {% endmacro %}
-"""
-
-TEMPLATE = (
-    MACROS
-    + """\
+{% macro block(item) %}
+{% set kind = item | kind %}
+{% if kind == "Figure" %}
+{{ figure(item) }}
+{% elif kind == "Table" %}
+{{ table(item) }}
+{% elif kind == "Facts" %}
+{{ facts(item) }}
+{% elif kind == "Bullets" %}
+<ul>
+{% for line in item.lines %}
+<li>{{ line }}</li>
+{% endfor %}
+</ul>
+{% elif kind == "Blanks" %}
+<div class="blanks">
+{% for label in item.labels %}
+<p>{{ label }}</p>
+{% endfor %}
+</div>
+{% else %}
+<div class="{{ item.look }}">
+{% for paragraph in item.paragraphs %}
+<p>{{ paragraph }}</p>
+{% endfor %}
+</div>
+{% endif %}
+{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
+<meta name="color-scheme" content="light">
 <title>{{ page.title }}</title>
 <style>
-:root { --ink: #1c2026; --soft: #5c636e; --paper: #fdfdfc; --line: #dfe2e6; --band: #f3f5f7; --accent: #1f66b3 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7eb; --soft: #9aa2ad; --paper: #14171b; --line: #30363e; --band: #1b1f25; --accent: #79b0ee }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 54rem; padding: 2.5rem 1.25rem 5rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.6 system-ui, sans-serif }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.01em }
-h2 { font-size: 1.2rem; margin: 2.8rem 0 .8rem; padding-top: .8rem; border-top: 1px solid var(--line) }
-p { margin: 0 0 .8rem }
-.lead { font-size: 1.08rem; color: var(--soft) }
-.wide { overflow-x: auto }
-table { width: 100%; border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums }
-caption { text-align: left; font-weight: 600; padding: .6rem 0 .3rem }
-th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--line); white-space: nowrap }
-th, td { padding: .4rem .9rem .4rem 0; vertical-align: top }
-tbody tr + tr > * { border-top: 1px solid var(--line) }
-.number { text-align: right; padding-right: 0; padding-left: .9rem; white-space: nowrap }
-td.name { white-space: nowrap }
-.results td { font-size: 1rem }
-code { font: .88em ui-monospace, monospace }
-figure { margin: 1rem 0 1.6rem }
-figcaption { color: var(--soft); font-size: .92rem; margin-bottom: .45rem }
-img { max-width: 100%; height: auto; display: block }
-.pixelated { image-rendering: pixelated; border-radius: 6px }
-.notice { background: var(--band); border-left: 3px solid var(--accent); border-radius: 4px; padding: .8rem 1rem }
-.notice p:last-child { margin: 0 }
-details summary { cursor: pointer; color: var(--accent); margin: .4rem 0 }
+STYLE
 </style>
 </head>
 <body>
@@ -145,62 +230,17 @@ details summary { cursor: pointer; color: var(--accent); margin: .4rem 0 }
 <p class="lead">{{ page.lead }}</p>
 </header>
 <main>
+{% for section in page.sections %}
 <section>
-{{ rows_table(page.results, "results") }}
-{{ figure(page.chart) }}
-{% for table in page.more %}
-<h2>{{ table.title }}</h2>
-{{ rows_table(table, "") }}
+{% if section.title %}
+<h2>{{ section.title }}</h2>
+{% endif %}
+{% for item in section.blocks %}
+{{ block(item) }}
 {% endfor %}
 </section>
-<section>
-<h2>Images</h2>
-{% for item in page.samples %}
-{{ figure(item) }}
 {% endfor %}
-</section>
-<section>
-<h2>Privacy</h2>
-<div class="notice">
-{% for paragraph in page.statement %}
-<p>{{ paragraph }}</p>
-{% endfor %}
-</div>
-{% for item in page.curves %}
-{{ figure(item) }}
-{% endfor %}
-{% for run, facts in page.spent.items() %}
-<details><summary>{{ run }}</summary>
-{{ facts_table(facts) }}
-</details>
-{% endfor %}
-</section>
-<section>
-<h2>Hyper-parameters, and how each was chosen</h2>
-<div class="wide"><table>
-<thead><tr><th>Setting</th><th>Value</th><th>How it was chosen</th></tr></thead>
-<tbody>
-{% for name, (value, reason) in page.settings.items() %}
-<tr><td class="name"><code>{{ name }}</code></td><td>{{ value | show }}</td><td>{{ reason }}</td></tr>
-{% endfor %}
-</tbody></table></div>
-</section>
-<section>
-<h2>Time</h2>
-<div class="wide"><table>
-<thead><tr><th>Stage</th><th class="number">Seconds</th></tr></thead>
-<tbody>
-{% for stage, seconds in page.timings.items() %}
-<tr><td>{{ stage }}</td><td class="number">{{ "%.0f" | format(seconds) }}</td></tr>
-{% endfor %}
-</tbody></table></div>
-</section>
-<section>
-<h2>Machine and versions</h2>
-{{ facts_table(page.environment) }}
-</section>
 </main>
 </body>
 </html>
-"""
-)
+""".replace("STYLE", STYLE)

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE
@@ -84,3 +84,17 @@ def result_table(results: Sequence[Result], title: str = "") -> Table:
     """Make a table with a row for each method and budget."""
     columns = ("Method", "Classifier trained on", "Epsilon", "Accuracy %")
     return Table(title, columns, [result.cells() for result in results], left=2)
+
+
+def settings_table(settings: Mapping[str, tuple[object, str]]) -> Table:
+    """Make a table of settings: name -> (value, how it was chosen)."""
+    rows = [
+        (name, f"{value:.6g}" if isinstance(value, float) else str(value), how)
+        for name, (value, how) in settings.items()
+    ]
+    return Table("", ("Setting", "Value", "How it was chosen"), rows, left=3)
+
+
+def times_table(seconds: Mapping[str, float]) -> Table:
+    """Make a table of the time that each stage took."""
+    return Table("", ("Stage", "Seconds"), [(stage, f"{time:.0f}") for stage, time in seconds.items()])

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
@@ -10,9 +10,9 @@ from statistics import fmean, stdev
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.files import write_atomically
 from fastloda.synthesis.methods import Method
-from fastloda.synthesis.report.html import Figure, Page, render
+from fastloda.synthesis.report.html import Facts, Figure, Page, Section, Text, render
 from fastloda.synthesis.report.plots import accuracy_curves, sample_grid
-from fastloda.synthesis.report.tables import Table, rounded_up
+from fastloda.synthesis.report.tables import Table, rounded_up, times_table
 from fastloda.synthesis.runs import write_json
 
 from .cells import GRID, Cell
@@ -106,19 +106,19 @@ class Findings:
         return "\n\n".join(parts) + "\n"
 
     def _page(self) -> Page:
+        spent = [Facts(facts, name, folded=True) for name, facts in self._spent_facts().items()]
+        seconds = {cell.name: sum(result["seconds"].values()) for cell, result in self.results.items()}
         return Page(
-            title=self.recipe.title,
-            lead=self.recipe.lead,
-            results=self.accuracy_table,
-            more=[self.score_table, self.cost_table],
-            chart=self._chart,
-            samples=list(self._grids()),
-            statement=self._statement(),
-            spent=self._spent_facts(),
-            curves=[],
-            settings={name: ("", how) for name, how in self.recipe.how_chosen.items()},
-            timings={cell.name: sum(result["seconds"].values()) for cell, result in self.results.items()},
-            environment=self.environment,
+            self.recipe.title,
+            self.recipe.lead,
+            [
+                Section("", [replace(self.accuracy_table, title=""), self._chart, self.score_table, self.cost_table]),
+                Section("Images", list(self._grids())),
+                Section("Privacy", [Text(self._statement(), "notice"), *spent]),
+                Section("How hyper-parameters were chosen", [Facts(self.recipe.how_chosen)]),
+                Section("Time", [times_table(seconds)]),
+                Section("Machine and versions", [Facts(self.environment)]),
+            ],
         )
 
     @property
@@ -216,7 +216,7 @@ class Findings:
         for cell in self.results:
             grid = cell.folder(self.run) / GRID
             if cell.seed == 0 and grid.exists():
-                yield cell, Figure(f"Samples of {cell.name}", grid.read_bytes(), True)
+                yield cell, Figure(f"Samples of {cell.name}", grid.read_bytes())
 
     def _file(self, figure: Figure) -> str:
         return f"{self.recipe.name}-{re.sub('[^a-z0-9]+', '-', figure.caption.lower())}.png"
@@ -231,7 +231,7 @@ class Findings:
 
     def _grids(self) -> Iterator[Figure]:
         public = self.recipe.public()[:400]
-        yield Figure("Public images", sample_grid(public.images, public.labels), True)
+        yield Figure("Public images", sample_grid(public.images, public.labels))
         yield from (figure for _, figure in self._samples())
 
     def _spent_facts(self) -> dict[str, dict]:
