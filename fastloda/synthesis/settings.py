@@ -8,9 +8,48 @@ import torch
 
 from fastloda.errors import UserError
 from fastloda.synthesis.classify import AugmentName, NetworkName, Norm, OptimizerName, make_network
-from fastloda.synthesis.diffusion import TIMESTEPS, Diffusion
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion import PRESETS, TIMESTEPS, Diffusion, UNetConfig, preset_for
 from fastloda.training.schedules import Schedule
 from fastloda.training.trainer import Losses
+
+
+@dataclass(frozen=True)
+class UNetShape:
+    """The shape of a U-Net: a preset, and what differs from it. Size, channels and classes are those of the images.
+
+    Attributes:
+        preset: digits (for 8 to 15 pixels), small (for 16 to 47), medium (for 48 to 64) or paper (10.4 million parameters).
+            auto takes one of the first three by the size.
+        width: number of channels of the first level. Default of this and all below: the preset's.
+        multipliers: factors of the levels' channels; the size must be divisible by 2^(levels - 1).
+        blocks_per_level: number of residual blocks in a level.
+        attention: levels with attention, from 0, or whether all have it.
+        norm_groups: number of groups of every GroupNorm.
+        dropout: probability of dropout in the residual blocks.
+    """
+
+    preset: Literal["auto", "digits", "small", "medium", "paper"] = "auto"
+    width: int | None = None
+    multipliers: tuple[int, ...] | None = None
+    blocks_per_level: int | None = None
+    attention: bool | tuple[int, ...] | None = None
+    norm_groups: int | None = None
+    dropout: float | None = None
+
+    def config(self, images: LabelledImages) -> UNetConfig:
+        """Make the configuration of a U-Net for images like these.
+
+        Raises:
+            UserError: the images are not square, or the shape does not fit their size.
+        """
+        channels, height, size = images.images.shape[1:]
+        if height != size:
+            raise UserError(f"the U-Net takes square images, not {height} x {size}: give them a --size")
+        given = {name: value for name, value in asdict(self).items() if name != "preset" and value is not None}
+        preset = PRESETS[preset_for(size) if self.preset == "auto" else self.preset]
+        classes = {"num_classes": images.num_classes, "class_width": max(64, images.num_classes + 1)}
+        return UNetConfig(**preset | {"image_size": size, "in_channels": channels} | classes | given)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fastloda.synthesis.environment import environment
 
 from .recipes import TableName
 from .report import Findings
-from .workers import Order, Table, compute_cells, default_jobs
+from .workers import Experiment, Order, compute_cells, default_jobs
 
 logger = logging.getLogger("fastloda")
 
@@ -58,7 +58,7 @@ def reproduce(
         raise UserError(f"jobs must be at least 1, got {jobs}")
     place, folder = resolve_device(device), Path(run or f"runs/{table}{'-quick' * quick}")
     jobs = jobs or default_jobs(place)
-    made = Table(Order(table, data, folder, seeds, tuple(methods), features, quick, place))
+    made = Experiment(Order(table, data, folder, seeds, tuple(methods), features, quick, place))
     compute_cells(made, jobs, progress)
     results = {cell: made.result(cell) for cell in made.cells}
     findings = Findings(made.recipe, results, folder, environment(place) | {"cells at a time": jobs})
