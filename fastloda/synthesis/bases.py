@@ -13,7 +13,7 @@ from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.inputs import Takes
-from fastloda.synthesis.models import load_unet, was_chosen_privately
+from fastloda.synthesis.models import class_names_of, load_unet, was_chosen_privately
 from fastloda.synthesis.settings import FineTuning
 from fastloda.training.batches import Columns
 from fastloda.training.trainer import Losses
@@ -28,6 +28,7 @@ class Base(Protocol):
         network: the part that adapters go onto, all of which may train.
         file: the file or folder that it was loaded from, whose digest identifies it.
         takes: the images that it takes.
+        class_names: names of its classes, in the order of its labels; () if it has numbers or prompts for any.
         targets: the preset of layers that are adapted by default; None: every convolution.
         chosen_privately: whether private images had a say in its public ones, at a budget's cost.
     """
@@ -35,6 +36,7 @@ class Base(Protocol):
     network: torch.nn.Module
     file: Path
     takes: UNetConfig | Takes
+    class_names: tuple[str, ...]
     targets: str | None
     chosen_privately: bool
 
@@ -59,9 +61,12 @@ class Base(Protocol):
         """Refuse with a ValueError what `draw` can't do."""
 
     def draw(
-        self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, progress: bool
+        self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, progress: bool, skip: int = 0
     ) -> Tensor:
-        """Draw one image per label [n]: float32 [n, C, H, W] in [-1, 1] on the CPU; image i depends on seed, i and its label."""
+        """Draw one image per label [n]: float32 [n, C, H, W] in [-1, 1] on the CPU.
+
+        Image i depends on the seed, skip + i and its label; `skip` images were drawn before.
+        """
 
 
 class OwnUNet:
@@ -72,7 +77,7 @@ class OwnUNet:
     def __init__(self, folder: Path, device: torch.device):
         self.file = folder / MODEL
         self.network: UNet = load_unet(self.file, device)
-        self.takes = self.network.config
+        self.takes, self.class_names = self.network.config, class_names_of(self.file)
         self.chosen_privately = was_chosen_privately(self.file)
 
     def caption(self, prompts: Sequence[str] | None) -> None:

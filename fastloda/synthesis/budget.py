@@ -18,7 +18,7 @@ from fastloda.privacy.clip import ClippingName, clipping_style
 from fastloda.privacy.noise import UNRECORDED, describe_randomness, describe_together
 from fastloda.privacy.styles import Automatic, PerLayer
 from fastloda.synthesis.report.plots import epsilon_plot
-from fastloda.synthesis.runs import CONFIG, DONE, write_json
+from fastloda.synthesis.runs import CONFIG, DONE, SOURCE, write_json
 from fastloda.training.average import copy_into
 from fastloda.training.batches import Columns
 from fastloda.training.owners import OwnerIds
@@ -36,6 +36,7 @@ CURVE_POINTS = 40
 README = f"""\
 May be released, on the terms in {STATEMENT}: the .safetensors file, {STATEMENT}, {EPSILON_CURVE}, {CONFIG}.
 Must stay private: {CHECKPOINT}, from which training continues; it holds the secret from which the noise follows.
+Must stay private: {SOURCE}, which says where the private images are.
 Must stay beside it while training may continue: {intent_path(Path(CHECKPOINT))}, which lists what was released.
 Better kept: {DONE}; the time that training took depends, a little, on the records.
 """
@@ -183,14 +184,20 @@ def fit_average(trainer: DPTrainer) -> None:
     copy_into(trainer.parameters, trainer.average.values)
 
 
-def publish(trainer: DPTrainer, privacy: Privacy, folder: Path, earlier: Sequence[dict] = ()) -> None:
+def publish(
+    trainer: DPTrainer,
+    privacy: Privacy,
+    folder: Path,
+    earlier: Sequence[dict] = (),
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Write a private run's public account: privacy.json, epsilon.png, and README.txt on what may leave the folder.
 
-    `earlier` is as in `privacy_statement`.
+    `earlier` is as in `privacy_statement`; `about` are public facts of the private images, with which the statement begins.
     """
     write_atomically(folder / "README.txt", README.encode())
     write_atomically(folder / EPSILON_CURVE, _epsilon_curve(trainer))
-    write_json(folder / STATEMENT, privacy_statement(trainer, privacy, earlier))
+    write_json(folder / STATEMENT, dict(about or {}) | privacy_statement(trainer, privacy, earlier))
 
 
 def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[dict] = ()) -> dict:

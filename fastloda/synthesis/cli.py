@@ -1,6 +1,7 @@
 """The command `fastloda`: its subcommands are functions of the package, their help texts those functions' docstrings.
 
-A bad input gives one line on stderr and exit code 2, before anything is changed; a bug keeps its traceback. What takes long to
+A bad input gives one line on stderr, and one for each file that can't be read, and exit code 2, before anything is changed; a
+bug keeps its traceback. What takes long to
 import waits until a subcommand is known.
 """
 
@@ -16,6 +17,7 @@ from fastloda import __version__
 from fastloda.errors import UserError
 
 COMMANDS = {  # name -> the module of the function of that name
+    "synthesize": "synthesize",
     "demo": "demo",
     "pretrain": "stages",
     "choose": "stages",
@@ -35,13 +37,17 @@ usage: fastloda [--help] [--version] COMMAND [OPTIONS]
 Fine-tune a diffusion model on private images under differential privacy, and draw synthetic images from it.
 
   fastloda demo --run runs/demo                        all of it, on digits, with a report: the place to start
+  fastloda synthesize --public A --private B --epsilon 8 --out C    from two folders of images to synthetic ones
 
-  fastloda pretrain --run runs/a                       a model of public images
-  fastloda choose   --run runs/a --delta 1e-5          nearer to the private images; may be left out
-  fastloda finetune --run runs/a --privacy.target_epsilon 10 --privacy.delta 1e-5
-  fastloda sample   --run runs/a --count 2000          private synthetic images
-  fastloda evaluate --run runs/a                       what a classifier learns from them
-  fastloda report   --run runs/a                       what is promised, on one page to sign before publication
+The stages of it, one by one:
+
+  fastloda pretrain --run C --data A                   a model of public images
+  fastloda choose   --run C --data B --public A --delta 1e-5        nearer to the private images; may be left out
+  fastloda finetune --run C --data B --privacy.target_epsilon 8 --privacy.delta 1e-5
+  fastloda sample   --run C --count 2000               private synthetic images
+  fastloda evaluate --run C --test D                   what a classifier learns from them
+
+  fastloda report   --run C                            what is promised, on one page to sign before publication
   fastloda account  --delta 1e-5 --sample_rate 0.01 --noise_multiplier 1 --steps 1000
   fastloda reproduce digits --quick                    every method that the paper compares, as its tables do
 
@@ -100,8 +106,10 @@ def command_function(command: str) -> Callable[..., dict | None]:
 
 
 def _fail(name: str, message: str) -> int:
-    line = textwrap.shorten(message, LONGEST_MESSAGE, placeholder=" ...")
-    print(f"{name}: error: {line}", file=sys.stderr)
+    first, *more = (
+        textwrap.shorten(line, LONGEST_MESSAGE, placeholder=" ...") for line in message.splitlines() or [""]
+    )
+    print(f"{name}: error: {first}", *more, sep="\n", file=sys.stderr)
     return BAD_INPUT
 
 

@@ -6,16 +6,27 @@ published set lies in follows the colon, "-test" means its test part, and "@500"
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fastloda.errors import UserError
-from fastloda.synthesis.data import NAMES, LabelledImages, open_dataset, stratified_subset
+from fastloda.synthesis.data import (
+    NAMES,
+    FolderFacts,
+    LabelledImages,
+    listed,
+    look_at,
+    open_dataset,
+    relabelled,
+    stratified_subset,
+)
 from fastloda.synthesis.data.catalogue import ALWAYS_THERE
-from fastloda.synthesis.data.folder import class_names
 from fastloda.synthesis.diffusion import UNetConfig
 
 logger = logging.getLogger("fastloda")
+
+SIZES = (8, 16, 24, 32, 48, 64)  # sides in pixels to which folders of images are cut unless a size is given
 
 NAMED = frozenset(  # data sets that are the same everywhere and need no file
     f"{name}-test" if split == "test" else name for name, drawn in ALWAYS_THERE.items() for split in drawn.splits
@@ -44,21 +55,12 @@ class _Named(NamedTuple):
     root: str | None
 
 
-def open_images(
-    name: str,
-    *,
-    num_classes: int | None = None,
-    count: int = 20_000,
-    seed: int = 0,
-    size: int | None = None,
-    channels: int | None = None,
-) -> LabelledImages:
+def open_images(name: str, **options) -> LabelledImages:
     """Open a data set as the command line names it; the options are those of `open_dataset`.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such data set, it is damaged, or it has more classes than num_classes.
+        FileNotFoundError, ValueError: there is no such data set, or it is damaged.
     """
-    options = {"num_classes": num_classes, "count": count, "seed": seed, "size": size, "channels": channels}
     if (named := _parse(name)) is None:
         return open_dataset(name, **options)
     images = open_dataset(named.name, named.root, named.split, **options)
@@ -82,56 +84,72 @@ def files_of(data: str) -> tuple[Path, ...]:
     return (Path(data),) if _parse(data) is None and not Path(data).is_dir() else ()
 
 
-def names_of_classes(name: str, images: LabelledImages) -> list[str]:
-    """List the names of the images' classes: those of the subfolders of a folder of images, else their numbers."""
-    if _parse(name) is None and Path(name).is_dir():
-        return class_names(name)
-    return [str(label) for label in range(images.num_classes)]
-
-
-def open_for_unet(name: str, unet: UNetConfig | Takes, **drawn) -> LabelledImages:
-    """Open images by `open_images`, and refuse those that the U-Net can't take.
+def open_public(name: str, *, size: int | None = None, **options) -> LabelledImages:
+    """Open images by `open_images` to train a new model on; without a size, a folder's images are cut to a sensible one.
 
     Raises:
-        ValueError: the images' shape is not the U-Net's, or they have more classes.
+        FileNotFoundError, ValueError: `open_images` refuses them.
     """
-    images = _open_as(name, unet.in_channels, unet.image_size, unet.num_classes, **drawn)
+    if size is None and _parse(name) is None and Path(name).is_dir():
+        size = sensible_size(look_at(name))
+    images = open_images(name, size=size, **options)
+    _warn_of_unseen_classes(name, images)
+    return images
+
+
+def sensible_size(facts: FolderFacts) -> int:
+    """Return the largest of `SIZES` that is not above the smallest side of a folder's images, or the least of them."""
+    return max((size for size in SIZES if size <= facts.smallest_side), default=min(SIZES))
+
+
+def open_for_unet(name: str, unet: UNetConfig | Takes, **options) -> LabelledImages:
+    """Open images by `open_images` in the U-Net's size and channels; their classes may be others.
+
+    Raises:
+        FileNotFoundError, ValueError: `open_images` refuses them, or the images' shape is not the U-Net's.
+    """
+    images = _open_as(name, unet.in_channels, unet.image_size, **options)
     if images.images.shape[1:] != (unet.in_channels, unet.image_size, unet.image_size):
         wanted = f"{unet.in_channels} x {unet.image_size} x {unet.image_size}"
         model, way_out = "pipeline", "convert them; a folder of colour images is resized by itself"
         if isinstance(unet, UNetConfig):
-            model, way_out = "U-Net", "`fastloda pretrain` sets it by --unet.in_channels and --unet.image_size"
+            model, way_out = "U-Net", "`fastloda pretrain` takes --size and --channels"
         raise UserError(f"{name} has images of {shape_text(images)}, the {model} is for {wanted}: {way_out}")
-    if unseen := (images.labels.bincount(minlength=images.num_classes) == 0).nonzero().flatten().tolist():
-        logger.warning("%s says that it has %d classes, but has no image of %s", name, images.num_classes, unseen[:10])
+    _warn_of_unseen_classes(name, images)
     return images
 
 
-def open_to_pretrain(name: str, unet: UNetConfig, **drawn) -> LabelledImages:
-    """Open images by `open_for_unet`, and refuse fewer classes than the U-Net's, for it would be sampled in unseen classes.
+def open_tests(
+    name: str, train: LabelledImages, class_map: Mapping[str, str] | None = None, **options
+) -> LabelledImages:
+    """Open images by `open_images` to test what was trained on `train`, whose classes they have by name.
 
     Raises:
-        ValueError: the images have fewer classes, or `open_for_unet` refuses them.
+        FileNotFoundError, ValueError: `open_images` refuses them, the shape is another, or a class is none of `train`'s.
     """
-    images = open_for_unet(name, unet, **drawn)
-    if images.num_classes < unet.num_classes:
-        raise UserError(
-            f"{name} has {images.num_classes} classes, the U-Net is for {unet.num_classes}, and would never see the others: "
-            f"set --unet.num_classes {images.num_classes}"
-        )
-    return images
-
-
-def open_tests(name: str, train: LabelledImages) -> LabelledImages:
-    """Open images by `open_images` to test what was trained on `train`, and refuse those of another shape.
-
-    Raises:
-        ValueError: the shape is another, or there are more classes.
-    """
-    tests = _open_as(name, train.images.shape[1], train.images.shape[3], train.num_classes)
+    tests = _open_as(name, train.images.shape[1], train.images.shape[3], **options)
     if tests.images.shape[1:] != train.images.shape[1:]:
         raise UserError(f"the training images are of {shape_text(train)}, {name} of {shape_text(tests)}")
-    return tests
+    return relabelled(tests, train.class_names, class_map, of="the training images")
+
+
+def read_class_map(pairs: Sequence[str]) -> dict[str, str]:
+    """Read pairs "private=public" as a mapping.
+
+    Raises:
+        UserError: one is no such pair, or a name is mapped twice.
+    """
+    split = [pair.partition("=") for pair in pairs]
+    mapping = {private: public for private, _, public in split}
+    if len(mapping) < len(split) or not all(private and public for private, _, public in split):
+        raise UserError(f"--class-map takes pairs private=public,..., each private name once, got {','.join(pairs)}")
+    return mapping
+
+
+def _warn_of_unseen_classes(name: str, images: LabelledImages) -> None:
+    if unseen := (images.labels.bincount(minlength=images.num_classes) == 0).nonzero().flatten().tolist():
+        names = listed([images.class_names[label] for label in unseen])
+        logger.warning("%s says that it has %d classes, but has no image of %s", name, images.num_classes, names)
 
 
 def shape_text(images: LabelledImages) -> str:
@@ -139,9 +157,9 @@ def shape_text(images: LabelledImages) -> str:
     return " x ".join(map(str, images.images.shape[1:]))
 
 
-def _open_as(name: str, channels: int, size: int, num_classes: int | None, **drawn) -> LabelledImages:
+def _open_as(name: str, channels: int, size: int, **options) -> LabelledImages:
     """Open images, and make grey ones colour if three channels are wanted; colours are not made grey, which would lose them."""
-    return open_images(name, num_classes=num_classes, size=size, channels=3 if channels == 3 else None, **drawn)
+    return open_images(name, size=size, channels=3 if channels == 3 else None, **options)
 
 
 def _parse(text: str) -> _Named | None:

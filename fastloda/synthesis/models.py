@@ -1,6 +1,7 @@
 """Files of the public model: a U-Net's weights as safetensors, its configuration in the metadata."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors
@@ -11,17 +12,24 @@ from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.synthesis.diffusion import UNet, UNetConfig
 
-PRIVATELY = "chosen_privately"
+PRIVATELY, CLASSES = "chosen_privately", "class_names"
 
 
-def save_unet(model: UNet, path: Path, chosen_privately: bool = False) -> None:
-    """Write a U-Net to `path` atomically; the file says whether its public images were chosen privately, at a budget's cost.
+def save_unet(model: UNet, path: Path, class_names: Sequence[str] = (), chosen_privately: bool = False) -> None:
+    """Write a U-Net to `path` atomically.
+
+    Args:
+        model: the model.
+        path: file to write.
+        class_names: name of each class; the numbers "0", "1", ... by default. They are kept in the file's metadata.
+        chosen_privately: whether its public images were chosen privately, at a budget's cost; kept there too.
 
     Raises:
         OSError: the file cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     about = model.config.to_dict() | ({PRIVATELY: True} if chosen_privately else {})
+    about[CLASSES] = list(class_names) or [str(label) for label in range(model.config.num_classes)]
     metadata = {"config": json.dumps(about)}  # one entry: the order of several is random
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -42,12 +50,17 @@ def load_unet(path: Path, device: torch.device | str = "cpu") -> UNet:
         with safetensors.safe_open(path, "pt") as file:
             about = _about(file)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        about.pop(PRIVATELY, None)
-        model = UNet(UNetConfig.from_dict(about))
+        model = UNet(UNetConfig.from_dict({k: v for k, v in about.items() if k not in (PRIVATELY, CLASSES)}))
         model.load_state_dict(tensors)
     except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no model of `fastloda pretrain`, or is damaged: {error}") from error
     return model.to(device, memory_format=torch.channels_last)
+
+
+def class_names_of(path: Path) -> tuple[str, ...]:
+    """Read the names of the classes of the model in `path`."""
+    with safetensors.safe_open(path, "pt") as file:
+        return tuple(_about(file)[CLASSES])
 
 
 def was_chosen_privately(path: Path) -> bool:

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from fastloda.errors import UserError
 
 POSITIONAL = ("table",)
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -26,7 +27,7 @@ class _Parser(ArgumentParser):
         super().__init__(**options)
 
     def format_help(self) -> str:
-        return re.sub(r"<class\s+'([\w.]+)'>", r"\1", super().format_help())
+        return _OPTION.sub(_dashed, re.sub(r"<class\s+'([\w.]+)'>", r"\1", super().format_help()))
 
 
 def parse(name: str, function: Callable, options: Sequence[str]) -> dict:
@@ -38,11 +39,24 @@ def parse(name: str, function: Callable, options: Sequence[str]) -> dict:
     """
     parser = build_parser(name, function)
     try:
-        chosen = parser.instantiate(parser.parse_args(list(options))).as_dict()
+        chosen = parser.instantiate(parser.parse_args([_underscored(option) for option in options])).as_dict()
     except ArgumentError as error:
-        raise UserError(_with_dashes(str(error))) from error
+        raise UserError(_with_dashes(" ".join(str(error).split()))) from error
     del chosen["config"]
     return chosen
+
+
+def _dashed(option: re.Match) -> str:
+    """Write an option as it is shown: --skip-unreadable."""
+    return option[0].replace("_", "-")
+
+
+def _underscored(argument: str) -> str:
+    """Write an option as the functions' arguments are written: --skip_unreadable; values stay as they are."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument[2:].partition("=")
+    return f"--{option.replace('-', '_')}{equals}{value}"
 
 
 def _with_dashes(message: str) -> str:

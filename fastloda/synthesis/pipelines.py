@@ -56,6 +56,7 @@ class Pipeline:
     parts: dict[str, tuple[str, ...]] = {}  # component -> the classes that it may be of; () for any
     null: int | None = None
     chosen_privately = False
+    class_names = ()
 
     def __init__(self, folder: Path, pipe: Any):
         self.file, self.pipe, self.name = folder, pipe, type(pipe).__name__
@@ -111,9 +112,9 @@ class Pipeline:
             raise UserError(f"{self.name} has no pass without a label, which guidance needs: leave out --guidance")
 
     def draw(
-        self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, progress: bool
+        self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, progress: bool, skip: int = 0
     ) -> Tensor:
-        seeds, drawn = image_seeds(len(labels), torch.Generator().manual_seed(seed)), []
+        seeds, drawn = image_seeds(skip + len(labels), torch.Generator().manual_seed(seed))[skip:], []
         for rows in torch.arange(len(labels)).split(batch_size):
             first, last = int(rows[0]), int(rows[-1]) + 1
             about = f"sampling {first + 1}-{last} of {len(labels)}"

@@ -1,6 +1,7 @@
 """A run's folder: every stage has a folder in it, with its results and with what they were made from.
 
     config.yaml    the stage's settings, written before its work begins; `fastloda STAGE --config` takes the file
+    source.yaml    of a stage that reads private images: where they are; it must stay private
     done.json      written last: the sha256 of each input file, and how long the work took
 
 So a stage that is asked for twice works once, a killed stage continues, and results of different settings never mix.
@@ -13,15 +14,16 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from fastloda.errors import UserError
 from fastloda.files import held, write_atomically
+from fastloda.training.checkpoint import differences
 
-CONFIG, DONE, LOCK = "config.yaml", "done.json", ".lock"
+CONFIG, SOURCE, DONE, LOCK = "config.yaml", "source.yaml", "done.json", ".lock"
 
 
 class RunError(UserError):
@@ -34,7 +36,8 @@ class Stage:
 
     Attributes:
         folder: folder of this stage alone.
-        settings: all settings that its results depend on, in the command line's form.
+        settings: all settings that its results depend on, in the command line's form; they may be published.
+        source: further settings, which must stay private: where the private images are, and how they are read.
         inputs: files of other stages that it reads. Never private data: their hash would be a statistic of them.
         outputs: names of the files that it leaves in `folder`.
         private: whether it spends a privacy budget; the folder is then accessible to its owner only.
@@ -45,6 +48,7 @@ class Stage:
     inputs: tuple[Path, ...] = ()
     outputs: tuple[str, ...] = ()
     private: bool = False
+    source: Mapping = field(default_factory=dict)
 
     def is_done(self) -> bool:
         """Tell whether the results are there, of these settings and these inputs; nothing is changed.
@@ -56,7 +60,10 @@ class Stage:
             if (self.folder / DONE).exists():
                 raise RunError(f"{self.folder} was finished, but {CONFIG} is gone. {self.way_out}")
             return False
-        if different := _differences(known, plain(self.settings)):
+        asked = plain(self.settings)
+        if (source := self._read(SOURCE, yaml.safe_load)) is not None:  # it is not in a folder that was published
+            known, asked = known | source, asked | plain(self.source)
+        if different := differences(dict(_flatten(known)), dict(_flatten(asked))):
             raise RunError(f"{self.folder} was made with other settings: {different}. {self.way_out}")
         if (done := self._read(DONE, json.loads)) is None:
             return False
@@ -92,14 +99,17 @@ class Stage:
 
     def _work(self) -> Iterator[None]:
         began, resumed = time.monotonic(), (self.folder / CONFIG).exists()
-        text = f"# fastloda {self.folder.name}: the settings of this stage\n" + yaml.safe_dump(
-            plain(self.settings), sort_keys=False
-        )
-        write_atomically(self.folder / CONFIG, text.encode())
+        self._write(CONFIG, "the settings of this stage", self.settings)
+        if self.source:
+            self._write(SOURCE, "where its private images are; this file must stay private", self.source)
         yield
         inputs = {path.name: digest(path) for path in self.inputs}
         done = {"inputs": inputs, "seconds": round(time.monotonic() - began, 1), "resumed": resumed}
         write_json(self.folder / DONE, done)
+
+    def _write(self, name: str, title: str, settings: Mapping) -> None:
+        content = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
+        write_atomically(self.folder / name, f"# fastloda {self.folder.name}: {title}\n{content}".encode())
 
     @property
     def way_out(self) -> str:
@@ -171,12 +181,6 @@ def write_json(path: Path, value: object) -> None:
 def plain(settings: Mapping) -> dict:
     """Convert settings to the form in which YAML or JSON returns them: tuples become lists, paths strings."""
     return json.loads(json.dumps(settings, default=str))
-
-
-def _differences(there: Mapping, here: Mapping) -> str:
-    there, here = dict(_flatten(there)), dict(_flatten(here))
-    changed = [name for name in {**here, **there} if there.get(name) != here.get(name)]
-    return ", ".join(f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in changed)
 
 
 def _flatten(settings: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:

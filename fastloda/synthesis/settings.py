@@ -10,17 +10,60 @@ from torch import nn
 from fastloda.errors import UserError
 from fastloda.loda.attach import Targets, attach_loda
 from fastloda.synthesis.classify import AugmentName, NetworkName, Norm, OptimizerName, make_network
-from fastloda.synthesis.diffusion import TIMESTEPS, Diffusion
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion import PRESETS, TIMESTEPS, Diffusion, UNetConfig, preset_for
 from fastloda.training.schedules import Schedule
 from fastloda.training.trainer import Losses
 
 # The projections in attention: those of diffusers' models, and those of `fastloda pretrain`'s U-Net.
 ATTENTION = r"(.*\.)?(to_q|to_k|to_v|to_out\.0|proj_q|proj_k|proj_v)|(down|middle|up)blocks\.[\d.]+\.proj"
-PRESETS: dict[str, Targets] = {
+TARGETS: dict[str, Targets] = {
     "convolutions": nn.Conv2d,
     "attention": ATTENTION,
     "both": lambda name, layer: isinstance(layer, nn.Conv2d) or re.fullmatch(ATTENTION, name) is not None,
 }
+
+
+@dataclass(frozen=True)
+class UNetShape:
+    """The shape of a U-Net: a preset, and what differs from it. Size, channels and classes are those of the images.
+
+    Attributes:
+        preset: digits (for 8 to 15 pixels), small (for 16 to 47), medium (for 48 to 64) or paper (10.4 million parameters).
+            auto takes one of the first three by the size.
+        width: number of channels of the first level. Default of this and all below: the preset's.
+        multipliers: factors of the levels' channels; the size must be divisible by 2^(levels - 1).
+        blocks_per_level: number of residual blocks in a level.
+        attention: levels with attention, from 0, or whether all have it.
+        norm_groups: number of groups of every GroupNorm.
+        dropout: probability of dropout in the residual blocks.
+    """
+
+    preset: Literal["auto", "digits", "small", "medium", "paper"] = "auto"
+    width: int | None = None
+    multipliers: tuple[int, ...] | None = None
+    blocks_per_level: int | None = None
+    attention: bool | tuple[int, ...] | None = None
+    norm_groups: int | None = None
+    dropout: float | None = None
+
+    def config(self, images: LabelledImages) -> UNetConfig:
+        """Make the configuration of a U-Net for images like these.
+
+        Raises:
+            UserError: the images are not square, or the shape does not fit their size.
+        """
+        channels, height, size = images.images.shape[1:]
+        if height != size:
+            raise UserError(f"the U-Net takes square images, not {height} x {size}: give them a --size")
+        return self.sized(size, channels, images.num_classes)
+
+    def sized(self, size: int, channels: int, num_classes: int) -> UNetConfig:
+        """Make the configuration of a U-Net for images of this size. Raises UserError if the shape does not fit it."""
+        given = {name: value for name, value in asdict(self).items() if name != "preset" and value is not None}
+        preset = PRESETS[preset_for(size) if self.preset == "auto" else self.preset]
+        classes = {"num_classes": num_classes, "class_width": max(64, num_classes + 1)}
+        return UNetConfig(**preset | {"image_size": size, "in_channels": channels} | classes | given)
 
 
 @dataclass(frozen=True)
@@ -56,7 +99,7 @@ class Adapter:
         Raises:
             ValueError: no layer of the network matches, or the rank is too high for all of them.
         """
-        targets = PRESETS.get(self.targets, self.targets) if self.targets else None
+        targets = TARGETS.get(self.targets, self.targets) if self.targets else None
         attach_loda(network, **asdict(self) | {"targets": targets})
 
 

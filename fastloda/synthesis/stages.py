@@ -2,15 +2,19 @@
 
 pretrain    public/model.safetensors, samples.png
 choose      chosen/model.safetensors, samples.png, sums.safetensors, privacy.json: the public model, moved nearer
-finetune    private/adapter.safetensors, privacy.json, epsilon.png, checkpoint.pt (the one file that must stay private)
-sample      samples/samples.npz, grid.png; of the public model alone: samples-public/
+finetune    private/adapter.safetensors, privacy.json, epsilon.png; checkpoint.pt and source.yaml, which must stay private
+sample      samples/ as `samples.py` writes it; samples-NAME/ for a further set; of the public model alone: samples-public/
 dpsgd       dpsgd/classifier.safetensors, privacy.json: the classifier trained on the private images themselves
 evaluate    evaluation.json
+
+Classes go by their names: those of the public model, the private images, the samples and the tests.
 """
 
 import logging
+import re
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from fastloda.files import write_atomically
 from fastloda.loda.attach import load_loda, save_loda
 from fastloda.randomness import seeded
 from fastloda.synthesis.account import known_releases, read_statement, releases
-from fastloda.synthesis.arguments import Device, resolve_device
+from fastloda.synthesis.arguments import Device, Names, resolve_device
 from fastloda.synthesis.bases import MODEL, Base, class_prompts, open_base
 from fastloda.synthesis.budget import (
     CHECKPOINT,
@@ -38,90 +42,90 @@ from fastloda.synthesis.budget import (
     release_statement,
 )
 from fastloda.synthesis.classify import accuracy, train_classifier
-from fastloda.synthesis.data import LabelledImages, read_owners
-from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig, class_balanced_labels, digits_unet
+from fastloda.synthesis.data import LabelledImages, listed, mapped_names, only, read_owners, relabelled
+from fastloda.synthesis.diffusion import Diffusion, UNet, class_balanced_labels
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
-from fastloda.synthesis.diffusion.pretrain import pretrain as train_on_public
 from fastloda.synthesis.inputs import (
     NAMED,
     files_of,
     full_name,
-    names_of_classes,
     open_for_unet,
     open_images,
+    open_public,
     open_tests,
-    open_to_pretrain,
+    read_class_map,
 )
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
+from fastloda.synthesis.methods.diffusion_model import PublicModel
 from fastloda.synthesis.methods.dp_sgd import DPSGD, make_classifier, train_dpsgd
 from fastloda.synthesis.methods.gaussian_release import noise_stream
 from fastloda.synthesis.methods.pixel_moves import moved
 from fastloda.synthesis.methods.public_choice import PublicChoice
-from fastloda.synthesis.models import load_unet, save_unet, was_chosen_privately
-from fastloda.synthesis.report.plots import sample_grid
+from fastloda.synthesis.models import class_names_of, load_unet, save_unet, was_chosen_privately
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, Stage, digest, make_folder, read_json, write_json
-from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
+from fastloda.synthesis.samples import GRID, IMAGES, PART, README, SAMPLES, contact_sheet, draw_resumably, write_samples
+from fastloda.synthesis.settings import Adapter, Classifier, FineTuning, UNetShape
 
 logger = logging.getLogger("fastloda")
 
-ADAPTER, SAMPLES, GRID, EVALUATION = (
-    "adapter.safetensors",
-    "samples.npz",
-    "grid.png",
-    "evaluation.json",
-)
+ADAPTER, EVALUATION = "adapter.safetensors", "evaluation.json"
 CLASSIFIER_WEIGHTS = "classifier.safetensors"
-CHOSEN, PRIVATE, SUMS, PREVIEW = "chosen", "private", "sums.safetensors", "samples.png"
+PUBLIC, CHOSEN, PRIVATE, SUMS, PREVIEW = "public", "chosen", "private", "sums.safetensors", "samples.png"
 PREVIEW_COLUMNS = 10  # number of images of each class in the preview
 
-with torch.device("meta"):  # only the configuration is needed: no weights are drawn
-    DIGITS_UNET = digits_unet().config
-
-
-PUBLIC_TRAINING = PublicTraining(steps=2000, ema_decay=0.998)
+PUBLIC_TRAINING, SHAPE, NO_NAMES = PublicTraining(steps=2000, ema_decay=0.998), UNetShape(), Names()
 ADAPTERS, FINE_TUNING, CLASSIFIER, CHOICE = Adapter(), FineTuning(), Classifier(), PublicChoice()
+PRIVATE_NAME = "private images"
 
 
 def pretrain(
     run: Path,
     *,
-    data: str = "font-digits",
+    data: str,
+    size: int | None = None,
+    channels: int | None = None,
     count: int = 20_000,
-    unet: UNetConfig = DIGITS_UNET,
+    skip_unreadable: bool = False,
+    unet: UNetShape = SHAPE,
     training: PublicTraining = PUBLIC_TRAINING,
     device: Device = "auto",
     progress: bool = True,
 ) -> dict:
     """Train a diffusion model on public images, without privacy.
 
-    Writes public/ in the run's folder. Interrupted, it continues from its checkpoint when it is called again.
+    Writes public/ in the run's folder. Interrupted, it continues from its checkpoint when it is called again. The model has the
+    images' classes, by name, and their channels.
 
     Args:
         run: folder of the run.
-        data: public images with labels: font-digits or colour-font-digits; a published set in a folder, as in svhn:FOLDER,
-            imagenet32:FOLDER or imagenet10:FOLDER (its ten classes that match CIFAR-10's); a folder of images, with a
-            subfolder for each class; or an npz file with arrays `images` (uint8, or floats in [-1, 1], or else their `range`,
-            as [0, 1]; NCHW or NHWC) and `labels` (from 0), perhaps `num_classes`. It must have the U-Net's classes.
+        data: public images with labels: a folder of images, with a subfolder for each class; or an npz file with arrays
+            `images` (uint8, or floats in [-1, 1], or else their `range`, as [0, 1]; NCHW or NHWC) and `labels` (from 0), perhaps
+            `num_classes` and `class_names`; or font-digits or colour-font-digits; or a published set in a folder, as in
+            svhn:FOLDER, imagenet32:FOLDER or imagenet10:FOLDER (its ten classes that match CIFAR-10's).
+        size: side in pixels to which the central square of a folder's images is resized. Default: 8, 16, 24, 32, 48 or 64, the
+            largest that is not above any image's side.
+        channels: number of channels, 1 or 3. Default: 1 if all images are grey, else 3.
         count: number of images to draw for font-digits and colour-font-digits.
-        unet: shape of the U-Net; the default fits 8 x 8 digits.
+        skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
+        unet: shape of the U-Net.
         training: settings of the optimization.
         device: device to compute on.
         progress: whether to show a progress bar.
     """
     place = resolve_device(device)
-    settings = {"data": full_name(data), "count": count, "unet": asdict(unet), "training": asdict(training)}
+    reading = {"size": size, "channels": channels, "count": count, "skip_unreadable": skip_unreadable}
+    settings = {"data": full_name(data), **reading, "unet": asdict(unet), "training": asdict(training)}
     settings |= {"device": place.type}
-    stage = Stage(Path(run) / "public", settings, files_of(data), outputs=(MODEL, PREVIEW))
+    stage = Stage(Path(run) / PUBLIC, settings, files_of(data), outputs=(MODEL, PREVIEW))
     if not _reuse(stage):
-        images = open_to_pretrain(data, unet, count=count, seed=training.seed)
+        images = open_public(data, seed=training.seed, **reading)
+        method, checkpoint = PublicModel(unet.config(images), training), stage.folder / CHECKPOINT
         with stage.work():
-            with seeded(training.seed):
-                model = UNet(unet).to(place, memory_format=torch.channels_last)
-            checkpoint = stage.folder / CHECKPOINT
-            train_on_public(model, Diffusion(), images, training, checkpoint=checkpoint, progress=progress)
-            save_unet(model, stage.folder / MODEL)
-            _draw_preview(model, stage.folder, training.seed, progress)
+            model = method.train(images, training.seed, place, checkpoint, progress)
+            save_unet(model, stage.folder / MODEL, images.class_names)
+            names = images.class_names
+            _draw_preview(model, names, names, stage.folder, training.seed, progress)
         checkpoint.unlink(missing_ok=True)  # the finished model replaces it
     return {"model": str(stage.folder / MODEL)}
 
@@ -130,10 +134,13 @@ def choose(
     run: Path,
     *,
     delta: float,
+    data: str,
+    public: str,
+    name: str = PRIVATE_NAME,
+    class_map: Names = NO_NAMES,
+    skip_unreadable: bool = False,
     choice: PublicChoice = CHOICE,
     records: int | None = None,
-    data: str = "digits",
-    public: str = "font-digits",
     count: int = 100_000,
     model: Path | None = None,
     seed: int | None = None,
@@ -145,18 +152,21 @@ def choose(
     This stage is optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public
     images these are, and how to move them to be more like the private ones (`methods/public_choice.py`). Writes chosen/ in the
     run's folder; `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too,
-    whichever model it adapts. All of chosen/ may be released, on the terms in its privacy.json. Interrupted, it continues; the
-    sum is drawn once. It must come before `finetune`, in a run of its own if there is one already.
+    whichever model it adapts. All of chosen/ but source.yaml may be released, on the terms in its privacy.json. Interrupted, it
+    continues; the sum is drawn once. It must come before `finetune`, in a run of its own if there is one already.
 
     Args:
         run: folder of the run.
         delta: delta for which epsilon is reported; the same as for `finetune`, below 1 / records.
+        data: private images, as in `fastloda finetune`.
+        public: public images to choose from, as in `fastloda pretrain`; more different ones are better.
+        name: public name of the private images, which privacy.json says.
+        class_map: as in `fastloda finetune`.
+        skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
         choice: settings of the release and of the training that follows it; only noise_multiplier sets its cost, epsilon 0.7
             for 5 and 0.4 for 8 at delta 1e-5.
         records: public, nominal number of private records. Default: the count of the data, which is thereby made public. All
             classes are taken to be equally frequent.
-        data: private images, as in `fastloda finetune`.
-        public: public images to choose from, as in `fastloda pretrain`; more different ones are better.
         count: number of images to draw for font-digits and colour-font-digits.
         model: folder of the public model; default: public/ in the run's folder.
         seed: seed of the noise and all else. Default: the operating system's randomness; a number makes an experiment that
@@ -165,36 +175,41 @@ def choose(
         progress: whether to show a progress bar.
     """
     place = resolve_device(device)
-    base = Path(run) / "public" if model is None else Path(model)
+    base = Path(run) / PUBLIC if model is None else Path(model)
     network = load_unet(base / MODEL, place)
     if was_chosen_privately(base / MODEL):  # the release that made it would not be counted
         raise UserError(f"{base} holds a model of chosen images already: choose for the public model, once")
-    private = open_for_unet(data, network.config)
+    known = class_names_of(base / MODEL)
+    private = _open_private(data, network, known, class_map, skip_unreadable, name)
     nominal = nominal_records(records, len(private), "--records")
     check_delta("delta", delta, nominal)
-    settings = {
-        "delta": delta,
-        "choice": asdict(choice),
-        "records": nominal,
-        "data": full_name(data),
-        "device": place.type,
-    }
-    settings |= {"public": full_name(public), "count": count, "seed": seed}
-    outputs = (MODEL, PREVIEW, SUMS, STATEMENT)
-    stage = Stage(Path(run) / CHOSEN, settings, (base / MODEL, *files_of(public)), outputs, private=True)
+    settings = {"delta": delta, "choice": asdict(choice), "records": nominal, "name": name, "public": full_name(public)}
+    settings |= {"count": count, "seed": seed, "device": place.type}
+    outputs, inputs = (MODEL, PREVIEW, SUMS, STATEMENT), (base / MODEL, *files_of(public))
+    source = _source(data, class_map, skip_unreadable)
+    stage = Stage(Path(run) / CHOSEN, settings, inputs, outputs, private=True, source=source)
     if not _reuse(stage):
-        pool = open_for_unet(public, network.config, count=count, seed=seed or 0)
+        options = {"count": count, "seed": seed or 0, "skip_unreadable": skip_unreadable}
+        pool = _open_pool(public, network, private.class_names, **options)
         choice.check(pool, private.num_classes)
         _check_comes_first(stage.folder, Path(run) / PRIVATE)
         with stage.work():
             released = _released_once(stage, choice, private, pool, seed)
             checkpoint = stage.folder / CHECKPOINT
-            options = {"checkpoint": checkpoint, "progress": progress}
+            options = {"class_names": known, "checkpoint": checkpoint, "progress": progress}
             choice.train_further(network, pool, released, seed or 0, **options)
-            save_unet(network, stage.folder / MODEL, chosen_privately=True)
-            _draw_preview(network, stage.folder, seed or 0, progress)
+            save_unet(network, stage.folder / MODEL, known, chosen_privately=True)
+            _draw_preview(network, known, private.class_names, stage.folder, seed or 0, progress)
         checkpoint.unlink(missing_ok=True)
     return read_statement(stage.folder) | {"model": str(stage.folder / MODEL)}
+
+
+def _open_pool(public: str, network: UNet, names: Sequence[str], **options) -> LabelledImages:
+    """Open the public images of the named classes, to choose from."""
+    pool = open_for_unet(public, network.config, **options)
+    if missing := [name for name in names if name not in pool.class_names]:
+        raise UserError(f"there is no public image of class {listed(missing)} to choose in {public}")
+    return only(pool, names)
 
 
 def _check_comes_first(chosen: Path, private: Path) -> None:
@@ -221,7 +236,8 @@ def _released_once(
     released = ClassEmbeddings.load(sums)
     if not statement.exists():
         what, *mechanism = released.release
-        write_json(statement, release_statement(what, mechanism, stage.settings["delta"], released.records, seed))
+        facts = release_statement(what, mechanism, stage.settings["delta"], released.records, seed)
+        write_json(statement, _about(stage.settings["name"], private.class_names) | facts)
     return released
 
 
@@ -229,7 +245,10 @@ def finetune(
     run: Path,
     privacy: Privacy,
     *,
-    data: str = "digits",
+    data: str,
+    name: str = PRIVATE_NAME,
+    class_map: Names = NO_NAMES,
+    skip_unreadable: bool = False,
     owner: str | None = None,
     per_owner: int = 1,
     model: Path | None = None,
@@ -241,16 +260,19 @@ def finetune(
 ) -> dict:
     """Fit adapters of the public model to private images under (epsilon, delta)-differential privacy.
 
-    Writes private/ in the run's folder: adapter.safetensors and privacy.json may be released, checkpoint.pt must not.
-    Interrupted, it continues when it is called again, bit for bit, so that the budget is spent once. Deleting private/
-    and starting anew spends it anew; what both released then counts together (`fastloda account --composition`).
+    Writes private/ in the run's folder: adapter.safetensors and privacy.json may be released, checkpoint.pt and source.yaml
+    must not. Interrupted, it continues when it is called again, bit for bit, so that the budget is spent once. Deleting
+    private/ and starting anew spends it anew; what both released then counts together (`fastloda account --composition`).
 
     Args:
         run: folder of the run.
         privacy: promise of privacy, from which the noise is computed.
-        data: private images with labels: digits or colour-digits; mnist:FOLDER or cifar10:FOLDER; or a folder of images or
-            an npz file as in `fastloda pretrain`. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class. They may
-            have fewer classes than the model; how many is taken to be public.
+        data: private images with labels: a folder of images or an npz file as in `fastloda pretrain`; digits or colour-digits;
+            mnist:FOLDER or cifar10:FOLDER. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class. They may have
+            fewer classes than the model; their names are taken to be public.
+        name: public name of the private images, which privacy.json says. No path is published.
+        class_map: pairs private=public, separated by commas, for private classes that the model knows by another name.
+        skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
         owner: whose each image of a folder is, where people have several: then privacy protects a person with all their images,
             and privacy.batch_size, privacy.records and privacy.epochs count people. `subfolder`: the folder right inside the
             class's folder; or a regular expression with one group that matches from the start of the file name; or a .csv file
@@ -261,8 +283,7 @@ def finetune(
             Stable Diffusion), which is taken to be public: if private images shaped it, that is not counted. Default: chosen/ in
             the run's folder, or else public/.
         prompts: prompts for a model that reads text: a template with {class}, as "a photo of a {class}", or one for each class,
-            as "cat=a photo of a cat,dog=a photo of a dog". Classes are named by the folders of the images, which are then
-            taken to be public, or by their numbers.
+            as "cat=a photo of a cat,dog=a photo of a dog".
         adapter: settings of the adapters that are trained.
         training: settings of the optimization.
         device: device to compute on.
@@ -270,34 +291,33 @@ def finetune(
     """
     place = resolve_device(device)
     base = open_base(_public_folder(run, model), place)
-    images = open_for_unet(data, base.takes)
-    captions = None if prompts is None else class_prompts(prompts, names_of_classes(data, images))
+    private = _open_private(data, base, class_map, skip_unreadable, name)
+    captions = None if prompts is None else class_prompts(prompts, private.class_names)
     base.caption(captions)
     before = _released_before(run, base)
-    owners = _owners_of(data, owner, before)
-    privacy = privacy.with_records(len(set(owners)) if owners else len(images))
+    owners = _owners_of(data, private, owner, before)
+    privacy = privacy.with_records(len(set(owners)) if owners else len(private))
     losses = base.losses(training, privacy.views)
     adapter = replace(adapter, targets=adapter.targets or base.targets)
     with seeded(training.seed or 0):  # seeds A's initial values only, which are public and independent of the noise
         adapter.attach(base.network)
-    settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter), "prompts": prompts}
-    settings |= {"training": asdict(training), "device": place.type, "owner": owner, "per_owner": per_owner}
+    settings = {"name": name, "privacy": asdict(privacy), "adapter": asdict(adapter), "prompts": prompts}
+    settings |= {"training": asdict(training), "device": place.type, "per_owner": per_owner}
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
-    stage = Stage(Path(run) / PRIVATE, settings, (base.file,), outputs, private=True)
+    source = _source(data, class_map, skip_unreadable) | {"owner": owner}
+    stage = Stage(Path(run) / PRIVATE, settings, (base.file,), outputs, private=True, source=source)
     if not _reuse(stage):
         earlier = [release for statement in before for release in releases(statement)]
         options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": earlier, "progress": progress}
-        records = base.records(images)
+        records = base.records(relabelled(private, base.class_names or private.class_names))
         optimization = training.optimization() | {"per_owner": per_owner}
         trainer = private_trainer(base.network, records, losses, privacy, optimization, owners=owners, **options)
         with stage.work():
             fit_average(trainer)
             save_loda(base.network, stage.folder / ADAPTER)
-            publish(
-                trainer, privacy, stage.folder, [known for statement in before for known in known_releases(statement)]
-            )
-            classes = {"classes": images.num_classes} | ({"prompts": captions} if captions else {})
-            write_json(stage.folder / STATEMENT, read_statement(stage.folder) | classes)
+            counted = [release for statement in before for release in known_releases(statement)]
+            about = _about(name, private.class_names) | ({"prompts": captions} if captions else {})
+            publish(trainer, privacy, stage.folder, counted, about)
     return read_statement(stage.folder)
 
 
@@ -339,6 +359,7 @@ def sample(
     steps: int = 50,
     guidance: float = 0.0,
     seed: int = 0,
+    name: str | None = None,
     reach: float = 0.0,
     public: bool = False,
     model: Path | None = None,
@@ -348,7 +369,8 @@ def sample(
 ) -> dict:
     """Draw synthetic images from the fine-tuned model, equally many of each class that it was trained on.
 
-    Writes samples/ in the run's folder. They are as private as the adapter that they come from, however many are drawn.
+    Writes samples/ in the run's folder: an npz file, PNGs by class, a contact sheet, privacy.json, and README.md on what may be
+    published. They are as private as the adapter that they come from, however many are drawn. Interrupted, it continues.
 
     Args:
         run: folder of the run.
@@ -356,6 +378,7 @@ def sample(
         steps: number of steps of the sampler: DDIM, or a pipeline's own.
         guidance: weight of classifier-free guidance; above 0 it doubles the time.
         seed: seed of the images; it is independent of training, and need not be secret.
+        name: name of a further set of samples, which goes to samples-NAME/; give it another seed.
         reach: distance, for pixels in [-1, 1], by which a pixel may easily be moved to make the images agree better with the
             release of `fastloda choose`; 0.1 helps a little on digits. It costs no budget. 0: no moves.
         public: whether to draw from the model without the adapter, into samples-public/; chosen/ has its own privacy.json.
@@ -365,7 +388,7 @@ def sample(
         progress: whether to show a progress bar.
     """
     check_sampling(count, steps, guidance, batch_size, reach)
-    place = resolve_device(device)
+    place, folder = resolve_device(device), Path(run) / samples_folder(public, name)
     base = open_base(_public_folder(run, model), place)
     released = _released_with(base) if reach else None
     inputs = (base.file,) if public else (base.file, _attach_trained(base, Path(run) / PRIVATE))
@@ -373,32 +396,38 @@ def sample(
     trained_on = _trained_on(Path(run) / PRIVATE)
     base.caption(trained_on.get("prompts"))
     base.check_drawing(steps, guidance)
-    classes = public and base.takes.num_classes or trained_on.get("classes", base.takes.num_classes)
-    settings = {
-        "count": count,
-        "steps": steps,
-        "guidance": guidance,
-        "seed": seed,
-        "reach": reach,
-        "public": public,
-        "device": place.type,
-    }
-    stage = Stage(Path(run) / ("samples-public" if public else "samples"), settings, inputs, (SAMPLES, GRID))
+    statement = _statement_of_public(base) if public else trained_on
+    numbers = map(str, range(base.takes.num_classes or 1))
+    names = tuple((statement or {}).get("classes") or base.class_names or trained_on.get("classes") or numbers)
+    if released and names != tuple(read_statement(base.file.parent)["classes"]):
+        raise UserError("--reach needs the classes of `fastloda choose`, but the adapters were trained on others")
+    settings = {"count": count, "steps": steps, "guidance": guidance, "seed": seed, "reach": reach, "public": public}
+    settings |= {"device": place.type}
+    outputs = (SAMPLES, GRID, README, *((STATEMENT,) if statement else ()))
+    stage = Stage(folder, settings, inputs, outputs)
     if not _reuse(stage):
+        labels = class_balanced_labels(count, len(names))
+        number = torch.tensor([(base.class_names or names).index(each) for each in names])
+        options = {"steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size, "progress": False}
+        draw = lambda some, skip: base.draw(number[some], skip=skip, **options)  # noqa: E731
         with stage.work():
-            labels = class_balanced_labels(count, classes)
-            options = {
-                "steps": steps,
-                "guidance": guidance,
-                "seed": seed,
-                "batch_size": batch_size,
-                "progress": progress,
-            }
-            images = LabelledImages(base.draw(labels, **options), labels, classes)
+            drawn = draw_resumably(draw, labels, folder / PART, batch_size, progress)
+            images = LabelledImages(drawn, labels, len(names), names)
             images = moved(images, released, reach, progress) if released else images
-            images.save_npz(stage.folder / SAMPLES, uint8=True)
-            write_atomically(stage.folder / GRID, sample_grid(images.images, labels))
-    return {"samples": str(stage.folder / SAMPLES), "grid": str(stage.folder / GRID)}
+            write_samples(folder, images, statement)
+        (folder / PART).unlink(missing_ok=True)
+    return {"samples": str(folder / SAMPLES), "images": str(folder / IMAGES), "grid": str(folder / GRID)}
+
+
+def samples_folder(public: bool, name: str | None) -> str:
+    """Return the name of the folder of a set of samples.
+
+    Raises:
+        UserError: the set's name can't be a part of it.
+    """
+    if name is not None and not re.fullmatch(r"(?!public)\w[\w.-]*", name):
+        raise UserError(f"--name must be letters, digits, dots and dashes, and not begin with public, got {name!r}")
+    return "-".join(["samples", *(["public"] if public else []), *([name] if name else [])])
 
 
 def check_sampling(count: int, steps: int, guidance: float, batch_size: int = 1, reach: float = 0.0) -> None:
@@ -414,48 +443,55 @@ def check_sampling(count: int, steps: int, guidance: float, batch_size: int = 1,
 def evaluate(
     run: Path,
     *,
-    test: str = "digits-test",
+    test: str,
     train: str | None = None,
     public: bool = False,
+    name: str | None = None,
+    class_map: Names = NO_NAMES,
+    skip_unreadable: bool = False,
     classifier: Classifier = CLASSIFIER,
     device: Device = "auto",
     progress: bool = True,
 ) -> dict:
     """Train a classifier on synthetic images alone, and test it on real ones.
 
-    Adds its accuracy to evaluation.json in the run's folder. The epsilon of the run does not cover the test images.
+    Adds its accuracy to evaluation.json in the run's folder, which names no file. The epsilon of the run does not cover the
+    test images.
 
     Args:
         run: folder of the run.
-        test: real images with labels: digits-test (360 digits that no other stage uses), colour-digits-test,
-            mnist-test:FOLDER, cifar10-test:FOLDER, a folder of images or an npz file.
+        test: real images with labels, of the same classes by name: a folder of images or an npz file; digits-test (360 digits
+            that `digits` has not), colour-digits-test, mnist-test:FOLDER or cifar10-test:FOLDER.
         train: images to train on instead: anything that `pretrain` and `finetune` take. On private images this has no privacy.
         public: whether to train on samples-public/ instead of samples/.
+        name: name of the set of samples, if `fastloda sample` was given one.
+        class_map: pairs test=train, separated by commas, for test classes that the samples call otherwise.
+        skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
         classifier: settings of the classifier and its training.
         device: device to compute on.
         progress: whether to show a progress bar.
     """
-    if train is not None and public:
-        raise UserError(f"give --train {train} or --public, not both")
-    place = resolve_device(device)
-    name = train or ("samples-public" if public else "samples")
-    source = train or str(Path(run) / name / SAMPLES)
+    if train is not None and (public or name):
+        raise UserError(f"give --train {train}, or --public or --name, not both")
+    place, samples = resolve_device(device), samples_folder(public, name)
+    source = train or str(Path(run) / samples / SAMPLES)
     if train is None and not Path(source).is_file():
         raise FileNotFoundError(f"no samples {source}: draw them with `fastloda sample{' --public' if public else ''}`")
-    images = open_images(source)
-    tests = open_tests(test, images)
-    settings = {"train": name, "test": test, "classifier": asdict(classifier), "device": place.type}
+    images = open_images(source, skip_unreadable=skip_unreadable)
+    tests = open_tests(test, images, read_class_map(class_map), skip_unreadable=skip_unreadable)
+    key = samples if train is None else _public_name(train, "other images")
+    settings = {"test": _public_name(test, "test images"), "classifier": asdict(classifier), "device": place.type}
     # Synthetic images are identified by their hash; a file of private ones is not hashed, and is tested again each time.
     settings |= {"sha256": digest(Path(source))} if train is None else {}
     record = Path(run) / EVALUATION
     known = read_json(record) if record.exists() else {}
-    if known.get(name, {}).get("settings") == settings and {train or "digits", test} <= NAMED:
+    if known.get(key, {}).get("settings") == settings and {train or "digits", test} <= NAMED:
         logger.info("%s: already there, with these settings", record)
     else:
         make_folder(Path(run))
         began = time.monotonic()
         judge = train_classifier(images, **asdict(classifier), device=place, progress=progress)
-        known[name] = {
+        known[key] = {
             "accuracy": accuracy(judge, tests),
             "train_images": len(images),
             "test_images": len(tests),
@@ -463,14 +499,46 @@ def evaluate(
             "settings": settings,
         }
         write_json(record, known)
-    return {key: value for key, value in known[name].items() if key != "settings"}
+    return {key: value for key, value in known[key].items() if key != "settings"}
+
+
+def _public_name(data: str, otherwise: str) -> str:
+    """Return the name of a built-in data set, and `otherwise` for a path, which may be private."""
+    return data if data in NAMED else otherwise
+
+
+def _open_private(data: str, base: Base, class_map: Sequence[str], skip_unreadable: bool, name: str) -> LabelledImages:
+    """Open the private images, with those of the model's classes that they have, by name; say what they are.
+
+    Where the model's classes have no names, the images' are its first ones.
+    """
+    images, mapping = open_for_unet(data, base.takes, skip_unreadable=skip_unreadable), read_class_map(class_map)
+    found = mapped_names(images, mapping)
+    known = base.class_names or tuple(dict.fromkeys(found))
+    if base.takes.num_classes is not None and len(known) > base.takes.num_classes:
+        raise UserError(f"{data} has {len(known)} classes, more than the model's {base.takes.num_classes}")
+    relabelled(images, known, mapping, of="the public model")  # refuses strange classes
+    private = relabelled(images, [each for each in known if each in found], mapping)
+    logger.info("private: %s, called %r in what is published: %d images", data, name, len(private))
+    logger.info("note: the names of their classes are published: %s", listed(private.class_names))
+    return private
+
+
+def _source(data: str, class_map: Names, skip_unreadable: bool) -> dict:
+    """Collect the settings that say where private images are and how they are read."""
+    return {"data": full_name(data), "class_map": list(class_map), "skip_unreadable": skip_unreadable}
+
+
+def _about(name: str, classes: Sequence[str]) -> dict:
+    """Collect the public facts of private images, with which a statement begins."""
+    return {"name": name, "classes": list(classes)}
 
 
 def _public_folder(run: Path, model: Path | None) -> Path:
     """Find the public model's folder. Raises RunError if `choose` was begun and not finished, for its model may be meant."""
     if model is not None:
         return Path(model)
-    chosen, public = Path(run) / CHOSEN, Path(run) / "public"
+    chosen, public = Path(run) / CHOSEN, Path(run) / PUBLIC
     if (chosen / DONE).is_file():
         return chosen
     if (chosen / CONFIG).exists():
@@ -491,7 +559,7 @@ def _released_before(run: Path, base: Base) -> list[dict]:
     return [read_statement(folder) for folder in folders]
 
 
-def _owners_of(data: str, owner: str | None, before: list[dict]) -> list[str] | None:
+def _owners_of(data: str, private: LabelledImages, owner: str | None, before: list[dict]) -> list[str] | None:
     """Read whose each image is, if that is asked for. Raises UserError if images were counted by themselves before."""
     if owner is None:
         return None
@@ -500,7 +568,7 @@ def _owners_of(data: str, owner: str | None, before: list[dict]) -> list[str] | 
             "`fastloda choose` released a sum in which each image counts by itself, which no epsilon of an owner covers: "
             "fine-tune by --owner in another --run, with --model for the public model"
         )
-    return read_owners(data, owner)
+    return read_owners(data, private.files, owner)
 
 
 def _released_with(base: Base) -> ClassEmbeddings:
@@ -510,10 +578,19 @@ def _released_with(base: Base) -> ClassEmbeddings:
     return ClassEmbeddings.load(base.file.parent / SUMS)
 
 
-def _draw_preview(model: UNet, folder: Path, seed: int, progress: bool) -> None:
-    labels = class_balanced_labels(PREVIEW_COLUMNS * model.config.num_classes, model.config.num_classes)
-    preview = draw_samples(model, Diffusion(), labels, seed=seed, progress=progress)
-    write_atomically(folder / PREVIEW, sample_grid(preview, labels))
+def _statement_of_public(base: Base) -> dict | None:
+    """Read the statement of the public model, if private images had a say in it."""
+    return read_statement(base.file.parent) if base.chosen_privately else None
+
+
+def _draw_preview(
+    model: UNet, known: Sequence[str], names: Sequence[str], folder: Path, seed: int, progress: bool
+) -> None:
+    """Draw a contact sheet of a model whose classes are `known`, with some images of each of the classes `names`."""
+    labels = class_balanced_labels(PREVIEW_COLUMNS * len(names), len(names))
+    number = torch.tensor([known.index(name) for name in names])
+    drawn = draw_samples(model, Diffusion(), number[labels], seed=seed, progress=progress).clamp(-1, 1)
+    write_atomically(folder / PREVIEW, contact_sheet(LabelledImages(drawn, labels, len(names), tuple(names))))
 
 
 def _attach_trained(base: Base, private: Path) -> Path:

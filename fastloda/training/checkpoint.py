@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,12 @@ FORMAT = "fastloda-checkpoint-3"
 
 class CheckpointError(UserError):
     """An error of a file that is no checkpoint, is damaged, or belongs to another model or another run."""
+
+
+def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
+    """Say in which settings two runs differ, by name: "steps is 3 there and 4 here"; nothing if they are alike."""
+    changed = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    return ", ".join(f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in changed)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -23,7 +23,7 @@ from fastloda.privacy.step import GhostClipper
 from fastloda.randomness import Secret, generator_states, restore_generators
 from fastloda.training.average import Average, copy_into
 from fastloda.training.batches import Batches
-from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
+from fastloda.training.checkpoint import CheckpointError, differences, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.training.releases import Releases
 from fastloda.training.sampling import poisson_sample
 from fastloda.training.schedules import warmup_then
@@ -253,5 +253,5 @@ _FREE_TO_CHANGE = {"target_epsilon", "fixed_shape"}
 
 
 def _differences(saved: dict, now: dict) -> str:
-    changed = [name for name in now if name not in _FREE_TO_CHANGE and saved.get(name) != now[name]]
-    return ", ".join(f"{name} is {saved.get(name)!r} there and {now[name]!r} here" for name in changed)
+    bound = [name for name in now if name not in _FREE_TO_CHANGE]
+    return differences({name: saved.get(name) for name in bound}, {name: now[name] for name in bound})

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fastloda import files
@@ -23,6 +24,8 @@ from fastloda.synthesis.parser import build_parser
 
 TINY_UNET = ["--unet.width", "8", "--unet.norm_groups", "4"]
 PRETRAIN = [
+    "--data",
+    "font-digits",
     "--count",
     "40",
     "--training.steps",
@@ -33,9 +36,10 @@ PRETRAIN = [
     "1",
     *TINY_UNET,
 ]
-PROMISE = ["--privacy.target_epsilon", "10", "--privacy.delta", "1e-5"]
+PROMISE = ["--data", "digits", "--privacy.target_epsilon", "10", "--privacy.delta", "1e-5"]
 FINETUNE = [*PROMISE, "--privacy.epochs", "0.1", "--privacy.batch_size", "48"]
 QUIET = ["--progress", "false", "--device", "cpu"]
+SYNTHESIZE = ["synthesize", "--public", "font-digits", "--private", "digits", "--epsilon", "8", "--out", "{new}"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,11 @@ def fails(capsys, arguments: list[str]) -> str:
     """Run a command that must fail as a mistake of the user's; returns its one line."""
     assert main(arguments) == 2
     shown = capsys.readouterr()
-    lines = [line for line in shown.err.splitlines() if not line.startswith(("note:", "not adapted:", "calibrating"))]
+    lines = [
+        line
+        for line in shown.err.splitlines()
+        if not line.startswith(("note:", "public:", "private:", "not adapted:", "calibrating"))
+    ]
     assert shown.out == "" and len(lines) == 1
     command = arguments[0] if arguments and arguments[0] in cli.COMMANDS else None
     assert lines[0].startswith(f"fastloda {command}: error: " if command else "fastloda: error: ")
@@ -72,7 +80,23 @@ def test_stages_from_the_command_line(run, capsys):
     assert main(["sample", "--run", str(run), "--count", "12", "--steps", "2", *QUIET]) == 0
     assert main(["sample", "--run", str(run), "--count", "12", "--steps", "2", "--public", *QUIET]) == 0
     capsys.readouterr()
-    assert main(["evaluate", "--run", str(run), "--classifier.steps", "1", "--classifier.width", "8", *QUIET]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--run",
+                str(run),
+                "--test",
+                "digits-test",
+                "--classifier.steps",
+                "1",
+                "--classifier.width",
+                "8",
+                *QUIET,
+            ]
+        )
+        == 0
+    )
     assert 0 <= yaml.safe_load(capsys.readouterr().out)["accuracy"] <= 1
     assert (run / "samples-public" / "grid.png").exists()
 
@@ -98,9 +122,20 @@ def test_lists_may_have_commas_or_come_from_yaml(tmp_path, monkeypatch, capsys):
     (tmp_path / "d.yaml").write_text("epsilon: 1e1\n")
     assert main(["demo", "--epsilon", "1,10"]) == main(["demo", "--epsilon", "5", "--quick"]) == 0
     assert main(["demo", "--config", str(tmp_path / "c.yaml")]) == 0
-    assert main(["demo", "--config", str(tmp_path / "d.yaml"), "--settings.steps", "7"]) == 0
+    assert main(["demo", "--config", str(tmp_path / "d.yaml"), "--settings.public_steps", "7"]) == 0
     assert [s["epsilon"] for s in seen] == [(1.0, 10.0), (5.0,), (1.0, 2.5), (10.0,)]
-    assert [s["quick"] for s in seen] == [False, True, False, False] and seen[3]["settings"].steps == 7
+    assert [s["quick"] for s in seen] == [False, True, False, False] and seen[3]["settings"].public_steps == 7
+
+
+def test_options_are_written_with_dashes_or_underscores(monkeypatch, capsys):
+    seen = []
+    replace_account(monkeypatch, lambda **options: seen.append(options))
+    for name in ("--sample-rate", "--sample_rate"):
+        assert main(["account", "--delta", "1e-5", f"{name}=0.1", "--composition", "a--b-c,--d-e"]) == 0
+    assert [s["sample_rate"] for s in seen] == [0.1, 0.1] and seen[0]["composition"] == ("a--b-c", "--d-e")
+    with pytest.raises(SystemExit):
+        main(["account", "--help"])
+    assert "--sample-rate" in capsys.readouterr().out
 
 
 def _recording(function, seen: list):
@@ -170,19 +205,22 @@ def test_a_missing_extra_is_named(missing, capsys, monkeypatch):
     [
         ([], "command"),
         (["train"], "invalid choice: 'train'"),
-        (["pretrain"], "required: --run"),
-        (["pretrain", "--run", "{new}", "--trainig.steps", "3"], "--trainig.steps"),
-        (["pretrain", "--run", "{new}", "--training.steps", "many"], "training.steps"),
-        (["pretrain", "--run", "{new}", "--training.steps", "0"], "steps"),
-        (["pretrain", "--run", "{new}", "--unet.width", "7"], "width must be even, half sines"),
+        (["pretrain"], "required: --run, --data"),
+        (["pretrain", "--run", "{new}", "--data", "font-digits", "--trainig.steps", "3"], "--trainig.steps"),
+        (["pretrain", "--run", "{new}", "--data", "font-digits", "--training.steps", "many"], "training.steps"),
+        (["pretrain", "--run", "{new}", "--data", "font-digits", "--training.steps", "0"], "steps"),
+        (
+            ["pretrain", "--run", "{new}", "--data", "font-digits", "--unet.width", "7"],
+            "width must be even, half sines",
+        ),
         (["pretrain", "--run", "{new}", "--data", "digts"], "data must be one of"),
         (["pretrain", "--run", "{new}", "--data", "{new}.npz"], "no such file"),
         (["pretrain", "--run", "{new}", "--data", "{text}"], "not an npz file"),
         (["pretrain", "--run", "{text}/run", *PRETRAIN], "cannot make the folder"),
-        (["pretrain", "--run", "{new}", "--config", "{new}.yaml"], "File does not exist"),
-        (["pretrain", "--run", "{new}", "--config", "{broken}"], "Problems parsing config"),
-        (["pretrain", "--run", "{new}", "--config", "{unknown}"], "option 'speed'"),
-        (["finetune", "--run", "{run}"], "required: --privacy.target_epsilon, --privacy.delta"),
+        (["pretrain", "--run", "{new}", "--data", "font-digits", "--config", "{new}.yaml"], "File does not exist"),
+        (["pretrain", "--run", "{new}", "--data", "font-digits", "--config", "{broken}"], "Problems parsing config"),
+        (["pretrain", "--run", "{new}", "--data", "font-digits", "--config", "{unknown}"], "option 'speed'"),
+        (["finetune", "--run", "{run}"], "required: --privacy.target_epsilon, --privacy.delta, --data"),
         (["finetune", "--run", "{new}", *PROMISE], "no public model"),
         (["finetune", "--run", "{run}", *PROMISE, "--privacy.target_epsilon", "0"], "target_epsilon must be positive"),
         (["finetune", "--run", "{run}", *PROMISE, "--privacy.target_epsilon", "-3"], "target_epsilon must be positive"),
@@ -192,14 +230,22 @@ def test_a_missing_extra_is_named(missing, capsys, monkeypatch):
         (["finetune", "--run", "{run}", *PROMISE, "--data", "{nine}"], "1 x 9 x 9, the U-Net is for 1 x 8 x 8"),
         (
             ["finetune", "--run", "{run}", *PROMISE, "--data", "{eleven}"],
-            "eleven has 11 classes, more than the 10 expected",
+            "10 of the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 are not among those of the public model",
         ),
         (["sample", "--run", "{new}"], "no public model"),
         (["sample", "--run", "{only_public}"], "no adapter in"),
         (["sample", "--run", "{run}", "--count", "0"], "count and batch_size must be at least 1"),
         (["sample", "--run", "{run}", "--steps", "2000"], "1 <= steps <= 1000"),
-        (["evaluate", "--run", "{new}"], "no samples"),
+        (["evaluate", "--run", "{new}", "--test", "digits-test"], "no samples"),
+        (["evaluate", "--run", "{new}"], "required: --test"),
         (["evaluate", "--run", "{new}", "--train", "digits", "--test", "{nine}"], "1 x 8 x 8"),
+        (["synthesize", "--public", "font-digits"], "required: --private, --epsilon, --out"),
+        ([*SYNTHESIZE, "--epsilon", "0"], "target_epsilon must be positive"),
+        ([*SYNTHESIZE, "--delta", "0.1"], "below 1 / records"),
+        ([*SYNTHESIZE, "--private", "{nine}"], "1 x 9 x 9, the U-Net is for 1 x 8 x 8"),
+        ([*SYNTHESIZE, "--private", "{eleven}"], "10 of the classes 0, 1, 2, 3"),
+        ([*SYNTHESIZE, "--rank", "0"], "rank must be at least 1"),
+        ([*SYNTHESIZE, "--count", "0"], "count and batch_size"),
         (["account", "--delta", "0", "--sample_rate", "0.1", "--noise_multiplier", "1", "--steps", "9"], "delta"),
         (
             ["account", "--delta", "1e-5", "--sample_rate", "2", "--noise_multiplier", "1", "--steps", "9"],
@@ -210,8 +256,7 @@ def test_a_missing_extra_is_named(missing, capsys, monkeypatch):
         (["demo", "--run", "{new}", "--epsilon", "1,one"], "could not convert"),
         (["demo", "--run", "{new}", "--epsilon", "1,1"], "different ones"),
         (["demo", "--run", "{new}", "--seeds", "0"], "seeds must be at least 1"),
-        (["demo", "--run", "{new}", "--settings.rank", "0"], "rank must be at least 1"),
-        (["demo", "--run", "{new}", "--settings.batch_size", "9999"], "exceeds the 1437 records"),
+        (["demo", "--run", "{new}", "--settings.public_steps", "0"], "public_steps must be at least 1"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
@@ -224,7 +269,7 @@ def test_a_mistake_gives_one_line_and_changes_nothing(run, tmp_path, capsys, arg
     places["unknown"].write_text("training:\n  speed: 3\n")
     font_digits(20, seed=0, size=9).save_npz(places["nine"])
     images = font_digits(20, seed=0)
-    LabelledImages(images.images, images.labels + 1, 11).save_npz(places["eleven"])
+    LabelledImages(images.images, torch.arange(20) % 11, 11).save_npz(places["eleven"])
     places["only_public"].mkdir()
     (places["only_public"] / "public").symlink_to(run / "public")
     before = _everything(tmp_path) | _everything(run)

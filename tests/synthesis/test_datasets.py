@@ -25,6 +25,7 @@ from fastloda.synthesis.data import (
     NAMES,
     PUBLIC_PARTNERS,
     ByteImages,
+    FolderFacts,
     LabelledImages,
     as_imagenet32,
     cifar10,
@@ -38,6 +39,7 @@ from fastloda.synthesis.data import (
     imagenet10,
     imagenet32,
     load_npz,
+    look_at,
     mnist,
     open_dataset,
     stratified_subset,
@@ -46,7 +48,16 @@ from fastloda.synthesis.data import (
 from fastloda.synthesis.data.safe_pickle import load_plain_pickle
 from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
-from fastloda.synthesis.inputs import NAMED, files_of, full_name, open_for_unet, open_images, open_tests
+from fastloda.synthesis.inputs import (
+    NAMED,
+    files_of,
+    full_name,
+    open_for_unet,
+    open_images,
+    open_public,
+    open_tests,
+    sensible_size,
+)
 
 MNIST, CIFAR10, SVHN, IMAGENET32 = (
     importlib.import_module(f"fastloda.synthesis.data.{name}") for name in ("mnist", "cifar10", "svhn", "imagenet32")
@@ -759,7 +770,48 @@ def test_a_corrupt_image_is_named(tmp_path, content):
     path.write_bytes(path.read_bytes()[:1000] if content == "half" else content)
     with pytest.raises(ValueError) as caught:
         image_folder(tmp_path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert f"\n{path}: " in str(caught.value)
+
+
+def test_all_unreadable_images_are_named_at_once_and_can_be_left_out(tmp_path):
+    write_folder(tmp_path, {f"{c}/{i}.png": some_bytes(9, 9, 3) for c in "ab" for i in range(3)})
+    broken = [tmp_path / "a" / "0.png", tmp_path / "b" / "1.png", tmp_path / "b" / "2.png"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError) as caught:
+        image_folder(tmp_path)
+    first, *lines = str(caught.value).splitlines()
+    assert "3 of 6 images can't be read" in first and "--skip-unreadable" in first
+    assert [line.split(": ")[0] for line in lines] == list(map(str, broken))
+    with pytest.warns(UserWarning, match="left out 3 of 6 images"):
+        read = image_folder(tmp_path, skip_unreadable=True)
+    assert read.labels.tolist() == [0, 0, 1] and read.class_names == ("a", "b")
+    kept = [tmp_path / name for name in ("a/1.png", "a/2.png", "b/0.png")]
+    assert list(read.files) == kept and read[torch.tensor([2, 0])].files == (kept[2], kept[0])
+    for path in (tmp_path / "b").iterdir():
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="left out 4"), refuses("b: none of its images can be read"):
+        image_folder(tmp_path, skip_unreadable=True)
+
+
+def test_headers_tell_what_a_folder_holds(tmp_path):
+    write_folder(
+        tmp_path, {"a/1.png": some_bytes(40, 48), "a/2.png": some_bytes(40, 48), "b/1.png": some_bytes(64, 33)}
+    )
+    (tmp_path / "b" / "2.png").write_bytes(b"nothing")
+    facts = look_at(tmp_path)
+    assert facts == FolderFacts(("a", "b"), 4, {(48, 40): 2, (33, 64): 1}, 1) and facts.smallest_side == 33
+    assert sensible_size(facts) == 32
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(some_bytes(20, 70, 3)).save(tmp_path / "a" / "3.jpg", exif=exif)
+    assert (20, 70) in look_at(tmp_path).sizes and look_at(tmp_path).channels == 3
+    assert open_public(str(tmp_path), skip_unreadable=True).images.shape == (4, 3, 16, 16)
+
+
+def test_names_of_classes_are_one_in_any_form_of_unicode(tmp_path):
+    write_folder(tmp_path, {"ce\u0301ll/1.png": some_bytes(4, 4) | 128})
+    assert image_folder(tmp_path).class_names == ("c\u00e9ll",)
 
 
 def test_more_than_8_bits_and_decompression_bombs_are_refused(tmp_path, monkeypatch):
@@ -1205,8 +1257,7 @@ def test_a_u_net_of_colour_images_takes_grey_ones_and_not_the_other_way(tmp_path
     assert isinstance(open_for_unet(f"imagenet10:{tmp_path / 'imagenet10'}", colour).images, ByteImages)
     with refuses("3 x 32 x 32, the U-Net is for 1 x 32 x 32"):
         open_for_unet("colour-digits", UNetConfig(in_channels=1, image_size=32, num_classes=10))
-    with refuses("imagenet32.* has 1000 classes, more than the 10 expected"):
-        open_for_unet(f"imagenet32:{tmp_path / 'imagenet32'}", colour)
+    assert open_for_unet(f"imagenet32:{tmp_path / 'imagenet32'}", colour).num_classes == 1000
     assert open_tests(f"mnist-test:{tmp_path / 'mnist'}", mnist_images).images.shape == (TEST, 3, 32, 32)
     with refuses("the training images are of 1 x 8 x 8, colour-digits of 3 x 32 x 32"):
         open_tests("colour-digits", open_images("digits"))

@@ -14,17 +14,14 @@ from fastloda.synthesis import stages
 from fastloda.synthesis.budget import Privacy
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import digits_split
-from fastloda.synthesis.diffusion import UNetConfig
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods import PublicChoice
 from fastloda.synthesis.report.release import percent, report
 from fastloda.synthesis.report.tables import rounded_up
 from fastloda.synthesis.runs import RunError
-from fastloda.synthesis.settings import Classifier, FineTuning
+from fastloda.synthesis.settings import Classifier, FineTuning, UNetShape
 
-UNET = UNetConfig(
-    image_size=8, in_channels=1, width=8, multipliers=(1, 2), blocks_per_level=1, norm_groups=4, attention=(1,)
-)
+UNET = UNetShape(width=8, norm_groups=4)
 PRIVACY = Privacy(target_epsilon=8.0, delta=1e-5, epochs=0.3, batch_size=48)
 SEED = 987_654_321
 QUIET = {"progress": False, "device": "cpu"}
@@ -41,10 +38,19 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         patch.setattr(stages, "PREVIEW_COLUMNS", 1)
         public = PublicTraining(steps=2, batch_size=8, warmup=1, seed=0)
         made = {name: folder / name for name in ("run", "seeded")}
-        stages.pretrain(made["run"], count=64, unet=UNET, training=public, **QUIET)
+        stages.pretrain(made["run"], data="font-digits", count=64, unet=UNET, training=public, **QUIET)
         shutil.copytree(made["run"], made["seeded"])
         choice = PublicChoice(20.0, features=20, drawn=16, reach=0.0, training=public)
-        stages.choose(made["seeded"], delta=1e-5, choice=choice, data=str(private), count=80, seed=SEED, **QUIET)
+        stages.choose(
+            made["seeded"],
+            delta=1e-5,
+            choice=choice,
+            data=str(private),
+            public="font-digits",
+            count=80,
+            seed=SEED,
+            **QUIET,
+        )
         for name, seed in (("run", None), ("seeded", SEED)):
             stages.finetune(made[name], PRIVACY, data=str(private), training=FineTuning(seed=seed), **QUIET)
             stages.sample(made[name], count=25, steps=2, **QUIET)

@@ -4,7 +4,6 @@ import inspect
 import io
 import json
 import math
-from dataclasses import fields, replace
 
 import matplotlib
 import numpy as np
@@ -176,26 +175,30 @@ def demo_run(tmp_path_factory):
 def _tiny(**changes):
     from fastloda.synthesis.demo import DemoSettings
 
-    small = {"public_images": 64, "public_steps": 2, "public_batch_size": 8, "batch_size": 32, "steps": 2, "views": 1}
-    small |= {
-        "choice_images": 80,
-        "choice_steps": 2,
-        "synthetic_images": 20,
-        "sampler_steps": 2,
-        "classifier_steps": 2,
-        "classifier_width": 8,
-    }
-    small |= {"dpsgd_batch_size": 32, "dpsgd_steps": 2, "dpsgd_views": 2, "dpsgd_width": 8}
-    return DemoSettings(**small | changes)
+    few = {"public_images": 64, "public_steps": 2, "choice_images": 80, "choice_steps": 2, "private_steps": 2}
+    return DemoSettings(**few | {"synthetic_images": 20, "sampler_steps": 2, "classifier_steps": 2} | changes)
 
 
-def test_every_setting_says_how_it_was_chosen():
+def test_every_setting_says_how_it_was_chosen(demo_run):
+    from fastloda.synthesis.demo import HOW_CHOSEN
+
+    assert json.loads((demo_run / "results.json").read_text())["settings"].keys() == HOW_CHOSEN.keys()
+
+
+def test_the_demos_settings_are_those_of_any_images():
+    """As they were tuned; the recipe is the one of `fastloda synthesize`."""
     from fastloda.synthesis.demo import QUICK, DemoSettings
 
-    reasons = DemoSettings().reasons()
-    assert list(reasons) == [field.name for field in fields(DemoSettings)] and all(reasons.values())
-    assert DemoSettings(rank=2).reasons() == reasons | {"rank": "set for this run, instead of 4"}
-    assert replace(DemoSettings(), **QUICK).steps < DemoSettings().steps  # and none of them is refused
+    relaxed, strict = (DemoSettings().recipe(epsilon, seed=0) for epsilon in (3.0, 2.9))
+    assert (relaxed.privacy.steps, relaxed.privacy.views, strict.privacy.steps, strict.privacy.views) == (
+        400,
+        2,
+        100,
+        4,
+    )
+    assert {recipe.privacy.batch_size for recipe in (relaxed, strict)} == {256}
+    assert relaxed.pretraining.ema_decay == 0.998 and relaxed.tuning.training.micro_batch_size == 512
+    assert QUICK.recipe(10.0, seed=0).privacy.steps == 10
 
 
 def test_results_are_complete(demo_run):
@@ -215,7 +218,7 @@ def test_results_are_complete(demo_run):
         [m for s in runs for m in releases(s)], 1e-5
     )
     assert "experiment" in document["randomness"]
-    assert len(document["seconds"]) == 22 and document["settings"]["steps"] == 2
+    assert len(document["seconds"]) == 22 and document["settings"]["private_steps"] == 2
     table = (demo_run / "results.md").read_text()
     assert all(f"| {method} |" in table for method in methods)
 
@@ -270,8 +273,8 @@ def test_a_finished_demo_is_reused_and_another_is_refused(demo_run, capsys):
     table = (demo_run / "results.md").read_text()
     demo(demo_run, epsilon=(10.0,), seeds=2, settings=_tiny(), progress=False)
     assert (demo_run / "results.md").read_text() == table
-    with pytest.raises(RunError, match=r"privacy.views is 1 there and 3 here.*rm -r"):
-        demo(demo_run, epsilon=(10.0,), seeds=1, settings=_tiny(views=3), progress=False)
+    with pytest.raises(RunError, match=r"count is 20 there and 30 here.*rm -r"):
+        demo(demo_run, epsilon=(10.0,), seeds=1, settings=_tiny(synthetic_images=30), progress=False)
     assert {p: p.stat().st_mtime_ns for p in stages} == before
 
 

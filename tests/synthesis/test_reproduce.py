@@ -21,8 +21,7 @@ from fastloda.synthesis.reproduce import recipes
 from fastloda.synthesis.reproduce.cells import all_cells
 from fastloda.synthesis.reproduce.published import CIFAR10, CIFAR10_1PCT, MNIST
 from fastloda.synthesis.reproduce.recipes import RECIPES, Recipe, Variant, recipe
-from fastloda.synthesis.settings import Classifier
-from fastloda.synthesis.stages import DIGITS_UNET
+from fastloda.synthesis.settings import Classifier, UNetShape
 
 FITS: list[tuple] = []
 
@@ -215,12 +214,12 @@ def test_a_quick_run_says_so_and_claims_nothing(tmp_path):
 
 
 def test_the_unet_can_be_chosen(tmp_path, capsys):
-    unet = replace(DIGITS_UNET, width=24)
-    made = recipe("digits", Variant(quick=True, unet=unet))
-    assert made.methods[1].public.unet == unet
-    shape = ["--unet.image_size", "8", "--unet.in_channels", "3"]
-    assert reproduce(tmp_path, "--quick", *shape) == 2
-    assert "unet.in_channels must be 1 for this table, got 3" in capsys.readouterr().err
+    methods = recipe("digits", Variant(quick=True, unet=UNetShape(width=24))).methods
+    unet = methods[1].public.unet
+    assert (unet.width, unet.image_size, unet.in_channels, unet.multipliers) == (24, 8, 1, (1, 2))
+    assert methods[4].public.unet.image_size == 4 and methods[4].public.unet.width == 24  # of DP-LDM's latents
+    assert reproduce(tmp_path, "--quick", "--unet.multipliers", "[1,2,2,2,2]") == 2
+    assert "divisible by 16" in capsys.readouterr().err
 
 
 def test_a_cell_of_other_settings_is_not_taken(table, tmp_path, monkeypatch, capsys):

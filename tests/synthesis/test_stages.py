@@ -2,40 +2,45 @@
 
 import dataclasses
 import functools
+import io
 import json
 import math
 import pkgutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from fastloda import DPTrainer
+from fastloda import DPTrainer, load_loda
 from fastloda.accounting.accountant import PrivacyAccountant
 from fastloda.accounting.compose import compose_epsilon
-from fastloda.synthesis import budget
+from fastloda.synthesis import budget, samples
 from fastloda.synthesis import stages as pipeline
 from fastloda.synthesis.account import account, read_statement, releases
 from fastloda.synthesis.budget import Privacy
 from fastloda.synthesis.classify import AUGMENTS, seeded_network
-from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, load_npz
-from fastloda.synthesis.diffusion import UNetConfig
+from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, image_folder, load_npz, only, relabelled
+from fastloda.synthesis.diffusion import Diffusion, digits_unet
+from fastloda.synthesis.diffusion import pretrain as pretraining
+from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
-from fastloda.synthesis.methods import PublicChoice, Release
+from fastloda.synthesis.methods import PublicChoice, Release, diffusion_model
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
 from fastloda.synthesis.methods.dp_sgd import DPSGD, augmented_losses, train_dpsgd
 from fastloda.synthesis.methods.generator import class_means
-from fastloda.synthesis.models import load_unet, was_chosen_privately
+from fastloda.synthesis.models import class_names_of, load_unet, was_chosen_privately
+from fastloda.synthesis.report import sample_grid
 from fastloda.synthesis.runs import RunError, Stage
-from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
+from fastloda.synthesis.samples import contact_sheet, file_names
+from fastloda.synthesis.settings import Adapter, Classifier, FineTuning, UNetShape
 from fastloda.synthesis.stages import choose, evaluate, finetune, pretrain, sample
 from fastloda.training.checkpoint import CheckpointError
 
-UNET = UNetConfig(
-    image_size=8, in_channels=1, width=8, multipliers=(1, 2), blocks_per_level=1, norm_groups=4, attention=(1,)
-)
+SHAPE = UNetShape(width=8, norm_groups=4)
 PUBLIC = PublicTraining(steps=3, batch_size=8, warmup=1, seed=0)
 PRIVACY = Privacy(target_epsilon=10.0, delta=1e-5, epochs=0.1, batch_size=48)
 QUIET = {"progress": False, "device": "cpu"}
@@ -52,8 +57,8 @@ def _few_previews():
 def run(tmp_path_factory) -> Path:
     """A run with every stage done; tests leave it as it is."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    pretrain(folder, count=64, unet=UNET, training=PUBLIC, **QUIET)
-    finetune(folder, PRIVACY, training=FineTuning(seed=1), **QUIET)
+    pretrain(folder, data="font-digits", count=64, unet=SHAPE, training=PUBLIC, **QUIET)
+    finetune(folder, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
     sample(folder, count=25, steps=2, **QUIET)
     sample(folder, count=25, steps=2, public=True, **QUIET)
     return folder
@@ -82,7 +87,8 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def test_pretrain_leaves_a_model_that_loads(run):
     model = load_unet(run / "public" / "model.safetensors")
-    assert model.config == UNET
+    assert model.config == digits_unet(width=8, norm_groups=4).config
+    assert class_names_of(run / "public" / "model.safetensors") == tuple("0123456789")
     assert sorted(p.name for p in (run / "public").iterdir()) == [
         "config.yaml",
         "done.json",
@@ -103,7 +109,7 @@ def test_finetune_states_what_was_spent(run):
     assert statement["seed_was_fixed"] and "foresee" in statement["randomness"]
 
 
-def test_nothing_that_depends_on_private_records_is_released(run, public_run):
+def test_nothing_that_depends_on_private_records_is_released(run, public_run, tmp_path):
     """Other records, of the same number, give the same files but for the adapter; only its values differ."""
     records, _ = digits_split()
     swapped = public_run / "private.npz"
@@ -116,10 +122,10 @@ def test_nothing_that_depends_on_private_records_is_released(run, public_run):
         "checkpoint.pt",
         "checkpoint.pt.spent",
         "done.json",
-        "config.yaml",
+        "source.yaml",
     }
-    config, other_config = (yaml.safe_load(files["config.yaml"]) for files in (one, other))
-    assert config | {"data": ""} == other_config | {"data": ""}
+    assert str(tmp_path) in other["source.yaml"].decode() and "source.yaml" in other["README.txt"].decode()
+    assert not [name for name in other if name != "source.yaml" and str(tmp_path).encode() in other[name]]
     assert json.loads(one["done.json"]).keys() == {"inputs", "seconds", "resumed"}
     assert json.loads(one["done.json"])["inputs"].keys() == {"model.safetensors"}
 
@@ -130,7 +136,7 @@ def test_the_private_folder_says_what_must_stay(run):
 
 
 def test_without_a_seed_the_noise_differs_and_the_statement_says_so(public_run, run):
-    finetune(public_run, PRIVACY, **QUIET)
+    finetune(public_run, PRIVACY, data="digits", **QUIET)
     assert "operating system" in json.loads((public_run / "private" / "privacy.json").read_text())["randomness"]
     ours, others = (tensors(r / "private" / "adapter.safetensors") for r in (public_run, run))
     assert any(not torch.equal(ours[name], others[name]) for name in ours)
@@ -138,7 +144,9 @@ def test_without_a_seed_the_noise_differs_and_the_statement_says_so(public_run, 
 
 def test_the_nominal_number_of_records_fixes_the_rate(public_run, caplog):
     with caplog.at_level("INFO", logger="fastloda"):
-        finetune(public_run, dataclasses.replace(PRIVACY, records=2400), training=FineTuning(seed=1), **QUIET)
+        finetune(
+            public_run, dataclasses.replace(PRIVACY, records=2400), data="digits", training=FineTuning(seed=1), **QUIET
+        )
     statement = read_statement(public_run)
     assert (statement["sample_rate"], statement["records"], statement["steps"]) == (48 / 2400, 2400, 5)
     assert "treated as public" not in caplog.text
@@ -174,12 +182,12 @@ def test_evaluate_trains_on_the_samples_only(run, monkeypatch):
     train = pipeline.train_classifier
     monkeypatch.setattr(pipeline, "train_classifier", spy)
     quick = Classifier(steps=2, width=8)
-    found = evaluate(run, classifier=quick, **QUIET)
+    found = evaluate(run, test="digits-test", classifier=quick, **QUIET)
     assert torch.equal(seen[0].images, load_npz(run / "samples" / "samples.npz").images)
     assert (found["train_images"], found["test_images"]) == (25, 360) and 0 <= found["accuracy"] <= 1
-    assert evaluate(run, classifier=quick, **QUIET) == found and len(seen) == 1  # reused
-    evaluate(run, public=True, classifier=quick, **QUIET)
-    evaluate(run, train="digits", classifier=quick, **QUIET)
+    assert evaluate(run, test="digits-test", classifier=quick, **QUIET) == found and len(seen) == 1  # reused
+    evaluate(run, test="digits-test", public=True, classifier=quick, **QUIET)
+    evaluate(run, test="digits-test", train="digits", classifier=quick, **QUIET)
     assert len(seen) == 3
     assert json.loads((run / "evaluation.json").read_text()).keys() == {"samples", "samples-public", "digits"}
 
@@ -190,7 +198,8 @@ def test_evaluate_judges_files_anew_and_does_not_hash_them(public_run, monkeypat
     source, target = str(public_run / "train.npz"), str(public_run / "test.npz")
     options = {"train": source, "test": target, "classifier": Classifier(steps=1, width=8), **QUIET}
     evaluate(public_run, **options)
-    assert "sha256" not in (public_run / "evaluation.json").read_text()
+    written = (public_run / "evaluation.json").read_text()
+    assert "sha256" not in written and str(public_run) not in written  # nor named
     font_digits(21, seed=2).save_npz(target)
     assert evaluate(public_run, **options)["test_images"] == 21
 
@@ -202,7 +211,7 @@ def test_colour_images_from_files_go_through(tmp_path):
     pretrain(
         tmp_path / "r",
         data=data,
-        unet=dataclasses.replace(UNET, in_channels=3, num_classes=3),
+        unet=SHAPE,
         training=PUBLIC,
         **QUIET,
     )
@@ -222,7 +231,7 @@ def two_classes(path: Path, **more) -> str:
 def test_only_classes_that_the_adapter_saw_are_sampled(public_run, tmp_path):
     few = two_classes(tmp_path / "few.npz")
     statement = finetune(public_run, dataclasses.replace(PRIVACY, epochs=1, batch_size=30), data=few, **QUIET)
-    assert statement["classes"] == 2
+    assert statement["classes"] == ["0", "1"]
     drawn = load_npz(Path(sample(public_run, count=7, steps=2, **QUIET)["samples"]))
     assert drawn.labels.tolist() == [0, 1, 0, 1, 0, 1, 0] and drawn.num_classes == 2
     public = load_npz(Path(sample(public_run, count=12, steps=2, public=True, **QUIET)["samples"]))
@@ -233,15 +242,105 @@ def test_only_classes_that_the_adapter_saw_are_sampled(public_run, tmp_path):
 
 def test_a_public_model_is_trained_on_all_its_classes(tmp_path, caplog):
     few = two_classes(tmp_path / "few.npz")
-    with pytest.raises(ValueError, match=r"few.npz has 2 classes, the U-Net is for 10.*set --unet.num_classes 2"):
-        pretrain(tmp_path / "r", data=few, unet=UNET, training=PUBLIC, **QUIET)
-    assert not (tmp_path / "r").exists()
-    pretrain(tmp_path / "r", data=few, unet=dataclasses.replace(UNET, num_classes=2), training=PUBLIC, **QUIET)
+    pretrain(tmp_path / "r", data=few, unet=SHAPE, training=PUBLIC, **QUIET)
+    assert load_unet(tmp_path / "r" / "public" / "model.safetensors").config.num_classes == 2
     assert not caplog.records or "no image of" not in caplog.text
     counted = two_classes(tmp_path / "counted.npz", num_classes=10)  # who says so, has ten, and is told
     with caplog.at_level("WARNING", logger="fastloda"):
-        pretrain(tmp_path / "s", data=counted, unet=UNET, training=PUBLIC, **QUIET)
-    assert "says that it has 10 classes, but has no image of [2, 3, 4, 5, 6, 7, 8, 9]" in caplog.text
+        pretrain(tmp_path / "s", data=counted, unet=SHAPE, training=PUBLIC, **QUIET)
+    assert "says that it has 10 classes, but has no image of 2, 3, 4, 5, 6, 7, 8, 9" in caplog.text
+
+
+def test_classes_go_by_name_from_the_public_model_to_the_tests(tmp_path):
+    """Whatever their numbers; only those that are private are sampled."""
+    digits = digits_split()[0]
+    few = digits[digits.labels < 3][:90]
+
+    def named(path: Path, order: str, keep: str) -> str:
+        """Write digits 0, 1, 2 called a, b, c, with labels by `order`, those in `keep` only."""
+        known = dataclasses.replace(few, num_classes=3, class_names=tuple("abc"))
+        only(relabelled(known, order), [name for name in order if name in keep]).save_npz(path)
+        return str(path)
+
+    run, (public, private, tests) = (
+        tmp_path / "run",
+        (tmp_path / f"{name}.npz" for name in ("public", "private", "tests")),
+    )
+    pretrain(run, data=named(public, "abc", "abc"), unet=SHAPE, training=PUBLIC, **QUIET)
+    assert class_names_of(run / "public" / "model.safetensors") == tuple("abc")
+    promise = dataclasses.replace(PRIVACY, epochs=1, batch_size=20)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(pipeline, "private_trainer", lambda model, records, *_, **__: seen.append(records[1]) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune(run, promise, data=named(private, "cba", "ca"), **QUIET)
+        labels = load_npz(private).labels  # 0 is c, and 1 is a
+        assert load_npz(private).class_names == ("c", "a") and torch.equal(seen[0], torch.where(labels == 0, 2, 0))
+    statement = finetune(run, promise, data=str(private), name="three digits", **QUIET)
+    assert (statement["name"], statement["classes"]) == ("three digits", ["a", "c"])
+    sample(run, count=5, steps=2, **QUIET)
+    drawn = load_npz(run / "samples" / "samples.npz")
+    assert drawn.class_names == ("a", "c") and drawn.labels.tolist() == [0, 1, 0, 1, 0]
+    assert sorted(path.name for path in (run / "samples" / "images").iterdir()) == ["a", "c"]
+    model = load_unet(run / "public" / "model.safetensors")
+    load_loda(model, run / "private" / "adapter.safetensors")
+    of_classes_0_and_2 = draw_samples(
+        model, Diffusion(), torch.tensor([0, 2, 0, 2, 0]), steps=2, seed=0, progress=False
+    )
+    assert torch.equal(drawn.images, LabelledImages(of_classes_0_and_2.clamp(-1, 1), drawn.labels, 2).images) or (
+        (drawn.images - of_classes_0_and_2).abs().max() < 0.01  # bytes
+    )
+    with pytest.raises(
+        ValueError, match="b of the classes a, b, c are not among those of the training images, a, c: .*--class-map b="
+    ):
+        evaluate(run, test=named(tests, "abc", "abc"), classifier=Classifier(steps=1, width=8), **QUIET)
+    found = evaluate(run, test=str(tests), class_map=("b=c",), classifier=Classifier(steps=1, width=8), **QUIET)
+    assert found["test_images"] == 90
+
+
+@pytest.mark.parametrize("pairs", [("a",), ("a=",), ("=b",), ("a=b", "a=c")])
+def test_a_map_of_classes_is_pairs(public_run, pairs):
+    with pytest.raises(ValueError, match="--class-map takes pairs private=public"):
+        finetune(public_run, PRIVACY, data="digits", class_map=pairs, **QUIET)
+
+
+def test_the_folder_of_samples_can_be_published(run):
+    folder = run / "samples"
+    images = load_npz(folder / "samples.npz")
+    read = image_folder(folder / "images")
+    assert read.class_names == images.class_names and len(read) == 25
+    for label in range(10):  # the PNGs are the same images
+        assert torch.equal(read.images[read.labels == label], images.images[images.labels == label])
+    assert json.loads((folder / "privacy.json").read_text()) == read_statement(run)
+    text = (folder / "README.md").read_text()
+    assert "They stand for: private images" in text and "(10.00, 1e-05)-differentially private" in text
+    assert (
+        "seed was fixed" in text and "no private image was used" in (run / "samples-public" / "README.md").read_text()
+    )
+    assert not (run / "samples-public" / "privacy.json").exists()
+    sheet, grid = (
+        Image.open(io.BytesIO(make(images))) for make in (contact_sheet, lambda i: sample_grid(i.images, i.labels))
+    )
+    assert sheet.height == grid.height and sheet.width > grid.width  # room for the names
+
+
+def test_a_run_may_hold_several_sets_of_samples(run, public_run):
+    (public_run / "private").symlink_to(run / "private")
+    for name, seed in ((None, 0), ("more", 1)):
+        sample(public_run, count=10, steps=2, name=name, seed=seed, **QUIET)
+    first, more = (load_npz(public_run / folder / "samples.npz").images for folder in ("samples", "samples-more"))
+    assert not torch.equal(first, more)
+    found = evaluate(public_run, test="digits-test", name="more", classifier=Classifier(steps=1, width=8), **QUIET)
+    assert json.loads((public_run / "evaluation.json").read_text()).keys() == {"samples-more"}
+    assert found["train_images"] == 10
+    for name in ("public", "a/b", "..", ""):
+        with pytest.raises(ValueError, match="--name must be letters"):
+            sample(public_run, name=name, **QUIET)
+
+
+def test_classes_get_folders_whatever_they_are_called():
+    assert file_names(["a/b", "..", ".x", "é ü"]) == ["a_b", "_.", "_x", "é ü"]
+    assert file_names(["a/b", "a_b", "A_B"]) == ["0 a_b", "1 a_b", "2 A_B"]
 
 
 # -- continuing ------------------------------------------------------------------------------------------------------
@@ -250,8 +349,8 @@ def test_a_public_model_is_trained_on_all_its_classes(tmp_path, caplog):
 def test_finished_stages_are_left_alone(run, caplog):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != "evaluation.json"}
     with caplog.at_level("INFO", logger="fastloda"):
-        pretrain(run, count=64, unet=UNET, training=PUBLIC, **QUIET)
-        statement = finetune(run, PRIVACY, training=FineTuning(seed=1), **QUIET)
+        pretrain(run, data="font-digits", count=64, unet=SHAPE, training=PUBLIC, **QUIET)
+        statement = finetune(run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
         sample(run, count=25, steps=2, **QUIET)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert caplog.text.count("already there") == 3
@@ -264,28 +363,94 @@ def test_an_interrupted_fine_tuning_continues_bit_for_bit(run, public_run, monke
     with monkeypatch.context() as patch:
         _interrupt(patch, "fastloda.training.trainer.DPTrainer.train_step", when)
         with pytest.raises(KeyboardInterrupt):
-            finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)
+            finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
     assert not (public_run / "private" / "adapter.safetensors").exists()
     with pytest.raises(RunError, match="training.seed is 1 there and 2 here"):
-        finetune(public_run, PRIVACY, training=FineTuning(seed=2), **QUIET)
-    finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)
+        finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=2), **QUIET)
+    finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
     ours, whole = (tensors(r / "private" / "adapter.safetensors") for r in (public_run, run))
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
     assert json.loads((public_run / "private" / "done.json").read_text())["resumed"]
 
 
 def test_an_interrupted_pretraining_continues(run, tmp_path, monkeypatch):
-    fast = functools.partial(pipeline.train_on_public, checkpoint_every=1)
-    monkeypatch.setattr(pipeline, "train_on_public", fast)
+    fast = functools.partial(diffusion_model.pretrain, checkpoint_every=1)
+    monkeypatch.setattr(diffusion_model, "pretrain", fast)
     with monkeypatch.context() as patch:
         _interrupt(patch, "fastloda.synthesis.diffusion.pretrain._Run.train_step", 2)
         with pytest.raises(KeyboardInterrupt):
-            pretrain(tmp_path / "r", count=64, unet=UNET, training=PUBLIC, **QUIET)
+            pretrain(tmp_path / "r", data="font-digits", count=64, unet=SHAPE, training=PUBLIC, **QUIET)
     assert (tmp_path / "r" / "public" / "checkpoint.pt").exists()
-    pretrain(tmp_path / "r", count=64, unet=UNET, training=PUBLIC, **QUIET)
+    pretrain(tmp_path / "r", data="font-digits", count=64, unet=SHAPE, training=PUBLIC, **QUIET)
     ours, whole = (r / "public" / "model.safetensors" for r in (tmp_path / "r", run))
     assert ours.read_bytes() == whole.read_bytes()
     assert not (tmp_path / "r" / "public" / "checkpoint.pt").exists()
+
+
+def test_ctrl_c_in_pretraining_loses_no_step(run, tmp_path, monkeypatch):
+    """The signal comes in the second step, far from any scheduled save."""
+    step, taken = pretraining._Run.train_step, []
+
+    def interrupted(self):
+        taken.append(self.step)
+        if len(taken) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(pretraining._Run, "train_step", interrupted)
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tmp_path / "r", data="font-digits", count=64, unet=SHAPE, training=PUBLIC, **QUIET)
+    finally:
+        signal.signal(signal.SIGINT, old)
+    pretrain(tmp_path / "r", data="font-digits", count=64, unet=SHAPE, training=PUBLIC, **QUIET)
+    assert taken == [0, 1, 2]
+    ours, whole = (r / "public" / "model.safetensors" for r in (tmp_path / "r", run))
+    assert ours.read_bytes() == whole.read_bytes()
+
+
+def test_pretraining_saves_by_the_clock_too(tmp_path, monkeypatch):
+    saves = []
+    monkeypatch.setattr(pretraining._Run, "save", lambda self: saves.append(self.step))
+    model, images = digits_unet(width=8, norm_groups=4), font_digits(20, 0)
+    for seconds, expected in ((0.0, [1, 2, 3]), (1e9, [3])):
+        saves.clear()
+        pretraining.pretrain(model, Diffusion(), images, PUBLIC, checkpoint_seconds=seconds, progress=False)
+        assert saves == expected
+
+
+def test_sampling_saves_by_the_clock_too(tmp_path, monkeypatch):
+    labels, draw = torch.arange(5), lambda some, skip: some.float()[:, None, None, None] / 9
+    for seconds, kept in ((1e9, False), (0.0, True)):
+        monkeypatch.setattr(samples, "SECONDS", seconds)
+        images = samples.draw_resumably(draw, labels, tmp_path / "part", batch_size=2, progress=False)
+        assert torch.equal(images, draw(labels, 0)) and (tmp_path / "part").exists() == kept
+    again = samples.draw_resumably(None, labels, tmp_path / "part", batch_size=2, progress=False)
+    assert torch.equal(again, images)
+
+
+def test_ctrl_c_in_sampling_loses_no_batch(run, public_run, monkeypatch):
+    (public_run / "private").symlink_to(run / "private")
+    draw, drawn = pipeline.draw_samples, []
+
+    def interrupted(*args, **options):
+        drawn.append(options["skip"])
+        if len(drawn) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*args, **options)
+
+    monkeypatch.setattr(pipeline, "draw_samples", interrupted)
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sample(public_run, count=25, steps=2, batch_size=7, **QUIET)
+    finally:
+        signal.signal(signal.SIGINT, old)
+    sample(public_run, count=25, steps=2, batch_size=7, **QUIET)
+    assert drawn == [0, 7, 14, 21] and not (public_run / "samples" / "drawn.safetensors").exists()
+    ours, whole = (load_npz(r / "samples" / "samples.npz").images for r in (public_run, run))
+    assert torch.equal(ours, whole)
 
 
 def _interrupt(patch, name: str, call: int) -> None:
@@ -305,7 +470,7 @@ def _interrupt(patch, name: str, call: int) -> None:
 
 def test_a_pretraining_that_goes_on_with_other_images_is_refused(tmp_path, monkeypatch):
     """Of the same number, in the same file."""
-    data, settings = tmp_path / "data.npz", {"unet": UNET, "training": PUBLIC} | QUIET
+    data, settings = tmp_path / "data.npz", {"unet": SHAPE, "training": PUBLIC} | QUIET
     font_digits(30, 0, 8).save_npz(data)
     with monkeypatch.context() as patch:
         die_at(patch, "fastloda.synthesis.stages.save_unet")
@@ -319,13 +484,15 @@ def test_a_pretraining_that_goes_on_with_other_images_is_refused(tmp_path, monke
 # -- choosing public images ------------------------------------------------------------------------------------------
 
 CHOICE = PublicChoice(20.0, features=20, drawn=16, training=dataclasses.replace(PUBLIC, steps=2))
-CHOOSING = {"delta": 1e-5, "choice": CHOICE, "count": 40} | QUIET
+CHOOSING = {"delta": 1e-5, "data": "digits", "public": "font-digits", "choice": CHOICE, "count": 40} | QUIET
 
 
 def test_what_the_choice_released_counts_with_the_run(public_run):
     found = choose(public_run, seed=3, **CHOOSING)
     assert found["epsilon"] == compose_epsilon([(1.0, 20.0, 1)], 1e-5) and found["records"] == 1437
-    statement = finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)  # of the chosen model
+    statement = finetune(
+        public_run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET
+    )  # of the chosen model
     own = (statement["sample_rate"], statement["noise_multiplier"], statement["steps"])
     assert statement["earlier"] == [[1.0, 20.0, 1]]
     assert statement["epsilon"] == compose_epsilon([(1.0, 20.0, 1), own], 1e-5) <= 10
@@ -389,17 +556,20 @@ def test_what_an_unfinished_choice_released_is_not_forgotten(public_run, monkeyp
         die_at(patch, "fastloda.synthesis.diffusion.pretrain._Run.train_step")
         with pytest.raises(KeyboardInterrupt):
             choose(public_run, **CHOOSING)
-    for work in (lambda: finetune(public_run, PRIVACY, **QUIET), lambda: sample(public_run, public=True, **QUIET)):
+    for work in (
+        lambda: finetune(public_run, PRIVACY, data="digits", **QUIET),
+        lambda: sample(public_run, public=True, **QUIET),
+    ):
         with pytest.raises(
             RunError, match="chosen is not finished: the same `fastloda choose` continues it; or give --model"
         ):
             work()
     assert not (public_run / "private").exists() and not (public_run / "samples-public").exists()
-    statement = finetune(public_run, PRIVACY, model=public_run / "public", **QUIET)
+    statement = finetune(public_run, PRIVACY, data="digits", model=public_run / "public", **QUIET)
     assert statement["earlier"] == [[1.0, 20.0, 1]] and len(statement["releases"]) == 2
     assert statement["epsilon"] == account(1e-5, composition=(str(public_run),))["epsilon"] <= 10
     choose(public_run, **CHOOSING)  # releases nothing more
-    assert finetune(public_run, PRIVACY, model=public_run / "public", **QUIET) == statement
+    assert finetune(public_run, PRIVACY, data="digits", model=public_run / "public", **QUIET) == statement
 
 
 def test_two_choices_count_both(public_run, tmp_path):
@@ -407,7 +577,7 @@ def test_two_choices_count_both(public_run, tmp_path):
     other = tmp_path / "other"
     choose(other, model=public_run / "public", **CHOOSING)
     choose(public_run, **(CHOOSING | {"choice": dataclasses.replace(CHOICE, noise_multiplier=30.0)}))
-    statement = finetune(public_run, PRIVACY, model=other / "chosen", **QUIET)
+    statement = finetune(public_run, PRIVACY, data="digits", model=other / "chosen", **QUIET)
     assert statement["earlier"] == [[1.0, 20.0, 1], [1.0, 30.0, 1]] and len(statement["releases"]) == 3
 
 
@@ -439,7 +609,7 @@ def test_public_images_that_nothing_can_be_chosen_from_cost_nothing(public_run, 
     labels = pool.labels if kept == "one class" else torch.arange(60) % 10
     LabelledImages(pool.images, labels, 10).save_npz(few)
     with pytest.raises(ValueError, match=message):
-        choose(public_run, public=str(few), **CHOOSING)
+        choose(public_run, **(CHOOSING | {"public": str(few)}))
     assert not (public_run / "chosen").exists()
 
 
@@ -464,15 +634,15 @@ def test_everything_chosen_is_made_from_the_sum(public_run, tmp_path, monkeypatc
     LabelledImages(-records.images, records.labels.flip(0), 10).save_npz(tmp_path / "other.npz")
     files = []
     for name, data in (("a", "digits"), ("b", str(tmp_path / "other.npz"))):
-        choose(tmp_path / name, data=data, model=public_run / "public", **CHOOSING)
+        choose(tmp_path / name, **(CHOOSING | {"data": data}), model=public_run / "public")
         files.append(
             {
                 k: v
                 for k, v in snapshot(tmp_path / name / "chosen").items()
-                if k not in ("config.yaml", "done.json", ".lock")
+                if k not in ("source.yaml", "done.json", ".lock")
             }
         )
-    assert files[0] == files[1] and len(files[0]) == 4
+    assert files[0] == files[1] and len(files[0]) == 5
 
 
 def test_samples_are_moved_toward_the_release(public_run):
@@ -514,7 +684,7 @@ def test_a_chosen_model_without_its_statement_is_refused(public_run):
     choose(public_run, seed=3, **CHOOSING)
     (public_run / "chosen" / "privacy.json").unlink()
     with pytest.raises(FileNotFoundError, match="no privacy.json"):
-        finetune(public_run, PRIVACY, **QUIET)
+        finetune(public_run, PRIVACY, data="digits", **QUIET)
     assert not (public_run / "private").exists()
 
 
@@ -525,10 +695,10 @@ def test_a_chosen_model_is_known_wherever_it_goes(public_run, tmp_path):
     elsewhere.mkdir()
     model = elsewhere / "model.safetensors"
     model.write_bytes((public_run / "chosen" / "model.safetensors").read_bytes())
-    assert load_unet(model).config == UNET and was_chosen_privately(model)
+    assert load_unet(model).config.width == 8 and was_chosen_privately(model)
     assert not was_chosen_privately(public_run / "public" / "model.safetensors")
     with pytest.raises(FileNotFoundError, match="no privacy.json"):
-        finetune(public_run, PRIVACY, model=elsewhere, **QUIET)
+        finetune(public_run, PRIVACY, data="digits", model=elsewhere, **QUIET)
     assert not (public_run / "private").exists()
 
 
@@ -544,7 +714,7 @@ def test_a_choice_that_is_no_privacy_is_refused(public_run):
         choose(public_run, **(CHOOSING | {"delta": 0.01}))
     choose(public_run, seed=3, **(CHOOSING | {"choice": dataclasses.replace(CHOICE, noise_multiplier=0.4)}))
     with pytest.raises(ValueError, match="too little is left"):
-        finetune(public_run, PRIVACY, **QUIET)
+        finetune(public_run, PRIVACY, data="digits", **QUIET)
     assert not (public_run / "private").exists()
 
 
@@ -554,9 +724,11 @@ def test_a_choice_that_is_no_privacy_is_refused(public_run):
 def test_other_settings_are_refused(run):
     before = snapshot(run)
     with pytest.raises(RunError, match=r"training.steps is 3 there and 4 here.*rm -r"):
-        pretrain(run, count=64, unet=UNET, training=dataclasses.replace(PUBLIC, steps=4), **QUIET)
+        pretrain(run, data="font-digits", count=64, unet=SHAPE, training=dataclasses.replace(PUBLIC, steps=4), **QUIET)
     with pytest.raises(RunError, match=r"target_epsilon is 10.0 there and 1.0 here.*still counts"):
-        finetune(run, dataclasses.replace(PRIVACY, target_epsilon=1.0), training=FineTuning(seed=1), **QUIET)
+        finetune(
+            run, dataclasses.replace(PRIVACY, target_epsilon=1.0), data="digits", training=FineTuning(seed=1), **QUIET
+        )
     with pytest.raises(RunError, match="count is 25 there and 30 here"):
         sample(run, count=30, steps=2, **QUIET)
     assert snapshot(run) == before
@@ -564,22 +736,22 @@ def test_other_settings_are_refused(run):
 
 def test_results_of_another_model_are_refused(run, tmp_path):
     other = tmp_path / "run"
-    pretrain(other, count=64, unet=UNET, training=dataclasses.replace(PUBLIC, seed=5), **QUIET)
+    pretrain(other, data="font-digits", count=64, unet=SHAPE, training=dataclasses.replace(PUBLIC, seed=5), **QUIET)
     for name in ("private", "samples-public"):
         (other / name).symlink_to(run / name)
     with pytest.raises(ValueError, match="adapts another model"):
         sample(other, count=25, steps=2, **QUIET)
     with pytest.raises(RunError, match="made from another .*model.safetensors"):
-        finetune(other, PRIVACY, training=FineTuning(seed=1), **QUIET)
+        finetune(other, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
     with pytest.raises(RunError, match="made from another .*model.safetensors"):
         sample(other, count=25, steps=2, public=True, **QUIET)
 
 
 def test_a_lost_result_is_not_silently_made_again(public_run):
-    finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)
+    finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
     (public_run / "private" / "adapter.safetensors").unlink()
     with pytest.raises(RunError, match="adapter.safetensors is gone"):
-        finetune(public_run, PRIVACY, training=FineTuning(seed=1), **QUIET)
+        finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
 
 
 def test_a_stage_without_its_settings_is_refused(tmp_path):
@@ -644,7 +816,10 @@ def test_finetune_checks_everything_before_it_writes(public_run, tmp_path):
     labels.save_npz(tmp_path / "eleven.npz")
     cases = [
         ({"data": str(tmp_path / "nine.npz")}, "1 x 9 x 9, the U-Net is for 1 x 8 x 8"),
-        ({"data": str(tmp_path / "eleven.npz")}, "eleven.npz has 11 classes, more than the 10 expected"),
+        (
+            {"data": str(tmp_path / "eleven.npz")},
+            "10 of the classes 0, 1, .* are not among those of the public model, 0, 1, .* --class-map 10=0",
+        ),
         ({"data": str(tmp_path / "none.npz")}, "no such file"),
         ({"data": "digitz"}, "data must be one of digits, "),
         ({"adapter": Adapter(rank=99)}, "no layer to adapt"),
@@ -654,7 +829,7 @@ def test_finetune_checks_everything_before_it_writes(public_run, tmp_path):
     ]
     for options, message in cases:
         with pytest.raises((ValueError, OSError), match=message):
-            finetune(public_run, PRIVACY, **options, **QUIET)
+            finetune(public_run, PRIVACY, **({"data": "digits"} | options), **QUIET)
     assert [p.name for p in public_run.iterdir()] == ["public"]
 
 
@@ -700,7 +875,7 @@ def test_account_refuses_half_a_question(tmp_path):
 def test_each_release_says_how_its_noise_was_drawn(public_run, chosen, tuned):
     """The adapters of a model that a foreseeable release has moved are no private release."""
     choose(public_run, seed=chosen, **CHOOSING)
-    statement = finetune(public_run, PRIVACY, training=FineTuning(seed=tuned), **QUIET)
+    statement = finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=tuned), **QUIET)
     first, own = statement["releases"]
     assert [first["seed_was_fixed"], own["seed_was_fixed"]] == [chosen is not None, tuned is not None]
     assert [[r[n] for n in ("sample_rate", "noise_multiplier", "steps")] for r in statement["releases"]] == [

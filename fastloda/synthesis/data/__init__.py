@@ -3,9 +3,10 @@
 from .byte_images import ByteImages
 from .catalogue import NAMES, PUBLIC_PARTNERS, describe, open_dataset
 from .cifar10 import cifar10
+from .classes import listed, mapped_names, only, relabelled
 from .colour_digits import colour_digits_split, colour_font_digits
 from .digits import digits_split
-from .folder import class_names, image_folder
+from .folder import FolderFacts, class_names, image_folder, look_at
 from .font_digits import Hands, font_digits
 from .imagenet32 import MATCHES, as_imagenet32, imagenet10, imagenet32
 from .images import LabelledImages, load_npz
@@ -19,6 +20,7 @@ __all__ = [
     "NAMES",
     "PUBLIC_PARTNERS",
     "ByteImages",
+    "FolderFacts",
     "Hands",
     "LabelledImages",
     "as_imagenet32",
@@ -33,10 +35,15 @@ __all__ = [
     "image_folder",
     "imagenet10",
     "imagenet32",
+    "listed",
     "load_npz",
+    "look_at",
+    "mapped_names",
     "mnist",
+    "only",
     "open_dataset",
     "read_owners",
+    "relabelled",
     "stratified_subset",
     "svhn",
 ]

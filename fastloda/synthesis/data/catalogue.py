@@ -1,6 +1,7 @@
 """The catalogue of data sets by name: built-in ones, those read from a local folder, and the user's own files."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ PUBLIC_PARTNERS = {  # private data set -> public one, as the paper pairs them; 
 
 NPZ_FILES = (
     "An npz file: `images` (uint8, or floats in [-1, 1], or else their `range`, as [0, 1]; NCHW or NHWC) and `labels` "
-    "(integers from 0), perhaps `num_classes`"
+    "(integers from 0), perhaps `num_classes` and `class_names`"
 )
 _LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue: ITU-R BT.601
 
@@ -101,6 +102,7 @@ def open_dataset(
     count: int = 20_000,
     seed: int = 0,
     partial: bool = False,
+    skip_unreadable: bool = False,
 ) -> LabelledImages:
     """Open a data set by one of `NAMES`, a folder of images, or an npz file. Nothing is downloaded.
 
@@ -117,6 +119,7 @@ def open_dataset(
         count: number of images of font-digits and colour-font-digits.
         seed: seed of font-digits and colour-font-digits.
         partial: whether a part of a published data set is enough: some of its files, or files of fewer images.
+        skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
 
     Raises:
         FileNotFoundError: a file is not there; the message says which files to put where.
@@ -131,7 +134,7 @@ def open_dataset(
     if name in NAMES:
         data = _open_named(name, root, split, size, count, seed, partial)
     else:
-        data = _open_path(str(name), root, split, size)
+        data = _open_path(str(name), root, split, size, skip_unreadable)
     if not len(data):
         raise UserError(f"{name} holds no images")
     if num_classes is not None and data.num_classes > num_classes:
@@ -164,13 +167,15 @@ def _open_named(
     return ALWAYS_THERE[name].splits[split](count, seed, size)
 
 
-def _open_path(name: str, root: str | Path | None, split: Split, size: int | None) -> LabelledImages:
+def _open_path(
+    name: str, root: str | Path | None, split: Split, size: int | None, skip_unreadable: bool
+) -> LabelledImages:
     path = Path(name)
     if not path.exists() and path.suffix != ".npz":
         raise UserError(f"data must be one of {', '.join(NAMES)}, a folder of images or an npz file, got {name!r}")
     if root is not None or split != "train":
         raise UserError(f"{name} is one split in one place: give the path of the {split} images alone, and no root")
-    return image_folder(path, size=size) if path.is_dir() else load_npz(path)
+    return image_folder(path, size=size, skip_unreadable=skip_unreadable) if path.is_dir() else load_npz(path)
 
 
 def _with_channels(data: LabelledImages, channels: int) -> LabelledImages:
@@ -179,5 +184,5 @@ def _with_channels(data: LabelledImages, channels: int) -> LabelledImages:
         images = images[:] if isinstance(images, ByteImages) else images
         # clamp: rounding may leave the range
         grey = torch.einsum("nchw,c->nhw", images, torch.tensor(_LUMA))[:, None].clamp(-1, 1)
-        return LabelledImages(grey, data.labels, data.num_classes)
-    return LabelledImages(images.repeat(1, 3, 1, 1), data.labels, data.num_classes)
+        return replace(data, images=grey)
+    return replace(data, images=images.repeat(1, 3, 1, 1))

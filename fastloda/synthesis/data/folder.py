@@ -3,12 +3,15 @@
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from fastloda.errors import UserError
 
@@ -23,6 +26,7 @@ _GREY = frozenset(("1", "L", "LA"))
 _COLOUR = frozenset(("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr"))
 _SEE_THROUGH = frozenset(("LA", "RGBA", "PA"))
 _SHOWN = 3
+_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of Exif
 _SPLIT = re.compile(
     r"(train|training|test|testing|val|valid|validation|dev|eval)([ _-]?(set|data|split|part|images?|imgs?|[0-9]+))?",
     re.IGNORECASE,
@@ -69,7 +73,50 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
 
 
-def image_folder(root: str | Path, *, size: int | None = None) -> LabelledImages:
+@dataclass(frozen=True)
+class FolderFacts:
+    """What a folder of images holds, by the headers of its files alone.
+
+    Attributes:
+        class_names: names of the classes.
+        count: number of image files.
+        sizes: mapping from (width, height) in pixels to the number of files whose header says so, the most frequent first.
+        channels: 1 if every file is grey, else 3.
+    """
+
+    class_names: tuple[str, ...]
+    count: int
+    sizes: Mapping[tuple[int, int], int]
+    channels: int
+
+    @property
+    def smallest_side(self) -> int:
+        """The shortest side of any image, in pixels."""
+        return min(min(size) for size in self.sizes)
+
+
+def look_at(root: str | Path) -> FolderFacts:
+    """Read the headers of the images of `class_names(root)`, which takes a moment; what can't be read is left out.
+
+    Raises:
+        FileNotFoundError, ValueError: `class_names` refuses the folder, a class has no images, or none can be read.
+    """
+    files, sizes, modes = _files_by_class(Path(root)), Counter(), set()
+    for path in (path for paths in files for path in paths):
+        try:
+            with _opened(path) as image:
+                turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+                sizes[image.size[::-1] if turned else image.size] += 1
+                modes.add(image.mode)
+        except Exception:  # noqa: S112, image_folder names it
+            continue
+    if not sizes:
+        raise UserError(f"{root}: none of the {sum(map(len, files))} images can be read. {WHERE}")
+    grey = 1 if modes <= _GREY else 3
+    return FolderFacts(tuple(class_names(root)), sum(map(len, files)), dict(sizes.most_common()), grey)
+
+
+def image_folder(root: str | Path, *, size: int | None = None, skip_unreadable: bool = False) -> LabelledImages:
     """Read the images of `class_names(root)` as floats [n, C, H, W]; C is 1 if all of them are grey, else 3.
 
     Images in subfolders of a class belong to it, linked folders too; hidden files are left out. What is transparent becomes
@@ -78,34 +125,63 @@ def image_folder(root: str | Path, *, size: int | None = None) -> LabelledImages
     Args:
         root: the folder of the classes' folders.
         size: side to which the central square is resized, in pixels. Default: all images must have one size.
+        skip_unreadable: whether to leave out, with a warning, the images that can't be read.
 
     Raises:
         FileNotFoundError: there are no classes, or one has no images; the message says what to put where.
-        ValueError: an image cannot be read, has another size than the first, or is there twice by a link; the message begins
-            with its path. Or `class_names` refuses the folder; or all images are so dark that white may not be 255.
+        ValueError: some images can't be read, and the message has a line for each; one has another size than the first, or is
+            there twice by a link. Or `class_names` refuses the folder; or all images are so dark that white may not be 255.
     """
+    root = Path(root)
     if size is not None and size < 1:
         raise UserError(f"size must be at least 1, not {size}")
-    files = [_images_in(Path(root) / name) for name in class_names(root)]
+    names, files = class_names(root), _files_by_class(root)
+    if strays := sorted(p.name for p in root.glob("[!.]*") if not p.is_dir() and p.suffix.lower() in ENDINGS):
+        _warn_of_left_out(root, strays, "images that are in no class's folder")
+    found, unreadable = _open_all([path for paths in files for path in paths], size)
+    if unreadable:
+        _refuse_or_skip(root, unreadable, len(found), skip_unreadable)
+    files = [[path for path in paths if path in found] for paths in files]
+    for name, paths in zip(names, files, strict=True):
+        if not paths:
+            raise UserError(f"{root / name}: none of its images can be read: mend one, or remove the class's folder")
     _check_once([path for paths in files for path in paths])
-    if strays := sorted(p.name for p in Path(root).glob("[!.]*") if not p.is_dir() and p.suffix.lower() in ENDINGS):
-        _warn_of_left_out(Path(root), strays, "images that are in no class's folder")
-    images = [_open(path, size) for paths in files for path in paths]
-    _check_sizes([path for paths in files for path in paths], images)
+    images = list(found.values())
+    _check_sizes(list(found), images)
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     pixels = np.stack([np.asarray(image.convert(mode)).reshape(image.height, image.width, -1) for image in images])
-    with naming(Path(root)):
+    with naming(root):
         most = int(pixels.max())
         check_not_dark(
             most, f"Save white as 255, or give the images as an npz file with an array range=[0, {max(most, 1)}]"
         )
     labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(paths) for paths in files]))
-    return LabelledImages(to_floats(torch.from_numpy(pixels).movedim(3, 1).contiguous()), labels, len(files))
+    floats = to_floats(torch.from_numpy(pixels).movedim(3, 1).contiguous())
+    return LabelledImages(floats, labels, len(names), tuple(names), tuple(found))
 
 
-def image_files(root: str | Path) -> list[Path]:
-    """List the files of the images that `image_folder(root)` reads, in its order; errors are the same."""
-    return [path for name in class_names(root) for path in _images_in(Path(root) / name)]
+def _files_by_class(root: Path) -> list[list[Path]]:
+    return [_images_in(root / name) for name in class_names(root)]
+
+
+def _open_all(paths: Sequence[Path], size: int | None) -> tuple[dict[Path, Image.Image], dict[Path, str]]:
+    """Open images -> those that can be read, and for the others the reason."""
+    images, unreadable = {}, {}
+    for path in tqdm(paths, f"reading {paths[0].parents[1].name}", unit="image", delay=2, leave=False, disable=None):
+        try:
+            images[path] = _open(path, size)
+        except UserError as error:
+            unreadable[path] = str(error)
+    return images, unreadable
+
+
+def _refuse_or_skip(root: Path, unreadable: Mapping[Path, str], readable: int, skip: bool) -> None:
+    """Name all files that can't be read, in a warning or, unless they are to be skipped, in an error."""
+    count, reasons = f"{len(unreadable)} of {len(unreadable) + readable} images", "\n".join(unreadable.values())
+    if not skip:
+        way_out = "mend or remove them, or leave them out by --skip-unreadable (skip_unreadable=True)"
+        raise UserError(f"{root}: {count} can't be read: {way_out}\n{reasons}")
+    warnings.warn(f"{root}: left out {count}, which can't be read\n{reasons}", stacklevel=3)
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -131,10 +207,7 @@ def _check_once(paths: list[Path]) -> None:
     """Refuse two links, also hard ones, to one file: as two records it would contribute twice the bound."""
     first: dict[tuple[int, int], Path] = {}
     for path in paths:
-        with naming(path, OSError):
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):
-                raise UserError("no file that could be read, but a pipe or a device: remove it")
+        found = path.stat()
         if (other := first.setdefault((found.st_dev, found.st_ino), path)) is not path:
             raise UserError(
                 f"{path} and {other} are one file, by a link: a record may be there once; remove one of them"
@@ -147,12 +220,16 @@ def _warn_of_left_out(folder: Path, names: list[str], what: str) -> None:
 
 def _open(path: Path, size: int | None) -> Image.Image:
     """Open an image in mode L or RGB, cut and resized to `size` if given."""
-    with (
-        naming(path, Exception),
-        Image.open(path, formats=_FORMATS) as file,
-    ):  # PIL's decoders raise nearly anything for a damaged file
-        image = _plain(ImageOps.exif_transpose(file))
-        return image if size is None else _square(image).resize((size, size), Image.Resampling.LANCZOS)
+    with naming(path, Exception):  # PIL's decoders raise nearly anything for a damaged file
+        with _opened(path) as file:
+            image = _plain(ImageOps.exif_transpose(file))
+            return image if size is None else _square(image).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _opened(path: Path) -> Image.Image:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError("no file that could be read, but a pipe or a device: remove it")
+    return Image.open(path, formats=_FORMATS)
 
 
 def _plain(image: Image.Image) -> Image.Image:

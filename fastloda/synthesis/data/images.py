@@ -1,10 +1,11 @@
 """Labelled images as one checked, immutable value, so that no later step has to check range, layout or dtype."""
 
 import hashlib
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,8 @@ class LabelledImages:
             in a quarter of the memory.
         labels: classes, int64 [n] in 0 .. num_classes - 1.
         num_classes: number of classes, at least 1; classes without an image are allowed.
+        class_names: name of each class, all different. Default: the numbers "0", "1", ...
+        files: file of each image, if each has one.
 
     Raises:
         ValueError: an argument breaks a rule above; the message has the offending values.
@@ -38,6 +41,8 @@ class LabelledImages:
     images: Tensor | ByteImages
     labels: Tensor
     num_classes: int
+    class_names: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -55,6 +60,9 @@ class LabelledImages:
         if self.num_classes < 1:
             raise UserError(f"num_classes must be at least 1, not {self.num_classes}")
         check_labels(labels, 0, self.num_classes - 1)
+        object.__setattr__(self, "class_names", _checked_names(self.class_names, self.num_classes))
+        if self.files and len(self.files) != len(labels):
+            raise UserError(f"files must be {len(labels)} paths, one an image, not {len(self.files)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,7 +71,8 @@ class LabelledImages:
         """Pick images by a slice, an int64 tensor of positions or a boolean mask of length n; bytes stay bytes."""
         images = self.images
         picked = ByteImages(images.pixels[index]) if isinstance(images, ByteImages) else images[index]
-        return LabelledImages(picked, self.labels[index], self.num_classes)
+        files = [self.files[i] for i in torch.arange(len(self))[index].tolist()] if self.files else ()
+        return replace(self, images=picked, labels=self.labels[index], files=tuple(files))
 
     def digest(self) -> str:
         """Compute the sha256 of pixels and labels: equal for equal images of the same type (floats or bytes)."""
@@ -73,7 +82,7 @@ class LabelledImages:
         return digest.hexdigest()
 
     def save_npz(self, path: str | Path, *, uint8: bool = False) -> None:
-        """Write `images` (NCHW), their `range`, `labels` and `num_classes` to exactly `path`: all of the file or none of it.
+        """Write `images` (NCHW), `range`, `labels`, `num_classes` and `class_names` to exactly `path`: all or nothing.
 
         float32 comes back bit for bit from `load_npz`; `uint8` takes a quarter of the space: 256 levels. `ByteImages` are
         written as they are.
@@ -81,7 +90,18 @@ class LabelledImages:
         images = _to_array(self.images, uint8)
         labels = self.labels.cpu().numpy()
         white = np.array([0, WHITE] if images.dtype == np.uint8 else [-1, 1])
-        _write_npz(Path(path), images=images, range=white, labels=labels, num_classes=self.num_classes)
+        named = {"num_classes": self.num_classes, "class_names": np.array(self.class_names)}
+        _write_npz(Path(path), images=images, range=white, labels=labels, **named)
+
+
+def _checked_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    """Return the classes' names in Unicode's composed form, in which equal names are equal strings; numbers if there are none."""
+    if not names:
+        return tuple(map(str, range(num_classes)))
+    names = tuple(unicodedata.normalize("NFC", name) for name in names)
+    if len(names) != num_classes or len(set(names)) < num_classes or not all(names):
+        raise UserError(f"class_names must be {num_classes} different names, one a class, not {list(names)}")
+    return names
 
 
 def load_npz(path: str | Path, *, num_classes: int | None = None) -> LabelledImages:
@@ -93,8 +113,9 @@ def load_npz(path: str | Path, *, num_classes: int | None = None) -> LabelledIma
     look as if another range was meant (floats without a negative value; uint8 in the dark half only) are refused: what one
     record holds may not decide how all are read.
     `labels`: integers [n], from 0.
-    `num_classes`: optional. The argument wins over the file; with neither it is the largest label + 1, and each class must
-    have an image.
+    `num_classes`: optional. The argument wins over the file; with neither it is the number of `class_names`, or else the largest
+    label + 1, and each class must have an image.
+    `class_names`: optional strings [num_classes].
 
     Nothing is ever unpickled.
 
@@ -104,15 +125,23 @@ def load_npz(path: str | Path, *, num_classes: int | None = None) -> LabelledIma
             Every message begins with the path.
     """
     path = Path(path)
-    arrays = read_npz(path, ("images", "labels"), optional=("range", "num_classes"))
+    arrays = read_npz(path, ("images", "labels"), optional=("range", "num_classes", "class_names"))
     try:
         images, labels = _to_nchw(arrays["images"]), to_labels(arrays["labels"])
         images = _in_range(images, arrays.get("range"))
+        names = _names(arrays["class_names"]) if "class_names" in arrays else ()
         if num_classes is None:
-            num_classes = _one_integer(arrays["num_classes"]) if "num_classes" in arrays else _classes_of(labels)
-        return LabelledImages(images, labels, num_classes)
+            given = _one_integer(arrays["num_classes"]) if "num_classes" in arrays else len(names)
+            num_classes = given or _classes_of(labels)
+        return LabelledImages(images, labels, num_classes, names)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _names(array: np.ndarray) -> tuple[str, ...]:
+    if array.dtype.kind != "U" or array.ndim != 1:
+        raise UserError(f"class_names must be strings, one a class, not {array.dtype} of shape {list(array.shape)}")
+    return tuple(array.tolist())
 
 
 def _one_integer(array: np.ndarray) -> int:

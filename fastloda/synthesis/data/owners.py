@@ -4,12 +4,10 @@ import csv
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastloda.errors import UserError
-
-from .folder import image_files
 
 SUBFOLDER = "subfolder"
 WAYS = (
@@ -20,24 +18,24 @@ WAYS = (
 _SHOWN = 5
 
 
-def read_owners(root: str | Path, how: str) -> list[str]:
-    """Read the owner of each image that `image_folder(root)` reads, in its order.
+def read_owners(root: str | Path, files: Sequence[Path], how: str) -> list[str]:
+    """Read the owner of each image of a folder, in the order of `files`.
 
     An owner may have images of several classes: equal names are one owner.
 
     Args:
         root: the folder of the classes' folders.
+        files: file of each image, as `LabelledImages.files` has them.
         how: "subfolder", a regular expression, or the path of a table that ends in .csv: see `WAYS`.
 
     Raises:
-        FileNotFoundError: there is no such folder or table.
+        FileNotFoundError: there is no such table.
         UserError: root is no folder of images, images have no owner (the message names some), two owners differ in case only,
             or `how` is none of the three.
     """
     root = Path(root)
-    if root.is_file():
+    if not files:
         raise UserError(f"{root} is no folder of images: owners can be read for a folder of images only")
-    files = image_files(root)
     relative = [path.relative_to(root) for path in files]
     if how == SUBFOLDER:
         owners = [path.parts[1] if len(path.parts) > 2 else None for path in relative]

@@ -2,9 +2,10 @@
 
 from fastloda.synthesis.diffusion.sampler import class_balanced_labels, guided_noise, sample
 from fastloda.synthesis.diffusion.schedule import TIMESTEPS, Diffusion
-from fastloda.synthesis.diffusion.unet import UNet, UNetConfig, digits_unet, paper_unet
+from fastloda.synthesis.diffusion.unet import PRESETS, UNet, UNetConfig, digits_unet, paper_unet, preset_for
 
 __all__ = [
+    "PRESETS",
     "TIMESTEPS",
     "Diffusion",
     "UNet",
@@ -13,5 +14,6 @@ __all__ = [
     "digits_unet",
     "guided_noise",
     "paper_unet",
+    "preset_for",
     "sample",
 ]

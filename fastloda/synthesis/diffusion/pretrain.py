@@ -1,6 +1,7 @@
 """Ordinary, non-private training of the diffusion model on public images."""
 
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastloda.errors import UserError
+from fastloda.interrupts import interrupts_wait
 from fastloda.randomness import generator_states, make_generators, restore_generators
 from fastloda.synthesis.data.images import LabelledImages
 from fastloda.synthesis.diffusion.schedule import Diffusion
@@ -54,22 +56,32 @@ def pretrain(
     *,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 200,
+    checkpoint_seconds: float = 60.0,
     progress: bool = True,
 ) -> nn.Module:
     """Train all of `model` on public images, and leave the averaged weights in it; resumes from `checkpoint` if it exists.
+
+    It saves every `checkpoint_every` steps, after `checkpoint_seconds` without a save, at the end, and at SIGINT (Ctrl-C) or
+    SIGTERM, which take effect after the current step.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to another model, other settings or other data.
     """
     run = _Run(model, diffusion, data, settings, None if checkpoint is None else Path(checkpoint))
-    with tqdm(total=settings.steps, initial=run.step, desc="public", unit="step", disable=not progress) as bar:
-        while run.step < settings.steps:
+    saved = time.monotonic()
+    with (
+        interrupts_wait() as received,
+        tqdm(total=settings.steps, initial=run.step, desc="public", unit="step", disable=not progress) as bar,
+    ):
+        while run.step < settings.steps and not received:
             loss = run.train_step()
             if run.step % 10 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.4f}")
             bar.update()
-            if run.step % checkpoint_every == 0 or run.step == settings.steps:
+            waited = time.monotonic() - saved >= checkpoint_seconds
+            if run.step % checkpoint_every == 0 or waited or received or run.step == settings.steps:
                 run.save()
+                saved = time.monotonic()
     copy_into(run.parameters, run.average.values)
     return model
 

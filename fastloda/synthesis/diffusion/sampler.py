@@ -22,6 +22,7 @@ def sample(
     guidance: float = 0.0,
     generator: torch.Generator | None = None,
     seed: int | None = None,
+    skip: int = 0,
     batch_size: int = 256,
     eta: float = 0.0,
     progress: bool = True,
@@ -36,6 +37,7 @@ def sample(
     guidance: weight w of classifier-free guidance, see `guided_noise`; w = 0 saves the unconditional pass.
     generator or seed: image i depends on the seed, i and its label, not on `batch_size` or the device of the
         model. Without either, PyTorch's global generator is used.
+    skip: number of images before these that the same seed has made: their numbers i go on from there.
     clip_denoised: whether to clip each step's estimate of x_0 to [-1, 1].
 
     `model(x, t, y)` predicts the noise; `model` has `image_shape` and `null_class`, as `UNet`. It runs in
@@ -55,7 +57,9 @@ def sample(
         raise UserError(f"labels must be [n] integers in 0..{model.null_class}, got {labels}")
 
     schedule = list(_schedule(diffusion, steps, eta=1.0 if method == "ddpm" else eta))
-    seeds = image_seeds(len(labels), torch.Generator().manual_seed(seed) if seed is not None else generator)
+    seeds = image_seeds(skip + len(labels), torch.Generator().manual_seed(seed) if seed is not None else generator)[
+        skip:
+    ]
     batches = [slice(i, i + batch_size) for i in range(0, len(labels), batch_size)]
     device = next(model.parameters()).device
     images = torch.empty(len(labels), *model.image_shape)  # a normal tensor: the caller may train on it

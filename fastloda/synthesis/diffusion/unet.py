@@ -282,6 +282,19 @@ class UNet(nn.Module):
         return self.out(x)
 
 
+PRESETS = {  # shapes by name: what they set of a UNetConfig beside size, channels and classes
+    "digits": {"width": 16, "multipliers": (1, 2), "blocks_per_level": 1, "norm_groups": 8, "attention": (1,)},
+    "small": {"width": 32, "multipliers": (1, 2, 2), "blocks_per_level": 1, "norm_groups": 8, "attention": (2,)},
+    "medium": {"width": 32, "multipliers": (1, 2, 2, 2), "blocks_per_level": 1, "norm_groups": 8, "attention": (3,)},
+    "paper": {},
+}
+
+
+def preset_for(size: int) -> str:
+    """Return the name of the preset for images of `size` pixels: attention is then at 4 x 4 to 11 x 11 positions."""
+    return "digits" if size < 16 else "small" if size < 48 else "medium"
+
+
 def paper_unet(**overrides) -> UNet:
     """Make the paper's U-Net for 3 x 32 x 32: 10,422,851 parameters, 52 3x3 and 97 1x1 convolutions."""
     return UNet(UNetConfig(**overrides))
@@ -292,7 +305,4 @@ def digits_unet(**overrides) -> UNet:
 
     Channels are 16 at 8 x 8 and 32 at 4 x 4, multiples of the CPU's vectors; attention only at 4 x 4.
     """
-    preset = dict(
-        image_size=8, in_channels=1, width=16, multipliers=(1, 2), blocks_per_level=1, norm_groups=8, attention=(1,)
-    )
-    return UNet(UNetConfig(**preset | overrides))
+    return UNet(UNetConfig(**PRESETS["digits"] | {"image_size": 8, "in_channels": 1} | overrides))

@@ -43,26 +43,28 @@ class PublicModel:
     def fit(self, public: LabelledImages, work: Work) -> UNet:
         """Train the model on images of the private classes, or load it from work.public_folder; interrupted, it continues."""
         path = work.public_folder / f"unet-{self._key(public, work.seed)}.safetensors"
+        checkpoint = path.with_suffix(".pt")
         with only_one(path):
             if not path.exists():
-                self._train(path, public, work)
+                save_unet(self.train(public, work.seed, work.device, checkpoint, work.progress), path)
+                for finished in (checkpoint, _before(checkpoint)):
+                    finished.unlink(missing_ok=True)
         return load_unet(path, work.device)
 
-    def _train(self, path: Path, public: LabelledImages, work: Work) -> None:
-        with seeded(work.seed):
-            model = UNet(self.unet).to(work.device, memory_format=torch.channels_last)
-        parts = [("conditional", self.conditional, public)]
+    def train(
+        self, public: LabelledImages, seed: int, device: torch.device, checkpoint: Path, progress: bool = True
+    ) -> UNet:
+        """Train the model; interrupted, it continues from `checkpoint` and the one beside it, which the caller deletes."""
+        with seeded(seed):
+            model = UNet(self.unet).to(device, memory_format=torch.channels_last)
+        options = {"progress": progress}
         if self.unconditional is not None:
-            everything = self.everything() if self.everything else public
-            without_labels = replace(self.unconditional, label_dropout=1.0)
-            parts.insert(0, ("unconditional", without_labels, _unlabelled(everything)))
-        checkpoints = [path.with_suffix(f".{name}.pt") for name, _, _ in parts]
-        for checkpoint, (_, training, images) in zip(checkpoints, parts):
-            settings = replace(training, seed=work.seed)
-            pretrain(model, Diffusion(), images, settings, checkpoint=checkpoint, progress=work.progress)
-        save_unet(model, path)
-        for checkpoint in checkpoints:
-            checkpoint.unlink()
+            first = _before(checkpoint)
+            everything = _unlabelled(self.everything() if self.everything else public)
+            without_labels = replace(self.unconditional, label_dropout=1.0, seed=seed)
+            pretrain(model, Diffusion(), everything, without_labels, checkpoint=first, **options)
+        pretrain(model, Diffusion(), public, replace(self.conditional, seed=seed), checkpoint=checkpoint, **options)
+        return model
 
     def _key(self, public: LabelledImages, seed: int) -> str:
         plain = asdict(replace(self, everything=None))
@@ -73,6 +75,11 @@ class PublicModel:
             public.digest(),
         ]  # to hash all of ImageNet would be to load it
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _before(checkpoint: Path) -> Path:
+    """Return the path of the unconditional training's checkpoint."""
+    return checkpoint.with_suffix(".unconditional.pt")
 
 
 def _unlabelled(data: LabelledImages) -> LabelledImages:

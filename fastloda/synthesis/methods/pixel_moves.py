@@ -8,6 +8,8 @@ This is a gradient flow of the maximum mean discrepancy (Arbel et al. 2019, http
 start. It follows a release, and reads no private image: it costs nothing.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +34,7 @@ def moved(images: LabelledImages, released: ClassEmbeddings, reach: float, progr
     parts = torch.arange(len(images)).split(_TOGETHER)
     with tqdm(total=len(parts) * _STEPS, desc="moved", unit="step", disable=not progress) as bar:
         found = [_moved(images[part], released, reach, bar) for part in parts]
-    return LabelledImages(torch.cat(found), images.labels, images.num_classes)
+    return replace(images, images=torch.cat(found))
 
 
 def _moved(images: LabelledImages, released: ClassEmbeddings, reach: float, bar: tqdm) -> Tensor:

@@ -15,6 +15,7 @@ PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which asks for cla
 All that follows the release is computed from it and from public data, and costs no more privacy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastloda.errors import UserError
-from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.data import LabelledImages, relabelled
 from fastloda.synthesis.diffusion import Diffusion
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 
@@ -72,7 +73,7 @@ class PublicChoice:
         """
         for label in range(classes):
             if not (public.labels == label).any():
-                raise UserError(f"there is no public image of class {label} to choose")
+                raise UserError(f"there is no public image of class {public.class_names[label]} to choose")
         random_frequencies(public, self.features, self.scale, seed=0)
 
     def release(
@@ -103,7 +104,7 @@ class PublicChoice:
         """Draw `drawn` images by their weights, with replacement."""
         generator = torch.Generator().manual_seed(seed)
         index = torch.multinomial(weights, self.drawn, replacement=True, generator=generator)
-        return LabelledImages(public.images[index], public.labels[index], public.num_classes)
+        return public[index]
 
     def training_images(
         self, public: LabelledImages, released: ClassEmbeddings, seed: int, progress: bool = True
@@ -118,11 +119,13 @@ class PublicChoice:
         released: ClassEmbeddings,
         seed: int,
         *,
+        class_names: Sequence[str] = (),
         checkpoint: Path | None = None,
         progress: bool = True,
     ) -> nn.Module:
-        """Train the public model on `training_images`; interrupted, it continues from the checkpoint."""
+        """Train the public model, whose classes are `class_names`, on `training_images`; it continues from the checkpoint."""
         images = self.training_images(public, released, seed, progress)
+        images = relabelled(images, class_names) if class_names else images
         settings = replace(self.training, seed=seed)
         return pretrain(model, Diffusion(), images, settings, checkpoint=checkpoint, progress=progress)
 

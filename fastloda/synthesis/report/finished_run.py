@@ -40,7 +40,7 @@ class SampleSet:
     @property
     def class_names(self) -> Sequence[str]:
         """The name of each class; its number where the file has no names."""
-        return getattr(self.images, "class_names", None) or [str(c) for c in range(self.images.num_classes)]
+        return self.images.class_names
 
 
 @dataclass(frozen=True)

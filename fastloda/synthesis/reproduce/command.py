@@ -7,12 +7,12 @@ import rich
 
 from fastloda.errors import UserError
 from fastloda.synthesis.arguments import Device, Floats, Names, resolve_device
-from fastloda.synthesis.diffusion import UNetConfig
 from fastloda.synthesis.environment import environment
+from fastloda.synthesis.settings import UNetShape
 
 from .recipes import TableName, Variant
 from .report import Findings
-from .workers import Order, Table, compute_cells, default_jobs
+from .workers import Experiment, Order, compute_cells, default_jobs
 
 logger = logging.getLogger("fastloda")
 
@@ -28,7 +28,7 @@ def reproduce(
     seeds: int = 3,
     epsilons: Floats = NO_FLOATS,
     methods: Names = NO_NAMES,
-    unet: UNetConfig | None = None,
+    unet: UNetShape | None = None,
     features: Path | None = None,
     quick: bool = False,
     jobs: int | None = None,
@@ -52,7 +52,7 @@ def reproduce(
             epsilon that is not above.
         methods: names of the only rows to compute, separated by commas, as in DP-LoDA,DP-SGD. Default: all. A method of your
             own is named by its module and class, as in my_module:MyMethod (`fastloda.synthesis.methods` says what it needs).
-        unet: shape of the U-Net in place of the table's; the default of each field is the paper's.
+        unet: shape of the U-Net in place of the table's.
         features: TorchScript file of an Inception network for FID and the other scores; default: a small classifier trained on
             the public images.
         quick: whether to take minutes instead of hours, with too few steps and images for good results; the report says so.
@@ -70,7 +70,9 @@ def reproduce(
     place, folder = resolve_device(device), Path(run or f"runs/{table}{'-quick' * quick}")
     jobs = jobs or default_jobs(place)
     variant = Variant(data, quick, allow_partial, unet)
-    made = Table(Order(table, variant, folder, seeds, tuple(sorted(set(epsilons))), tuple(methods), features, place))
+    made = Experiment(
+        Order(table, variant, folder, seeds, tuple(sorted(set(epsilons))), tuple(methods), features, place)
+    )
     compute_cells(made, jobs, progress)
     results = {cell: made.result(cell) for cell in made.cells}
     findings = Findings(made.recipe, results, folder, environment(place) | {"cells at a time": jobs})

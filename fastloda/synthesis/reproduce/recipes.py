@@ -37,8 +37,7 @@ from fastloda.synthesis.methods import (
 from fastloda.synthesis.methods.autoencoder import LATENT_CHANNELS
 from fastloda.synthesis.methods.dp_diffusion import TIME_WEIGHTS
 from fastloda.synthesis.methods.dp_sgd import DPSGD
-from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
-from fastloda.synthesis.stages import DIGITS_UNET
+from fastloda.synthesis.settings import Adapter, Classifier, FineTuning, UNetShape
 
 from .published import CIFAR10, CIFAR10_1PCT, MNIST, Accuracies
 
@@ -61,7 +60,7 @@ class Variant:
     data: Path | None = None
     quick: bool = False
     partial: bool = False
-    unet: UNetConfig | None = None
+    unet: UNetShape | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,8 @@ def recipe(name: TableName, variant: Variant) -> Recipe:
     )
 
 
-with torch.device("meta"):  # only the configuration is needed
+with torch.device("meta"):  # only the configurations are needed
+    DIGITS_UNET = digits_unet().config
     LATENT_DIGITS = digits_unet(image_size=4, in_channels=LATENT_CHANNELS, attention=True).config
 # Noise of the release that images are moved toward; set on stand-ins (docs/results/demo-tuning.md).
 MOVING_NOISE = ByEpsilon({1.0: 4.2, 5.0: 1.3, 10.0: 1.0})
@@ -179,19 +179,15 @@ BEFOREHAND = "set beforehand, after the method's paper; not tuned"
 
 def _digits(variant: Variant) -> Recipe:
     quick = variant.quick
-    demo = replace(DemoSettings(), **(QUICK if quick else {"synthetic_images": IMAGES}))
-    unet = _unet(variant, DIGITS_UNET)
-    model = PublicModel(unet, demo.public_training(seed=0))
+    demo = QUICK if quick else DemoSettings(synthetic_images=IMAGES)
+    model = PublicModel(_unet(variant, DIGITS_UNET), demo.recipe(10.0, seed=0).pretraining)
     half = replace(model.conditional, steps=max(1, model.conditional.steps // 2))
-    latent_unet = replace(
-        variant.unet or LATENT_DIGITS, image_size=LATENT_DIGITS.image_size, in_channels=LATENT_CHANNELS
-    )
-    latent_model = replace(model, unet=latent_unet, conditional=half)
+    latent_model = replace(model, unet=_unet(variant, LATENT_DIGITS), conditional=half)
     private = digits_split()[0]
     count = len(private)
-    tunings = _by_epsilon(lambda epsilon: _demo_tuning(demo, epsilon, count))
+    tunings = _by_epsilon(lambda epsilon: demo.recipe(epsilon, seed=0).tuning)
     loda, choices = DPLoDA(model, tunings), _by_epsilon(lambda epsilon: _moving(demo, epsilon))
-    judge = Classifier(steps=demo.classifier_steps, width=demo.classifier_width)
+    judge = demo.judge(seed=0)
     moments = {"steps": 20, "encoder_steps": 20} if quick else {"steps": 700, "encoder_steps": 800}
     return Recipe(
         name="digits",
@@ -212,7 +208,7 @@ def _digits(variant: Variant) -> Recipe:
             ),
             DPMEPF(**moments),
             DPMERF(steps=moments["steps"]),
-            DirectDPSGD(_by_epsilon(lambda epsilon: _demo_direct(demo, epsilon, count))),
+            DirectDPSGD(_by_epsilon(lambda epsilon: demo.direct(epsilon, seed=0))),
             NoDP(judge),
         ],
         classifiers={"cnn": judge},
@@ -241,34 +237,21 @@ def _digits(variant: Variant) -> Recipe:
 
 
 def _unet(variant: Variant, default: UNetConfig) -> UNetConfig:
-    """Take the shape that is asked for, if it fits the table's images."""
-    unet = variant.unet or default
-    for name in ("image_size", "in_channels", "num_classes"):
-        if getattr(unet, name) != getattr(default, name):
-            raise UserError(f"unet.{name} must be {getattr(default, name)} for this table, got {getattr(unet, name)}")
-    return unet
+    """Make the shape that is asked for, for images like the table's."""
+    if variant.unet is None:
+        return default
+    return variant.unet.sized(default.image_size, default.in_channels, default.num_classes)
 
 
 def _by_epsilon(make: Callable[[float], T]) -> ByEpsilon[T]:
     return ByEpsilon({epsilon: make(epsilon) for epsilon in EPSILONS})
 
 
-def _demo_tuning(demo: DemoSettings, epsilon: float, records: int) -> PrivateTuning:
-    s = demo.at(epsilon)
-    return PrivateTuning(
-        steps=s.steps,
-        batch_size=min(s.batch_size, records),
-        views=s.views,
-        max_grad_norm=s.max_grad_norm,
-        training=s.fine_tuning(epsilon, seed=0),
-        guidance=s.guidance,
-        sampler_steps=s.sampler_steps,
-    )
-
-
 def _moving(demo: DemoSettings, epsilon: float) -> PublicChoice:
     """Make the choice of images for this table: more of a large budget than in the demo, and moves at each budget."""
-    return replace(demo.choice(epsilon), noise_multiplier=MOVING_NOISE.at(epsilon), tolerance=4.0, reach=0.3)
+    return replace(
+        demo.recipe(epsilon, seed=0).choice, noise_multiplier=MOVING_NOISE.at(epsilon), tolerance=4.0, reach=0.3
+    )
 
 
 def _full(tuning: PrivateTuning, mixture: bool = True) -> PrivateTuning:
@@ -277,12 +260,6 @@ def _full(tuning: PrivateTuning, mixture: bool = True) -> PrivateTuning:
     learning_rate = tuning.training.learning_rate / 10 * tuning.steps / steps
     training = replace(tuning.training, learning_rate=learning_rate)
     return replace(tuning, steps=steps, training=training, time_weights=TIME_WEIGHTS if mixture else ())
-
-
-def _demo_direct(demo: DemoSettings, epsilon: float, records: int) -> Direct:
-    s = demo.at(epsilon)
-    batch_size = min(s.dpsgd_batch_size, records)
-    return Direct(s.dpsgd_training(epsilon, seed=0), s.dpsgd_steps, batch_size, s.dpsgd_views, s.dpsgd_max_grad_norm)
 
 
 # ---- the paper's own tables, at its sizes, with steps for a GPU

@@ -48,8 +48,8 @@ class Order:
     device: torch.device
 
 
-class Table:
-    """A table: its recipe, the data that its methods work on, and its cells.
+class Experiment:
+    """A table to fill: its recipe, the data that its methods work on, and its cells.
 
     Raises:
         ValueError, OSError: files are missing or damaged.
@@ -92,7 +92,7 @@ class Table:
         return cache(lambda: public_extractor(self.recipe.public(), **options))
 
 
-def compute_cells(table: Table, jobs: int, progress: bool) -> None:
+def compute_cells(table: Experiment, jobs: int, progress: bool) -> None:
     """Compute all cells that are not done yet, `jobs` at a time; each leaves its result in its folder.
 
     Raises:
@@ -120,7 +120,7 @@ def default_jobs(device: torch.device) -> int:
 
 
 @contextmanager
-def _executor(table: Table, jobs: int) -> Iterator[Callable[[int], Future]]:
+def _executor(table: Experiment, jobs: int) -> Iterator[Callable[[int], Future]]:
     """Make a function that begins a cell: in this process, or in one of `jobs` processes."""
     if jobs == 1:
         yield partial(_now, table.compute)
@@ -162,13 +162,13 @@ def _end_with_parent() -> None:
 
 
 @cache
-def _workers_table() -> Table:
+def _workers_experiment() -> Experiment:
     """Make the worker's table at its first cell: an error at the start would be shown as a broken pool."""
-    return Table(_workers_order)
+    return Experiment(_workers_order)
 
 
 def _in_worker(index: int) -> str:
-    return _workers_table().compute(index)
+    return _workers_experiment().compute(index)
 
 
 def _display(progress: bool) -> Progress:

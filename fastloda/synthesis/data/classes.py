@@ -1,0 +1,56 @@
+"""Classes of two sets of images, matched by their names."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from fastloda.errors import UserError
+
+from .images import LabelledImages
+
+_SHOWN = 20  # number of names that a message shows of a list
+
+
+def relabelled(
+    images: LabelledImages, names: Sequence[str], class_map: Mapping[str, str] | None = None, *, of: str = "the model"
+) -> LabelledImages:
+    """Number the images' classes as `names` does, by their own names.
+
+    Args:
+        images: labelled images; what number a class had makes no difference.
+        names: names of all classes, in the wanted order.
+        class_map: for classes that are called otherwise, their name among `names`.
+        of: owner of `names`, for the message.
+
+    Raises:
+        UserError: a class of the images has no namesake among `names`; the message has both lists.
+    """
+    called = mapped_names(images, class_map)
+    if strange := [name for name in called if name not in names]:
+        example = f"{strange[0]}={next((name for name in names if name not in called), names[0])}"
+        raise UserError(
+            f"{listed(strange)} of the classes {listed(images.class_names)} are not among those of {of}, {listed(names)}: rename "
+            f"them, or say which is which, as in --class-map {example}"
+        )
+    number = torch.tensor([list(names).index(name) for name in called])
+    return replace(images, labels=number[images.labels], num_classes=len(names), class_names=tuple(names))
+
+
+def mapped_names(images: LabelledImages, class_map: Mapping[str, str] | None = None) -> list[str]:
+    """List the name of each of the images' classes after `class_map`, which may give several classes one name."""
+    return [(class_map or {}).get(name, name) for name in images.class_names]
+
+
+def only(images: LabelledImages, names: Sequence[str]) -> LabelledImages:
+    """Keep the images of these classes, each of which the images have, numbered as `names` does."""
+    number = torch.full((images.num_classes,), -1)
+    for i, name in enumerate(names):
+        number[images.class_names.index(name)] = i
+    labels = number[images.labels]
+    return replace(images[labels >= 0], labels=labels[labels >= 0], num_classes=len(names), class_names=tuple(names))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Write names as a list, of which the message shows the first twenty."""
+    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > _SHOWN else "")

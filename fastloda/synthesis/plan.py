@@ -1,0 +1,143 @@
+"""The plan of a way from public and private images to synthetic ones: what it will do, need and cost, before it does anything."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from fastloda.loda.attach import attach_loda
+from fastloda.privacy.step import GhostClipper
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.recipe import Recipe
+
+REPEATS = 2
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one image in a step, measured on a few public images.
+
+    Attributes:
+        parameters: number of the model's parameters.
+        trained: number of those that private training changes.
+        public_seconds, private_seconds, sampling_seconds: time of an image in a step of public training, of a record in a step
+            of private training, and of an image in a step of the sampler.
+        public_bytes, private_bytes: what an image, or a record, leaves in memory for the backward pass.
+    """
+
+    parameters: int
+    trained: int
+    public_seconds: float
+    private_seconds: float
+    sampling_seconds: float
+    public_bytes: float
+    private_bytes: float
+
+
+def measure(config: UNetConfig, public: LabelledImages, recipe: Recipe, device: torch.device) -> Cost:
+    """Measure what a step costs, on a new U-Net and some public images."""
+    model = UNet(config).to(device, memory_format=torch.channels_last)
+    count = min(len(public), max(4, min(128, 2**13 // config.image_size**2)))
+    images, labels = public.images[:count].to(device), public.labels[:count].to(device)
+    generator, diffusion = Generator(device).manual_seed(0), Diffusion()
+    parameters = sum(p.numel() for p in model.parameters())
+
+    def public_loss() -> Tensor:
+        return diffusion.losses(model, images, labels, generator=generator).mean()
+
+    def sampling_step() -> Tensor:
+        with torch.inference_mode():
+            return model(images, torch.zeros_like(labels), labels)
+
+    public_seconds, public_bytes = _median_seconds(lambda: public_loss().backward(), device), saved_bytes(public_loss)
+    sampling_seconds = _median_seconds(sampling_step, device)
+    model.zero_grad()
+    attach_loda(model, **asdict(recipe.adapter))
+    clipper, losses_of = (
+        GhostClipper(model, 1.0, recipe.tuning.views),
+        recipe.tuning.training.losses(recipe.tuning.views),
+    )
+
+    def private_losses() -> Tensor:
+        return losses_of(model, (images, labels), generator)
+
+    private_seconds = _median_seconds(lambda: clipper.accumulate(private_losses()), device)
+    private_bytes = saved_bytes(private_losses)
+    trained = sum(p.numel() for p in clipper.parameters.values())
+    per_image = (x / count for x in (public_seconds, private_seconds, sampling_seconds, public_bytes, private_bytes))
+    return Cost(parameters, trained, *per_image)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run: its recipe, the noise multiplier that keeps the promise, and the measured cost of a step."""
+
+    recipe: Recipe
+    noise_multiplier: float
+    cost: Cost
+
+    def to_dict(self) -> dict[str, object]:
+        """Describe each stage; times and memory are estimates from the measured steps."""
+        recipe, cost, pretraining, privacy = self.recipe, self.cost, self.recipe.pretraining, self.recipe.privacy
+        public = pretraining.steps * pretraining.batch_size * cost.public_seconds
+        private = privacy.steps * privacy.batch_size * cost.private_seconds
+        sampling = recipe.count * recipe.tuning.sampler_steps * cost.sampling_seconds
+        at_once = min(recipe.tuning.training.micro_batch_size, privacy.batch_size)
+        memory = max(pretraining.batch_size * cost.public_bytes, at_once * cost.private_bytes)
+        return {
+            "pretrain": {
+                "steps": pretraining.steps,
+                "images a step": pretraining.batch_size,
+                "parameters": cost.parameters,
+                "time": duration(public),
+            },
+            "finetune": {
+                "epsilon": privacy.target_epsilon,
+                "delta": privacy.delta,
+                "noise multiplier": round(self.noise_multiplier, 3),
+                "steps": privacy.steps,
+                "records a step": f"{privacy.batch_size} expected of {privacy.records}, {privacy.views} views of each",
+                "trained numbers": cost.trained,
+                "time": duration(private),
+            },
+            "sample": {"images": recipe.count, "time": duration(sampling * (2 if recipe.tuning.guidance else 1))},
+            "memory": f"about {memory / GIB:.1f} GiB for a step",
+        }
+
+
+def duration(seconds: float) -> str:
+    """Write an estimated time in the unit that suits it."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
+
+
+def saved_bytes(forward: Callable[[], Tensor]) -> int:
+    """Count the bytes that a forward pass keeps for its backward pass, each storage once."""
+    sizes = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()  # noqa: F841, it keeps the storages alive, so that no two have one address
+    return sum(sizes.values())
+
+
+def _median_seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Measure the median time of a step, after a first one."""
+    times = []
+    for _ in range(1 + REPEATS):
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])

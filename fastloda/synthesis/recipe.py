@@ -1,0 +1,103 @@
+"""The recipe of a way from public and private images to synthetic ones: all settings of its stages, and the stages in a row."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from fastloda.synthesis import stages
+from fastloda.synthesis.budget import Privacy, private_training
+from fastloda.synthesis.diffusion import TIMESTEPS
+from fastloda.synthesis.diffusion.pretrain import PublicTraining
+from fastloda.synthesis.methods.diffusion_model import PrivateTuning
+from fastloda.synthesis.methods.public_choice import PublicChoice
+from fastloda.synthesis.presets import (
+    CHOICES,
+    SMALL,
+    TUNINGS,
+    batch_size,
+    default_delta,
+    micro_batch_size,
+    public_training,
+)
+from fastloda.synthesis.settings import Adapter
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run, computed from public facts alone.
+
+    Attributes:
+        pretraining: settings of public training.
+        choice: settings of the private choice of public images; None leaves it out.
+        privacy: promise that all releases about the private images keep together.
+        tuning: settings of private training and of sampling.
+        adapter: settings of the adapters.
+        count: number of synthetic images.
+        seed: seed of everything; None takes what is private from the operating system.
+    """
+
+    pretraining: PublicTraining
+    choice: PublicChoice | None
+    privacy: Privacy
+    tuning: PrivateTuning
+    adapter: Adapter
+    count: int
+    seed: int | None
+
+    @classmethod
+    def fitting(
+        cls,
+        epsilon: float,
+        records: int,
+        size: int,
+        *,
+        delta: float | None = None,
+        choose: bool = False,
+        count: int,
+        public_steps: int,
+        private_steps: int | None = None,
+        sampler_steps: int,
+        rank: int = 4,
+        seed: int | None = None,
+    ) -> Self:
+        """Make the recipe for a budget, a nominal number of records, and images of `size` pixels; the rest is as in `synthesize`.
+
+        Raises:
+            UserError: an argument is impossible.
+        """
+        tuning = TUNINGS.at(epsilon)
+        training = replace(tuning.training, micro_batch_size=micro_batch_size(size, tuning.views), seed=seed)
+        if size >= SMALL:  # the range of timesteps was found on digits
+            training = replace(training, timesteps=(0, TIMESTEPS))
+        steps = tuning.steps if private_steps is None else private_steps
+        tuning = replace(
+            tuning, steps=steps, batch_size=batch_size(records), training=training, sampler_steps=sampler_steps
+        )
+        stages.check_sampling(count, sampler_steps, tuning.guidance)
+        promise = {"target_epsilon": epsilon, "delta": default_delta(records) if delta is None else delta}
+        promise |= {"max_grad_norm": tuning.max_grad_norm, "views": tuning.views}
+        privacy = Privacy.for_steps(steps, tuning.batch_size, records, **promise)
+        choice = CHOICES.at(epsilon) if choose else None
+        pretraining = public_training(size, public_steps, seed or 0)
+        return cls(pretraining, choice, privacy, tuning, Adapter(rank), count, seed)
+
+    def noise_multiplier(self) -> float:
+        """Compute the noise of private training that keeps the promise, with the choice of public images if there is one."""
+        earlier = () if self.choice is None else ((1.0, self.choice.noise_multiplier, 1),)
+        return private_training(self.privacy, earlier, **self.tuning.training.optimization()).noise_multiplier
+
+    def pretrain(self, run: Path, **options) -> dict:
+        """Run `stages.pretrain`; this one's and the others' options are those stages' further ones."""
+        return stages.pretrain(run, training=self.pretraining, **options)
+
+    def choose(self, run: Path, **options) -> dict:
+        privacy = {"delta": self.privacy.delta, "records": self.privacy.records}
+        return stages.choose(run, choice=self.choice, seed=self.seed, **privacy, **options)
+
+    def finetune(self, run: Path, **options) -> dict:
+        return stages.finetune(run, self.privacy, adapter=self.adapter, training=self.tuning.training, **options)
+
+    def sample(self, run: Path, **options) -> dict:
+        sampling = {"steps": self.tuning.sampler_steps, "guidance": self.tuning.guidance, "seed": self.seed or 0}
+        at_once = min(256, self.tuning.training.micro_batch_size)
+        return stages.sample(run, count=self.count, batch_size=at_once, **sampling, **options)

@@ -1,0 +1,233 @@
+"""One command from two sets of images, public and private, to private synthetic images: a plan, then the stages in a row."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastloda.errors import UserError
+from fastloda.synthesis import stages
+from fastloda.synthesis.arguments import Device, Names, resolve_device
+from fastloda.synthesis.budget import STATEMENT, Privacy, nominal_records
+from fastloda.synthesis.data import (
+    FolderFacts,
+    LabelledImages,
+    listed,
+    look_at,
+    mapped_names,
+    only,
+    read_owners,
+    relabelled,
+)
+from fastloda.synthesis.diffusion import UNetConfig
+from fastloda.synthesis.inputs import (
+    open_for_unet,
+    open_public,
+    open_tests,
+    read_class_map,
+    sensible_size,
+    shape_text,
+)
+from fastloda.synthesis.parser import as_yaml
+from fastloda.synthesis.plan import Plan, measure
+from fastloda.synthesis.presets import SMALL, judge
+from fastloda.synthesis.recipe import Recipe
+from fastloda.synthesis.settings import UNetShape
+
+logger = logging.getLogger("fastloda")
+
+
+def synthesize(
+    public: str,
+    private: str,
+    epsilon: float,
+    out: Path,
+    *,
+    test: str | None = None,
+    delta: float | None = None,
+    records: int | None = None,
+    name: str = stages.PRIVATE_NAME,
+    class_map: Names = stages.NO_NAMES,
+    skip_unreadable: bool = False,
+    owner: str | None = None,
+    per_owner: int = 1,
+    size: int | None = None,
+    channels: int | None = None,
+    choose: bool = False,
+    count: int = 2000,
+    public_steps: int = 2000,
+    private_steps: int | None = None,
+    sampler_steps: int = 50,
+    rank: int = 4,
+    unet: UNetShape = stages.SHAPE,
+    seed: int | None = None,
+    dry_run: bool = False,
+    device: Device = "auto",
+    progress: bool = True,
+) -> dict:
+    """Make private synthetic images from a set of public and a set of private images.
+
+    It says what it found and what it is going to do, then runs pretrain, choose (if asked for), finetune, sample and evaluate
+    (if there are tests) in the folder `out`. Interrupted, it continues when it is called again. Everything in out/samples may be
+    published, on the terms in its privacy.json; out/private holds what must not.
+
+    Each set is a folder of images, with a subfolder for each class; or an npz file or a name, as `fastloda pretrain` and
+    `fastloda finetune` take. Classes are matched by their names. Size and channels follow the public images alone, since a
+    single private image could change them.
+
+    Args:
+        public: public images, whose model is adapted; of the private images' classes, and of what else there may be.
+        private: private images.
+        epsilon: upper bound on epsilon of all that is released about the private images; 1 is strong, 10 is common in research.
+        out: folder for all results.
+        test: real images to test a classifier on that learns from the synthetic ones; epsilon does not cover them.
+        delta: probability with which the bound may fail. Default: the largest power of ten below 1 / (10 records).
+        records: public, nominal number of private records. Default: the count of the data, which is thereby made public.
+        name: public name of the private images, which privacy.json says. No path is published.
+        class_map: pairs private=public, separated by commas, for private classes that the public images call otherwise.
+        skip_unreadable: whether to leave out images that can't be read, instead of refusing. What is left out is not protected.
+        owner: whose each private image is, where people have several: then privacy protects a person with all their images.
+            `subfolder`, a regular expression with one group that matches from the start of the file name, or a .csv file, as
+            `fastloda finetune --owner` takes them.
+        per_owner: number of an owner's images in a step; with `owner` only.
+        size: side in pixels of the synthetic images. Default: 8, 16, 24, 32, 48 or 64, the largest that is not above any public
+            image's side.
+        channels: number of channels, 1 or 3. Default: 1 if all public images are grey, else 3.
+        choose: whether to choose public images privately first (`fastloda choose`), for a part of the same budget.
+        count: number of synthetic images.
+        public_steps: number of steps of public training.
+        private_steps: number of steps of private training. Default: 400, or 100 below epsilon 3.
+        sampler_steps: number of steps of the sampler.
+        rank: rank of the adapters.
+        unet: shape of the U-Net.
+        seed: seed of everything. Default: the operating system's randomness for what is private; a number makes an experiment
+            that can be repeated, and whose noise can be foreseen.
+        dry_run: whether to stop after the plan; nothing is written.
+        device: device to compute on.
+        progress: whether to show progress bars.
+    """
+    place = resolve_device(device)
+    Privacy(
+        epsilon, delta=1e-9 if delta is None else delta
+    )  # refuses what no records could make right, before they are read
+    if owner is not None and choose:
+        raise UserError(
+            "--choose releases a sum in which each image counts by itself: leave it out, or leave out --owner"
+        )
+    found = open_sets(public, private, test, class_map, skip_unreadable, size, channels)
+    units = len(found.private) if owner is None else len(set(read_owners(private, found.private.files, owner)))
+    found.say(name, "image" if owner is None else f"owner of images, of whom there are {units},")
+    config, nominal = unet.config(found.public), nominal_records(records, units, "--records")
+    recipe = Recipe.fitting(
+        epsilon,
+        nominal,
+        config.image_size,
+        delta=delta,
+        choose=choose,
+        count=count,
+        public_steps=public_steps,
+        private_steps=private_steps,
+        sampler_steps=sampler_steps,
+        rank=rank,
+        seed=seed,
+    )
+    plan = Plan(recipe, recipe.noise_multiplier(), measure(config, found.public, recipe, place)).to_dict()
+    if dry_run:
+        return plan
+    logger.info("the plan:\n%s", as_yaml(plan).rstrip())
+    device_and_bars = {"device": device, "progress": progress}
+    common = {"skip_unreadable": skip_unreadable, **device_and_bars}
+    source = {"data": private, "name": name, "class_map": class_map, **common}
+    shape = {"size": config.image_size, "channels": config.in_channels, "unet": unet}
+    steps = {"pretrain": lambda: recipe.pretrain(out, data=public, **shape, **common)}
+    if choose:
+        steps["choose"] = lambda: recipe.choose(out, public=public, **source)
+    steps["finetune"] = lambda: recipe.finetune(out, owner=owner, per_owner=per_owner, **source)
+    steps["sample"] = lambda: recipe.sample(out, **device_and_bars)
+    if test is not None:
+        judging = {"test": test, "class_map": class_map, "classifier": judge(config.image_size)}
+        steps["evaluate"] = lambda: stages.evaluate(out, **judging, **common)
+    return _run(steps) | {"privacy": str(Path(out) / "samples" / STATEMENT)}
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The sets of images of a run, opened and matched; `facts` are those of the sets that are folders, by what each is."""
+
+    public: LabelledImages
+    private: LabelledImages
+    facts: Mapping[str, FolderFacts]
+
+    def say(self, name: str, unit: str) -> None:
+        """Say what was found, what the unit of privacy is, and what is made public by it."""
+        for what, images in (("public", self.public), ("private", self.private)):
+            logger.info("%s: %s", what, _described(images, self.facts.get(what)))
+        logger.info(
+            "note: privacy protects one %s; the names of the private classes are published, under the name %r",
+            unit,
+            name,
+        )
+
+
+def open_sets(
+    public: str,
+    private: str,
+    test: str | None,
+    class_map: Names,
+    skip_unreadable: bool,
+    size: int | None,
+    channels: int | None,
+) -> Sets:
+    """Open all sets of images as the stages will, and match their classes.
+
+    Raises:
+        FileNotFoundError, UserError: a set is refused; if several are, the message says it of each.
+    """
+    facts = {what: look_at(path) for what, path in (("public", public), ("private", private)) if Path(path).is_dir()}
+    if size is None and "public" in facts:
+        size = sensible_size(facts["public"])
+    mapping, refusals = read_class_map(class_map), []
+
+    def opened(open_set: Callable[[], LabelledImages]) -> LabelledImages | None:
+        try:
+            return open_set()
+        except UserError as error:
+            refusals.append(str(error))
+            return None
+
+    reading = {"skip_unreadable": skip_unreadable}
+    pool = opened(lambda: open_public(public, size=size, channels=channels, **reading))
+    channels, size = pool.images.shape[1:3] if pool else (channels or 3, size or SMALL)
+    config = UNetConfig(image_size=size, in_channels=channels, multipliers=(1,))
+    records = opened(lambda: open_for_unet(private, config, **reading))
+    if pool and records:
+        named = mapped_names(records, mapping)
+        opened(lambda: relabelled(records, pool.class_names, mapping, of="the public images"))
+        if test is not None and not refusals:
+            known = only(pool, [each for each in pool.class_names if each in named])
+            opened(lambda: open_tests(test, known, mapping, **reading))
+    if refusals:
+        raise UserError("\n".join(refusals))
+    return Sets(pool, records, facts)
+
+
+def _described(images: LabelledImages, facts: FolderFacts | None) -> str:
+    """Describe images, and how those of a folder were brought to one size: "600 images, 48 x 40 RGB, centre crop to 32 x 32"."""
+    classes = f"{images.num_classes} classes: {listed(images.class_names)}"
+    if facts is None:
+        return f"{len(images)} images, {shape_text(images)}, {classes}"
+    (width, height), *others = facts.sizes
+    more = f" and {len(others)} other sizes" if others else ""
+    side = images.images.shape[2]
+    kind = f"{width} x {height}{more} {'grey' if facts.channels == 1 else 'RGB'}"
+    cut = "" if facts.sizes.keys() == {(side, side)} else f", centre crop to {side} x {side}"
+    return f"{len(images)} images, {kind}{cut}, {classes}"
+
+
+def _run(steps: Mapping[str, Callable[[], dict]]) -> dict:
+    """Run the stages in their order, and collect what the user wants to know of their results."""
+    wanted, found = ("epsilon", "delta", "samples", "images", "grid", "accuracy"), {}
+    for number, (stage, work) in enumerate(steps.items(), 1):
+        logger.info("[%d/%d] %s", number, len(steps), stage)
+        found |= {key: value for key, value in work().items() if key in wanted}
+    return found
