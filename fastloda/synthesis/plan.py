@@ -3,12 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from fastloda.loda.attach import attach_loda
 from fastloda.privacy.step import GhostClipper
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
@@ -57,7 +56,7 @@ def measure(config: UNetConfig, public: LabelledImages, recipe: Recipe, device: 
     public_seconds, public_bytes = _median_seconds(lambda: public_loss().backward(), device), saved_bytes(public_loss)
     sampling_seconds = _median_seconds(sampling_step, device)
     model.zero_grad()
-    attach_loda(model, **asdict(recipe.adapter))
+    recipe.adapter.attach(model)
     clipper, losses_of = (
         GhostClipper(model, 1.0, recipe.tuning.views),
         recipe.tuning.training.losses(recipe.tuning.views),
@@ -75,17 +74,18 @@ def measure(config: UNetConfig, public: LabelledImages, recipe: Recipe, device: 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run: its recipe, the noise multiplier that keeps the promise, and the measured cost of a step."""
+    """The plan of a run: recipe, noise multiplier that keeps the promise, measured cost of a step, images of an owner in it."""
 
     recipe: Recipe
     noise_multiplier: float
     cost: Cost
+    per_owner: int = 1
 
     def to_dict(self) -> dict[str, object]:
         """Describe each stage; times and memory are estimates from the measured steps."""
         recipe, cost, pretraining, privacy = self.recipe, self.cost, self.recipe.pretraining, self.recipe.privacy
         public = pretraining.steps * pretraining.batch_size * cost.public_seconds
-        private = privacy.steps * privacy.batch_size * cost.private_seconds
+        private = privacy.steps * privacy.batch_size * self.per_owner * cost.private_seconds
         sampling = recipe.count * recipe.tuning.sampler_steps * cost.sampling_seconds
         at_once = min(recipe.tuning.training.micro_batch_size, privacy.batch_size)
         memory = max(pretraining.batch_size * cost.public_bytes, at_once * cost.private_bytes)

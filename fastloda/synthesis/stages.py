@@ -28,7 +28,7 @@ from fastloda.loda.attach import load_loda, save_loda
 from fastloda.randomness import seeded
 from fastloda.synthesis.account import known_releases, read_statement, releases
 from fastloda.synthesis.arguments import Device, Names, resolve_device
-from fastloda.synthesis.bases import MODEL, Base, class_prompts, open_base
+from fastloda.synthesis.bases import MODEL, Base, OwnUNet, class_prompts, open_base
 from fastloda.synthesis.budget import (
     CHECKPOINT,
     EPSILON_CURVE,
@@ -62,7 +62,7 @@ from fastloda.synthesis.methods.dp_sgd import DPSGD, make_classifier, train_dpsg
 from fastloda.synthesis.methods.gaussian_release import noise_stream
 from fastloda.synthesis.methods.pixel_moves import moved
 from fastloda.synthesis.methods.public_choice import PublicChoice
-from fastloda.synthesis.models import class_names_of, load_unet, save_unet, was_chosen_privately
+from fastloda.synthesis.models import save_unet
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, Stage, digest, make_folder, read_json, write_json
 from fastloda.synthesis.samples import GRID, IMAGES, PART, README, SAMPLES, contact_sheet, draw_resumably, write_samples
 from fastloda.synthesis.settings import Adapter, Classifier, FineTuning, UNetShape
@@ -175,17 +175,17 @@ def choose(
         progress: whether to show a progress bar.
     """
     place = resolve_device(device)
-    base = Path(run) / PUBLIC if model is None else Path(model)
-    network = load_unet(base / MODEL, place)
-    if was_chosen_privately(base / MODEL):  # the release that made it would not be counted
-        raise UserError(f"{base} holds a model of chosen images already: choose for the public model, once")
-    known = class_names_of(base / MODEL)
-    private = _open_private(data, network, known, class_map, skip_unreadable, name)
+    folder = Path(run) / PUBLIC if model is None else Path(model)
+    base = OwnUNet(folder, place)
+    network, known = base.network, base.class_names
+    if base.chosen_privately:  # the release that made it would not be counted
+        raise UserError(f"{folder} holds a model of chosen images already: choose for the public model, once")
+    private = _open_private(data, base, class_map, skip_unreadable, name)
     nominal = nominal_records(records, len(private), "--records")
     check_delta("delta", delta, nominal)
     settings = {"delta": delta, "choice": asdict(choice), "records": nominal, "name": name, "public": full_name(public)}
     settings |= {"count": count, "seed": seed, "device": place.type}
-    outputs, inputs = (MODEL, PREVIEW, SUMS, STATEMENT), (base / MODEL, *files_of(public))
+    outputs, inputs = (MODEL, PREVIEW, SUMS, STATEMENT), (base.file, *files_of(public))
     source = _source(data, class_map, skip_unreadable)
     stage = Stage(Path(run) / CHOSEN, settings, inputs, outputs, private=True, source=source)
     if not _reuse(stage):

@@ -131,7 +131,8 @@ def synthesize(
         rank=rank,
         seed=seed,
     )
-    plan = Plan(recipe, recipe.noise_multiplier(), measure(config, found.public, recipe, place)).to_dict()
+    cost = measure(config, found.public, recipe, place)
+    plan = Plan(recipe, recipe.noise_multiplier(), cost, per_owner).to_dict()
     if dry_run:
         return plan
     logger.info("the plan:\n%s", as_yaml(plan).rstrip())

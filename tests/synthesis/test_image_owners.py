@@ -210,3 +210,20 @@ def test_the_command_takes_owners_and_refuses_a_number_without_them(public, tmp_
     assert "per_owner=2 needs the owners of the records" in capsys.readouterr().err
     assert main([*command, "--owner", r"(p\d+)_"]) == 0
     assert json.loads((tmp_path / "run" / "private" / "privacy.json").read_text())["owners"] == 12
+
+
+def test_owners_are_those_of_the_images_that_could_be_read(public, tmp_path):
+    """A file that is left out takes no other's owner."""
+    data = many(tmp_path / "images")
+    first, second, *_ = sorted((data / "0").iterdir())
+    first.write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="left out 1 of 43"):
+        images = image_folder(data, skip_unreadable=True)
+    owners = read_owners(data, images.files, r"(p\d+)_")
+    assert len(owners) == len(images) == 42 and owners[0] == second.name[:3]
+    privacy = Privacy(target_epsilon=8.0, delta=1e-5, epochs=0.4, batch_size=4)
+    options = {"owner": r"(p\d+)_", "model": public, "skip_unreadable": True}
+    with pytest.warns(UserWarning, match="left out 1 of 43"):
+        statement = finetune(tmp_path / "run", privacy, data=str(data), **options, **QUIET)
+    assert statement["owners"] == len(set(owners)) == 11
+    assert "(p" not in (tmp_path / "run" / "private" / "config.yaml").read_text()  # nor where a table of owners lies

@@ -439,7 +439,9 @@ def test_a_model_without_classes_takes_one(tmp_path):
     options = {"model": model, "data": str(tmp_path / "data.npz"), "adapter": Adapter(rank=1), **QUIET}
     with pytest.raises(ValueError, match="3 classes, more than the model's 1"):
         finetune(tmp_path / "run", PRIVACY, **options)
-    replace(images, labels=torch.zeros_like(images.labels), num_classes=1).save_npz(tmp_path / "data.npz")
+    replace(images, labels=torch.zeros_like(images.labels), num_classes=1, class_names=()).save_npz(
+        tmp_path / "data.npz"
+    )
     finetune(tmp_path / "run", PRIVACY, **options)
     assert load_npz(sample(tmp_path / "run", count=2, steps=1, model=model, **QUIET)["samples"]).num_classes == 1
 

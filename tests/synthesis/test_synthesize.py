@@ -112,6 +112,13 @@ def test_patients_of_several_images_are_the_unit_of_privacy(cells, tmp_path, cap
     assert "leave it out, or leave out --owner" in capsys.readouterr().err
 
 
+def test_the_plan_counts_an_owners_images():
+    settings = recipe.Recipe.fitting(8.0, 600, 32, count=10, public_steps=10, sampler_steps=2)
+    cost = plan.Cost(10, 5, 0.01, 0.02, 0.001, 1e6, 2e6)
+    times = [plan.Plan(settings, 1.0, cost, images).to_dict()["finetune"]["time"] for images in (1, 3)]
+    assert times == ["about 20 min", "about 60 min"]  # 400 steps of 150 records
+
+
 def test_a_dry_run_writes_nothing(cells, tmp_path, capsys):
     assert main(arguments(cells, tmp_path / "out", "--skip-unreadable", "--dry-run", "--choose")) == 0
     planned = yaml.safe_load(capsys.readouterr().out)

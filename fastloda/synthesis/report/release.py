@@ -17,7 +17,7 @@ from fastloda.synthesis.report.finished_run import FinishedRun
 from fastloda.synthesis.report.html import Blanks, Bullets, Facts, Figure, Page, Section, Text, render
 from fastloda.synthesis.report.plots import sample_grid
 from fastloda.synthesis.report.tables import Table, rounded_up
-from fastloda.synthesis.runs import CONFIG, DONE, digest
+from fastloda.synthesis.runs import CONFIG, DONE, SOURCE, digest
 from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, PRIVATE, SAMPLES
 from fastloda.training.releases import intent_path
 
@@ -134,8 +134,9 @@ def _confidential() -> dict[str, str]:
     return {
         f"{PRIVATE}/{CHECKPOINT}": "it holds the secret from which the noise follows",
         f"{PRIVATE}/{intent_path(Path(CHECKPOINT)).name}": "it belongs to the checkpoint",
+        f"{PRIVATE}/{SOURCE} and {CHOSEN}/{SOURCE}": "they say where the private images are",
         f"{CONFIG} and {DONE}": f"those of {PRIVATE}/ and {CHOSEN}/ may hold paths, and times that depend on the images",
-        EVALUATION: "it may hold paths, and the promise does not cover its accuracies",
+        EVALUATION: "the promise does not cover its accuracies",
         "the loss and the clipped share": "training shows them to the operator, without noise",
         "the private images": "and their paths, and any file that is not listed as publishable",
     }
