@@ -5,7 +5,7 @@ the loss, all show as edges to its AccumulateGrad node. A private step covers a 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -147,21 +147,24 @@ def _zero_or_one(factor: object) -> object:
     return factor if isinstance(factor, (int, float)) and factor in (0, 1) else None
 
 
-def nodes_below(roots: Iterable[Node]) -> dict[Node, Edges]:
-    """Map each node below the roots, and these, to its edges, each node after its inputs; PyTorch is asked once for each."""
+def nodes_below(roots: Iterable[Node], ends: Container[Node] = ()) -> dict[Node, Edges]:
+    """Map each node below the roots, and these, to its edges, each node after its inputs; PyTorch is asked once for each.
+
+    ends: nodes below which nothing is looked for.
+    """
     found: dict[Node, Edges] = {}
     seen: set[Node] = set()
     for root in roots:
         if root in seen:
             continue
         seen.add(root)
-        stack = [_entered(root)]
+        stack = [_entered(root, ends)]
         while stack:
             node, edges, waiting = stack[-1]
             for child, _ in waiting:
                 if child is not None and child not in seen:
                     seen.add(child)
-                    stack.append(_entered(child))
+                    stack.append(_entered(child, ends))
                     break
             else:
                 found[node] = edges
@@ -169,8 +172,8 @@ def nodes_below(roots: Iterable[Node]) -> dict[Node, Edges]:
     return found
 
 
-def _entered(node: Node) -> tuple[Node, Edges, Iterator[tuple[Node | None, int]]]:
-    edges = node.next_functions
+def _entered(node: Node, ends: Container[Node]) -> tuple[Node, Edges, Iterator[tuple[Node | None, int]]]:
+    edges = () if node in ends else node.next_functions
     return node, edges, iter(edges)
 
 
