@@ -274,7 +274,7 @@ def test_copies_train_and_go_on_with_the_account(again, when):
         copies = [again(made), again(made)]
     for copied in copies:
         assert not copied[1].accumulating and len(copied[1].accountant) == taken
-        assert copied[0]._module is not model._module and copied[2].tally is copied[1].tally
+        assert copied[0].to_standard_module() is not model.to_standard_module() and copied[2].tally is copied[1].tally
         with pytest.raises(PrivacyError, match="needs one loss.backward"):
             copied[1].step()
         train(*copied)
@@ -693,14 +693,14 @@ def test_a_bound_for_each_parameter():
     bounds = [0.5, 0.01, 0.2, 0.03]
     model, optimizer, loader = private(clipping="per_layer", bound=bounds)
     x, y = first_batch(loader)
-    samples = truth(model._module, x, y)
+    samples = truth(model.to_standard_module(), x, y)
     wanted = {name: 0 for name in samples[0]}
     for sample in samples:
         for (name, g), bound in zip(sample.items(), bounds):
             wanted[name] = wanted[name] + g * min(1.0, bound / g.norm().item())
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    assert_same(gradients(model._module), wanted, divisor=8)
+    assert_same(gradients(model.to_standard_module()), wanted, divisor=8)
     assert optimizer.max_grad_norm == pytest.approx(sum(b * b for b in bounds) ** 0.5)
     for bad, match in (([1.0], "1 bounds for 4 trainable"), ([1.0, 1, 1, -1], "positive finite")):
         with pytest.raises(ValueError, match=match):
@@ -853,10 +853,10 @@ def test_class_weights_and_ignored_targets_train(reduction):
     x, y = first_batch(loader)
     assert (y == 1).any() and (y != 1).any()
     losses = lambda m, x: criterion(m(x[..., :-1]), x[:, 0, 0, -1].long())  # noqa: E731
-    wanted = oracle.clipped_sum(oracle.sample_grads(model._module, losses, with_labels(x, y)), 0.1)
+    wanted = oracle.clipped_sum(oracle.sample_grads(model.to_standard_module(), losses, with_labels(x, y)), 0.1)
     criterion(model(x), y).backward()
     optimizer.step()
-    assert_same(gradients(model._module), wanted, divisor=8 if reduction == "mean" else 1)
+    assert_same(gradients(model.to_standard_module()), wanted, divisor=8 if reduction == "mean" else 1)
 
 
 class Threes:
@@ -876,10 +876,12 @@ def test_noise_of_ones_own():
     source = Threes()
     model, optimizer, loader = private(bound=0.1, noise=2.0, noise_generator=source)
     x, y = first_batch(loader)
-    clipped = oracle.clipped_sum(truth(model._module, x, y), 0.1)
+    clipped = oracle.clipped_sum(truth(model.to_standard_module(), x, y), 0.1)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    assert_same(gradients(model._module), {name: g + 2.0 * 0.1 * 3.0 for name, g in clipped.items()}, divisor=8)
+    assert_same(
+        gradients(model.to_standard_module()), {name: g + 2.0 * 0.1 * 3.0 for name, g in clipped.items()}, divisor=8
+    )
     assert source.drawn == sum(p.numel() for p in model.parameters())
     assert copy.deepcopy(optimizer).generator.drawn == source.drawn
     with pytest.raises(TypeError, match="noise_generator must be a torch.Generator, or have normal"):
