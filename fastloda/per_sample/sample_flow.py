@@ -406,9 +406,8 @@ def _normalised_by_targets(op: Operation[Rows]) -> bool:
         return False
     rows, left_out = op.inputs[0].state, node._saved_target == signed(ignored)
     by_entry = left_out.reshape(rows.outer, rows.entries, -1).sum((0, 2))
-    return bool(
-        (by_entry != by_entry[0]).any()
-    )  # equal ones, as where each sequence is shifted by one, are a public divisor
+    # equally many for each sample, as where all sequences are shifted by one, leave a public divisor
+    return bool((by_entry != by_entry[0]).any())
 
 
 def _constant_factor(op: Operation) -> float | None:

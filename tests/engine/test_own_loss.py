@@ -152,6 +152,13 @@ def hooked(logits, h, y):
     return losses.mean()
 
 
+def hooked_below(logits, h, y):
+    handles = [
+        logits.register_hook(lambda g: handles.pop().remove() or g / g.norm())
+    ]  # once: the step itself sees no hook
+    return plain(logits, h, y)
+
+
 REFUSED = {
     "contrastive": (contrastive, "samples mix"),
     "maximum": (lambda logits, h, y: F.cross_entropy(logits, y, reduction="none").max(), "samples mix"),
@@ -162,6 +169,7 @@ REFUSED = {
         "not computed of its other outputs",
     ),
     "hook": (hooked, "gradient hook"),
+    "hook on the logits": (hooked_below, "gradient hook"),
 }
 
 
