@@ -70,9 +70,10 @@ class Tally:
             self.drawn.popleft()
         if not self.drawn:
             raise PrivacyError(
-                "no batch is left for this step: each step must use one new batch of the data loader that make_private returned, "
-                "not of another made from it, for the accountant counts one Poisson draw a step. Several losses of one batch, as "
-                "a discriminator's on real and on fake samples, are added up for one backward and one step"
+                "no batch is left for this step: each step must use one new batch of the data loader that make_private returned "
+                "(which transformers' Trainer takes by get_train_dataloader), for the accountant counts one Poisson draw a step. "
+                "Several losses of one batch, as a discriminator's on real and on fake samples, are added up for one backward "
+                "and one step"
             )
         if self.drawn[-1].split and len(self.drawn) > 1:
             self.drawn.clear()

@@ -207,9 +207,9 @@ class PrivateModule(nn.Module):
         return map_tensors(outputs, lambda t: t if not _is_computed(t) else next(cut if t.dim() else losses))
 
     def _own_loss(self, total: Tensor, rows: Sequence[Tensor], cut: Sequence[Tensor]) -> Tensor:
-        """Make a loss that the module has computed of its rows anew, of those that are cut off, with the same gradients there."""
-        if total.grad_fn is None and cut:  # the empty batch's, see `_no_rows`
-            return functools.reduce(torch.add, [rows.sum() for rows in cut]).to(total.dtype)
+        """Compute the module's own loss again from the rows that are cut off: the same value, with the same gradients there."""
+        if cut and not len(cut[0]):  # the loss of an empty batch depends on no parameter
+            return functools.reduce(torch.add, [t.sum() for t in cut]).to(total.dtype)
         mean = self._tape.loss_reduction == "mean"
         try:
             grads = gradients_of_own_loss(total, rows, self._tape.loss_reduction, self._tape.grown_inside)
