@@ -1,6 +1,7 @@
 """Loops of other libraries run with `make_private`, and modules in place, which such libraries want."""
 
 import copy
+import inspect
 import os
 import pickle
 
@@ -26,6 +27,7 @@ def test_a_module_in_place_steps_as_a_wrapped_one():
     x, y = first_batch(loader)
     wanted = oracle.clipped_sum(truth(small_net(), x, y), 0.1)
     assert type(inner) is Net and set(inner.state_dict()) == names
+    assert "x" in inspect.signature(inner.forward).parameters  # which Trainer reads
     F.cross_entropy(inner(x), y).backward()
     assert all(p.grad is None for p in inner.parameters())
     optimizer.step()

@@ -441,7 +441,11 @@ def _turned(hidden):
 
 def _install(layer: nn.Module, rule: Rule, names: tuple[str, ...]) -> None:
     """Set the layer's forward by an attribute of its own, which copies and pickles take along, in place of its class's method."""
-    layer.forward = functools.partial(_forward, layer, rule, names)
+    forward = functools.partial(_forward, layer, rule, names)
+    vars(forward)["__wrapped__"] = type(
+        layer
+    ).forward  # it tells its arguments' names, for which transformers' Trainer asks
+    layer.forward = forward
 
 
 def _installed(layer: nn.Module) -> Rule | None:
