@@ -127,6 +127,19 @@ def test_virtual_batches_have_as_many_parts_on_each_rank(two_ranks):
 
 
 @case
+def adaptive(rank, folder):
+    model, optimizer, loader = made(noise=1.0, clipping="adaptive", unclipped_num_std=1.0)
+    return run(model, optimizer, loader), optimizer.max_grad_norm
+
+
+def test_an_adaptive_bound_moves_together(two_ranks):
+    (mine, bound), (theirs, their_bound) = two_ranks("adaptive")
+    model, optimizer, loader = made(noise=1.0, clipping="adaptive", unclipped_num_std=1.0)
+    assert_shares_of(run(model, optimizer, loader), [mine, theirs])
+    assert bound == their_bound == pytest.approx(optimizer.max_grad_norm, rel=1e-12) != BOUND
+
+
+@case
 def without_a_generator(rank, folder):
     model, optimizer, loader = made(noise=1.0, noise_generator=None)
     return run(model, optimizer, loader, passes=20)
