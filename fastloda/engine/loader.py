@@ -232,6 +232,8 @@ class BatchMemoryManager:
     """
 
     def __init__(self, *, data_loader: PoissonLoader, max_physical_batch_size: int, optimizer: "PrivateOptimizer"):
+        if not hasattr(optimizer, "tally"):  # accelerate's or Lightning's wrapper
+            optimizer = getattr(optimizer, "optimizer", optimizer)
         if not isinstance(data_loader, PoissonLoader) or data_loader.tally is not getattr(optimizer, "tally", None):
             raise TypeError("data_loader and optimizer must be what one call of fastloda's make_private returned")
         size = max_physical_batch_size

@@ -315,6 +315,13 @@ def test_accelerate_prepares_everything(wrap_model):
         optimizer.step()
         schedule.step()
     assert len(private_optimizer.accountant) == 3 and schedule.get_last_lr() == [0.125]
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
+        for x, y in parts:
+            optimizer.zero_grad()
+            accelerator.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+            schedule.step()
+    assert len(private_optimizer.accountant) == 6 and schedule.get_last_lr() == [0.5**6]
 
 
 def test_lightning_fits_privately():
