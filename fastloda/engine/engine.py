@@ -121,7 +121,7 @@ class PrivacyEngine:
         process. The batch_size is that of all ranks together; with a DistributedSampler, each rank's. Rank 0's parameters are
         copied to the others. The loop takes as many steps on each rank, and its loss is the mean over the rank's own share. A
         module in DistributedDataParallel is taken out of it; the one returned may be put into it (accelerate does), where it has
-        nothing to do (with broadcast_buffers=False if it has buffers: the private step refuses what writes to them).
+        nothing to do.
 
         Raises:
             ValueError, TypeError: an argument can't be honoured; the message says what to do instead.
