@@ -132,10 +132,6 @@ class PrivacyEngine:
             if clipping == "adaptive":
                 clipping, unknown = _adaptive_style(unknown)
             _check_opacus_arguments(poisson_sampling, grad_sample_mode, rand_on_empty, unknown)
-            if not (wrap_model or batch_first):
-                raise UserError(
-                    "wrap_model=False needs batch_first=True: leave wrap_model out, and train the returned module"
-                )
             if loss_reduction not in REDUCTIONS:
                 raise UserError(f"loss_reduction must be one of {REDUCTIONS}, got {loss_reduction!r}")
             module = bare_module(module)

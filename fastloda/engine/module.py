@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastloda.engine.batch_second import with_batch_second
+from fastloda.engine.batch_second import batch_dims, from_front, swapped, to_front, with_batch_second
 from fastloda.engine.loss_check import check_arrived, gradients_of_own_loss, wait_for_backward
 from fastloda.engine.nested import map_tensors, tensors_in
 from fastloda.errors import PrivacyError, UserError
@@ -274,22 +274,28 @@ class PrivateHooks:
 
     def __init__(self, private: PrivateModule):
         self.module, self.private = private.to_standard_module(), private
-        self._calls: list[tuple[Watch, bool]] = []  # the calls that have begun; whether each is of no samples
+        self._calls: list[tuple[Watch, bool, list | None]] = []  # calls that have begun: see `_begin`
         self._handles = [
             self.module.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.module.register_forward_hook(self._end),
         ]
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Note whether the call is of no samples, and where its outputs have them if inputs have them second."""
         self.private._check_inputs(args, kwargs)
-        self._calls.append((Watch(Members.of(module)), empty := _have_no_rows(args, kwargs)))
-        return _made_up(args, kwargs) if empty else (args, kwargs)
+        watch, turn = Watch(Members.of(module)), swapped if self.private._batch_second else lambda *given: given
+        if empty := _have_no_rows(*turn(args, kwargs)):
+            args, kwargs = turn(*_made_up(*turn(args, kwargs)))
+        dims = batch_dims(module.forward, args, kwargs) if self.private._batch_second else None
+        self._calls.append((watch, empty, dims))
+        return args, kwargs
 
     def _end(self, module: nn.Module, args: tuple, outputs: Any) -> Any:
-        watch, empty = self._calls.pop()
+        watch, empty, dims = self._calls.pop()
+        outputs = outputs if dims is None else to_front(outputs, dims)
         made = self.private._cut(map_tensors(outputs, _no_rows) if empty else outputs)
         watch.check(Members.of(module))
-        return made
+        return made if dims is None else from_front(made, dims)
 
     def cleanup(self) -> None:
         """Make the module's calls ordinary ones again."""

@@ -50,8 +50,6 @@ def test_cleanup_makes_the_module_an_ordinary_one():
     assert all(p.grad is not None for p in inner.parameters())
     with pytest.raises(PrivacyError, match="needs one loss.backward"):
         optimizer.step()
-    with pytest.raises(ValueError, match="wrap_model=False needs batch_first=True"):
-        private(inner, wrap_model=False, batch_first=False)
 
 
 def test_what_a_module_in_place_must_not_do_is_refused():
@@ -174,18 +172,16 @@ def test_language_models_compute_their_own_loss(name, wrap_model):
     make, labels_of = LANGUAGE_MODELS[name]
     torch.manual_seed(0)
     inner = make(transformers).double()
-    tokens = torch.randint(11, (12, 5))
+    plain, tokens = copy.deepcopy(inner), torch.randint(11, (12, 5))
     loader = DataLoader(TensorDataset(tokens, labels_of(tokens)), batch_size=4)
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
     options = dict(noise_multiplier=0.0, max_grad_norm=0.5, wrap_model=wrap_model)
     model, optimizer, loader = make_private(inner, optimizer, loader, **options)
     x, y = first_batch(loader)
-    once = copy.deepcopy(inner)
-    once._forward_hooks.clear(), once._forward_pre_hooks.clear()
-    once = oracle.sample_grads(once, lambda m, i: own_loss(m, i.long()), torch.cat([x, y.view(len(y), -1)], 1))
+    once = oracle.sample_grads(plain, lambda m, i: own_loss(m, i.long()), torch.cat([x, y.view(len(y), -1)], 1))
     call = model if wrap_model else inner
     out = call(input_ids=x, labels=y)
-    assert isinstance(out, transformers.utils.ModelOutput) and type(inner).__name__ in repr(inner)
+    assert isinstance(out, transformers.utils.ModelOutput)
     out.loss.backward()
     optimizer.step()
     assert_same(gradients(inner), oracle.clipped_sum(once, 0.5), divisor=4)
