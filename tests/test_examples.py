@@ -1,6 +1,7 @@
 """Every script in examples/ runs, as a user would run it, and says something."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"opacus": "opacus", "diffusers": "diffusers", "peft": "peft", "timm": "timm"}
+NEEDS = ("opacus", "diffusers", "peft", "timm", "transformers", "accelerate", "lightning")
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(script, tmp_path):
-    for module in [
-        name for name in NEEDS if f"import {name}" in script.read_text() or f"from {name}" in script.read_text()
-    ]:
+    for module in [name for name in NEEDS if re.search(rf"^(import|from) {name}\b", script.read_text(), re.MULTILINE)]:
         pytest.importorskip(module, reason=f"{script.name} needs {module}")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(

@@ -23,18 +23,37 @@ def with_batch_second(batch_first: Callable, function: Callable, args: tuple, kw
     dims: list[int | None] = []
 
     def turned(*args, **kwargs) -> Any:
-        args, kwargs = tree_map(_swap, (args, kwargs))
-        dims[:] = map(_grown, _shapes(function, args, kwargs, 1), _shapes(function, args, kwargs, 2))
-        outputs = function(*args, **kwargs)
-        for t, dim in zip(tensors_in(outputs), dims, strict=True):
-            if dim is None and t.requires_grad:
-                shape = tuple(t.shape)
-                raise PrivacyError(
-                    f"an output of shape {shape} has no dimension that grows with the records: return one row each"
-                )
-        return _moved(outputs, dims, lambda t, dim: t.movedim(dim, 0))
+        args, kwargs = swapped(args, kwargs)
+        dims[:] = batch_dims(function, args, kwargs)
+        return to_front(function(*args, **kwargs), dims)
 
-    outputs = batch_first(turned, *tree_map(_swap, (args, kwargs)))
+    args, kwargs = swapped(args, kwargs)
+    return from_front(batch_first(turned, args, kwargs), dims)
+
+
+def swapped(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Swap the first two dimensions of all inputs that have as many."""
+    return tree_map(_swap, (args, kwargs))
+
+
+def batch_dims(function: Callable, args: tuple, kwargs: dict) -> list[int | None]:
+    """Find the dimension of the records in each output of `function`, by a trial with one made-up record and with two."""
+    return list(map(_grown, _shapes(function, args, kwargs, 1), _shapes(function, args, kwargs, 2)))
+
+
+def to_front(outputs: Any, dims: list[int | None]) -> Any:
+    """Move the records of outputs to the first dimension, from `dims`; raises PrivacyError for a gradient without such."""
+    for t, dim in zip(tensors_in(outputs), dims, strict=True):
+        if dim is None and t.requires_grad:
+            shape = tuple(t.shape)
+            raise PrivacyError(
+                f"an output of shape {shape} has no dimension that grows with the records: return one row each"
+            )
+    return _moved(outputs, dims, lambda t, dim: t.movedim(dim, 0))
+
+
+def from_front(outputs: Any, dims: list[int | None]) -> Any:
+    """Move the records of outputs from the first dimension back to `dims`."""
     return _moved(outputs, dims, lambda t, dim: t.movedim(0, dim))
 
 

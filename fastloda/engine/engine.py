@@ -29,7 +29,7 @@ from fastloda.accounting.accountant import PrivacyAccountant
 from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.accounting.history import HistoryAccountant
 from fastloda.engine.loader import PoissonLoader
-from fastloda.engine.module import PrivateModule, Tape
+from fastloda.engine.module import PrivateHooks, PrivateModule, Tape, bare_module
 from fastloda.engine.optimizer import PRIVACY, Budget, PrivateOptimizer
 from fastloda.engine.validator import ModuleValidator
 from fastloda.errors import PrivacyError, UserError
@@ -39,7 +39,7 @@ from fastloda.per_sample.refusals import check_optimizer, trainable_parameters
 from fastloda.privacy.adaptive import AdaptiveClipping
 from fastloda.privacy.clip import Clipping
 from fastloda.privacy.noise import NoiseSource
-from fastloda.privacy.ranks import World
+from fastloda.privacy.ranks import World, hand_back_shards, replicate
 from fastloda.privacy.secure_noise import SecureGenerator
 from fastloda.privacy.step import GhostClipper
 from fastloda.privacy.styles import PerParameter, check_positive
@@ -53,8 +53,8 @@ OPACUS_ADAPTIVE = {  # Opacus's names of adaptive clipping's settings -> ours
     "min_clipbound": "min_bound",
     "max_clipbound": "max_bound",
 }
-Private = tuple[PrivateModule, PrivateOptimizer, PoissonLoader]
-PrivateGhost = tuple[PrivateModule, PrivateOptimizer, Any, PoissonLoader]
+Private = tuple[PrivateModule | PrivateHooks, PrivateOptimizer, PoissonLoader]
+PrivateGhost = tuple[PrivateModule | PrivateHooks, PrivateOptimizer, Any, PoissonLoader]
 
 
 class PrivacyEngine:
@@ -109,53 +109,74 @@ class PrivacyEngine:
             grad_sample_mode: any mode of Opacus for one device; the gradient is the same, and exact. "ghost" makes the return
                 value (module, optimizer, criterion, data_loader), with criterion (default: CrossEntropyLoss) unchanged.
             batch_first: False if inputs have the batch second (`fastloda.engine.batch_second`).
-            poisson_sampling, wrap_model, rand_on_empty: arguments of Opacus, accepted at their defaults only.
+            wrap_model: False makes the given module itself private, in place, and returns a `PrivateHooks` in the new module's
+                stead, whose `cleanup()` ends that: for code that asks for the module's class, as transformers' Trainer does.
+            poisson_sampling, rand_on_empty: arguments of Opacus, accepted at their defaults only.
 
         The loss must be the mean (or sum) of one loss per sample, each of which depends on its own sample only. A loss that
         visibly does not is refused by `loss.backward()` (`fastloda.engine.loss_check`).
+
+        Where `torch.distributed` is initialised, all ranks call it, with the same data set. They share one Poisson batch a step
+        (record i is always rank i mod their number's), take the same noisy step, and count it once each: epsilon is that of one
+        process. The batch_size is that of all ranks together; with a DistributedSampler, each rank's. Rank 0's parameters are
+        copied to the others. The loop takes as many steps on each rank, and its loss is the mean over the rank's own share. A
+        module in DistributedDataParallel is taken out of it; the one returned may be put into it (accelerate does), where it has
+        nothing to do.
 
         Raises:
             ValueError, TypeError: an argument can't be honoured; the message says what to do instead.
             PrivacyError: the model or the optimizer would void the guarantee. Nothing has changed in either case.
         """
-        if clipping == "adaptive":
-            clipping, unknown = _adaptive_style(unknown)
-        _check_opacus_arguments(poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown)
-        if loss_reduction not in REDUCTIONS:
-            raise UserError(f"loss_reduction must be one of {REDUCTIONS}, got {loss_reduction!r}")
-        if World.of().size > 1:
-            raise PrivacyError("make_private is for one process; DPTrainer trains on several ranks")
-        module = module._module if isinstance(module, PrivateModule) else module
-        spent = optimizer.state_dict()["param_groups"]  # with the account of a private optimizer or of a loaded state
-        optimizer = optimizer.original_optimizer if isinstance(optimizer, PrivateOptimizer) else optimizer
-        if isinstance(max_grad_norm, (list, tuple)):
-            clipping, max_grad_norm = _parameter_bounds(module, optimizer, max_grad_norm, clipping)
-        loader = PoissonLoader.like(data_loader, repeatable=isinstance(noise_generator, Generator))
-        expected_batch_size = loader.sample_rate * loader.batch_sampler.records
-        PrivacyAccountant(loader.sample_rate, noise_multiplier)  # checks both
-        clipper = GhostClipper(module, max_grad_norm, clipping=clipping)
-        clipper.clipping.gradient_noise(noise_multiplier, expected_batch_size)
-        check_optimizer(optimizer, clipper.parameters)
-
-        tape = Tape(loss_reduction)
-        private = PrivateOptimizer(
-            optimizer,
-            module,
-            tape,
-            loader.tally,
-            self.accountant,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=clipper.max_grad_norm,
-            clipping=clipper.clipping,
-            sample_rate=loader.sample_rate,
-            expected_batch_size=expected_batch_size,
-            generator=self._noise_source(noise_generator),
-        )
-        private.take_in(spent)
-        module = PrivateModule(module, tape, batch_first=batch_first)
+        world = World.of()
+        with _agreed(world) as facts:
+            if clipping == "adaptive":
+                clipping, unknown = _adaptive_style(unknown)
+            _check_opacus_arguments(poisson_sampling, grad_sample_mode, rand_on_empty, unknown)
+            if loss_reduction not in REDUCTIONS:
+                raise UserError(f"loss_reduction must be one of {REDUCTIONS}, got {loss_reduction!r}")
+            module = bare_module(module)
+            # with the account of a private optimizer, or of a loaded state
+            spent = optimizer.state_dict()["param_groups"]
+            optimizer = optimizer.original_optimizer if isinstance(optimizer, PrivateOptimizer) else optimizer
+            if isinstance(max_grad_norm, (list, tuple)):
+                clipping, max_grad_norm = _parameter_bounds(module, optimizer, max_grad_norm, clipping)
+            repeatable = isinstance(noise_generator, Generator)
+            loader = PoissonLoader.like(data_loader, repeatable=repeatable, ranks=world.size)
+            expected_batch_size = loader.sample_rate * loader.batch_sampler.records
+            PrivacyAccountant(loader.sample_rate, noise_multiplier)  # checks both
+            if hand_back_shards(module):
+                raise PrivacyError(
+                    "the module's weights are sharded, so that all ranks must make every backward pass, also without records: "
+                    "DPTrainer sees to that; or keep them whole on every rank"
+                )
+            clipper = GhostClipper(module, max_grad_norm, clipping=clipping)
+            clipper.clipping.gradient_noise(noise_multiplier, expected_batch_size)
+            check_optimizer(optimizer, clipper.parameters)
+            private = PrivateOptimizer(
+                optimizer,
+                module,
+                tape := Tape(loss_reduction),
+                loader.tally,
+                self.accountant,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=clipper.max_grad_norm,
+                clipping=clipper.clipping,
+                sample_rate=loader.sample_rate,
+                expected_batch_size=expected_batch_size,
+                generator=self._noise_source(noise_generator),
+            )
+            private.take_in(spent)
+            facts |= loader.facts() | {"noise_multiplier": noise_multiplier, "max_grad_norm": private.max_grad_norm}
+            facts |= {"clipping": clipper.clipping, "loss_reduction": loss_reduction}
+            facts |= {"the private steps taken": len(self.accountant)}
+        if world.size > 1:
+            loader.batch_sampler.divide(world)
+            replicate(module)
+        made = PrivateModule(module, tape, batch_first=batch_first)
+        made = made if wrap_model else PrivateHooks(made)
         if grad_sample_mode == "ghost":
-            return module, private, criterion or nn.CrossEntropyLoss(), loader
-        return module, private, loader
+            return made, private, criterion or nn.CrossEntropyLoss(), loader
+        return made, private, loader
 
     def make_private_with_epsilon(
         self,
@@ -214,7 +235,7 @@ class PrivacyEngine:
         if optimizer is not None:
             check_optimizer(optimizer, parameters)
         if data_loader is not None:
-            PoissonLoader.like(data_loader)
+            PoissonLoader.like(data_loader, ranks=World.of().size)
 
     @staticmethod
     def get_compatible_module(module: nn.Module) -> nn.Module:
@@ -305,6 +326,18 @@ class PrivacyEngine:
 
 
 @contextmanager
+def _agreed(world: World) -> Yielding[dict[str, object]]:
+    """Let all ranks fail if one of them fails in the context, or if the facts differ that they put into the yielded dict."""
+    facts: dict[str, object] = {}
+    try:
+        yield facts
+    except Exception as error:
+        world.tell_failure(error)
+        raise
+    world.check_same(facts)
+
+
+@contextmanager
 def _as_before_if_it_fails(module: nn.Module, *others: Any) -> Yielding[None]:
     """Restore the states of `module` and `others` if an error leaves the context."""
     before = [(module, {name: t.clone() if isinstance(t, Tensor) else t for name, t in module.state_dict().items()})]
@@ -318,39 +351,20 @@ def _as_before_if_it_fails(module: nn.Module, *others: Any) -> Yielding[None]:
 
 
 def make_private(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data_loader: DataLoader,
-    *,
-    noise_multiplier: float,
-    max_grad_norm: float | list[float] | tuple[float, ...],
-    **options: Any,
+    module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader, **options: Any
 ) -> Private | PrivateGhost:
     """Call `PrivacyEngine().make_private`; the returned optimizer's `epsilon(delta)` tells what has been spent."""
-    return PrivacyEngine().make_private(
-        module, optimizer, data_loader, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, **options
-    )
+    return PrivacyEngine().make_private(module, optimizer, data_loader, **options)
 
 
 def make_private_with_epsilon(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data_loader: DataLoader,
-    *,
-    target_epsilon: float,
-    target_delta: float,
-    epochs: float,
-    max_grad_norm: float | list[float] | tuple[float, ...],
-    **options: Any,
+    module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader, **options: Any
 ) -> Private | PrivateGhost:
     """Call `PrivacyEngine().make_private_with_epsilon`; see there."""
-    budget = {"target_epsilon": target_epsilon, "target_delta": target_delta, "epochs": epochs}
-    return PrivacyEngine().make_private_with_epsilon(
-        module, optimizer, data_loader, **budget, max_grad_norm=max_grad_norm, **options
-    )
+    return PrivacyEngine().make_private_with_epsilon(module, optimizer, data_loader, **options)
 
 
-def _check_opacus_arguments(poisson_sampling, grad_sample_mode, wrap_model, rand_on_empty, unknown) -> None:
+def _check_opacus_arguments(poisson_sampling, grad_sample_mode, rand_on_empty, unknown) -> None:
     """Refuse arguments of Opacus that would mean something else here, and say what to do instead."""
     if not poisson_sampling:
         raise UserError(
@@ -359,11 +373,6 @@ def _check_opacus_arguments(poisson_sampling, grad_sample_mode, wrap_model, rand
     if grad_sample_mode not in MODES:
         raise UserError(
             f"grad_sample_mode must be one of {MODES} (all give the same gradient), got {grad_sample_mode!r}"
-        )
-    if not wrap_model:
-        raise UserError(
-            "wrap_model=False is refused: train the module that is returned. It shares the parameters with yours, which is its "
-            "to_standard_module() and can be saved or used for inference as it is"
         )
     if rand_on_empty:
         raise UserError("rand_on_empty=True is refused: the private module handles empty batches; leave it out")

@@ -11,13 +11,25 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from scipy.stats import binom
 from torch import Generator
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
 
 from fastloda.engine.collate import CollateOrEmpty
 from fastloda.errors import PrivacyError, UserError
+from fastloda.privacy.ranks import World
 from fastloda.randomness import hold, unpredictable_generator
-from fastloda.training.sampling import poisson_sample
+from fastloda.training.sampling import largest_share, poisson_sample, share
 
 if TYPE_CHECKING:  # it reads the tally
     from fastloda.engine.optimizer import PrivateOptimizer
@@ -59,8 +71,9 @@ class Tally:
         if not self.drawn:
             raise PrivacyError(
                 "no batch is left for this step: each step must use one new batch of the data loader that make_private returned "
-                "(and that accelerator.prepare must not wrap), for the accountant counts one Poisson draw a step. Several losses "
-                "of one batch, as a discriminator's on real and on fake samples, are added up for one backward and one step"
+                "(which transformers' Trainer takes by get_train_dataloader), for the accountant counts one Poisson draw a step. "
+                "Several losses of one batch, as a discriminator's on real and on fake samples, are added up for one backward "
+                "and one step"
             )
         if self.drawn[-1].split and len(self.drawn) > 1:
             self.drawn.clear()
@@ -80,18 +93,36 @@ class Tally:
 
 
 class PoissonBatches(Sampler[list[int]]):
-    """A sampler of `steps` batches, each with every record with probability `sample_rate`, in parts of up to `max_records`."""
+    """A sampler of `steps` batches, each with every record with probability `sample_rate`, in parts of up to `max_records`.
+
+    On rank `rank` of `ranks` it is the rank's share of such batches, in as many parts as the largest share of a batch needs. All
+    ranks draw the same batches from generators of the same state. If their states part, as when one rank alone looks at a
+    batch, the shares together still are one Poisson batch, for no record is in two shares.
+    """
 
     def __init__(
-        self, records: int, sample_rate: float, steps: int, generator: Generator, max_records: int | None = None
+        self,
+        records: int,
+        sample_rate: float,
+        steps: int,
+        generator: Generator,
+        max_records: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         self.records, self.sample_rate, self.steps = records, sample_rate, steps
         self.generator, self.max_records = hold(generator), max_records
+        self.rank, self.ranks = rank, ranks
         self.parts: deque[Part] = deque()
 
     def drawn_by(self, generator: Generator, max_records: int | None = None) -> "PoissonBatches":
         """Make a sampler of as many batches at the same rate, drawn by another generator or in other parts."""
-        return PoissonBatches(self.records, self.sample_rate, self.steps, generator, max_records)
+        return PoissonBatches(self.records, self.sample_rate, self.steps, generator, max_records, self.rank, self.ranks)
+
+    def divide(self, world: World) -> None:
+        """Divide the batches that rank 0's generator draws among the ranks of a world; a collective."""
+        self.rank, self.ranks = world.rank, world.size
+        self.generator.set_state(world.from_first(self.generator.get_state))
 
     def __getstate__(self) -> dict:
         """Leave out the generator: two runs on equal batches would tell more than is accounted, so a copy draws its own."""
@@ -102,8 +133,11 @@ class PoissonBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Return the number of steps, or the expected number of physical batches where batches are split."""
-        parts = self.sample_rate * self.records / self.max_records if self.max_records else 1
-        return math.ceil(self.steps * max(1, parts))
+        if not self.max_records:
+            return self.steps
+        share = math.ceil(self.records / self.ranks)
+        full = self.max_records * np.arange(1, math.ceil(share / self.max_records))  # records of 1, 2, ... full parts
+        return math.ceil(self.steps * (1 + binom.sf(full, share, self.sample_rate).sum()))
 
     def __iter__(self) -> Iterator[list[int]]:
         self.parts = deque()  # a new queue for this pass over the data: an older iterator keeps its own
@@ -112,8 +146,9 @@ class PoissonBatches(Sampler[list[int]]):
     def _draw(self, parts: deque[Part]) -> Iterator[list[int]]:
         for _ in range(self.steps):
             indices = poisson_sample(self.records, self.sample_rate, self.generator)
-            count = math.ceil(len(indices) / self.max_records) if self.max_records else 1
-            batch, chunks = (os.getpid(), next(_batch_numbers)), indices.tensor_split(max(1, count))
+            count = math.ceil(largest_share(indices, self.ranks) / self.max_records) if self.max_records else 1
+            chunks = share(indices, self.rank, self.ranks).tensor_split(max(1, count))
+            batch = (os.getpid(), next(_batch_numbers))
             for i, chunk in enumerate(chunks):
                 parts.append(Part(*batch, len(chunk), i == len(chunks) - 1, self.max_records is not None))
                 yield chunk.tolist()
@@ -131,6 +166,7 @@ class PoissonLoader(DataLoader):
     """
 
     batch_sampler: PoissonBatches
+    _is_accelerate_prepared = True  # so that accelerate's prepare leaves it as it is
 
     def __init__(self, source: DataLoader, batches: PoissonBatches, collate: Callable, tally: Tally):
         self.sample_rate, self.tally = batches.sample_rate, tally
@@ -140,12 +176,13 @@ class PoissonLoader(DataLoader):
         super().__init__(source.dataset, batch_sampler=batches, collate_fn=collate, **kept)
 
     @classmethod
-    def like(cls, source: DataLoader, *, repeatable: bool = False) -> "PoissonLoader":
+    def like(cls, source: DataLoader, *, repeatable: bool = False, ranks: int = 1) -> "PoissonLoader":
         """Make a PoissonLoader from a DataLoader that samples a map-style data set uniformly; only the workers read records.
 
         Args:
             repeatable: let the source's generator, if it has one, draw the batches, for an experiment whose batches can be
                 foreseen. Otherwise they can't be: the source's generator seeds the workers, and nothing else.
+            ranks: the number of ranks that train together, among which a DistributedSampler may divide the source.
 
         Raises:
             TypeError, ValueError: the source samples in a way that Poisson batches can't replace, or would replace silently.
@@ -154,9 +191,18 @@ class PoissonLoader(DataLoader):
         generator = generator or unpredictable_generator()
         if isinstance(source, PoissonLoader):
             return cls(source, source.batch_sampler.drawn_by(generator), source.collate_fn, Tally())
-        records = _check_uniform(source)
+        records = _check_uniform(source, ranks)
         batches = PoissonBatches(records, 1 / len(source), len(source), generator)
         return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset), Tally())
+
+    def facts(self) -> dict[str, object]:
+        """List what must be the same on all ranks, or a record could be in the shares of two: how many and which records."""
+        dataset, chosen = self.dataset, []
+        while type(dataset) is Subset:  # such as random_split draws
+            chosen.append(hash(tuple(map(int, dataset.indices))))
+            dataset = dataset.dataset
+        records = self.batch_sampler.records
+        return {"the number of records": records, "sample_rate": self.sample_rate, "the Subset's records": chosen}
 
     def split(self, max_records: int) -> "PoissonLoader":
         """Make a loader of the same batches, each in parts of up to max_records."""
@@ -186,6 +232,8 @@ class BatchMemoryManager:
     """
 
     def __init__(self, *, data_loader: PoissonLoader, max_physical_batch_size: int, optimizer: "PrivateOptimizer"):
+        if not hasattr(optimizer, "tally"):  # accelerate's or Lightning's wrapper
+            optimizer = getattr(optimizer, "optimizer", optimizer)
         if not isinstance(data_loader, PoissonLoader) or data_loader.tally is not getattr(optimizer, "tally", None):
             raise TypeError("data_loader and optimizer must be what one call of fastloda's make_private returned")
         size = max_physical_batch_size
@@ -200,13 +248,15 @@ class BatchMemoryManager:
         self._optimizer.drop_parts()
 
 
-def _check_uniform(source: DataLoader) -> int:
+def _check_uniform(source: DataLoader, ranks: int) -> int:
     """Refuse a loader that Poisson batches would replace silently; return the number of records."""
     if not isinstance(source, DataLoader):
         raise TypeError(f"data_loader must be a torch DataLoader, got {type(source).__name__}")
     if isinstance(source.dataset, IterableDataset):
         raise UserError("an IterableDataset can't be Poisson sampled by record: pass a map-style data set")
-    if type(source.batch_sampler) is not BatchSampler or type(source.sampler) not in (RandomSampler, SequentialSampler):
+    among_ranks = ranks > 1 and type(source.sampler) is DistributedSampler and source.sampler.num_replicas == ranks
+    uniform = type(source.sampler) in (RandomSampler, SequentialSampler) or among_ranks
+    if type(source.batch_sampler) is not BatchSampler or not uniform:
         sampler = source.sampler if type(source.batch_sampler) in (BatchSampler, type(None)) else source.batch_sampler
         raise UserError(
             f"{type(sampler).__name__} (batch_size={source.batch_size}) would be replaced by Poisson sampling of all records: "

@@ -7,9 +7,13 @@ the outputs for this one pass. Outputs that were not opened refuse their gradien
 from TorchScript) ends there.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fastloda.engine.unhooked import Grads, UnhookedPass, check_saved
 from fastloda.errors import PrivacyError
@@ -20,6 +24,10 @@ from fastloda.per_sample.operations import MEAN, SUM
 from fastloda.per_sample.sample_flow import SampleFlow
 
 BOUNDARY = "PrivateOutputsBackward"  # how the autograd graph names a private module's outputs
+OWN_LOSS = (
+    "the private module's output is a single number for all samples, which is not computed of its other outputs alone (a loss?): "
+    "return one row per sample, and take the mean outside; or return, beside the loss, the logits of which it is computed"
+)
 
 _waiting: WeakSet[object] = WeakSet()  # outputs that a backward pass may still reach
 
@@ -92,15 +100,85 @@ def check_loss(roots: Sequence[Edge], below: Mapping[Node, Edges], boundaries: S
     check_saved(nodes)
     used = {edge for edges in below.values() for edge in edges} | set(roots)
     cut = [output for node in boundaries for number, output in enumerate(node.cut) if (node, number) in used]
-    rows = {len(output) if output.dim() else 0 for output in cut}
-    if len(rows) > 1 or 0 in rows or rows == {1}:
-        return  # a number for all samples, or rows that do not agree, are for the tape to refuse; one sample meets no other
     tape = boundaries[0].tape
-    _check_reduction(nodes, samples := rows.pop(), tape.loss_reduction)
-    flow = SampleFlow(samples, tape.grown)
-    flow.check(below, {node: len(node.cut) for node in boundaries}, roots)
+    rows = {len(output) for output in cut}
+    if len(rows) == 1:  # rows that do not agree are for the tape to refuse
+        outputs = {node: len(node.cut) for node in boundaries}
+        _check_terms(below, outputs, roots, rows.pop(), tape.loss_reduction, tape.grown)
+
+
+def gradients_of_own_loss(
+    total: Tensor, outputs: Sequence[Tensor], loss_reduction: str, grown: MutableMapping[tuple, int]
+) -> dict[int, Tensor]:
+    """Check a loss that the private module has computed of its own outputs, and compute its gradients at these.
+
+    Args:
+        total: the loss, a number for all samples.
+        outputs: the module's other outputs, with one row per sample.
+        loss_reduction, grown: those of the tape, the latter for losses inside the module.
+
+    Returns:
+        The gradient at each output that the loss was computed of, by the output's place in `outputs`.
+
+    Raises:
+        PrivacyError: the loss couples samples, is reduced in another way, or was computed of more than these outputs.
+    """
+    root, places = _edge(total), {_edge(output): place for place, output in enumerate(outputs)}
+    ends = {node: len(node._input_metadata) for node, _ in places}
+    below = nodes_below([root[0]], ends)
+    reached = list(dict.fromkeys(edge for edges in (*below.values(), [root]) for edge in edges if edge[0] in ends))
+    used = [outputs[places[edge]] for edge in reached if edge in places]
+    deeper = nodes_below([node for node, _ in reached if node is not None]) if len(used) > 1 else {}
+    if (
+        not used
+        or len(used) < len(reached)
+        or any(hasattr(node, "variable") for node in below.keys() - ends.keys())
+        or any(child in ends and child in below for edges in deeper.values() for child, _ in edges)
+    ):
+        raise PrivacyError(OWN_LOSS)
+    if len(rows := {len(output) for output in used}) > 1:
+        raise PrivacyError(f"the loss inside the private module uses outputs of {sorted(rows)} rows: one per sample")
+    check_saved(below.keys() - ends.keys())
+    _check_terms(below, ends, [root], rows.pop(), loss_reduction, grown)
+    start = torch.ones_like(total)
+    this_pass = UnhookedPass([root], [start])
+    handles = this_pass.watch({node: edges for node, edges in below.items() if edges})
+    try:
+        grads = torch.autograd.grad(total, used, start, retain_graph=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    arrived = dict(zip(reached, grads))
+    for node, count in ends.items():
+        this_pass.check(node, [arrived.get((node, number)) for number in range(count)])
+    return {places[edge]: grad for edge, grad in arrived.items()}
+
+
+def _edge(t: Tensor) -> Edge:
+    edge = get_gradient_edge(t)
+    return edge.node, edge.output_nr
+
+
+def _check_terms(
+    below: Mapping[Node, Edges],
+    outputs: Mapping[Node, int],
+    roots: Sequence[Edge],
+    samples: int,
+    loss_reduction: str,
+    grown: MutableMapping[tuple, int],
+) -> None:
+    """Refuse the graph `below` of a loss unless it is the mean, or sum, of one term for each row of the module's outputs.
+
+    Raises:
+        PrivacyError: with the reason.
+    """
+    if samples < 2:
+        return  # one sample meets no other
+    _check_reduction([node for node in below if node not in outputs], samples, loss_reduction)
+    flow = SampleFlow(samples, grown)
+    flow.check(below, outputs, roots)
     factor = flow.odd_factor(roots)
-    if factor is not None and tape.loss_reduction == "mean":
+    if factor is not None and loss_reduction == "mean":
         raise PrivacyError(
             f"the loss is a sum over the samples times {factor:.6g}, which is no mean of these {samples}: with each record more, "
             "all gradients would grow before they are clipped. Take the mean, or pass loss_reduction='sum'"

@@ -13,7 +13,7 @@ backward pass then work as for any losses.
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastloda.engine.batch_second import with_batch_second
-from fastloda.engine.loss_check import check_arrived, wait_for_backward
+from fastloda.engine.batch_second import batch_dims, from_front, swapped, to_front, with_batch_second
+from fastloda.engine.loss_check import check_arrived, gradients_of_own_loss, wait_for_backward
 from fastloda.engine.nested import map_tensors, tensors_in
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.members import Members
@@ -38,7 +38,9 @@ class Tape:
 
     def __init__(self, loss_reduction: str):
         self.loss_reduction = loss_reduction
-        self.grown: dict[tuple, int] = {}  # what `SampleFlow` learned from earlier losses
+        # what `SampleFlow` learned from earlier losses, outside of the module and inside
+        self.grown: dict[tuple, int] = {}
+        self.grown_inside: dict[tuple, int] = {}
         self.clear()
 
     def __reduce__(self):
@@ -59,15 +61,8 @@ class Tape:
                 "        for x, y in parts: optimizer.zero_grad(); criterion(model(x), y).backward(); optimizer.step()\n"
                 "zero_grad() drops the first pass"
             )
-        reached = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None]
-        for output, _ in reached:
-            if not output.dim():
-                raise PrivacyError(
-                    "the model's output is a single number for all samples (a loss?): return one row per sample, and take "
-                    "the mean outside. Of a Hugging Face model take the loss of out.logits, with fastloda.CrossEntropyLoss"
-                )
         self._backward = backward
-        self._reached += reached
+        self._reached += [(output, grad) for output, grad in zip(outputs, grads) if grad is not None]
 
     @property
     def rows(self) -> int:
@@ -109,6 +104,19 @@ class PrivateOutputs(torch.autograd.Function):
         return None, None, None
 
 
+class RefusedOutput(torch.autograd.Function):
+    """A function that cuts an output off from its graph; its backward raises the error for which it can't be learned from."""
+
+    @staticmethod
+    def forward(ctx, error, outputs, anchor):
+        ctx.error = error
+        return outputs[0].detach()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise ctx.error
+
+
 class PrivateModule(nn.Module):
     """A module that trains privately in an ordinary loop, made by `make_private` and used like the module it wraps.
 
@@ -118,8 +126,10 @@ class PrivateModule(nn.Module):
     module, and frozen (`requires_grad_(False)`, or within `frozen()`) a fixed function, whose inputs may have gradients.
 
     The batch comes first in every input and output, or as `with_batch_second` has it. Outputs may be tensors, or tuples, lists,
-    dicts and objects with tensors as attributes, and the loss may use several, of one call or of more. For an input with 0 rows,
-    the empty Poisson batch, the outputs have 0 rows whether or not the wrapped module can do that.
+    dicts and objects with tensors as attributes, and the loss may use several, of one call or of more. The module may compute
+    the loss itself (`out.loss`), if it also returns the rows of which it does (`out.logits`); that loss is checked like any
+    other. For an input with 0 rows, the empty Poisson batch, the outputs have 0 rows, and such a loss is 0, whether or not the
+    wrapped module can do that.
 
     Raises:
         PrivacyError: forward wrote to a buffer or a frozen parameter.
@@ -128,18 +138,26 @@ class PrivateModule(nn.Module):
 
     def __init__(self, module: nn.Module, tape: Tape, *, batch_first: bool = True):
         super().__init__()
+        for hook in list(module._forward_hooks.values()):
+            if isinstance(earlier := getattr(hook, "__self__", None), PrivateHooks):
+                earlier.cleanup()
         self._module = module
         self._tape = tape
         self._batch_second = not batch_first
         self.training = module.training
 
     def forward(self, *args, **kwargs) -> Any:
+        self._check_inputs(args, kwargs)
+        return self._run(self._module, args, kwargs)
+
+    def _check_inputs(self, args: tuple, kwargs: dict) -> None:
+        """Refuse inputs with gradients; take out transformers' divisor of the loss, which depends on all records of a batch."""
+        kwargs.pop("num_items_in_batch", None)
         if _wants_gradient(args, kwargs) and self._trains():
             raise UserError(
                 "an input of the private module requires grad, but gradients end at its outputs. Detach the input, or put what "
                 "trains before it into the module. For a generator's loss, call its discriminator within `with model.frozen():`"
             )
-        return self._run(self._module, args, kwargs)
 
     def _run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """Call `function`, the wrapped module or a method of it, and cut its outputs off from their graph."""
@@ -151,11 +169,12 @@ class PrivateModule(nn.Module):
         return made
 
     def _made(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        if any(isinstance(t, Tensor) and t.dim() and not len(t) for t in tree_leaves((args, kwargs))):
-            outputs = self._without_samples(function, args, kwargs)
-        else:
+        if not _have_no_rows(args, kwargs):
+            return self._cut(function(*args, **kwargs))
+        with torch.no_grad():
+            args, kwargs = _made_up(args, kwargs)
             outputs = function(*args, **kwargs)
-        return self._cut(outputs) if torch.is_grad_enabled() and self._trains() else outputs
+        return self._cut(map_tensors(outputs, _no_rows))
 
     def _trains(self) -> bool:
         return any(p.requires_grad for p in self._module.parameters())
@@ -176,20 +195,33 @@ class PrivateModule(nn.Module):
             for p in trained:
                 p.requires_grad_(True)
 
-    def _without_samples(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Compute the outputs for no samples from one made-up sample, for many modules reshape in a way that needs a row."""
-        blank = lambda t: t.new_zeros(1, *t.shape[1:]) if isinstance(t, Tensor) and t.dim() and not len(t) else t  # noqa: E731
-        with torch.no_grad():
-            args, kwargs = tree_map(blank, (args, kwargs))
-            outputs = function(*args, **kwargs)
-        return map_tensors(outputs, lambda y: _no_rows(y) if y.dim() else y)
-
     def _cut(self, outputs: Any) -> Any:
-        wanted = tuple(filter(_is_computed, tensors_in(outputs)))
-        if not wanted:
+        """Cut outputs off from their graph, if there is something to learn: backward leaves their gradients on the tape."""
+        computed = list(filter(_is_computed, tensors_in(outputs)))
+        if not computed or not torch.is_grad_enabled() or not self._trains():
             return outputs
-        cut = iter(PrivateOutputs.apply(self._tape, wanted, _ANCHOR))
-        return map_tensors(outputs, lambda t: next(cut) if _is_computed(t) else t)
+        rows = tuple(t for t in computed if t.dim())
+        cut = PrivateOutputs.apply(self._tape, rows, _ANCHOR) if rows else ()
+        losses = iter([self._own_loss(t, rows, cut) for t in computed if not t.dim()])
+        cut = iter(cut)
+        return map_tensors(outputs, lambda t: t if not _is_computed(t) else next(cut if t.dim() else losses))
+
+    def _own_loss(self, total: Tensor, rows: Sequence[Tensor], cut: Sequence[Tensor]) -> Tensor:
+        """Compute the module's own loss again from the rows that are cut off: the same value, with the same gradients there."""
+        if cut and not len(cut[0]):  # the loss of an empty batch depends on no parameter
+            return functools.reduce(torch.add, [t.sum() for t in cut]).to(total.dtype)
+        mean = self._tape.loss_reduction == "mean"
+        try:
+            grads = gradients_of_own_loss(total, rows, self._tape.loss_reduction, self._tape.grown_inside)
+        except PrivacyError as error:
+            return RefusedOutput.apply(error, (total,), _ANCHOR)
+        terms = []
+        for place, grad in grads.items():
+            moved = accumulable(cut[place]) - accumulable(rows[place].detach())  # all 0, for their gradient alone
+            slope = accumulable(grad) * (len(grad) if mean else 1)
+            terms.append((moved.nan_to_num(0, 0, 0) * slope).reshape(len(grad), -1).sum(1))
+        of_sample = functools.reduce(torch.add, terms)
+        return total.detach() + (of_sample.mean() if mean else of_sample.sum()).to(total.dtype)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         if not self._tape.empty:
@@ -228,6 +260,59 @@ class PrivateModule(nn.Module):
         return self._run(method, args, kwargs)
 
 
+class PrivateHooks:
+    """Hooks that make a module private in place: what `make_private(wrap_model=False)` returns instead of a new module.
+
+    The module stays what it is, for code that asks for its class (transformers' Trainer, diffusers' pipelines): a call of it
+    is private, as a call of a `PrivateModule` is, until `cleanup()`. Other methods of it that take records are not, and take
+    part in no private step.
+
+    Attributes:
+        module: the module.
+        private: the `PrivateModule` around it, for `frozen()`.
+    """
+
+    def __init__(self, private: PrivateModule):
+        self.module, self.private = private.to_standard_module(), private
+        self._calls: list[tuple[Watch, bool, list | None]] = []  # calls that have begun: see `_begin`
+        self._handles = [
+            self.module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.module.register_forward_hook(self._end),
+        ]
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Note whether the call is of no samples, and where its outputs have them if inputs have them second."""
+        self.private._check_inputs(args, kwargs)
+        watch, turn = Watch(Members.of(module)), swapped if self.private._batch_second else lambda *given: given
+        if empty := _have_no_rows(*turn(args, kwargs)):
+            args, kwargs = turn(*_made_up(*turn(args, kwargs)))
+        dims = batch_dims(module.forward, args, kwargs) if self.private._batch_second else None
+        self._calls.append((watch, empty, dims))
+        return args, kwargs
+
+    def _end(self, module: nn.Module, args: tuple, outputs: Any) -> Any:
+        watch, empty, dims = self._calls.pop()
+        outputs = outputs if dims is None else to_front(outputs, dims)
+        made = self.private._cut(map_tensors(outputs, _no_rows) if empty else outputs)
+        watch.check(Members.of(module))
+        return made if dims is None else from_front(made, dims)
+
+    def cleanup(self) -> None:
+        """Make the module's calls ordinary ones again."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def bare_module(module: nn.Module) -> nn.Module:
+    """Return the module that is wrapped in a `PrivateModule`, `DistributedDataParallel` or both.
+
+    DistributedDataParallel averages gradients that arrive at the parameters, where those of a private step never do.
+    """
+    while isinstance(module, (PrivateModule, nn.parallel.DistributedDataParallel)):
+        module = module.to_standard_module() if isinstance(module, PrivateModule) else module.module
+    return module
+
+
 def _is_computed(t: Tensor) -> bool:
     """Tell whether tensor `t` has a gradient and is no parameter that the module handed out."""
     return t.requires_grad and not isinstance(t, nn.Parameter)
@@ -238,6 +323,17 @@ def _wants_gradient(args: tuple, kwargs: dict) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
+def _have_no_rows(args: tuple, kwargs: dict) -> bool:
+    return any(isinstance(t, Tensor) and t.dim() and not len(t) for t in tree_leaves((args, kwargs)))
+
+
+def _made_up(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Make inputs of one made-up sample from those of none, for many modules reshape in a way that needs a row."""
+    blank = lambda t: t.new_zeros(1, *t.shape[1:]) if isinstance(t, Tensor) and t.dim() and not len(t) else t  # noqa: E731
+    return tree_map(blank, (args, kwargs))
+
+
 def _no_rows(output: Tensor) -> Tensor:
-    output = output[:0]
+    """Make the output for no samples from that of a made-up one; that of a loss is 0."""
+    output = output.detach()[:0] if output.dim() else torch.zeros_like(output)
     return output.requires_grad_() if output.is_floating_point() and torch.is_grad_enabled() else output

@@ -1,5 +1,6 @@
 """An optimizer whose `step()` is the private step: clip, sum, add noise once, divide, count, and only then update."""
 
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
 
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.accounting.history import HistoryAccountant
@@ -59,7 +61,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     `step()` takes what `loss.backward()` left at the private module's outputs. After a part of a batch (BatchMemoryManager) it
     only adds up the clipped gradients; the last part brings the noise, the accountant's count and the update. An empty batch is
-    noised and counted like any other. `zero_grad()` also drops a backward pass that no step has used.
+    noised and counted like any other. `zero_grad()` also drops a backward pass that no step has used. Schedulers of PyTorch
+    advance with private steps: a `scheduler.step()` after a part of a batch does nothing.
+
+    Where `torch.distributed` is initialised, each rank steps with its own share of the batch, empty or not, and all take the
+    same noisy step, which each of them counts.
 
     `state_dict()` carries the account; `load_state_dict`, or make_private of an optimizer that has loaded it, adds it to what was
     spent. A copy, pickled or not, goes on with the same account, and draws noise of its own even where a generator was given: two
@@ -71,8 +77,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
             for with its own noise. Adaptive clipping changes max_grad_norm by itself.
         expected_batch_size: sample_rate x records, the divisor of the noisy sum unless loss_reduction is "sum".
         budget: the budget beyond which `step` refuses, or None.
-        stats: counts of the last logical batch (`StepStats`; mean_loss is NaN, for the losses are not known here). They are
-            private, for the operator only.
+        stats: counts of the last logical batch on this rank (`StepStats`; mean_loss is NaN, for the losses are not known here).
+            They are private, for the operator only.
     """
 
     _step_supports_amp_scaling = True  # so that GradScaler calls step(), which can refuse it
@@ -103,7 +109,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._world = World.of()
         self._batch: int | None = None  # the logical batch that the clipper holds parts of
         self._clipper: GhostClipper | None = None
-        self._settings: list[dict] = []  # settings of the parameter groups at the last part of a batch
+        _pass_parts_over()
 
     @property
     def loss_reduction(self) -> str:
@@ -136,9 +142,20 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._world.unchanged()
+        try:
+            clipper = self._accumulate()
+        except Exception as error:
+            self._world.tell_failure(error)  # the other ranks wait in privatize
+            raise
+        if clipper:
+            self._release(clipper)
+        return loss
+
+    def _accumulate(self) -> GhostClipper | None:
+        """Add up the clipped gradients of a part of a batch; return the clipper that has them all after the last part."""
         self._check_ready()
         part = self.tally.take(self._tape.rows)
-        self._warn_of_schedules(part.batch)
         if (
             part.batch != self._batch or self._clipper is None
         ):  # also drops the parts of a batch that was left before its end
@@ -148,10 +165,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         stats = StepStats(stats.totals.index_fill(0, torch.tensor([3], device=stats.totals.device), torch.nan))
         self.stats = stats if self.stats is None else self.stats + stats
         self._tape.clear()
-        if part.last:
-            self._release(self._clipper)
-        self._settings = self._group_settings()
-        return loss
+        return self._clipper if part.last else None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._tape.clear()
@@ -179,7 +193,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "GradScaler scales the loss, and so every gradient before it is clipped: train in bfloat16, which needs no "
                 "scaler (GradScaler(enabled=False) leaves the loop as it is)"
             )
-        self._world.unchanged()
         check_mechanism(
             self.sample_rate, self.noise_multiplier, 1
         )  # a mechanism that the account refuses must not be released
@@ -192,18 +205,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "the wrapped module, or of one of its submodules, leaves nothing for a private step"
             )
 
-    def _warn_of_schedules(self, batch: int) -> None:
-        """Warn of a scheduler that counts the parts of a batch as steps."""
-        if batch == self._batch and self._settings != self._group_settings():
-            warnings.warn(
-                "the learning rate, or another setting of the optimizer, changed between two parts of one batch: a scheduler "
-                "counts parts as steps. To count private steps, write `if not optimizer.accumulating: scheduler.step()`",
-                stacklevel=3,
-            )
-
-    def _group_settings(self) -> list[dict]:
-        return [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-
     def _new_clipper(self) -> GhostClipper:
         """Make a clipper for each batch: in between, the module may have moved to another device or have been loaded."""
         clipper = GhostClipper(self._module, self.max_grad_norm, clipping=self.clipping)
@@ -211,6 +212,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return clipper
 
     def _release(self, clipper: GhostClipper) -> None:
+        self._batch = self._clipper = None
         clipper.privatize(self.noise_multiplier, self.expected_batch_size, self.generator)
         if self.loss_reduction == "sum":
             for parameter in clipper.parameters.values():
@@ -218,7 +220,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
                     parameter.grad.mul_(self.expected_batch_size)
         if isinstance(self.clipping, AdaptiveClipping):  # otherwise the caller's, who may have changed it by now
             self.max_grad_norm = clipper.max_grad_norm
-        self._batch = self._clipper = None
         # before the update: a step that fails from here on has been paid for
         self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate)
         self.original_optimizer.step()
@@ -287,11 +288,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         """Leave out what a copy must not have: parts of a batch, and attributes that schedulers and scalers set."""
         state = {name: value for name, value in self.__dict__.items() if name not in PASSING}
-        return state | {"_batch": None, "_clipper": None}
+        return state | {"_batch": None, "_clipper": None, "_world": None}
 
     def __setstate__(self, state: dict) -> None:
         """Restore a copy, and reseed its generators so that they draw other noise."""
-        self.__dict__.update(state)
+        self.__dict__.update(state, _world=World.of())
         if self.generator is not None:
             renew(hold(self.generator))
 
@@ -306,6 +307,29 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"PrivateOptimizer({self.original_optimizer!r})"
+
+
+@functools.cache
+def _pass_parts_over() -> None:
+    """Let PyTorch's schedulers do nothing after a part of a batch, once in a process: they would count it as a step.
+
+    Loops that call them may be others' (Trainer, accelerate), and can't ask whether a step was one.
+    """
+
+    def by_step(step: Callable) -> Callable:
+        @functools.wraps(step)
+        def unless_accumulating(scheduler: Any, *args, **kwargs) -> Any:
+            optimizer = getattr(scheduler, "optimizer", None)
+            begun = hasattr(scheduler, "_last_lr")  # the first step is a scheduler's own, when it is made
+            if begun and isinstance(optimizer, PrivateOptimizer) and optimizer.accumulating:
+                return None
+            return step(scheduler, *args, **kwargs)
+
+        return unless_accumulating
+
+    for kind in vars(lr_scheduler).values():
+        if isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler) and "step" in vars(kind):
+            kind.step = by_step(kind.step)
 
 
 def _check_privacy(groups: list[dict]) -> list[dict]:

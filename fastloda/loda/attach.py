@@ -6,12 +6,13 @@ import logging
 import math
 import os
 import re
+import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import safetensors
 import torch
@@ -20,14 +21,13 @@ from torch import Tensor, nn
 
 from fastloda.errors import UserError
 from fastloda.files import write_atomically
-from fastloda.loda.layers import LoDAConv2d, LoDALinear, check_settings, unfilled
+from fastloda.loda.arithmetic import LinearOp
+from fastloda.loda.layers import LoDAConv2d, LoDALinear, apply_adapter, check_settings, unfilled
 from fastloda.loda.wrappers import bare_modules, without_wrappers
 
 logger = logging.getLogger("fastloda")
 
 ADAPTED = (LoDAConv2d, LoDALinear)
-ADAPTABLE = (nn.Conv2d, nn.Linear)
-Adaptable = nn.Conv2d | nn.Linear
 L = TypeVar("L", bound=nn.Module)
 NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # though their weights may have two dimensions
 Targets = type | str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -37,6 +37,44 @@ BESIDE = "loda.safetensors"  # the file of adapters that it leaves beside the li
 NOTHING_TO_SAVE = (
     "the model has no adapters to save: call attach_loda first; what PEFT has wrapped has a save_pretrained(folder)"
 )
+
+
+class LoDAConv1D(LoDALinear):
+    """A frozen `Conv1D` of transformers (GPT-2's linear layer) with a trainable adapter, as `LoDALinear`.
+
+    `weight` stays [in_features, out_features], transposed, as the model's own files and `save_pretrained` have it.
+    """
+
+    @classmethod
+    def unfilled(cls, base: Any, **adapter) -> "LoDAConv1D":
+        """Make the adapted layer of base's shapes on the meta device."""
+        return cls(base.nx, base.nf, device="meta", dtype=base.weight.dtype, **adapter)
+
+    @classmethod
+    def from_linear(cls, linear: Any, **adapter) -> "LoDAConv1D":
+        """Make the Conv1D's adapted layer, which shares its tensors."""
+        return cls.unfilled(linear, **adapter)._adopt(linear)
+
+    def merge(self) -> nn.Module:
+        """Make the nn.Linear with weight W^T + scale B A; errors are those of `LoDALinear.merge`."""
+        plain = self._plain()
+        plain.weight = nn.Parameter(self.weight.detach().t())
+        if isinstance(self.bias, nn.Parameter):
+            plain.bias = self.bias
+        adapted = LoDALinear.from_linear(plain, **{key: getattr(self, key) for key in SETTINGS})
+        adapted.loda_A, adapted.loda_B = self.loda_A, self.loda_B
+        return adapted.train(self.training).merge()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute y [N, ..., O] of input [N, ..., C]."""
+        op = LinearOp(self.slope, self.scale)
+        return apply_adapter(op, input, self.weight.t(), self.bias, self.loda_A, self.loda_B, self.by_row)
+
+
+def _adaptable() -> tuple[type[nn.Module], ...]:
+    """List the types of the layers that can be adapted: transformers' Conv1D too, if anyone has imported it."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return (nn.Conv2d, nn.Linear) if conv1d is None else (nn.Conv2d, nn.Linear, conv1d)
 
 
 class Adapted(list[str]):
@@ -56,22 +94,22 @@ def attach_loda(
     negative_slope: float = 0.1,
     scale: float = 1.0,
 ) -> Adapted:
-    """Replace matching nn.Conv2d and nn.Linear layers in place by LoDA layers on the same weights; freeze all else.
+    """Replace matching nn.Conv2d, nn.Linear and transformers' Conv1D layers in place by LoDA layers on the same weights.
 
-    The model's output is unchanged until the adapters train.
+    All else is frozen. The model's output is unchanged until the adapters train.
 
     Args:
         model: the model to change.
-        targets: a layer type (nn.Conv2d, nn.Linear or a tuple of both); a regular expression that must match the whole name;
+        targets: a layer type (nn.Conv2d, nn.Linear, or a tuple of types); a regular expression that must match the whole name;
             a list of names, or of their endings after a dot; or a function (name, module) -> bool. Default: every Conv2d, or
-            every Linear in a model without any.
+            every Linear and Conv1D in a model without any.
         rank, activation, negative_slope, scale: see `LoDAConv2d`.
 
     Returns:
         The adapted names. `.skipped`, also logged, says which matching layers were left alone and why: rank > min(C_in, C_out),
         so that an adapter would be larger than the layer; a subclass or a layer with hooks or a forward of its own, which may
-        compute something else; or another kind of layer with weights (transformers' Conv1D, say), where targets are names or
-        the default. Warns if those hold most of the weights.
+        compute something else; or another kind of layer with weights, where targets are names or the default. Warns if those hold
+        most of the weights.
 
     Raises:
         ValueError: nothing matches, the model already has adapters, or it is a single layer (use `from_conv`, `from_linear`).
@@ -87,7 +125,9 @@ def attach_loda(
             f"the model is a single {type(model).__name__}: use LoDAConv2d.from_conv or LoDALinear.from_linear"
         )
     skipped = {name: reason for name, layer in matching.items() if (reason := _reason_to_skip(layer, rank))}
-    chosen = {name: layer for name, layer in matching.items() if isinstance(layer, ADAPTABLE) and name not in skipped}
+    chosen = {
+        name: layer for name, layer in matching.items() if isinstance(layer, _adaptable()) and name not in skipped
+    }
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise UserError(f"no layer to adapt for targets={targets!r}" + (f" ({reasons}; ...)" if skipped else ""))
@@ -119,7 +159,7 @@ def _listed(names: list[str]) -> str:
 
 def _weights(layer: nn.Module) -> int:
     """Count the numbers of the matrices that the layer itself multiplies with, by a guess: no tables, scales and positions."""
-    if isinstance(layer, ADAPTABLE):
+    if isinstance(layer, _adaptable()):
         own = list(layer.parameters())
     else:
         named = {} if isinstance(layer, NO_PRODUCT) else layer._parameters
@@ -129,7 +169,7 @@ def _weights(layer: nn.Module) -> int:
 
 def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]:
     modules = dict(_layers(model, (nn.Module,)))
-    layers = {name: m for name, m in modules.items() if isinstance(m, ADAPTABLE)}
+    layers = {name: m for name, m in modules.items() if isinstance(m, _adaptable())}
     others = {name: m for name, m in modules.items() if name and name not in layers and _weights(m)}
     if targets is None:
         convolutions = {name: m for name, m in layers.items() if isinstance(m, nn.Conv2d)}
@@ -138,7 +178,7 @@ def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]
         kinds = _as_tuple(targets)
         matches = lambda name, layer: isinstance(layer, kinds)  # noqa: E731
     elif callable(targets):
-        matches, others = targets, {}  # the function is asked about Conv2d and Linear alone
+        matches, others = targets, {}  # the function is asked about the layers that can be adapted alone
     elif isinstance(targets, str):
         matches = lambda name, layer: re.fullmatch(targets, name)  # noqa: E731
     else:
@@ -157,16 +197,16 @@ def _as_tuple(value) -> tuple:
 def _reason_to_skip(layer: nn.Module, rank: int) -> str | None:
     if reason := _reason_to_keep(layer):
         return reason
-    assert isinstance(layer, ADAPTABLE)  # any other layer has a reason
-    narrowest = min(layer.weight.shape[0], getattr(layer, "in_channels", layer.weight.shape[1]))
+    weight: Any = layer.weight  # any layer without one has a reason
+    narrowest = min(weight.shape[0], getattr(layer, "in_channels", weight.shape[1]))
     return f"rank {rank} > min(C_in, C_out) = {narrowest}" if rank > narrowest else None
 
 
 def _reason_to_keep(layer: nn.Module) -> str | None:
     """Tell why replacing the layer would change what the model computes; None if it would not."""
-    if not isinstance(layer, ADAPTABLE):
+    if not isinstance(layer, _adaptable()):
         return f"{type(layer).__name__} is no nn.Conv2d and no nn.Linear: replace it by one, or wrap the model by PEFT's LoRA"
-    if type(layer) not in ADAPTABLE:
+    if type(layer) not in _adaptable():
         return f"{type(layer).__name__} is a subclass that may compute something else"
     return _lost_by_replacement(layer)
 
@@ -179,10 +219,17 @@ def _lost_by_replacement(layer: nn.Module) -> str | None:
     return None
 
 
-def _adapter(layer: Adaptable, settings: dict) -> LoDAConv2d | LoDALinear:
+def _adapter(layer: Any, settings: dict) -> LoDAConv2d | LoDALinear:
     if isinstance(layer, nn.Conv2d):
         return LoDAConv2d.from_conv(layer, **settings)
-    return LoDALinear.from_linear(layer, **settings)
+    return (LoDALinear if isinstance(layer, nn.Linear) else LoDAConv1D).from_linear(layer, **settings)
+
+
+def _blank(layer: Any, settings: dict) -> LoDAConv2d | LoDALinear:
+    """Make an adapted layer of `layer`'s shapes on the meta device."""
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return unfilled(layer, **settings)
+    return LoDAConv1D.unfilled(layer, **settings)
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -337,7 +384,7 @@ def install_adapters(
     settings, tensors = _in_names_of(model, settings, tensors, path)
     layers = dict(loda_layers(model))
     bases = {} if layers else _bases(model, settings, path)
-    blank = {name: unfilled(base, **settings[name]) for name, base in bases.items()}
+    blank = {name: _blank(base, settings[name]) for name, base in bases.items()}
     _check_same(layers or blank, settings, tensors, path)
     if bases:
         layers = {name: _adapter(base, settings[name]) for name, base in bases.items()}
@@ -422,8 +469,8 @@ FOREIGN = {  # a pattern found in a tensor's name -> what the file is
 
 def real_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Map names of layers in a file to the model's own, where it has them: under any of a layer's names, wrappers or not."""
-    modules = {name: m for name, m in bare_modules(model) if isinstance(m, (nn.Conv2d, nn.Linear))}
-    first = {layer: name for name, layer in _layers(model, (nn.Conv2d, nn.Linear))}
+    modules = {name: m for name, m in bare_modules(model) if isinstance(m, _adaptable())}
+    first = {layer: name for name, layer in _layers(model, _adaptable())}
     stripped = defaultdict(dict)
     for name, module in modules.items():
         stripped[without_wrappers(name)][module] = None
@@ -450,9 +497,9 @@ def _in_names_of(
     }
 
 
-def _bases(model: nn.Module, settings: dict[str, dict], path: str | os.PathLike) -> dict[str, Adaptable]:
+def _bases(model: nn.Module, settings: dict[str, dict], path: str | os.PathLike) -> dict[str, nn.Module]:
     modules = dict(bare_modules(model))
-    bases = {name: layer for name in settings if isinstance(layer := modules.get(name), ADAPTABLE)}
+    bases = {name: layer for name, layer in modules.items() if name in settings and isinstance(layer, _adaptable())}
     strangers = [name for name in settings if name not in bases]
     if strangers:
         raise UserError(

@@ -5,7 +5,7 @@ the loss, all show as edges to its AccumulateGrad node. A private step covers a 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -141,8 +141,11 @@ def _zero_or_one(factor: object) -> object:
     return factor if isinstance(factor, (int, float)) and factor in (0, 1) else None
 
 
-def nodes_below(roots: Iterable[Node]) -> dict[Node, Edges]:
-    """Map each node below the roots, and these, to its edges, each node after its inputs; PyTorch is asked once for each."""
+def nodes_below(roots: Iterable[Node], ends: Container[Node] = ()) -> dict[Node, Edges]:
+    """Map each node below the roots, and these, to its edges, each node after its inputs; PyTorch is asked once for each.
+
+    ends: nodes below which nothing is looked for.
+    """
     found: dict[Node, Edges] = {}
     seen: set[Node] = set()
     stack = [(None, (), iter([(root, 0) for root in roots]))]
@@ -154,7 +157,8 @@ def nodes_below(roots: Iterable[Node]) -> dict[Node, Edges]:
             stack.pop()
         else:
             seen.add(child)
-            stack.append((child, below := child.next_functions, iter(below)))
+            below = () if child in ends else child.next_functions
+            stack.append((child, below, iter(below)))
     del found[None]
     return found
 

@@ -12,7 +12,6 @@ from torch import Size
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample import operations
-from fastloda.per_sample.node import Node
 from fastloda.per_sample.operations import (
     MEAN,
     NONE,
@@ -54,21 +53,28 @@ def _criterion(flow: "SampleFlow", op: Operation[Rows]) -> State:
     """Find the state of a criterion that has reduced its losses."""
     op.joint([given.state for given in op.inputs])
     mean = op.node._saved_reduction == MEAN
-    if mean and _is_normalised_by_targets(op.node):
+    if mean and _is_normalised_by_targets(op):
         raise PrivacyError(
             "the loss is divided by the class weights of the batch, or by the number of its targets that are not ignored: "
-            f"each sample's share depends on the other samples. {REMEDY}"
+            "each sample's share depends on the other samples. fastloda.CrossEntropyLoss divides by a sample's own (a Hugging "
+            f"Face model's loss: that of out.logits). {REMEDY}"
         )
     return _sum(flow, op, mean)
 
 
-def _is_normalised_by_targets(node: Node) -> bool:
-    """Tell whether a mean divides by something else than the number of targets: nll_loss, below cross_entropy, may."""
+def _is_normalised_by_targets(op: Operation[Rows]) -> bool:
+    """Tell whether a mean divides by something else than as many targets of each sample: nll_loss, below cross_entropy, may."""
+    node = op.node
     weight = getattr(node, "_saved_weight", None) if hasattr(node, "_saved_total_weight") else None
     if weight is not None and (weight != weight[0]).any():
         return True
     ignored = getattr(node, "_saved_ignore_index", None)
-    return ignored is not None and bool((node._saved_target == signed(ignored)).any())
+    if ignored is None:
+        return False
+    rows, left_out = op.inputs[0].state, node._saved_target == signed(ignored)
+    by_entry = left_out.reshape(rows.outer, rows.entries, -1).sum((0, 2))
+    # equally many for each sample, as where all sequences are shifted by one, leave a public divisor
+    return bool((by_entry != by_entry[0]).any())
 
 
 def _sum(flow: "SampleFlow", op: Operation[Rows], mean: bool) -> Total:

@@ -2,10 +2,10 @@
 
     share of the records --accumulate--> clipped sums --reduce--> rank 0: + noise, once --broadcast--> .grad
 
-Run a script with `torchrun`, call `torch.distributed.init_process_group()` in it, and a `GhostClipper` or `DPTrainer` finds
-the others by itself. A trainer divides each batch among the ranks. In a loop of your own, draw one Poisson sample on all ranks
-and take each rank's `fastloda.training.sampling.share`: a record on two ranks would be clipped on each, and contribute double
-the bound.
+Run a script with `torchrun`, call `torch.distributed.init_process_group()` in it, and `DPTrainer`, `make_private` or a
+`GhostClipper` finds the others by itself. The first two divide each batch among the ranks. In a loop of your own, draw one
+Poisson sample on all ranks and take each rank's `fastloda.training.sampling.share`: a record on two ranks would be clipped on
+each, and contribute double the bound.
 
 One flat buffer goes to rank 0 and one comes back. An all-reduce of the sums would move as many bytes, but the noise would
 have to be sent as well; and only rank 0 ever holds the sum before noise is added. The bits of rank 0's gradient come back, so
@@ -99,8 +99,8 @@ class World:
         if now != self and not now.size == self.size == 1:
             raise PrivacyError(
                 f"{self._parted()}, and now is {now._described()}: one noise and one count would be for another sum. Initialise "
-                "the process group first, then call GhostClipper or DPTrainer (it goes on from its checkpoint), or give them "
-                'group="alone"; make_private is for one process'
+                "the process group first, then call GhostClipper, make_private or DPTrainer (it goes on from its checkpoint), or "
+                'give the first or the last group="alone"'
             )
         return self
 

@@ -23,6 +23,7 @@ from loops import (
     with_labels,
 )
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastloda
@@ -273,7 +274,7 @@ def test_copies_train_and_go_on_with_the_account(again, when):
         copies = [again(made), again(made)]
     for copied in copies:
         assert not copied[1].accumulating and len(copied[1].accountant) == taken
-        assert copied[0]._module is not model._module and copied[2].tally is copied[1].tally
+        assert copied[0].to_standard_module() is not model.to_standard_module() and copied[2].tally is copied[1].tally
         with pytest.raises(PrivacyError, match="needs one loss.backward"):
             copied[1].step()
         train(*copied)
@@ -339,31 +340,49 @@ def test_opacus_batch_memory_manager_names_its_replacement():
             next(iter(parts))
 
 
-@pytest.mark.parametrize("scheduler", ["StepLR", "ExponentialLR", "OneCycleLR"])
-def test_schedulers_that_count_parts_are_told(scheduler):
-    arguments = {
-        "StepLR": dict(step_size=2),
-        "ExponentialLR": dict(gamma=0.5),
-        "OneCycleLR": dict(max_lr=1, total_steps=99),
-    }
+SCHEDULES = {
+    "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, step_size=2),
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=1, total_steps=9),
+    "restarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=2),
+    "sequence": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer, [lr_scheduler.ConstantLR(optimizer), lr_scheduler.ExponentialLR(optimizer, 0.5)], [2]
+    ),
+}
 
-    def run(remedy):
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_of_the_learning_rate_count_private_steps(kind):
+    def rates(physical):
         model, optimizer, loader = private(noise=1.0, bound=1.0, batch_size=12, lr=0.1)
-        schedule = getattr(torch.optim.lr_scheduler, scheduler)(optimizer, **arguments[scheduler])
-        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
-            for x, y in parts:
+        schedule, seen = SCHEDULES[kind](optimizer), []
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical, optimizer=optimizer) as parts:
+            for x, y in (part for _ in range(2) for part in parts):
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
-                if not (remedy and optimizer.accumulating):
-                    schedule.step()
-        return schedule.last_epoch
+                schedule.step()
+                if optimizer.accumulating:
+                    assert schedule.last_epoch == len(optimizer.accountant)
+                else:
+                    seen.append((schedule.last_epoch, optimizer.param_groups[0]["lr"]))
+        return seen
 
-    with pytest.warns(UserWarning, match="if not optimizer.accumulating: scheduler.step"):
-        assert run(remedy=False) > 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert run(remedy=True) == 2
+    assert rates(physical=2) == rates(physical=99)
+    assert [steps for steps, _ in rates(physical=2)] == [1, 2, 3, 4]
+
+
+def test_a_schedule_may_begin_in_the_middle_of_a_batch():
+    model, optimizer, loader = private(noise=1.0, bound=1.0, batch_size=12, lr=0.1)
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
+        x, y = next(iter(parts))
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert optimizer.accumulating
+        assert lr_scheduler.LambdaLR(optimizer, lambda step: 0.5).get_last_lr() == [0.05]
+    plain = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = lr_scheduler.StepLR(plain, 1)
+    plain.step(), schedule.step()
+    assert schedule.last_epoch == 1  # another's schedule counts as ever
 
 
 # ---- models that have to be changed first
@@ -571,32 +590,6 @@ def test_objects_that_the_module_keeps_stay_as_they_are():
     assert "Addmm" in kept[-1].first.grad_fn.name() and "Addmm" not in out.first.grad_fn.name()
 
 
-def test_causal_language_models_return_a_cache():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
-    inner = transformers.LlamaForCausalLM(config)
-    tokens = torch.randint(11, (12, 5))
-    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
-    loader = DataLoader(TensorDataset(tokens), batch_size=4)
-    model, optimizer, loader = PrivacyEngine().make_private(
-        inner, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0
-    )
-    for (x,) in loader:
-        out = model(input_ids=x)
-        assert out.past_key_values is not None
-        targets = torch.where(x[:, 1:] < 4, -100, x[:, 1:])
-        CrossEntropyLoss()(out.logits[:, :-1].transpose(1, 2), targets).backward()
-        optimizer.step()
-    assert len(optimizer.accountant) == 3
-    (x,) = first_batch(loader)
-    with pytest.raises(
-        PrivacyError, match="single number.*take the loss of out.logits, with fastloda.CrossEntropyLoss"
-    ):
-        model(input_ids=x, labels=x).loss.backward()
-
-
 # ---- generators and discriminators
 
 
@@ -700,14 +693,14 @@ def test_a_bound_for_each_parameter():
     bounds = [0.5, 0.01, 0.2, 0.03]
     model, optimizer, loader = private(clipping="per_layer", bound=bounds)
     x, y = first_batch(loader)
-    samples = truth(model._module, x, y)
+    samples = truth(model.to_standard_module(), x, y)
     wanted = {name: 0 for name in samples[0]}
     for sample in samples:
         for (name, g), bound in zip(sample.items(), bounds):
             wanted[name] = wanted[name] + g * min(1.0, bound / g.norm().item())
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    assert_same(gradients(model._module), wanted, divisor=8)
+    assert_same(gradients(model.to_standard_module()), wanted, divisor=8)
     assert optimizer.max_grad_norm == pytest.approx(sum(b * b for b in bounds) ** 0.5)
     for bad, match in (([1.0], "1 bounds for 4 trainable"), ([1.0, 1, 1, -1], "positive finite")):
         with pytest.raises(ValueError, match=match):
@@ -860,10 +853,10 @@ def test_class_weights_and_ignored_targets_train(reduction):
     x, y = first_batch(loader)
     assert (y == 1).any() and (y != 1).any()
     losses = lambda m, x: criterion(m(x[..., :-1]), x[:, 0, 0, -1].long())  # noqa: E731
-    wanted = oracle.clipped_sum(oracle.sample_grads(model._module, losses, with_labels(x, y)), 0.1)
+    wanted = oracle.clipped_sum(oracle.sample_grads(model.to_standard_module(), losses, with_labels(x, y)), 0.1)
     criterion(model(x), y).backward()
     optimizer.step()
-    assert_same(gradients(model._module), wanted, divisor=8 if reduction == "mean" else 1)
+    assert_same(gradients(model.to_standard_module()), wanted, divisor=8 if reduction == "mean" else 1)
 
 
 class Threes:
@@ -883,10 +876,12 @@ def test_noise_of_ones_own():
     source = Threes()
     model, optimizer, loader = private(bound=0.1, noise=2.0, noise_generator=source)
     x, y = first_batch(loader)
-    clipped = oracle.clipped_sum(truth(model._module, x, y), 0.1)
+    clipped = oracle.clipped_sum(truth(model.to_standard_module(), x, y), 0.1)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    assert_same(gradients(model._module), {name: g + 2.0 * 0.1 * 3.0 for name, g in clipped.items()}, divisor=8)
+    assert_same(
+        gradients(model.to_standard_module()), {name: g + 2.0 * 0.1 * 3.0 for name, g in clipped.items()}, divisor=8
+    )
     assert source.drawn == sum(p.numel() for p in model.parameters())
     assert copy.deepcopy(optimizer).generator.drawn == source.drawn
     with pytest.raises(TypeError, match="noise_generator must be a torch.Generator, or have normal"):
@@ -952,11 +947,14 @@ def sequences(inner, count, **options):
     return x, make(inner, optimizer, loader, noise_multiplier=0.0, max_grad_norm=0.1, batch_first=False, **options)
 
 
+@pytest.mark.parametrize("wrap_model", [True, False])
 @pytest.mark.parametrize("count", [6, 4, 1])
-def test_the_batch_may_come_second(count):
+def test_the_batch_may_come_second(count, wrap_model):
     inner = Recurrent().double()
-    x, (model, optimizer, loader) = sequences(inner, count)
-    wanted = oracle.clipped_sum(oracle.sample_grads(inner, sequence_losses, x), 0.1)
+    plain = copy.deepcopy(inner)
+    x, (model, optimizer, loader) = sequences(inner, count, wrap_model=wrap_model)
+    model = model if wrap_model else inner
+    wanted = oracle.clipped_sum(oracle.sample_grads(plain, sequence_losses, x), 0.1)
     batch = next(iter(loader))
     assert torch.equal(batch, x.transpose(0, 1))
     sequence_losses(model, batch.transpose(0, 1)).mean().backward()
@@ -970,7 +968,8 @@ def test_the_batch_may_come_second(count):
         "count": (0,),  # as any output of the empty batch
     }
     with torch.no_grad():
-        torch.testing.assert_close(model(batch, scale=x[:, 0, 0]), inner(batch, scale=x[:, 0, 0]))
+        plain.load_state_dict(inner.state_dict())
+        torch.testing.assert_close(model(batch, scale=x[:, 0, 0]), plain(batch, scale=x[:, 0, 0]))
 
 
 def test_an_output_without_the_batch_is_named():
@@ -994,19 +993,3 @@ def test_positions_are_not_taken_for_records():
     assert_same(
         {n: g for n, g in gradients(inner).items() if "head" in n}, {n: g for n, g in wanted.items() if "head" in n}, 6
     )
-
-
-def test_accelerate_prepares_all_but_the_loader():
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
-    for wrapped in (True, False):
-        model, private_optimizer, loader = private(noise=1.0, bound=1.0)
-        model, optimizer = accelerator.prepare(model, private_optimizer)
-        x, y = next(iter(accelerator.prepare(loader) if wrapped else loader))
-        accelerator.backward(F.cross_entropy(model(x), y))
-        if wrapped:
-            with pytest.raises(PrivacyError, match="accelerator.prepare must not wrap"):
-                optimizer.step()
-        else:
-            optimizer.step()
-            assert len(private_optimizer.accountant) == 1

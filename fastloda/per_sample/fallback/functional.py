@@ -439,7 +439,10 @@ def _swap(hidden):
 
 def _install(layer: nn.Module, mark: Mark, names: tuple[str, ...]) -> None:
     """Set the layer's forward by an attribute of its own, which copies and pickles take along, in place of its class's method."""
-    layer.forward = functools.partial(_forward, layer, mark, names)
+    forward = functools.partial(_forward, layer, mark, names)
+    # it tells its arguments' names, for which transformers' Trainer asks
+    vars(forward)["__wrapped__"] = type(layer).forward
+    layer.forward = forward
 
 
 def _installed(layer: nn.Module) -> Mark | None:
