@@ -107,9 +107,7 @@ def synthesize(
         progress: whether to show progress bars.
     """
     place = resolve_device(device)
-    Privacy(
-        epsilon, 1e-9 if delta is None else delta
-    )  # refuses what no number of records makes right, before they are read
+    Privacy(epsilon, 1e-9 if delta is None else delta)  # refuses at once what no number of records makes right
     if owner is not None and choose:
         raise UserError(
             "--choose releases a sum in which each image counts by itself: leave it out, or leave out --owner"
