@@ -74,9 +74,10 @@ def measure(config: UNetConfig, public: LabelledImages, recipe: Recipe, device: 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run: recipe, noise multiplier that keeps the promise, measured cost of a step, images of an owner in it."""
+    """The plan of a run: recipe, U-Net, noise multiplier that keeps the promise, cost of a step, images of an owner in it."""
 
     recipe: Recipe
+    unet: UNetConfig
     noise_multiplier: float
     cost: Cost
     per_owner: int = 1
@@ -105,7 +106,11 @@ class Plan:
                 "trained numbers": cost.trained,
                 "time": duration(private),
             },
-            "sample": {"images": recipe.count, "time": duration(sampling * (2 if recipe.tuning.guidance else 1))},
+            "sample": {
+                "images": recipe.count,
+                "channels and pixels": f"{self.unet.in_channels} x {self.unet.image_size} x {self.unet.image_size}",
+                "time": duration(sampling * (2 if recipe.tuning.guidance else 1)),
+            },
             "memory": f"about {memory / GIB:.1f} GiB for a step",
         }
 

@@ -107,9 +107,7 @@ def synthesize(
         progress: whether to show progress bars.
     """
     place = resolve_device(device)
-    Privacy(
-        epsilon, delta=1e-9 if delta is None else delta
-    )  # refuses what no records could make right, before they are read
+    Privacy(epsilon, 1e-9 if delta is None else delta)  # refuses at once what no number of records makes right
     if owner is not None and choose:
         raise UserError(
             "--choose releases a sum in which each image counts by itself: leave it out, or leave out --owner"
@@ -132,7 +130,7 @@ def synthesize(
         seed=seed,
     )
     cost = measure(config, found.public, recipe, place)
-    plan = Plan(recipe, recipe.noise_multiplier(), cost, per_owner).to_dict()
+    plan = Plan(recipe, config, recipe.noise_multiplier(), cost, per_owner).to_dict()
     if dry_run:
         return plan
     logger.info("the plan:\n%s", as_yaml(plan).rstrip())

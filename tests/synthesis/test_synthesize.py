@@ -14,7 +14,7 @@ from fastloda.synthesis import plan, presets, recipe, stages
 from fastloda.synthesis import synthesize as command
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import font_digits, image_folder, load_npz
-from fastloda.synthesis.diffusion import PRESETS, UNet, preset_for
+from fastloda.synthesis.diffusion import PRESETS, UNet, UNetConfig, preset_for
 from fastloda.synthesis.inputs import SIZES
 from fastloda.synthesis.settings import Classifier, UNetShape
 
@@ -115,7 +115,7 @@ def test_patients_of_several_images_are_the_unit_of_privacy(cells, tmp_path, cap
 def test_the_plan_counts_an_owners_images():
     settings = recipe.Recipe.fitting(8.0, 600, 32, count=10, public_steps=10, sampler_steps=2)
     cost = plan.Cost(10, 5, 0.01, 0.02, 0.001, 1e6, 2e6)
-    times = [plan.Plan(settings, 1.0, cost, images).to_dict()["finetune"]["time"] for images in (1, 3)]
+    times = [plan.Plan(settings, UNetConfig(), 1.0, cost, images).to_dict()["finetune"]["time"] for images in (1, 3)]
     assert times == ["about 20 min", "about 60 min"]  # 400 steps of 150 records
 
 
@@ -138,9 +138,10 @@ def test_nothing_follows_a_single_private_image(cells, tmp_path, capsys):
     found = []
     for _ in range(2):
         assert main(arguments(cells, tmp_path / "out", *options, "--records", "40")) == 0
-        found.append({k: v for k, v in yaml.safe_load(capsys.readouterr().out)["finetune"].items() if k != "time"})
+        planned = yaml.safe_load(capsys.readouterr().out)
+        found.append([{k: v for k, v in planned[stage].items() if k != "time"} for stage in ("finetune", "sample")])
         tiny.unlink(missing_ok=True)
-    assert found[0] == found[1]
+    assert found[0] == found[1] and found[0][1]["channels and pixels"] == "3 x 32 x 32"
     for path in (cells / "public").rglob("*.png"):
         grey = tmp_path / "grey" / path.parent.name / path.name
         grey.parent.mkdir(parents=True, exist_ok=True)

@@ -57,9 +57,8 @@ def sample(
         raise UserError(f"labels must be [n] integers in 0..{model.null_class}, got {labels}")
 
     schedule = list(_schedule(diffusion, steps, eta=1.0 if method == "ddpm" else eta))
-    seeds = image_seeds(skip + len(labels), torch.Generator().manual_seed(seed) if seed is not None else generator)[
-        skip:
-    ]
+    generator = torch.Generator().manual_seed(seed) if seed is not None else generator
+    seeds = image_seeds(skip + len(labels), generator)[skip:]
     batches = [slice(i, i + batch_size) for i in range(0, len(labels), batch_size)]
     device = next(model.parameters()).device
     images = torch.empty(len(labels), *model.image_shape)  # a normal tensor: the caller may train on it
