@@ -21,6 +21,7 @@ from torch import nn
 from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.loda.attach import load_loda, save_loda
+from fastloda.privacy.ranks import World
 from fastloda.randomness import seeded
 from fastloda.synthesis.account import known_releases, read_statement, releases
 from fastloda.synthesis.arguments import Device, resolve_device
@@ -283,7 +284,7 @@ def finetune(
     settings = {"data": full_name(data), "privacy": asdict(privacy), "adapter": asdict(adapter), "prompts": prompts}
     settings |= {"training": asdict(training), "device": place.type, "owner": owner, "per_owner": per_owner}
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
-    stage = Stage(Path(run) / PRIVATE, settings, (base.file,), outputs, private=True)
+    stage = Stage(Path(run) / PRIVATE, settings, (base.file,), outputs, private=True, world=World.of())
     if not _reuse(stage):
         earlier = [release for statement in before for release in releases(statement)]
         options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": earlier, "progress": progress}
@@ -292,13 +293,15 @@ def finetune(
         trainer = private_trainer(base.network, records, losses, privacy, optimization, owners=owners, **options)
         with stage.work():
             fit_average(trainer)
+            if not stage.world.first:
+                return {}
             save_loda(base.network, stage.folder / ADAPTER)
             publish(
                 trainer, privacy, stage.folder, [known for statement in before for known in known_releases(statement)]
             )
             classes = {"classes": images.num_classes} | ({"prompts": captions} if captions else {})
             write_json(stage.folder / STATEMENT, read_statement(stage.folder) | classes)
-    return read_statement(stage.folder)
+    return read_statement(stage.folder) if stage.world.first else {}
 
 
 def train_classifier_privately(
