@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"opacus": "opacus", "diffusers": "diffusers", "peft": "peft", "timm": "timm"}
+NEEDS = {name: name for name in ("opacus", "diffusers", "peft", "timm")} | {"torch.utils.tensorboard": "tensorboard"}
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
@@ -17,7 +17,7 @@ def test_example_runs(script, tmp_path):
     for module in [
         name for name in NEEDS if f"import {name}" in script.read_text() or f"from {name}" in script.read_text()
     ]:
-        pytest.importorskip(module, reason=f"{script.name} needs {module}")
+        pytest.importorskip(NEEDS[module], reason=f"{script.name} needs {NEEDS[module]}")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300

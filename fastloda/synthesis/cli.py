@@ -1,7 +1,7 @@
 """The command `fastloda`: its subcommands are functions of the package, their help texts those functions' docstrings.
 
 A bad input gives one line on stderr and exit code 2, before anything is changed; a bug keeps its traceback. What takes long to
-import waits until a subcommand is known. `torchrun -m fastloda finetune ...` starts ranks of one process group, of which rank 0
+import waits until a subcommand is known. `torchrun -m -- fastloda finetune ...` starts ranks of one process group, of which rank 0
 alone writes and prints; the others tell their own errors only.
 """
 
@@ -47,7 +47,7 @@ Fine-tune a diffusion model on private images under differential privacy, and dr
   fastloda report   --run runs/a                       what is promised, on one page to sign before publication
   fastloda account  --delta 1e-5 --sample_rate 0.01 --noise_multiplier 1 --steps 1000
   fastloda reproduce digits --quick                    every method that the paper compares, as its tables do
-  torchrun --nproc_per_node 4 -m fastloda finetune ... on several GPUs, one process each
+  torchrun --nproc_per_node 4 -m -- fastloda finetune  on several GPUs, one process each
 
 `fastloda COMMAND --help` lists the options of one of {", ".join(COMMANDS)}.
 

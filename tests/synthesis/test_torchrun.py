@@ -1,4 +1,4 @@
-"""`torchrun -m fastloda finetune` is one run: the same statement and, of the same losses, the same adapter as of one process."""
+"""`torchrun -m -- fastloda finetune` is one run: the statement is that of one process and, of the same losses, the adapter too."""
 
 import json
 import os
