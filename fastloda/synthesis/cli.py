@@ -1,7 +1,7 @@
 """The command `fastloda`: its subcommands are functions of the package, their help texts those functions' docstrings.
 
 A bad input gives one line on stderr and exit code 2, before anything is changed; a bug keeps its traceback. What takes long to
-import waits until a subcommand is known. `torchrun -m -- fastloda finetune ...` starts ranks of one process group, of which rank 0
+import waits until a subcommand is known. `torchrun -m -- fastloda finetune ...` starts the ranks of one run, of which rank 0
 alone writes and prints; the others tell their own errors only.
 """
 

@@ -1,4 +1,4 @@
-"""`torchrun -m -- fastloda finetune` is one run: the statement is that of one process and, of the same losses, the adapter too."""
+"""`torchrun -m -- fastloda finetune` is one run: the statement is that of one process, and of the same losses the adapter."""
 
 import json
 import os
