@@ -89,8 +89,7 @@ class DPTrainer:
         checkpoint_every: number of steps between saves.
         callbacks: functions (trainer, report) that `fit` calls after each step, on every rank (`trainer.world.first` tells
             rank 0), with a `StepReport`; `fastloda.evaluate_every` makes one that evaluates the averaged parameters. The run's
-            random states are put back after each call. If one raises, the step is done and not taken again: it is saved (on
-            several ranks training goes on from the last checkpoint, and repeats the same releases).
+            random states are put back after each call. If one raises, the step is done, saved and not taken again.
         progress: whether to show a progress bar.
         group: the ranks that train together. None takes all, if a process group is initialised; "alone" this process only.
 
@@ -193,7 +192,7 @@ class DPTrainer:
 
         It saves before the first step, every `checkpoint_every` steps, and at the end, even if the end is an error, or SIGINT
         (Ctrl-C) or SIGTERM, which take effect after the current step (a second signal at once). With several ranks nothing is
-        saved after an error on one of them.
+        saved after an error on one of them, unless it is a callback's.
         """
         last = self.last_step
         told = self.progress or self.callbacks
@@ -227,15 +226,24 @@ class DPTrainer:
         return self
 
     def _call_back(self, report: StepReport) -> None:
-        """Call the callbacks on all ranks, which wait for each other, and put the random states back."""
+        """Call the callbacks on all ranks, which wait for each other; if one raises, all of them save and raise."""
         for callback in self.callbacks:
-            with restored(self.run.generators):
-                try:
-                    callback(self, report)
-                except Exception as error:
-                    self.world.tell_failure(error)
-                    raise
-            self.world.check_same({"step": report.step})
+            try:
+                self._call(callback, report)
+                self.world.check_same({"step": report.step})
+            except Exception:
+                if self.world.size > 1:  # one alone is saved by fit
+                    self.save()
+                raise
+
+    def _call(self, callback: Callback, report: StepReport) -> None:
+        """Call a callback, put the random states back, and let the other ranks know if it raises."""
+        with restored(self.run.generators):
+            try:
+                callback(self, report)
+            except Exception as error:
+                self.world.tell_failure(error)
+                raise
 
     @contextmanager
     def averaged(self) -> Yielding[None]:
