@@ -20,6 +20,7 @@ from .privacy.secure_noise import SecureGenerator
 from .privacy.stats import StepStats
 from .privacy.step import GhostClipper, ghost_dp_step
 from .privacy.styles import Automatic, PerLayer
+from .training.callbacks import StepReport, evaluate_every
 from .training.settings import PrivateTraining
 from .training.trainer import DPTrainer
 
@@ -40,6 +41,7 @@ __all__ = [
     "PrivacyError",
     "PrivateTraining",
     "SecureGenerator",
+    "StepReport",
     "StepStats",
     "attach_loda",
     "calibrate_noise",
@@ -47,6 +49,7 @@ __all__ = [
     "compile",
     "compose_epsilon",
     "cover",
+    "evaluate_every",
     "explain",
     "ghost_dp_step",
     "load_loda",

@@ -10,13 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = ("opacus", "diffusers", "peft", "timm", "transformers", "accelerate", "lightning")
+NEEDS = {name: name for name in ("opacus", "diffusers", "peft", "timm", "transformers", "accelerate", "lightning")}
+NEEDS |= {r"torch\.utils\.tensorboard": "tensorboard"}
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(script, tmp_path):
     for module in [name for name in NEEDS if re.search(rf"^(import|from) {name}\b", script.read_text(), re.MULTILINE)]:
-        pytest.importorskip(module, reason=f"{script.name} needs {module}")
+        pytest.importorskip(NEEDS[module], reason=f"{script.name} needs {NEEDS[module]}")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300

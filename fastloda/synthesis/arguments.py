@@ -1,14 +1,16 @@
 """Argument types of the command line that the standard types lack."""
 
+import os
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
-from jsonargparse.typing import register_type
+import torch.distributed as dist
+from jsonargparse.typing import register_type, restricted_string_type
 
 from fastloda.errors import UserError
 
-Device = Literal["auto", "cpu", "cuda"]
+# The type's name stands in the help texts.
+Device = restricted_string_type("auto|cpu|cuda|cuda:N|mps", r"^(auto|cpu|cuda(:\d+)?|mps)$", "Name of a device.")
 
 
 class Floats(tuple[float, ...]):
@@ -19,17 +21,39 @@ class Names(tuple[str, ...]):
     """A tuple of strings: "a,b" on the command line, a string or a list in a configuration file."""
 
 
-def resolve_device(device: Device) -> torch.device:
-    """Choose the device by its name; "auto" is the GPU if there is one.
+def resolve_device(device: str) -> torch.device:
+    """Choose the device by its name, and make a GPU that has a number the current one, where kernels run.
+
+    "auto" is the GPU if there is one. Where a process group is initialised, each rank gets the GPU of its LOCAL_RANK.
 
     Raises:
-        ValueError: "cuda" without a GPU that PyTorch can use.
+        UserError: there is no such device here, or "cuda:N" would be the same one for several ranks.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: PyTorch finds no GPU here; use --device cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    kind, _, number = device.partition(":")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "auto":
+        kind = "cuda" if gpus else "cpu"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps: PyTorch finds no Apple GPU here; use --device cpu")
+    if kind == "cuda" and not gpus:
+        raise UserError(f"device {device}: PyTorch finds no GPU here; use --device cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    return _numbered(device, number, gpus) if number or dist.is_initialized() else torch.device(kind)
+
+
+def _numbered(device: str, number: str, gpus: int) -> torch.device:
+    if dist.is_initialized():
+        if number and dist.get_world_size() > 1:
+            raise UserError(f"device {device} is one GPU, and each rank needs its own: use --device cuda")
+        number = number or os.environ.get("LOCAL_RANK", "0")
+    if int(number) >= gpus:
+        raise UserError(
+            f"there is no GPU {number} for --device {device}: the {gpus} that PyTorch finds here count from 0"
+            + (f"; start at most {gpus} ranks on this machine (--nproc_per_node)" if dist.is_initialized() else "")
+        )
+    torch.cuda.set_device(int(number))
+    return torch.device("cuda", int(number))
 
 
 def _comma_separated(kind: type[tuple], item: Callable) -> Callable[[object], tuple]:

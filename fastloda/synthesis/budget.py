@@ -9,7 +9,6 @@ from typing import Any, Self
 
 from torch import nn
 
-from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.errors import UserError
 from fastloda.files import write_atomically
@@ -138,11 +137,11 @@ def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optim
     `earlier` are releases about the same records, as `compose_epsilon` takes them, that the promise covers too;
     `optimization` are the other fields of `PrivateTraining`.
     """
-    settings = PrivateTraining(  # checked before the noise is sought, which takes a while
+    logger.info("calibrating the noise for epsilon %g over %d steps", privacy.target_epsilon, privacy.steps)
+    settings = PrivateTraining(
         sample_rate=privacy.sample_rate,
         expected_batch_size=privacy.batch_size,
         steps=privacy.steps,
-        noise_multiplier=1.0,
         delta=privacy.delta,
         target_epsilon=privacy.target_epsilon,
         max_grad_norm=privacy.max_grad_norm,
@@ -151,10 +150,8 @@ def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optim
         earlier=tuple(tuple(release) for release in earlier),
         **optimization,
     )
-    logger.info("calibrating the noise for epsilon %g over %d steps", privacy.target_epsilon, privacy.steps)
-    noise = calibrate_noise(privacy.target_epsilon, privacy.delta, privacy.sample_rate, privacy.steps, earlier)
-    logger.info("noise multiplier %.3f at sample rate %.3g", noise, privacy.sample_rate)
-    return replace(settings, noise_multiplier=noise)
+    logger.info("noise multiplier %.3f at sample rate %.3g", settings.noise_multiplier, privacy.sample_rate)
+    return settings
 
 
 def private_trainer(

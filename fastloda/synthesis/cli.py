@@ -1,16 +1,17 @@
 """The command `fastloda`: its subcommands are functions of the package, their help texts those functions' docstrings.
 
 A bad input gives one line on stderr, and one for each file that can't be read, and exit code 2, before anything is changed; a
-bug keeps its traceback. What takes long to
-import waits until a subcommand is known.
+bug keeps its traceback. What takes long to import waits until a subcommand is known. `torchrun -m -- fastloda finetune ...`
+starts the ranks of one run, of which rank 0 alone writes and prints; the others tell their own errors only.
 """
 
 import logging
+import os
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 
 from fastloda import __version__
@@ -28,6 +29,7 @@ COMMANDS = {  # name -> the module of the function of that name
     "account": "account",
     "reproduce": "reproduce",
 }
+ON_SEVERAL_RANKS = ("finetune",)
 BAD_INPUT, INTERRUPTED = 2, 130
 LONGEST_MESSAGE = 600  # characters
 
@@ -50,6 +52,7 @@ The stages of it, one by one:
   fastloda report   --run C                            what is promised, on one page to sign before publication
   fastloda account  --delta 1e-5 --sample_rate 0.01 --noise_multiplier 1 --steps 1000
   fastloda reproduce digits --quick                    every method that the paper compares, as its tables do
+  torchrun --nproc_per_node 4 -m -- fastloda finetune  on several GPUs, one process each
 
 `fastloda COMMAND --help` lists the options of one of {", ".join(COMMANDS)}.
 
@@ -61,26 +64,30 @@ Every stage writes into the run's folder, skips what is there, and continues wha
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code. The result goes to stdout, as YAML; notes and errors to stderr."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    match arguments:
-        case ["-h" | "--help", *_]:
-            print(HELP, end="")
-            return 0
-        case ["--version", *_]:
-            print(f"fastloda {__version__}")
-            return 0
-        case [command, *options] if command in COMMANDS:
-            return _run(command, options)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if _rank() else nullcontext():
+        match arguments:
+            case ["-h" | "--help", *_]:
+                print(HELP, end="")
+                return 0
+            case ["--version", *_]:
+                print(f"fastloda {__version__}")
+                return 0
+            case [command, *_] if _started_by_torchrun() and command in COMMANDS and command not in ON_SEVERAL_RANKS:
+                return _refuse(f"fastloda {command}", "runs in one process: start it without torchrun")
+            case [command, *options] if command in COMMANDS:
+                return _run(command, options)
     got = f"invalid choice: {arguments[0]!r}" if arguments else "no command"
-    return _fail("fastloda", f"{got}: choose from {', '.join(COMMANDS)}, or see fastloda --help")
+    return _refuse("fastloda", f"{got}: choose from {', '.join(COMMANDS)}, or see fastloda --help")
 
 
 def _run(command: str, options: Sequence[str]) -> int:
     name = f"fastloda {command}"
     try:
-        with _notes_to_stderr():
+        with _notes_to_stderr(), _process_group() if _started_by_torchrun() else nullcontext():
             function = command_function(command)
             from fastloda.synthesis.parser import as_yaml, parse
 
+            parse = _parse_together if _started_by_torchrun() else parse
             result = function(**parse(name, function, options))
         if result is not None:
             print(as_yaml(result), end="")
@@ -100,23 +107,67 @@ def _run(command: str, options: Sequence[str]) -> int:
         return _fail(name, str(error))
 
 
+def _started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"]) if _started_by_torchrun() else 0
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """Join the ranks that torchrun has started, inside the context."""
+    import torch.distributed as dist
+    from torch.cuda import is_available
+
+    dist.init_process_group("cpu:gloo,cuda:nccl" if is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _parse_together(name: str, function: Callable, options: Sequence[str]) -> dict:
+    """Read a subcommand's arguments on all ranks, which must agree; rank 0 alone shows progress, and tells a mistake of all."""
+    from fastloda.privacy.ranks import World
+    from fastloda.synthesis.parser import parse
+
+    world, arguments, mistake = World.of(), {}, None
+    try:
+        arguments = parse(name, function, options)
+    except UserError as error:
+        mistake = error
+    world.check_same(arguments | {"mistake": str(mistake)})
+    if mistake:
+        raise mistake if world.first else SystemExit(0)  # torchrun ends all ranks as soon as one has failed
+    return arguments | {"progress": arguments["progress"] and world.first}
+
+
 def command_function(command: str) -> Callable[..., dict | None]:
     """Import the function of a subcommand."""
     return getattr(import_module(f"fastloda.synthesis.{COMMANDS[command]}"), command)
+
+
+def _refuse(name: str, message: str) -> int:
+    """Fail on rank 0; the others succeed, for torchrun ends all ranks as soon as one has failed, and rank 0 must say why."""
+    return 0 if _rank() else _fail(name, message)
 
 
 def _fail(name: str, message: str) -> int:
     first, *more = (
         textwrap.shorten(line, LONGEST_MESSAGE, placeholder=" ...") for line in message.splitlines() or [""]
     )
-    print(f"{name}: error: {first}", *more, sep="\n", file=sys.stderr)
+    rank = f"rank {_rank()}: " if _rank() else ""
+    print(f"{name}: {rank}error: {first}", *more, sep="\n", file=sys.stderr)
     return BAD_INPUT
 
 
 @contextmanager
 def _notes_to_stderr() -> Iterator[None]:
-    """Print the package's log messages and warnings to stderr, a line each, inside the context."""
-    logger, handler = logging.getLogger("fastloda"), logging.StreamHandler(sys.stderr)
+    """Print the package's log messages and warnings to stderr, a line each, inside the context; on rank 0 only."""
+    logger = logging.getLogger("fastloda")
+    handler = logging.NullHandler() if _rank() else logging.StreamHandler(sys.stderr)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

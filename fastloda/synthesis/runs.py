@@ -13,7 +13,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import yaml
 
 from fastloda.errors import UserError
 from fastloda.files import held, write_atomically
+from fastloda.privacy.ranks import World
 from fastloda.training.checkpoint import differences
 
 CONFIG, SOURCE, DONE, LOCK = "config.yaml", "source.yaml", "done.json", ".lock"
@@ -41,6 +42,7 @@ class Stage:
         inputs: files of other stages that it reads. Never private data: their hash would be a statistic of them.
         outputs: names of the files that it leaves in `folder`.
         private: whether it spends a privacy budget; the folder is then accessible to its owner only.
+        world: the ranks that do its work together, all of which call `is_done` and `work`; rank 0 alone uses the folder.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class Stage:
     outputs: tuple[str, ...] = ()
     private: bool = False
     source: Mapping = field(default_factory=dict)
+    world: World = World()
 
     def is_done(self) -> bool:
         """Tell whether the results are there, of these settings and these inputs; nothing is changed.
@@ -56,6 +59,9 @@ class Stage:
         Raises:
             RunError: the folder holds results of other settings or inputs, finished or not, or has lost some results.
         """
+        return self.world.from_first(self._is_done)
+
+    def _is_done(self) -> bool:
         if (known := self._read(CONFIG, yaml.safe_load)) is None:
             if (self.folder / DONE).exists():
                 raise RunError(f"{self.folder} was finished, but {CONFIG} is gone. {self.way_out}")
@@ -80,9 +86,15 @@ class Stage:
         Raises:
             RunError: the stage is private, and another process does its work, or has just finished it.
         """
+        with ExitStack() as stack:
+            self.world.from_first(lambda: stack.enter_context(self._work()))
+            yield
+
+    @contextmanager
+    def _work(self) -> Iterator[None]:
         make_folder(self.folder, 0o700 if self.private else 0o777)
         with self._alone() if self.private else nullcontext():
-            yield from self._work()
+            yield from self._settings_to_mark()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -97,7 +109,7 @@ class Stage:
             except BlockingIOError as error:
                 raise RunError(f"another process works in {self.folder}: wait for it, or use another --run") from error
 
-    def _work(self) -> Iterator[None]:
+    def _settings_to_mark(self) -> Iterator[None]:
         began, resumed = time.monotonic(), (self.folder / CONFIG).exists()
         self._write(CONFIG, "the settings of this stage", self.settings)
         if self.source:

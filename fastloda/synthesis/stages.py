@@ -25,6 +25,7 @@ from torch import nn
 from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.loda.attach import load_loda, save_loda
+from fastloda.privacy.ranks import World
 from fastloda.randomness import seeded
 from fastloda.synthesis.account import known_releases, read_statement, releases
 from fastloda.synthesis.arguments import Device, Names, resolve_device
@@ -305,7 +306,8 @@ def finetune(
     settings |= {"training": asdict(training), "device": place.type, "per_owner": per_owner}
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
     source = _source(data, class_map, skip_unreadable) | {"owner": owner}
-    stage = Stage(Path(run) / PRIVATE, settings, (base.file,), outputs, private=True, source=source)
+    options = {"private": True, "source": source, "world": World.of()}
+    stage = Stage(Path(run) / PRIVATE, settings, (base.file,), outputs, **options)
     if not _reuse(stage):
         earlier = [release for statement in before for release in releases(statement)]
         options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": earlier, "progress": progress}
@@ -314,11 +316,13 @@ def finetune(
         trainer = private_trainer(base.network, records, losses, privacy, optimization, owners=owners, **options)
         with stage.work():
             fit_average(trainer)
+            if not stage.world.first:
+                return {}
             save_loda(base.network, stage.folder / ADAPTER)
             counted = [release for statement in before for release in known_releases(statement)]
             about = _about(name, private.class_names) | ({"prompts": captions} if captions else {})
             publish(trainer, privacy, stage.folder, counted, about)
-    return read_statement(stage.folder)
+    return read_statement(stage.folder) if stage.world.first else {}
 
 
 def train_classifier_privately(

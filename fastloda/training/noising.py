@@ -22,8 +22,9 @@ def draw_timesteps(
     draws would. Samples are independent of each other.
     """
     u = draw(torch.rand, (n, views), generator, device)
+    u = u.cpu() if u.device.type == "mps" else u  # which lacks float64
     u = (torch.arange(views, device=u.device) + u.double()) / views
-    return torch.searchsorted(cdf.to(u.device), u.flatten(), right=True)
+    return torch.searchsorted(cdf.to(u.device), u.flatten(), right=True).to(device)
 
 
 def draw(

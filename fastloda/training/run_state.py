@@ -15,7 +15,6 @@ from torch import Generator, Tensor
 
 from fastloda.errors import UserError
 from fastloda.files import make_place
-from fastloda.per_sample.refusals import check_optimizer
 from fastloda.privacy.noise import NoiseSource, describe_randomness, draws_alike
 from fastloda.privacy.ranks import World
 from fastloda.privacy.secure_noise import SecureGenerator
@@ -24,10 +23,19 @@ from fastloda.randomness import Secret, generator_states, restore_generators
 from fastloda.training.average import Average, copy_into
 from fastloda.training.batches import Batches
 from fastloda.training.checkpoint import CheckpointError, differences, fingerprint, load_checkpoint, save_checkpoint
+from fastloda.training.optimizers import (
+    OF_SETTINGS,
+    OptimizerOrFactory,
+    SchedulerOrFactory,
+    check_states,
+    describe_optimizer,
+    describe_scheduler,
+    make_optimizer,
+    make_scheduler,
+)
 from fastloda.training.releases import Releases
 from fastloda.training.sampling import poisson_sample
-from fastloda.training.schedules import warmup_then
-from fastloda.training.settings import OPTIMIZERS, PrivateTraining
+from fastloda.training.settings import PrivateTraining
 
 CURVE_POINTS = 64  # points of the epsilon curve shown while training; between them the next larger value is shown
 
@@ -45,20 +53,37 @@ class RunState:
 
     Attributes:
         units: number of units of privacy, of which each step draws some: records, or owners of records.
-        optimizer, schedule, average: objects that training changes beside the clipper's parameters.
+        optimizer, scheduler, average: objects that training changes beside the clipper's parameters.
         accountant: accountant of the steps taken.
         secret: secret from which each step's batch and noise follow; the same on all ranks.
         generators: generators that the losses draw from; each rank has its own.
         checkpoint: file to save to; None saves nothing.
+        facts: facts beside the settings that must be the same on all ranks, and when the run resumes.
+
+    Raises:
+        UserError, PrivacyError: the optimizer or the scheduler given, of the user's own, can't serve (`optimizers.py`).
     """
 
-    def __init__(self, settings: PrivateTraining, data: Batches, clipper: GhostClipper, checkpoint: Path | None):
+    def __init__(
+        self,
+        settings: PrivateTraining,
+        data: Batches,
+        clipper: GhostClipper,
+        checkpoint: Path | None,
+        optimizer: OptimizerOrFactory | None = None,
+        scheduler: SchedulerOrFactory | None = None,
+    ):
         self.settings, self.units, self.clipper, self.checkpoint = settings, data.units, clipper, checkpoint
-        self._data_facts = data.facts()
+        self.facts = data.facts() | {"the optimizer": OF_SETTINGS, "the scheduler": OF_SETTINGS}
         self.parameters = clipper.parameters
-        self.optimizer = OPTIMIZERS[settings.optimizer](list(self.parameters.values()), settings)
-        check_optimizer(self.optimizer, self.parameters)
-        self.schedule = warmup_then(self.optimizer, settings.schedule, settings.steps, settings.warmup)
+        self.optimizer = make_optimizer(settings, self.parameters, optimizer)
+        if optimizer is not None:  # described before a scheduler changes its learning rates
+            self.facts["the optimizer"] = describe_optimizer(self.optimizer, self.parameters)
+        self.scheduler = make_scheduler(settings, self.optimizer, scheduler)
+        if scheduler is not None:
+            self.facts["the scheduler"] = describe_scheduler(self.scheduler)
+        if checkpoint:
+            check_states(self.optimizer, self.scheduler)
         self.average = Average(self.parameters, settings.ema_decay)
         self.accountant = settings.accountant()
         self.device = next(iter(self.parameters.values())).device
@@ -131,14 +156,17 @@ class RunState:
         """Count the step whose gradient has just been released, and make the update."""
         self.accountant.step()  # first: a step that fails from here on has been paid for
         self.optimizer.step()
-        self.schedule.step()
+        self.scheduler.step()
         self.average.update(self.step)
 
     def charge(self, last: int, why: str) -> None:
         """Charge the releases on record up to number `last`, which are not repeated, so that the budget holds."""
         lost = last - self.step
         self.accountant.step(lost)
-        self.schedule.last_epoch += lost
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch expects an update before each
+            for _ in range(lost):
+                self.scheduler.step()
         warnings.warn(f"{lost} steps {why}: they are charged, and not made again", stacklevel=4)
 
     def save(self) -> None:
@@ -153,18 +181,23 @@ class RunState:
             self.world.from_first(partial(save_checkpoint, self.checkpoint, state, self.fingerprint))
 
     def state_dict(self) -> dict:
-        """Collect everything from which training continues bit for bit, on any rank."""
+        """Collect everything from which training continues bit for bit, on any rank.
+
+        Raises:
+            UserError: the model holds the averaged parameters.
+        """
+        self.average.check_not_in_place()
         by_rank = self.world.gather(generator_states(self.generators))
         state = {
             "settings": asdict(self.settings),
-            "data": self._data_facts,
+            "facts": self.facts,
             "randomness": describe_randomness(self.settings.seed, self.settings.secure_noise),
             "accountant": self.accountant.state_dict(),
             "max_grad_norm": self.clipper.max_grad_norm,
             "parameters": {name: p.detach().clone() for name, p in self.parameters.items()},
             "average": dict(self.average.values),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {"last_epoch": self.schedule.last_epoch},
+            "scheduler": self.scheduler.state_dict(),
             "generators": by_rank,
         }
         # With secure noise the batches are not repeated either: the same batch under new noise would be less private than
@@ -173,8 +206,8 @@ class RunState:
 
     def _load(self, checkpoint: Path) -> None:
         state = load_checkpoint(checkpoint, self.fingerprint, self.world)
-        now = asdict(self.settings) | self._data_facts
-        if different := _differences(state["settings"] | state["data"], now):
+        now = asdict(self.settings) | self.facts
+        if different := _differences(state["settings"] | state["facts"], now):
             raise CheckpointError(
                 f"{checkpoint} is of a run with other settings: {different}; use them, or another file"
             )
@@ -183,7 +216,7 @@ class RunState:
         copy_into(self.parameters, state["parameters"])
         self.average.load(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        self.scheduler.load_state_dict(state["scheduler"])
         if "secret" in state:
             self.secret = Secret(bytes.fromhex(state["secret"]))
         by_rank = state["generators"]

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
 from fastloda.accounting.accountant import PrivacyAccountant
+from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.errors import UserError
 from fastloda.privacy.clip import Clipping, clipping_style
 from fastloda.privacy.styles import check_max_grad_norm
@@ -25,9 +26,10 @@ class PrivateTraining:
         sample_rate: probability that a sample enters a step's batch.
         expected_batch_size: sample_rate x the public number of samples, over all ranks; the divisor of the clipped sum.
         steps: number of noisy optimizer steps, empty batches included.
-        noise_multiplier: standard deviation of the noise divided by max_grad_norm; 0 trains without privacy. With adaptive
-            clipping, the noise multiplier that both releases of a step together cost (`fastloda.privacy.adaptive`).
         delta: the delta for which epsilon is reported.
+        noise_multiplier: standard deviation of the noise divided by max_grad_norm; 0 trains without privacy. With adaptive
+            clipping, the noise multiplier that both releases of a step together cost (`fastloda.privacy.adaptive`). None, with
+            a target_epsilon, becomes the least with which all steps keep it (`calibrate_noise`; 1 to 20 s, less if asked before).
         target_epsilon: bound on epsilon before which training stops; None trains for `steps`.
         max_grad_norm: L2 bound on a sample's contribution; with adaptive clipping, its first value.
         clipping: style of clipping: "flat", "automatic", "per_layer", "adaptive", or a style object, as in `GhostClipper`.
@@ -51,8 +53,8 @@ class PrivateTraining:
     sample_rate: float
     expected_batch_size: float
     steps: int
-    noise_multiplier: float
     delta: float
+    noise_multiplier: float = cast(float, None)  # until __post_init__ has computed it
     target_epsilon: float | None = None
     max_grad_norm: float = 1.0
     views: int = 1
@@ -91,8 +93,16 @@ class PrivateTraining:
             raise UserError(f"target_epsilon must be positive, got {self.target_epsilon!r}")
         if self.secure_noise and self.seed is not None:
             raise UserError(f"secure_noise can't be seeded: seed must be None, got {self.seed!r}")
+        if self.noise_multiplier is None:
+            object.__setattr__(self, "noise_multiplier", self._calibrated())
         self.accountant().epsilon_rdp(self.delta, 1)  # checks all that it takes
         clipping_style(self.clipping).gradient_noise(self.noise_multiplier, self.expected_batch_size)
+
+    def _calibrated(self) -> float:
+        """Compute the least noise with which all steps, and what was released earlier, stay within target_epsilon."""
+        if self.target_epsilon is None:
+            raise UserError("give noise_multiplier, or the target_epsilon from which it is computed")
+        return calibrate_noise(self.target_epsilon, self.delta, self.sample_rate, self.steps, self.earlier)
 
     def check_units(self, units: int, unit: str) -> None:
         """Refuse an expected_batch_size far from sample_rate x units; below one expected unit, far from 1."""

@@ -3,7 +3,8 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Generator as Yielding
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from tqdm import tqdm
 
 from fastloda.errors import PrivacyError, UserError
 from fastloda.interrupts import interrupts_wait
+from fastloda.per_sample.refusals import check_optimizer
 from fastloda.privacy.ranks import Group, hand_back_shards, replicate
 from fastloda.privacy.stats import StepStats
 from fastloda.privacy.step import GhostClipper
 from fastloda.randomness import generator_states, restore_generators, restored
+from fastloda.training.average import in_eval_mode
 from fastloda.training.batches import Batches, Columns
+from fastloda.training.callbacks import Callback, StepReport
 from fastloda.training.looks import Looks
 from fastloda.training.mixing import Evaluated, check_steady, evaluated
+from fastloda.training.optimizers import OptimizerOrFactory, SchedulerOrFactory
 from fastloda.training.owners import OwnerBatches, OwnerIds
 from fastloda.training.run_state import OtherRelease, RunState
 from fastloda.training.sampling import largest_share, micro_batches, share
@@ -73,8 +78,18 @@ class DPTrainer:
             several: a sequence, array or tensor. Each step then draws owners with `sample_rate`, takes `per_owner` rows of each
             (`owners.py`), and clips the mean over them; a batch holds per_owner x owners records, losses() is called as ever,
             and epsilon is for adding or removing an owner with all records. Default: every record has an owner of its own.
+        optimizer: an optimizer of your own in place of the settings': any of torch.optim's interface over exactly the model's
+            trainable parameters, or a function that makes it of their list (`torch.optim.NAdam`, or a partial of it). It may
+            not need a closure. The settings' optimizer, learning_rate, weight_decay, momentum and betas must then be left out.
+        scheduler: a learning-rate scheduler of your own, of that optimizer, or a function that makes it of the optimizer; it is
+            stepped once a step. The settings' warmup and schedule must then be left out; without one they apply to any
+            optimizer. Class and settings of both are public, and must be the same when a run resumes (what a LambdaLR's
+            function computes is not compared).
         checkpoint: file to save to and resume from; its folder is made if there is none. None saves nothing.
         checkpoint_every: number of steps between saves.
+        callbacks: functions (trainer, report) that `fit` calls after each step, on every rank (`trainer.world.first` tells
+            rank 0), with a `StepReport`; `fastloda.evaluate_every` makes one that evaluates the averaged parameters. The run's
+            random states are put back after each call. If one raises, the step is done, saved and not taken again.
         progress: whether to show a progress bar.
         group: the ranks that train together. None takes all, if a process group is initialised; "alone" this process only.
 
@@ -91,12 +106,16 @@ class DPTrainer:
         settings: PrivateTraining,
         *,
         owners: OwnerIds | None = None,
+        optimizer: OptimizerOrFactory | None = None,
+        scheduler: SchedulerOrFactory | None = None,
         checkpoint: str | os.PathLike | None = None,
         checkpoint_every: int = 50,
+        callbacks: Sequence[Callback] = (),
         progress: bool = True,
         group: Group = None,
     ):
         self.model, self.losses, self.settings, self.checkpoint_every = model, losses, settings, checkpoint_every
+        _check_devices(model)
         self._data = Batches(data) if owners is None else OwnerBatches(data, owners, settings.per_owner)
         if self._data.rows != settings.per_owner:
             raise UserError(
@@ -106,8 +125,9 @@ class DPTrainer:
         rows = self._data.rows * settings.views
         self.clipper = GhostClipper(model, settings.max_grad_norm, rows, clipping=settings.clipping, group=group)
         self.parameters = self.clipper.parameters
-        self.run = RunState(settings, self._data, self.clipper, None if checkpoint is None else Path(checkpoint))
-        self.progress = progress and self.world.first
+        place = None if checkpoint is None else Path(checkpoint)
+        self.run = RunState(settings, self._data, self.clipper, place, optimizer, scheduler)
+        self.callbacks, self.progress = tuple(callbacks), progress and self.world.first
         self._looks = Looks(self.run, self._data, self._evaluate)
         self._waste = Waste(self.run.device)
         self._moving = False  # True from a gradient's release to the end of its update
@@ -133,7 +153,7 @@ class DPTrainer:
 
     def _agree(self) -> None:
         """Refuse ranks whose runs would differ, and start all ranks from the same parameters."""
-        facts = self._data.facts() | {"checkpoint_every": self.checkpoint_every, "the model": self.run.fingerprint}
+        facts = self.run.facts | {"checkpoint_every": self.checkpoint_every, "the model": self.run.fingerprint}
         self.world.check_same(asdict(self.settings) | facts | {"having a checkpoint": self.checkpoint is not None})
         replicate(self.model, self.clipper.group)
         self.average.load({name: p.detach() for name, p in self.parameters.items()})
@@ -151,7 +171,7 @@ class DPTrainer:
     )
     checkpoint = property(lambda self: self.run.checkpoint, doc="The file to save to, if any.")
     optimizer = property(lambda self: self.run.optimizer)
-    schedule = property(lambda self: self.run.schedule, doc="The schedule of the learning rate.")
+    scheduler = property(lambda self: self.run.scheduler, doc="The scheduler of the learning rate.")
     average = property(lambda self: self.run.average, doc="The moving average of the parameters.")
     accountant = property(lambda self: self.run.accountant)
 
@@ -172,10 +192,11 @@ class DPTrainer:
 
         It saves before the first step, every `checkpoint_every` steps, and at the end, even if the end is an error, or SIGINT
         (Ctrl-C) or SIGTERM, which take effect after the current step (a second signal at once). With several ranks nothing is
-        saved after an error on one of them.
+        saved after an error on one of them, unless it is a callback's.
         """
         last = self.last_step
-        epsilons = self.run.epsilon_by_step(last) if self.progress else lambda step: math.nan
+        told = self.progress or self.callbacks
+        epsilons = self.run.epsilon_by_step(last) if told else lambda step: math.nan
         if self.checkpoint and not self.world.from_first(self.checkpoint.exists):
             self.save()
         with (
@@ -190,12 +211,12 @@ class DPTrainer:
                         if self.step < last:
                             raise
                         break  # the remaining steps are charged, and not made
-                    bar.set_postfix_str(
-                        f"loss {stats.mean_loss:.4f}, clipped {stats.clipped_fraction:.0%}, epsilon {epsilons(self.step):.2f}"
-                    )
-                    bar.update(self.step - bar.n)
+                    report = StepReport(self.step, last - self.step, epsilons(self.step), stats)
+                    if self.progress:
+                        _show(bar, report)
                     if self.step % self.checkpoint_every == 0 and self.step < last:
                         self.save()
+                    self._call_back(report)
             except BaseException:
                 if self.world.size == 1 and not self._moving:
                     with suppress(PrivacyError):  # raised if the checkpoint is another run's by now
@@ -203,6 +224,43 @@ class DPTrainer:
                 raise
             self.save()
         return self
+
+    def _call_back(self, report: StepReport) -> None:
+        """Call the callbacks on all ranks, which wait for each other; if one raises, all of them save and raise."""
+        for callback in self.callbacks:
+            try:
+                self._call(callback, report)
+                self.world.check_same({"step": report.step})
+            except Exception:
+                if self.world.size > 1:  # one alone is saved by fit
+                    self.save()
+                raise
+
+    def _call(self, callback: Callback, report: StepReport) -> None:
+        """Call a callback, put the random states back, and let the other ranks know if it raises."""
+        with restored(self.run.generators):
+            try:
+                callback(self, report)
+            except Exception as error:
+                self.world.tell_failure(error)
+                raise
+
+    @contextmanager
+    def averaged(self) -> Yielding[None]:
+        """Put the averaged parameters into the model, in eval mode, inside the context, to evaluate them or to save them.
+
+        After it the model has its own parameters and modes again, and random generators their states, so that training goes
+        on as if nothing had been. With sharded weights all ranks must do the same inside.
+
+        Raises:
+            UserError: within it, for an attempt to train, to save the checkpoint, or to enter it again.
+        """
+        with restored(self.run.generators), in_eval_mode(self.model), self.average.in_place():
+            torch.clear_autocast_cache()  # it may hold casts of the other parameters
+            try:
+                yield
+            finally:
+                torch.clear_autocast_cache()
 
     def train_step(self) -> StepStats:
         """Take one private step over one Poisson batch, which may be empty: it is noised and counted all the same.
@@ -224,7 +282,9 @@ class DPTrainer:
         """Take a step; return None if it would be another release than the one on record, which is charged and not released."""
         if self.step >= self.last_step:
             raise PrivacyError(f"all {self.last_step} private steps are taken, or the budget is spent: no step is left")
+        self.average.check_not_in_place()
         self._waste.check(self.parameters, self.step)
+        check_optimizer(self.optimizer, self.parameters)  # the user may have added parameters to it
         self._looks.schedule()
         before, key = generator_states(self.run.generators), self.run.secret.key
         try:
@@ -313,3 +373,15 @@ class DPTrainer:
         finally:
             hand_back_shards(self.model)
             torch.clear_autocast_cache()
+
+
+def _show(bar: tqdm, report: StepReport) -> None:
+    seen = report.private
+    told = f"loss {seen.mean_loss:.4f}, clipped {seen.clipped_fraction:.0%}, epsilon {report.epsilon:.2f}"
+    bar.set_postfix_str(told, refresh=False)
+    bar.update(report.step - bar.n)
+
+
+def _check_devices(model: nn.Module) -> None:
+    if any(p.device.type == "mps" for p in model.parameters()):
+        raise UserError("clipped sums are in float64, which Apple's GPUs (mps) lack: train on the CPU or on a CUDA GPU")

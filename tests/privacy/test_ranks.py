@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import oracle
@@ -30,6 +31,7 @@ from fastloda import (
     PrivacyError,
     PrivateTraining,
     attach_loda,
+    evaluate_every,
     ghost_dp_step,
     per_sample_grad_norms,
 )
@@ -468,6 +470,7 @@ def disagreeing_runs(rank, folder):
         "learning_rate": error_of(lambda: trainer(dataclasses.replace(SETTINGS, learning_rate=1e-2 * (1 + rank)))),
         "the model": error_of(lambda: trainer(model=small_model(rank))),
         "checkpoint_every": error_of(lambda: trainer(checkpoint_every=50 + rank)),
+        "the optimizer": error_of(lambda: trainer(PLAIN, optimizer=partial(OWN_OPTIMIZER, weight_decay=rank))),
         "having a checkpoint": error_of(lambda: trainer(checkpoint=folder / "never.pt" if rank else None)),
     }
 
@@ -505,6 +508,40 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_nothing_behind(two_ra
     assert own == "ZeroDivisionError: on purpose"
     for step, unchanged, after in (first, second):
         assert step == 0 and unchanged
+        assert_close(after, values(whole))
+
+
+@case
+def callbacks(rank, folder):
+    """An optimizer of one's own, and callbacks: one that evaluates, and one that fails on rank 1 after the fourth step."""
+    told = []
+
+    def evaluate(t):
+        told.append(float(plain_losses(t.model, small_data(), None).mean()))
+
+    def failing(t, report):
+        if rank == 1 and report.step == 4:
+            raise ZeroDivisionError("on purpose")
+
+    options = dict(optimizer=OWN_OPTIMIZER, checkpoint=folder / "callbacks.pt", checkpoint_every=3)
+    t = trainer(PLAIN, callbacks=[evaluate_every(2, evaluate), failing], **options)
+    error = error_of(t.fit)
+    again = trainer(PLAIN, **options)
+    return told, error, t.step, again.step, values(again.fit())
+
+
+PLAIN = dataclasses.replace(SETTINGS, learning_rate=1e-3)  # the default
+OWN_OPTIMIZER = partial(torch.optim.NAdam, lr=0.01)
+
+
+def test_callbacks_run_on_all_ranks_and_a_failure_of_one_is_raised_on_all(two_ranks):
+    whole = trainer(PLAIN, optimizer=OWN_OPTIMIZER).fit()
+    (told, error, *first), (other_told, own, *second) = two_ranks("callbacks")
+    assert told == other_told and len(told) == 2
+    assert error == "RuntimeError: rank 1 failed: ZeroDivisionError: on purpose"
+    assert own == "ZeroDivisionError: on purpose"
+    for step, resumed_at, after in (first, second):
+        assert step == resumed_at == 4
         assert_close(after, values(whole))
 
 

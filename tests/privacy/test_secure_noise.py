@@ -244,7 +244,7 @@ def test_steps_after_the_checkpoint_are_charged_and_not_made_again(tmp_path):
     with pytest.warns(UserWarning, match="4 steps"):
         second = trainer(checkpoint=path)
     assert second.step == 7 and second.epsilon() == first.epsilon()
-    assert second.schedule.last_epoch == 7
+    assert second.scheduler.last_epoch == 7
     second.train_step()
     assert second.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 8 / 12)))
     second.fit()

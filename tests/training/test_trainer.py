@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import types
 import warnings
 
 import pytest
@@ -226,6 +227,17 @@ def test_bad_data_and_models_are_refused():
         DPTrainer(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), small_data(), losses, SETTINGS)
     with pytest.raises(ValueError, match="losses"):
         DPTrainer(small_model(), small_data(), lambda m, b, g: losses(m, b, g)[:-1], SETTINGS, progress=False).fit()
+
+
+def test_a_model_on_an_apple_gpu_is_refused_by_name():
+    """Float64 tensors can't be made there: the error would be one of PyTorch's."""
+
+    class OnAppleGPU(nn.Module):
+        def parameters(self, recurse=True):
+            return iter([types.SimpleNamespace(device=torch.device("mps"))])
+
+    with pytest.raises(ValueError, match="float64, which Apple's GPUs .* lack"):
+        trainer(model=OnAppleGPU())
 
 
 class Records(torch.utils.data.Dataset):
