@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy.stats import binom
+from scipy.special import bdtrc
 from torch import Generator
 from torch.utils.data import (
     BatchSampler,
@@ -137,7 +137,7 @@ class PoissonBatches(Sampler[list[int]]):
             return self.steps
         share = math.ceil(self.records / self.ranks)
         full = self.max_records * np.arange(1, math.ceil(share / self.max_records))  # records of 1, 2, ... full parts
-        return math.ceil(self.steps * (1 + binom.sf(full, share, self.sample_rate).sum()))
+        return math.ceil(self.steps * (1 + bdtrc(full, share, self.sample_rate).sum()))
 
     def __iter__(self) -> Iterator[list[int]]:
         self.parts = deque()  # a new queue for this pass over the data: an older iterator keeps its own

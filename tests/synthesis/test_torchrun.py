@@ -14,15 +14,13 @@ from fastloda.errors import UserError
 from fastloda.synthesis import arguments
 from fastloda.synthesis import stages as pipeline
 from fastloda.synthesis.arguments import resolve_device
-from fastloda.synthesis.diffusion import UNetConfig
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
+from fastloda.synthesis.settings import UNetShape
 from fastloda.synthesis.stages import pretrain
 
-UNET = UNetConfig(
-    image_size=8, in_channels=1, width=8, multipliers=(1, 2), blocks_per_level=1, norm_groups=4, attention=(1,)
-)
+UNET = UNetShape(width=8, norm_groups=4)
 FINETUNE = (
-    "finetune --privacy.target_epsilon 10 --privacy.delta 1e-5 --privacy.epochs 0.1 --privacy.batch_size 48".split()
+    "finetune --data digits --privacy.target_epsilon 10 --privacy.delta 1e-5 --privacy.epochs 0.1 --privacy.batch_size 48".split()
 )
 FINETUNE += "--training.seed 1 --training.micro_batch_size 16 --device cpu".split()
 TIMEOUT = 240  # seconds; two processes take about fifteen
@@ -52,7 +50,7 @@ def public(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
         training = PublicTraining(steps=3, batch_size=8, warmup=1, seed=0)
-        pretrain(folder, count=64, unet=UNET, training=training, progress=False, device="cpu")
+        pretrain(folder, data="font-digits", count=64, unet=UNET, training=training, progress=False, device="cpu")
     (folder / "command.py").write_text(COMMAND)
     return folder
 
@@ -107,7 +105,7 @@ def test_a_mistake_is_told_once_and_changes_nothing(public, tmp_path):
 
 
 def test_a_stage_of_one_process_is_refused_in_one_line(tmp_path):
-    done = torchrun("fastloda", "pretrain", "--run", str(tmp_path / "run"))
+    done = torchrun("fastloda", "pretrain", "--data", "font-digits", "--run", str(tmp_path / "run"))
     assert done.returncode != 0
     assert own_lines(done) == ["fastloda pretrain: error: runs in one process: start it without torchrun"]
     assert list(tmp_path.iterdir()) == []
