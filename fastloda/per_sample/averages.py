@@ -44,7 +44,10 @@ class AverageFlow(SampleFlow):
     def unknown(self, op: Operation) -> State:
         op.refuse_unseen("has no rule")
 
-    def makes_mean(self, factor: float | None) -> bool:
+    def sum_of(self, weights: frozenset[float]) -> Total:
+        return Total(averaged=False, by=(1.0,))  # a scale before the sum may be 1 / samples by chance
+
+    def makes_mean(self, factor: float) -> bool:
         return bool(factor) and math.isclose(1 / factor, self.samples, rel_tol=1e-6)
 
     def _check_picks(self, made: Iterable[State | None]) -> None:
