@@ -109,7 +109,7 @@ class SampleFlow:
             state = self.states.get(root)
             if isinstance(state, Rows | One):
                 weights = self.weights.get(root, ONCE)
-                state = self.sum_of(weights if grad is None else self._times(weights, _uniform(grad)))
+                state = self.sum_of(weights if grad is None else self.times(weights, uniform(grad)))
             if state and not state.averaged and state.by:
                 return state.by[0]
         return None
@@ -155,7 +155,7 @@ class SampleFlow:
             return total
         if factor is None:
             return replace(total, by=())
-        left = _pending(self._times(frozenset(total.by or (1.0,)), factor))
+        left = _pending(self.times(frozenset(total.by or (1.0,)), factor))
         return replace(total, by=left) if left else MEAN_OF_ALL
 
     def makes_mean(self, factor: float) -> bool:
@@ -174,9 +174,9 @@ class SampleFlow:
         given = [self.weights.get(x.source, ONCE) for x in op.inputs]
         if len(given) > 1 and op.kind in MULTIPLYING:
             return frozenset(map(_product, product(*given)))
-        return self._times(frozenset().union(*given), self._factor(op))
+        return self.times(frozenset().union(*given), self._factor(op))
 
-    def _times(self, weights: frozenset[float], factor: float | None) -> frozenset[float]:
+    def times(self, weights: frozenset[float], factor: float | None) -> frozenset[float]:
         """Multiply weights by a constant; None stands for one that is unknown."""
         if factor is None:
             return frozenset(each if each == AVERAGED else UNKNOWN for each in weights)
@@ -265,17 +265,21 @@ class SampleFlow:
 def _constant_factor(op: Operation) -> float | None:
     """Read the constant that an operation multiplies its only input with; None if its numbers differ, or can't be read."""
     try:
-        saved = (getattr(op.node, name, None) for name in OPERANDS)
-        factor = _uniform(next(t for t in saved if isinstance(t, Tensor)))
-    except Exception:  # raised by whatever packed it (checkpointing, hooks), or by a tensor without numbers to read
+        saved = [getattr(op.node, name, None) for name in OPERANDS]
+    except Exception:  # raised by whatever packed it: checkpointing, hooks
         return None
+    other = next((t for t in saved if isinstance(t, Tensor)), None)
+    factor = None if other is None else uniform(other)
     return 1 / factor if factor and op.kind == "Div" else factor
 
 
-def _uniform(t: Tensor) -> float | None:
-    """Read the number that all entries of a tensor are; None if they differ."""
-    first = t.detach().flatten()[0]
-    return first.item() if not t.is_complex() and (t.numel() == 1 or bool((t == first).all())) else None
+def uniform(t: Tensor) -> float | None:
+    """Read the number that all entries of a tensor are; None if they differ, or can't be read."""
+    try:
+        first = t.detach().flatten()[0]
+        return first.item() if not t.is_complex() and (t.numel() == 1 or bool((t == first).all())) else None
+    except (RuntimeError, IndexError):  # sparse or empty, on the meta device, inside vmap
+        return None
 
 
 def _pending(weights: Iterable[float]) -> tuple[float, ...]:
