@@ -151,10 +151,10 @@ class SampleFlow:
         ]
         total = Total(all(t.averaged for t in totals), tuple(dict.fromkeys(by for t in totals for by in t.by)))
         factor = self._factor(op)
-        if total.averaged or factor == 1:
+        if total.averaged or factor is None:
+            return total if total.averaged else replace(total, by=())
+        if abs(factor) == 1:
             return total
-        if factor is None:
-            return replace(total, by=())
         left = _pending(self.times(frozenset(total.by or (1.0,)), factor))
         return replace(total, by=left) if left else MEAN_OF_ALL
 
@@ -177,12 +177,15 @@ class SampleFlow:
         return self.times(frozenset().union(*given), self._factor(op))
 
     def times(self, weights: frozenset[float], factor: float | None) -> frozenset[float]:
-        """Multiply weights by a constant; None stands for one that is unknown."""
+        """Multiply weights by a constant; None is one that is unknown, beside which one that is known must make a mean."""
         if factor is None:
             return frozenset(each if each == AVERAGED else UNKNOWN for each in weights)
+        if abs(factor) == 1:
+            return weights
         if self.makes_mean(factor):
             return frozenset([AVERAGED])
-        return frozenset(AVERAGED if each and self.makes_mean(each * factor) else each * factor for each in weights)
+        scaled = (each if each == AVERAGED else (each or 1.0) * factor for each in weights)
+        return frozenset(AVERAGED if self.makes_mean(each) else each for each in scaled)
 
     def _factor(self, op: Operation) -> float | None:
         """Read the number that an operation multiplies its numbers with; None if there are several, or it can't be read."""

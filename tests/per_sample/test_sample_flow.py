@@ -477,6 +477,7 @@ def others_move(loss, shape):
         lambda z: z.square().mean() + z.square().sum(),
         lambda z: sum(row.square().mean() for row in z),
         lambda z: z.square().mean().expand(N).mean() - z.abs().sum() / 64,
+        lambda z: (z.square().sum(1) * torch.rand(N) / 64).sum(),
     ],
 )
 def test_a_sum_over_another_number_than_the_samples(loss):
@@ -500,6 +501,8 @@ def test_a_sum_over_another_number_than_the_samples(loss):
         lambda z: z.square().sum(1) @ torch.full((N,), 1 / N),
         lambda z: (z.square().sum(1) * (torch.rand(N) / N)).sum(),
         lambda z: z.square().sum() / 2 / (N / 2),
+        lambda z: (z.square() / N * -0.5).sum(),
+        lambda z: (z.square().sum(1) @ (torch.rand(N) / N)) * -1.0,
         lambda z: (z / 8).softmax(1).square().mean(),
     ],
 )
