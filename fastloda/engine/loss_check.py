@@ -9,6 +9,7 @@ from TorchScript) ends there.
 
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -61,7 +62,7 @@ def _opened(roots: Sequence[Edge], grads: Grads) -> Generator[None]:
     if not reached:
         yield
         return
-    check_loss(roots, below, reached)
+    check_loss(roots, grads, below, reached)
     this_pass, fresh = UnhookedPass(roots, grads), [node.tape for node in reached if node.tape.empty]
     taking = set(reached)
     handles = this_pass.watch({node: edges for node, edges in below.items() if edges and node not in taking})
@@ -80,10 +81,11 @@ def _opened(roots: Sequence[Edge], grads: Grads) -> Generator[None]:
             handle.remove()
 
 
-def check_loss(roots: Sequence[Edge], below: Mapping[Node, Edges], boundaries: Sequence[Node]) -> None:
+def check_loss(roots: Sequence[Edge], grads: Grads, below: Mapping[Node, Edges], boundaries: Sequence[Node]) -> None:
     """Refuse a loss that couples samples, trains something outside the private module, or is reduced in another way.
 
-    `roots` are where backward starts, `below` is its graph, and `boundaries` are the outputs of private modules in it.
+    `roots` are where backward starts, with the gradients `grads`; `below` is its graph, and `boundaries` are the outputs of
+    private modules in it.
 
     Raises:
         PrivacyError: with the reason; no gradient has been computed then.
@@ -104,11 +106,11 @@ def check_loss(roots: Sequence[Edge], below: Mapping[Node, Edges], boundaries: S
     rows = {len(output) for output in cut}
     if len(rows) == 1:  # rows that do not agree are for the tape to refuse
         outputs = {node: len(node.cut) for node in boundaries}
-        _check_terms(below, outputs, roots, rows.pop(), tape.loss_reduction, tape.grown)
+        _check_terms(below, outputs, roots, grads, rows.pop(), tape.loss_reduction, tape.grown)
 
 
 def gradients_of_own_loss(
-    total: Tensor, outputs: Sequence[Tensor], loss_reduction: str, grown: MutableMapping[tuple, int]
+    total: Tensor, outputs: Sequence[Tensor], loss_reduction: str, grown: MutableMapping[tuple, Any]
 ) -> dict[int, Tensor]:
     """Check a loss that the private module has computed of its own outputs, and compute its gradients at these.
 
@@ -139,7 +141,7 @@ def gradients_of_own_loss(
     if len(rows := {len(output) for output in used}) > 1:
         raise PrivacyError(f"the loss inside the private module uses outputs of {sorted(rows)} rows: one per sample")
     check_saved(below.keys() - ends.keys())
-    _check_terms(below, ends, [root], rows.pop(), loss_reduction, grown)
+    _check_terms(below, ends, [root], [None], rows.pop(), loss_reduction, grown)
     start = torch.ones_like(total)
     this_pass = UnhookedPass([root], [start])
     handles = this_pass.watch({node: edges for node, edges in below.items() if edges})
@@ -163,9 +165,10 @@ def _check_terms(
     below: Mapping[Node, Edges],
     outputs: Mapping[Node, int],
     roots: Sequence[Edge],
+    grads: Grads,
     samples: int,
     loss_reduction: str,
-    grown: MutableMapping[tuple, int],
+    grown: MutableMapping[tuple, Any],
 ) -> None:
     """Refuse the graph `below` of a loss unless it is the mean, or sum, of one term for each row of the module's outputs.
 
@@ -175,9 +178,9 @@ def _check_terms(
     if samples < 2:
         return  # one sample meets no other
     _check_reduction([node for node in below if node not in outputs], samples, loss_reduction)
-    flow = SampleFlow(samples, grown)
+    flow = SampleFlow(samples, grown, mean=loss_reduction == "mean")
     flow.check(below, outputs, roots)
-    factor = flow.odd_factor(roots)
+    factor = flow.odd_factor(roots, grads)
     if factor is not None and loss_reduction == "mean":
         raise PrivacyError(
             f"the loss is a sum over the samples times {factor:.6g}, which is no mean of these {samples}: with each record more, "

@@ -39,8 +39,8 @@ class Tape:
     def __init__(self, loss_reduction: str):
         self.loss_reduction = loss_reduction
         # what `SampleFlow` learned from earlier losses, outside of the module and inside
-        self.grown: dict[tuple, int] = {}
-        self.grown_inside: dict[tuple, int] = {}
+        self.grown: dict[tuple, Any] = {}
+        self.grown_inside: dict[tuple, Any] = {}
         self.clear()
 
     def __reduce__(self):

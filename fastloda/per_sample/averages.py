@@ -19,11 +19,12 @@ from torch.nn import Parameter
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.graph import nodes_below
 from fastloda.per_sample.node import Edges, Node, output_shape
-from fastloda.per_sample.operations import MEAN, NONE
-from fastloda.per_sample.sample_flow import SampleFlow
+from fastloda.per_sample.operations import LINEAR, MEAN, NONE
+from fastloda.per_sample.sample_flow import ONCE, SampleFlow, uniform
 from fastloda.per_sample.states import Operation, Rows, State, Total
 
 Source = Tensor | GradientEdge
+Start = tuple[tuple[Node, int], Tensor | None]  # an operation and which of its outputs, and the gradient there
 
 _MARK = "samples of a mean whose gradient this is"  # a key in a node's metadata, which lives as long as the graph
 _any_marks = False
@@ -44,29 +45,45 @@ class AverageFlow(SampleFlow):
     def unknown(self, op: Operation) -> State:
         op.refuse_unseen("has no rule")
 
-    def makes_mean(self, factor: float | None) -> bool:
+    def weights_of(self, op: Operation) -> frozenset[float]:
+        # a scale inside the model, as of attention, may be 1 / samples by chance
+        return super().weights_of(op) if op.kind in LINEAR else ONCE
+
+    def makes_mean(self, factor: float) -> bool:
         return bool(factor) and math.isclose(1 / factor, self.samples, rel_tol=1e-6)
 
     def _check_picks(self, made: Iterable[State | None]) -> None:
         pass
 
-    def averages(self, below: Mapping[Node, Edges], inputs: Mapping[Node, int]) -> bool:
-        """Tell whether a mean over the samples is among the nodes `below`; inputs: node -> how many outputs [samples, ...]."""
+    def averages(self, below: Mapping[Node, Edges], inputs: Mapping[Node, int], starts: Sequence[Start]) -> bool:
+        """Tell whether a backward pass starts from a mean over the samples, or passes one.
+
+        Args:
+            below: the nodes of the pass.
+            inputs: node -> how many outputs it has, all [samples, ...].
+            starts: what the pass starts from, and the gradients that it starts with.
+        """
         self.check(below, inputs, [(node, number) for node in below for number in range(len(node._input_metadata))])
-        return any(isinstance(state, Total) and state.averaged for state in self.states.values())
+        weighed = (self._weighed(*start) for start in starts)
+        return any(isinstance(state, Total) and state.averaged for state in (*self.states.values(), *weighed))
+
+    def _weighed(self, root: tuple[Node, int], grad: Tensor | None) -> Total | None:
+        """Find the state of the sum over a root's numbers, each times its entry of `grad`; None if the entries say nothing."""
+        factor = None if grad is None else uniform(grad)
+        return self.sum_of(self.times(self.weights.get(root, ONCE), factor)) if factor and root in self.states else None
 
 
-def mark_averaged(roots: Iterable[Node], inputs: Sequence[Source], grads: Sequence[Tensor | None] | None) -> None:
+def mark_averaged(starts: Sequence[Start], inputs: Sequence[Source], grads: Sequence[Tensor | None] | None) -> None:
     """Mark the gradients of a backward pass with `create_graph`, if it started from a mean over the rows of its inputs.
 
     Args:
-        roots: the nodes that the pass started from.
+        starts: the (node, output)s that the pass started from, each with its gradient, None for 1.
         inputs: the tensors or edges whose gradients were asked for; empty for all leaves, as in `Tensor.backward`.
         grads: the gradients of `inputs`, in their order; None if they are in `.grad`.
     """
     if any(level.key() is TransformType.Vmap for level in get_interpreter_stack() or ()):
         return  # inside vmap there is one sample alone, whose mean is its own
-    below = nodes_below(roots)
+    below = nodes_below([node for (node, _), _ in starts])
     sources = inputs or [node.variable for node in below if hasattr(node, "variable")]
     if grads is None:
         grads = [source.grad for source in sources if isinstance(source, Tensor)]
@@ -77,7 +94,7 @@ def mark_averaged(roots: Iterable[Node], inputs: Sequence[Source], grads: Sequen
         if len(shape) and shape[0] > 1 and not isinstance(source, Parameter):
             counts[shape[0]][edge.node] = edge.output_nr + 1
     for samples, places in counts.items():
-        if AverageFlow(samples, {}).averages(below, places):
+        if AverageFlow(samples, {}).averages(below, places, starts):
             _mark(grads, samples)
 
 

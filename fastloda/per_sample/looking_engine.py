@@ -30,7 +30,7 @@ class LookingEngine(type(Variable._execution_engine)):  # ty: ignore[unsupported
                     looking.enter_context(look([root for root, _ in starts], [grad for _, grad in starts]))
             grads = super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
         if create_graph:
-            mark_averaged([node for (node, _), _ in starts], inputs or (), grads)
+            mark_averaged(starts, inputs or (), grads)
         return grads
 
 

@@ -5,6 +5,9 @@ It reads the autograd graph of the loss from the model's outputs upwards. Operat
 samples (a product, maximum, sort, softmax, index or broadcast along the batch, or a nonlinear function of the sum) couples
 them and is refused by the operation's name. An operation that is not known here is tried out (`trial.py`).
 
+How often a sample's own numbers count in a sum is followed too, by the constants that they are multiplied with: for a mean over
+the samples it must be 1 / samples, or so often that many.
+
 A graph does not show values that have no gradient, such as targets that were standardised over the batch.
 """
 
@@ -12,18 +15,19 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from itertools import product
 from math import prod
+from typing import Any
 
 from torch import Size, Tensor
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.node import Edges, Node, output_shape
-from fastloda.per_sample.operations import ADDING, HOOKED, LINEAR, PUTTING, dim_of, is_pointwise
+from fastloda.per_sample.operations import ADDING, HOOKED, LINEAR, PRODUCTS, PUTTING, TILING, dim_of, is_pointwise
 from fastloda.per_sample.states import (
     MEAN_OF_ALL,
     PICKED,
     REMEDY,
-    SUM_OF_ALL,
     Input,
     One,
     Operation,
@@ -34,18 +38,29 @@ from fastloda.per_sample.states import (
 from fastloda.per_sample.transfer import TRANSFERS, pointwise, put_back
 from fastloda.per_sample.trial import try_out
 
+# Weights of a sample's own numbers: constants that they were multiplied with, one of which made a mean, or is unknown.
+AVERAGED, UNKNOWN = math.inf, 0.0
+ONCE = frozenset([1.0])
+MULTIPLYING = PRODUCTS.keys() | {"Div", "Mul"}
+OPERANDS = ("_saved_other", "_saved_self", "_saved_mat2", "_saved_mat1", "_saved_vec", "_saved_tensor", "_saved_batch1")
+OPERANDS += ("_saved_batch2",)
+
 
 class SampleFlow:
     """The flow of the samples from a model's outputs up to a loss.
 
     Args:
         samples: the rows of every output.
-        grown: place in the graph -> the size to which a constant broadcast a dimension there, in earlier losses; written to.
+        grown: place in the graph -> the size to which a constant broadcast a dimension there, in earlier losses; or the samples,
+            and the number that they were multiplied with there. Written to.
+        mean: whether the loss is to be a mean over the samples, not a sum.
     """
 
-    def __init__(self, samples: int, grown: MutableMapping[tuple, int]):
-        self.samples, self.whole, self.grown = samples, tuple(range(samples)), grown
+    def __init__(self, samples: int, grown: MutableMapping[tuple, Any], mean: bool = True):
+        self.samples, self.whole, self.grown, self.mean = samples, tuple(range(samples)), grown, mean
+        self.operations = 0  # in the graph
         self.states: dict[tuple[Node, int], State] = {}
+        self.weights: dict[tuple[Node, int], frozenset[float]] = {}
         self.picked: dict[tuple[Node, int], Counter] = defaultdict(Counter)
         self.sizes: dict[tuple[Node, int], int] = {}
 
@@ -62,6 +77,7 @@ class SampleFlow:
         Raises:
             PrivacyError: names the operation.
         """
+        self.operations = len(below)
         used = {edge for edges in below.values() for edge in edges}.union(roots)
         for place, (node, edges) in enumerate(below.items()):
             if node in outputs:
@@ -75,14 +91,28 @@ class SampleFlow:
             for number, metadata in enumerate(node._input_metadata if entering else ()):
                 if (node, number) in used and Size(metadata.shape).numel():
                     operation = Operation(node, place, number, Size(metadata.shape), entering)
-                    self.states[node, number] = self._state(operation)
+                    self.states[node, number] = state = self._state(operation)
+                    if not isinstance(state, Total):
+                        self.weights[node, number] = self.weights_of(operation)
         self._check_picks(self.states.get(root) for root in roots)
 
-    def odd_factor(self, roots: Iterable[tuple[Node, int]]) -> float | None:
-        """Find the number that a sum, no mean, among the roots was multiplied with (None: no such); roots: (node, output)s."""
-        states = [self.states.get(root) for root in roots]
-        factors = [by for state in states if isinstance(state, Total) and not state.averaged for by in state.by]
-        return factors[0] if factors else None
+    def odd_factor(
+        self, roots: Sequence[tuple[Node, int]], grads: Sequence[Tensor | None] | None = None
+    ) -> float | None:
+        """Find the number that a sum, no mean, among the roots was multiplied with (None: no such).
+
+        Args:
+            roots: the (node, output)s that backward starts from.
+            grads: the gradients that it starts with. Default: ones.
+        """
+        for root, grad in zip(roots, grads or [None] * len(roots)):
+            state = self.states.get(root)
+            if isinstance(state, Rows | One):
+                weights = self.weights.get(root, ONCE)
+                state = self.sum_of(weights if grad is None else self.times(weights, uniform(grad)))
+            if state and not state.averaged and state.by:
+                return state.by[0]
+        return None
 
     def _state(self, op: Operation) -> State:
         if op.kind in PUTTING:
@@ -116,24 +146,80 @@ class SampleFlow:
         op.check_not_lent()
         if op.kind not in LINEAR or several or (op.kind == "Div" and op.inputs[0].index != 0):
             op.refuse("is no linear function of what was added up over the samples")
-        totals = [given.state for given in op.inputs if isinstance(given.state, Total)] or [SUM_OF_ALL]
-        total = Total(all(t.averaged for t in totals), tuple(by for t in totals for by in t.by))
-        if total.averaged or op.kind not in ("Div", "Mul", "Mean"):
+        totals = [
+            x.state if isinstance(x.state, Total) else self.sum_of(self.weights.get(x.source, ONCE)) for x in op.inputs
+        ]
+        total = Total(all(t.averaged for t in totals), tuple(dict.fromkeys(by for t in totals for by in t.by)))
+        factor = self._factor(op)
+        if total.averaged or factor is None:
+            return total if total.averaged else replace(total, by=())
+        if abs(factor) == 1:
             return total
-        factor = 1 / op.inputs[0].shape.numel() if op.kind == "Mean" else _constant_factor(op)
-        return MEAN_OF_ALL if self.makes_mean(factor) else replace(total, by=(*total.by, factor))
+        left = _pending(self.times(frozenset(total.by or (1.0,)), factor))
+        return replace(total, by=left) if left else MEAN_OF_ALL
 
-    def makes_mean(self, factor: float | None) -> bool:
-        """Tell whether a sum over the samples times factor (None: it can't be read) may be their mean."""
-        samples = None if not factor else 1 / factor / self.samples
-        return samples is None or (round(samples) >= 1 and math.isclose(samples, round(samples), rel_tol=1e-6))
+    def makes_mean(self, factor: float) -> bool:
+        """Tell whether a sum over the samples times factor may be their mean, or its negative."""
+        if not factor or math.isnan(factor):
+            return True  # nothing, or nothing finite, is added up
+        samples = 1 / abs(factor) / self.samples
+        return round(samples) >= 1 and math.isclose(samples, round(samples), rel_tol=1e-6)
+
+    def sum_of(self, weights: frozenset[float]) -> Total:
+        """Make the state of a sum over the samples of numbers that count so often."""
+        return MEAN_OF_ALL if weights == {AVERAGED} else Total(averaged=False, by=_pending(weights))
+
+    def weights_of(self, op: Operation) -> frozenset[float]:
+        """Find how often a sample's own numbers count in an operation's output, in each of the terms that it is the sum of."""
+        given = [self.weights.get(x.source, ONCE) for x in op.inputs]
+        if len(given) > 1 and op.kind in MULTIPLYING:
+            return frozenset(map(_product, product(*given)))
+        return self.times(frozenset().union(*given), self._factor(op))
+
+    def times(self, weights: frozenset[float], factor: float | None) -> frozenset[float]:
+        """Multiply weights by a constant; None is one that is unknown, beside which one that is known must make a mean."""
+        if factor is None:
+            return frozenset(each if each == AVERAGED else UNKNOWN for each in weights)
+        if abs(factor) == 1:
+            return weights
+        if self.makes_mean(factor):
+            return frozenset([AVERAGED])
+        scaled = (each if each == AVERAGED else (each or 1.0) * factor for each in weights)
+        return frozenset(AVERAGED if self.makes_mean(each) else each for each in scaled)
+
+    def _factor(self, op: Operation) -> float | None:
+        """Read the number that an operation multiplies its numbers with; None if there are several, or it can't be read."""
+        shape = op.inputs[0].shape
+        if op.kind in TILING or op.kind == "Mean":
+            return prod(op.shape) / prod(shape) if isinstance(op.inputs[0].state, Total) else 1.0
+        if len(op.inputs) > 1 or op.kind not in MULTIPLYING or (op.kind == "Div" and op.inputs[0].index):
+            return 1.0
+        factor = _constant_factor(op)
+        if factor and not isinstance(op.inputs[0].state, One):
+            self._check_constant(op, factor)
+        return factor
+
+    def _check_constant(self, op: Operation, factor: float) -> None:
+        """Refuse a factor that has followed the number of samples since an earlier loss, unless it makes a sum their mean."""
+        state = op.inputs[0].state
+        may_fall = self.mean and not (isinstance(state, Total) and state.averaged)
+        for place in (op.place, op.place - self.operations):  # counted from either end: graphs may grow with the batch
+            samples, before = self.grown.get(key := (op.kind, place, "factor"), (self.samples, factor))
+            ratio, grew = factor / before, self.samples / samples
+            if grew != 1 and any(
+                math.isclose(ratio, by, rel_tol=1e-6) for by in (grew, 1 / grew)[: 1 if may_fall else 2]
+            ):
+                op.refuse(
+                    "multiplies by a number that follows how many samples the batch has, as no loss of one sample may"
+                )
+            self.grown[key] = self.samples, factor
 
     def _stack(self, op: Operation[One]) -> State:
         """Find the state of a stack of single samples' numbers: rows, if it is all samples in order."""
         owners = [given.state.owner for given in op.inputs]
         parts = {given.shape for given in op.inputs}
         if owners != list(range(self.samples)) or len(parts) > 1:
-            return SUM_OF_ALL
+            return self.linear(op)
         return Rows(prod(op.shape[: dim_of(op.node, len(op.shape))]), self.whole)
 
     def is_even(self, owners: Sequence[int]) -> bool:
@@ -180,8 +266,29 @@ class SampleFlow:
 
 
 def _constant_factor(op: Operation) -> float | None:
-    """Read the number that a Div or Mul multiplies its only input with; None if it is no single number, or 0."""
-    other = op.node._saved_self if op.kind == "Mul" and op.inputs[0].index else op.node._saved_other
-    if not isinstance(other, Tensor) or other.numel() != 1 or not other.item():
+    """Read the constant that an operation multiplies its only input with; None if its numbers differ, or can't be read."""
+    try:
+        saved = [getattr(op.node, name, None) for name in OPERANDS]
+    except Exception:  # raised by whatever packed it: checkpointing, hooks
         return None
-    return 1 / other.item() if op.kind == "Div" else other.item()
+    other = next((t for t in saved if isinstance(t, Tensor)), None)
+    factor = None if other is None else uniform(other)
+    return 1 / factor if factor and op.kind == "Div" else factor
+
+
+def uniform(t: Tensor) -> float | None:
+    """Read the number that all entries of a tensor are; None if they differ, or can't be read."""
+    try:
+        first = t.detach().flatten()[0]
+        return first.item() if not t.is_complex() and (t.numel() == 1 or bool((t == first).all())) else None
+    except (RuntimeError, IndexError):  # sparse or empty, on the meta device, inside vmap
+        return None
+
+
+def _pending(weights: Iterable[float]) -> tuple[float, ...]:
+    """List the weights that no mean was made of, as far as is known."""
+    return tuple(each for each in weights if each not in (AVERAGED, UNKNOWN))
+
+
+def _product(weights: Sequence[float]) -> float:
+    return AVERAGED if AVERAGED in weights else prod(weights)

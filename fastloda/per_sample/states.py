@@ -82,8 +82,8 @@ class Total:
     """The state of a tensor whose numbers are sums over samples, linear in terms of single ones.
 
     Attributes:
-        averaged: whether a mean, a division by a multiple of the number of samples, or one by an unknown value made it.
-        by: the other numbers that the sum was multiplied with.
+        averaged: whether a mean, or a division by a multiple of the number of samples, made it.
+        by: the other numbers that its terms were multiplied with; none where these are unknown.
     """
 
     averaged: bool
@@ -92,7 +92,7 @@ class Total:
 
 State = Rows | One | Total
 S = TypeVar("S", bound=State)
-MEAN_OF_ALL, SUM_OF_ALL = Total(averaged=True), Total(averaged=False)
+MEAN_OF_ALL = Total(averaged=True)
 
 
 class Input(NamedTuple, Generic[S]):

@@ -23,7 +23,7 @@ from fastloda.per_sample.operations import (
     signed,
     taken_range,
 )
-from fastloda.per_sample.states import MEAN_OF_ALL, PICKED, REMEDY, SUM_OF_ALL, One, Operation, Rows, State, Total
+from fastloda.per_sample.states import MEAN_OF_ALL, PICKED, REMEDY, One, Operation, Rows, State, Total
 
 if TYPE_CHECKING:  # sample_flow.py imports these
     from fastloda.per_sample.sample_flow import SampleFlow
@@ -81,7 +81,7 @@ def _sum(flow: "SampleFlow", op: Operation[Rows], mean: bool) -> Total:
     op.check_not_lent()
     if mean and not flow.is_even(op.inputs[0].state.owners):
         op.refuse("averages over a part of the samples: take a sum")
-    return MEAN_OF_ALL if mean else SUM_OF_ALL
+    return MEAN_OF_ALL if mean else flow.sum_of(flow.weights_of(op))
 
 
 def _view(flow: "SampleFlow", op: Operation[Rows]) -> State:
@@ -184,7 +184,7 @@ def _product(flow: "SampleFlow", op: Operation[Rows]) -> State:
         flow.check_beside(op, op.inputs[0], [d for d, letter in enumerate(out) if letter not in own])
     if (apart and contracted) or len(set(contracted)) > 1:
         op.refuse("multiplies outputs of different samples")
-    return SUM_OF_ALL if contracted else op.joint(apart)
+    return flow.sum_of(flow.weights_of(op)) if contracted else op.joint(apart)
 
 
 def _batch_first(flow: "SampleFlow", op: Operation[Rows]) -> State:

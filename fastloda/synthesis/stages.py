@@ -205,6 +205,17 @@ def choose(
     return read_statement(stage.folder) | {"model": str(stage.folder / MODEL)}
 
 
+def _check_goes_on(stage: Stage, kept: str) -> None:
+    """Refuse with a RunError a private stage that would begin anew though it has released something: `kept` is then gone.
+
+    What it released would be spent a second time, and its statement, written anew, would count the second time only.
+    """
+    if (stage.folder / STATEMENT).exists() and not (stage.folder / kept).exists():
+        raise RunError(
+            f"{stage.folder / STATEMENT} says what was released, but {stage.folder / kept} is gone. {stage.way_out}"
+        )
+
+
 def _open_pool(public: str, network: UNet, names: Sequence[str], **options) -> LabelledImages:
     """Open the public images of the named classes, to choose from."""
     pool = open_for_unet(public, network.config, **options)
@@ -228,9 +239,8 @@ def _released_once(
 ) -> ClassEmbeddings:
     """Release the noisy sums, saved before anything is made of them, so that an interrupted stage does not release them again."""
     sums, statement = stage.folder / SUMS, stage.folder / STATEMENT
+    _check_goes_on(stage, SUMS)
     if not sums.exists():
-        if statement.exists():
-            raise RunError(f"{statement} says what was released, but {sums} is gone. {stage.way_out}")
         records = stage.settings["records"]
         released, _ = choice.release(private, pool, records, seed or 0, noise_stream(seed))
         released.save(sums)
@@ -309,6 +319,7 @@ def finetune(
     options = {"private": True, "source": source, "world": World.of()}
     stage = Stage(Path(run) / PRIVATE, settings, (base.file,), outputs, **options)
     if not _reuse(stage):
+        _check_goes_on(stage, CHECKPOINT)
         earlier = [release for statement in before for release in releases(statement)]
         options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": earlier, "progress": progress}
         records = base.records(relabelled(private, base.class_names or private.class_names))
@@ -346,6 +357,7 @@ def train_classifier_privately(
     settings = {"privacy": asdict(privacy), "training": asdict(training), "device": place.type}
     stage = Stage(Path(run) / "dpsgd", settings, outputs=(CLASSIFIER_WEIGHTS, STATEMENT, EPSILON_CURVE), private=True)
     if not stage.is_done():
+        _check_goes_on(stage, CHECKPOINT)
         with stage.work():
             options = {"device": place, "checkpoint": stage.folder / CHECKPOINT, "progress": progress}
             model, trainer = train_dpsgd(data, privacy, training, **options)

@@ -53,7 +53,16 @@ MEANS = {
     "own Function": lambda y: Twice.apply(y).mean(),
     "one by one": lambda y: torch.stack([row.sum() for row in y]).mean(),
     "root": lambda y: y.square().mean().sqrt(),
+    "divided before the sum": lambda y: (y / len(y)).sum(),
+    "product": lambda y: y[:, 0] @ torch.full((len(y),), 1 / len(y)).double(),
 }
+
+
+def by_weights(net, x):
+    x = x.detach().requires_grad_()
+    y = net(x)
+    (gx,) = torch.autograd.grad(y, x, torch.full_like(y, 1 / len(y)), create_graph=True)
+    return y.square().sum(1) + gx.square().sum(1)
 
 
 class Twice(torch.autograd.Function):
@@ -72,6 +81,7 @@ SUMS = {
     "mean of features": lambda y: y.mean(1).sum(),
     "criterion": lambda y: F.mse_loss(y, torch.zeros_like(y), reduction="sum"),
     "own Function": lambda y: Twice.apply(y).sum(),
+    "scaled inside by what happens to be the number of samples": lambda y: (y / N).softmax(1).square().sum(),
 }
 
 
@@ -83,7 +93,7 @@ def test_the_gradient_of_a_mean_is_refused(name):
         clipper.accumulate(penalised(net, features(), MEANS[name]))
 
 
-@pytest.mark.parametrize("losses", [through_func, left_in_grad])
+@pytest.mark.parametrize("losses", [through_func, left_in_grad, by_weights])
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_other_ways_to_the_gradient_of_a_mean(losses):
     net = model()

@@ -468,6 +468,16 @@ def others_move(loss, shape):
         lambda z: F.mse_loss(z, torch.zeros_like(z), reduction="sum") / torch.tensor(64.0),
         lambda z: z.square().mean() + z.square().sum() / 64,
         lambda z: sum(row.square().sum() for row in z) / 64,
+        lambda z: (z.square().sum(1) / 64).sum(),
+        lambda z: (0.1 * z.square()).sum(),
+        lambda z: F.mse_loss(z / 8, torch.zeros_like(z), reduction="sum"),
+        lambda z: z.square().mean(1).sum(),
+        lambda z: z.square().sum(1) @ torch.full((N,), 1 / 64),
+        lambda z: (z.square().sum() * torch.full((2,), 0.1)).sum(),
+        lambda z: z.square().mean() + z.square().sum(),
+        lambda z: sum(row.square().mean() for row in z),
+        lambda z: z.square().mean().expand(N).mean() - z.abs().sum() / 64,
+        lambda z: (z.square().sum(1) * torch.rand(N) / 64).sum(),
     ],
 )
 def test_a_sum_over_another_number_than_the_samples(loss):
@@ -486,11 +496,68 @@ def test_a_sum_over_another_number_than_the_samples(loss):
         lambda z: z.square().sum() / torch.tensor(float(N)),
         lambda z: z.square().mean() + 1e-3 * z.abs().sum() / N,
         lambda z: (z.square() / N).sum(),
+        lambda z: z.log_softmax(1).sum() * (-1 / N),
+        lambda z: (z.square().sum(1) * 0.5 / N + z.abs().sum(1) / N).sum(),
+        lambda z: z.square().sum(1) @ torch.full((N,), 1 / N),
+        lambda z: (z.square().sum(1) * (torch.rand(N) / N)).sum(),
+        lambda z: z.square().sum() / 2 / (N / 2),
+        lambda z: (z.square() / N * -0.5).sum(),
+        lambda z: (z.square().sum(1) @ (torch.rand(N) / N)) * -1.0,
+        lambda z: (z / 8).softmax(1).square().mean(),
     ],
 )
 def test_a_mean_written_as_a_sum(loss):
     out, tape = outputs(N, C)
     loss(out).backward()
+    assert tape.rows == N
+
+
+def squares(z):
+    return z.square().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "loss"),
+    [
+        ("mean", lambda z: squares(z).mean() * len(z)),
+        ("mean", lambda z: squares(z).mean() / len(z)),
+        ("mean", lambda z: (squares(z) * len(z)).mean()),
+        ("sum", lambda z: squares(z).sum() / len(z)),
+        ("sum", lambda z: (squares(z) / len(z)).sum()),
+        ("sum", lambda z: squares(z) @ torch.full((len(z),), 1 / len(z))),
+        ("sum", lambda z: sum(row.square().sum() for row in z) / len(z)),
+    ],
+)
+def test_a_factor_that_follows_the_number_of_samples(reduction, loss):
+    """The outputs' gradients would depend on it, whatever the reduction; a batch of another size shows it."""
+    tape, refused = Tape(reduction), []
+    for rows in (5, 5, 7):
+        out = PrivateModule(Leaf(torch.randn(rows, C)), tape)(torch.zeros(1))
+        try:
+            loss(out).backward()
+        except PrivacyError as error:
+            refused.append((rows, str(error)))
+        tape.clear()
+    assert [rows for rows, _ in refused] == [7] and "follows how many samples" in refused[0][1]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_factors_that_a_schedule_changes(reduction):
+    tape = Tape(reduction)
+    for step, rows in enumerate((5, 5, 7, 4, 5), 1):
+        out = PrivateModule(Leaf(torch.randn(rows, C)), tape)(torch.zeros(1))
+        losses = squares(out) * 0.9**step + 3.0 * out.abs().sum(1)
+        (losses.mean() if reduction == "mean" else losses.sum()).mul(1 - 0.1 * step).backward()
+        assert tape.rows == rows
+        tape.clear()
+
+
+def test_a_vector_of_losses_is_a_sum():
+    out, tape = outputs(N, C)
+    with pytest.raises(PrivacyError, match="no mean of these 6"):
+        squares(out).backward(torch.ones(N))
+    assert tape.empty
+    squares(out).backward(torch.full((N,), 1 / N))
     assert tape.rows == N
 
 

@@ -106,9 +106,19 @@ TABLES = {
     "nothing": ("", "must have the columns file and owner, got None"),
     "two spellings": (
         "file,owner\n" + "".join(f"{name},{'xX'[i % 2]}\n" for i, name in enumerate(FILES)),
-        "in case only",
+        "'x' and 'X' differ in case",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "other", ["jose\N{COMBINING ACUTE ACCENT} diaz", "José  Diaz", "JOSÉ DIAZ", "José\N{NO-BREAK SPACE}Diaz"]
+)
+def test_two_spellings_of_one_name_are_no_two_owners(root, tmp_path, other):
+    """As they are typed on two machines: each would be promised less than an owner is."""
+    rows = "".join(f"{name},{('José Diaz', other)[i % 2]}\n" for i, name in enumerate(FILES))
+    with pytest.raises(ValueError, match="give one owner one name"):
+        owners_of(root, write_table(tmp_path / "owners.csv", "file,owner\n" + rows))
 
 
 @pytest.mark.parametrize("kind", TABLES)

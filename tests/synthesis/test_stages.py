@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pkgutil
+import shutil
 import signal
 from pathlib import Path
 
@@ -582,6 +583,19 @@ def test_a_choice_after_the_fine_tuning_is_refused_before_it_releases(run, publi
     with pytest.raises(RunError, match="private was fine-tuned already, .* in another --run"):
         choose(public_run, **CHOOSING)
     assert not (public_run / "chosen").exists()
+
+
+@pytest.mark.parametrize("kept", [(), ("config.yaml",), ("config.yaml", "source.yaml", "checkpoint.pt.spent")])
+def test_a_fine_tuning_of_which_only_the_results_are_left_does_not_begin_anew(run, public_run, kept):
+    """Its statement would be replaced by one that leaves out what was spent before."""
+    private = public_run / "private"
+    private.mkdir()
+    for name in ("adapter.safetensors", "privacy.json", *kept):
+        shutil.copy(run / "private" / name, private)
+    before = snapshot(private)
+    with pytest.raises(RunError, match="says what was released, but .*checkpoint.pt is gone.*still counts"):
+        finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
+    assert snapshot(private) == before
 
 
 def test_a_lost_release_is_not_made_again(public_run, monkeypatch):

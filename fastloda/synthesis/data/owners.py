@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,8 +31,8 @@ def read_owners(root: str | Path, files: Sequence[Path], how: str) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such table.
-        UserError: root is no folder of images, images have no owner (the message names some), two owners differ in case only,
-            or `how` is none of the three.
+        UserError: root is no folder of images, images have no owner (the message names some), two owners differ in case, spaces
+            or Unicode's form only, or `how` is none of the three.
     """
     root = Path(root)
     if not files:
@@ -84,10 +85,18 @@ def _check_names(owners: list[str]) -> None:
     """Refuse names that are one owner's in two spellings, who would count as two; warn where nobody has two images."""
     spelt: dict[str, str] = {}
     for owner in owners:
-        if (other := spelt.setdefault(owner.casefold(), owner)) != owner:
-            raise UserError(f"owners {other!r} and {owner!r} differ in case only: give one owner one name")
+        if (other := spelt.setdefault(_plain(owner), owner)) != owner:
+            raise UserError(
+                f"owners {other!r} and {owner!r} differ in case, spaces or the form of their characters only: give one owner one "
+                "name"
+            )
     if len(spelt) == len(owners):
         warnings.warn(
             "every image has an owner of its own: if people have several, the owner was read from the wrong place",
             stacklevel=3,
         )
+
+
+def _plain(name: str) -> str:
+    """Write a name in the form in which equal names are equal: without case, spaces, or Unicode's other forms of a character."""
+    return unicodedata.normalize("NFKC", "".join(unicodedata.normalize("NFKC", name).casefold().split()))
