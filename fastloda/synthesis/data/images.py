@@ -18,6 +18,7 @@ from fastloda.files import write_atomically
 from .byte_images import WHITE, ByteImages, to_floats
 
 CHANNELS = (1, 3)  # grey or RGB, so that an npz file's shape shows its layout
+MOST_CLASSES = 100_000  # more are no classes, and their names would fill the memory
 # Errors that NumPy and zipfile raise for a damaged file (found by damaging one).
 _UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -30,7 +31,7 @@ class LabelledImages:
         images: float32 [n, C, H, W] in [-1, 1], C = 1 (grey) or 3 (RGB); n may be 0. Or `ByteImages`, which stand for the same
             in a quarter of the memory.
         labels: classes, int64 [n] in 0 .. num_classes - 1.
-        num_classes: number of classes, at least 1; classes without an image are allowed.
+        num_classes: number of classes, 1 to `MOST_CLASSES`; classes without an image are allowed.
         class_names: name of each class, all different. Default: the numbers "0", "1", ...
         files: file of each image, if each has one.
 
@@ -57,8 +58,8 @@ class LabelledImages:
         if not isinstance(images, ByteImages):
             _refuse(images, lambda x: ~x.isfinite(), "images must be finite")
             _refuse(images, lambda x: x.abs() > 1, "images must lie in [-1, 1]")
-        if self.num_classes < 1:
-            raise UserError(f"num_classes must be at least 1, not {self.num_classes}")
+        if not 1 <= self.num_classes <= MOST_CLASSES:
+            raise UserError(f"num_classes must be 1 to {MOST_CLASSES:,}, not {self.num_classes}")
         check_labels(labels, 0, self.num_classes - 1)
         object.__setattr__(self, "class_names", _checked_names(self.class_names, self.num_classes))
         if self.files and len(self.files) != len(labels):
