@@ -23,7 +23,17 @@ from torch import Size, Tensor
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.node import Edges, Node, output_shape
-from fastloda.per_sample.operations import ADDING, HOOKED, LINEAR, PRODUCTS, PUTTING, TILING, dim_of, is_pointwise
+from fastloda.per_sample.operations import (
+    ADDING,
+    HOOKED,
+    LINEAR,
+    PRODUCTS,
+    PUTTING,
+    TILING,
+    dim_of,
+    is_pointwise,
+    kind_of,
+)
 from fastloda.per_sample.states import (
     MEAN_OF_ALL,
     PICKED,
@@ -194,7 +204,7 @@ class SampleFlow:
             return prod(op.shape) / prod(shape) if isinstance(op.inputs[0].state, Total) else 1.0
         if len(op.inputs) > 1 or op.kind not in MULTIPLYING or (op.kind == "Div" and op.inputs[0].index):
             return 1.0
-        factor = _constant_factor(op)
+        factor = _constant_factor(op.node)
         if factor and not isinstance(op.inputs[0].state, One):
             self._check_constant(op, factor)
         return factor
@@ -265,15 +275,15 @@ class SampleFlow:
                 )
 
 
-def _constant_factor(op: Operation) -> float | None:
+def _constant_factor(node: Node) -> float | None:
     """Read the constant that an operation multiplies its only input with; None if its numbers differ, or can't be read."""
     try:
-        saved = [getattr(op.node, name, None) for name in OPERANDS]
+        saved = [getattr(node, name, None) for name in OPERANDS]
     except Exception:  # raised by whatever packed it: checkpointing, hooks
         return None
     other = next((t for t in saved if isinstance(t, Tensor)), None)
     factor = None if other is None else uniform(other)
-    return 1 / factor if factor and op.kind == "Div" else factor
+    return 1 / factor if factor and kind_of(node) == "Div" else factor
 
 
 def uniform(t: Tensor) -> float | None:

@@ -7,6 +7,7 @@ gradients, which show what the losses hide behind a large constant, or in a surr
 drawn at random, the records are also put into another order, since one more record would move those after it.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastloda.errors import PrivacyError
+from fastloda.per_sample.node import Node
+from fastloda.per_sample.operations import LINEAR, kind_of
 from fastloda.per_sample.refusals import is_power_of_two, is_scheduled
 from fastloda.randomness import Secret
 
@@ -168,6 +171,50 @@ def _check_places(own: Tensor, moved: Tensor, order: Sequence[int], samples: int
             "treated in another way, weights or times spread over the batch, a division by its size. Draw such choices from the "
             "generator for each record, and divide by public constants"
         )
+
+
+class Divisors:
+    """The numbers that losses were divided by last, by which a division by the batch's size shows when the size changes.
+
+    Where random numbers are drawn no other look sees it, for in a batch of another size a record meets other ones.
+    """
+
+    def __init__(self):
+        self._seen: dict[int, tuple[int, float]] = {}  # place, counted from the losses -> number of losses, and factor
+
+    def check(self, losses: Tensor) -> None:
+        """Refuse losses that are divided, last of all, by a number that has followed how many they are.
+
+        Raises:
+            PrivacyError: with what to do.
+        """
+        node, place = losses.grad_fn, 0
+        while node is not None and kind_of(node) in LINEAR:
+            inputs = [child for child, _ in node.next_functions if child is not None]
+            if len(inputs) != 1:
+                return
+            if factor := _last_factor(node):
+                count, before = self._seen.get(place, (len(losses), factor))
+                if len(losses) != count and math.isclose(factor * len(losses), before * count, rel_tol=1e-6):
+                    raise PrivacyError(
+                        "the losses of records depend on the batch's size: they are divided by a number that follows how many "
+                        f"there are, now {1 / factor:.6g}. Divide by public constants"
+                    )
+                self._seen[place] = len(losses), factor
+            node, place = inputs[0], place + 1
+
+
+def _last_factor(node: Node) -> float | None:
+    """Read the one number that a product or quotient multiplies its input with; None if it is no number on the CPU."""
+    if kind_of(node) not in ("Div", "Mul"):
+        return None
+    try:
+        other = node._saved_other
+    except Exception:  # raised by whatever packed it: checkpointing, hooks
+        return None
+    if not isinstance(other, Tensor) or other.dim() or other.device.type != "cpu" or not other.item():
+        return None
+    return 1 / other.item() if kind_of(node) == "Div" else other.item()
 
 
 class Signs:

@@ -25,7 +25,7 @@ from fastloda.training.average import in_eval_mode
 from fastloda.training.batches import Batches, Columns
 from fastloda.training.callbacks import Callback, StepReport
 from fastloda.training.looks import Looks
-from fastloda.training.mixing import Evaluated, check_steady, evaluated
+from fastloda.training.mixing import Divisors, Evaluated, check_steady, evaluated
 from fastloda.training.optimizers import OptimizerOrFactory, SchedulerOrFactory
 from fastloda.training.owners import OwnerBatches, OwnerIds
 from fastloda.training.run_state import OtherRelease, RunState
@@ -129,7 +129,7 @@ class DPTrainer:
         self.run = RunState(settings, self._data, self.clipper, place, optimizer, scheduler)
         self.callbacks, self.progress = tuple(callbacks), progress and self.world.first
         self._looks = Looks(self.run, self._data, self._evaluate)
-        self._waste = Waste(self.run.device)
+        self._waste, self._divisors = Waste(self.run.device), Divisors()
         self._moving = False  # True from a gradient's release to the end of its update
         self._try_losses()
         self.clipper.check_model()  # losses() may have written to the model
@@ -338,6 +338,7 @@ class DPTrainer:
             read = self._data.read(chosen, self.run.stream)
             seen = self._looks.look(read, chosen) if self._looks.due else None
             losses = self._losses_of(read)
+            self._divisors.check(losses)
             found.append(losses.detach())
             if seen is not None:
                 check_steady(seen, found[-1])

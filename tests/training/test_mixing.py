@@ -244,6 +244,32 @@ def test_losses_that_follow_the_place_or_the_number_of_records_are_refused(losse
     assert t.step == 0
 
 
+def divided_and_drawn(model, batch, generator):
+    return cross_entropy(model(batch[0] + 0.1 * torch.randn(batch[0].shape, generator=generator)), batch[1]) / len(
+        batch[1]
+    )
+
+
+@pytest.mark.parametrize("micro_batch_size", [40, 3])
+def test_a_division_by_the_batchs_size_is_refused_where_random_numbers_are_drawn_too(micro_batch_size):
+    """One record more makes all others' gradients smaller: 1.9 times the bound."""
+    t = trainer(divided_and_drawn, {"fixed_shape": False, "micro_batch_size": micro_batch_size})
+    with pytest.raises(PrivacyError, match="follows how many there"):
+        t.fit()
+    assert t.step <= 3  # as soon as the size has changed
+
+
+def test_a_schedule_of_weights_is_no_division_by_the_batchs_size():
+    made = []
+
+    def losses(model, batch, generator):
+        return cross_entropy(model(batch[0]), batch[1]) * 0.9 ** (made[0].step if made else 0) / 8
+
+    made.append(trainer(losses, {"fixed_shape": False, "micro_batch_size": 40}))
+    made[0].fit()
+    assert made[0].step == made[0].last_step
+
+
 def test_a_division_by_a_fixed_size_is_none_by_the_records():
     assert trainer(divided).fit().step == SETTINGS.steps
 
