@@ -19,8 +19,8 @@ from fastloda.synthesis.settings import UNetShape
 from fastloda.synthesis.stages import pretrain
 
 UNET = UNetShape(width=8, norm_groups=4)
-FINETUNE = "finetune --data digits --privacy.target_epsilon 10 --privacy.delta 1e-5 --privacy.epochs 0.1 --privacy.batch_size 48".split()
-FINETUNE += "--training.seed 1 --training.micro_batch_size 16 --device cpu".split()
+FINETUNE = "finetune --data digits --privacy.target_epsilon 10 --privacy.delta 1e-5 --privacy.epochs 0.1".split()
+FINETUNE += "--privacy.batch_size 48 --training.seed 1 --training.micro_batch_size 16 --device cpu".split()
 TIMEOUT = 240  # seconds; two processes take about fifteen
 COMMAND = """
 import sys
