@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -60,8 +60,10 @@ class Tally:
         """Make a copy empty, for a batch is for one step."""
         return Tally, ()
 
-    def take(self, rows: int) -> Part:
+    def take(self, rows: int, sizes: Collection[int] = ()) -> Part:
         """Take the part that a step over `rows` samples uses off the queue, with all parts before it, which were skipped.
+
+        sizes: the sizes along the batch of what the module was called with; a part of such a size was not skipped.
 
         Raises:
             PrivacyError: no part has that many records, or parts of two split batches are in the queue.
@@ -81,13 +83,17 @@ class Tally:
                 "optimizer.step() must follow every physical batch of BatchMemoryManager, the empty ones included, before "
                 "the next is taken: the parts of two logical batches must not mix"
             )
-        for skipped, part in enumerate(self.drawn):
-            if part.records == rows:
+        others = [part for part in self.drawn if part.records in sizes and part.records != rows]
+        computed = rows in sizes or not others  # of a part with as many records as rows, as far as its inputs tell
+        for skipped, part in enumerate(self.drawn if computed else others[:1]):
+            if computed and part.records == rows:
                 for _ in range(skipped + 1):
                     self.drawn.popleft()
                 return part
+            if part in others:
+                break
         raise PrivacyError(
-            f"the loss has {rows} samples, but the batch has {self.drawn[-1].records} records: each record must be one row of "
+            f"the loss has {rows} samples, but the batch has {part.records} records: each record must be one row of "
             "the model's outputs, or one record could contribute several clipped gradients; weight a row by 0 to leave it out"
         )
 

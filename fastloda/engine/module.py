@@ -49,6 +49,7 @@ class Tape:
 
     def clear(self) -> None:
         self._backward, self._reached = None, []
+        self.sizes: set[int] = set()  # of what the module was called with, along the batch
 
     def record(self, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
         """Store the outputs of one forward pass, with their gradients. Raises PrivacyError for a second backward pass."""
@@ -151,8 +152,12 @@ class PrivateModule(nn.Module):
         return self._run(self._module, args, kwargs)
 
     def _check_inputs(self, args: tuple, kwargs: dict) -> None:
-        """Refuse inputs with gradients; take out transformers' divisor of the loss, which depends on all records of a batch."""
+        """Refuse inputs with gradients, note their sizes; take out transformers' divisor, which depends on all records."""
         kwargs.pop("num_items_in_batch", None)
+        if torch.is_grad_enabled():
+            along = 1 if self._batch_second else 0
+            tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            self._tape.sizes |= {t.shape[along] for t in tensors if t.dim() > along}
         if _wants_gradient(args, kwargs) and self._trains():
             raise UserError(
                 "an input of the private module requires grad, but gradients end at its outputs. Detach the input, or put what "

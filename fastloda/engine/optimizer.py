@@ -155,7 +155,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def _accumulate(self) -> GhostClipper | None:
         """Add up the clipped gradients of a part of a batch; return the clipper that has them all after the last part."""
         self._check_ready()
-        part = self.tally.take(self._tape.rows)
+        part = self.tally.take(self._tape.rows, self._tape.sizes)
         if (
             part.batch != self._batch or self._clipper is None
         ):  # also drops the parts of a batch that was left before its end

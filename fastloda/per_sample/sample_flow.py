@@ -35,7 +35,7 @@ from fastloda.per_sample.operations import (
     kind_of,
 )
 from fastloda.per_sample.states import (
-    MEAN_OF_ALL,
+    MADE_MEAN,
     PICKED,
     REMEDY,
     Input,
@@ -159,14 +159,15 @@ class SampleFlow:
         totals = [
             x.state if isinstance(x.state, Total) else self.sum_of(self.weights.get(x.source, ONCE)) for x in op.inputs
         ]
-        total = Total(all(t.averaged for t in totals), tuple(dict.fromkeys(by for t in totals for by in t.by)))
+        by = tuple(dict.fromkeys(by for t in totals for by in t.by))
+        total = Total(all(t.averaged for t in totals), by, any(t.fits for t in totals))
         factor = self._factor(op)
         if total.averaged or factor is None:
             return total if total.averaged else replace(total, by=())
         if abs(factor) == 1:
             return total
         left = _pending(self.times(frozenset(total.by or (1.0,)), factor))
-        return replace(total, by=left) if left else MEAN_OF_ALL
+        return replace(total, by=left) if left else MADE_MEAN
 
     def makes_mean(self, factor: float) -> bool:
         """Tell whether a sum over the samples times factor may be their mean, or its negative."""
@@ -177,7 +178,7 @@ class SampleFlow:
 
     def sum_of(self, weights: frozenset[float]) -> Total:
         """Make the state of a sum over the samples of numbers that count so often."""
-        return MEAN_OF_ALL if weights == {AVERAGED} else Total(averaged=False, by=_pending(weights))
+        return MADE_MEAN if weights == {AVERAGED} else Total(averaged=False, by=_pending(weights))
 
     def weights_of(self, op: Operation) -> frozenset[float]:
         """Find how often a sample's own numbers count in an operation's output, in each of the terms that it is the sum of."""
@@ -212,7 +213,7 @@ class SampleFlow:
     def _check_constant(self, op: Operation, factor: float) -> None:
         """Refuse a factor that has followed the number of samples since an earlier loss, unless it makes a sum their mean."""
         state = op.inputs[0].state
-        may_fall = self.mean and not (isinstance(state, Total) and state.averaged)
+        may_fall = self.mean and not (isinstance(state, Total) and state.averaged and not state.fits)
         for place in (op.place, op.place - self.operations):  # counted from either end: graphs may grow with the batch
             samples, before = self.grown.get(key := (op.kind, place, "factor"), (self.samples, factor))
             ratio, grew = factor / before, self.samples / samples

@@ -84,15 +84,17 @@ class Total:
     Attributes:
         averaged: whether a mean, or a division by a multiple of the number of samples, made it.
         by: the other numbers that its terms were multiplied with; none where these are unknown.
+        fits: whether it is averaged only because a number fits the samples, perhaps by chance.
     """
 
     averaged: bool
     by: tuple[float, ...] = ()
+    fits: bool = False
 
 
 State = Rows | One | Total
 S = TypeVar("S", bound=State)
-MEAN_OF_ALL = Total(averaged=True)
+MEAN_OF_ALL, MADE_MEAN = Total(averaged=True), Total(averaged=True, fits=True)
 
 
 class Input(NamedTuple, Generic[S]):

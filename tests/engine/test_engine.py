@@ -725,6 +725,32 @@ def test_batches_taken_ahead_and_skipped():
     assert len(optimizer.accountant) == 4
 
 
+class WithOneLoss(Net):
+    """A model whose loss is of shape [1]: as many rows as a batch of one record has."""
+
+    def forward(self, x):
+        return super().forward(x).square().mean().reshape(1) if len(x) else super().forward(x).sum(1)
+
+
+@pytest.mark.parametrize("wrap_model", [True, False])
+def test_a_batch_is_not_taken_for_a_smaller_one_that_was_taken_ahead(wrap_model):
+    """All its records would be clipped as one sample: 2 times the bound."""
+    inner = WithOneLoss().double()
+    model, optimizer, loader = private(inner, batch_size=2, wrap_model=wrap_model)
+    call, tried = model if wrap_model else inner, 0
+    for _ in range(40):
+        batches = list(loader)
+        for number, ((x, _), (following, _)) in enumerate(zip(batches, batches[1:])):
+            if len(x) > 1 and len(following) == 1 and not number:
+                optimizer.zero_grad()
+                call(x).sum().backward()
+                with pytest.raises(PrivacyError, match=f"1 samples, but the batch has {len(x)} records"):
+                    optimizer.step()
+                optimizer.zero_grad()
+                tried += 1
+    assert tried
+
+
 def test_physical_batches_need_their_own_optimizer():
     _, optimizer, loader = private()
     _, other, _ = private()

@@ -541,6 +541,24 @@ def test_a_factor_that_follows_the_number_of_samples(reduction, loss):
     assert [rows for rows, _ in refused] == [7] and "follows how many samples" in refused[0][1]
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: 0.1 * squares(z).sum() / len(z) + 1e-3 * z.abs().mean(),
+        lambda z: F.kl_div(z.log_softmax(1), torch.full_like(z, 0.2), reduction="batchmean"),
+        lambda z: F.kl_div((z / 4).log_softmax(1), torch.full_like(z, 0.2), reduction="sum") * 16 / len(z),
+        lambda z: F.mse_loss(z, torch.zeros_like(z), reduction="sum") / z.numel() * 2 / 4,
+        lambda z: -0.5 * (1 + z - z.exp()).sum() / len(z) + 4 * squares(z).mean(),
+    ],
+)
+def test_a_number_that_fits_the_samples_by_chance(loss):
+    tape = Tape("mean")
+    for rows in (2, 3, 5, 4, 8, 12, 6, 7, 2, 10, 5, 9):
+        loss(PrivateModule(Leaf(torch.randn(rows, C)), tape)(torch.zeros(1))).backward()
+        assert tape.rows == rows
+        tape.clear()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_factors_that_a_schedule_changes(reduction):
     tape = Tape(reduction)
