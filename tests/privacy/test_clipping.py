@@ -625,7 +625,7 @@ def test_fine_tuning_passes_flips_on(flips, monkeypatch):
 
 
 def test_the_command_line_chooses_style_flips_and_secure_noise():
-    command = ["--run", "r", "--privacy.target_epsilon", "3", "--privacy.delta", "1e-5"]
+    command = ["--run", "r", "--data", "d", "--privacy.target_epsilon", "3", "--privacy.delta", "1e-5"]
     parser = build_parser("fastloda finetune", finetune)
     for chosen in STYLES:
         options = ["--privacy.clipping", chosen, "--training.flips", "--training.secure_noise"]
