@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Yielding
 from contextlib import contextmanager, suppress
@@ -32,6 +33,8 @@ from fastloda.training.run_state import OtherRelease, RunState
 from fastloda.training.sampling import largest_share, micro_batches, share
 from fastloda.training.settings import PrivateTraining
 from fastloda.training.waste import Waste
+
+SAVE_SECONDS = 300.0  # between saves of long steps
 
 # A function losses(model, batch, generator) -> one number per sample and view, [n * views], sample-major.
 Losses = Callable[[nn.Module, Any, Generator], Tensor]
@@ -86,7 +89,7 @@ class DPTrainer:
             optimizer. Class and settings of both are public, and must be the same when a run resumes (what a LambdaLR's
             function computes is not compared).
         checkpoint: file to save to and resume from; its folder is made if there is none. None saves nothing.
-        checkpoint_every: number of steps between saves.
+        checkpoint_every: number of steps between saves, if they take less than five minutes.
         callbacks: functions (trainer, report) that `fit` calls after each step, on every rank (`trainer.world.first` tells
             rank 0), with a `StepReport`; `fastloda.evaluate_every` makes one that evaluates the averaged parameters. The run's
             random states are put back after each call. If one raises, the step is done, saved and not taken again.
@@ -190,15 +193,16 @@ class DPTrainer:
     def fit(self) -> "DPTrainer":
         """Train until the steps or the budget end, whichever comes first.
 
-        It saves before the first step, every `checkpoint_every` steps, and at the end, even if the end is an error, or SIGINT
-        (Ctrl-C) or SIGTERM, which take effect after the current step (a second signal at once). With several ranks nothing is
-        saved after an error on one of them, unless it is a callback's.
+        It saves before the first step, every `checkpoint_every` steps, after a step that ends five minutes or more after the last
+        save, and at the end, even if the end is an error, or SIGINT (Ctrl-C) or SIGTERM, which take effect after the current step
+        (a second signal at once). With several ranks nothing is saved after an error on one of them, unless it is a callback's.
         """
         last = self.last_step
         told = self.progress or self.callbacks
         epsilons = self.run.epsilon_by_step(last) if told else lambda step: math.nan
         if self.checkpoint and not self.world.from_first(self.checkpoint.exists):
             self.save()
+        saved = time.monotonic()
         with (
             interrupts_wait() as received,
             tqdm(total=last, initial=self.step, desc="private", unit="step", disable=not self.progress) as bar,
@@ -214,8 +218,9 @@ class DPTrainer:
                     report = StepReport(self.step, last - self.step, epsilons(self.step), stats)
                     if self.progress:
                         _show(bar, report)
-                    if self.step % self.checkpoint_every == 0 and self.step < last:
+                    if self.step < last and self._is_save_due(saved):
                         self.save()
+                        saved = time.monotonic()
                     self._call_back(report)
             except BaseException:
                 if self.world.size == 1 and not self._moving:
@@ -261,6 +266,11 @@ class DPTrainer:
                 yield
             finally:
                 torch.clear_autocast_cache()
+
+    def _is_save_due(self, saved: float) -> bool:
+        """Tell whether steps or time call for a save, on all ranks alike; saved: the time of the last one."""
+        late = time.monotonic() - saved >= SAVE_SECONDS
+        return self.step % self.checkpoint_every == 0 or bool(self.world.most(int(late)))
 
     def train_step(self) -> StepStats:
         """Take one private step over one Poisson batch, which may be empty: it is noised and counted all the same.

@@ -521,6 +521,18 @@ def test_fit_works_outside_of_the_main_thread():
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("seconds", "saves"), [(0.0, SETTINGS.steps - 1), (300.0, 0)])
+def test_long_steps_are_saved_by_time(tmp_path, monkeypatch, seconds, saves):
+    """The first save comes before the first step, the last one after the last."""
+    monkeypatch.setattr("fastloda.training.trainer.SAVE_SECONDS", seconds)
+    path, seen = tmp_path / "c.pt", []
+    t = trainer(checkpoint=path, checkpoint_every=1000, callbacks=[lambda *_: seen.append(path.stat().st_mtime_ns)])
+    t.save()
+    before = path.stat().st_mtime_ns
+    t.fit()
+    assert len(seen) == SETTINGS.steps and len({before, *seen}) - 1 == saves
+
+
 def test_what_was_released_before_counts_and_a_run_resumes_with_it_alone(tmp_path):
     before = dataclasses.replace(SETTINGS, earlier=((1.0, 5.0, 1),), target_epsilon=30.0)
     first = trainer(before, checkpoint=tmp_path / "c.pt", checkpoint_every=1)
