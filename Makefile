@@ -13,7 +13,7 @@ demo: $(FOR_USE)
 
 test: check compile
 	$(PYTHON) -m pytest bench -q --bench-scale smoke --benchmark-disable
-	$(PYTHON) -m pytest tests -q -n $(JOBS) --dist loadfile  # each on one thread: see tests/conftest.py
+	$(PYTHON) -m pytest tests -q -rs -n $(JOBS) --dist loadfile  # each on one thread: see tests/conftest.py
 
 # Lint, format, import directions, types, dead code, spelling: in seconds.
 check: $(FOR_TESTS)
