@@ -34,21 +34,26 @@ def case_of(cases: dict):
 
 
 def two_ranks_of(module: str):
+    """Make the fixture of a test module, in a folder of its own."""
+
     @pytest.fixture(scope="module")
     def two_ranks(tmp_path_factory):
-        """case name -> what it left on rank 0 and on rank 1."""
-        folder = tmp_path_factory.mktemp("ranks")
-        context = torch.multiprocessing.get_context("spawn")
-        processes = [context.Process(target=_run_cases, args=(module, rank, folder)) for rank in range(RANKS)]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + LAUNCH_TIMEOUT
-        for process in processes:
-            process.join(max(0, deadline - time.monotonic()))
-            process.kill()
-        return lambda name: [_outcome(folder / f"{name}.{rank}") for rank in range(RANKS)]
+        return run_all_cases(module, tmp_path_factory.mktemp("ranks"))
 
     return two_ranks
+
+
+def run_all_cases(module: str, folder: Path):
+    """Run a module's cases on both ranks, and return the function case name -> what it left on rank 0 and on rank 1."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_run_cases, args=(module, rank, folder)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + LAUNCH_TIMEOUT
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+        process.kill()
+    return lambda name: [_outcome(folder / f"{name}.{rank}") for rank in range(RANKS)]
 
 
 def _run_cases(module: str, rank: int, folder: Path) -> None:
@@ -68,7 +73,8 @@ def _run_cases(module: str, rank: int, folder: Path) -> None:
 
 
 def _outcome(path: Path):
-    assert path.exists(), f"{path.name} never finished"
+    name, _, rank = path.name.rpartition(".")
+    assert path.exists(), f"rank {rank} never finished {name}"
     kind, value = torch.load(path, weights_only=False)
-    assert kind == "result", f"{path.name}: {value}"
+    assert kind == "result", f"rank {rank}: {value}"
     return value

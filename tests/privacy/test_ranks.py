@@ -11,9 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
 import warnings
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from two_ranks import GROUP_TIMEOUT, LAUNCH_TIMEOUT, RANKS, case_of, run_all_cases
 
 import fastloda.training.trainer
 from fastloda import (
@@ -39,9 +38,7 @@ from fastloda.privacy.ranks import World, replicate
 from fastloda.training.checkpoint import CheckpointError, fingerprint
 from fastloda.training.sampling import largest_share, micro_batches, poisson_sample, share
 
-RANKS = 2
 EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
-GROUP_TIMEOUT, LAUNCH_TIMEOUT = 40, 240  # seconds; a launch takes about ten
 SETTINGS = PrivateTraining(
     sample_rate=0.3,
     expected_batch_size=12,
@@ -57,12 +54,7 @@ SETTINGS = PrivateTraining(
 )
 
 CASES = {}
-
-
-def case(function):
-    """Runs on both ranks, in the order of definition: (rank, folder) -> what the tests get of each rank."""
-    CASES[function.__name__] = function
-    return function
+case = case_of(CASES)
 
 
 def small_model(seed: int = 0, dropout: float = 0.0) -> nn.Module:
@@ -131,20 +123,6 @@ def assert_same_bits(found, expected):
 # -- the two processes -------------------------------------------------------------------------------------------------
 
 
-def _run_cases(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    rendezvous, timeout = f"file://{folder}/rendezvous", timedelta(seconds=GROUP_TIMEOUT)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS, timeout=timeout)
-    for name, run in CASES.items():
-        torch.manual_seed(rank)
-        try:
-            outcome = ("result", run(rank, folder))
-        except Exception:
-            outcome = ("error", traceback.format_exc())
-        torch.save(outcome, folder / f"{name}.{rank}.part")
-        (folder / f"{name}.{rank}.part").rename(folder / f"{name}.{rank}")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the test process leaves for the ranks, and they for it."""
@@ -158,26 +136,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(folder):
-    """case name -> what it left on rank 0 and on rank 1."""
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_run_cases, args=(rank, folder)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + LAUNCH_TIMEOUT
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-        process.kill()
-
-    def outcomes(name):
-        left = []
-        for rank in range(RANKS):
-            assert (folder / f"{name}.{rank}").exists(), f"rank {rank} never finished {name}"
-            kind, value = torch.load(folder / f"{name}.{rank}", weights_only=False)
-            assert kind == "result", f"rank {rank}: {value}"
-            left.append(value)
-        return left
-
-    return outcomes
+    return run_all_cases(__name__, folder)
 
 
 # -- one private step --------------------------------------------------------------------------------------------------

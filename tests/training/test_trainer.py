@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest, chi2
+from small_runs import losses, small_data
 from torch import nn
 
 from fastloda import GhostClipper, PrivacyError, attach_loda, compose_epsilon, make_private
@@ -51,17 +52,6 @@ def small_model(seed: int = 0) -> nn.Module:
         )
         attach_loda(model, rank=1)
     return model
-
-
-def small_data(records: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    labels = torch.randint(3, (records,), generator=generator)
-    return torch.randn(records, 1, 6, 6, generator=generator) + labels.view(-1, 1, 1, 1), labels
-
-
-def losses(model, batch, generator):
-    noise = torch.randn(batch[0].shape, generator=generator)
-    return F.cross_entropy(model(batch[0] + 0.1 * noise), batch[1], reduction="none")
 
 
 def trainer(settings=SETTINGS, model=None, **options) -> DPTrainer:

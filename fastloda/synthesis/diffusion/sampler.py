@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from fastloda.errors import UserError
 from fastloda.synthesis.diffusion.schedule import Diffusion
+from fastloda.training.average import in_eval_mode
 
 
 def sample(
@@ -64,7 +64,7 @@ def sample(
     images = torch.empty(len(labels), *model.image_shape)  # a normal tensor: the caller may train on it
 
     bar = tqdm(total=len(batches) * steps, desc="sampling", unit="step", disable=not progress)
-    with bar, torch.inference_mode(), _evaluating(model):
+    with bar, torch.inference_mode(), in_eval_mode(model):
         for rows in batches:
             y = labels[rows].to(device)
             sources = [torch.Generator().manual_seed(s) for s in seeds[rows]]
@@ -123,15 +123,3 @@ def image_seeds(n: int, generator: torch.Generator | None) -> list[int]:
 
 def _noise(sources: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=source) for source in sources])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode in the context; after it, also after an exception, each module has its old mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
