@@ -285,7 +285,7 @@ def _are_same(one: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter]
 _kept: weakref.WeakKeyDictionary[nn.Module, _KeptClipper] = weakref.WeakKeyDictionary()
 
 
-def _clipper_for(model: nn.Module, max_grad_norm: float, views: int, clipping: Clipping, group: Group) -> GhostClipper:
+def _clipper_for(model: nn.Module, max_grad_norm: float, views: int, clipping: Clipping, group: Group) -> _KeptClipper:
     """Take the clipper that the model's last step left, or make one; in between nothing in the model may have changed.
 
     A step that fails leaves none, so that the next one takes the model as it then is.
@@ -296,7 +296,8 @@ def _clipper_for(model: nn.Module, max_grad_norm: float, views: int, clipping: C
     if kept := _kept.pop(model, None):
         members = Members.of(model)
         fits = kept.fits(members, max_grad_norm, views, clipping, group)
-        kept._watch.check(members, thorough=not fits)  # one that fits looks for uncounted writes before the noise
+        # one that fits looks for uncounted writes before the noise
+        (kept._watch or Watch(members)).check(members, thorough=not fits)
         if fits:
             return kept
     clipper = _KeptClipper(model, max_grad_norm, views, clipping=clipping, group=group)
