@@ -1,19 +1,21 @@
 """Gaussian noise for privacy, drawn in float64 from a generator that nobody else can foresee.
 
-float32 `torch.randn` ends at 5.77 sigma on a CPU, which alone can cost a delta of 1.6e-4; float64 reaches beyond 8 sigma.
+float32 `torch.randn` ends at 5.77 sigma on a CPU, which alone can cost a delta of 1.6e-4; float64 reaches beyond 8 sigma, and
+a `NoiseStream` 12.
 """
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from fastloda.errors import PrivacyError, UserError
-from fastloda.randomness import hold, unpredictable_generator
+from fastloda.privacy.noise_stream import NoiseStream
+from fastloda.randomness import Secret, hold
 
 
 class NormalNumbers(Protocol):
@@ -36,9 +38,7 @@ SECURE = "noise from the operating system's cryptographically secure generator; 
 AT_A_TIME = 1 << 22  # numbers: 32 MiB
 
 _begun: set[bytes] = set()  # the first numbers of each draw from a user's own source
-_generators: dict[torch.device, Generator] = {}
-# A forked child must not repeat its parent's noise.
-os.register_at_fork(after_in_child=_generators.clear)
+_own: dict[torch.device, NoiseSource] = {}  # this process's sources, of which a forked child's draw other numbers
 
 
 def describe_randomness(seed: int | None, secure: bool) -> str:
@@ -55,27 +55,35 @@ def describe_together(each: Iterable[str]) -> str:
     return "; ".join(worst or texts)
 
 
-def noise_generator(device: torch.device | str = "cpu") -> Generator:
-    """Return this process's generator for a device, which is unpredictable: `torch.manual_seed` can't set it."""
-    device = torch.device(device)
-    if device not in _generators:
-        _generators[device] = unpredictable_generator(device)
-    return _generators[device]
+def noise_of(secret: Secret, device: torch.device) -> NoiseSource:
+    """Make the source of the noise that follows from a secret, for sums on a device."""
+    return NoiseStream(secret) if device.type == "cpu" else secret.generator("noise", device)
+
+
+def own_noise(device: torch.device) -> NoiseSource:
+    """Return this process's source for a device, which is unpredictable: `torch.manual_seed` can't set it."""
+    if device not in _own:
+        _own[device] = noise_of(Secret(), device)
+    return _own[device]
 
 
 def draws_alike(device: torch.device) -> str:
     """Name what a device must share with another to draw the same numbers; on a GPU they depend on how many run side by side."""
+    if device.type == "cpu":
+        return f"cpu, NumPy {np.__version__}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, PyTorch {torch.__version__}"
 
 
-def gaussian(shape: torch.Size, std: float, device: torch.device, generator: NoiseSource | None = None) -> Tensor:
-    """Draw N(0, std^2), float64, on `device`; a CPU generator draws on the CPU, so that its stream serves every device."""
-    generator = hold(noise_generator(device) if generator is None else generator)
-    if isinstance(generator, Generator):
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+def gaussian(shape: torch.Size, std: float, device: torch.device, source: NoiseSource | None = None) -> Tensor:
+    """Draw N(0, std^2), float64, on `device`; a source on the CPU draws there, so that its stream serves every device."""
+    source = own_noise(device) if source is None else hold(source)
+    if isinstance(source, Generator):
+        noise = torch.randn(shape, generator=source, dtype=torch.float64, device=source.device)
+    elif isinstance(source, NoiseStream):
+        noise = source.normal(shape)
     else:
-        noise = _checked(generator.normal(shape), shape, f"{type(generator).__name__}.normal")
+        noise = _checked(source.normal(shape), shape, f"{type(source).__name__}.normal")
     return noise.mul_(std).to(device)
 
 
@@ -114,11 +122,11 @@ def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
     return noise
 
 
-def add_noise(total: Tensor, std: float, generator: NoiseSource | None = None) -> Tensor:
+def add_noise(total: Tensor, std: float, source: NoiseSource | None = None) -> Tensor:
     """Compute total + N(0, std^2) for a float64 sum [numbers], a part at a time; total stays as it is, should a draw fail."""
     if not std:
         return total
     noisy = torch.empty_like(total)
     for into, part in zip(noisy.split(AT_A_TIME), total.split(AT_A_TIME)):
-        into.copy_(gaussian(part.shape, std, part.device, generator).add_(part))
+        torch.add(part, gaussian(part.shape, std, part.device, source), out=into)
     return noisy

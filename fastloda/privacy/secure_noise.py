@@ -1,7 +1,7 @@
 """Noise from the operating system's cryptographically secure generator.
 
-Whoever sees enough numbers of PyTorch's Mersenne Twister can compute all that follow; with the system's generator (ChaCha20 on
-Linux, reseeded by the kernel) no one can. It can't be seeded and holds no state here. So noise can't be repeated, neither by a
+The generators of `NoiseStream` and of PyTorch on a GPU were made for speed; the system's is a cipher made to withstand attacks
+(ChaCha20 on Linux, reseeded by the kernel). It can't be seeded and holds no state here. So noise can't be repeated, neither by a
 forked process nor by a run that resumes; steps that it makes again are charged again (`training/releases.py`).
 """
 
@@ -23,9 +23,9 @@ BITS = 63
 class SecureGenerator:
     """A secure source of noise, in place of a `torch.Generator` wherever FastLoDA draws noise.
 
-    It draws on the CPU, and the noise then moves to the model's device. Cost: a number takes about 7 times as long as one of
-    PyTorch's generator, about twice with averaged=1 (measured once on a million numbers, on one thread of a CPU). It grows with
-    the trainable parameters, not with the batch.
+    It draws on the CPU, and the noise then moves to the model's device. Cost: a number takes about 12 times as long as one of a
+    `NoiseStream`, about 3 times with averaged=1 (measured once on a million numbers, on one thread of a CPU). It grows with the
+    trainable parameters, not with the batch.
 
     Attributes:
         averaged: how many Gaussian numbers are added, and divided by the root of their count, to make one, Gaussian again. The

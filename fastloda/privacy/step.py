@@ -6,6 +6,8 @@ clipping a count as well, which is accounted for (`fastloda.privacy.adaptive`).
 """
 
 import math
+import weakref
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -32,7 +34,7 @@ from fastloda.privacy.ranks import (
 from fastloda.privacy.stats import StepStats
 from fastloda.privacy.styles import Flat, check_max_grad_norm
 from fastloda.privacy.sums import Alike, FlatSums
-from fastloda.privacy.watch import Watch, add_watcher, resume_after_update, watch_from_update, watched_since_update
+from fastloda.privacy.watch import Watch, add_watcher, end_update, resume_after_update
 
 look_at_backward()  # when imported, for a loss may use a gradient that was made before any clipper
 
@@ -88,6 +90,7 @@ class GhostClipper:
         cover_modules(members.modules, self.parameters)
         self._watch: Watch | None = Watch(members)  # None from the noise to the end of the update
         add_watcher(model, self)
+        _kept.pop(model, None)  # the model is taken as it is now
         self._groups = self.clipping.groups(self.parameters)
         shares = self.clipping.shares(self._groups, max_grad_norm)
         device = next(iter(self.parameters.values())).device
@@ -161,8 +164,7 @@ class GhostClipper:
             PrivacyError: a parameter or buffer changed.
         """
         members = Members.of(self.model)
-        now = trainable_parameters(members)
-        if now.keys() != self.parameters.keys() or any(now[name] is not p for name, p in self.parameters.items()):
+        if not _are_same(trainable_parameters(members), self.parameters):
             raise UserError("the model's trainable parameters changed since GhostClipper was made: make a new one")
         self._watch = self._watch or Watch(members)  # only PyTorch's optimizers show where an update ends
         self._watch.check(members, thorough=False)  # uncounted writes are looked for once, before the noise
@@ -247,6 +249,65 @@ class GhostClipper:
         return arguments | parameter_facts(self.parameters) | value_facts(self.parameters)
 
 
+class _KeptClipper(GhostClipper):
+    """The clipper of `ghost_dp_step`, which the model's next step takes over if it still fits; it keeps no model alive."""
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model is gone")
+        return model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def fits(self, members: Members, max_grad_norm: float, views: int, clipping: Clipping, group: Group) -> bool:
+        """Tell whether a new clipper would be like this one; members: the model's, refused like a new clipper's.
+
+        Raises:
+            PrivacyError: a layer mixes samples, or a wrapper handles gradients by itself.
+        """
+        world, parameters = World.of(group), trainable_parameters(members)
+        check_wrappers(self.model, world)
+        cover_modules(members.modules, parameters)
+        asked = (max_grad_norm, views, clipping_style(clipping), group, world)
+        ours = (self.max_grad_norm, self.views, self.clipping, self.group, self._world)
+        return asked == ours and self._sums.fit(parameters) and _are_same(parameters, self.parameters)
+
+
+def _are_same(one: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter]) -> bool:
+    return one.keys() == other.keys() and all(other[name] is p for name, p in one.items())
+
+
+# What the last `ghost_dp_step` left to a model's next one: made anew, it would cost a small step more than its noise.
+_kept: weakref.WeakKeyDictionary[nn.Module, _KeptClipper] = weakref.WeakKeyDictionary()
+
+
+def _clipper_for(model: nn.Module, max_grad_norm: float, views: int, clipping: Clipping, group: Group) -> _KeptClipper:
+    """Take the clipper that the model's last step left, or make one; in between nothing in the model may have changed.
+
+    A step that fails leaves none, so that the next one takes the model as it then is.
+
+    Raises:
+        UserError, PrivacyError: as those of `GhostClipper`; or the clipping is adaptive.
+    """
+    if kept := _kept.pop(model, None):
+        members = Members.of(model)
+        fits = kept.fits(members, max_grad_norm, views, clipping, group)
+        # one that fits looks for uncounted writes before the noise
+        (kept._watch or Watch(members)).check(members, thorough=not fits)
+        if fits:
+            return kept
+    clipper = _KeptClipper(model, max_grad_norm, views, clipping=clipping, group=group)
+    if isinstance(clipper.clipping, AdaptiveClipping):
+        raise UserError(
+            f"clipping={clipping!r} needs one GhostClipper for all steps, which keeps the bound between them"
+        )
+    return clipper
+
+
 def ghost_dp_step(
     losses: Tensor,
     model: nn.Module,
@@ -267,20 +328,16 @@ def ghost_dp_step(
     `GhostClipper`; every check comes before anything changes. On several ranks the statistics returned are of this rank's
     samples. Adaptive clipping is refused: its bound moves from step to step, and needs one `GhostClipper` for all of them.
     """
-    watched_since_update(model, Members.of(model))
-    clipper = GhostClipper(model, max_grad_norm, views, clipping=clipping, group=group)
-    if isinstance(clipper.clipping, AdaptiveClipping):
-        raise UserError(
-            f"clipping={clipping!r} needs one GhostClipper for all steps, which keeps the bound between them"
-        )
+    sharded = hand_back_shards(model)
+    clipper = _clipper_for(model, max_grad_norm, views, clipping, group)
     check_optimizer(optimizer, clipper.parameters)
     _check_privatize(noise_multiplier, expected_batch_size)
     samples, mask = check_losses(losses, clipper.views, mask)
-    stats = clipper._add(losses, samples, mask, hand_back_shards(model))  # the new clipper need not check its model
+    stats = clipper._add(losses, samples, mask, sharded)
     clipper.privatize(noise_multiplier, expected_batch_size, generator)
-    del clipper  # or it would go on to watch the model
     optimizer.step()
-    watch_from_update(model)
+    end_update(clipper)  # PyTorch's optimizers have told it
+    _kept[model] = clipper
     return stats
 
 

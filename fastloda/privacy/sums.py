@@ -31,6 +31,11 @@ class FlatSums:
         numbers = sum(shape.numel() for shape in self._shapes[device, dtype].values())
         return torch.zeros(numbers, dtype=torch.float64, device=device)
 
+    def fit(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Tell whether the parameters still have the devices, dtypes and shapes for which the sums were made."""
+        shapes = self._shapes
+        return all(p.shape == shapes.get((p.device, p.dtype), {}).get(name) for name, p in parameters.items())
+
     def add_(self, parts: Mapping[str, Tensor | None]) -> None:
         """Add parts [*parameter.shape] to the sums of the parameters that they name; None adds nothing."""
         given = {name: part for name, part in parts.items() if part is not None}

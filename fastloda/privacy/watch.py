@@ -87,24 +87,11 @@ class Watcher(Protocol):
 
 
 _watchers: WeakKeyDictionary[nn.Module, WeakSet[Watcher]] = WeakKeyDictionary()
-_after_update: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()  # models as `ghost_dp_step` left them
 
 
 def add_watcher(model: nn.Module, watcher: Watcher) -> None:
     """Let `accept_changes` tell a watcher, which has just taken the model as it is."""
-    _after_update.pop(model, None)
     _watchers.setdefault(model, WeakSet()).add(watcher)
-
-
-def watched_since_update(model: nn.Module, members: Members) -> None:
-    """Check a model against what it was after the last `ghost_dp_step`, if there was one."""
-    if model in _after_update:
-        _after_update[model].check(members)
-
-
-def watch_from_update(model: nn.Module) -> None:
-    """Let the next `ghost_dp_step` check the model against what it is now."""
-    _after_update[model] = Watch(Members.of(model))
 
 
 _awaiting_update: WeakSet[Watcher] = WeakSet()
@@ -116,6 +103,13 @@ def resume_after_update(watcher: Watcher) -> None:
     _follow_optimizers()
 
 
+def end_update(watcher: Watcher) -> None:
+    """Let a watcher take the model as it is, unless it has done so since the noise."""
+    if watcher in _awaiting_update:
+        _awaiting_update.discard(watcher)
+        watcher.watch()
+
+
 @cache
 def _follow_optimizers() -> None:
     """Hook into PyTorch's optimizers, once in a process."""
@@ -124,8 +118,7 @@ def _follow_optimizers() -> None:
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for watcher in list(_awaiting_update):
             if any(id(p) in moved for p in watcher.parameters.values()):
-                _awaiting_update.discard(watcher)
-                watcher.watch()
+                end_update(watcher)
 
     register_optimizer_step_post_hook(after_step)
 
@@ -135,7 +128,6 @@ def accept_changes(model: nn.Module) -> None:
 
     What was done may not depend on private records.
     """
-    _after_update.pop(model, None)
     for watcher in _watchers.get(model, ()):
         _awaiting_update.discard(watcher)
         watcher.watch()

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from fastloda.errors import UserError
 from fastloda.files import make_place
-from fastloda.privacy.noise import NoiseSource, describe_randomness, draws_alike
+from fastloda.privacy.noise import NoiseSource, describe_randomness, draws_alike, noise_of
 from fastloda.privacy.ranks import World
 from fastloda.privacy.secure_noise import SecureGenerator
 from fastloda.privacy.step import GhostClipper
@@ -138,13 +138,13 @@ class RunState:
             OtherRelease: a release of that number is on record, over other sums or with noise that can't be repeated.
         """
         settings, number = self.settings, self.step + 1
-        scale = f"bound {self.clipper.max_grad_norm} on {draws_alike(self.device)}"
+        scale = f"bound {self.clipper.max_grad_norm}, drawn on {draws_alike(self.device)}"
         hashed = self.secret.digest(f"sums {number}, {scale}", sums).hex()
         self.world.from_first(lambda: self._put_on_record(number, "" if settings.secure_noise else hashed))
         if settings.secure_noise:
             return SecureGenerator()
         over = hashed if settings.seed is None else ""
-        return self.secret.generator(f"noise {number} {over}", self.device)
+        return noise_of(Secret(self.secret.digest(f"noise {number} {over}")), self.device)
 
     def _put_on_record(self, number: int, hashed: str) -> None:
         if number > self.releases.last:
