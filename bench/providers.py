@@ -12,8 +12,7 @@ from adapters import trainable, use_loda_layers
 from cases import Case
 from torch import Tensor, nn
 
-from fastloda import GhostClipper, ghost_dp_step
-from fastloda.privacy.noise import gaussian
+from fastloda import CapturedStep, GhostClipper, ghost_dp_step
 
 
 @dataclass(frozen=True)
@@ -70,23 +69,15 @@ def fastloda(case: Case, privacy: Privacy) -> Contender:
 
 def fastloda_graph(case: Case, privacy: Privacy) -> Contender:
     """FastLoDA with forward, backward, norms and clipped sum captured in one CUDA graph; noise is drawn outside it."""
-    model, batch = use_loda_layers(case.build()), case.inputs()
+    model, batch = use_loda_layers(case.build()), tuple(t.detach() for t in case.inputs())
     optimizer, clipper = _sgd(model), GhostClipper(model, privacy.max_grad_norm, case.views)
-
-    def clipped_mean() -> None:
-        clipper.reset()  # in the graph, so that every replay zeroes the sums it adds to
-        clipper.accumulate(case.losses(model, batch))
-        clipper.privatize(noise_multiplier=0.0, expected_batch_size=case.batch)
-
-    replay = captured(clipped_mean)
-    static = [p.grad for p in trainable(model)]  # the graph writes here at every replay
-    std = privacy.noise_multiplier * privacy.max_grad_norm
+    captured_step = CapturedStep(clipper, lambda *inputs: case.losses(model, inputs))
 
     def step() -> None:
-        replay()
-        for p, grad in zip(trainable(model), static):
-            p.grad = grad + gaussian(grad.shape, std / case.batch, grad.device).to(grad.dtype) if std else grad
+        captured_step.accumulate(*batch)
+        clipper.privatize(privacy.noise_multiplier, case.batch)
         optimizer.step()
+        _clear(optimizer, batch)
 
     return Contender(step, optimizer)
 

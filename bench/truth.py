@@ -20,7 +20,7 @@ class WrongAnswer(AssertionError):
 
 
 def check(case: Case, provider: str) -> None:
-    """Compare two steps of the first few samples, without noise: the second must not add to what the first left behind.
+    """Compare three steps of the first few samples, without noise: none may add to what another left, nor may a graph's replay.
 
     Raises:
         WrongAnswer: the gradient differs by more than rounding.
@@ -32,7 +32,7 @@ def check(case: Case, provider: str) -> None:
     allowed = TOLERANCE[case.dtype] + (OPACUS_EPSILON / bound if provider.startswith(PEER) else 0.0)
     for group in contender.optimizer.param_groups:
         group["lr"] = 0.0  # the second step starts from the same weights
-    for step in ("first", "second"):
+    for step in ("first", "second", "third"):
         _compare(contender.gradients(), wanted, allowed, f"{provider}, {case.name}, {step} step")
 
 

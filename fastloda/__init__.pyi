@@ -15,6 +15,7 @@ from .per_sample.explain import explain
 from .per_sample.fallback.functional import cover
 from .per_sample.fallback.register import check_rule, register_rule
 from .privacy.adaptive import AdaptiveClipping
+from .privacy.captured import CapturedStep
 from .privacy.per_sample import per_sample_grad_norms, per_sample_grads
 from .privacy.secure_noise import SecureGenerator
 from .privacy.stats import StepStats
@@ -29,6 +30,7 @@ __all__ = [
     "AdaptiveClipping",
     "Automatic",
     "BatchMemoryManager",
+    "CapturedStep",
     "CrossEntropyLoss",
     "DPTrainer",
     "GhostClipper",

@@ -11,7 +11,7 @@ from fastloda.per_sample.amx import check_convolutions
 from fastloda.per_sample.averages import check_not_averaged
 from fastloda.per_sample.backward import per_sample_grads
 from fastloda.per_sample.gradient import PerSampleGrad
-from fastloda.per_sample.graph import trace
+from fastloda.per_sample.graph import LossGraph, trace
 from fastloda.per_sample.refusals import check_graph, check_independence
 
 
@@ -36,12 +36,22 @@ def compute_per_sample_grads(
     Raises:
         PrivacyError: an operation has no exact rule, or samples mix; the message names the parameter or the operation.
     """
+    graph = checked_graph(losses, model, parameters, samples)
+    check_independence(losses, graph, model, parameters, samples, agree)
+    return per_sample_grads(losses, graph, parameters, samples, retain_graph)
+
+
+def checked_graph(losses: Tensor, model: nn.Module, parameters: Mapping[str, nn.Parameter], samples: int) -> LossGraph:
+    """Read the graph of losses, and refuse it for what it shows. No number is read, so that a GPU is not waited for.
+
+    Raises:
+        PrivacyError: as `compute_per_sample_grads`, but for samples that mix unseen by the graph.
+    """
     graph = trace(losses, parameters, alone=samples == 1)
     check_graph(graph)
     check_not_averaged(losses)
     check_convolutions(dict(model.named_modules()), graph)
-    check_independence(losses, graph, model, parameters, samples, agree)
-    return per_sample_grads(losses, graph, parameters, samples, retain_graph)
+    return graph
 
 
 @contextmanager
@@ -73,8 +83,13 @@ def check_losses(losses: Tensor, views: int, mask: Tensor | None) -> tuple[int, 
         raise UserError(
             "losses has no graph: compute it with gradients enabled, from a model with trainable parameters"
         )
+    return samples, check_mask(mask, samples, losses.device)
+
+
+def check_mask(mask: Tensor | None, samples: int, device: torch.device) -> Tensor:
+    """Check that mask is bool [samples], or None, which stands for all true; return it on the device."""
     if mask is None:
-        return samples, torch.ones(samples, dtype=torch.bool, device=losses.device)
+        return torch.ones(samples, dtype=torch.bool, device=device)
     if mask.shape != (samples,) or mask.dtype != torch.bool:
         raise UserError(f"mask must be bool of shape ({samples},), got {mask.dtype} of shape {tuple(mask.shape)}")
-    return samples, mask.to(losses.device)
+    return mask.to(device)

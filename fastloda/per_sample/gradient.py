@@ -16,7 +16,7 @@ from fastloda.errors import PrivacyError
 from fastloda.per_sample.planner import Sizes, Way, choose, chunk_samples, rows_at_a_time
 from fastloda.per_sample.recipe import Fused, Recipe, as_it_is
 from fastloda.per_sample.reductions import row_squares, weighted_row_sum
-from fastloda.per_sample.tensors import on_triton
+from fastloda.per_sample.tensors import on_triton, waits
 
 
 @dataclass
@@ -162,7 +162,7 @@ def weighted_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[s
     """Compute sum_n factors[n] g_n of each parameter (None: unused). All gradients kept on a GPU are summed in one launch."""
     kept = {name: grad.kept for name, grad in grads.items() if grad.kept is not None and not grad.again}
     flat = {name: tensor.reshape(len(tensor), -1) for name, tensor in kept.items() if on_triton(tensor)}
-    some_are_zero = factors.is_cuda or not factors.all()  # a GPU is not asked: the step would wait for its answer
+    some_are_zero = waits(factors) or not factors.all()
     sums = {name: grad.weighted_sum(factors, some_are_zero) for name, grad in grads.items() if name not in flat}
     if flat:
         total = kernels.clip_sum.clip_sum(torch.cat(list(flat.values()), dim=1), factors.float())

@@ -12,6 +12,8 @@ A computed norm may fall short of the norm of what is summed by a factor of 1e-5
 import torch
 from torch import Tensor
 
+from fastloda.per_sample.tensors import waits
+
 RUN = 128
 LONG = 4096  # the length of a row from which on runs are faster
 EXACT_BELOW = 1e-20  # a squared norm below it is computed in float64: 10^7 squares that vanished are 1e-31
@@ -21,7 +23,7 @@ FULL_PRECISION = ("none", "ieee")
 def row_squares(rows: Tensor) -> Tensor:
     """Compute |row|^2 of rows [n, *shape]: float64 [n]. No square of a float32 number overflows or vanishes in it."""
     rows = rows.reshape(rows.shape[0], -1)
-    if rows.dtype != torch.float32 or rows.is_cuda or rows.shape[1] < LONG:
+    if rows.dtype != torch.float32 or waits(rows) or rows.shape[1] < LONG:
         return _exact_squares(rows)
     whole = rows.shape[1] // RUN * RUN
     runs = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, RUN)), dim=2)

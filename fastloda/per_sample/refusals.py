@@ -60,21 +60,36 @@ def is_scheduled(count: int) -> bool:
 
 @dataclass
 class Looks:
-    """The counts of what the probe has seen of one kind of computation."""
+    """The counts of what the probe has seen of one kind of computation, and what it must see next."""
 
     parted: int = 0  # the most samples with a finite loss that the probe told apart
     batches: int = 0  # the batches with this kind of computation
+    by_chance: bool = False  # whether chance wants the next batch probed
+
+    def knows(self, samples: int) -> bool:
+        """Tell whether the probe has told apart enough samples, or at least half as many as there are now."""
+        return samples <= 2 * self.parted
 
     def due(self) -> bool:
-        """Tell whether to probe again what was found independent: at batches 1, 4, 16, 64, ... and at some others by chance.
+        """Tell whether to probe the next batch, if known: batches 1, 4, 16, 64, ... are due, and some others by chance.
 
         No record has a say in this, so that the schedule is public.
         """
-        return is_scheduled(self.batches) or _chance.random() < LOOK_AGAIN
+        return self.by_chance or is_scheduled(self.batches + 1)
+
+    def count(self) -> None:
+        """Count a batch, probed or not, and draw whether chance wants the next one probed."""
+        self.batches += 1
+        self.by_chance = _chance.random() < LOOK_AGAIN
 
 
 # Model -> `LossGraph.signature` of the computation -> what the probe has seen of it.
 _looks: weakref.WeakKeyDictionary[nn.Module, dict[int, Looks]] = weakref.WeakKeyDictionary()
+
+
+def looks_of(model: nn.Module, graph: LossGraph) -> Looks:
+    """Find what the probe has seen of a model's computation."""
+    return _looks.setdefault(model, {}).setdefault(graph.signature, Looks())
 
 
 def trainable_parameters(members: Members) -> dict[str, nn.Parameter]:
@@ -174,14 +189,13 @@ def check_independence(
 
     agree: passes that this process wants -> passes to make, the same on all ranks; the additional ones choose no sample.
     """
-    looks = _looks.setdefault(model, {}).setdefault(graph.signature, Looks())
-    looks.batches += 1
+    looks = looks_of(model, graph)
+    anew = graph.unsure or not looks.knows(samples)
+    due = anew or looks.due()
+    looks.count()
     parts: list[Tensor] = []
-    finite, anew = (
-        torch.zeros(samples, dtype=torch.bool, device=losses.device),
-        graph.unsure or samples > 2 * looks.parted,
-    )
-    if anew or looks.due():  # decided first, for the rest waits for the GPU
+    finite = torch.zeros(samples, dtype=torch.bool, device=losses.device)
+    if due:  # decided first, for the rest waits for the GPU
         finite = losses.detach().view(samples, -1).isfinite().all(1)
         parts = [finite, *(parting(finite) if anew else _random_half(finite))]
     parts += [torch.zeros_like(finite)] * (agree(len(parts)) - len(parts))

@@ -20,6 +20,11 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def waits(t: Tensor) -> bool:
+    """Tell whether Python would wait for a device that still computes t, if it read a number of it."""
+    return t.device.type != "cpu"
+
+
 def accumulable(t: Tensor) -> Tensor:
     """Cast t to the dtype that gradients are accumulated in: float64 stays, all else becomes float32."""
     return t if t.dtype == torch.float64 else t.float()

@@ -8,7 +8,7 @@ clipping a count as well, which is accounted for (`fastloda.privacy.adaptive`).
 import math
 import weakref
 from collections.abc import Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastloda.errors import PrivacyError, UserError
 from fastloda.per_sample.compute import check_losses, check_views, compute_per_sample_grads, in_full_precision
 from fastloda.per_sample.fallback.functional import cover_modules
+from fastloda.per_sample.gradient import PerSampleGrad
 from fastloda.per_sample.looking_engine import look_at_backward
 from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import check_optimizer, trainable_parameters
@@ -37,6 +38,13 @@ from fastloda.privacy.sums import Alike, FlatSums
 from fastloda.privacy.watch import Watch, add_watcher, end_update, resume_after_update
 
 look_at_backward()  # when imported, for a loss may use a gradient that was made before any clipper
+
+
+class Clipped(NamedTuple):
+    """The numbers of a micro-batch that was clipped: norms, float64 [groups, samples], and counts."""
+
+    norms: Tensor
+    stats: StepStats
 
 
 class GhostClipper:
@@ -156,8 +164,10 @@ class GhostClipper:
         self.check_model()
         return self._add(losses, samples, mask, sharded)
 
-    def check_model(self) -> None:
+    def check_model(self) -> Members:
         """Refuse the model if other parameters train than when the clipper was made, or if a pass over records wrote to it.
+
+        Returns its members as they are now.
 
         Raises:
             ValueError: other parameters train.
@@ -168,6 +178,7 @@ class GhostClipper:
             raise UserError("the model's trainable parameters changed since GhostClipper was made: make a new one")
         self._watch = self._watch or Watch(members)  # only PyTorch's optimizers show where an update ends
         self._watch.check(members, thorough=False)  # uncounted writes are looked for once, before the noise
+        return members
 
     def _add(self, losses: Tensor, samples: int, mask: Tensor, sharded: bool) -> StepStats:
         """Do the work of `accumulate`, without `check_model`."""
@@ -177,14 +188,34 @@ class GhostClipper:
         with in_full_precision(losses.device):
             world = self.world if sharded else World()
             grads = compute_per_sample_grads(losses, self.model, self.parameters, samples, world.most)
-            norms, bounds = group_norms(grads, self._groups, samples, losses.device), self._shares * self.max_grad_norm
-            factors = clip_factors(norms, bounds, mask, self.clipping)
             self._has_sums = True
-            self._sums.add_(group_sums(grads, self._groups, factors))
-            self._bound.observe(norms[0], mask)
-        stats = StepStats.of(losses, norms, mask, bounds)
-        self._stats += stats
-        return stats
+            clipped = self.clip_into(self._sums, losses, grads, mask, self.bounds)
+        return self._observe(clipped, mask)
+
+    @property
+    def bounds(self) -> Tensor:
+        """The bound of each group of parameters, float64 [groups, 1]."""
+        return self._shares * self.max_grad_norm
+
+    def clip_into(
+        self, sums: FlatSums, losses: Tensor, grads: Mapping[str, PerSampleGrad], mask: Tensor, bounds: Tensor
+    ) -> Clipped:
+        """Add the gradients, clipped to `bounds`, to `sums`, and return what else is to be known of a micro-batch."""
+        norms = group_norms(grads, self._groups, len(mask), losses.device)
+        factors = clip_factors(norms, bounds, mask, self.clipping)
+        sums.add_(group_sums(grads, self._groups, factors))
+        return Clipped(norms, StepStats.of(losses, norms, mask, bounds))
+
+    def add(self, sums: FlatSums, clipped: Clipped, mask: Tensor) -> StepStats:
+        """Add what `clip_into` has put into sums that were zero, under the bounds of now."""
+        self._has_sums = True
+        self._sums.join_(sums)
+        return self._observe(clipped, mask)
+
+    def _observe(self, clipped: Clipped, mask: Tensor) -> StepStats:
+        self._bound.observe(clipped.norms[0], mask)
+        self._stats += clipped.stats
+        return clipped.stats
 
     def privatize(
         self, noise_multiplier: float, expected_batch_size: float, generator: NoiseSource | NoiseOver | None = None

@@ -42,6 +42,11 @@ class FlatSums:
         if given:
             torch._foreach_add_([self.by_name[name] for name in given], list(given.values()))
 
+    def join_(self, other: "FlatSums") -> None:
+        """Add the sums of the same parameters."""
+        for alike, total in self.buffers.items():
+            total += other.buffers[alike]
+
     def parted(self, buffers: Mapping[Alike, Tensor]) -> dict[str, Tensor]:
         """View buffers like `self.buffers` by parameter, in their shapes."""
         views = {}

@@ -65,9 +65,9 @@ class Batches:
             batch = default_collate(read)
         return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
 
-    def weigh(self, losses: Tensor, read: list) -> Tensor:
-        """Weigh losses [len(read) * rows * views] such that a unit's mean is its loss."""
-        return losses
+    def weights(self, read: list) -> Tensor | None:
+        """Compute the rows' weights, [len(read) * rows], such that a unit's mean is its loss; None: all are 1."""
+        return None
 
 
 def _are_columns(data: object) -> bool:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloda.errors import PrivacyError
 from fastloda.per_sample.node import Node
@@ -208,13 +209,14 @@ def _last_factor(node: Node) -> float | None:
     """Read the one number that a product or quotient multiplies its input with; None if it is no number on the CPU."""
     if kind_of(node) not in ("Div", "Mul"):
         return None
-    try:
-        other = node._saved_other
-    except Exception:  # raised by whatever packed it: checkpointing, hooks
-        return None
-    if not isinstance(other, Tensor) or other.dim() or other.device.type != "cpu" or not other.item():
-        return None
-    return 1 / other.item() if kind_of(node) == "Div" else other.item()
+    with _disable_current_modes():  # they would see the number as a tensor, at which PyTorch fails
+        try:
+            other = node._saved_other
+        except Exception:  # raised by whatever packed it: checkpointing, hooks
+            return None
+        if not isinstance(other, Tensor) or other.dim() or other.device.type != "cpu" or not other.item():
+            return None
+        return 1 / other.item() if kind_of(node) == "Div" else other.item()
 
 
 class Signs:
@@ -257,7 +259,8 @@ def check_steady(before: Tensor, after: Tensor) -> float:
             f"losses() gave other values for the same batch, parameters and random states (by {largest:.2g} of a loss): it draws "
             "from a source of its own, or keeps something between its calls, so that it can't be seen whether records mix. Draw "
             "from the generator that it is given, or from torch's, numpy's or Python's global one; keep nothing of a batch; a "
-            "schedule may follow trainer.step, which stays the same for all calls of a step"
+            "schedule may follow trainer.step, which stays the same for all calls of a step (and nothing else in Python where "
+            "steps are CUDA graphs: fixed_shape=False makes them without)"
         )
     return largest
 

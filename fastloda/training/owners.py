@@ -88,9 +88,8 @@ class OwnerBatches(Batches):
     def batch(self, read: list, device: torch.device) -> Any:
         return super().batch([record for owner in read for record in owner.records], device)
 
-    def weigh(self, losses: Tensor, read: list) -> Tensor:
-        weights = torch.tensor([weight for owner in read for weight in owner.weights], dtype=torch.float64)
-        return losses * weights.repeat_interleave(len(losses) // len(weights)).to(losses)
+    def weights(self, read: list) -> Tensor:
+        return torch.tensor([weight for owner in read for weight in owner.weights], dtype=torch.float64)
 
 
 def _checked(owners: OwnerIds, records: int) -> list[Owner]:

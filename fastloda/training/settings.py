@@ -36,7 +36,8 @@ class PrivateTraining:
         views: number of noise levels or augmentations per record, averaged before clipping.
         per_owner: number of rows of an owner in a step, averaged before clipping: different records, where the owner has as many.
         micro_batch_size: number of samples in a rank's memory at a time; the logical batch does not depend on it.
-        fixed_shape: whether to pad the last micro-batch with masked samples, so that shapes never vary.
+        fixed_shape: whether to pad the last micro-batch with masked samples, so that shapes never vary; then a
+            step on a CUDA GPU is one graph (`CapturedStep`), unless losses() allows none.
         optimizer, learning_rate, weight_decay, momentum, betas: arguments as in torch.optim (momentum of SGD, betas of Adam).
         warmup: number of steps of linear warm-up.
         schedule: learning rate after the warm-up: "constant", or "cosine", which ends at zero.

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Yielding
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from fastloda.errors import PrivacyError, UserError
 from fastloda.interrupts import interrupts_wait
 from fastloda.per_sample.refusals import check_optimizer
+from fastloda.privacy.captured import CapturedStep, CaptureError, can_capture
 from fastloda.privacy.ranks import Group, hand_back_shards, replicate
 from fastloda.privacy.stats import StepStats
 from fastloda.privacy.step import GhostClipper
@@ -75,7 +77,9 @@ class DPTrainer:
             is made, and looked at in its first step, in steps 4, 16, 64, ..., in random ones, and where losses stand out: with
             other records beside it, and all else as it was, a record must have the same loss; in steps 1, 16, 256, ... also the
             same gradient, and, where nothing is drawn at random, at another place of the batch too (`mixing.py`). The run's
-            course is the same with it. What `losses` keeps of earlier steps' records no look can see: keep nothing.
+            course is the same with it. What `losses` keeps of earlier steps' records no look can see: keep nothing. On a CUDA
+            GPU, where shapes are fixed (`settings.fixed_shape`), the step becomes one graph (`CapturedStep`) if it can: losses()
+            is then called in some steps only, and what it does beside computing losses of its inputs happens in these alone.
         settings: the settings of the run.
         owners: the owner of each record, integers or strings, where the unit of privacy is an owner (a patient, a user) of
             several: a sequence, array or tensor. Each step then draws owners with `sample_rate`, takes `per_owner` rows of each
@@ -134,10 +138,14 @@ class DPTrainer:
         self._looks = Looks(self.run, self._data, self._evaluate)
         self._waste, self._divisors = Waste(self.run.device), Divisors()
         self._moving = False  # True from a gradient's release to the end of its update
+        self._captured: CapturedStep | None = None
+        self._step_was_read = False
         self._try_losses()
         self.clipper.check_model()  # losses() may have written to the model
         self._agree()
         self.run.open()
+        if settings.fixed_shape and can_capture(self.run.device) and not hand_back_shards(model):
+            self._captured = CapturedStep(self.clipper, self._capturable_losses, list(self.run.generators.values()))
 
     def _try_losses(self) -> None:
         """Compute the losses of one batch and drop them, so that what can't work fails before anything is paid for."""
@@ -162,7 +170,6 @@ class DPTrainer:
         self.average.load({name: p.detach() for name, p in self.parameters.items()})
 
     world = property(lambda self: self.run.world, doc="The ranks that train together.")
-    step = property(lambda self: self.run.step, doc="The number of private steps taken.")
     last_step = property(
         lambda self: self.run.last_step, doc="The step at which training ends, by the steps or by the budget."
     )
@@ -177,6 +184,12 @@ class DPTrainer:
     scheduler = property(lambda self: self.run.scheduler, doc="The scheduler of the learning rate.")
     average = property(lambda self: self.run.average, doc="The moving average of the parameters.")
     accountant = property(lambda self: self.run.accountant)
+
+    @property
+    def step(self) -> int:
+        """The number of private steps taken."""
+        self._step_was_read = True
+        return self.run.step
 
     def epsilon(self) -> float:
         """Compute an upper bound on epsilon spent so far, at the settings' delta."""
@@ -347,25 +360,52 @@ class DPTrainer:
         for chosen, mask in parts:
             read = self._data.read(chosen, self.run.stream)
             seen = self._looks.look(read, chosen) if self._looks.due else None
-            losses = self._losses_of(read)
-            self._divisors.check(losses)
-            found.append(losses.detach())
+            counts, losses = self._accumulate_one(read, mask)
             if seen is not None:
-                check_steady(seen, found[-1])
-            stats += self.clipper.accumulate(self._data.weigh(losses, read), mask)
+                check_steady(seen, losses)
+            stats += counts
+            found.append(losses)
         return stats, found
 
-    def _losses_of(self, read: list) -> Tensor:
-        """Compute the losses [n * views] of the units read, with their graph."""
+    def _accumulate_one(self, read: list, mask: Tensor) -> tuple[StepStats, Tensor]:
+        """Accumulate the clipped sum of a micro-batch, by a graph if it can be -> the counts and the losses."""
+        batch, weights = self._batch_of(read), self._data.weights(read)
+        if weights is not None:
+            weights = weights.repeat_interleave(self.settings.views)
+        if self._captured is not None:
+            try:
+                return self._captured.accumulate(batch, mask=mask, weights=weights)
+            except CaptureError as error:
+                warnings.warn(f"steps are made without a CUDA graph, which would be faster: {error}", stacklevel=2)
+                self._captured = None
+        losses = self._losses(batch, len(read))
+        self._divisors.check(losses)
+        weighed = losses if weights is None else losses * weights.to(losses)
+        return self.clipper.accumulate(weighed, mask), losses.detach()
+
+    def _capturable_losses(self, batch: Any) -> Tensor:
+        """Compute the losses of a full micro-batch, if they do not follow the number of the step, which a graph would repeat."""
+        self._step_was_read = False
+        losses = self._losses(batch, self.settings.micro_batch_size)
+        if self._step_was_read:
+            raise CaptureError("losses() reads trainer.step")
+        self._divisors.check(losses)
+        return losses
+
+    def _batch_of(self, read: list) -> Any:
+        """Make the batch of the units read."""
         try:
-            batch = self._data.batch(read, self.run.device)
+            return self._data.batch(read, self.run.device)
         except (TypeError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"data's records can't be made a batch ({error}): give records of tensors, arrays or numbers of one shape, or "
                 "tuples and dicts of them"
             ) from error
+
+    def _losses(self, batch: Any, units: int) -> Tensor:
+        """Compute the losses [units * rows * views] of a batch, with their graph."""
         losses, views = self.losses(self.model, batch, self.run.generators["losses"]), self.settings.views
-        rows = len(read) * self._data.rows
+        rows = units * self._data.rows
         if not isinstance(losses, Tensor) or losses.shape != (rows * views,) or not losses.is_floating_point():
             got = f"{losses.dtype} of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
             raise UserError(
@@ -380,7 +420,7 @@ class DPTrainer:
         try:
             # with gradients enabled the same kernels run as in training; FSDP2 would wait for a backward pass
             with restored(self.run.generators) as drew, torch.set_grad_enabled(not sharded):
-                return evaluated(self._losses_of(read), choices, self.parameters.values(), drew)
+                return evaluated(self._losses(self._batch_of(read), len(read)), choices, self.parameters.values(), drew)
         finally:
             hand_back_shards(self.model)
             torch.clear_autocast_cache()

@@ -95,13 +95,13 @@ def vector(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 @contextmanager
 def noted():
     """The records of each owner in each micro-batch that enters a sum."""
-    used, weigh = [], OwnerBatches.weigh
+    used, weights = [], OwnerBatches.weights
 
-    def noting(self, losses, read):
+    def noting(self, read):
         used.append([owner.records for owner in read])
-        return weigh(self, losses, read)
+        return weights(self, read)
 
-    with mock.patch.object(OwnerBatches, "weigh", noting):
+    with mock.patch.object(OwnerBatches, "weights", noting):
         yield used
 
 
