@@ -16,8 +16,8 @@ from adapters import trainable, use_loda_layers
 from cases import Case
 from torch import Tensor, nn
 
-import fastloda
 from fastloda import GhostClipper, ghost_dp_step
+from fastloda import compile as compile_adapted
 from fastloda.privacy.noise import gaussian
 
 LEARNING_RATE = 1e-4
@@ -78,13 +78,13 @@ def plain(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
     return _contender(step, optimizer)
 
 
-def ours(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
+def fastloda(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
     """FastLoDA, eager or with the model compiled by `fastloda.compile`."""
     model, batch = use_loda_layers(case.build()), case.inputs()
     optimizer = _sgd(model)
     if compiled:
         _forget_compiled()
-        fastloda.compile(model, **COMPILED)
+        compile_adapted(model, **COMPILED)
     options = {"max_grad_norm": privacy.max_grad_norm, "noise_multiplier": privacy.noise_multiplier}
 
     def step() -> None:
@@ -100,7 +100,7 @@ def _forget_compiled() -> None:
     torch._dynamo.reset()
 
 
-def ours_graph(case: Case, privacy: Privacy) -> Contender:
+def fastloda_graph(case: Case, privacy: Privacy) -> Contender:
     """FastLoDA with forward, backward, norms and clipped sum captured in one CUDA graph; noise is drawn outside it."""
     model, batch = use_loda_layers(case.build()), case.inputs()
     optimizer, clipper = _sgd(model), GhostClipper(model, privacy.max_grad_norm, case.views)
@@ -256,9 +256,9 @@ PROVIDERS = {
     PLAIN: Provider(plain, "plain"),
     COMPILED_PLAIN: Provider(partial(plain, compiled=True), "plain"),
     JAX: Provider(on_jax, "plain", "jax_privacy"),
-    OURS: Provider(ours, "ours"),
-    COMPILED_OURS: Provider(partial(ours, compiled=True), "ours"),
-    GRAPH: Provider(ours_graph, "ours"),
+    OURS: Provider(fastloda, "ours"),
+    COMPILED_OURS: Provider(partial(fastloda, compiled=True), "ours"),
+    GRAPH: Provider(fastloda_graph, "ours"),
     **{name: Provider(partial(opacus, mode=name.split()[1]), "peer", "opacus", 1e-6) for name in OPACUS},
     FASTDP: Provider(fastdp, "peer", "fastDP", 1e-6),
     **{name: Provider(partial(on_jax, mode=name.split()[1]), "peer", "jax_privacy") for name in JAX_PRIVACY},
