@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from adapters import adapt_plainly
+from encoder import TOKENS, Encoder
 from machine import DEVICE
 from torch import Tensor, nn
 
@@ -18,9 +19,11 @@ Batch = tuple[Tensor, ...]  # every tensor has batch x views rows, sample-major
 
 @dataclass(frozen=True)
 class Case:
-    """One training step. `channels`, `size` and `layers` are those of the layer and the stack; other models have their own.
+    """One training step. `channels`, `size` and `layers` are those of the layer, the stack and the encoder; other models have
+    their own.
 
-    rank: of the adapters; None trains all parameters. dtype: "bfloat16" is autocast. views: rows of one sample.
+    rank: of the adapters; None trains all parameters, of the encoder all Linear layers. dtype: "bfloat16" is autocast. views:
+    rows of one sample. size: of an image's side, or the length of the encoder's sequences.
     """
 
     model: str
@@ -38,7 +41,9 @@ class Case:
         parts = [self.model, f"n{self.batch}"]
         if self.model in ("layer", "stack"):
             parts += [f"c{self.channels}", f"{self.size}x{self.size}"]
-        if self.model == "stack" and self.layers != 6:
+        if self.model == "encoder":
+            parts += [f"d{self.channels}", f"t{self.size}"]
+        if self.model == "encoder" or self.model == "stack" and self.layers != 6:
             parts.append(f"{self.layers}layers")
         parts.append("full" if self.rank is None else f"r{self.rank}")
         parts += [f"{self.views}views"] * (self.views > 1) + [self.layout] * (self.layout != "nchw")
@@ -123,6 +128,10 @@ def _cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y, reduction="none")
 
 
+def _labelled_sequences(case: Case, rows: int) -> Batch:
+    return torch.randint(TOKENS, (rows, case.size)), torch.randint(10, (rows,))
+
+
 WORKLOADS = {
     "layer": Workload(lambda case: _stack(replace(case, layers=1)), _features_with_grad, _mean_square),
     "stack": Workload(_stack, _features, _mean_square),
@@ -130,4 +139,5 @@ WORKLOADS = {
     "digits_unet": Workload(lambda case: digits_unet(zero_init=False), _noisy_images(1, 8), _noise_error),
     "paper_unet": Workload(lambda case: paper_unet(zero_init=False), _noisy_images(3, 32), _noise_error),
     "wideresnet": Workload(lambda case: WideResNet(), _labelled_images, _cross_entropy),
+    "encoder": Workload(lambda case: Encoder(case.channels, case.layers), _labelled_sequences, _cross_entropy),
 }

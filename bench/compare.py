@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import truth
 from measure import Memory, Race, describe, free_memory, largest_batch, ratio, step_memory
-from providers import PEER, PLAIN, PROVIDERS, Privacy
+from providers import COMPILED_PLAIN, JAX, PLAIN, PROVIDERS, Privacy
 from pytest_benchmark.stats import Stats
 from scales import Timed
 
@@ -20,7 +20,7 @@ def compare(timed: Timed, rounds: int, run_rounds: Callable[..., object]) -> dic
     Raises:
         WrongAnswer: some provider's gradient is wrong. Nothing has been timed then.
     """
-    figures: Figures = {name: {} for name in timed.providers}
+    figures: Figures = {name: {} for name in timed.providers if PROVIDERS[name].installed}
     race = Race(_keeping_errors(figures, lambda name: _checked_step(timed, name)))
     run_rounds(race.round, rounds=rounds, warmup_rounds=WARMUP)
     for name, error in race.errors.items():
@@ -35,7 +35,7 @@ def compare(timed: Timed, rounds: int, run_rounds: Callable[..., object]) -> dic
 
 def _checked_step(timed: Timed, provider: str) -> Callable[[], object]:
     truth.check(timed.case, provider)
-    return PROVIDERS[provider](timed.case, Privacy()).step
+    return PROVIDERS[provider].make(timed.case, Privacy()).step
 
 
 def _keeping_errors(figures: Figures, make: Callable[[str], object], key: str = "error") -> dict:
@@ -59,16 +59,17 @@ def _goes_on(known: dict, key: str) -> bool:
 
 
 def _add_times(figures: Figures, times: dict[str, list[float]], batch: int) -> dict:
-    """Statistics of the rounds; the ratios as medians of paired rounds. Returns which mode of Opacus was best."""
+    """Statistics of the rounds; the ratios as medians of paired rounds. Returns which peer was best."""
     stats = {name: statistics_of(values) for name, values in times.items()}
-    modes = [name for name in stats if name.startswith(PEER)]
-    best = min(modes, key=lambda name: stats[name]["median"], default=None)
+    peers = [name for name in stats if PROVIDERS[name].kind == "peer"]
+    best = min(peers, key=lambda name: stats[name]["median"], default=None)
+    baselines = {"plain": PLAIN, "compiled": COMPILED_PLAIN, "jax": JAX, "best_peer": best}
     for name, values in times.items():
         figures[name] |= {"seconds": stats[name], "samples_per_second": batch / stats[name]["median"]}
-        for key, baseline in (("time_over_plain", PLAIN), ("time_over_best_opacus", best)):
+        for key, baseline in baselines.items():
             if baseline in times:
-                figures[name][key] = ratio(values, times[baseline])
-    return {"best_opacus": best}
+                figures[name][f"time_over_{key}"] = ratio(values, times[baseline])
+    return {"best_peer": best}
 
 
 def statistics_of(values: list[float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import machine  # noqa: E402
 import tables  # noqa: E402
+from providers import PROVIDERS  # noqa: E402
 from results_file import Results  # noqa: E402
 from scales import SCALES, Scale, scale_of  # noqa: E402
 
@@ -57,6 +58,9 @@ def _budget(request):
 
 def pytest_terminal_summary(terminalreporter, config):
     results = config.stash[RESULTS]
+    for module in sorted({provider.needs for provider in PROVIDERS.values() if not provider.installed}):
+        names = ", ".join(name for name, provider in PROVIDERS.items() if provider.needs == module)
+        terminalreporter.write_line(f"left out, for there is no module {module}: {names}")
     if not results.measured:
         return
     screen = io.StringIO()

@@ -75,7 +75,7 @@ def name() -> str:
 def versions() -> dict[str, str]:
     """Of everything that decides a time."""
     found = {"fastloda": fastloda.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "opacus"):
+    for package in ("triton", "opacus", "fastDP", "jax", "jax_privacy"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -66,7 +66,8 @@ def describe(error: Exception) -> str:
 class Memory:
     """Bytes of one step. allocated: the most allocated at a time, beyond what lives between steps.
 
-    resident: on a CPU, by how much the process grew at most, the model and everything else that building took included.
+    resident: on a CPU, by how much the process grew at most, the model and everything else that building took included, such as
+    a compiler.
     """
 
     allocated: int
@@ -83,7 +84,7 @@ def step_memory(case: Case, provider: str) -> Memory:
 
 def _cuda_memory(case: Case, provider: str) -> Memory:
     free_memory()
-    step = PROVIDERS[provider](case, Privacy()).step
+    step = PROVIDERS[provider].make(case, Privacy()).step
     step()
     return Memory(peak_allocation(step, DEVICE))
 
@@ -91,10 +92,11 @@ def _cuda_memory(case: Case, provider: str) -> Memory:
 def _cpu_memory(case: Case, provider: str, threads: int) -> Memory:
     torch.set_num_threads(threads)
     before = _status_bytes("VmRSS")
-    step = PROVIDERS[provider](case, Privacy()).step
+    step, _, allocated = PROVIDERS[provider].make(case, Privacy())
     step()
-    allocated, peak = peak_allocation(step, DEVICE), _status_bytes("VmHWM")
-    return Memory(allocated, None if before is None else peak - before)
+    if allocated is None:
+        allocated = peak_allocation(step, DEVICE)
+    return Memory(allocated, None if before is None else _status_bytes("VmHWM") - before)
 
 
 def _status_bytes(field: str) -> int | None:

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
-from tables import OURS, PLAIN
+from tables import COMPILED_OURS, COMPILED_PLAIN, OURS, PLAIN
 
 from fastloda.synthesis.report.plots import DOT, INK, LINE, drawing
 
-COLOURS = {OURS: DOT, PLAIN: INK, "Opacus hooks": LINE, "Opacus functorch": "#1f5aa6", "Opacus ghost": "#7fb2ea"}
+COLOURS = {
+    OURS: DOT, COMPILED_OURS: "#e8a48a", PLAIN: INK, COMPILED_PLAIN: "#6b6b6b", "plain JAX": "#a8a8a8",
+    "Opacus hooks": LINE, "Opacus functorch": "#1f5aa6", "Opacus ghost": "#7fb2ea", "fastDP MixOpt": "#3f8f5b",
+    "jax_privacy vmap": "#b8860b", "jax_privacy micro-batches": "#d9b44a", "jax_privacy chunks": "#efd999",
+}  # fmt: skip
 OTHER = "#8e6cc4"
 TIME, MEMORY = (
     ("time_over_plain", "time of a step / plain PyTorch's"),

@@ -1,11 +1,15 @@
-"""Who takes the training step: plain PyTorch without privacy, FastLoDA, and Opacus in each of its modes.
+"""Who takes the training step: plain PyTorch and JAX without privacy, FastLoDA, and its peers in each of their modes.
 
-A provider is `make(case, privacy) -> Contender`; whatever it raises, there or in a step, is its result for the case.
+Whatever a provider raises, when it makes its contender or in a step, is its result for the case.
 """
 
+import contextlib
+import importlib.util
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from adapters import trainable, use_loda_layers
@@ -13,6 +17,10 @@ from cases import Case
 from torch import Tensor, nn
 
 from fastloda import CapturedStep, GhostClipper, ghost_dp_step
+from fastloda import compile as compile_adapted
+
+LEARNING_RATE = 1e-4
+COMPILED = {"fullgraph": True, "dynamic": False}  # nothing stays eager unseen, and shapes are known
 
 
 @dataclass(frozen=True)
@@ -21,42 +29,61 @@ class Privacy:
     noise_multiplier: float = 1.0
 
 
-@dataclass(frozen=True)
-class Contender:
-    """step(): a whole training step, after which no gradient is held. optimizer: the torch optimizer that it steps."""
+class Contender(NamedTuple):
+    """Somebody's training step.
+
+    step(): a whole one, after which no gradient is held. gradients(): what a step gives its optimizer, in the order of the
+    model's parameters, which stay as they are. peak: bytes that a step allocates where PyTorch's allocators don't see them.
+    """
 
     step: Callable[[], object]
-    optimizer: torch.optim.Optimizer
+    gradients: Callable[[], list[Tensor]]
+    peak: int | None = None
 
-    def gradients(self) -> list[Tensor]:
-        """What one step gives its optimizer, in the order of the model's parameters."""
+
+def _contender(step: Callable[[], object], optimizer: torch.optim.Optimizer) -> Contender:
+    """optimizer: the torch optimizer that step() steps."""
+
+    def gradients() -> list[Tensor]:
         found: list[Tensor] = []
 
         def keep(optimizer, *_) -> None:
-            found.extend(p.grad.detach().clone() for group in optimizer.param_groups for p in group["params"])
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+                found.extend(p.grad.detach().clone() for p in group["params"])
 
-        hook = self.optimizer.register_step_pre_hook(keep)
-        self.step()
+        hook = optimizer.register_step_pre_hook(keep)
+        step()
         hook.remove()
         return found
 
+    return Contender(step, gradients)
 
-def plain(case: Case, privacy: Privacy) -> Contender:
-    """Without privacy: the same adapters in plain PyTorch."""
+
+def plain(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
+    """Without privacy: the same adapters in plain PyTorch, eager or as one graph of torch.compile."""
     model, batch = case.build(), case.inputs()
     optimizer = _sgd(model)
+    mean_loss = lambda batch: case.losses(model, batch).mean()  # noqa: E731
+    if compiled:
+        _forget_compiled()
+        mean_loss = torch.compile(mean_loss, **COMPILED)
 
     def step() -> None:
-        case.losses(model, batch).mean().backward()
+        mean_loss(batch).backward()
         optimizer.step()
         _clear(optimizer, batch)
 
-    return Contender(step, optimizer)
+    return _contender(step, optimizer)
 
 
-def fastloda(case: Case, privacy: Privacy) -> Contender:
+def fastloda(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
+    """FastLoDA, eager or with the model compiled by `fastloda.compile`."""
     model, batch = use_loda_layers(case.build()), case.inputs()
     optimizer = _sgd(model)
+    if compiled:
+        _forget_compiled()
+        compile_adapted(model, **COMPILED)
     options = {"max_grad_norm": privacy.max_grad_norm, "noise_multiplier": privacy.noise_multiplier}
 
     def step() -> None:
@@ -64,7 +91,12 @@ def fastloda(case: Case, privacy: Privacy) -> Contender:
         ghost_dp_step(losses, model, optimizer, **options, expected_batch_size=case.batch, views=case.views)
         _clear(optimizer, batch)
 
-    return Contender(step, optimizer)
+    return _contender(step, optimizer)
+
+
+def _forget_compiled() -> None:
+    """Earlier models: PyTorch keeps few versions of a line of code, and each case makes another one."""
+    torch._dynamo.reset()
 
 
 def fastloda_graph(case: Case, privacy: Privacy) -> Contender:
@@ -79,7 +111,7 @@ def fastloda_graph(case: Case, privacy: Privacy) -> Contender:
         optimizer.step()
         _clear(optimizer, batch)
 
-    return Contender(step, optimizer)
+    return _contender(step, optimizer)
 
 
 @dataclass(frozen=True)
@@ -112,8 +144,7 @@ def opacus(case: Case, privacy: Privacy, mode: str) -> Contender:
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
-    if case.views > 1:
-        raise NotImplementedError("Opacus has no views: it would clip each view alone")
+    _check_views(case)
     case = replace(case, layout="nchw")
     model, batch = _contiguous_inputs(case.build()).train(), case.inputs()
     ghost = {"max_grad_norm": privacy.max_grad_norm} if mode == "ghost" else {}
@@ -133,7 +164,47 @@ def opacus(case: Case, privacy: Privacy, mode: str) -> Contender:
         private.zero_grad(set_to_none=True)
         _clear(inner, batch)
 
-    return Contender(step, inner)
+    return _contender(step, inner)
+
+
+def fastdp(case: Case, privacy: Privacy) -> Contender:
+    """fastDP's book-keeping with the norms that it takes for cheapest. It is on GitHub only."""
+    from fastDP import PrivacyEngine
+
+    _check_views(case)
+    model, batch = case.build(), case.inputs()
+    optimizer = _sgd(model)
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
+        engine = PrivacyEngine(
+            model,
+            batch_size=case.batch,
+            sample_size=100 * case.batch,
+            num_steps=1,
+            max_grad_norm=privacy.max_grad_norm,
+            noise_multiplier=privacy.noise_multiplier,
+            clipping_mode="MixOpt",
+            clipping_fn="Abadi",
+        )
+    engine.attach(optimizer)
+
+    def step() -> None:
+        case.losses(model, batch).mean().backward()
+        optimizer.step()
+        _clear(optimizer, batch)
+
+    return _contender(step, optimizer)
+
+
+def _check_views(case: Case) -> None:
+    if case.views > 1:
+        raise NotImplementedError("it has no views: each view would be clipped alone")
+
+
+def on_jax(case: Case, privacy: Privacy, mode: str | None = None) -> Contender:
+    """JAX: plain for no mode, else jax_privacy's."""
+    import jax_providers
+
+    return jax_providers.private(case, privacy, mode) if mode else jax_providers.plain(case)
 
 
 def _contiguous_inputs(model: nn.Module) -> nn.Module:
@@ -145,7 +216,7 @@ def _contiguous_inputs(model: nn.Module) -> nn.Module:
 
 
 def _sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(trainable(model), lr=1e-4)
+    return torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
 
 
 def _clear(optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...]) -> None:
@@ -154,9 +225,34 @@ def _clear(optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...]) -> None:
     batch[0].grad = None
 
 
-PLAIN, OURS, GRAPH, PEER = "plain PyTorch", "FastLoDA", "FastLoDA, CUDA graph", "Opacus "
-OPACUS_MODES = ("hooks", "functorch", "ghost", "ew")
-PROVIDERS: dict[str, Callable[[Case, Privacy], Contender]] = {PLAIN: plain, OURS: fastloda}
-PROVIDERS |= {PEER + mode: partial(opacus, mode=mode) for mode in OPACUS_MODES}
-PROVIDERS[GRAPH] = fastloda_graph
-USUAL = tuple(name for name in PROVIDERS if name != GRAPH)
+class Provider(NamedTuple):
+    """make(case, privacy) -> Contender. needs: the module without which it can't. slack: it clips to C / (norm + slack)."""
+
+    make: Callable[[Case, Privacy], Contender]
+    kind: Literal["plain", "ours", "peer"]
+    needs: str = "torch"
+    slack: float = 0.0
+
+    @property
+    def installed(self) -> bool:
+        return importlib.util.find_spec(self.needs) is not None
+
+
+PLAIN, COMPILED_PLAIN, JAX = "plain PyTorch", "plain PyTorch, compiled", "plain JAX"
+OURS, COMPILED_OURS, GRAPH = "FastLoDA", "FastLoDA, compiled", "FastLoDA, CUDA graph"
+OPACUS = tuple(f"Opacus {mode}" for mode in ("hooks", "functorch", "ghost", "ew"))
+FASTDP = "fastDP MixOpt"
+JAX_PRIVACY = tuple(f"jax_privacy {mode}" for mode in ("vmap", "micro-batches", "chunks"))
+PROVIDERS = {
+    PLAIN: Provider(plain, "plain"),
+    COMPILED_PLAIN: Provider(partial(plain, compiled=True), "plain"),
+    JAX: Provider(on_jax, "plain", "jax_privacy"),
+    OURS: Provider(fastloda, "ours"),
+    COMPILED_OURS: Provider(partial(fastloda, compiled=True), "ours"),
+    GRAPH: Provider(fastloda_graph, "ours"),
+    **{name: Provider(partial(opacus, mode=name.split()[1]), "peer", "opacus", 1e-6) for name in OPACUS},
+    FASTDP: Provider(fastdp, "peer", "fastDP", 1e-6),
+    **{name: Provider(partial(on_jax, mode=name.split()[1]), "peer", "jax_privacy") for name in JAX_PRIVACY},
+}
+EAGER = (PLAIN, OURS, *OPACUS, FASTDP)
+ALL = tuple(name for name in PROVIDERS if name != GRAPH)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import machine
+from tables import FORMAT
 
 RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("steps", "growth", "kernels")
@@ -20,7 +21,7 @@ class Results:
     def __init__(self, scale: str, path: Path | None):
         self.path = path
         self.document = {
-            "format": 1,
+            "format": FORMAT,
             "machine": machine.name(),
             "date": f"{datetime.date.today()}",
             "scale": scale,

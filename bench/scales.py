@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cases import Case
-from providers import GRAPH, OURS, PLAIN, USUAL
+from providers import ALL, EAGER, GRAPH, OURS, PLAIN
 
 GIB = 1 << 30
 HALF = {"layout": "channels_last", "dtype": "bfloat16"}
@@ -12,10 +12,13 @@ HALF = {"layout": "channels_last", "dtype": "bfloat16"}
 
 @dataclass(frozen=True)
 class Timed:
-    """A case and who takes it. memory: also measure peak memory. fits: also find the largest batch in so many bytes."""
+    """A case and who takes it, if installed.
+
+    memory: also measure peak memory. fits: also find the largest batch in so many bytes.
+    """
 
     case: Case
-    providers: tuple[str, ...] = USUAL
+    providers: tuple[str, ...] = EAGER
     memory: bool = True
     fits: int | None = None
 
@@ -64,22 +67,25 @@ def _both_layouts(case: Case, **options) -> list[Timed]:
     return [Timed(replace(case, layout=layout), **options) for layout in ("nchw", "channels_last")]
 
 
+QUICK = tuple(name for name in ALL if name != "jax_privacy micro-batches")  # whose convolutions take many times as long
 _TINY = Case("stack", 4, channels=8, size=8, layers=2)
 _SMALL = Case("stack", 16, channels=32, size=16)
 _REAL = Case("stack", 128, channels=128, **HALF)
 _PAPER = Case("paper_unet", 512, **HALF)
+_ENCODER = Case("encoder", 16, None, channels=256, size=64, layers=4)
 
 SCALES = {
     "smoke": Scale(
         rounds=1,
         steps=(
             Timed(replace(_TINY, model="layer"), (PLAIN, OURS)),
-            Timed(_TINY, memory=False),
+            Timed(_TINY, ALL, memory=False),
             Timed(replace(_TINY, layout="channels_last"), memory=False),
             Timed(Case("digits_unet", 2), memory=False),
             Timed(Case("digits_unet", 2, None), memory=False),
             Timed(Case("paper_unet", 1), (PLAIN, OURS), memory=False),
             Timed(Case("wideresnet", 1, None), memory=False),
+            Timed(replace(_ENCODER, batch=2, channels=64, size=4, layers=1), memory=False),
         ),
         growth=(Axis("views", "views", _TINY, (1, 2), memory=False),),
         kernel_batch=2,
@@ -90,13 +96,14 @@ SCALES = {
         rounds=9,
         steps=(
             *_both_layouts(Case("layer", 32)),
-            *_both_layouts(Case("stack", 32)),
-            *_both_layouts(Case("stack", 256, channels=32, size=8)),
-            *_both_layouts(Case("digits_unet", 128)),
-            Timed(Case("digits_unet", 128, None)),
+            *_both_layouts(Case("stack", 32), providers=QUICK),
+            *_both_layouts(Case("stack", 256, channels=32, size=8), providers=QUICK),
+            *_both_layouts(Case("digits_unet", 128), providers=QUICK),
+            Timed(Case("digits_unet", 128, None), QUICK),
+            Timed(Case("wideresnet", 16, None), QUICK),
+            Timed(_ENCODER, ALL),
             Timed(Case("paper_unet", 8), fits=GIB),
             Timed(Case("paper_unet", 8, None), fits=GIB),
-            Timed(Case("wideresnet", 16, None)),
         ),
         growth=(
             Axis("batch", "batch", _SMALL, (4, 16, 64, 256)),

@@ -7,6 +7,8 @@ from pathlib import Path
 from fastloda.synthesis.report.tables import Table
 
 OURS, PLAIN = "FastLoDA", "plain PyTorch"
+COMPILED_OURS, COMPILED_PLAIN = f"{OURS}, compiled", f"{PLAIN}, compiled"
+FORMAT = 2  # of the result files
 MIB = 1 << 20
 ERRORS = ("error", "memory_error", "fits_error")  # of the step, of measuring its memory, of finding the largest batch
 
@@ -22,7 +24,7 @@ def load(path: Path) -> dict:
         document = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != 1:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{path} is no result file of the bench (bench/results/<machine>-<date>.json)")
     return document
 
@@ -40,12 +42,12 @@ def tables(document: dict) -> Iterator[Table]:
 def step_table(cases: Sequence[dict], title: str) -> Table:
     """Under each case a row for each provider; what could not run is a note."""
     columns = [
-        "case, provider", "samples/s", "median s", "iqr s", "/ plain", "/ best Opacus", "peak MiB", "/ plain", "RSS MiB",
-        "largest batch",
+        "case, provider", "samples/s", "median s", "iqr s", "/ plain", "/ compiled", "/ JAX", "/ best peer", "peak MiB",
+        "/ plain", "RSS MiB", "largest batch",
     ]  # fmt: skip
     rows, notes = [], {}
     for case in cases:
-        rows.append([case["case"], *[""] * 9])
+        rows.append([case["case"], *[""] * (len(columns) - 1)])
         for provider, figures in case["providers"].items():
             rows.append([f"- {provider}", *_step_cells(figures)])
             for error in filter(None, map(figures.get, ERRORS)):
@@ -55,13 +57,12 @@ def step_table(cases: Sequence[dict], title: str) -> Table:
 
 def _step_cells(figures: dict) -> list[str]:
     if "error" in figures:
-        return ["error", *[""] * 7, number(figures.get("largest_batch"))]
+        return ["error", *[""] * 9, number(figures.get("largest_batch"))]
     return [
         number(figures["samples_per_second"]),
         number(figures["seconds"]["median"]),
         number(figures["seconds"]["iqr"]),
-        ratio(figures.get("time_over_plain")),
-        ratio(figures.get("time_over_best_opacus")),
+        *(ratio(figures.get(f"time_over_{baseline}")) for baseline in ("plain", "compiled", "jax", "best_peer")),
         number(figures.get("peak_bytes"), MIB),
         ratio(figures.get("peak_over_plain")),
         number(figures.get("resident_bytes"), MIB),
@@ -92,27 +93,37 @@ def kernel_table(kernels: Sequence[dict]) -> Table:
 def summary_table(cases: Sequence[dict]) -> Table:
     """FastLoDA in one row a case, as the README shows it."""
     columns = [
-        "case", "plain, samples/s", "FastLoDA, samples/s", "time / plain", "peak memory / plain",
-        "best Opacus", "faster than it", "peak memory / its",
+        "case", "plain, s", "FastLoDA, s", "/ plain", "compiled plain, s", "FastLoDA compiled, s", "/ compiled plain",
+        "best peer", "its s", "faster than it", "peak memory / plain", "peak memory / best peer's",
     ]  # fmt: skip
     return Table("FastLoDA", columns, [_summary_row(case) for case in cases])
 
 
 def _summary_row(case: dict) -> list[str]:
-    providers = case["providers"]
-    plain, ours, best = (providers.get(name, {}) for name in (PLAIN, OURS, case["best_opacus"]))
-    faster = ours.get("time_over_best_opacus")
+    known = lambda name: case["providers"].get(name, {})  # noqa: E731
+    plain, compiled, ours, ours_compiled, best = map(
+        known, (PLAIN, COMPILED_PLAIN, OURS, COMPILED_OURS, case["best_peer"])
+    )
+    faster = ours.get("time_over_best_peer")
     both = ours.get("peak_bytes") and best.get("peak_bytes")
     return [
         case["case"],
-        number(plain.get("samples_per_second")),
-        number(ours.get("samples_per_second")),
+        _median(plain),
+        _median(ours),
         ratio(ours.get("time_over_plain")),
-        ratio(ours.get("peak_over_plain")),
-        (case["best_opacus"] or "none runs").removeprefix("Opacus "),
+        _median(compiled),
+        _median(ours_compiled),
+        ratio(ours_compiled.get("time_over_compiled")),
+        case["best_peer"] or "none runs",
+        _median(best),
         f"{1 / faster:.2f} x" if faster else "",
+        ratio(ours.get("peak_over_plain")),
         ratio(ours["peak_bytes"] / best["peak_bytes"] if both else None),
     ]
+
+
+def _median(figures: dict) -> str:
+    return number(figures["seconds"]["median"]) if "seconds" in figures else ""
 
 
 def environment(document: dict) -> str:

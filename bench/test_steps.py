@@ -1,4 +1,5 @@
-"""A whole training step, by everyone: a layer, a stack of six, the U-Nets (adapted, and trained in full), a WideResNet.
+"""A whole training step, by everyone: a layer, a stack of six, the U-Nets (adapted, and trained in full), a WideResNet, a
+Transformer's encoder.
 
 Nothing here fails on time; a wrong gradient fails.
 """

@@ -33,7 +33,8 @@ def _results() -> Iterator[tuple[Path, dict]]:
 def _machine_table(path: Path, document: dict) -> str:
     lead = (
         "One training step, medians of paired, interleaved rounds: FastLoDA's private step against the same step in plain "
-        "PyTorch *without* privacy, and against the fastest mode of Opacus that gives right gradients. "
+        "PyTorch *without* privacy, eager and compiled, and against the fastest peer that gives right gradients (Opacus in each "
+        "of its modes; fastDP and jax_privacy where they were installed). "
         f"Memory is the peak allocation of the step. {tables.environment(document)} "
         f"([`{path.name}`](bench/results/{path.name})):"
     )

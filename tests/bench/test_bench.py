@@ -36,6 +36,7 @@ def instruments():
         "providers",
         "report",
         "results_file",
+        "scales",
         "tables",
         "truth",
     )
@@ -131,10 +132,10 @@ def test_the_largest_batch_is_tried_before_it_is_told(instruments):
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_gradient_fails_before_anything_is_timed(instruments, monkeypatch):
     case = instruments.cases.Case("stack", 4, channels=8, size=8, layers=2)
-    ours = instruments.providers.fastloda
+    ours = instruments.providers.PROVIDERS["FastLoDA"]
     instruments.truth.check(case, "FastLoDA")
-    unclipped = lambda case, privacy: ours(case, instruments.providers.Privacy(1e6, 0.0))  # noqa: E731
-    monkeypatch.setitem(instruments.providers.PROVIDERS, "FastLoDA", unclipped)
+    unclipped = lambda case, privacy: ours.make(case, instruments.providers.Privacy(1e6, 0.0))  # noqa: E731
+    monkeypatch.setitem(instruments.providers.PROVIDERS, "FastLoDA", ours._replace(make=unclipped))
     with pytest.raises(instruments.truth.WrongAnswer, match="FastLoDA, stack-n4-c8-8x8-2layers-r4"):
         instruments.truth.check(case, "FastLoDA")
 
@@ -146,6 +147,52 @@ def test_a_gradient_that_grows_from_step_to_step_fails(instruments, monkeypatch)
     monkeypatch.setattr(instruments.providers, "_clear", lambda *_: None)
     with pytest.raises(instruments.truth.WrongAnswer, match="second step"):
         instruments.truth.check(case, "plain PyTorch")
+
+
+PORTED = (
+    {"model": "stack", "rank": 4, "channels": 8, "size": 8, "layers": 1, "views": 2},
+    {"model": "digits_unet", "rank": 4},
+    {"model": "wideresnet"},
+    {"model": "encoder", "channels": 64, "size": 4, "layers": 1},
+)
+
+
+@pytest.mark.parametrize("settings", PORTED, ids=lambda settings: settings["model"])
+def test_a_case_on_jax_has_the_losses_of_pytorch(instruments, settings):
+    """For a single row and for two, though it was exported once."""
+    pytest.importorskip("jax_privacy", reason="needs fastloda[peers]", exc_type=ImportError)
+    jax, jax_providers = importlib.import_module("jax"), importlib.import_module("jax_providers")
+    case = instruments.cases.Case(**{"batch": 1, "rank": None} | settings)
+    ported, wanted = jax_providers.port(case), case.losses(case.build(), case.inputs())
+    found = jax.jit(ported.losses)(ported.weights, ported.frozen, ported.batch)
+    torch.testing.assert_close(jax_providers.to_torch(found), wanted.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # jax_privacy calls what optax has renamed
+@pytest.mark.parametrize("mode", [None, "vmap", "micro-batches", "chunks"])
+def test_a_wrong_gradient_on_jax_is_found(instruments, monkeypatch, mode):
+    pytest.importorskip("jax_privacy", reason="needs fastloda[peers]", exc_type=ImportError)
+    jax_providers = importlib.import_module("jax_providers")
+    case = instruments.cases.Case("stack", 8, channels=4, size=4, layers=1)
+    name = f"jax_privacy {mode}" if mode else "plain JAX"
+    instruments.truth.check(case, name)
+    monkeypatch.setitem(jax_providers.OPERATIONS, "leaky_relu", lambda x, slope: x)
+    with pytest.raises(instruments.truth.WrongAnswer, match=name):
+        instruments.truth.check(case, name)
+
+
+def test_who_is_not_installed_is_left_out(instruments, monkeypatch):
+    absent = instruments.providers.PROVIDERS["FastLoDA"]._replace(needs="no_such_module")
+    monkeypatch.setitem(instruments.providers.PROVIDERS, "FastLoDA", absent)
+    timed = instruments.scales.Timed(instruments.cases.Case("layer", 1, channels=4, size=4), ("FastLoDA",))
+    row = instruments.compare.compare(timed, 1, lambda run, **_: run())
+    assert row["providers"] == {} and row["best_peer"] is None
+
+
+def test_all_linear_layers_of_the_encoder_train_and_nothing_else(instruments):
+    model = instruments.cases.Case("encoder", 1, None, channels=64, size=4, layers=2).build()
+    modules = [m for m in model.modules() for p in m.parameters(recurse=False) if p.requires_grad]
+    assert {type(m) for m in modules} == {torch.nn.Linear} and len(modules) == 2 * (2 * 4 + 1)
 
 
 class Recorded(TorchDispatchMode):
@@ -294,7 +341,7 @@ def figures(time: float, peak: float) -> dict:
         "seconds": SECONDS,
         "samples_per_second": 8.0 / time,
         "time_over_plain": time,
-        "time_over_best_opacus": time / 2,
+        "time_over_best_peer": time / 2,
         "peak_bytes": int(peak * 2**20),
         "peak_over_plain": peak,
         "resident_bytes": None,
@@ -309,24 +356,29 @@ def document() -> dict:
         "Opacus hooks": figures(2.0, 2.0),
         "Opacus ew": {"error": "RuntimeError: it | cannot"},
     }
-    step = {"case": "stack", "best_opacus": "Opacus hooks", "providers": providers}
+    step = {"case": "stack", "best_peer": "Opacus hooks", "providers": providers}
     growth = [step | {"case": f"rank {r}", "curve": "rank", "field": "rank", "value": r} for r in (4, 1)]
     kernel = {
         "case": "gA", "operation": "gA: norm", "layer": "64 to 64", "layers": 3, "bytes": 10**6, "flops": 10**6,
         "seconds": SECONDS, "floor_seconds": 0.5, "fraction_of_floor": 0.5,
     }  # fmt: skip
     peaks = {"copy_bytes_per_second": 1e10, "matmul_flops_per_second": {"float32": 1e11}}
-    head = {"format": 1, "machine": "m", "date": "2026-01-02", "scale": "cpu", "versions": {"torch": "2"}}
+    head = {"format": 2, "machine": "m", "date": "2026-01-02", "scale": "cpu", "versions": {"torch": "2"}}
     return head | {"peaks": peaks, "steps": [step], "growth": growth, "kernels": [kernel]}
 
 
 def test_the_summary_says_how_much_faster_and_what_nobody_could_run(instruments, document):
     (row,) = instruments.tables.summary_table(document["steps"]).rows
-    assert row == ["stack", "8", "7.27", "1.10", "1.10", "hooks", "1.82 x", "0.55"]
+    assert row == ["stack", "1", "1", "1.10", "", "", "", "Opacus hooks", "1", "1.82 x", "1.10", "0.55"]
+    document["steps"][0]["providers"] |= {
+        "plain PyTorch, compiled": figures(0.8, 1.0),
+        "FastLoDA, compiled": figures(0.88, 1.0) | {"time_over_compiled": 1.1},
+    }
+    assert instruments.tables.summary_table(document["steps"]).rows[0][4:7] == ["1", "1", "1.10"]
     del document["steps"][0]["providers"]["Opacus hooks"]
-    document["steps"][0]["best_opacus"] = None
-    document["steps"][0]["providers"]["FastLoDA"].pop("time_over_best_opacus")
-    assert instruments.tables.summary_table(document["steps"]).rows[0][5:] == ["none runs", "", ""]
+    document["steps"][0]["best_peer"] = None
+    document["steps"][0]["providers"]["FastLoDA"].pop("time_over_best_peer")
+    assert instruments.tables.summary_table(document["steps"]).rows[0][7:] == ["none runs", "", "", "1.10", ""]
 
 
 def test_an_error_is_shown_not_left_out(instruments, document):
@@ -342,12 +394,12 @@ def test_the_report_is_markdown_with_figures(instruments, document, tmp_path, ca
     text = (out / "bench.md").read_text()
     names = {file.name for file in out.glob("*.png")}
     assert len(names) == 4 and all(f"]({name})" in text for name in names)
-    assert "| stack | 8 | 7.27 |" in text and "50%" in text
+    assert "| stack | 1 | 1 | 1.10 |" in text and "50%" in text
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in out.glob("*.png"))
     assert "4 figures" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "no JSON", '{"format": 2}'])
+@pytest.mark.parametrize("content", ["{}", "[1]", "no JSON", '{"format": 1}'])
 def test_another_file_is_refused_in_one_line(instruments, content, tmp_path, capsys):
     path = tmp_path / "x.json"
     path.write_text(content)
