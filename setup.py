@@ -60,6 +60,8 @@ setup(
             "diffusers>=0.35",
             "transformers",
             "peft>=0.17",
+            "lightning>=2.5",
+            "tensorboard>=2.19",
         ],
     },
     entry_points={"console_scripts": ["fastloda = fastloda.synthesis.cli:main"]},

@@ -1,7 +1,7 @@
 """The public model that `finetune` adapts and `sample` draws from: a U-Net of `fastloda pretrain`, or a pipeline of diffusers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +29,7 @@ class Base(Protocol):
         file: the file or folder that it was loaded from, whose digest identifies it.
         takes: the images that it takes.
         class_names: names of its classes, in the order of its labels; () if it has numbers or prompts for any.
+        synonyms: further names of classes, each with the one among class_names.
         targets: the preset of layers that are adapted by default; None: every convolution.
         chosen_privately: whether private images had a say in its public ones, at a budget's cost.
     """
@@ -37,6 +38,7 @@ class Base(Protocol):
     file: Path
     takes: UNetConfig | Takes
     class_names: tuple[str, ...]
+    synonyms: Mapping[str, str]
     targets: str | None
     chosen_privately: bool
 
@@ -73,6 +75,7 @@ class OwnUNet:
     """A U-Net of `fastloda pretrain`, in the folder that it was written to."""
 
     targets = None
+    synonyms: Mapping[str, str] = {}
 
     def __init__(self, folder: Path, device: torch.device):
         self.file = folder / MODEL

@@ -92,8 +92,8 @@ def _run(command: str, options: Sequence[str]) -> int:
         if result is not None:
             print(as_yaml(result), end="")
         return 0
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command continues", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{name}: interrupted; {str(interrupt) or 'the same command continues'}", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
         package = (error.name or "fastloda").partition(".")[0]

@@ -26,6 +26,7 @@ from fastloda.synthesis.diffusion import UNetConfig
 
 logger = logging.getLogger("fastloda")
 
+OWN_IMAGES = "images of one's own"  # what is published instead of a path
 SIZES = (8, 16, 24, 32, 48, 64)  # sides in pixels to which folders of images are cut unless a size is given
 
 NAMED = frozenset(  # data sets that are the same everywhere and need no file
@@ -77,6 +78,24 @@ def full_name(data: str) -> str:
     if named.root is None:
         return data
     return data.removesuffix(named.root) + str(Path(named.root).resolve())
+
+
+def check_there(data: str | None) -> None:
+    """Refuse a path where nothing is, in the words of `open_images`, without reading anything; None and names pass.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file or folder.
+    """
+    if data is not None and _parse(data) is None and not Path(data).exists():
+        open_images(data)
+
+
+def public_name(data: str, otherwise: str) -> str:
+    """Return the name of a data set without the folder that it lies in; `otherwise` for one that has only a path."""
+    named = _parse(data)
+    if named is None:
+        return otherwise
+    return data if named.root is None else data.removesuffix(f":{named.root}")
 
 
 def files_of(data: str) -> tuple[Path, ...]:

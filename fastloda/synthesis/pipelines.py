@@ -25,7 +25,7 @@ from fastloda.integrations.diffusers import diffusion_losses
 from fastloda.loda.attach import BESIDE
 from fastloda.randomness import seeded
 from fastloda.synthesis.bases import PIPELINE, refuse_prompts
-from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.data import LabelledImages, named_classes
 from fastloda.synthesis.diffusion.sampler import image_seeds
 from fastloda.synthesis.diffusion.schedule import TIMESTEPS, drop_labels, mirror_some
 from fastloda.synthesis.inputs import Takes
@@ -56,7 +56,6 @@ class Pipeline:
     parts: dict[str, tuple[str, ...]] = {}  # component -> the classes that it may be of; () for any
     null: int | None = None
     chosen_privately = False
-    class_names = ()
 
     def __init__(self, folder: Path, pipe: Any):
         self.file, self.pipe, self.name = folder, pipe, type(pipe).__name__
@@ -65,9 +64,24 @@ class Pipeline:
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval().float()
         self.takes = self._takes(self.network.config)
+        self.class_names, self.synonyms = named_classes(self._table_of_names())
 
     def _takes(self, config: Any) -> Takes:
         raise NotImplementedError
+
+    def _table_of_names(self) -> list[str]:
+        """Read the names of the classes, by label, from the pipeline's or the network's `id2label`; [] if there are none."""
+        files = (self.file / PIPELINE, self.file / self.part / "config.json")
+        table = next((found for path in files if (found := read_json(path).get("id2label"))), {})
+        most, labels = self.takes.num_classes, sorted(map(str, range(len(table))))
+        if most is None or not table:
+            return []
+        if not isinstance(table, dict) or sorted(table) != labels or len(table) > most:
+            raise UserError(
+                f"{self.file}: id2label must name classes 0, 1, ..., at most the model's {most}, got {len(table)} names: mend "
+                "it, or take it out of the JSON file, to give the first labels to your own classes"
+            )
+        return [str(table[str(label)]) for label in range(len(table))]
 
     def _side(self, config: Any) -> int:
         """Return the side of the network's square inputs."""

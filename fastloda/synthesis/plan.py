@@ -11,7 +11,12 @@ from torch import Generator, Tensor
 from fastloda.privacy.step import GhostClipper
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.diffusion.pretrain import PublicTraining
+from fastloda.synthesis.methods.diffusion_model import PrivateTuning
+from fastloda.synthesis.presets import SAMPLER_STEPS
 from fastloda.synthesis.recipe import Recipe
+from fastloda.synthesis.settings import Adapter
+from fastloda.synthesis.stages import PREVIEW_COLUMNS
 
 REPEATS = 2
 GIB = 2**30
@@ -38,11 +43,15 @@ class Cost:
     private_bytes: float
 
 
-def measure(config: UNetConfig, public: LabelledImages, recipe: Recipe, device: torch.device) -> Cost:
+def measure(
+    config: UNetConfig, public: LabelledImages, tuning: PrivateTuning, adapter: Adapter, device: torch.device
+) -> Cost:
     """Measure what a step costs, on a new U-Net and some public images."""
     model = UNet(config).to(device, memory_format=torch.channels_last)
-    count = min(len(public), max(4, min(128, 2**13 // config.image_size**2)))
-    images, labels = public.images[:count].to(device), public.labels[:count].to(device)
+    some = 2**13 if device.type == "cpu" else 2**17  # pixels; a GPU takes as long for few images as for many
+    count = max(4, min(128, some // config.image_size**2))
+    index = torch.arange(count) % len(public)
+    images, labels = public.images[index].to(device), public.labels[index].to(device)
     generator, diffusion = Generator(device).manual_seed(0), Diffusion()
     parameters = sum(p.numel() for p in model.parameters())
 
@@ -56,11 +65,9 @@ def measure(config: UNetConfig, public: LabelledImages, recipe: Recipe, device: 
     public_seconds, public_bytes = _median_seconds(lambda: public_loss().backward(), device), saved_bytes(public_loss)
     sampling_seconds = _median_seconds(sampling_step, device)
     model.zero_grad()
-    recipe.adapter.attach(model)
-    clipper, losses_of = (
-        GhostClipper(model, 1.0, recipe.tuning.views),
-        recipe.tuning.training.losses(recipe.tuning.views),
-    )
+    adapter.attach(model)
+    _leave_the_start(model)
+    clipper, losses_of = GhostClipper(model, 1.0, tuning.views), tuning.training.losses(tuning.views)
 
     def private_losses() -> Tensor:
         return losses_of(model, (images, labels), generator)
@@ -72,44 +79,72 @@ def measure(config: UNetConfig, public: LabelledImages, recipe: Recipe, device: 
     return Cost(parameters, trained, *per_image)
 
 
+def _leave_the_start(model: UNet) -> None:
+    """Make each weight that starts at zero another: a gradient that is zero by it would be looked at again in every step."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.fill_(1e-3)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run: recipe, U-Net, noise multiplier that keeps the promise, cost of a step, images of an owner in it."""
+    """The plan of a run: recipe, U-Net, cost of a step, images of an owner in it."""
 
     recipe: Recipe
     unet: UNetConfig
-    noise_multiplier: float
     cost: Cost
     per_owner: int = 1
 
-    def to_dict(self) -> dict[str, object]:
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The estimated time of each stage; `evaluate` is left out."""
+        recipe, cost, privacy = self.recipe, self.cost, self.recipe.privacy
+
+        def training(public: PublicTraining) -> float:
+            preview = PREVIEW_COLUMNS * self.unet.num_classes * SAMPLER_STEPS * cost.sampling_seconds
+            return public.steps * public.batch_size * cost.public_seconds + preview
+
+        private = privacy.steps * privacy.batch_size * self.per_owner * cost.private_seconds
+        passes = recipe.count * recipe.tuning.sampler_steps * (2 if recipe.tuning.guidance else 1)
+        choice = {"choose": training(recipe.choice.training)} if recipe.choice else {}
+        sampling = {"sample": passes * cost.sampling_seconds}
+        return {"pretrain": training(recipe.pretraining)} | choice | {"finetune": private} | sampling
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    def to_dict(self, noise_multiplier: float) -> dict[str, object]:
         """Describe each stage; times and memory are estimates from the measured steps."""
         recipe, cost, pretraining, privacy = self.recipe, self.cost, self.recipe.pretraining, self.recipe.privacy
-        public = pretraining.steps * pretraining.batch_size * cost.public_seconds
-        private = privacy.steps * privacy.batch_size * self.per_owner * cost.private_seconds
-        sampling = recipe.count * recipe.tuning.sampler_steps * cost.sampling_seconds
         at_once = min(recipe.tuning.training.micro_batch_size, privacy.batch_size)
         memory = max(pretraining.batch_size * cost.public_bytes, at_once * cost.private_bytes)
+        times = {stage: duration(seconds) for stage, seconds in self.seconds.items()}
+        further = recipe.choice and recipe.choice.training
+        choice = {"choose": {"steps": further.steps, "time": times["choose"]}} if further else {}
         return {
             "pretrain": {
                 "steps": pretraining.steps,
                 "images a step": pretraining.batch_size,
                 "parameters": cost.parameters,
-                "time": duration(public),
+                "time": times["pretrain"],
             },
+            **choice,
             "finetune": {
                 "epsilon": privacy.target_epsilon,
                 "delta": privacy.delta,
-                "noise multiplier": round(self.noise_multiplier, 3),
+                "noise multiplier": round(noise_multiplier, 3),
                 "steps": privacy.steps,
                 "records a step": f"{privacy.batch_size} expected of {privacy.records}, {privacy.views} views of each",
                 "trained numbers": cost.trained,
-                "time": duration(private),
+                "time": times["finetune"],
             },
             "sample": {
                 "images": recipe.count,
                 "channels and pixels": f"{self.unet.in_channels} x {self.unet.image_size} x {self.unet.image_size}",
-                "time": duration(sampling * (2 if recipe.tuning.guidance else 1)),
+                "sampler steps": recipe.tuning.sampler_steps,
+                "time": times["sample"],
             },
             "memory": f"about {memory / GIB:.1f} GiB for a step",
         }

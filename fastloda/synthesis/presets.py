@@ -1,7 +1,9 @@
 """Settings that fit images of a size and a promise, computed from public facts alone: size, epsilon, nominal record count."""
 
 import math
+from dataclasses import replace
 
+from fastloda.synthesis.diffusion import TIMESTEPS
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods.base import ByEpsilon
 from fastloda.synthesis.methods.diffusion_model import PrivateTuning
@@ -9,6 +11,7 @@ from fastloda.synthesis.methods.public_choice import PublicChoice
 from fastloda.synthesis.settings import Classifier, FineTuning
 
 STRICT, RELAXED = 0.0, 3.0  # epsilons from which on the settings hold
+PUBLIC_STEPS, SAMPLER_STEPS = 2000, 50  # more of either would change little
 SMALL = 16  # side in pixels below which images are taken for digits
 # Set by trials on public digits that stand for private ones (docs/results/demo-tuning.md). Timesteps: the noisiest images of
 # digits say little about the private ones, and the least noisy little about their shape.
@@ -43,11 +46,33 @@ def micro_batch_size(size: int, views: int) -> int:
     return max(8, min(512, 2**17 // (size * size * views)))
 
 
-def public_training(size: int, steps: int, seed: int) -> PublicTraining:
-    """Make the settings of public training: smaller batches of larger images, and an average over the last quarter."""
-    images = 256 if size < 32 else 128 if size < 48 else 64
+def private_tuning(epsilon: float, size: int, seed: int | None) -> PrivateTuning:
+    """Take the settings of private training for a budget and for images of a size; with records, its batches may be others."""
+    tuning = TUNINGS.at(epsilon)
+    training = replace(tuning.training, micro_batch_size=micro_batch_size(size, tuning.views), seed=seed)
+    if size >= SMALL:  # the range of timesteps was found on digits
+        training = replace(training, timesteps=(0, TIMESTEPS))
+    return replace(tuning, training=training)
+
+
+def public_batch_size(size: int) -> int:
+    """Return the number of images in a step of public training, the fewer the larger they are."""
+    return 256 if size < 32 else 128 if size < 48 else 64
+
+
+def public_training(steps: int, batch_size: int, seed: int) -> PublicTraining:
+    """Make the settings of public training, with an average over the last quarter of the steps."""
     ema_decay = 1 - 1 / max(2, steps / 4)
-    return PublicTraining(steps=steps, batch_size=images, warmup=min(50, steps), ema_decay=ema_decay, seed=seed)
+    return PublicTraining(steps=steps, batch_size=batch_size, warmup=min(50, steps), ema_decay=ema_decay, seed=seed)
+
+
+def public_choice(epsilon: float, pretraining: PublicTraining) -> PublicChoice:
+    """Take the settings of a choice of public images, whose training shrinks with that of the public model."""
+    choice = CHOICES.at(epsilon)
+    steps = min(choice.training.steps, math.ceil(choice.training.steps * pretraining.steps / PUBLIC_STEPS))
+    images = min(choice.training.batch_size, pretraining.batch_size)
+    training = replace(choice.training, steps=steps, batch_size=images, warmup=min(choice.training.warmup, steps))
+    return replace(choice, training=training)
 
 
 def judge(size: int) -> Classifier:

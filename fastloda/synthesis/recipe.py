@@ -6,17 +6,15 @@ from typing import Self
 
 from fastloda.synthesis import stages
 from fastloda.synthesis.budget import Privacy, private_training
-from fastloda.synthesis.diffusion import TIMESTEPS
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods.diffusion_model import PrivateTuning
 from fastloda.synthesis.methods.public_choice import PublicChoice
 from fastloda.synthesis.presets import (
-    CHOICES,
-    SMALL,
-    TUNINGS,
     batch_size,
     default_delta,
-    micro_batch_size,
+    private_tuning,
+    public_batch_size,
+    public_choice,
     public_training,
 )
 from fastloda.synthesis.settings import Adapter
@@ -55,6 +53,7 @@ class Recipe:
         choose: bool = False,
         count: int,
         public_steps: int,
+        public_batch: int | None = None,
         private_steps: int | None = None,
         sampler_steps: int,
         rank: int = 4,
@@ -65,20 +64,15 @@ class Recipe:
         Raises:
             UserError: an argument is impossible.
         """
-        tuning = TUNINGS.at(epsilon)
-        training = replace(tuning.training, micro_batch_size=micro_batch_size(size, tuning.views), seed=seed)
-        if size >= SMALL:  # the range of timesteps was found on digits
-            training = replace(training, timesteps=(0, TIMESTEPS))
+        tuning = private_tuning(epsilon, size, seed)
         steps = tuning.steps if private_steps is None else private_steps
-        tuning = replace(
-            tuning, steps=steps, batch_size=batch_size(records), training=training, sampler_steps=sampler_steps
-        )
+        tuning = replace(tuning, steps=steps, batch_size=batch_size(records), sampler_steps=sampler_steps)
         stages.check_sampling(count, sampler_steps, tuning.guidance)
         promise = {"target_epsilon": epsilon, "delta": default_delta(records) if delta is None else delta}
         promise |= {"max_grad_norm": tuning.max_grad_norm, "views": tuning.views}
         privacy = Privacy.for_steps(steps, tuning.batch_size, records, **promise)
-        choice = CHOICES.at(epsilon) if choose else None
-        pretraining = public_training(size, public_steps, seed or 0)
+        pretraining = public_training(public_steps, public_batch or public_batch_size(size), seed or 0)
+        choice = public_choice(epsilon, pretraining) if choose else None
         return cls(pretraining, choice, privacy, tuning, Adapter(rank), count, seed)
 
     def noise_multiplier(self) -> float:

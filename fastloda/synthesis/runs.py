@@ -1,7 +1,7 @@
 """A run's folder: every stage has a folder in it, with its results and with what they were made from.
 
     config.yaml    the stage's settings, written before its work begins; `fastloda STAGE --config` takes the file
-    source.yaml    of a stage that reads private images: where they are; it must stay private
+    source.yaml    of a stage that reads images of the user's: where they are; it must stay private
     done.json      written last: the sha256 of each input file, and how long the work took
 
 So a stage that is asked for twice works once, a killed stage continues, and results of different settings never mix.
@@ -38,7 +38,7 @@ class Stage:
     Attributes:
         folder: folder of this stage alone.
         settings: all settings that its results depend on, in the command line's form; they may be published.
-        source: further settings, which must stay private: where the private images are, and how they are read.
+        source: further settings, which must stay private: where images are, and how they are read.
         inputs: files of other stages that it reads. Never private data: their hash would be a statistic of them.
         outputs: names of the files that it leaves in `folder`.
         private: whether it spends a privacy budget; the folder is then accessible to its owner only.
@@ -113,7 +113,7 @@ class Stage:
         began, resumed = time.monotonic(), (self.folder / CONFIG).exists()
         self._write(CONFIG, "the settings of this stage", self.settings)
         if self.source:
-            self._write(SOURCE, "where its private images are; this file must stay private", self.source)
+            self._write(SOURCE, "where its images are; this file must stay private", self.source)
         yield
         inputs = {path.name: digest(path) for path in self.inputs}
         done = {"inputs": inputs, "seconds": round(time.monotonic() - began, 1), "resumed": resumed}

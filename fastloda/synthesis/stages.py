@@ -49,12 +49,14 @@ from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.inputs import (
     NAMED,
+    OWN_IMAGES,
     files_of,
     full_name,
     open_for_unet,
     open_images,
     open_public,
     open_tests,
+    public_name,
     read_class_map,
 )
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
@@ -116,9 +118,15 @@ def pretrain(
     """
     place = resolve_device(device)
     reading = {"size": size, "channels": channels, "count": count, "skip_unreadable": skip_unreadable}
-    settings = {"data": full_name(data), **reading, "unet": asdict(unet), "training": asdict(training)}
-    settings |= {"device": place.type}
-    stage = Stage(Path(run) / PUBLIC, settings, files_of(data), outputs=(MODEL, PREVIEW))
+    settings = {
+        "data": public_name(data, OWN_IMAGES),
+        **reading,
+        "unet": asdict(unet),
+        "training": asdict(training),
+        "device": place.type,
+    }
+    source = {"data": full_name(data)}
+    stage = Stage(Path(run) / PUBLIC, settings, files_of(data), outputs=(MODEL, PREVIEW), source=source)
     if not _reuse(stage):
         images = open_public(data, seed=training.seed, **reading)
         method, checkpoint = PublicModel(unet.config(images), training), stage.folder / CHECKPOINT
@@ -184,10 +192,16 @@ def choose(
     private = _open_private(data, base, class_map, skip_unreadable, name)
     nominal = nominal_records(records, len(private), "--records")
     check_delta("delta", delta, nominal)
-    settings = {"delta": delta, "choice": asdict(choice), "records": nominal, "name": name, "public": full_name(public)}
+    settings = {
+        "delta": delta,
+        "choice": asdict(choice),
+        "records": nominal,
+        "name": name,
+        "public": public_name(public, OWN_IMAGES),
+    }
     settings |= {"count": count, "seed": seed, "device": place.type}
     outputs, inputs = (MODEL, PREVIEW, SUMS, STATEMENT), (base.file, *files_of(public))
-    source = _source(data, class_map, skip_unreadable)
+    source = _source(data, class_map, skip_unreadable) | {"public": full_name(public)}
     stage = Stage(Path(run) / CHOSEN, settings, inputs, outputs, private=True, source=source)
     if not _reuse(stage):
         options = {"count": count, "seed": seed or 0, "skip_unreadable": skip_unreadable}
@@ -495,8 +509,8 @@ def evaluate(
         raise FileNotFoundError(f"no samples {source}: draw them with `fastloda sample{' --public' if public else ''}`")
     images = open_images(source, skip_unreadable=skip_unreadable)
     tests = open_tests(test, images, read_class_map(class_map), skip_unreadable=skip_unreadable)
-    key = samples if train is None else _public_name(train, "other images")
-    settings = {"test": _public_name(test, "test images"), "classifier": asdict(classifier), "device": place.type}
+    key = samples if train is None else public_name(train, "other images")
+    settings = {"test": public_name(test, "test images"), "classifier": asdict(classifier), "device": place.type}
     # Synthetic images are identified by their hash; a file of private ones is not hashed, and is tested again each time.
     settings |= {"sha256": digest(Path(source))} if train is None else {}
     record = Path(run) / EVALUATION
@@ -506,7 +520,10 @@ def evaluate(
     else:
         make_folder(Path(run))
         began = time.monotonic()
-        judge = train_classifier(images, **asdict(classifier), device=place, progress=progress)
+        try:
+            judge = train_classifier(images, **asdict(classifier), device=place, progress=progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command trains this classifier anew, and keeps all else") from None
         known[key] = {
             "accuracy": accuracy(judge, tests),
             "train_images": len(images),
@@ -518,17 +535,14 @@ def evaluate(
     return {key: value for key, value in known[key].items() if key != "settings"}
 
 
-def _public_name(data: str, otherwise: str) -> str:
-    """Return the name of a built-in data set, and `otherwise` for a path, which may be private."""
-    return data if data in NAMED else otherwise
-
-
 def _open_private(data: str, base: Base, class_map: Sequence[str], skip_unreadable: bool, name: str) -> LabelledImages:
     """Open the private images, with those of the model's classes that they have, by name; say what they are.
 
     Where the model's classes have no names, the images' are its first ones.
     """
-    images, mapping = open_for_unet(data, base.takes, skip_unreadable=skip_unreadable), read_class_map(class_map)
+    images = open_for_unet(data, base.takes, skip_unreadable=skip_unreadable)
+    called = {own: base.synonyms.get(known, known) for own, known in read_class_map(class_map).items()}
+    mapping = {**base.synonyms, **called}
     found = mapped_names(images, mapping)
     known = base.class_names or tuple(dict.fromkeys(found))
     if base.takes.num_classes is not None and len(known) > base.takes.num_classes:

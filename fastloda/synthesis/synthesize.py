@@ -1,9 +1,13 @@
 """One command from two sets of images, public and private, to private synthetic images: a plan, then the stages in a row."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from fastloda.errors import UserError
 from fastloda.synthesis import stages
@@ -20,7 +24,9 @@ from fastloda.synthesis.data import (
     relabelled,
 )
 from fastloda.synthesis.diffusion import UNetConfig
+from fastloda.synthesis.effort import Effort, efforts, keep, kept, largest
 from fastloda.synthesis.inputs import (
+    check_there,
     open_for_unet,
     open_public,
     open_tests,
@@ -28,11 +34,12 @@ from fastloda.synthesis.inputs import (
     sensible_size,
     shape_text,
 )
+from fastloda.synthesis.methods.diffusion_model import PrivateTuning
 from fastloda.synthesis.parser import as_yaml
-from fastloda.synthesis.plan import Plan, measure
-from fastloda.synthesis.presets import SMALL, judge
+from fastloda.synthesis.plan import Cost, Plan, duration, measure
+from fastloda.synthesis.presets import SMALL, judge, private_tuning
 from fastloda.synthesis.recipe import Recipe
-from fastloda.synthesis.settings import UNetShape
+from fastloda.synthesis.settings import Adapter, UNetShape
 
 logger = logging.getLogger("fastloda")
 
@@ -55,9 +62,10 @@ def synthesize(
     channels: int | None = None,
     choose: bool = False,
     count: int = 2000,
-    public_steps: int = 2000,
+    minutes: float = 15.0,
+    public_steps: int | None = None,
     private_steps: int | None = None,
-    sampler_steps: int = 50,
+    sampler_steps: int | None = None,
     rank: int = 4,
     unet: UNetShape = stages.SHAPE,
     seed: int | None = None,
@@ -95,11 +103,13 @@ def synthesize(
         channels: number of channels, 1 or 3. Default: 1 if all public images are grey, else 3.
         choose: whether to choose public images privately first (`fastloda choose`), for a part of the same budget.
         count: number of synthetic images.
-        public_steps: number of steps of public training.
-        private_steps: number of steps of private training. Default: 400, or 100 below epsilon 3.
-        sampler_steps: number of steps of the sampler.
+        minutes: time that all but the evaluation may take on this machine, by a few measured public steps. The steps below and
+            the U-Net are as large as it allows, unless they are given; the plan says what more time would change.
+        public_steps: number of steps of public training. Default: up to 2,000.
+        private_steps: number of steps of private training. Default: up to 400, or 100 below epsilon 3.
+        sampler_steps: number of steps of the sampler. Default: 50, or 25 where the time is short.
         rank: rank of the adapters.
-        unet: shape of the U-Net.
+        unet: shape of the U-Net. Default: the preset for the size, of half the width where the time is short.
         seed: seed of everything. Default: the operating system's randomness for what is private; a number makes an experiment
             that can be repeated, and whose noise can be foreseen.
         dry_run: whether to stop after the plan; nothing is written.
@@ -112,28 +122,33 @@ def synthesize(
         raise UserError(
             "--choose releases a sum in which each image counts by itself: leave it out, or leave out --owner"
         )
-    found = open_sets(public, private, test, class_map, skip_unreadable, size, channels)
+    if not 0 < minutes < float("inf"):
+        raise UserError(f"minutes must be positive and finite, got {minutes}")
+    given = {"public_steps": public_steps, "private_steps": private_steps, "sampler_steps": sampler_steps}
+    given = {name: steps for name, steps in given.items() if steps is not None}
+    begun = kept(Path(out), {"minutes": minutes, **given})
+    tuning_of, adapter = partial(private_tuning, epsilon, seed=seed), Adapter(rank)
+    look = partial(_costs, unet=unet, begun=begun, tuning_of=tuning_of, adapter=adapter, device=place)
+    found = open_sets(public, private, test, class_map, skip_unreadable, size, channels, look)
     units = len(found.private) if owner is None else len(set(read_owners(private, found.private.files, owner)))
     found.say(name, "image" if owner is None else f"owner of images, of whom there are {units},")
-    config, nominal = unet.config(found.public), nominal_records(records, units, "--records")
-    recipe = Recipe.fitting(
-        epsilon,
-        nominal,
-        config.image_size,
-        delta=delta,
-        choose=choose,
-        count=count,
-        public_steps=public_steps,
-        private_steps=private_steps,
-        sampler_steps=sampler_steps,
-        rank=rank,
-        seed=seed,
-    )
-    cost = measure(config, found.public, recipe, place)
-    plan = Plan(recipe, config, recipe.noise_multiplier(), cost, per_owner).to_dict()
+    nominal, side = nominal_records(records, units, "--records"), found.public.images.shape[2]
+    options = {"delta": delta, "choose": choose, "count": count, "rank": rank, "seed": seed}
+
+    def plan_of(effort: Effort) -> Plan:
+        recipe = Recipe.fitting(epsilon, nominal, side, **options, **effort.steps)
+        return Plan(recipe, effort.shape(unet).config(found.public), found.costs[effort.width], per_owner)
+
+    choices = efforts(Effort.full(side, epsilon), list(found.costs), given)
+    effort = begun or largest(choices, lambda each: plan_of(each).total, 60 * minutes)
+    plan = plan_of(effort)
+    recipe, config, unet = plan.recipe, plan.unet, effort.shape(unet)
+    shown = plan.to_dict(recipe.noise_multiplier()) | _times(plan, plan if begun else plan_of(choices[0]), minutes)
     if dry_run:
-        return plan
-    logger.info("the plan:\n%s", as_yaml(plan).rstrip())
+        return shown
+    if not begun:
+        keep(Path(out), effort, {"minutes": minutes, **given})
+    logger.info("the plan:\n%s", as_yaml(shown).rstrip())
     device_and_bars = {"device": device, "progress": progress}
     common = {"skip_unreadable": skip_unreadable, **device_and_bars}
     source = {"data": private, "name": name, "class_map": class_map, **common}
@@ -149,13 +164,51 @@ def synthesize(
     return _run(steps) | {"privacy": str(Path(out) / "samples" / STATEMENT)}
 
 
+def _costs(
+    pool: LabelledImages,
+    *,
+    unet: UNetShape,
+    begun: Effort | None,
+    tuning_of: Callable[[int], PrivateTuning],
+    adapter: Adapter,
+    device: torch.device,
+) -> dict[int | None, Cost]:
+    """Measure what steps cost on the public images, by the U-Net's width: its own, and half of it unless a shape is given."""
+    logger.info("measuring a few public steps")
+    usual = unet.config(pool)
+    widths = (begun.width,) if begun else (None,) if unet != stages.SHAPE else (None, usual.width // 2)
+    shapes = {width: replace(usual, width=width or usual.width) for width in widths}
+    tuning = tuning_of(usual.image_size)
+    return {width: measure(shape, pool, tuning, adapter, device) for width, shape in shapes.items()}
+
+
+def _times(plan: Plan, most: Plan, minutes: float) -> dict[str, str]:
+    """Describe the time that a plan takes in all, and what is more in the plan that takes most."""
+    within = "within" if plan.total <= 60 * minutes else "more than"
+    shown = {"time in all": f"{duration(plan.total)} on this machine, {within} --minutes {minutes:g}"}
+    if most == plan:
+        return shown
+    public, private = most.recipe.pretraining, most.recipe.privacy
+    more = (
+        f"--minutes {math.ceil(most.total / 60)}: {most.cost.parameters:,} parameters, {public.steps} public steps of "
+    )
+    return shown | {"with more time": more + f"{public.batch_size} images, {private.steps} private steps"}
+
+
 @dataclass(frozen=True)
 class Sets:
-    """The sets of images of a run, opened and matched; `facts` are those of the sets that are folders, by what each is."""
+    """The sets of images of a run, opened and matched.
+
+    Attributes:
+        public, private: the images.
+        facts: facts of the sets that are folders, by what each is.
+        costs: costs of a step on the public images, by the width of the U-Net.
+    """
 
     public: LabelledImages
     private: LabelledImages
     facts: Mapping[str, FolderFacts]
+    costs: Mapping[int | None, Cost]
 
     def say(self, name: str, unit: str) -> None:
         """Say what was found, what the unit of privacy is, and what is made public by it."""
@@ -176,14 +229,19 @@ def open_sets(
     skip_unreadable: bool,
     size: int | None,
     channels: int | None,
+    look: Callable[[LabelledImages], dict[int | None, Cost]],
 ) -> Sets:
     """Open all sets of images as the stages will, and match their classes.
+
+    `look` measures costs on the public images, before anything is read of the private ones.
 
     Raises:
         FileNotFoundError, UserError: a set is refused; if several are, the message says it of each.
     """
-    facts = {what: look_at(path) for what, path in (("public", public), ("private", private)) if Path(path).is_dir()}
-    if size is None and "public" in facts:
+    for path in (private, test):
+        check_there(path)
+    facts = {"public": look_at(public)} if Path(public).is_dir() else {}
+    if size is None and facts:
         size = sensible_size(facts["public"])
     mapping, refusals = read_class_map(class_map), []
 
@@ -198,6 +256,8 @@ def open_sets(
     pool = opened(lambda: open_public(public, size=size, channels=channels, **reading))
     channels, size = pool.images.shape[1:3] if pool else (channels or 3, size or SMALL)
     config = UNetConfig(image_size=size, in_channels=channels, multipliers=(1,))
+    costs = look(pool) if pool else {}
+    facts |= {"private": look_at(private)} if Path(private).is_dir() else {}
     records = opened(lambda: open_for_unet(private, config, **reading))
     if pool and records:
         named = mapped_names(records, mapping)
@@ -207,7 +267,7 @@ def open_sets(
             opened(lambda: open_tests(test, known, mapping, **reading))
     if refusals:
         raise UserError("\n".join(refusals))
-    return Sets(pool, records, facts)
+    return Sets(pool, records, facts, costs)
 
 
 def _described(images: LabelledImages, facts: FolderFacts | None) -> str:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import label
 from sklearn.datasets import load_digits
 
-from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, load_npz
+from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, load_npz, named_classes
 from fastloda.synthesis.data.font_digits import DIGITS, FONTS, _box_to_glyph, _glyphs
 from fastloda.synthesis.data.images import MOST_CLASSES
 
@@ -448,3 +448,19 @@ def test_the_signed_distance_counts_from_the_edge():
     assert field.abs().min() == 0.5
     for axis in (2, 3):
         assert 0.99 < field.diff(dim=axis).abs().max() < 1.01  # a step of one pixel, over the edge as elsewhere
+
+
+@pytest.mark.parametrize(
+    ("table", "names", "synonyms"),
+    [
+        ([], (), {}),
+        (["cat", "dog"], ("cat", "dog"), {}),
+        (["tench, Tinca tinca", "dog"], ("tench", "dog"), {"tench, Tinca tinca": "tench", "Tinca tinca": "tench"}),
+        (["crane", "crane"], ("crane (0)", "crane (1)"), {}),
+        (["maillot", "maillot, tank suit"], ("maillot (0)", "maillot, tank suit"), {"tank suit": "maillot, tank suit"}),
+        (["a, b", "b"], ("a", "b (1)"), {"a, b": "a"}),
+    ],
+)
+def test_a_table_of_classes_with_several_names_gives_each_one(table, names, synonyms):
+    assert named_classes(table) == (names, synonyms)
+    assert len(set(names)) == len(table) and set(synonyms.values()) <= set(names)

@@ -446,6 +446,52 @@ def test_a_model_without_classes_takes_one(tmp_path):
     assert load_npz(sample(tmp_path / "run", count=2, steps=1, model=model, **QUIET)["samples"]).num_classes == 1
 
 
+# ---- names of classes
+
+
+def _named(folder: Path, table: dict, file: str = INDEX) -> Path:
+    edited(file, id2label=table)(folder)
+    return folder
+
+
+TABLE = {"0": "tench, Tinca tinca", "1": "dog, domestic dog", "2": "cat"}
+
+
+@pytest.mark.parametrize(("kind", "file"), [("dit", INDEX), ("dit", "transformer/config.json"), ("pixels", UNET)])
+def test_a_pipelines_own_names_are_matched_with_the_private_classes(kind, file, tmp_path, monkeypatch):
+    model = _named(saved(MAKE[kind], tmp_path / "model"), TABLE, file)
+    images, run = images_for(kind), tmp_path / "run"
+    images = replace(images, class_names=("cat", "domestic dog", "Fisch"))
+    images.save_npz(tmp_path / "data.npz")
+    options = {"data": str(tmp_path / "data.npz"), "model": model, "adapter": Adapter(rank=1), **QUIET}
+    with pytest.raises(
+        ValueError, match="Fisch of the classes cat, domestic dog, Fisch .* tench, dog, cat: .*Fisch=tench"
+    ):
+        finetune(run, PRIVACY, **options)
+    labels, base = [], type(open_base(model, CPU))
+    records = base.records
+    monkeypatch.setattr(
+        base, "records", lambda self, given: labels.append(given.labels.tolist()) or records(self, given)
+    )
+    statement = finetune(run, PRIVACY, class_map=["Fisch=Tinca tinca"], **options)
+    assert labels == [[2, 1, 0] * 6 + [2, 1]]
+    assert statement["classes"] == ["tench", "dog", "cat"]
+    assert load_npz(sample(run, count=3, steps=1, model=model, **QUIET)["samples"]).class_names == (
+        "tench",
+        "dog",
+        "cat",
+    )
+
+
+@pytest.mark.parametrize("table", [{"1": "cat"}, {"0": "cat", "one": "dog"}, dict.fromkeys("0123", "cat"), ["cat"]])
+def test_a_table_of_other_classes_is_refused(table, tmp_path):
+    model = _named(saved(MAKE["dit"], tmp_path), table, "transformer/config.json")
+    with pytest.raises(
+        ValueError, match="id2label must name classes 0, 1, ..., at most the model's 3, got [124] names"
+    ):
+        open_pipeline(model, CPU)
+
+
 # ---- prompts
 
 

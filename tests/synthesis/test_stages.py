@@ -22,6 +22,7 @@ from fastloda.synthesis import stages as pipeline
 from fastloda.synthesis.account import account, read_statement, releases
 from fastloda.synthesis.budget import Privacy
 from fastloda.synthesis.classify import AUGMENTS, seeded_network
+from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, image_folder, load_npz, only, relabelled
 from fastloda.synthesis.diffusion import Diffusion, digits_unet
 from fastloda.synthesis.diffusion import pretrain as pretraining
@@ -93,6 +94,7 @@ def test_pretrain_leaves_a_model_that_loads(run):
         "done.json",
         "model.safetensors",
         "samples.png",
+        "source.yaml",
     ]
     assert yaml.safe_load((run / "public" / "config.yaml").read_text())["training"]["steps"] == 3
 
@@ -448,6 +450,14 @@ def test_ctrl_c_in_sampling_loses_no_batch(run, public_run, monkeypatch):
     assert drawn == [0, 7, 14, 21] and not (public_run / "samples" / "drawn.safetensors").exists()
     ours, whole = (load_npz(r / "samples" / "samples.npz").images for r in (public_run, run))
     assert torch.equal(ours, whole)
+
+
+def test_an_interrupted_evaluation_says_that_it_begins_anew(run, capsys, monkeypatch):
+    _interrupt(monkeypatch, "torch.optim.lr_scheduler.CosineAnnealingLR.step", 3)
+    options = ["--test", "digits-test", "--classifier.steps", "5", "--device", "cpu", "--progress", "false"]
+    assert main(["evaluate", "--run", str(run), *options]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "fastloda evaluate: interrupted; the same command trains this classifier anew, and keeps all else"
 
 
 def _interrupt(patch, name: str, call: int) -> None:

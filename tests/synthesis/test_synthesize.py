@@ -1,5 +1,6 @@
 """`fastloda synthesize`: from two folders of images to private synthetic images by one command."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,14 +10,15 @@ import torch
 import yaml
 from cells import CLASSES, OF_A_PATIENT, patient_of, write_cells
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastloda.synthesis import plan, presets, recipe, stages
+from fastloda.synthesis import effort, plan, presets, recipe, stages
 from fastloda.synthesis import synthesize as command
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import font_digits, image_folder, load_npz
 from fastloda.synthesis.diffusion import PRESETS, UNet, UNetConfig, preset_for
 from fastloda.synthesis.inputs import SIZES
-from fastloda.synthesis.settings import Classifier, UNetShape
+from fastloda.synthesis.settings import Adapter, Classifier, UNetShape
 
 NAMES = sorted(CLASSES)
 FEW = "--public-steps 2 --private-steps 2 --count 9 --sampler-steps 2 --progress false --device cpu --epsilon 8".split()
@@ -49,7 +51,7 @@ def arguments(cells: Path, out: Path, *options: str) -> list[str]:
 def test_two_folders_become_private_synthetic_images(cells, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(arguments(cells, out)) == 2  # the broken file
-    first, second = capsys.readouterr().err.splitlines()
+    first, second = capsys.readouterr().err.splitlines()[-2:]
     assert "private: 1 of 601 images can't be read" in first and "--skip-unreadable" in first
     assert second.startswith(str(cells / "private" / "basophil" / "p900_0.jpg")) and not out.exists()
 
@@ -74,9 +76,11 @@ def test_two_folders_become_private_synthetic_images(cells, tmp_path, capsys):
         and json.loads((out / "evaluation.json").read_text())["samples"]["test_images"] == 40
     )
 
-    private = {out / "private" / name for name in ("source.yaml", "checkpoint.pt", "checkpoint.pt.spent")}
+    private = {out / "private" / name for name in ("checkpoint.pt", "checkpoint.pt.spent")}
+    private |= {out / stage / "source.yaml" for stage in ("public", "private")}
+    assert all(str(cells).encode() in path.read_bytes() for path in private if path.name == "source.yaml")
     published = [path for path in out.rglob("*") if path.is_file() and path not in private]
-    assert not [path for path in published if str(cells / "private").encode() in path.read_bytes()]
+    assert not [path for path in published if str(cells).encode() in path.read_bytes()]
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "evaluation.json"}
     assert main(skipping) == 0  # the same command shows what is there
@@ -115,7 +119,7 @@ def test_patients_of_several_images_are_the_unit_of_privacy(cells, tmp_path, cap
 def test_the_plan_counts_an_owners_images():
     settings = recipe.Recipe.fitting(8.0, 600, 32, count=10, public_steps=10, sampler_steps=2)
     cost = plan.Cost(10, 5, 0.01, 0.02, 0.001, 1e6, 2e6)
-    times = [plan.Plan(settings, UNetConfig(), 1.0, cost, images).to_dict()["finetune"]["time"] for images in (1, 3)]
+    times = [plan.Plan(settings, UNetConfig(), cost, images).to_dict(1.0)["finetune"]["time"] for images in (1, 3)]
     assert times == ["about 20 min", "about 60 min"]  # 400 steps of 150 records
 
 
@@ -176,7 +180,7 @@ def test_a_choice_is_paid_from_the_same_budget_and_an_interrupted_run_continues(
     with pytest.MonkeyPatch.context() as patch:
         few = presets.PublicTraining(steps=2, batch_size=8, warmup=1)
         choice = presets.PublicChoice(4.0, features=20, drawn=16, training=few)
-        patch.setattr(recipe, "CHOICES", presets.ByEpsilon({0.0: choice}))
+        patch.setattr(presets, "CHOICES", presets.ByEpsilon({0.0: choice}))
         patch.setattr(stages, "_open_pool", _few(stages._open_pool))
         with pytest.MonkeyPatch.context() as interrupting:
             interrupting.setattr(stages, "draw_resumably", _interrupted)
@@ -230,12 +234,123 @@ def test_a_batch_is_a_part_of_the_records(records):
 def test_the_plan_measures_public_images_alone():
     images = font_digits(30, 0)
     config = UNetShape(width=8, norm_groups=4).config(images)
-    settings = recipe.Recipe.fitting(8.0, 30, 8, count=1, public_steps=1, sampler_steps=1)
-    cost = plan.measure(config, images, settings, torch.device("cpu"))
+    cost = plan.measure(config, images, presets.private_tuning(8.0, 8, None), Adapter(4), torch.device("cpu"))
     model = UNet(config)
     assert cost.parameters == sum(p.numel() for p in model.parameters()) > cost.trained > 0
     assert min(cost.public_seconds, cost.private_seconds, cost.sampling_seconds) > 0
     assert cost.private_bytes > cost.public_bytes > 4 * 64 * 8  # two views, and at least one map of 8 channels
+
+
+class _Operations(TorchDispatchMode):
+    """A count of the operations that are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.count += 1
+        return operation(*arguments, **options or {})
+
+
+def test_the_private_step_that_is_timed_looks_at_no_record_again(monkeypatch):
+    """A new U-Net's gradients are zero where its weights are, and would be looked at in every step."""
+    counts = []
+
+    def count(step, _):
+        for _ in range(3):
+            with _Operations() as operations:
+                step()
+            counts.append(operations.count)
+        return 1.0
+
+    monkeypatch.setattr(plan, "_median_seconds", count)
+    images = font_digits(8, 0)
+    config = UNetShape(width=8, norm_groups=4).config(images)
+    plan.measure(config, images, presets.private_tuning(8.0, 8, None), Adapter(4), torch.device("cpu"))
+    first, second, third = counts[-3:]
+    assert second == third < first / 2
+
+
+SLOW = plan.Cost(1000, 100, 5e-3, 3e-2, 2e-3, 1e6, 2e6)  # about what two cores take for 32 x 32 pixels
+FAST = plan.Cost(4000, 200, 1e-4, 3e-4, 2e-5, 1e6, 2e6)
+
+
+def _costs(of_half: plan.Cost, of_all: plan.Cost):
+    """Make a function that measures nothing: costs of a U-Net of half the width, and of the whole one."""
+    return lambda config, *_: of_half if config.width < 32 else of_all
+
+
+def _planned(cells: Path, *options: str) -> list[str]:
+    sets = ["--public", str(cells / "public"), "--private", str(cells / "private"), "--skip-unreadable"]
+    return ["synthesize", *sets, "--epsilon", "8", "--device", "cpu", "--progress", "false", *options]
+
+
+def test_without_options_a_run_takes_what_the_machine_can_do_in_15_minutes(cells, tmp_path, capsys, monkeypatch):
+    dry = _planned(cells, "--out", str(tmp_path / "out"), "--dry-run")
+    shown = {}
+    for name, half, whole in (("slow", SLOW, dataclasses.replace(SLOW, public_seconds=2e-2)), ("fast", FAST, FAST)):
+        monkeypatch.setattr(command, "measure", _costs(half, whole))
+        assert main(dry) == 0
+        shown[name] = yaml.safe_load(capsys.readouterr().out)
+    assert shown["slow"]["time in all"] == "about 15 min on this machine, within --minutes 15"
+    assert shown["slow"]["with more time"].endswith(
+        "1,000 parameters, 2000 public steps of 128 images, 400 private steps"
+    )
+    assert shown["slow"]["pretrain"]["steps"] == 2000 > 20 * shown["slow"]["pretrain"]["images a step"]
+    full = shown["fast"]
+    assert (full["pretrain"]["steps"], full["pretrain"]["images a step"], full["finetune"]["steps"]) == (2000, 128, 400)
+    assert "with more time" not in full and full["sample"]["sampler steps"] == 50
+
+
+def test_costs_are_measured_before_the_private_images_are_read(cells, tmp_path, monkeypatch):
+    done = []
+    opened, seen = command.open_for_unet, command.look_at
+    monkeypatch.setattr(command, "measure", lambda *_: done.append("measure") or FAST)
+    monkeypatch.setattr(command, "look_at", lambda path: done.append(Path(path).name) or seen(path))
+    monkeypatch.setattr(command, "open_for_unet", lambda *a, **k: done.append("private") or opened(*a, **k))
+    assert main(_planned(cells, "--out", str(tmp_path / "out"), "--dry-run")) == 0
+    assert done == ["public", "measure", "measure", "private", "private"]
+
+
+def test_an_interrupted_run_keeps_what_was_chosen_on_a_busier_machine(cells, tmp_path, capsys, monkeypatch):
+    trained = []
+
+    def pretrain(self, run, **options):
+        trained.append((self.pretraining, self.privacy.steps, options["unet"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.Recipe, "pretrain", pretrain)
+    same = _planned(cells, "--out", str(tmp_path / "out"))
+    for half, whole in ((SLOW, SLOW), (FAST, FAST)):
+        monkeypatch.setattr(command, "measure", _costs(half, whole))
+        assert main(same) == 130
+    assert trained[0] == trained[1] and trained[0][0].batch_size < 128 and trained[0][2].width == 16
+    assert str(cells) not in (tmp_path / "out" / effort.FILE).read_text()
+    capsys.readouterr()
+    for changed, said in (
+        ("--minutes", "minutes is 15.0 there and 30.0 here"),
+        ("--public-steps", "public_steps is None"),
+    ):
+        assert main([*same, changed, "30"]) == 2 and len(trained) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "out" / effort.FILE).write_text("asked: 1")
+    assert main(same) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_more_minutes_are_more_effort_and_what_is_given_stays():
+    full = effort.Effort.full(32, 8.0)
+    assert full == effort.Effort(None, 2000, 128, 400, 50)
+    choices = effort.efforts(full, [None, 16], {})
+    assert choices[:2] == [full, dataclasses.replace(full, width=16)] and len(set(choices)) == len(choices)
+    images = [each.public_steps * each.public_batch for each in choices[1:]]
+    assert images == sorted(images, reverse=True) and images[-1] == pytest.approx(0.1 * images[0], rel=0.01)
+    assert {each.private_steps for each in choices} >= {400, 40} and min(each.public_batch for each in choices) == 32
+    found = [effort.largest(choices, lambda each: each.private_steps, most) for most in (1000, 300, 1)]
+    assert [each.private_steps for each in found] == [400, 280, 40] and found[0].width is None
+    given = effort.efforts(full, [None], {"public_steps": 7})
+    assert {(each.public_steps, each.public_batch, each.width) for each in given} == {(7, 128, None)}
+    strict = effort.efforts(effort.Effort.full(8, 1.0), [None, 8], {})
+    assert strict[0].private_steps == 100 and strict[0].public_batch == 256
 
 
 @pytest.mark.parametrize(

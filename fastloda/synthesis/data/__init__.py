@@ -3,7 +3,7 @@
 from .byte_images import ByteImages
 from .catalogue import NAMES, PUBLIC_PARTNERS, describe, open_dataset
 from .cifar10 import cifar10
-from .classes import listed, mapped_names, only, relabelled
+from .classes import listed, mapped_names, named_classes, only, relabelled
 from .colour_digits import colour_digits_split, colour_font_digits
 from .digits import digits_split
 from .folder import FolderFacts, class_names, image_folder, look_at
@@ -40,6 +40,7 @@ __all__ = [
     "look_at",
     "mapped_names",
     "mnist",
+    "named_classes",
     "only",
     "open_dataset",
     "read_owners",

@@ -1,5 +1,6 @@
 """Classes of two sets of images, matched by their names."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -40,6 +41,25 @@ def relabelled(
 def mapped_names(images: LabelledImages, class_map: Mapping[str, str] | None = None) -> list[str]:
     """List the name of each of the images' classes after `class_map`, which may give several classes one name."""
     return [(class_map or {}).get(name, name) for name in images.class_names]
+
+
+def named_classes(table: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Read a table of classes that may have several names each, as "tench, Tinca tinca" -> names, and the name of each synonym.
+
+    A class is called by its first name; or by its whole entry, if another class has that name too; or also by its number, if the
+    entries are the same. What could mean two classes is no synonym.
+    """
+    spellings = [[entry, *(part.strip() for part in entry.split(","))] for entry in table]
+    meant = defaultdict(set)
+    for label, spelled in enumerate(spellings):
+        for spelling in spelled:
+            meant[spelling].add(label)
+    names = []
+    for label, (entry, first, *_) in enumerate(spellings):
+        alone = next((spelling for spelling in (first, entry) if meant[spelling] == {label}), None)
+        names.append(alone or f"{entry} ({label})")
+    synonyms = {spelling: names[min(labels)] for spelling, labels in meant.items() if len(labels) == 1}
+    return tuple(names), {spelling: name for spelling, name in synonyms.items() if spelling != name}
 
 
 def only(images: LabelledImages, names: Sequence[str]) -> LabelledImages:

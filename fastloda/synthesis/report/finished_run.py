@@ -12,11 +12,11 @@ from fastloda.accounting.membership import MembershipBound
 from fastloda.errors import UserError
 from fastloda.synthesis.account import known_releases, read_statement, releases
 from fastloda.synthesis.budget import STATEMENT
-from fastloda.synthesis.data import NAMES, LabelledImages, load_npz
+from fastloda.synthesis.data import LabelledImages, load_npz
+from fastloda.synthesis.inputs import OWN_IMAGES, public_name
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, digest, read_json
 from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, PRIVATE, SAMPLES
 
-OWN_IMAGES = "images of one's own"
 SHOWN_SETTINGS = ("privacy", "adapter", "training")  # the others can hold paths
 SAMPLING_SETTINGS = ("count", "steps", "guidance", "reach")
 HIDDEN_SETTINGS = ("seed",)  # whoever knows it can foresee what was drawn
@@ -70,11 +70,11 @@ class FinishedRun:
     @property
     def private_name(self) -> str:
         """The name of the private images; never a path."""
-        return self.statement.get("name") or _public_name(str(self._config(PRIVATE).get("data", "")), "private images")
+        return self.statement.get("name") or public_name(str(self._config(PRIVATE).get("data", "")), "private images")
 
     @property
-    def public_name(self) -> str:
-        return _public_name(str(self._config("public").get("data", "")), OWN_IMAGES)
+    def name_of_public(self) -> str:
+        return public_name(str(self._config("public").get("data", "")), OWN_IMAGES)
 
     @property
     def unit(self) -> str:
@@ -174,9 +174,9 @@ class FinishedRun:
                 f"{EVALUATION} is about other images than {name}/{SAMPLES} holds now: `fastloda evaluate` tests these; or leave "
                 "it out by --evaluation false"
             )
-        train = name if "sha256" in settings else f"{_public_name(name, OWN_IMAGES)}, without privacy"
+        train = name if "sha256" in settings else f"{public_name(name, OWN_IMAGES)}, without privacy"
         numbers = {key: result[key] for key in ("train_images", "test_images", "accuracy")}
-        return {"train": train, "test": _public_name(settings["test"], OWN_IMAGES), **numbers}
+        return {"train": train, "test": public_name(settings["test"], OWN_IMAGES), **numbers}
 
     def _check_choice(self) -> None:
         """Refuse a run whose statement leaves out what its `choose` has released."""
@@ -212,12 +212,6 @@ def _confirmed(statement: Mapping, path: Path) -> Mapping:
             "changed after training; restore the file that `fastloda finetune` wrote"
         )
     return {**statement, "epsilon": max(epsilon, statement["epsilon"])}
-
-
-def _public_name(data: str, otherwise: str) -> str:
-    """Return the name of a data set without the folder that it lies in; `otherwise` for one that has only a path."""
-    name = data.partition(":")[0]
-    return name if name.partition("@")[0].removesuffix("-test") in NAMES else otherwise
 
 
 def _read_yaml(path: Path) -> dict:

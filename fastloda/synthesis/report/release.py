@@ -134,7 +134,7 @@ def _confidential() -> dict[str, str]:
     return {
         f"{PRIVATE}/{CHECKPOINT}": "it holds the secret from which the noise follows",
         f"{PRIVATE}/{intent_path(Path(CHECKPOINT)).name}": "it belongs to the checkpoint",
-        f"{PRIVATE}/{SOURCE} and {CHOSEN}/{SOURCE}": "they say where the private images are",
+        SOURCE: "each says where images are",
         f"{CONFIG} and {DONE}": f"those of {PRIVATE}/ and {CHOSEN}/ may hold paths, and times that depend on the images",
         EVALUATION: "the promise does not cover its accuracies",
         "the loss and the clipped share": "training shows them to the operator, without noise",
@@ -196,7 +196,7 @@ def _data(run: FinishedRun, evaluations: Sequence[dict]) -> Facts:
         "how many": f"{run.count:,} (a nominal number, which is public)",
         "unit of privacy": run.unit,
         "classes": run.classes,
-        "public images": run.public_name,
+        "public images": run.name_of_public,
     }
     if evaluations:
         facts["test images"] = ", ".join(dict.fromkeys(found["test"] for found in evaluations))
