@@ -24,9 +24,10 @@ check: $(FOR_TESTS)
 	$(PYTHON) -m vulture
 	$(PYTHON) -m codespell_lib
 
-# Every Triton kernel, ahead of time and without a GPU, for three generations of cards.
+# Every Triton kernel, ahead of time and without a GPU, for three generations of cards, and what the machine code of one says.
 compile: $(FOR_TESTS)
 	$(PYTHON) scripts/compile_check.py
+	$(PYTHON) scripts/machine_code.py
 
 # The slow full counts of the privacy tests; their figures go to docs/results/prove.json.
 prove: $(FOR_TESTS)

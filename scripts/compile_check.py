@@ -15,7 +15,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction, MockTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
@@ -92,11 +95,13 @@ def launch_all(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_for
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch to compile: its kernel, arguments (a tensor is its dtype) and options."""
+    """One launch to compile: its kernel, arguments (a tensor is its dtype) and options, and how much it does."""
 
     kernel: JITFunction
     arguments: tuple
     options: tuple[tuple[str, object], ...]
+    programs: int
+    bytes: tuple[int, ...]  # by tensor; one that is passed twice counts once
 
     @property
     def key(self) -> tuple:
@@ -109,56 +114,72 @@ def launches(
     layers: list[Layer], dtypes: list[torch.dtype], layouts: list[torch.memory_format]
 ) -> Iterator[tuple[str, Launch]]:
     """(label, launch), each that compiles differently once."""
-    seen, caught = set(), []
+    seen = set()
+    for layer, dtype, memory_format in product(layers, dtypes, layouts):
+        with catching() as caught:
+            launch_all(layer, dtype, memory_format)
+        label = f"{layer.name}, {dtype}, {memory_format}"
+        yield from ((label, launch) for launch in caught if launch.key not in seen)
+        seen.update(launch.key for launch in caught)
+
+
+@contextmanager
+def catching() -> Iterator[list[Launch]]:
+    """Note what would be launched in place of launching it."""
+    caught: list[Launch] = []
 
     def catch(kernel: JITFunction, *arguments, grid, warmup, **options) -> None:
         plain = tuple(a.dtype if isinstance(a, Tensor) else a for a in arguments)
-        caught.append(Launch(kernel, plain, tuple(sorted(options.items()))))
+        sizes = {id(a): a.numel() * a.element_size() for a in arguments if isinstance(a, Tensor)}
+        caught.append(Launch(kernel, plain, tuple(sorted(options.items())), grid[0], tuple(sizes.values())))
 
     original, JITFunction.run = JITFunction.run, catch
     try:
-        for layer in layers:
-            for dtype in dtypes:
-                for memory_format in layouts:
-                    launch_all(layer, dtype, memory_format)
-                    label = f"{layer.name}, {dtype}, {memory_format}"
-                    yield from ((label, launch) for launch in caught if launch.key not in seen)
-                    seen.update(launch.key for launch in caught)
-                    caught.clear()
+        yield caught
     finally:
         JITFunction.run = original
 
 
-def compile_for(arch: int, label: str, launch: Launch) -> Report:
+def compiled_for(arch: int, launch: Launch) -> CompiledKernel:
     """Compile one launch as the JIT would on that card."""
     triton.runtime.driver.set_active(NoDriver(arch))
-    name = launch.kernel.__name__
     arguments = [MockTensor(a) if isinstance(a, torch.dtype) else a for a in launch.arguments]
+    return launch.kernel.warmup(*arguments, grid=(1,), **dict(launch.options))
+
+
+def report_of(arch: int, label: str, launch: Launch) -> Report:
+    """Compile one launch, and say what it came to."""
+    name = launch.kernel.__name__
     try:
-        compiled = launch.kernel.warmup(*arguments, grid=(1,), **dict(launch.options))
+        compiled = compiled_for(arch, launch)
     except Exception as error:  # whatever the compiler says is the result
         lines = str(error).strip().splitlines() or [""]
         return Report(name, label, arch, problem=f"{type(error).__name__}: {lines[-1]}")
-    registers, stack = _resources(compiled.asm["cubin"])
+    registers, stack = resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     problems = [f"spills {stack} bytes"] * (stack > 0)
     problems += [f"{shared} bytes of shared memory"] * (shared > SHARED_MEMORY[arch])
     return Report(name, label, arch, registers, stack, shared, ", ".join(problems))
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def resources(cubin: bytes) -> tuple[int, int]:
     """-> registers a thread, bytes of stack a thread."""
+    told = dump(cubin, "--dump-resource-usage")
+    return tuple(int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", told).groups())
+
+
+def dump(cubin: bytes, option: str) -> str:
+    """Return what Triton's cuobjdump says of the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    return tuple(int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", told.stdout).groups())
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _check_one(job: tuple[int, int]) -> Report:
     which, arch = job
-    return compile_for(arch, *_JOBS[which])
+    return report_of(arch, *_JOBS[which])
 
 
 _JOBS: list[tuple[str, Launch]] = []  # filled before the workers fork: a kernel can't be pickled
