@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from fastloda.privacy.step import GhostClipper
 from fastloda.synthesis.data import LabelledImages
-from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.diffusion import UNet, UNetConfig
 from fastloda.synthesis.recipe import Recipe
 
 REPEATS = 2
@@ -43,11 +43,11 @@ def measure(config: UNetConfig, public: LabelledImages, recipe: Recipe, device: 
     model = UNet(config).to(device, memory_format=torch.channels_last)
     count = min(len(public), max(4, min(128, 2**13 // config.image_size**2)))
     images, labels = public.images[:count].to(device), public.labels[:count].to(device)
-    generator, diffusion = Generator(device).manual_seed(0), Diffusion()
+    generator = Generator(device).manual_seed(0)
     parameters = sum(p.numel() for p in model.parameters())
 
     def public_loss() -> Tensor:
-        return diffusion.losses(model, images, labels, generator=generator).mean()
+        return model.process.losses(model, images, labels, generator=generator).mean()
 
     def sampling_step() -> Tensor:
         with torch.inference_mode():
@@ -59,7 +59,7 @@ def measure(config: UNetConfig, public: LabelledImages, recipe: Recipe, device: 
     recipe.adapter.attach(model)
     clipper, losses_of = (
         GhostClipper(model, 1.0, recipe.tuning.views),
-        recipe.tuning.training.losses(recipe.tuning.views),
+        recipe.tuning.training.losses(recipe.tuning.trained(model.process), recipe.tuning.views),
     )
 
     def private_losses() -> Tensor:

@@ -46,7 +46,7 @@ from fastloda.synthesis.data import (
     svhn,
 )
 from fastloda.synthesis.data.safe_pickle import load_plain_pickle
-from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.diffusion import UNet, UNetConfig
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.synthesis.inputs import (
     NAMED,
@@ -694,7 +694,7 @@ def test_training_on_bytes_is_training_on_floats():
     found = []
     for images in (data, floats):
         torch.manual_seed(0)
-        model = pretrain(UNet(config), Diffusion(), images, PublicTraining(steps=2, batch_size=4), progress=False)
+        model = pretrain(UNet(config), images, PublicTraining(steps=2, batch_size=4), progress=False)
         judge = train_classifier(images, steps=2, batch_size=4, width=8, progress=False)
         found.append(
             [*model.state_dict().values(), *judge.state_dict().values(), torch.tensor(accuracy(judge, images))]

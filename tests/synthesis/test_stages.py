@@ -23,7 +23,7 @@ from fastloda.synthesis.account import account, read_statement, releases
 from fastloda.synthesis.budget import Privacy
 from fastloda.synthesis.classify import AUGMENTS, seeded_network
 from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, image_folder, load_npz, only, relabelled
-from fastloda.synthesis.diffusion import Diffusion, digits_unet
+from fastloda.synthesis.diffusion import digits_unet
 from fastloda.synthesis.diffusion import pretrain as pretraining
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
@@ -283,9 +283,7 @@ def test_classes_go_by_name_from_the_public_model_to_the_tests(tmp_path):
     assert sorted(path.name for path in (run / "samples" / "images").iterdir()) == ["a", "c"]
     model = load_unet(run / "public" / "model.safetensors")
     load_loda(model, run / "private" / "adapter.safetensors")
-    of_classes_0_and_2 = draw_samples(
-        model, Diffusion(), torch.tensor([0, 2, 0, 2, 0]), steps=2, seed=0, progress=False
-    )
+    of_classes_0_and_2 = draw_samples(model, torch.tensor([0, 2, 0, 2, 0]), steps=2, seed=0, progress=False)
     assert torch.equal(drawn.images, LabelledImages(of_classes_0_and_2.clamp(-1, 1), drawn.labels, 2).images) or (
         (drawn.images - of_classes_0_and_2).abs().max() < 0.01  # bytes
     )
@@ -413,7 +411,7 @@ def test_pretraining_saves_by_the_clock_too(tmp_path, monkeypatch):
     model, images = digits_unet(width=8, norm_groups=4), font_digits(20, 0)
     for seconds, expected in ((0.0, [1, 2, 3]), (1e9, [3])):
         saves.clear()
-        pretraining.pretrain(model, Diffusion(), images, PUBLIC, checkpoint_seconds=seconds, progress=False)
+        pretraining.pretrain(model, images, PUBLIC, checkpoint_seconds=seconds, progress=False)
         assert saves == expected
 
 
