@@ -1140,7 +1140,7 @@ def test_font_digits_are_placed_as_mnist_s_are():
     assert 19.5 < extent.float().mean() < 21.5  # the bend moves each one's edges by some pixels
     place = torch.arange(28.0)
     centre = (rows * place).sum(1) / rows.sum(1)
-    assert (centre - 13.5).abs().max() < 3
+    assert (centre - 13.5).abs().mean() < 1.5 and (centre - 13.5).abs().max() < 5
 
 
 def test_sizes_are_given_where_they_can_be(tmp_path):
