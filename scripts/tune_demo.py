@@ -27,7 +27,7 @@ from fastloda import DPTrainer, PrivateTraining, attach_loda, calibrate_noise
 from fastloda.loda.attach import loda_layers
 from fastloda.synthesis.classify import accuracy, train_classifier
 from fastloda.synthesis.data import Hands, LabelledImages, font_digits
-from fastloda.synthesis.diffusion import Diffusion, class_balanced_labels, digits_unet, sample
+from fastloda.synthesis.diffusion import UNet, class_balanced_labels, digits_unet, sample
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.synthesis.methods import PublicChoice
 from fastloda.synthesis.methods.gaussian_release import noise_stream
@@ -134,13 +134,13 @@ def stand_in(name: str, seed: int) -> tuple[LabelledImages, LabelledImages]:
     return everything[order[:RECORDS]], everything[order[RECORDS:]]
 
 
-def public_model(path: Path = Path("runs/tune-public.pt")) -> torch.nn.Module:
+def public_model(path: Path = Path("runs/tune-public.pt")) -> UNet:
     """The demo's public model, kept for the next trials."""
     model = digits_unet().to(memory_format=torch.channels_last)
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
-    pretrain(model, Diffusion(), font_digits(20_000, 0), PublicTraining(steps=2000, ema_decay=0.998))
+    pretrain(model, font_digits(20_000, 0), PublicTraining(steps=2000, ema_decay=0.998))
     path.parent.mkdir(exist_ok=True)
     torch.save(model.state_dict(), path)
     return model
@@ -149,9 +149,10 @@ def public_model(path: Path = Path("runs/tune-public.pt")) -> torch.nn.Module:
 def trial(changes: dict) -> str:
     """Fine-tune, sample, classify; -> a line of the record."""
     s = DEFAULTS | changes
-    began, diffusion = time.monotonic(), Diffusion.between(*s["timesteps"])
+    began = time.monotonic()
     (train, test), seed = stand_in(s["stand_in"], s["seed"]), s["seed"]
     model, earlier, move = public_model(), (), lambda images: images
+    process = model.process.between(*s["timesteps"])
     if s["choice_noise"]:
         pool = font_digits(100_000, 0)
         choice = PublicChoice(s["choice_noise"], tolerance=s["choice_tolerance"], reach=s["choice_reach"])
@@ -177,12 +178,12 @@ def trial(changes: dict) -> str:
     )
 
     def losses(model, batch, generator):
-        return diffusion.losses(model, *batch, views=s["views"], generator=generator)
+        return process.losses(model, *batch, views=s["views"], generator=generator)
 
     trainer = DPTrainer(model, (train.images, train.labels), losses, settings).fit()
     labels = class_balanced_labels(s["samples"], 10)
     with trainer.average.in_place():
-        images = sample(model, diffusion, labels, guidance=s["guidance"], steps=s["sampler_steps"], seed=seed)
+        images = sample(model, labels, guidance=s["guidance"], steps=s["sampler_steps"], seed=seed)
     synthetic = move(LabelledImages(images.clamp(-1, 1), labels, 10))
     judges = [train_classifier(synthetic, steps=s["classifier_steps"], seed=k) for k in range(s["classifiers"])]
     found = ", ".join(f"{accuracy(judge, test):.3f}" for judge in judges)

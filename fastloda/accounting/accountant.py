@@ -30,15 +30,22 @@ class PrivacyAccountant:
             allowed and costs an infinite epsilon.
         method: "prv" (tight) or "rdp".
         earlier: releases about the same records, as `compose_epsilon` takes them: every epsilon covers them too.
+        bands: number of consecutive steps that count as one, because a record may enter one of them only, with probability
+            `sample_rate`, and their noise is correlated accordingly (`privacy/correlated.py`).
     """
 
     def __init__(
-        self, sample_rate: float, noise_multiplier: float, method: str = "prv", earlier: Sequence[Sequence] = ()
+        self,
+        sample_rate: float,
+        noise_multiplier: float,
+        method: str = "prv",
+        earlier: Sequence[Sequence] = (),
+        bands: int = 1,
     ):
         self.sample_rate = check_rate(sample_rate)
         self.noise_multiplier = check_noise(noise_multiplier)
         self.method = _check_method(method)
-        self.earlier = merged(earlier)
+        self.earlier, self.bands = merged(earlier), check_steps(bands, "bands", least=1)
         self._ledger: Ledger[str] = Ledger()
         self._warned = False
 
@@ -104,6 +111,7 @@ class PrivacyAccountant:
             "steps": self.steps,
             "method": self.method,
             "earlier": [list(mechanism) for mechanism in self.earlier],
+            "bands": self.bands,
             "id": own,
             "loaded": {id: counts[STEPS] for id, counts in self._ledger.entries.items() if id != own},
         }
@@ -127,12 +135,14 @@ class PrivacyAccountant:
             rate, noise = check_rate(state["sample_rate"]), check_noise(state["noise_multiplier"])
             _check_method(state["method"])
             earlier, entries = merged(state.get("earlier", ())), _entries(state)
+            bands = check_steps(state.get("bands", 1), "bands", least=1)
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"malformed privacy record: {error}") from error
-        if (rate, noise, earlier) != (self.sample_rate, self.noise_multiplier, self.earlier):
+        if (rate, noise, earlier, bands) != (self.sample_rate, self.noise_multiplier, self.earlier, self.bands):
             raise UserError(
-                f"the record is of sample_rate={rate}, noise_multiplier={noise}, earlier={[*earlier]}; this run has "
-                f"sample_rate={self.sample_rate}, noise_multiplier={self.noise_multiplier}, earlier={[*self.earlier]}"
+                f"the record is of sample_rate={rate}, noise_multiplier={noise}, earlier={[*earlier]}, bands={bands}; this run "
+                f"has sample_rate={self.sample_rate}, noise_multiplier={self.noise_multiplier}, earlier={[*self.earlier]}, "
+                f"bands={self.bands}"
             )
         self._ledger.merge(entries)
 
@@ -144,7 +154,11 @@ class PrivacyAccountant:
 
     def _spent(self, steps: int | None) -> tuple[Mechanism, ...]:
         steps = self.steps if steps is None else check_steps(steps)
-        return merged([*self.earlier, (self.sample_rate, self.noise_multiplier, steps)])
+        return merged([*self.earlier, self.mechanism(steps)])
+
+    def mechanism(self, steps: int) -> Mechanism:
+        """Return the mechanism that `steps` steps are, of independent noise."""
+        return Mechanism(self.sample_rate, self.noise_multiplier, -(-steps // self.bands))
 
     def _warn(self, trouble: str | None) -> None:
         if trouble and not self._warned:

@@ -104,6 +104,12 @@ def of_trainer(
     owner of each, an integer, and `make(data, settings, owners)` is called, where data are the other tensors.
     """
 
+    if settings.bands > 1:
+        raise UserError(
+            f"the audit looks at single steps, whose noise is independent; with bands={settings.bands} it is not. Audit the same "
+            "settings with bands=1: only the noise and the choice of who may enter a step differ"
+        )
+
     def trainer(data: "_Rows", owners: Sequence[int], generator: Generator, **changes) -> DPTrainer:
         seed = int(torch.randint(2**62, (), generator=generator))
         changed = replace(settings, seed=seed, target_epsilon=None, **changes)

@@ -22,7 +22,8 @@ from fastloda.per_sample.members import Members
 from fastloda.per_sample.refusals import check_optimizer, trainable_parameters
 from fastloda.privacy.adaptive import AdaptiveClipping
 from fastloda.privacy.clip import Clipping, clip_factors, clipping_style, group_norms, group_sums
-from fastloda.privacy.noise import NoiseOver, NoiseSource, add_noise
+from fastloda.privacy.correlated import CorrelatedNoise
+from fastloda.privacy.noise import NoiseOver, NoiseSource
 from fastloda.privacy.ranks import (
     Group,
     World,
@@ -68,10 +69,14 @@ class GhostClipper:
         max_grad_norm: the bound on a sample's contribution; with adaptive clipping its start, and the attribute then moves.
         views: the number of losses per sample, averaged before clipping.
         clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings (`privacy/styles.py`).
+        bands: the number of steps over which the noise is correlated (`privacy/correlated.py`). With more than 1 no record may
+            enter two of any `bands` consecutive steps, and ceil(steps / bands) steps count, at the rate of those that it may
+            enter: `DPTrainer` sees to both.
         group: the process group of the ranks. None: the default group, if it is initialised; "alone": this process only.
 
     Raises:
-        ValueError: max_grad_norm is not positive and finite, or views < 1, or clipping is unknown or does not fit the model.
+        ValueError: max_grad_norm is not positive and finite, or views or bands < 1, or clipping is unknown or does not fit the
+            model.
         PrivacyError: nothing trains, or a layer mixes samples, or a wrapper handles gradients by itself (`check_wrappers`).
     """
 
@@ -82,11 +87,13 @@ class GhostClipper:
         views: int = 1,
         *,
         clipping: Clipping = "flat",
+        bands: int = 1,
         group: Group = None,
     ):
         max_grad_norm = check_max_grad_norm(max_grad_norm)
         self.views = check_views(views)
         self._clipping = clipping_style(clipping)
+        self.noise = CorrelatedNoise(bands)
         self.model = model
         self.group = group
         self._world = World.of(group)
@@ -248,7 +255,7 @@ class GhostClipper:
         else:
             source = generator
         noise = std if world.first else 0.0  # the other ranks copy the first one's mean
-        noisy = {alike: add_noise(total, noise, source) for alike, total in sums.items()}
+        noisy = self.noise.add(sums, noise, source)
         means = {alike: (total / expected_batch_size).to(alike[1]) for alike, total in noisy.items()}
         world.copy_from_first(list(means.values()))
         self._bound.move(noise_multiplier, expected_batch_size, world, source)
@@ -256,6 +263,7 @@ class GhostClipper:
 
     def _hand_over(self, means: dict[Alike, Tensor]) -> None:
         """Put the noisy means into `.grad`, and let the optimizer write to the parameters."""
+        self.noise.released()
         for name, grad in self._sums.parted(means).items():
             self.parameters[name].grad = grad
         stats = self._stats
@@ -274,6 +282,7 @@ class GhostClipper:
             "max_grad_norm": self.max_grad_norm,
             "views": self.views,
             "clipping": self.clipping,
+            "bands": self.noise.bands,
             "noise_multiplier": noise_multiplier,
             "expected_batch_size": expected_batch_size,
         }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastloda.errors import UserError
 from fastloda.synthesis.data import LabelledImages
-from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.diffusion import UNet, UNetConfig
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.inputs import Takes
 from fastloda.synthesis.models import class_names_of, load_unet, was_chosen_privately
@@ -90,14 +90,14 @@ class OwnUNet:
         return images.images[:], images.labels  # images[:] is the tensor itself, or bytes converted to floats
 
     def losses(self, training: FineTuning, views: int) -> Losses:
-        return training.losses(views)
+        return training.losses(self.network.process.between(*training.timesteps), views)
 
     def check_drawing(self, steps: int, guidance: float) -> None:
-        if steps > Diffusion().timesteps:
-            raise UserError(f"need 1 <= steps <= {Diffusion().timesteps}, got {steps}")
+        if steps > (most := self.network.process.steps_at_most):
+            raise UserError(f"need 1 <= steps <= {most}, got {steps}")
 
     def draw(self, labels: Tensor, **options) -> Tensor:
-        return draw_samples(self.network, Diffusion(), labels, **options).clamp(-1, 1)
+        return draw_samples(self.network, labels, **options).clamp(-1, 1)
 
 
 def open_base(folder: Path, device: torch.device) -> Base:

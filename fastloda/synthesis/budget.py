@@ -29,6 +29,9 @@ logger = logging.getLogger("fastloda")
 
 STATEMENT, EPSILON_CURVE, CHECKPOINT = "privacy.json", "epsilon.png", "checkpoint.pt"
 ADJACENCY, SAMPLER = "add/remove one record", "Poisson"
+CYCLIC = (
+    "Poisson, of every {0}-th record in turn; noise correlated over {0} steps (banded square root), which count as one"
+)
 OWNER_ADJACENCY = "add/remove one owner with all records"
 CURVE_POINTS = 40
 
@@ -57,6 +60,8 @@ class Privacy:
         max_grad_norm: bound on the L2 norm of a record's gradient. A small bound clips all gradients, as is usual in
             diffusion, and Adam makes up for the scale. With adaptive clipping, the first bound.
         views: number of noise levels per record and step, averaged before clipping.
+        bands: number of steps over which the noise is correlated, so that much of it cancels; 1: independent noise. See
+            `PrivateTraining`.
         clipping: style of clipping: flat (a gradient longer than max_grad_norm is shortened to it), automatic (all are scaled
             to just below it), per_layer (each layer has an equal share of it), or adaptive (the bound follows the median of
             the norms, for a part of the same budget).
@@ -70,6 +75,7 @@ class Privacy:
     max_grad_norm: float = 1e-3
     views: int = 2
     clipping: ClippingName = "flat"
+    bands: int = 1
 
     def __post_init__(self):
         clipping_style(self.clipping)
@@ -147,6 +153,7 @@ def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optim
         max_grad_norm=privacy.max_grad_norm,
         views=privacy.views,
         clipping=privacy.clipping,
+        bands=privacy.bands,
         earlier=tuple(tuple(release) for release in earlier),
         **optimization,
     )
@@ -203,7 +210,7 @@ def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[di
     `earlier` describes the releases in the settings' `earlier`, as a statement's own "releases" do.
     """
     settings, accountant = trainer.settings, trainer.accountant
-    own = (settings.sample_rate, settings.noise_multiplier, trainer.step)
+    own = accountant.mechanism(trainer.step)
     before = earlier or [unrecorded_release(release) for release in settings.earlier]
     text = describe_randomness(settings.seed, settings.secure_noise)
     all_releases = [*before, _release(own, settings.seed is not None, text)]
@@ -218,10 +225,10 @@ def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[di
             "target_epsilon": settings.target_epsilon,
             "adjacency": OWNER_ADJACENCY if by_owner else ADJACENCY,
             "mechanism": f"Gaussian noise on the sum of clipped per-{trainer.unit} gradients, divided by the expected batch size",
-            "sampler": SAMPLER,
-            "sample_rate": settings.sample_rate,
-            "noise_multiplier": settings.noise_multiplier,
-            "steps": trainer.step,
+            "sampler": SAMPLER if settings.bands == 1 else CYCLIC.format(settings.bands),
+            "sample_rate": own.sample_rate,
+            "noise_multiplier": own.noise_multiplier,
+            "steps": own.steps,
             "earlier": [list(release) for release in settings.earlier],
             "max_grad_norm": settings.max_grad_norm,
             "views": settings.views,

@@ -26,8 +26,8 @@ from fastloda.loda.attach import BESIDE
 from fastloda.randomness import seeded
 from fastloda.synthesis.bases import PIPELINE, refuse_prompts
 from fastloda.synthesis.data import LabelledImages, named_classes
+from fastloda.synthesis.diffusion.process import TIMESTEPS, drop_labels, mirror_some
 from fastloda.synthesis.diffusion.sampler import image_seeds
-from fastloda.synthesis.diffusion.schedule import TIMESTEPS, drop_labels, mirror_some
 from fastloda.synthesis.inputs import Takes
 from fastloda.synthesis.runs import read_json
 from fastloda.synthesis.settings import FineTuning

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from fastloda.privacy.step import GhostClipper
 from fastloda.synthesis.data import LabelledImages
-from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.diffusion import UNet, UNetConfig
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods.diffusion_model import PrivateTuning
 from fastloda.synthesis.presets import SAMPLER_STEPS
@@ -52,11 +52,11 @@ def measure(
     count = max(4, min(128, some // config.image_size**2))
     index = torch.arange(count) % len(public)
     images, labels = public.images[index].to(device), public.labels[index].to(device)
-    generator, diffusion = Generator(device).manual_seed(0), Diffusion()
+    generator = Generator(device).manual_seed(0)
     parameters = sum(p.numel() for p in model.parameters())
 
     def public_loss() -> Tensor:
-        return diffusion.losses(model, images, labels, generator=generator).mean()
+        return model.process.losses(model, images, labels, generator=generator).mean()
 
     def sampling_step() -> Tensor:
         with torch.inference_mode():
@@ -67,7 +67,8 @@ def measure(
     model.zero_grad()
     adapter.attach(model)
     _leave_the_start(model)
-    clipper, losses_of = GhostClipper(model, 1.0, tuning.views), tuning.training.losses(tuning.views)
+    clipper = GhostClipper(model, 1.0, tuning.views)
+    losses_of = tuning.training.losses(tuning.trained(model.process), tuning.views)
 
     def private_losses() -> Tensor:
         return losses_of(model, (images, labels), generator)

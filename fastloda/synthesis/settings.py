@@ -11,7 +11,7 @@ from fastloda.errors import UserError
 from fastloda.loda.attach import Targets, attach_loda
 from fastloda.synthesis.classify import AugmentName, NetworkName, Norm, OptimizerName, make_network
 from fastloda.synthesis.data import LabelledImages
-from fastloda.synthesis.diffusion import PRESETS, TIMESTEPS, Diffusion, UNetConfig, preset_for
+from fastloda.synthesis.diffusion import PRESETS, TIMESTEPS, Process, UNetConfig, preset_for
 from fastloda.training.schedules import Schedule
 from fastloda.training.trainer import Losses
 
@@ -37,6 +37,7 @@ class UNetShape:
         attention: levels with attention, from 0, or whether all have it.
         norm_groups: number of groups of every GroupNorm.
         dropout: probability of dropout in the residual blocks.
+        process: what the model undoes: ddpm (Ho et al. 2020; the default) or edm (Karras et al. 2022).
     """
 
     preset: Literal["auto", "digits", "small", "medium", "paper"] = "auto"
@@ -46,6 +47,7 @@ class UNetShape:
     attention: bool | tuple[int, ...] | None = None
     norm_groups: int | None = None
     dropout: float | None = None
+    process: Literal["ddpm", "edm"] | None = None
 
     def config(self, images: LabelledImages) -> UNetConfig:
         """Make the configuration of a U-Net for images like these.
@@ -115,8 +117,9 @@ class FineTuning:
         ema_decay: decay of the moving average of the adapters over the steps, which is what is released.
         label_dropout: share of labels that are dropped, for classifier-free guidance; none for a model that needs a label.
         flips: whether each view of an image is mirrored left to right with probability 1/2. For photographs, not for digits.
-        timesteps: range of timesteps, without its end, on which the adapters are trained. The noisiest images say little
-            about the private ones, and the least noisy little about their shape: both would only cost signal.
+        timesteps: range of timesteps, without its end, on which the adapters are trained; of an edm, thousandths of its noise
+            levels. The noisiest images say little about the private ones, and the least noisy little about their shape: both
+            would only cost signal.
         micro_batch_size: number of records in memory at a time; the result does not depend on it.
         seed: seed of sampling and noise. Default: the operating system's randomness. A number makes an experiment that can
             be repeated, and whose noise can be foreseen.
@@ -151,11 +154,10 @@ class FineTuning:
                 f"training needs learning_rate > 0, 0 <= ema_decay < 1, micro_batch_size >= 1, warmup >= 0; got {self}"
             )
 
-    def losses(self, views: int, diffusion: Diffusion | None = None) -> Losses:
-        """Make the diffusion loss for a trainer, one number per sample and view, on `timesteps` unless a process is given."""
-        diffusion = Diffusion.between(*self.timesteps) if diffusion is None else diffusion
+    def losses(self, process: Process, views: int) -> Losses:
+        """Make the loss of a model of this process for a trainer, one number per sample and view."""
         options = {"views": views, "label_dropout": self.label_dropout, "flips": self.flips}
-        return lambda model, batch, generator: diffusion.losses(model, *batch, **options, generator=generator)
+        return lambda model, batch, generator: process.losses(model, *batch, **options, generator=generator)
 
     def optimization(self) -> dict:
         """Collect the fields that `PrivateTraining` has too."""

@@ -44,7 +44,7 @@ from fastloda.synthesis.budget import (
 )
 from fastloda.synthesis.classify import accuracy, train_classifier
 from fastloda.synthesis.data import LabelledImages, listed, mapped_names, only, read_owners, relabelled
-from fastloda.synthesis.diffusion import Diffusion, UNet, class_balanced_labels
+from fastloda.synthesis.diffusion import TIMESTEPS, UNet, class_balanced_labels
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.inputs import (
@@ -464,8 +464,8 @@ def check_sampling(count: int, steps: int, guidance: float, batch_size: int = 1,
     """Refuse with a ValueError what `sample` can't do."""
     if count < 1 or batch_size < 1:
         raise UserError(f"count and batch_size must be at least 1, got {count} and {batch_size}")
-    if not 1 <= steps <= Diffusion().timesteps or not 0 <= guidance < float("inf"):
-        raise UserError(f"need 1 <= steps <= {Diffusion().timesteps} and guidance >= 0, got {steps} and {guidance}")
+    if not 1 <= steps <= TIMESTEPS or not 0 <= guidance < float("inf"):
+        raise UserError(f"need 1 <= steps <= {TIMESTEPS} and guidance >= 0, got {steps} and {guidance}")
     if not 0 <= reach < float("inf"):
         raise UserError(f"reach must be finite and not negative, got {reach}")
 
@@ -619,7 +619,7 @@ def _draw_preview(
     """Draw a contact sheet of a model whose classes are `known`, with some images of each of the classes `names`."""
     labels = class_balanced_labels(PREVIEW_COLUMNS * len(names), len(names))
     number = torch.tensor([known.index(name) for name in names])
-    drawn = draw_samples(model, Diffusion(), number[labels], seed=seed, progress=progress).clamp(-1, 1)
+    drawn = draw_samples(model, number[labels], seed=seed, progress=progress).clamp(-1, 1)
     write_atomically(folder / PREVIEW, contact_sheet(LabelledImages(drawn, labels, len(names), tuple(names))))
 
 

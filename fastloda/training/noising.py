@@ -21,10 +21,26 @@ def draw_timesteps(
     The mean over a sample's views estimates the mean over timesteps without bias, and with less variance than independent
     draws would. Samples are independent of each other.
     """
+    u = _stratified(n, views, generator, device)
+    return torch.searchsorted(cdf.to(u.device), u, right=True).to(device)
+
+
+def draw_levels(
+    cdf: Tensor, n: int, views: int = 1, generator: Generator | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """Draw levels [n * views] (float64) in [0, T] as `draw_timesteps` does, but evenly within the unit after each timestep."""
+    u = _stratified(n, views, generator, device)
+    cdf = cdf.to(u.device)
+    step = torch.searchsorted(cdf, u, right=True)
+    before = torch.cat([cdf.new_zeros(1), cdf])[step]
+    return step + (u - before) / (cdf[step] - before)
+
+
+def _stratified(n: int, views: int, generator: Generator | None, device: torch.device | str | None) -> Tensor:
+    """Draw numbers [n * views] (float64) in [0, 1), view k's in the k-th of `views` equal parts."""
     u = draw(torch.rand, (n, views), generator, device)
     u = u.cpu() if u.device.type == "mps" else u  # which lacks float64
-    u = (torch.arange(views, device=u.device) + u.double()) / views
-    return torch.searchsorted(cdf.to(u.device), u.flatten(), right=True).to(device)
+    return ((torch.arange(views, device=u.device) + u.double()) / views).flatten()
 
 
 def draw(

@@ -34,7 +34,7 @@ from fastloda.training.optimizers import (
     make_scheduler,
 )
 from fastloda.training.releases import Releases
-from fastloda.training.sampling import poisson_sample
+from fastloda.training.sampling import cyclic_sample
 from fastloda.training.settings import PrivateTraining
 
 CURVE_POINTS = 64  # points of the epsilon curve shown while training; between them the next larger value is shown
@@ -121,7 +121,8 @@ class RunState:
 
     def batch(self) -> Tensor:
         """Draw the indices of the next step's Poisson batch of units, the same on all ranks and at each call."""
-        return poisson_sample(self.units, self.settings.sample_rate, self.stream("batch"))
+        s = self.settings
+        return cyclic_sample(self.units, s.sample_rate, self.step, s.bands, self.stream("batch"))
 
     def stream(self, name: str) -> Generator:
         """Make the stream of that name in the next step, which starts anew at each call; the same on all ranks."""
@@ -161,6 +162,7 @@ class RunState:
 
     def charge(self, last: int, why: str) -> None:
         """Charge the releases on record up to number `last`, which are not repeated, so that the budget holds."""
+        self.clipper.noise.forget()  # what the lost steps' noise was is not known
         lost = last - self.step
         self.accountant.step(lost)
         with warnings.catch_warnings():
@@ -194,6 +196,7 @@ class RunState:
             "randomness": describe_randomness(self.settings.seed, self.settings.secure_noise),
             "accountant": self.accountant.state_dict(),
             "max_grad_norm": self.clipper.max_grad_norm,
+            "noise": self.world.from_first(lambda: self.clipper.noise.state(self.parameters)),
             "parameters": {name: p.detach().clone() for name, p in self.parameters.items()},
             "average": dict(self.average.values),
             "optimizer": self.optimizer.state_dict(),
@@ -213,6 +216,7 @@ class RunState:
             )
         self.accountant.load_state_dict(state["accountant"])
         self.clipper.max_grad_norm = state["max_grad_norm"]
+        self.clipper.noise.load(state["noise"], self.parameters)
         copy_into(self.parameters, state["parameters"])
         self.average.load(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -241,6 +245,7 @@ class RunState:
                 raise CheckpointError(gone)
             if settings.seed is None:
                 self.secret = self._new_secret()
+                self.clipper.noise.forget()
                 warnings.warn(f"{gone}; batches and noise start anew", stacklevel=4)
         elif self.step < last and (settings.secure_noise or settings.seed is None and not resumes):
             self.charge(last, "may have been released after the last checkpoint, with noise that can't be repeated")

@@ -15,6 +15,16 @@ def poisson_sample(records: int, sample_rate: float, generator: Generator) -> Te
     return (torch.rand(records, dtype=torch.float64, generator=generator) < sample_rate).nonzero().flatten()
 
 
+def cyclic_sample(records: int, sample_rate: float, step: int, bands: int, generator: Generator) -> Tensor:
+    """Draw a Poisson sample of those records that may enter this step: record i enters steps i mod bands only.
+
+    `sample_rate` is the mean over all steps; those that may enter do so with `bands` times that probability (Choquette-Choo et
+    al. 2023, b-min-sep sampling by b-cyclic Poisson batches).
+    """
+    may_enter = torch.arange(step % bands, records, bands)
+    return may_enter[poisson_sample(len(may_enter), sample_rate * bands, generator)]
+
+
 def share(indices: Tensor, rank: int, ranks: int) -> Tensor:
     """Select the indices of one rank's records, or owners: i is always rank i mod ranks', so that none is on two ranks."""
     return indices[indices % ranks == rank]

@@ -33,6 +33,9 @@ class PrivateTraining:
         target_epsilon: bound on epsilon before which training stops; None trains for `steps`.
         max_grad_norm: L2 bound on a sample's contribution; with adaptive clipping, its first value.
         clipping: style of clipping: "flat", "automatic", "per_layer", "adaptive", or a style object, as in `GhostClipper`.
+        bands: number of consecutive steps over which the noise is correlated, so that much of it cancels
+            (`privacy/correlated.py`); each record may then enter one of them only, `bands` times as likely. 1: independent noise.
+            More pay where many steps are made at a small sample rate.
         views: number of noise levels or augmentations per record, averaged before clipping.
         per_owner: number of rows of an owner in a step, averaged before clipping: different records, where the owner has as many.
         micro_batch_size: number of samples in a rank's memory at a time; the logical batch does not depend on it.
@@ -72,15 +75,21 @@ class PrivateTraining:
     ema_decay: float = 0.0
     seed: int | None = None
     clipping: Clipping = "flat"
+    bands: int = 1
     secure_noise: bool = False
     earlier: tuple[tuple[float, float, int], ...] = ()
 
     def __post_init__(self):
         check_max_grad_norm(self.max_grad_norm)
-        for name in ("steps", "views", "per_owner", "micro_batch_size"):
+        for name in ("steps", "views", "per_owner", "micro_batch_size", "bands"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be an integer >= 1, got {value!r}")
+        if self.bands > 1 and not self.sample_rate * self.bands <= 1:
+            raise UserError(
+                f"with bands={self.bands} a record enters a step with {self.bands} x sample_rate, which may be at most 1: got "
+                f"sample_rate={self.sample_rate!r}"
+            )
         for name in ("expected_batch_size", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
@@ -103,7 +112,8 @@ class PrivateTraining:
         """Compute the least noise with which all steps, and what was released earlier, stay within target_epsilon."""
         if self.target_epsilon is None:
             raise UserError("give noise_multiplier, or the target_epsilon from which it is computed")
-        return calibrate_noise(self.target_epsilon, self.delta, self.sample_rate, self.steps, self.earlier)
+        rounds = -(-self.steps // self.bands)
+        return calibrate_noise(self.target_epsilon, self.delta, self.sample_rate * self.bands, rounds, self.earlier)
 
     def check_units(self, units: int, unit: str) -> None:
         """Refuse an expected_batch_size far from sample_rate x units; below one expected unit, far from 1."""
@@ -116,7 +126,8 @@ class PrivateTraining:
 
     def accountant(self) -> PrivacyAccountant:
         """Make the accountant of a run with these settings, at its start."""
-        return PrivacyAccountant(self.sample_rate, self.noise_multiplier, earlier=self.earlier)
+        rate = self.sample_rate * self.bands
+        return PrivacyAccountant(rate, self.noise_multiplier, earlier=self.earlier, bands=self.bands)
 
 
 OPTIMIZERS = {

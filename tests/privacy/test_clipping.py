@@ -26,7 +26,7 @@ from fastloda.privacy.clip import STYLES, clip_factors, clipping_style
 from fastloda.privacy.ranks import World
 from fastloda.privacy.styles import Automatic, Flat, PerLayer
 from fastloda.synthesis.budget import Privacy, privacy_statement, private_training
-from fastloda.synthesis.diffusion import Diffusion
+from fastloda.synthesis.diffusion import DDPM
 from fastloda.synthesis.parser import build_parser
 from fastloda.synthesis.settings import FineTuning
 from fastloda.synthesis.stages import finetune
@@ -581,7 +581,7 @@ class Sees(nn.Module):
 def test_each_view_has_a_noise_level_and_a_flip_of_its_own():
     model, views = Sees(), 4
     x = torch.arange(6.0).view(1, 1, 2, 3).expand(500, 1, 2, 3) / 6
-    losses = Diffusion().losses(
+    losses = DDPM().losses(
         model,
         x,
         torch.zeros(500).long(),
@@ -590,7 +590,7 @@ def test_each_view_has_a_noise_level_and_a_flip_of_its_own():
         noise=torch.zeros(2000, 1, 2, 3),
         generator=Generator().manual_seed(0),
     )
-    scale = Diffusion().alphas_cumprod.sqrt().float()[model.t].view(-1, 1, 1, 1)
+    scale = DDPM().alphas_cumprod.sqrt().float()[model.t].view(-1, 1, 1, 1)
     straight, mirrored = ((model.x - scale * image).abs().amax((1, 2, 3)) < 1e-6 for image in (x[:1], x[:1].flip(-1)))
     assert losses.shape == (2000,) and (straight ^ mirrored).all()
     by_sample = mirrored.view(500, views).sum(1)
@@ -603,13 +603,13 @@ def test_flips_are_an_option_that_changes_nothing_else():
     model, x, y = Sees(), torch.rand(5, 1, 4, 4), torch.zeros(5).long()
     drawn_x = []
     for flips in (False, True):
-        Diffusion().losses(model, x, y, views=3, flips=flips, generator=Generator().manual_seed(1))
+        DDPM().losses(model, x, y, views=3, flips=flips, generator=Generator().manual_seed(1))
         drawn_x.append((model.x, model.t))
     assert torch.equal(drawn_x[0][1], drawn_x[1][1]) and not torch.equal(drawn_x[0][0], drawn_x[1][0])
     symmetric = (x + x.flip(-1)) / 2
     pair = []
     for flips in (False, True):
-        Diffusion().losses(model, symmetric, y, views=3, flips=flips, generator=Generator().manual_seed(1))
+        DDPM().losses(model, symmetric, y, views=3, flips=flips, generator=Generator().manual_seed(1))
         pair.append(model.x)
     assert torch.equal(*pair)
 
@@ -617,9 +617,9 @@ def test_flips_are_an_option_that_changes_nothing_else():
 @pytest.mark.parametrize("flips", [False, True])
 def test_fine_tuning_passes_flips_on(flips, monkeypatch):
     seen = {}
-    monkeypatch.setattr(Diffusion, "losses", lambda self, *arguments, **options: seen.update(options))
+    monkeypatch.setattr(DDPM, "losses", lambda self, *arguments, **options: seen.update(options))
     training = FineTuning(flips=flips)
-    training.losses(3)(Sees(), (torch.zeros(2, 1, 4, 4), torch.zeros(2).long()), None)
+    training.losses(DDPM(), 3)(Sees(), (torch.zeros(2, 1, 4, 4), torch.zeros(2).long()), None)
     assert seen["flips"] is flips and seen["views"] == 3
     assert "flips" not in training.optimization()
 

@@ -35,18 +35,20 @@ from fastloda.synthesis.data import (
     describe,
     digits_split,
     font_digits,
+    font_digits_as_mnist,
     image_folder,
     imagenet10,
     imagenet32,
     load_npz,
     look_at,
     mnist,
+    mnist5k_split,
     open_dataset,
     stratified_subset,
     svhn,
 )
 from fastloda.synthesis.data.safe_pickle import load_plain_pickle
-from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.diffusion import UNet, UNetConfig
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.synthesis.inputs import (
     NAMED,
@@ -694,7 +696,7 @@ def test_training_on_bytes_is_training_on_floats():
     found = []
     for images in (data, floats):
         torch.manual_seed(0)
-        model = pretrain(UNet(config), Diffusion(), images, PublicTraining(steps=2, batch_size=4), progress=False)
+        model = pretrain(UNet(config), images, PublicTraining(steps=2, batch_size=4), progress=False)
         judge = train_classifier(images, steps=2, batch_size=4, width=8, progress=False)
         found.append(
             [*model.state_dict().values(), *judge.state_dict().values(), torch.tensor(accuracy(judge, images))]
@@ -1093,6 +1095,8 @@ def test_the_papers_table_runs_on_published_files(tmp_path):
 SHAPES = {
     "digits": (1, 8, 8),
     "font-digits": (1, 8, 8),
+    "mnist5k": (1, 28, 28),
+    "font-digits-28": (1, 28, 28),
     "colour-digits": (3, 32, 32),
     "colour-font-digits": (3, 32, 32),
     "mnist": (1, 28, 28),
@@ -1117,6 +1121,26 @@ def test_every_name_opens_in_both_channels_and_splits(tmp_path):
                 open_dataset(name, root, "test")
         else:
             assert len(open_dataset(name, root, "test")) != len(data)
+
+
+def test_mnist5k_is_4000_private_and_1000_test_digits_of_mnist():
+    private, test = mnist5k_split()
+    assert private.labels.bincount().tolist() == [400] * 10 and test.labels.bincount().tolist() == [100] * 10
+    rows = torch.cat([private.images, test.images]).flatten(1)
+    assert len(rows.unique(dim=0)) == 5000 and rows.min() == -1 and rows.max() == 1
+    border = torch.ones(28, 28, dtype=torch.bool)
+    border[2:-2, 2:-2] = False
+    assert (private.images[..., border] == -1).float().mean() > 0.99  # 20 x 20 in the middle, by the centre of mass
+
+
+def test_font_digits_are_placed_as_mnist_s_are():
+    images = font_digits_as_mnist(200, seed=0).images[:, 0] > -0.5
+    rows, columns = images.any(2), images.any(1)
+    extent = torch.maximum(rows.sum(1), columns.sum(1))
+    assert 19.5 < extent.float().mean() < 21.5  # the bend moves each one's edges by some pixels
+    place = torch.arange(28.0)
+    centre = (rows * place).sum(1) / rows.sum(1)
+    assert (centre - 13.5).abs().mean() < 1.5 and (centre - 13.5).abs().max() < 5
 
 
 def test_sizes_are_given_where_they_can_be(tmp_path):
@@ -1226,6 +1250,9 @@ def test_names_of_the_command_line(tmp_path):
         "digits",
         "digits-test",
         "font-digits",
+        "mnist5k",
+        "mnist5k-test",
+        "font-digits-28",
         "colour-digits",
         "colour-digits-test",
         "colour-font-digits",

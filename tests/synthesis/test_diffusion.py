@@ -15,17 +15,19 @@ from torch.utils.checkpoint import checkpoint
 
 from fastloda import attach_loda, loda_parameters, per_sample_grad_norms
 from fastloda.synthesis.diffusion import (
-    Diffusion,
+    DDPM,
+    EDM,
     UNet,
     UNetConfig,
     class_balanced_labels,
     digits_unet,
-    guided_noise,
     paper_unet,
     sample,
 )
-from fastloda.synthesis.diffusion.sampler import _schedule, _step
-from fastloda.synthesis.diffusion.unet import Attention, ResBlock
+from fastloda.synthesis.diffusion.ddpm import ddim_schedule, ddim_step
+from fastloda.synthesis.diffusion.edm import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, coefficients, noise_levels
+from fastloda.synthesis.diffusion.sampler import guided
+from fastloda.synthesis.diffusion.unet import PROCESSES, Attention, ResBlock
 
 # (c_in, c_out, k, stride, pad, h_out, w_out): how many of the paper's 149 convolutions are so at 32 x 32.
 PAPER_CONVOLUTIONS = {
@@ -69,9 +71,10 @@ upblocks.11.1.proj_v out.2
 class Predictor(nn.Module):
     """A model in three lines: what it predicts is a function of (x, t, y); it remembers its calls."""
 
-    def __init__(self, predict, image_shape=(1, 4, 4), null_class=10):
+    def __init__(self, predict, image_shape=(1, 4, 4), null_class=10, process=None):
         super().__init__()
         self.predict, self.image_shape, self.null_class = predict, image_shape, null_class
+        self.process = process or DDPM()
         self.anchor = nn.Parameter(torch.zeros(()))
         self.calls = []
 
@@ -176,6 +179,7 @@ def test_any_valid_config_builds_runs_and_survives_json(width, multipliers, bloc
         (dict(dropout=1.0), "1.0"),
         (dict(attention=(4,)), r"\(4,\)"),
         (dict(blocks_per_level=0), "0"),
+        (dict(process="vp"), "ddpm, edm, got 'vp'"),
     ],
 )
 def test_config_refuses_and_says_what(bad, values):
@@ -231,7 +235,7 @@ def test_samples_do_not_mix():
     model = tiny_unet().double().train()
     x, t, y = batch(model, 3, torch.float64)
     x.requires_grad_()
-    losses = Diffusion().losses(model, x, y, views=2, t=t.repeat(2), label_dropout=0.5)
+    losses = DDPM().losses(model, x, y, views=2, t=t.repeat(2), label_dropout=0.5)
     for i, loss in enumerate(losses):
         (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
         touched = gradient.flatten(1).abs().amax(1) > 0
@@ -286,7 +290,7 @@ def test_bf16_autocast_stays_close():
 
 
 def test_schedule_is_the_linear_one():
-    diffusion = Diffusion()
+    diffusion = DDPM()
     abar, product = diffusion.alphas_cumprod, 1.0
     assert abar.dtype == torch.float64 and abar.shape == (1000,)
     for t in range(1000):
@@ -296,7 +300,7 @@ def test_schedule_is_the_linear_one():
 
 
 def test_add_noise_is_the_formula():
-    diffusion = Diffusion(10)
+    diffusion = DDPM(10)
     x0, noise, t = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0, 3, 9, 3])
     xt = diffusion.add_noise(x0, t, noise)
     assert xt.dtype == torch.float32
@@ -320,11 +324,11 @@ def test_add_noise_is_the_formula():
 )
 def test_diffusion_refuses(bad):
     with pytest.raises(ValueError, match="got"):
-        Diffusion(**bad)
+        DDPM(**bad)
 
 
 def test_losses_are_sample_major_and_per_view():
-    diffusion, model = Diffusion(), Predictor(lambda x, t, y: 0.1 * x + t.view(-1, 1, 1, 1) / 1000)
+    diffusion, model = DDPM(), Predictor(lambda x, t, y: 0.1 * x + t.view(-1, 1, 1, 1) / 1000)
     x0, y = torch.randn(3, 1, 4, 4), torch.tensor([5, 6, 7])
     t, noise = torch.randint(0, 1000, (6,)), torch.randn(6, 1, 4, 4)
     losses = diffusion.losses(model, x0, y, views=2, t=t, noise=noise, label_dropout=0)
@@ -339,7 +343,7 @@ def test_losses_are_sample_major_and_per_view():
 
 
 def test_losses_draw_only_from_the_generator():
-    diffusion, model = Diffusion(), tiny_unet()
+    diffusion, model = DDPM(), tiny_unet()
     x0, _, y = batch(model, 4)
 
     def draw(seed, global_seed):
@@ -353,7 +357,7 @@ def test_losses_draw_only_from_the_generator():
 @pytest.mark.parametrize("p", [0.0, 0.1, 1.0])
 def test_labels_are_dropped_with_probability_p(p):
     n, model = 4000, Predictor(lambda x, t, y: x, image_shape=(1, 1, 1))
-    Diffusion().losses(model, torch.zeros(n, 1, 1, 1), torch.arange(n) % 10, views=2, label_dropout=p)
+    DDPM().losses(model, torch.zeros(n, 1, 1, 1), torch.arange(n) % 10, views=2, label_dropout=p)
     _, _, seen = model.calls[0]
     dropped = seen == 10
     assert abs(dropped.float().mean().item() - p) <= 5 * math.sqrt(p * (1 - p) / (2 * n))
@@ -376,21 +380,21 @@ def test_labels_are_dropped_with_probability_p(p):
 def test_losses_refuse(bad):
     arguments = dict(x0=torch.zeros(2, 1, 4, 4), y=torch.zeros(2).long()) | bad
     with pytest.raises(ValueError, match="got"):
-        Diffusion().losses(Predictor(lambda x, t, y: x), **arguments)
+        DDPM().losses(Predictor(lambda x, t, y: x), **arguments)
 
 
 @pytest.mark.parametrize("weights", [None, [0.0, 1, 1, 5, 1, 1, 0, 2, 2, 0]])
 @pytest.mark.parametrize("views", [1, 3])
 def test_timesteps_follow_their_distribution(weights, views):
     n = 20_000
-    t = Diffusion(10, time_distribution=weights).draw_timesteps(n, views=views)
+    t = DDPM(10, time_distribution=weights).draw_times(n, views=views)
     p = torch.tensor(weights or [1.0] * 10) / sum(weights or [1.0] * 10)
     frequencies = torch.bincount(t, minlength=10) / (n * views)
     assert ((frequencies - p).abs() <= 5 * (p * (1 - p) / (n * views)).sqrt()).all()
 
 
 def test_timesteps_of_the_views_are_stratified_and_samples_independent():
-    t = Diffusion(1000).draw_timesteps(2000, views=4).view(2000, 4)
+    t = DDPM(1000).draw_times(2000, views=4).view(2000, 4)
     for view in range(4):
         assert t[:, view].min() >= 250 * view and t[:, view].max() < 250 * (view + 1)
     correlation = torch.corrcoef(torch.stack([t[:-1, 0], t[1:, 0], t[:-1, 1]]).double())
@@ -398,81 +402,138 @@ def test_timesteps_of_the_views_are_stratified_and_samples_independent():
 
 
 def test_timesteps_land_where_they_are_wanted():
-    t = Diffusion().draw_timesteps(5, device="cpu", generator=torch.Generator().manual_seed(0))
+    t = DDPM().draw_times(5, device="cpu", generator=torch.Generator().manual_seed(0))
     assert t.dtype == torch.int64 and t.shape == (5,)
-    assert torch.equal(t, Diffusion().draw_timesteps(5, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(t, DDPM().draw_times(5, generator=torch.Generator().manual_seed(0)))
+
+
+# ---- EDM
+
+
+def test_the_loss_of_edm_is_the_weighted_error_of_its_denoiser():
+    """By table 1 of Karras et al. 2022: lambda(sigma) |D(x; sigma) - x0|^2, D = c_skip x + c_out F(c_in x)."""
+    x0, y = 0.5 * torch.randn(5, 1, 4, 4), torch.zeros(5).long()
+    sigma, noise = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]), torch.randn(5, 1, 4, 4)
+    model = Predictor(lambda x, t, y: 0.3 * x + t.view(-1, 1, 1, 1) / 1000)
+    losses = EDM().losses(model, x0, y, t=sigma, noise=noise, label_dropout=0)
+    assert model.calls[0][1].tolist() == pytest.approx([0, 369.2, 521.1, 690.1, 1000], abs=0.1)
+    for i, s in enumerate(sigma.tolist()):
+        x = x0[i] + s * noise[i]
+        c_in, c_out, c_skip = (s**2 + 0.25) ** -0.5, s * 0.5 / (s**2 + 0.25) ** 0.5, 0.25 / (s**2 + 0.25)
+        place = math.log(s / 0.002) / math.log(80 / 0.002)
+        denoised = c_skip * x + c_out * (0.3 * c_in * x + place)
+        weighted = (s**2 + 0.25) / (0.5 * s) ** 2 * (denoised - x0[i]).square().mean()
+        assert losses[i].item() == pytest.approx(weighted.item(), rel=2e-3)
+
+
+def test_all_levels_count_alike_before_training():
+    x0 = SIGMA_DATA * torch.randn(4000, 1, 4, 4)
+    sigma = torch.logspace(-2, 1, 4).repeat(1000)
+    losses = EDM().losses(Predictor(lambda x, t, y: 0 * x), x0, torch.zeros(4000).long(), t=sigma, label_dropout=0)
+    assert (losses.view(1000, 4).mean(0) - 1).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_noise_levels_of_edm_are_lognormal_and_stratified(views):
+    t = EDM().draw_times(5000, views=views, generator=torch.Generator().manual_seed(0))
+    z = (t.double().log() + 1.2) / 1.2
+    assert t.dtype == torch.float32 and t.isfinite().all()
+    assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.03 and abs(z.pow(3).mean()) < 0.15
+    view = (torch.special.ndtr(z).view(5000, views) * views).long()
+    assert (view == torch.arange(views)).all(1).float().mean() > 0.999  # but for rounding at the ends
+
+
+def test_levels_of_edm_are_favoured_by_their_quantiles():
+    t = EDM().between(200, 800).draw_times(5000, generator=torch.Generator().manual_seed(0))
+    quantile = torch.special.ndtr((t.double().log() + 1.2) / 1.2)
+    assert quantile.min() >= 0.2 - 1e-6 and quantile.max() <= 0.8 + 1e-6
+    assert abs(quantile.mean() - 0.5) < 0.02 and abs(quantile.std() - 0.6 / math.sqrt(12)) < 0.01
+
+
+def test_levels_of_the_sampler_are_karras_et_als():
+    levels = noise_levels(18)
+    assert levels[0] == pytest.approx(80) and levels[-2:] == [pytest.approx(0.002), 0.0]
+    assert levels[1] == pytest.approx(57.586, abs=1e-3) and levels == sorted(levels, reverse=True)
+    assert noise_levels(1) == [pytest.approx(80), 0.0]
+
+
+def test_heun_is_of_second_order():
+    """The error at the end falls by about four when the steps double."""
+    mean, std = 0.4, 0.3
+    model = exact(EDM(), lambda x, sigma: mean + std**2 / (std**2 + sigma**2) * (x - mean))((1, 4, 4))
+    truth, *errors = (
+        sample(model, torch.zeros(4).long(), steps=n, seed=0, progress=False, clip_denoised=False).double()
+        for n in (1000, 40, 80)
+    )
+    ratio = (errors[0] - truth).norm() / (errors[1] - truth).norm()
+    assert 3 < ratio < 6
 
 
 # ---- the samplers
 
 
-@pytest.mark.parametrize("method, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0)])
+def exact(process, denoise):
+    """Make a model of the process that is right for data whose best estimate is denoise(x / signal, noise / signal)."""
+
+    def noise(x, t, y):
+        abar = process.alphas_cumprod[t].float().view(-1, 1, 1, 1)
+        x0 = denoise(x / abar.sqrt(), (1 / abar - 1).sqrt())
+        return (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+
+    def output(x, t, y):
+        sigma = (SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** (t.double() / 1000)).float()
+        c_skip, c_out, c_in = (c.view(-1, 1, 1, 1) for c in coefficients(sigma))
+        return (denoise(x / c_in, sigma.view(-1, 1, 1, 1)) - c_skip * x / c_in) / c_out
+
+    predict = output if isinstance(process, EDM) else noise
+    return lambda image_shape: Predictor(predict, image_shape=image_shape, process=process)
+
+
+@pytest.mark.parametrize(
+    "process, stochasticity", [(DDPM(), 0.0), (DDPM(), 0.5), (DDPM(), 1.0), (EDM(), 0.0), (EDM(), 10.0)]
+)
 @pytest.mark.parametrize("steps", [1, 7, 1000])
-def test_a_perfect_predictor_is_inverted(method, eta, steps):
-    """Data that is one image: the true noise is known exactly, so every sampler must end at that image."""
-    diffusion, image = Diffusion(), torch.rand(1, 4, 4) * 2 - 1
-
-    def true_noise(x, t, y):
-        abar = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (x - abar.sqrt() * image) / (1 - abar).sqrt()
-
-    out = sample(
-        Predictor(true_noise),
-        diffusion,
-        torch.zeros(3).long(),
-        method=method,
-        eta=eta,
-        steps=steps,
-        seed=0,
-        progress=False,
-        clip_denoised=False,
-    )
+def test_a_perfect_predictor_is_inverted(process, stochasticity, steps):
+    """Data that is one image: the best estimate is that image, so every sampler must end at it."""
+    image = torch.rand(1, 4, 4) * 2 - 1
+    model = exact(process, lambda x, sigma: image.expand(len(x), -1, -1, -1))((1, 4, 4))
+    options = {"steps": steps, "stochasticity": stochasticity, "clip_denoised": False}
+    out = sample(model, torch.zeros(3).long(), seed=0, progress=False, **options)
     assert torch.allclose(out, image.expand(3, -1, -1, -1), atol=1e-4)
 
 
-@pytest.mark.parametrize("method, eta, steps", [("ddim", 0.0, 200), ("ddim", 0.5, 200), ("ddpm", 0.0, 1000)])
-def test_gaussian_data_is_reproduced(method, eta, steps):
-    """For N(mean, std^2) data the best prediction is linear in x; its samples must have that mean and std."""
-    diffusion, mean, std = Diffusion(), 0.4, 0.3
-
-    def best_noise(x, t, y):
-        abar = diffusion.alphas_cumprod[t].float().view(-1, 1, 1, 1)
-        return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * std**2 + 1 - abar)
-
-    model = Predictor(best_noise, image_shape=(1, 64, 64))
-    out = sample(
-        model,
-        diffusion,
-        torch.zeros(8).long(),
-        method=method,
-        eta=eta,
-        steps=steps,
-        seed=0,
-        progress=False,
-        clip_denoised=False,
-    )
+@pytest.mark.parametrize(
+    "process, stochasticity, steps",
+    [(DDPM(), 0.0, 200), (DDPM(), 0.5, 200), (DDPM(), 1.0, 1000), (EDM(), 0.0, 40), (EDM(), 40.0, 200)],
+)
+def test_gaussian_data_is_reproduced(process, stochasticity, steps):
+    """For N(mean, std^2) data the best estimate is linear in x; its samples must have that mean and std."""
+    mean, std = 0.4, 0.3
+    model = exact(process, lambda x, sigma: mean + std**2 / (std**2 + sigma**2) * (x - mean))((1, 64, 64))
+    options = {"steps": steps, "stochasticity": stochasticity, "clip_denoised": False}
+    out = sample(model, torch.zeros(8).long(), seed=0, progress=False, **options)
     assert abs(out.mean().item() - mean) < 5 * std / math.sqrt(out.numel()) + 2e-3
     assert abs(out.std().item() / std - 1) < 0.03
     assert abs(((out - out.mean()) / out.std()).pow(4).mean().item() - 3) < 0.2
 
 
 def test_ddpm_steps_are_ho_et_als():
-    diffusion = Diffusion(20, 0.01, 0.3)
+    diffusion = DDPM(20, 0.01, 0.3)
     abar = diffusion.alphas_cumprod.tolist()
     x, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
-    for t, now, following, sigma in _schedule(diffusion, 20, eta=1.0):
+    for t, now, following, sigma in ddim_schedule(diffusion, 20, eta=1.0):
         before = abar[t - 1] if t else 1.0
         alpha = abar[t] / before
         mean = (x - (1 - alpha) / math.sqrt(1 - abar[t]) * noise) / math.sqrt(alpha)
         variance = (1 - before) / (1 - abar[t]) * (1 - alpha)
-        step = _step(x, noise, now, following, sigma, clip=False)
+        step = ddim_step(x, noise, now, following, sigma, clip=False)
         assert torch.allclose(step, mean, rtol=1e-10, atol=1e-12)
         assert sigma**2 == pytest.approx(variance, rel=1e-10, abs=1e-15)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50, 1000])
 def test_schedule_runs_from_the_noisiest_to_the_image(steps):
-    entries = list(_schedule(Diffusion(), steps, eta=1.0))
+    entries = list(ddim_schedule(DDPM(), steps, eta=1.0))
     times = [t for t, *_ in entries]
     assert len(times) == steps and times == sorted(set(times), reverse=True) and times[0] == 999
     assert steps == 1 or times[-1] == 0
@@ -482,16 +543,17 @@ def test_schedule_runs_from_the_noisiest_to_the_image(steps):
 
 def test_clipped_samples_stay_in_range():
     model = Predictor(lambda x, t, y: -x)
-    out = sample(model, Diffusion(), torch.zeros(2).long(), method="ddpm", steps=5, seed=0, progress=False)
+    out = sample(model, torch.zeros(2).long(), stochasticity=1.0, steps=5, seed=0, progress=False)
     assert out.abs().max() <= 1 and out.dtype == torch.float32
 
 
-@pytest.mark.parametrize("arguments", [dict(), dict(eta=0.7), dict(method="ddpm"), dict(guidance=1.5)])
-def test_images_do_not_depend_on_the_batches(arguments):
-    model, diffusion, labels = tiny_unet(), Diffusion(), torch.arange(7) % 3
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("arguments", [dict(), dict(stochasticity=0.7), dict(stochasticity=1.0), dict(guidance=1.5)])
+def test_images_do_not_depend_on_the_batches(arguments, process):
+    model, labels = tiny_unet(process=process), torch.arange(7) % 3
 
     def draw(labels=labels, seed=3, **more):
-        return sample(model, diffusion, labels, steps=5, seed=seed, progress=False, **arguments, **more)
+        return sample(model, labels, steps=5, seed=seed, progress=False, **arguments, **more)
 
     whole = draw()
     for batch_size in (1, 3):
@@ -507,7 +569,7 @@ def test_a_generator_serves_as_the_seed():
     model, labels = tiny_unet(), torch.arange(2)
 
     def draw(**source):
-        return sample(model, Diffusion(), labels, steps=2, progress=False, **source)
+        return sample(model, labels, steps=2, progress=False, **source)
 
     generator = torch.Generator().manual_seed(3)
     first = draw(generator=generator)
@@ -522,15 +584,15 @@ def test_guidance_extrapolates_from_the_null_class():
     y = torch.arange(3)
     with torch.inference_mode():
         given, null = model(x, t, y), model(x, t, torch.full((3,), 3))
-        assert torch.allclose(guided_noise(model, x, t, y, 2.0), 3 * given - 2 * null, atol=1e-5)
-        assert torch.equal(guided_noise(model, x, t, y, 0.0), given)
+        assert torch.allclose(guided(model, y, 2.0, x, t), 3 * given - 2 * null, atol=1e-5)
+        assert torch.equal(guided(model, y, 0.0, x, t), given)
 
 
 def test_without_guidance_there_is_one_pass():
     model, labels = Predictor(lambda x, t, y: x), torch.zeros(5).long()
     for guidance, passes in ((0.0, 1), (0.5, 2)):
         model.calls.clear()
-        sample(model, Diffusion(), labels, steps=3, guidance=guidance, batch_size=2, seed=0, progress=False)
+        sample(model, labels, steps=3, guidance=guidance, batch_size=2, seed=0, progress=False)
         assert len(model.calls) == passes * 3 * 3
 
 
@@ -547,7 +609,7 @@ def test_modes_come_back(fails):
     model = Predictor(predict).train()
     model.frozen = nn.BatchNorm2d(1).eval()
     try:
-        sample(model, Diffusion(), torch.zeros(1).long(), steps=1, seed=0, progress=False)
+        sample(model, torch.zeros(1).long(), steps=1, seed=0, progress=False)
     except RuntimeError:
         assert fails
     assert modes == [False] and model.training and not model.frozen.training
@@ -555,33 +617,32 @@ def test_modes_come_back(fails):
 
 def test_images_can_be_trained_on():
     model = tiny_unet()
-    images = sample(model, Diffusion(), torch.arange(2), steps=1, seed=0, progress=False)
-    Diffusion().losses(model, images, torch.arange(2)).sum().backward()
+    images = sample(model, torch.arange(2), steps=1, seed=0, progress=False)
+    DDPM().losses(model, images, torch.arange(2)).sum().backward()
 
 
 def test_half_precision_models_sample():
     model = tiny_unet().bfloat16()
-    out = sample(model, Diffusion(), torch.arange(2), steps=2, guidance=1.0, seed=0, progress=False)
+    out = sample(model, torch.arange(2), steps=2, guidance=1.0, seed=0, progress=False)
     assert out.dtype == torch.float32 and out.isfinite().all()
 
 
 def test_no_labels_no_images():
-    assert sample(tiny_unet(), Diffusion(), torch.arange(0), progress=False).shape == (0, 1, 4, 4)
+    assert sample(tiny_unet(), torch.arange(0), progress=False).shape == (0, 1, 4, 4)
 
 
 def test_progress_counts_batches_and_steps(capsys):
-    sample(Predictor(lambda x, t, y: x), Diffusion(), torch.zeros(5).long(), steps=4, batch_size=2, seed=0)
+    sample(Predictor(lambda x, t, y: x), torch.zeros(5).long(), steps=4, batch_size=2, seed=0)
     assert "12/12" in capsys.readouterr().err
-    sample(Predictor(lambda x, t, y: x), Diffusion(), torch.zeros(5).long(), steps=4, seed=0, progress=False)
+    sample(Predictor(lambda x, t, y: x), torch.zeros(5).long(), steps=4, seed=0, progress=False)
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        dict(method="euler"),
-        dict(eta=1.1),
-        dict(method="ddpm", eta=0.5),
+        dict(stochasticity=1.1),
+        dict(stochasticity=-0.1),
         dict(steps=0),
         dict(steps=1001),
         dict(batch_size=0),
@@ -597,7 +658,7 @@ def test_progress_counts_batches_and_steps(capsys):
 def test_sample_refuses_and_runs_nothing(bad):
     model = Predictor(lambda x, t, y: x)
     with pytest.raises(ValueError):
-        sample(model, Diffusion(), **dict(labels=torch.zeros(2).long(), progress=False) | bad)
+        sample(model, **dict(labels=torch.zeros(2).long(), progress=False) | bad)
     assert not model.calls
 
 
@@ -627,7 +688,7 @@ def test_a_private_step_of_the_papers_unet_is_exact():
     t, noise = torch.tensor([10, 500, 900]), torch.randn(3, 3, 16, 16, dtype=torch.float64)
 
     def losses(rows: slice) -> torch.Tensor:
-        return Diffusion().losses(model, x[rows], y[rows], label_dropout=0.0, t=t[rows], noise=noise[rows])
+        return DDPM().losses(model, x[rows], y[rows], label_dropout=0.0, t=t[rows], noise=noise[rows])
 
     trained = loda_parameters(model)
     truth = [

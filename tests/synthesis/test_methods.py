@@ -9,7 +9,7 @@ import torch
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.synthesis.classify import train_classifier
 from fastloda.synthesis.data import ByteImages, LabelledImages, font_digits
-from fastloda.synthesis.diffusion import Diffusion, digits_unet
+from fastloda.synthesis.diffusion import DDPM, digits_unet
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods import (
     DPLDM,
@@ -173,13 +173,13 @@ def test_methods_share_the_public_model(public, private, tmp_path):
 
 def test_pretraining_in_two_steps_starts_without_labels(public, tmp_path, monkeypatch):
     seen = []
-    losses = Diffusion.losses
+    losses = DDPM.losses
 
     def spy(self, model, x, y, **options):
         seen.append((len(x), options["label_dropout"]))
         return losses(self, model, x, y, **options)
 
-    monkeypatch.setattr(Diffusion, "losses", spy)
+    monkeypatch.setattr(DDPM, "losses", spy)
     everything = lambda: as_bytes(font_digits(90, seed=5))  # noqa: E731
     two = replace(MODEL, unconditional=PublicTraining(steps=3, batch_size=4, warmup=1), everything=everything)
     two.fit(as_bytes(public), work_in(tmp_path))
@@ -293,8 +293,8 @@ def test_settings_are_those_of_the_largest_smaller_budget():
 
 
 def test_timesteps_follow_the_mixture():
-    t = Diffusion.mixture(TIME_WEIGHTS).draw_timesteps(40_000, generator=torch.Generator().manual_seed(0))
+    t = DDPM().mixture(TIME_WEIGHTS).draw_times(40_000, generator=torch.Generator().manual_seed(0))
     shares = [((t >= first) & (t < end)).double().mean().item() for first, end, _ in TIME_WEIGHTS]
     assert shares == pytest.approx([0.015, 0.785, 0.2], abs=0.01)
     with pytest.raises(ValueError, match="500 and 400"):
-        Diffusion.mixture([(500, 400, 1.0)])
+        DDPM().mixture([(500, 400, 1.0)])

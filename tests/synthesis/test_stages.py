@@ -24,7 +24,7 @@ from fastloda.synthesis.budget import Privacy
 from fastloda.synthesis.classify import AUGMENTS, seeded_network
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, image_folder, load_npz, only, relabelled
-from fastloda.synthesis.diffusion import Diffusion, digits_unet
+from fastloda.synthesis.diffusion import EDM, digits_unet
 from fastloda.synthesis.diffusion import pretrain as pretraining
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
@@ -285,9 +285,7 @@ def test_classes_go_by_name_from_the_public_model_to_the_tests(tmp_path):
     assert sorted(path.name for path in (run / "samples" / "images").iterdir()) == ["a", "c"]
     model = load_unet(run / "public" / "model.safetensors")
     load_loda(model, run / "private" / "adapter.safetensors")
-    of_classes_0_and_2 = draw_samples(
-        model, Diffusion(), torch.tensor([0, 2, 0, 2, 0]), steps=2, seed=0, progress=False
-    )
+    of_classes_0_and_2 = draw_samples(model, torch.tensor([0, 2, 0, 2, 0]), steps=2, seed=0, progress=False)
     assert torch.equal(drawn.images, LabelledImages(of_classes_0_and_2.clamp(-1, 1), drawn.labels, 2).images) or (
         (drawn.images - of_classes_0_and_2).abs().max() < 0.01  # bytes
     )
@@ -297,6 +295,19 @@ def test_classes_go_by_name_from_the_public_model_to_the_tests(tmp_path):
         evaluate(run, test=named(tests, "abc", "abc"), classifier=Classifier(steps=1, width=8), **QUIET)
     found = evaluate(run, test=str(tests), class_map=("b=c",), classifier=Classifier(steps=1, width=8), **QUIET)
     assert found["test_images"] == 90
+
+
+def test_a_model_of_edm_goes_through_all_stages(tmp_path):
+    """The process is the model's own: it is named once, to `pretrain`."""
+    run, shape = tmp_path / "run", UNetShape(width=8, norm_groups=4, process="edm")
+    pretrain(run, data="font-digits", count=64, unet=shape, training=PUBLIC, **QUIET)
+    finetune(run, PRIVACY, data="digits", training=FineTuning(seed=1, timesteps=(100, 800)), **QUIET)
+    sample(run, count=5, steps=3, guidance=0.5, **QUIET)
+    model = load_unet(run / "public" / "model.safetensors")
+    load_loda(model, run / "private" / "adapter.safetensors")
+    expected = draw_samples(model, torch.arange(5), steps=3, guidance=0.5, seed=0, progress=False).clamp(-1, 1)
+    assert isinstance(model.process, EDM)
+    assert (load_npz(run / "samples" / "samples.npz").images - expected).abs().max() < 0.01  # bytes
 
 
 @pytest.mark.parametrize("pairs", [("a",), ("a=",), ("=b",), ("a=b", "a=c")])
@@ -415,7 +426,7 @@ def test_pretraining_saves_by_the_clock_too(tmp_path, monkeypatch):
     model, images = digits_unet(width=8, norm_groups=4), font_digits(20, 0)
     for seconds, expected in ((0.0, [1, 2, 3]), (1e9, [3])):
         saves.clear()
-        pretraining.pretrain(model, Diffusion(), images, PUBLIC, checkpoint_seconds=seconds, progress=False)
+        pretraining.pretrain(model, images, PUBLIC, checkpoint_seconds=seconds, progress=False)
         assert saves == expected
 
 

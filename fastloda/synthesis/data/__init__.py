@@ -11,6 +11,7 @@ from .font_digits import Hands, font_digits
 from .imagenet32 import MATCHES, as_imagenet32, imagenet10, imagenet32
 from .images import LabelledImages, load_npz
 from .mnist import mnist
+from .mnist5k import font_digits_as_mnist, mnist5k_split
 from .owners import read_owners
 from .subset import stratified_subset
 from .svhn import svhn
@@ -32,6 +33,7 @@ __all__ = [
     "digits_split",
     "folder",
     "font_digits",
+    "font_digits_as_mnist",
     "image_folder",
     "imagenet10",
     "imagenet32",
@@ -40,6 +42,7 @@ __all__ = [
     "look_at",
     "mapped_names",
     "mnist",
+    "mnist5k_split",
     "named_classes",
     "only",
     "open_dataset",

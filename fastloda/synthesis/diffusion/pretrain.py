@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from fastloda.errors import UserError
 from fastloda.interrupts import interrupts_wait
 from fastloda.randomness import generator_states, make_generators, restore_generators
 from fastloda.synthesis.data.images import LabelledImages
-from fastloda.synthesis.diffusion.schedule import Diffusion
+from fastloda.synthesis.diffusion.unet import UNet
 from fastloda.training.average import Average, copy_into
 from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from fastloda.training.schedules import warmup_then
@@ -49,8 +48,7 @@ class PublicTraining:
 
 
 def pretrain(
-    model: nn.Module,
-    diffusion: Diffusion,
+    model: UNet,
     data: LabelledImages,
     settings: PublicTraining,
     *,
@@ -58,7 +56,7 @@ def pretrain(
     checkpoint_every: int = 200,
     checkpoint_seconds: float = 60.0,
     progress: bool = True,
-) -> nn.Module:
+) -> UNet:
     """Train all of `model` on public images, and leave the averaged weights in it; resumes from `checkpoint` if it exists.
 
     It saves every `checkpoint_every` steps, after `checkpoint_seconds` without a save, at the end, and at SIGINT (Ctrl-C) or
@@ -67,7 +65,7 @@ def pretrain(
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to another model, other settings or other data.
     """
-    run = _Run(model, diffusion, data, settings, None if checkpoint is None else Path(checkpoint))
+    run = _Run(model, data, settings, None if checkpoint is None else Path(checkpoint))
     saved = time.monotonic()
     with (
         interrupts_wait() as received,
@@ -87,16 +85,8 @@ def pretrain(
 
 
 class _Run:
-    def __init__(
-        self, model: nn.Module, diffusion: Diffusion, data: LabelledImages, settings: PublicTraining, checkpoint
-    ):
-        self.model, self.diffusion, self.data, self.settings, self.checkpoint = (
-            model,
-            diffusion,
-            data,
-            settings,
-            checkpoint,
-        )
+    def __init__(self, model: UNet, data: LabelledImages, settings: PublicTraining, checkpoint: Path | None):
+        self.model, self.data, self.settings, self.checkpoint = model, data, settings, checkpoint
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
         s = settings
@@ -113,7 +103,7 @@ class _Run:
         index = torch.randint(len(self.data), (self.settings.batch_size,), generator=self.generators["batches"])
         x, y = self.data.images[index].to(self.device), self.data.labels[index].to(self.device)
         dropout = self.settings.label_dropout
-        loss = self.diffusion.losses(
+        loss = self.model.process.losses(
             self.model, x, y, label_dropout=dropout, generator=self.generators["losses"]
         ).mean()
         self.optimizer.zero_grad()

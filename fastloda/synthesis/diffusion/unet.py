@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastloda.errors import UserError
+from fastloda.synthesis.diffusion.ddpm import DDPM
+from fastloda.synthesis.diffusion.edm import EDM
+
+PROCESSES: dict[str, type[DDPM] | type[EDM]] = {"ddpm": DDPM, "edm": EDM}
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class UNetConfig:
             levels. The middle of the U-Net counts as the last level.
         zero_init: whether the output and each block's last convolution start at zero, as Ho et al. (2020) nearly do.
             The first gradient is then zero in all but the output: turn it off to probe an untrained model.
+        process: name of the process that the model undoes: ddpm (Ho et al. 2020) or edm (Karras et al. 2022).
     """
 
     image_size: int = 32
@@ -49,6 +54,7 @@ class UNetConfig:
     norm_groups: int = 32
     attention: bool | tuple[int, ...] = True
     zero_init: bool = True
+    process: str = "ddpm"
 
     def __post_init__(self):
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -61,6 +67,8 @@ class UNetConfig:
         for name in ("image_size", "in_channels", "width", "blocks_per_level", "num_classes", "norm_groups"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.process not in PROCESSES:
+            raise UserError(f"process must be one of {', '.join(PROCESSES)}, got {self.process!r}")
         if not self.multipliers or min(self.multipliers) < 1:
             raise UserError(f"multipliers must be positive, one a level, got {self.multipliers}")
         if not 0 <= self.dropout < 1:
@@ -198,7 +206,7 @@ class Stack(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """A U-Net that predicts the noise in x at timestep t, for images of class y.
+    """A U-Net that predicts, for images of class y, the noise in x at time t, or what else its process asks of a model.
 
     A class enters as a one-hot code of length class_width, scaled to mean square 1 (as in EDM's `map_label`):
     column y of `cemb_layer[0].weight` is the learned embedding of class y, column num_classes that of the
@@ -208,7 +216,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        self.config = config
+        self.config, self.process = config, PROCESSES[config.process]()
         embed = 4 * config.width
         resblock = partial(ResBlock, embed=embed, groups=config.norm_groups, dropout=config.dropout)
 
@@ -264,7 +272,7 @@ class UNet(nn.Module):
         return (self.config.in_channels, self.config.image_size, self.config.image_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict the noise, shaped as x, in images x [n, C, H, W] at integer timesteps t [n] with labels y [n]."""
+        """Predict the noise, shaped as x, in images x [n, C, H, W] at times t [n], 0 to 1,000, with labels y [n]."""
         if tuple(x.shape[1:]) != self.image_shape or t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             raise UserError(
                 f"expected x [n, {', '.join(map(str, self.image_shape))}], t [n] and y [n], "

@@ -62,8 +62,7 @@ class Release(NamedTuple):
     @classmethod
     def of(cls, trainer: DPTrainer) -> Self:
         """Describe what a private run has released."""
-        settings = trainer.settings
-        return cls("clipped gradients", settings.sample_rate, settings.noise_multiplier, trainer.step)
+        return cls("clipped gradients", *trainer.accountant.mechanism(trainer.step))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastloda.randomness import seeded
 from fastloda.synthesis.budget import CHECKPOINT, Privacy, fit_average, private_trainer
 from fastloda.synthesis.data import LabelledImages
-from fastloda.synthesis.diffusion import Diffusion, UNet, UNetConfig
+from fastloda.synthesis.diffusion import Process, UNet, UNetConfig
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.synthesis.models import load_unet, save_unet
@@ -62,8 +62,8 @@ class PublicModel:
             first = _before(checkpoint)
             everything = _unlabelled(self.everything() if self.everything else public)
             without_labels = replace(self.unconditional, label_dropout=1.0, seed=seed)
-            pretrain(model, Diffusion(), everything, without_labels, checkpoint=first, **options)
-        pretrain(model, Diffusion(), public, replace(self.conditional, seed=seed), checkpoint=checkpoint, **options)
+            pretrain(model, everything, without_labels, checkpoint=first, **options)
+        pretrain(model, public, replace(self.conditional, seed=seed), checkpoint=checkpoint, **options)
         return model
 
     def _key(self, public: LabelledImages, seed: int) -> str:
@@ -113,9 +113,9 @@ class PrivateTuning:
     def privacy(self, budget: Budget) -> Privacy:
         return budget.in_steps(self.steps, self.batch_size, max_grad_norm=self.max_grad_norm, views=self.views)
 
-    def diffusion(self) -> Diffusion | None:
-        """Make the process with `time_weights`; None if there are none."""
-        return Diffusion.mixture(self.time_weights) if self.time_weights else None
+    def trained(self, process: Process) -> Process:
+        """Restrict a model's process to the noise levels of private training."""
+        return process.mixture(self.time_weights) if self.time_weights else process.between(*self.training.timesteps)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def tune(
     """
     options = replace(tuning.training, seed=work.seed).optimization()
     before = [release[1:] for release in earlier]
-    losses = tuning.training.losses(tuning.views, tuning.diffusion())
+    losses = tuning.training.losses(tuning.trained(model.process), tuning.views)
     records = (coder.encode(private.images)[:], private.labels)
     work.folder.mkdir(parents=True, exist_ok=True)
     where = {"checkpoint": work.folder / CHECKPOINT, "earlier": before, "progress": work.progress}
@@ -162,6 +162,6 @@ def sampler(
 
     def draw(labels: Tensor, seed: int) -> Tensor:
         options = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "progress": work.progress}
-        return coder.decode(draw_samples(model, Diffusion(), labels, seed=seed, **options))
+        return coder.decode(draw_samples(model, labels, seed=seed, **options))
 
     return Sampler(draw, num_classes, spent)

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from fastloda.errors import UserError
 from fastloda.synthesis.data import LabelledImages, relabelled
-from fastloda.synthesis.diffusion import Diffusion
+from fastloda.synthesis.diffusion import UNet
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 
 from .base import Release
@@ -114,7 +114,7 @@ class PublicChoice:
 
     def train_further(
         self,
-        model: nn.Module,
+        model: UNet,
         public: LabelledImages,
         released: ClassEmbeddings,
         seed: int,
@@ -122,12 +122,12 @@ class PublicChoice:
         class_names: Sequence[str] = (),
         checkpoint: Path | None = None,
         progress: bool = True,
-    ) -> nn.Module:
+    ) -> UNet:
         """Train the public model, whose classes are `class_names`, on `training_images`; it continues from the checkpoint."""
         images = self.training_images(public, released, seed, progress)
         images = relabelled(images, class_names) if class_names else images
         settings = replace(self.training, seed=seed)
-        return pretrain(model, Diffusion(), images, settings, checkpoint=checkpoint, progress=progress)
+        return pretrain(model, images, settings, checkpoint=checkpoint, progress=progress)
 
 
 def tilted(features: Tensor, target: Tensor, tau: float) -> Tensor:

