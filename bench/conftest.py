@@ -64,7 +64,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if not results.measured:
         return
     screen = io.StringIO()
-    console = Console(file=screen, width=max(150, terminalreporter._tw.fullwidth))
+    console = Console(file=screen, width=max(180, terminalreporter._tw.fullwidth))
     for table in tables.tables(results.document):
         console.print(table.for_terminal())
     terminalreporter.section("FastLoDA beside the others")

@@ -20,7 +20,6 @@ from jax_privacy import clipping, noise_addition
 from providers import LEARNING_RATE, Contender, Privacy
 from torch import Tensor, fx, nn
 
-FEW = 4  # samples that are clipped at a time in micro-batches and chunks
 Arrays = Sequence[Array]
 
 
@@ -95,18 +94,21 @@ def plain(case: Case) -> Contender:
 
 
 def private(case: Case, privacy: Privacy, mode: str) -> Contender:
-    """vmap: all samples at once. micro-batches: jax_privacy's own loop over a few. chunks: a loop over a few in Python."""
-    model, few = port(case), math.gcd(FEW, case.batch)
+    """Private: by vmap over all samples, by jax_privacy's own loop over micro-batches, or by a loop in Python, one by one.
+
+    A micro-batch is a single sample: where all weights train, that was faster on a CPU than two, four or eight at a time.
+    """
+    model = port(case)
     clip = clipping.clipped_grad(
         _mean_loss(model),
         l2_clip_norm=privacy.max_grad_norm,
         normalize_by=case.batch,
         batch_argnums=2,
         keep_batch_dim=False,
-        microbatch_size=few if mode == "micro-batches" else None,
+        microbatch_size=1 if mode == "micro-batches" else None,
     )
     samples = [t.reshape(case.batch, case.views, *t.shape[1:]) for t in model.batch]
-    size = few if mode == "chunks" else case.batch
+    size = 1 if mode == "one by one" else case.batch
     chunks = [tuple(t[i : i + size] for t in samples) for i in range(0, case.batch, size)]
     std = privacy.noise_multiplier * clip.sensitivity()
     return _contender(model, clip, chunks, noise_addition.gaussian_privatizer(stddev=std, prng_key=0))
@@ -140,9 +142,8 @@ def _contender(
         weights = jax.block_until_ready(descend(weights, mean_gradient()))
 
     memory = [part.memory_analysis() for part in (gradient, add, add_noise, descend)]
-    peak = sum(m.output_size_in_bytes - m.alias_size_in_bytes for m in memory) + max(
-        m.temp_size_in_bytes for m in memory
-    )
+    kept = sum(m.output_size_in_bytes - m.alias_size_in_bytes for m in memory)
+    peak = kept + max(m.temp_size_in_bytes for m in memory)
     return Contender(step, lambda: list(map(to_torch, mean_gradient())), peak)
 
 

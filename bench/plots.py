@@ -9,7 +9,7 @@ from fastloda.synthesis.report.plots import DOT, INK, LINE, drawing
 COLOURS = {
     OURS: DOT, COMPILED_OURS: "#e8a48a", PLAIN: INK, COMPILED_PLAIN: "#6b6b6b", "plain JAX": "#a8a8a8",
     "Opacus hooks": LINE, "Opacus functorch": "#1f5aa6", "Opacus ghost": "#7fb2ea", "fastDP MixOpt": "#3f8f5b",
-    "jax_privacy vmap": "#b8860b", "jax_privacy micro-batches": "#d9b44a", "jax_privacy chunks": "#efd999",
+    "jax_privacy vmap": "#b8860b", "jax_privacy micro-batches": "#d9b44a", "jax_privacy one by one": "#efd999",
 }  # fmt: skip
 OTHER = "#8e6cc4"
 TIME, MEMORY = (

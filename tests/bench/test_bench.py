@@ -169,7 +169,7 @@ def test_a_case_on_jax_has_the_losses_of_pytorch(instruments, settings):
 
 
 @pytest.mark.filterwarnings("ignore")  # jax_privacy calls what optax has renamed
-@pytest.mark.parametrize("mode", [None, "vmap", "micro-batches", "chunks"])
+@pytest.mark.parametrize("mode", [None, "vmap", "micro-batches", "one by one"])
 def test_a_wrong_gradient_on_jax_is_found(instruments, monkeypatch, mode):
     pytest.importorskip("jax_privacy", reason="needs fastloda[peers]", exc_type=ImportError)
     jax_providers = importlib.import_module("jax_providers")
