@@ -6,7 +6,7 @@ FOR_USE := $(VENV)/.for-use
 FOR_TESTS := $(VENV)/.for-tests
 INSTALL := $(PYTHON) -m pip install -q -c constraints.txt
 
-.PHONY: demo check test compile prove bench clean
+.PHONY: demo check test compile prove wheels rehearse bench clean
 
 demo: $(FOR_USE)
 	$(VENV)/bin/fastloda demo --run runs/demo
@@ -32,6 +32,20 @@ compile: $(FOR_TESTS)
 # The slow full counts of the privacy tests; their figures go to docs/results/prove.json.
 prove: $(FOR_TESTS)
 	$(PYTHON) -m pytest tests -q --prove
+
+# What scripts/gpu_check installs on a machine without a registry: for PY of Python, and without PyTorch and Triton.
+PY ?= 3.12
+WHEELS ?= .whl
+wheels:
+	rm -rf $(WHEELS)
+	python3 -m pip download -q -d $(WHEELS) --python-version $(PY) --only-binary :all: --no-deps \
+		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform any \
+		$$(python3 scripts/gpu_check --list)
+
+# Both calls of scripts/gpu_check on a CPU, to the end: tiny sizes, the interpreter, a tape for the graph.
+rehearse: $(FOR_TESTS)
+	$(PYTHON) scripts/gpu_check 1 --rehearse
+	$(PYTHON) scripts/gpu_check 2 --rehearse
 
 bench: $(FOR_TESTS)
 	$(PYTHON) -m pytest bench -q

@@ -11,7 +11,6 @@ from encoder import TOKENS, Encoder
 from machine import DEVICE
 from torch import Tensor, nn
 
-from fastloda.synthesis.classify import WideResNet
 from fastloda.synthesis.diffusion import digits_unet, paper_unet
 
 Batch = tuple[Tensor, ...]  # every tensor has batch x views rows, sample-major
@@ -95,6 +94,12 @@ def _stack(case: Case) -> nn.Module:
     return nn.Sequential(*(nn.Conv2d(case.channels, case.channels, 3, padding=1) for _ in range(case.layers)))
 
 
+def _wide_res_net(case: Case) -> nn.Module:
+    from fastloda.synthesis.classify import WideResNet  # needs what draws data sets; scripts/gpu_check does without
+
+    return WideResNet()
+
+
 def _features(case: Case, rows: int) -> Batch:
     return (torch.randn(rows, case.channels, case.size, case.size),)
 
@@ -138,6 +143,6 @@ WORKLOADS = {
     # zero_init off: at the start only the output layer would have a gradient
     "digits_unet": Workload(lambda case: digits_unet(zero_init=False), _noisy_images(1, 8), _noise_error),
     "paper_unet": Workload(lambda case: paper_unet(zero_init=False), _noisy_images(3, 32), _noise_error),
-    "wideresnet": Workload(lambda case: WideResNet(), _labelled_images, _cross_entropy),
+    "wideresnet": Workload(_wide_res_net, _labelled_images, _cross_entropy),
     "encoder": Workload(lambda case: Encoder(case.channels, case.layers), _labelled_sequences, _cross_entropy),
 }

@@ -4,7 +4,6 @@ import gc
 import importlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,9 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tape
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[2]
 
@@ -195,31 +193,9 @@ def test_all_linear_layers_of_the_encoder_train_and_nothing_else(instruments):
     assert {type(m) for m in modules} == {torch.nn.Linear} and len(modules) == 2 * (2 * 4 + 1)
 
 
-class Recorded(TorchDispatchMode):
-    """A CUDA graph without a GPU: a replay does every operation again, from and into the tensors of the capture."""
-
-    def __init__(self, run):
-        super().__init__()
-        self.calls, self.run = [], run
-        with self:
-            run()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        made = operation(*args, **(kwargs or {}))
-        self.calls.append((operation, args, kwargs or {}, made))
-        return made
-
-    @torch.no_grad()
-    def __call__(self):
-        for operation, args, kwargs, made in self.calls:
-            for old, new in zip(tree_leaves(made), tree_leaves(operation(*args, **kwargs))):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_every_replay_of_the_graph_starts_from_nothing(instruments, monkeypatch):
-    monkeypatch.setattr(instruments.providers, "captured", Recorded)
+    tape.use(monkeypatch)
     case = instruments.cases.Case("stack", 4, channels=8, size=8, layers=2)
     instruments.truth.check(case, instruments.providers.GRAPH)
 
@@ -262,21 +238,20 @@ def test_a_run_goes_on_with_the_rows_of_the_same_day(instruments, tmp_path):
 
 def test_gpu_check_says_that_there_is_no_gpu():
     environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "scripts" / "gpu_check")]
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check"), "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "no GPU" in done.stderr
 
 
-def test_gpu_check_installs_all_that_the_benches_import():
+def test_gpu_check_brings_all_that_its_items_import():
     """A machine with a GPU has nothing but PyTorch and what gpu_check names."""
     script = """
 import runpy, sys
 needed = runpy.run_path("scripts/gpu_check", run_name="checked")["NEEDED"]
 sys.path[:0] = ["bench", "tests/helpers", "scripts"]
-for name in {"sklearn", "yaml", "jsonargparse", "docstring_parser", "filelock", "platformdirs", "jinja2"} - set(needed):
-    if name not in ("filelock", "yaml"):  # PyTorch's own
-        sys.modules[name] = None  # importing it fails
-import cases, compare, gpu_step_check, machine, measure, operations, providers, results_file, scales, truth
+for name in {"sklearn", "jsonargparse", "docstring_parser", "matplotlib", "rich", "PIL", "diffusers"} - set(needed):
+    sys.modules[name] = None  # importing it fails
+import gpu_items, gpu_step_check, drawn, exactness
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -289,46 +264,42 @@ def gpu_check(monkeypatch, tmp_path):
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
     loader.exec_module(module)
     monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "WHEELS", tmp_path / ".whl")
+    monkeypatch.setattr(module, "has_gpu", lambda: True)
+    monkeypatch.setattr(module, "gpu_name", lambda: "gpu")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "1"])
     return module
 
 
-@pytest.mark.parametrize("pip", ["fails", "waits"])
-def test_gpu_check_without_a_registry_says_what_to_bring(pip, gpu_check, monkeypatch, tmp_path, capsys):
+def test_gpu_check_without_a_registry_says_what_to_bring(gpu_check, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "NEEDED", {"no_such_module": "no-such-package"})
+    assert gpu_check.main() == 2
+    assert "missing: no-such-package: run `make wheels`" in capsys.readouterr().err
     commands = []
-
-    def run(command, timeout):
-        commands.append(command)
-        if pip == "waits":
-            raise subprocess.TimeoutExpired(command, timeout)
-        return SimpleNamespace(returncode=1)
-
-    monkeypatch.setattr(gpu_check.subprocess, "run", run)
-    monkeypatch.setattr(gpu_check, "has_gpu", lambda: True)
-    monkeypatch.setattr(gpu_check, "INDISPENSABLE", {"no_such_module": "no-such-package"})
-    monkeypatch.setattr(gpu_check, "WHEELS", tmp_path)
-    monkeypatch.setitem(sys.modules, "machine", None)  # show_versions cannot import it
-    monkeypatch.setattr(sys, "argv", ["gpu_check"])
-    assert gpu_check.main() == 1
-    assert "--only-binary :all: -d .whl no-such-package" in capsys.readouterr().out
-    assert "--retries 0 --timeout 10 --find-links" in " ".join(commands[0])
+    failing = lambda command: commands.append(command) or SimpleNamespace(returncode=1)  # noqa: E731
+    monkeypatch.setattr(gpu_check.subprocess, "run", failing)
+    (tmp_path / ".whl").mkdir()
+    assert gpu_check.main() == 2
+    assert "--no-index --no-deps --find-links" in " ".join(commands[0])
 
 
-def test_gpu_check_brings_back_what_it_wrote_and_nothing_older(gpu_check, monkeypatch, tmp_path):
+def test_each_item_leaves_its_figures_though_another_fails(gpu_check, monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.setenv("OUT", str(out))
-    (tmp_path / "old.json").write_text("{}")
-    os.utime(tmp_path / "old.json", (0, 0))
-    (tmp_path / "new.json").write_text("{}")
-    gpu_check.bring_back(time.time() - 60)
-    assert [path.name for path in out.iterdir()] == ["new.json"]
-
-
-@pytest.mark.parametrize("writes", [True, False])
-def test_a_bench_that_runs_out_of_time_is_enough_only_with_a_result(writes, gpu_check, tmp_path):
-    write = f"open({str(tmp_path / 'x.json')!r}, 'w').close()" if writes else ""
-    command = [sys.executable, "-c", f"import time; {write}\ntime.sleep(60)"]
-    assert gpu_check.run(command, 2, enough=True) == writes
+    monkeypatch.setattr(gpu_check, "NEEDED", {})
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('{\"half\": 1}')"
+    scripts = {"good": write, "bad": f"{write}; sys.exit(3)", "slow": f"{write}; import time; time.sleep(60)"}
+    chosen = [gpu_check.Item(name, ["-c", script, "{out}"], 8) for name, script in scripts.items()]
+    monkeypatch.setattr(gpu_check, "items", lambda *_: chosen)
+    assert gpu_check.main() == 1
+    (path,) = out.iterdir()
+    found = json.loads(path.read_text())
+    assert [found[name]["outcome"] for name in scripts] == ["ok", "failed (3)", "stopped after 8 s"]
+    assert all(found[name]["half"] == 1 for name in scripts)
+    assert "failed: bad, slow" in capsys.readouterr().out
+    gpu_check.Results(rehearsal=False).add("later", {})  # the second call goes on with the file
+    assert json.loads(path.read_text()) == found | {"later": {}}
 
 
 # ---- report

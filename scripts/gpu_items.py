@@ -1,0 +1,308 @@
+"""The items of `scripts/gpu_check`, one in a process: python scripts/gpu_items.py ITEM FIGURES.json [--rehearse]
+
+Kernels are timed as many launches in one graph, over buffers that rotate so that the L2 cache holds none of them; the time of an
+empty kernel is subtracted. `--rehearse` does all of it on a CPU, at tiny sizes, to see that it runs: its figures say nothing.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "helpers")]
+REHEARSAL = "--rehearse" in sys.argv
+if REHEARSAL:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+import machine  # noqa: E402
+import operations  # noqa: E402
+import pytest  # noqa: E402
+import tape  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import triton  # noqa: E402
+from cases import Case  # noqa: E402
+from operations import Layer, Tensors, check, layer_operations  # noqa: E402
+from providers import GRAPH, OPACUS_MODES, OURS, PEER, PLAIN, PROVIDERS, Privacy, captured  # noqa: E402
+
+from fastloda.kernels.conv import Conv  # noqa: E402
+from fastloda.loda import arithmetic  # noqa: E402
+from fastloda.per_sample import gradient, products  # noqa: E402
+from fastloda.per_sample.tensors import KERNEL_DTYPES  # noqa: E402
+
+DEVICE = machine.DEVICE
+LAUNCHES = 20  # in a graph, at least
+BELOW, SHARE = 8e-6, 0.8  # a kernel whose floor is shorter is not asked for this share of it
+SHAPES = ((128, 32, 3), (128, 32, 1), (256, 16, 3), (512, 8, 3))  # channels, side, kernel
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What differs between a GPU and a rehearsal."""
+
+    samples: int = 512
+    few: int = 4
+    rounds: int = 20
+    model: str = "paper_unet"
+    shrunk: int = 1  # factor of channels and sides
+
+    def layer(self, channels: int, side: int, kernel: int) -> Layer:
+        channels, side, padding = channels // self.shrunk, max(4, side // self.shrunk), kernel // 2
+        return Layer(channels, channels, (side, side), Conv((kernel, kernel), padding=(padding, padding)))
+
+    def case(self, layout: str = "channels_last", batch: int | None = None) -> Case:
+        return Case(self.model, batch or self.samples, layout=layout, dtype="bfloat16")
+
+
+SIZES = Sizes(4, 2, 2, "digits_unet", 16) if REHEARSAL else Sizes()
+
+
+# ---- time
+
+
+def replayed(run: Callable[[], object]) -> Callable[[], object]:
+    """Capture run in a graph; in a rehearsal it stays as it is."""
+    return run if REHEARSAL else captured(run)
+
+
+def gpu_seconds(run: Callable[[], object], rounds: int = SIZES.rounds) -> float:
+    """The median time of run() by the GPU's clock."""
+    run()
+    if REHEARSAL:
+        return machine.seconds(run)
+    times = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return sorted(times)[len(times) // 2]
+
+
+def cpu_seconds(run: Callable[[], object], rounds: int = SIZES.rounds) -> float:
+    """The median CPU time to issue run(), without the GPU's."""
+    times = []
+    for _ in range(rounds):
+        machine.synchronize()
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 2]
+
+
+def seconds_each(runs: list[Callable[[], object]]) -> float:
+    """The time of one of runs, which do the same on other buffers, launched in turn by one graph."""
+    turns = list(islice(cycle(runs), max(LAUNCHES if not REHEARSAL else 2, len(runs))))
+    return gpu_seconds(replayed(lambda: [run() for run in turns])) / len(turns)
+
+
+@triton.jit
+def _empty_kernel(x):
+    pass
+
+
+def empty_kernel() -> float:
+    x = torch.zeros(16, device=DEVICE)
+    return seconds_each([lambda: _empty_kernel[(1,)](x)])
+
+
+def copies_beyond_l2(size: int) -> int:
+    """How many buffers of so many bytes are four times the L2 cache."""
+    l2 = 1 if REHEARSAL else torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    return max(2, min(16, -(-4 * l2 // size)))
+
+
+def rehearse(item: str) -> None:
+    """Let a tape stand in for graphs, and the interpreter run the kernels of items that are about them (a tape sees none)."""
+    patch = pytest.MonkeyPatch()
+    tape.use(patch)
+    for module in (arithmetic, gradient, products, operations) if item in ("right", "one", "kernels", "once") else ():
+        patch.setattr(module, "on_triton", lambda t: t.dtype in KERNEL_DTYPES and t.numel() > 0)
+
+
+# ---- the items: each yields its figures as far as they are, after every part
+
+
+def peaks():
+    found = machine.measure_peaks(quick=REHEARSAL)
+    figures = {"machine": machine.name(), "versions": machine.versions(), "copy_bytes_per_second": found.copy}
+    figures["matmul_flops_per_second"] = {str(dtype)[6:]: flops for dtype, flops in found.matmul.items()}
+    yield figures
+    yield figures | {"empty_kernel_seconds": empty_kernel()}
+
+
+def right():
+    """Every kernel at every shape against float64."""
+    figures, wrong = {}, []
+    for channels, side, kernel in SHAPES:
+        for dtype in DTYPES:
+            layer = SIZES.layer(channels, side, kernel)
+            name = f"{layer.name}, {str(dtype)[6:]}"
+            try:
+                check(layer, dtype, torch.channels_last)
+                figures[name] = "right"
+            except Exception as error:
+                figures[name] = f"{type(error).__name__}: {error}"[:300]
+                wrong.append(name)
+                print(name, figures[name], flush=True)
+            yield figures
+    if wrong:
+        raise AssertionError(f"wrong: {wrong}")
+
+
+def sanitizer():
+    """The smallest shape of `right` under compute-sanitizer, where that is installed."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        yield {"absent": "compute-sanitizer is not installed"}
+        return
+    script = [sys.executable, __file__, "one", os.devnull]
+    done = subprocess.run([tool, "--error-exitcode", "9", *script], capture_output=True, text=True)
+    yield {"exit": done.returncode, "said": done.stdout[-2000:]}
+    done.check_returncode()
+
+
+def one():
+    check(SIZES.layer(64, 8, 3), torch.bfloat16, torch.channels_last)
+    yield {}
+
+
+def steps():
+    """Plain, private, and private as a graph: time, time to issue, and where the GPU's time goes."""
+    figures: dict[str, dict] = {}
+    for name in (PLAIN, OURS, GRAPH):
+        figures[name] = step_figures(name, SIZES.case())
+        print(name, {key: value for key, value in figures[name].items() if key != "profile"}, flush=True)
+        yield figures
+    failed = [name for name, found in figures.items() if "error" in found]
+    if failed:
+        raise AssertionError(f"failed: {failed}")
+
+
+def step_figures(provider: str, case: Case) -> dict:
+    try:
+        step = PROVIDERS[provider](case, Privacy(noise_multiplier=0.0)).step
+        for _ in range(6):  # compiling, probes, the capture
+            step()
+        figures = {"seconds": gpu_seconds(step), "issue_seconds": cpu_seconds(step), "profile": profile(step)}
+    except Exception as error:
+        figures = {"error": f"{type(error).__name__}: {error}"[:500]}
+    step = None
+    if machine.CUDA:
+        torch.cuda.empty_cache()
+    return figures
+
+
+def profile(step: Callable[[], object]) -> dict[str, list]:
+    """The kernels of two steps that take most, with calls and microseconds of the GPU (in a rehearsal, of the CPU)."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + machine.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        step(), step()
+        machine.synchronize()
+    key = "self_device_time_total" if machine.CUDA else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda event: -getattr(event, key))[:40]
+    return {event.key[:100]: [event.count, getattr(event, key)] for event in events}
+
+
+def kernels():
+    """Every operation of a layer against the floor of its bytes and flops."""
+    found, empty, figures = machine.measure_peaks(quick=REHEARSAL), empty_kernel(), []
+    for channels, side, kernel in SHAPES:
+        layer, dtype = SIZES.layer(channels, side, kernel), torch.bfloat16
+        size = SIZES.samples * layer.channels * layer.size[0] * layer.size[1] * 2
+        copies = [Tensors(layer, SIZES.samples, dtype, torch.channels_last) for _ in range(copies_beyond_l2(size))]
+        for same in zip(*map(layer_operations, copies)):
+            floor = found.floor(same[0].bytes, same[0].flops, dtype)
+            row = {"operation": same[0].name, "layer": layer.name, "floor_seconds": floor}
+            try:
+                row["seconds"] = seconds_each([operation.run for operation in same]) - empty
+                row["fraction_of_floor"] = floor / max(row["seconds"], 1e-9)
+                row["asked"] = SHARE if floor >= BELOW else None
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}"[:300]
+            figures.append(row)
+            print(row, flush=True)
+            yield {"rows": figures, "empty_kernel_seconds": empty}
+
+
+def dram():
+    """The share of DRAM's peak that each kernel reaches, as Nsight Compute sees it, where that is installed."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        yield {"absent": "ncu is not installed"}
+        return
+    metrics = "dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum"
+    command = [tool, "--clock-control", "none", "--metrics", metrics, "--csv", "-k", "regex:_kernel$"]
+    done = subprocess.run([*command, sys.executable, __file__, "once", os.devnull], capture_output=True, text=True)
+    yield {"exit": done.returncode, "csv": done.stdout[-20_000:]}
+
+
+def once():
+    """Every operation of the largest layer, once."""
+    for operation in layer_operations(
+        Tensors(SIZES.layer(*SHAPES[0]), SIZES.samples, torch.bfloat16, torch.channels_last)
+    ):
+        operation.run()
+    machine.synchronize()
+    yield {}
+
+
+def cudnn():
+    """A frozen convolution with eight or sixteen outputs more: whether [W; A] could be one."""
+    figures = {}
+    for outputs in (64, 72, 80):
+        x = torch.randn(SIZES.samples, 64, 32 // SIZES.shrunk, 32 // SIZES.shrunk, device=DEVICE, dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(outputs, 64, 3, 3, device=DEVICE, dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        )
+        figures[str(outputs)] = seconds_each([lambda x=x, weight=weight: F.conv2d(x, weight, padding=1)])
+        yield figures
+
+
+def layouts():
+    """The private step in both memory layouts, over plain PyTorch's."""
+    figures: dict[str, dict] = {}
+    for layout in ("channels_last", "nchw"):
+        for name in (PLAIN, OURS, GRAPH):
+            figures[f"{name}, {layout}"] = step_figures(name, SIZES.case(layout, SIZES.samples // 2))
+            yield figures
+
+
+def opacus():
+    figures = {}
+    for name in (OURS, GRAPH, *(PEER + mode for mode in OPACUS_MODES[: 1 if REHEARSAL else None])):
+        figures[name] = step_figures(name, Case("digits_unet" if REHEARSAL else "paper_unet", SIZES.samples // 4))
+        yield figures
+
+
+ITEMS = {
+    item.__name__: item for item in (peaks, right, sanitizer, one, steps, kernels, dram, once, cudnn, layouts, opacus)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("item", choices=ITEMS)
+    parser.add_argument("figures", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args()
+    if REHEARSAL:
+        rehearse(options.item)
+    for figures in ITEMS[options.item]():
+        options.figures.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
