@@ -175,7 +175,7 @@ def _costs(
     device: torch.device,
 ) -> dict[int | None, Cost]:
     """Measure what steps cost on the public images, by the U-Net's width: its own, and half of it unless a shape is given."""
-    logger.info("measuring a few public steps")
+    logger.info("note: timing a few steps on public images")
     usual = unet.config(pool)
     widths = (begun.width,) if begun else (None,) if unet != stages.SHAPE else (None, usual.width // 2)
     shapes = {width: replace(usual, width=width or usual.width) for width in widths}
