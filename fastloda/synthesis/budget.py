@@ -105,9 +105,9 @@ class Privacy:
         """Make a promise that `steps` steps spend; `promise` are the other fields except epochs."""
         return cls(epochs=steps * batch_size / records, batch_size=batch_size, records=records, **promise)
 
-    def with_records(self, count: int) -> "Privacy":
-        """Fill in `records` by `count`, the data's own number, if it is not given."""
-        return replace(self, records=nominal_records(self.records, count, "--privacy.records"))
+    def with_records(self, count: int, counted: str = "records") -> "Privacy":
+        """Fill in `records` by `count`, the data's own number, if it is not given; `counted` is what they are called."""
+        return replace(self, records=nominal_records(self.records, count, "--privacy.records", counted))
 
     @property
     def sample_rate(self) -> float:
@@ -120,10 +120,10 @@ class Privacy:
         return round(self.epochs / self.sample_rate)
 
 
-def nominal_records(given: int | None, count: int, option: str) -> int:
+def nominal_records(given: int | None, count: int, option: str, counted: str = "records") -> int:
     """Return the public number of records: `given`, or else the data's own `count`, which is thereby made public."""
     if given is None:
-        logger.info("note: the number of records, %d, is treated as public; or give %s", count, option)
+        logger.info("note: the number of %s, %d, is treated as public; or give %s", counted, count, option)
         return count
     return given
 

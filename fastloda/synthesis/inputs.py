@@ -81,13 +81,15 @@ def full_name(data: str) -> str:
 
 
 def check_there(data: str | None) -> None:
-    """Refuse a path where nothing is, in the words of `open_images`, without reading anything; None and names pass.
+    """Refuse a path where nothing is, without reading anything; None and names pass.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file or folder.
     """
     if data is not None and _parse(data) is None and not Path(data).exists():
-        open_images(data)
+        if Path(data).name != data:
+            raise FileNotFoundError(f"{data}: there is no such file or folder")
+        open_images(data)  # refuses it, and lists the names that there are
 
 
 def public_name(data: str, otherwise: str) -> str:

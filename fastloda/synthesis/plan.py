@@ -1,8 +1,10 @@
 """The plan of a way from public and private images to synthetic ones: what it will do, need and cost, before it does anything."""
 
+import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +67,8 @@ def measure(
     public_seconds, public_bytes = _median_seconds(lambda: public_loss().backward(), device), saved_bytes(public_loss)
     sampling_seconds = _median_seconds(sampling_step, device)
     model.zero_grad()
-    adapter.attach(model)
+    with _silent(logging.getLogger("fastloda")):  # `finetune` says which layers are left out
+        adapter.attach(model)
     _leave_the_start(model)
     clipper = GhostClipper(model, 1.0, tuning.views)
     losses_of = tuning.training.losses(tuning.trained(model.process), tuning.views)
@@ -80,6 +83,16 @@ def measure(
     return Cost(parameters, trained, *per_image)
 
 
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _leave_the_start(model: UNet) -> None:
     """Make each weight that starts at zero another: a gradient that is zero by it would be looked at again in every step."""
     with torch.no_grad():
@@ -90,12 +103,13 @@ def _leave_the_start(model: UNet) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run: recipe, U-Net, cost of a step, images of an owner in it."""
+    """The plan of a run: recipe, U-Net, cost of a step, images of an owner in it, and what the units of privacy are called."""
 
     recipe: Recipe
     unet: UNetConfig
     cost: Cost
     per_owner: int = 1
+    counted: str = "records"
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -137,7 +151,7 @@ class Plan:
                 "delta": privacy.delta,
                 "noise multiplier": round(noise_multiplier, 3),
                 "steps": privacy.steps,
-                "records a step": f"{privacy.batch_size} expected of {privacy.records}, {privacy.views} views of each",
+                f"{self.counted} a step": f"{privacy.batch_size} expected of {privacy.records}, {privacy.views} views of each",
                 "trained numbers": cost.trained,
                 "time": times["finetune"],
             },

@@ -321,7 +321,7 @@ def finetune(
     base.caption(captions)
     before = _released_before(run, base)
     owners = _owners_of(data, private, owner, before)
-    privacy = privacy.with_records(len(set(owners)) if owners else len(private))
+    privacy = privacy.with_records(*((len(set(owners)), "owners") if owners else (len(private), "records")))
     losses = base.losses(training, privacy.views)
     adapter = replace(adapter, targets=adapter.targets or base.targets)
     with seeded(training.seed or 0):  # seeds A's initial values only, which are public and independent of the noise

@@ -131,13 +131,14 @@ def synthesize(
     look = partial(_costs, unet=unet, begun=begun, tuning_of=tuning_of, adapter=adapter, device=place)
     found = open_sets(public, private, test, class_map, skip_unreadable, size, channels, look)
     units = len(found.private) if owner is None else len(set(read_owners(private, found.private.files, owner)))
-    found.say(name, "image" if owner is None else f"owner of images, of whom there are {units},")
-    nominal, side = nominal_records(records, units, "--records"), found.public.images.shape[2]
+    counted = "records" if owner is None else "owners"
+    found.say(name, "image" if owner is None else f"owner of images, of whom there are {units}")
+    nominal, side = nominal_records(records, units, "--records", counted), found.public.images.shape[2]
     options = {"delta": delta, "choose": choose, "count": count, "rank": rank, "seed": seed}
 
     def plan_of(effort: Effort) -> Plan:
         recipe = Recipe.fitting(epsilon, nominal, side, **options, **effort.steps)
-        return Plan(recipe, effort.shape(unet).config(found.public), found.costs[effort.width], per_owner)
+        return Plan(recipe, effort.shape(unet).config(found.public), found.costs[effort.width], per_owner, counted)
 
     choices = efforts(Effort.full(side, epsilon), list(found.costs), given)
     effort = begun or largest(choices, lambda each: plan_of(each).total, 60 * minutes)
@@ -174,7 +175,7 @@ def _costs(
     device: torch.device,
 ) -> dict[int | None, Cost]:
     """Measure what steps cost on the public images, by the U-Net's width: its own, and half of it unless a shape is given."""
-    logger.info("measuring a few public steps")
+    logger.info("note: timing a few steps on public images")
     usual = unet.config(pool)
     widths = (begun.width,) if begun else (None,) if unet != stages.SHAPE else (None, usual.width // 2)
     shapes = {width: replace(usual, width=width or usual.width) for width in widths}
@@ -215,7 +216,7 @@ class Sets:
         for what, images in (("public", self.public), ("private", self.private)):
             logger.info("%s: %s", what, _described(images, self.facts.get(what)))
         logger.info(
-            "note: privacy protects one %s; the names of the private classes are published, under the name %r",
+            "note: privacy protects one %s. The names of the private classes are published, under the name %r",
             unit,
             name,
         )
@@ -238,7 +239,7 @@ def open_sets(
     Raises:
         FileNotFoundError, UserError: a set is refused; if several are, the message says it of each.
     """
-    for path in (private, test):
+    for path in (public, private, test):
         check_there(path)
     facts = {"public": look_at(public)} if Path(public).is_dir() else {}
     if size is None and facts:

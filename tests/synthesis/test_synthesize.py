@@ -61,6 +61,7 @@ def test_two_folders_become_private_synthetic_images(cells, tmp_path, capsys):
     result = yaml.safe_load(shown.out)
     assert f"private: 600 images, 48 x 40 RGB, centre crop to 32 x 32, 4 classes: {', '.join(NAMES)}" in shown.err
     assert "note: the number of records, 600, is treated as public; or give --records" in shown.err
+    assert shown.err.count("not adapted: ") == 1
     assert "noise multiplier: " in shown.err and "delta: 0.0001\n" in shown.err and "p900_0.jpg" in shown.err
 
     statement = json.loads((out / "samples" / "privacy.json").read_text())
@@ -104,7 +105,8 @@ def test_patients_of_several_images_are_the_unit_of_privacy(cells, tmp_path, cap
     out, owned = tmp_path / "out", ("--owner", r"(p\d+)_", "--per-owner", "3", "--skip-unreadable")
     assert main(arguments(cells, out, *owned)) == 0
     shown = capsys.readouterr()
-    assert "note: privacy protects one owner of images, of whom there are 120," in shown.err
+    assert "note: privacy protects one owner of images, of whom there are 120. The" in shown.err
+    assert "note: the number of owners, 120, is" in shown.err and "owners a step: 30 expected of 120" in shown.err
     statement = json.loads((out / "samples" / "privacy.json").read_text())
     assert statement["unit"] == "one owner of images, at most 3 of which are used in a step"
     assert statement["owners"] == 120 and "records" not in statement and 7.9 < statement["epsilon"] <= 8
@@ -299,6 +301,15 @@ def test_without_options_a_run_takes_what_the_machine_can_do_in_15_minutes(cells
     full = shown["fast"]
     assert (full["pretrain"]["steps"], full["pretrain"]["images a step"], full["finetune"]["steps"]) == (2000, 128, 400)
     assert "with more time" not in full and full["sample"]["sampler steps"] == 50
+
+
+def test_a_path_where_nothing_is_is_refused_before_anything_is_measured(cells, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "measure", None)
+    for role in ("public", "private", "test"):
+        assert main(_planned(cells, "--out", str(tmp_path), f"--{role}", str(cells / "privat"))) == 2
+        assert capsys.readouterr().err.endswith("privat: there is no such file or folder\n")
+    assert main(_planned(cells, "--out", str(tmp_path), "--private", "digitz")) == 2
+    assert "data must be one of digits, font-digits" in capsys.readouterr().err
 
 
 def test_costs_are_measured_before_the_private_images_are_read(cells, tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def _confidential() -> dict[str, str]:
     return {
         f"{PRIVATE}/{CHECKPOINT}": "it holds the secret from which the noise follows",
         f"{PRIVATE}/{intent_path(Path(CHECKPOINT)).name}": "it belongs to the checkpoint",
-        SOURCE: "each says where images are",
+        f"every {SOURCE}": "says where images are",
         f"{CONFIG} and {DONE}": f"those of {PRIVATE}/ and {CHOSEN}/ may hold paths, and times that depend on the images",
         EVALUATION: "the promise does not cover its accuracies",
         "the loss and the clipped share": "training shows them to the operator, without noise",
