@@ -7,7 +7,9 @@ moves in C G overlap, and each time it moves them by the norm of a column of C: 
 ceil(steps / bands) sums with independent noise; `training/sampling.py` draws such batches.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +24,9 @@ def square_root(bands: int) -> list[float]:
 
     The k-th is the k-th coefficient of (1 - x)^(-1/2) (Kalinin and Lampert 2024, "Banded square root matrix factorization").
     """
-    diagonals = torch.ones(bands, dtype=torch.float64)
-    for k in range(1, bands):
-        diagonals[k] = diagonals[k - 1] * (2 * k - 1) / (2 * k)
-    return (diagonals / diagonals.norm()).tolist()
+    diagonals = list(accumulate(range(1, bands), lambda before, k: before * (2 * k - 1) / (2 * k), initial=1.0))
+    norm = math.hypot(*diagonals)
+    return [diagonal / norm for diagonal in diagonals]
 
 
 class CorrelatedNoise:

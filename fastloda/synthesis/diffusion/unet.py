@@ -7,7 +7,7 @@ Diffusion Models", down to the module names (`downblocks.1.0.block_1.2`, `upbloc
 
 import math
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastloda.errors import UserError
 from fastloda.synthesis.diffusion.ddpm import DDPM
 from fastloda.synthesis.diffusion.edm import EDM
+from fastloda.synthesis.diffusion.process import Process
 
 PROCESSES: dict[str, type[DDPM] | type[EDM]] = {"ddpm": DDPM, "edm": EDM}
 
@@ -216,7 +217,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        self.config, self.process = config, PROCESSES[config.process]()
+        self.config = config
         embed = 4 * config.width
         resblock = partial(ResBlock, embed=embed, groups=config.norm_groups, dropout=config.dropout)
 
@@ -260,6 +261,11 @@ class UNet(nn.Module):
         for conv in (*blocks, *attentions, self.out[-1]):
             nn.init.zeros_(conv.weight)
             nn.init.zeros_(conv.bias)
+
+    @cached_property
+    def process(self) -> Process:
+        """The process that the model undoes."""
+        return PROCESSES[self.config.process]()
 
     @property
     def null_class(self) -> int:
