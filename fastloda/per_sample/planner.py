@@ -20,9 +20,9 @@ import torch
 from opt_einsum import contract_path
 from torch import Tensor
 
-# Gradients of up to four times the recipe's bytes are kept, which is faster. Memory allows it: it peaks at the start of backward,
-# with the forward's activations, which are freed as gradients arrive (an example, r = 4, 3 x 3, 4 x 4 positions: 2.25 times).
-KEEP_FACTOR = 4.0
+# Gradients of up to twice the recipe's bytes are kept. Memory allows it: it peaks at the start of backward, with the forward's
+# activations, which are freed as gradients arrive. More would raise the peak, and is no faster (bench/NOTES.md, 15).
+KEEP_FACTOR = 2.0
 # Kernels that store no gradient read the recipe twice; keeping writes the gradients and reads them. Fewer bytes win.
 FUSED_KEEP_FACTOR = 0.5
 # Ghost must cost less than this share of what it replaces: the counts say nothing of how well each way runs.
