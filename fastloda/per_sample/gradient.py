@@ -6,14 +6,13 @@ same order. So a norm can't underestimate what is summed, however much the posit
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
 
 import torch
 from torch import Tensor
 
 from fastloda import kernels
 from fastloda.errors import PrivacyError
-from fastloda.per_sample.planner import Sizes, Way, choose, chunk_samples, rows_at_a_time
+from fastloda.per_sample.planner import Sizes, Way, choose, rows_at_a_time
 from fastloda.per_sample.recipe import Fused, Recipe, as_it_is
 from fastloda.per_sample.reductions import row_squares, weighted_row_sum
 from fastloda.per_sample.tensors import on_triton, waits
@@ -79,9 +78,10 @@ class PerSampleGrad:
             if self.kept is not None:
                 yield slice(0, self.samples), self.kept
             return
-        # Parts of a size that needs no joining: to join them would be one more pass, over memory fresh from the system.
-        sizes = [rows_at_a_time(self.samples, recipe.scratch_bytes, recipe.tensors[0].device) for recipe in self.again]
-        size = min(*sizes, chunk_samples(self.shape.numel()))
+        # A size for which the gradients and what they are made of stay in the cache.
+        sources = [(recipe.scratch_bytes, recipe.tensors[0].device) for recipe in self.again]
+        made = 4 * self.samples * self.shape.numel()
+        size = min(rows_at_a_time(self.samples, made + scratch, device) for scratch, device in sources)
         laid_out = self._sources > 1
         for start in range(0, self.samples, size):
             chosen = slice(start, min(start + size, self.samples))
@@ -135,14 +135,13 @@ class PerSampleGrad:
             fused, tensors = lone
             accumulated_in = torch.promote_types(tensors[0].dtype, torch.float32)
             return self._check_shape(fused.weighted_sum(*tensors, factors.to(accumulated_in)))
+        total = None
         if self.again:
-            parts = (weighted_row_sum(grads, factors[chosen], some_are_zero) for chosen, grads in self.chunks())
-            total = reduce(Tensor.add_, parts)
+            for chosen, grads in self.chunks():
+                total = weighted_row_sum(grads, factors[chosen], some_are_zero, total)
         elif self.kept is not None:
             total = weighted_row_sum(self.kept, factors, some_are_zero)
-        else:
-            return None
-        return self._check_shape(self.order(total.unsqueeze(0)).squeeze(0))
+        return None if total is None else self._check_shape(self.order(total.unsqueeze(0)).squeeze(0))
 
     def _check_shape(self, total: Tensor) -> Tensor:
         if total.shape != self.shape:

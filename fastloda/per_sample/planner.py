@@ -10,17 +10,19 @@ Adapters are far smaller than their activations, so their gradients are kept; th
 are larger, so they are made again, or are not made at all. Flops are counted by opt_einsum, bytes by what is read and written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
 from opt_einsum import contract_path
+from torch import Tensor
 
-# Gradients of up to four times the recipe's bytes are kept, which is faster. Memory allows it: it peaks at the start of backward,
-# with the forward's activations, which are freed as gradients arrive (an example, r = 4, 3 x 3, 4 x 4 positions: 2.25 times).
-KEEP_FACTOR = 4.0
+# Gradients of up to twice the recipe's bytes are kept. Memory allows it: it peaks at the start of backward, with the forward's
+# activations, which are freed as gradients arrive. More would raise the peak, and is no faster (bench/NOTES.md, 15).
+KEEP_FACTOR = 2.0
 # Kernels that store no gradient read the recipe twice; keeping writes the gradients and reads them. Fewer bytes win.
 FUSED_KEEP_FACTOR = 0.5
 # Ghost must cost less than this share of what it replaces: the counts say nothing of how well each way runs.
@@ -28,7 +30,9 @@ GHOST_FACTOR = 0.5
 FLOPS_PER_BYTE = 8  # the flops of float32 that a CPU core computes while it moves a byte to memory
 # Passes over a kept gradient: write, read for the norm, clear of NaN, weight, sum. Made again, it is written twice.
 KEPT_PASSES, AGAIN_PASSES = 6, 8
-CHUNK_NUMBERS = 1 << 24  # numbers of gradients made again at a time: 64 MiB of float32
+CHUNK_NUMBERS = 1 << 24  # numbers of gradients that `vmap` makes at a time: 64 MiB of float32
+# Outputs of a channel from which on the CPU calls PyTorch's own kernel for each sample's convolution (bench/NOTES.md, 15).
+MANY_POSITIONS = 256
 SCRATCH_BYTES = {"cpu": 4 << 20}  # temporaries that stay in a CPU's cache
 DEVICE_SCRATCH_BYTES = 128 << 20  # small beside the memory of a GPU or another accelerator
 
@@ -110,6 +114,11 @@ def gram_flops(samples: int, shapes: tuple) -> int:
 def chunk_samples(parameter_numbers: int) -> int:
     """Compute how many samples' gradients to make at a time, for a parameter of so many numbers."""
     return max(1, CHUNK_NUMBERS // parameter_numbers)
+
+
+def calls_for_each_sample(x: Tensor, kernel: Sequence[int], positions: int) -> bool:
+    """Tell whether PyTorch's own kernel computes a convolution's gradients, called for each sample."""
+    return x.device.type == "cpu" and prod(kernel) > 1 and positions >= MANY_POSITIONS
 
 
 def rows_at_a_time(count: int, scratch_bytes: int, device: torch.device) -> int:

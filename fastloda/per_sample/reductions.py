@@ -38,14 +38,22 @@ def _exact_squares(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_()
 
 
-def weighted_row_sum(rows: Tensor, weights: Tensor, some_are_zero: bool = True) -> Tensor:
-    """Compute sum_n weights[n] rows[n] of rows [n, *shape]: [*shape]. With some_are_zero a row of weight 0 may be NaN."""
+def weighted_row_sum(rows: Tensor, weights: Tensor, some_are_zero: bool = True, onto: Tensor | None = None) -> Tensor:
+    """Compute sum_n weights[n] rows[n] of rows [n, *shape]: [*shape], added to `onto` in place if there is one.
+
+    With some_are_zero a row of weight 0 may be NaN.
+    """
     weights = weights.to(rows.dtype)
     if some_are_zero:  # 0 * inf is no zero
         rows = rows.nan_to_num(0.0, 0.0, 0.0)
     if rows.device.type == "cpu" and _products_are_exact():
-        return torch.mv(rows.reshape(rows.shape[0], -1).t(), weights).view(rows.shape[1:])
-    return (rows * weights.view(-1, *[1] * (rows.dim() - 1))).sum(0)
+        flat = rows.reshape(rows.shape[0], -1).t()
+        if onto is not None:
+            onto.view(-1).addmv_(flat, weights)
+            return onto
+        return torch.mv(flat, weights).view(rows.shape[1:])
+    total = (rows * weights.view(-1, *[1] * (rows.dim() - 1))).sum(0)
+    return total if onto is None else onto.add_(total)
 
 
 def _products_are_exact() -> bool:

@@ -59,6 +59,31 @@ def test_float32_is_as_good_as_pytorch(kind, counts):
     drawn.hold_for(cases, counts(small // 5, full // 3), check_float32_with_fused_kernels_off)
 
 
+@pytest.mark.parametrize("keep", [0.0, math.inf])
+@pytest.mark.parametrize("cases", [drawn.plain_convs(), drawn.transposed_convs()], ids=["conv", "transposed conv"])
+def test_convolutions_by_pytorchs_kernel_for_each_sample(cases, keep, counts, monkeypatch):
+    """As large ones are computed: exact in float64, as good as PyTorch in float32, and there of the norm of what is summed."""
+    monkeypatch.setattr(plan, "MANY_POSITIONS", 0)
+    monkeypatch.setattr(plan, "KEEP_FACTOR", keep)
+
+    def check(case):
+        check_exact(case)
+        check_float32(case)
+        check_clips_what_it_sums(case.to(torch.float32))
+
+    drawn.hold_for(cases, counts(40, 1000), check)
+
+
+def check_clips_what_it_sums(case):
+    """To 1e-5, whatever the size of the numbers."""
+    case.x[..., 1:] *= 1e3
+    norms = per_sample_grad_norms(case.losses(), case.model, views=case.views)
+    for i, norm in enumerate(norms):
+        clipper = GhostClipper(case.model, 1e30, case.views)
+        clipper.accumulate(case.losses(), torch.arange(case.samples) == i)
+        assert abs(oracle.norm(clipper._sums.by_name) - norm) <= 1e-5 * norm
+
+
 @pytest.mark.parametrize("order", ["pooled", "unbound", "permuted", "copied", "rows", "stacked"])
 def test_an_adapter_on_sequences_of_one_position(order):
     """[1, N, C]: what comes before the batch is 1, and yet the batch is not the first dimension."""

@@ -1,16 +1,28 @@
-"""The rule of convolutions, also transposed, of one, two and three dimensions, grouped or not, with zero padding."""
+"""The rule of convolutions, also transposed, of one, two and three dimensions, grouped or not, with zero padding.
 
+On the CPU a large sample's gradient comes from PyTorch's own kernel, one sample at a time. Small samples, for which a call is
+dear, and all on a GPU without Triton, get theirs by one product of output gradients with patches of the input.
+"""
+
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 
-from torch import Tensor
+import torch
+from torch import Size, Tensor
 
 from fastloda.kernels.conv import Conv
+from fastloda.per_sample.amx import sound_dtype
+from fastloda.per_sample.node import Node
+from fastloda.per_sample.patches import gather_patches
+from fastloda.per_sample.planner import calls_for_each_sample, split_rows
 from fastloda.per_sample.products import conv_recipe
-from fastloda.per_sample.recipe import Recipe
+from fastloda.per_sample.recipe import Recipe, as_it_is
 from fastloda.per_sample.rules.call import Call
-from fastloda.per_sample.taps import gather_taps
-from fastloda.per_sample.tensors import accumulable, channel_sum, lay_out_taps, sum_rows
+from fastloda.per_sample.tensors import accumulable, channel_sum, sum_rows
+
+PerSampleGradient = Callable[[Tensor, Tensor, int], Tensor]
+convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 def convolution(call: Call) -> dict[int, Recipe]:
@@ -23,28 +35,55 @@ def convolution(call: Call) -> dict[int, Recipe]:
     recipes = {2: Recipe(channel_sum, (call.gy,))} if 2 in call.shapes else {}
     if 1 in call.shapes:
         x, gy = (call.gy, node._saved_input) if node._saved_transposed else (node._saved_input, call.gy)
-        recipes[1] = _weight(x, gy, call.shapes[1][2:], node)
+        recipes[1] = _weight(x, gy, call.shapes[1], node)
     return recipes
 
 
-def _weight(x: Tensor, gy: Tensor, kernel: tuple[int, ...], node) -> Recipe:
+def _weight(x: Tensor, gy: Tensor, shape: Size, node: Node) -> Recipe:
+    kernel, groups = tuple(shape[2:]), node._saved_groups
     saved = (node._saved_stride, node._saved_padding, node._saved_dilation)
     spread = (values * len(kernel) if len(values) == 1 else values for values in saved)  # "valid" saves one
-    geometry = (tuple(kernel), *map(tuple, spread))
-    groups = node._saved_groups
+    geometry = (kernel, *map(tuple, spread))
+    if calls_for_each_sample(x, kernel, prod(gy.shape[2:])):
+        grad, lay_out = _by_pytorch(shape, node), as_it_is
+    else:
+        grad = _by_patches(geometry, groups)
+        lay_out = lambda grads: grads.unflatten(2, kernel).movedim(-1, 2)  # noqa: E731
+    flat = Conv(*geometry) if len(kernel) == 2 and groups == 1 else None
+    positions = len(x) * prod(gy.shape[2:])
+    widths = (gy.shape[1] // groups, x.shape[1] // groups * prod(kernel))
+    product = ("goq,gkq->gok", tuple((groups, width, positions) for width in widths))
+    return replace(conv_recipe(grad, lay_out, x, gy, flat, 0), product=product)
+
+
+def _by_pytorch(shape: Size, node: Node) -> PerSampleGradient:
+    stride, dilation, transposed = node._saved_stride, node._saved_dilation, node._saved_transposed
+    geometry = (stride, node._saved_padding, dilation, transposed, node._saved_output_padding, node._saved_groups)
 
     def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
-        """Multiply the k^d taps of gy with x, group by group: [samples, O k^d, C / groups], as `lay_out_taps` takes it."""
-        taps = accumulable(gather_taps(gy, x.shape[2:], *geometry))
-        rows, size = len(x), taps.shape[-1]
-        taps = taps.reshape(rows * groups, -1, size)
-        grad = taps @ accumulable(x).reshape(rows * groups, -1, size).mT  # [N groups, O / groups k^d, C / groups]
-        return sum_rows(grad.view(rows, -1, grad.shape[-1]), samples)
+        """Call the convolution's backward for each sample: [samples, *shape]."""
+        dtype = sound_dtype(accumulable(x).dtype, x.device, stride, dilation)
+        weight = x.new_empty(shape, dtype=dtype)  # asked for its shape alone
+        grads = x.new_empty(samples, *shape, dtype=dtype)
+        of_samples = (t.to(dtype).split(max(1, len(t) // max(1, samples))) for t in (x, gy))
+        for grad, *pair in zip(grads, *of_samples):
+            above, below = pair if transposed else pair[::-1]
+            grad.copy_(convolution_backward(above, below, weight, None, *geometry, (False, True, False))[1])
+        return grads
 
-    positions = prod(x.shape[2:])
-    taps = prod(gy.shape[:2]) * prod(kernel) * positions
-    flat = Conv(*geometry) if len(kernel) == 2 and groups == 1 else None
-    shapes = (gy.shape[1] // groups * prod(kernel), x.shape[1] // groups)
-    product = ("gkq,gcq->gkc", tuple((groups, width, len(x) * positions) for width in shapes))
-    lay_out = lambda grads: lay_out_taps(grads, kernel)  # noqa: E731
-    return replace(conv_recipe(weight_grad, lay_out, x, gy, flat, taps * gy.element_size()), product=product)
+    return weight_grad
+
+
+def _by_patches(geometry: tuple[tuple[int, ...], ...], groups: int) -> PerSampleGradient:
+    def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
+        """Multiply gy with the patches of x, a few rows at a time: [samples, O, prod(kernel), C / groups]."""
+        x, gy = accumulable(x), accumulable(gy)
+        rows, positions, width = len(x), prod(gy.shape[2:]), prod(geometry[0]) * x.shape[1]
+        grads = x.new_empty(rows * groups, gy.shape[1] // groups, width // groups)
+        for part in split_rows(rows, x.element_size() * rows * positions * width, x.device):
+            patches = gather_patches(x[part], tuple(gy.shape[2:]), groups, *geometry)
+            above = gy[part].reshape(len(patches), -1, positions)
+            torch.bmm(above, patches, out=grads[part.start * groups : part.stop * groups])
+        return sum_rows(grads.view(rows, gy.shape[1], prod(geometry[0]), -1), samples)
+
+    return weight_grad
