@@ -19,6 +19,8 @@ from fastloda import AdaptiveClipping, CapturedStep, GhostClipper, PrivacyError,
 from fastloda.per_sample import refusals
 from fastloda.privacy import captured
 from fastloda.privacy.captured import CaptureError
+from fastloda.synthesis.diffusion import Diffusion, digits_unet
+from fastloda.training import noising
 from fastloda.training.owners import OwnerBatches
 from fastloda.training.trainer import DPTrainer
 
@@ -270,6 +272,23 @@ def test_random_numbers_go_on_from_replay_to_replay():
     found = [step.accumulate(x, y)[1] for _ in range(5)]
     for losses in found:
         assert torch.equal(losses, noisy(generators[1])(x, y))
+
+
+def test_the_diffusion_loss_is_captured():
+    """With its own draws; and the tables that it looks up are on the device already."""
+    diffusion, model = Diffusion(), digits_unet(zero_init=False)
+    attach_loda(model, rank=2)
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    loss = lambda g: lambda x, y: diffusion.losses(model, x, y, views=2, flips=True, generator=g)  # noqa: E731
+    clipper = GhostClipper(model, BOUND, views=2)
+    step, x, y = CapturedStep(clipper, loss(generators[0]), generators[:1]), torch.randn(4, 1, 8, 8), torch.arange(4)
+    found = [step.accumulate(x, y)[1] for _ in range(3)]
+    assert replays(step, x, y) is False and replays(step, x, y)  # the fourth is probed
+    tables = noising._made[diffusion.alphas_cumprod]
+    for losses in found:
+        assert torch.equal(losses, loss(generators[1])(x, y))
+    assert len(tables) == 2 and tables is noising._made[diffusion.alphas_cumprod]
+    assert all(any(t is table for t in step._outside) for table in tables.values())
 
 
 # ---- refusals
