@@ -150,18 +150,21 @@ def test_a_replay_adds_to_what_is_there_and_starts_at_zero():
     clipper.reset()
     step.accumulate(x, y)
     assert torch.equal(sums(clipper), once)
+    assert replays(step, x, y) and torch.equal(sums(clipper), 2 * once)
     clipper.accumulate(loss_of(clipper.model)(x, y))  # the two may be mixed
-    assert torch.allclose(sums(clipper), 2 * once, rtol=1e-6)
+    assert torch.allclose(sums(clipper), 3 * once, rtol=1e-6)
 
 
-def test_weights_are_those_of_each_call():
-    clipper, step = captured_step()
+def test_weights_are_those_of_each_call_and_so_are_the_counts():
+    clipper, told = GhostClipper(convolutional(), BOUND), []
     step = CapturedStep(clipper, loss_of(clipper.model))
     for _ in range(3):
         (x, y), weights = batch(), torch.rand(5, dtype=torch.float64)
         stats, losses = step.accumulate(x, y, weights=weights)
         assert torch.equal(losses, loss_of(clipper.model)(x, y))
         assert torch.isclose(stats.totals[3], (losses * weights.float()).double().sum())
+        told.append((stats.totals, stats.totals.clone()))
+    assert all(torch.equal(now, then) for now, then in told)
 
 
 # ---- what stays outside of the graph
