@@ -193,7 +193,7 @@ def steps():
 def step_figures(provider: str, case: Case) -> dict:
     try:
         step = PROVIDERS[provider](case, Privacy(noise_multiplier=0.0)).step
-        for _ in range(6):  # compiling, probes, the capture
+        for _ in range(6 if REHEARSAL else 18):  # compiling, the probes of the 1st, 4th and 16th batch, the captures
             step()
         figures = {"seconds": gpu_seconds(step), "issue_seconds": cpu_seconds(step), "profile": profile(step)}
     except Exception as error:

@@ -69,10 +69,10 @@ def by_fastloda(model: nn.Module, x: Tensor, bound: float, loss_of: oracle.LossO
 
 
 def by_graph(model: nn.Module, x: Tensor, bound: float, loss_of: oracle.LossOf) -> Tensor:
-    """The fifth batch, a replay: the first and the fourth are probed, and the second makes the graph."""
+    """The sixth batch, a replay: the first and the fourth are probed, and those after them make the graph."""
     clipper = GhostClipper(copy.deepcopy(model), bound, views=VIEWS)
     step = CapturedStep(clipper, lambda batch: loss_of(clipper.model, batch))
-    for _ in range(4):
+    for _ in range(5):
         step.accumulate(torch.randn_like(x))
     clipper.reset()
     step.accumulate(x)

@@ -6,6 +6,7 @@ attention's projections. Diffusers checkpoints activations without reentrance, a
 """
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ def diffusion_losses(
     alphas_cumprod, predicted_kind = _alphas_cumprod(scheduler), _prediction_type(scheduler)
     x0 = x0.repeat_interleave(views, dim=0)
     if timesteps is None:
-        cdf = torch.linspace(0, 1, len(alphas_cumprod) + 1, dtype=torch.float64)[1:]
-        timesteps = draw_timesteps(cdf, samples, views, generator, x0.device)
+        timesteps = draw_timesteps(_uniform_cdf(len(alphas_cumprod)), samples, views, generator, x0.device)
     if noise is None:
         noise = draw(torch.randn, x0.shape, generator, x0.device).to(x0)
     if timesteps.shape != (len(x0),) or noise.shape != x0.shape:
@@ -104,7 +104,12 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None:
         raise UserError(f"{type(scheduler).__name__} has no alphas_cumprod: flow matching and EDM are not covered")
-    return alphas_cumprod.double()
+    return alphas_cumprod
+
+
+@cache
+def _uniform_cdf(count: int) -> Tensor:
+    return torch.linspace(0, 1, count + 1, dtype=torch.float64)[1:]
 
 
 def _prediction_type(scheduler: Any) -> str:

@@ -7,7 +7,9 @@ nothing that Python does. So all that must be looked at or may change stays outs
 - the sums start at zero inside, and are added to the clipper's outside, where the noise comes too;
 - the model is checked before each replay, and the graph is captured anew if a tensor or a mode of it is another one;
 - a batch that the probe must look at (`per_sample/refusals.py`) is not replayed but computed as ever. So are all batches until
-  the probe knows this kind of computation, which the captured one must be.
+  the probe knows this kind of computation, which the captured one must be. The graph holds the memory of a whole step, which is
+  given back before each such batch; so a step never needs it twice, and the graph is captured again after it. Before, it must
+  still give the losses that are then computed, or else it repeats what Python does no more.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -58,9 +60,10 @@ class CapturedStep:
     >>> clipper.privatize(noise_multiplier=1.0, expected_batch_size=256)
     >>> optimizer.step()
 
-    The guarantees are the clipper's. The first two micro-batches or more are computed without a graph; then `losses` is called
-    three times, and from then on only for batches that are probed. So it may depend on nothing but its inputs, the model's
-    tensors and modes, and random numbers drawn on the GPU; what else it reads is as it was when the graph was captured.
+    The guarantees are the clipper's. The first micro-batch is computed without a graph, and so are later ones that are probed
+    (the 4th, 16th, 64th, ...). After each of them `losses` is called three times, to capture the graph, and not for replays. So
+    it may depend on nothing but its inputs, the model's tensors and modes, and random numbers drawn on the GPU; what else it
+    reads is as it was when the graph was captured, and a batch that is probed shows it if that has changed.
 
     Args:
         clipper: the clipper that the micro-batches are accumulated in; it may take others besides.
@@ -85,6 +88,7 @@ class CapturedStep:
         self._places: object = None  # where the model was when it was captured
         self._outside: list[Tensor] = []  # what else the graph reads, kept alive for it
         self._graph: tuple[_Memory, Run] | None = None
+        self._expected: Tensor | None = None  # the losses of the next micro-batch by a graph that is gone
 
     def accumulate(
         self, *inputs: Any, mask: Tensor | None = None, weights: Tensor | None = None
@@ -108,16 +112,32 @@ class CapturedStep:
         self._check_shapes(given)
         places = self._places_of(self._clipper.check_model())
         if places != self._places:
-            self._places, self._looks, self._graph = places, Looks(), None
-        if not self._looks.knows(self._samples) or self._looks.due():
+            self._places, self._looks = places, Looks()
+            self.release()  # unread, for its memory may be another's by now
+        if not self._looks.knows(self._samples) or self._looks.due() or self._expected is not None:
             return self._launch(given, mask)
         return self._replayed(given, check_mask(mask, self._samples, self._device))
 
+    def release(self, *inputs: Any) -> None:
+        """Give back the memory that the graph holds; it is captured anew when a micro-batch may be replayed.
+
+        inputs: those of the next micro-batch, if it must be computed without a graph, and compared with what the graph gives.
+        """
+        self._expected = self._replayed_losses(_Given.of(inputs, None, self._device)) if inputs else None
+        self._graph, self._outside = None, []
+
     def _launch(self, given: "_Given", mask: Tensor | None) -> tuple[StepStats, Tensor]:
-        """Accumulate without a graph."""
+        """Accumulate without a graph, whose losses are compared with these if there is one."""
         clipper, before = self._clipper, generator_states(self._generators)
+        if self._graph is not None:
+            self.release(*given.inputs)
+        expected, self._expected = self._expected, None
         try:
             losses, weighed = self._losses_of(given)
+            if expected is not None and not _are_alike(expected, losses.detach()):
+                raise CaptureError(
+                    "losses() gives other values than a graph: it follows something in Python that changed"
+                )
             self._samples, _ = check_losses(weighed, clipper.views, mask)
             graph = checked_graph(weighed, clipper.model, clipper.parameters, self._samples)
             if graph.unsure:
@@ -147,6 +167,17 @@ class CapturedStep:
         found = replay()
         clipped = Clipped(found.clipped.norms, StepStats(found.clipped.stats.totals.clone()))
         return clipper.add(found.sums, clipped, memory.mask), found.losses.clone()
+
+    def _replayed_losses(self, given: "_Given") -> Tensor | None:
+        """Compute the losses by a replay of the graph, if there is one that fits; neither sums nor random states move."""
+        if self._graph is None or self._places_of(self._clipper.check_model()) != self._places:
+            return None
+        memory, replay = self._graph
+        if memory.given._replace(weights=None).shapes != given._replace(weights=None).shapes:
+            return None
+        memory.given.copy_(given)
+        with restored(self._generators):
+            return replay().losses.clone()
 
     def _captured(self, memory: "_Memory") -> Run:
         """Capture a graph of `_run`, after a look at which tensors the losses read; no random state moves.
@@ -262,6 +293,13 @@ class _Memory(NamedTuple):
         self.given.copy_(given)
         self.mask.copy_(mask)
         self.bounds.copy_(bounds)
+
+
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    """Tell whether losses differ by rounding alone."""
+    rounding = max(1e-3, 4 * torch.finfo(b.dtype).eps)
+    typical = float(b.nan_to_num(0.0, 0.0, 0.0).abs().mean())
+    return torch.allclose(a, b, rounding, rounding * typical, equal_nan=True)
 
 
 def _address(t: Tensor) -> int:

@@ -259,8 +259,7 @@ def check_steady(before: Tensor, after: Tensor) -> float:
             f"losses() gave other values for the same batch, parameters and random states (by {largest:.2g} of a loss): it draws "
             "from a source of its own, or keeps something between its calls, so that it can't be seen whether records mix. Draw "
             "from the generator that it is given, or from torch's, numpy's or Python's global one; keep nothing of a batch; a "
-            "schedule may follow trainer.step, which stays the same for all calls of a step (and nothing else in Python where "
-            "steps are CUDA graphs: fixed_shape=False makes them without)"
+            "schedule may follow trainer.step, which stays the same for all calls of a step"
         )
     return largest
 

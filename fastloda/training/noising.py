@@ -4,13 +4,33 @@ from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # table -> what was made of it, where and in which dtype
 
 
 def add_noise(alphas_cumprod: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Compute x_t for images x0 [n, ...], timesteps t [n] and standard normal noise of x0's shape; alphas_cumprod [T] is abar."""
     column = (-1, *[1] * (x0.dim() - 1))
-    signal, sigma = alphas_cumprod.sqrt().to(x0), (1 - alphas_cumprod).sqrt().to(x0)
+    signal, sigma = (_of_table(alphas_cumprod, part, x0.device, x0.dtype) for part in (_signal, _sigma))
     return signal[t].view(column) * x0 + sigma[t].view(column) * noise
+
+
+def _signal(abar: Tensor) -> Tensor:
+    return abar.double().sqrt()
+
+
+def _sigma(abar: Tensor) -> Tensor:
+    return (1 - abar.double()).sqrt()
+
+
+def _of_table(table: Tensor, make: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Compute make(table) for a table of constants on a device, once: to copy it there, each step would wait for the GPU."""
+    made = _made.setdefault(table, {})
+    if (make, device, dtype) not in made:
+        with torch.inference_mode(False):
+            made[make, device, dtype] = make(table).to(device, dtype)
+    return made[make, device, dtype]
 
 
 def draw_timesteps(
@@ -22,7 +42,7 @@ def draw_timesteps(
     draws would. Samples are independent of each other.
     """
     u = _stratified(n, views, generator, device)
-    return torch.searchsorted(cdf.to(u.device), u, right=True).to(device)
+    return torch.searchsorted(_of_table(cdf, Tensor.double, u.device, u.dtype), u, right=True).to(device)
 
 
 def draw_levels(
@@ -30,7 +50,7 @@ def draw_levels(
 ) -> Tensor:
     """Draw levels [n * views] (float64) in [0, T] as `draw_timesteps` does, but evenly within the unit after each timestep."""
     u = _stratified(n, views, generator, device)
-    cdf = cdf.to(u.device)
+    cdf = _of_table(cdf, Tensor.double, u.device, u.dtype)
     step = torch.searchsorted(cdf, u, right=True)
     before = torch.cat([cdf.new_zeros(1), cdf])[step]
     return step + (u - before) / (cdf[step] - before)

@@ -274,6 +274,7 @@ class DPTrainer:
         Raises:
             UserError: within it, for an attempt to train, to save the checkpoint, or to enter it again.
         """
+        self._release()
         with restored(self.run.generators), in_eval_mode(self.model), self.average.in_place():
             torch.clear_autocast_cache()  # it may hold casts of the other parameters
             try:
@@ -360,7 +361,10 @@ class DPTrainer:
         stats, found = StepStats.none(self.run.device), []
         for chosen, mask in parts:
             read = self._data.read(chosen, self.run.stream)
-            seen = self._looks.look(read, chosen) if self._looks.due else None
+            seen = None
+            if self._looks.due:
+                self._release(read)
+                seen = self._looks.look(read, chosen)
             counts, losses = self._accumulate_one(read, mask)
             if seen is not None:
                 check_steady(seen, losses)
@@ -383,6 +387,11 @@ class DPTrainer:
         self._divisors.check(losses)
         weighed = losses if weights is None else losses * weights.to(losses)
         return self.clipper.accumulate(weighed, mask), losses.detach()
+
+    def _release(self, read: list | None = None) -> None:
+        """Give back the memory of the step's graph for what is computed beside it; read: the next units, if looked at."""
+        if self._captured is not None:
+            self._captured.release(*([] if read is None else [self._batch_of(read)]))
 
     def _capturable_losses(self, batch: Any) -> Tensor:
         """Compute the losses of a full micro-batch, if they do not follow the number of the step, which a graph would repeat."""
