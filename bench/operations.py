@@ -75,7 +75,7 @@ class Tensors:
         self.factors = torch.rand(samples, device=DEVICE, dtype=torch.float64)
         self.op = ConvOp(layer.conv, 1, SLOPE, SCALE)
         self.y, self.z = self.op.forward(self.x, self.W, None, self.A, self.B)
-        self.gz, self.recipe_B = self.op.backward_up(self.gy, self.z, self.B)
+        self.gz, self.recipe_B = self.op.backward_up(self.gy, self.x, self.z, self.B)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def layer_operations(t: Tensors) -> list[Operation]:
     low, high = 2 * samples * positions * RANK * x.shape[1] * taps, 2 * samples * positions * RANK * gy.shape[1]
     gA_bytes, gB_bytes = (samples * p.numel() * FLOAT32 for p in (A, B))
     full = high // RANK * x.shape[1] * taps
-    recipe_A, recipe_W = t.op.recipe_A(x, gz), t.op.recipe_A(x, gy)
+    recipe_A, recipe_W = t.op.recipe_A(x, gz), t.op.recipe_W(x, gy)
     return [
         *(_kernel_forward(t, low, high) if on_triton(x) else _frozen_and_forward(t, low, high, full)),
         Operation("backward: gz, gB", lambda: _backward(t), _bytes(gy, z, gz) + gB_bytes, 2 * high),
@@ -126,7 +126,9 @@ def _kernel_forward(t: Tensors, low: int, high: int) -> list[Operation]:
     y, dx, conv = torch.empty_like(t.y), torch.empty_like(t.x), t.op.conv
     return [
         Operation("forward: z", lambda: adapter_forward.project(t.x, t.A, conv), _bytes(t.x, t.z), low),
-        Operation("forward: y +=", lambda: adapter_forward.add_(y, t.z, t.B, SLOPE, SCALE), _bytes(y, y, t.z), high),
+        Operation(
+            "forward: y +=", lambda: adapter_forward.add_(y, t.z, t.B, None, SLOPE, SCALE), _bytes(y, y, t.z), high
+        ),
         Operation(
             "backward: dx +=", lambda: input_grad.add_input_grad_(dx, t.gz, t.A, conv), _bytes(dx, dx, t.gz), low
         ),
@@ -156,7 +158,7 @@ def clip_and_sum(layers: Counter[Layer], samples: int) -> Operation:
 
 
 def _backward(t: Tensors) -> Tensor:
-    _, recipe = t.op.backward_up(t.gy, t.z, t.B)
+    _, recipe = t.op.backward_up(t.gy, t.x, t.z, t.B)
     return _norm_and_store(recipe, t.B, len(t.x))
 
 
@@ -192,8 +194,8 @@ def check(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_format) 
     close(t.y, y)
     close(t.op.grad_x(t.gy, t.gz, t.x, t.W, t.A), sum(dx))
     close(found, torch.stack(squares))
-    for g, gradients, parameter in ((t.gy, grads[0], t.W), (t.gz, grads[1], t.A)):
-        recipe = t.op.recipe_A(t.x, g)
+    recipes = t.op.recipe_W(t.x, t.gy), t.op.recipe_A(t.x, t.gz)
+    for recipe, gradients, parameter in zip(recipes, grads, (t.W, t.A)):
         close(_norm(recipe, parameter, 2), torch.stack([g.square().sum() for g in gradients]))
         close(_again(recipe, parameter, 2).weighted_sum(t.factors), sum(c * g for c, g in zip(t.factors, gradients)))
 

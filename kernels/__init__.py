@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-OPERATIONS = ("adapter_backward", "adapter_forward", "clip_sum", "input_grad", "sample_grad")
+OPERATIONS = ("adapter_backward", "adapter_forward", "clip_sum", "input_grad", "pointwise", "sample_grad")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -2,8 +2,12 @@
 
     gz[n, p, :] = phi'(z) . s B^T gy[n, :, p]        gB[n] = s sum_p gy[n, :, p] phi(z[n, :, p])^T
 
-Blocks of positions write their part of gB; a second launch adds the parts of a sample in order, over its views.
+gz is laid out for `conv.full()`, among zeros: then a tap is a shift of it that never leaves memory, whatever the convolution's
+stride and padding.  Blocks of positions write their part of gB; a second launch adds the parts of a sample in order, over its
+views.
 """
+
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +16,28 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .blocks import cdiv, launch, load, planes, power_of_2
+from .blocks import below, cdiv, launch, load, planes, positions_last, undo_stride
+from .conv import Conv
 
 
 def adapter_backward_reference(
-    gy: Tensor, z: Tensor, B: Tensor, slope: float, scale: float, samples: int
+    gy: Tensor, z: Tensor, B: Tensor, slope: float, scale: float, conv: Conv, size: tuple[int, int], samples: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute gz [N, r, OH, OW] and gB [samples, O, r, 1, 1] from gy [N, O, OH, OW], z [N, r, OH, OW], B [O, r, 1, 1]."""
+    """Compute gz as `among_zeros` lays it out, and gB [samples, O, r, 1, 1], from gy [N, O, OH, OW], z [N, r, OH, OW], B."""
     gz = scale * torch.einsum("or,nohw->nrhw", B.flatten(1), gy) * torch.where(z > 0, 1.0, slope)
+    gz = among_zeros(gz, conv, size)
     gB = scale * torch.einsum("nohw,nrhw->nor", gy, F.leaky_relu(z, slope))
     return gz, gB.view(samples, -1, *gB.shape[1:]).sum(1)[..., None, None]
+
+
+def among_zeros(gz: Tensor, conv: Conv, size: tuple[int, int]) -> Tensor:
+    """Lay gz [N, r, OH, OW] of `conv` on images of this size out for `conv.full()`: the same gradients of x and A."""
+    full = gz.new_zeros(*gz.shape[:2], *conv.full().output_size(*size))
+    for h, w in product(*(range(n) for n in gz.shape[2:])):
+        u, v = (full_p - p + i * s for full_p, p, i, s in zip(conv.full().padding, conv.padding, (h, w), conv.stride))
+        if 0 <= u < full.shape[2] and 0 <= v < full.shape[3]:  # else it sees only padding
+            full[:, :, u, v] = gz[:, :, h, w]
+    return full
 
 
 def add_parts_reference(parts: Tensor, samples: int) -> Tensor:
@@ -31,36 +47,54 @@ def add_parts_reference(parts: Tensor, samples: int) -> Tensor:
 
 @triton.jit
 def _backward_kernel(
-    gy, z, B, gz, parts, OUT, gy_row, gy_channel, gy_position, z_row, z_channel, z_position, slope, scale,
-    P: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    gy, z, B, gz, parts, OUT, gy_row, gy_channel, gy_position, slope, scale,
+    OH: tl.constexpr, OW: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr,  # sizes of z, and of gz among zeros
+    SH: tl.constexpr, SW: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,  # gz's place there: h SH + TOP, w SW + LEFT
+    R: tl.constexpr, RP: tl.constexpr, RZ: tl.constexpr,  # r, as a side of a product and as a power of 2
+    BP: tl.constexpr, BC: tl.constexpr, BZ: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute gz[n, p, :] and parts[n, block of p], this block's share of gB[n]."""
+    """Compute gz[n, p, :] and parts[n, block of p], this block's share of gB[n]; and set its share of the zeros around gz."""
+    P: tl.constexpr = OH * OW
     blocks: tl.constexpr = (P + BP - 1) // BP
     program = tl.program_id(0).to(tl.int64)
     n = program // blocks
-    p = (program % blocks).to(tl.int32) * BP + tl.arange(0, BP)
-    j = tl.arange(0, RP)
-    there = (p < P)[:, None] & (j < R)[None, :]
-    low = load(z + n * z_row + p[:, None] * z_position + (j * z_channel)[None, :], there).to(tl.float32)
+    block = (program % blocks).to(tl.int32)
+    p, j = block * BP + tl.arange(0, BP), tl.arange(0, RP)
+    there = below(p, P, P % BP == 0)[:, None] & (j < R)[None, :]
+    low = load(z + n * (P * R) + p[:, None] * R + j[None, :], there).to(tl.float32)
     h = tl.where(low > 0, low, low * slope)
     back = tl.zeros((BP, RP), tl.float32)
     for start in tl.range(0, OUT, BC, num_stages=STAGES):
         c = start + tl.arange(0, BC)
-        down = load(B + c[:, None] * R + j[None, :], (c < OUT)[:, None] & (j < R)[None, :])
+        channel = below(c, OUT, EVEN)
+        down = load(B + c[:, None] * R + j[None, :], channel[:, None] & (j < R)[None, :])
         grad = load(
             gy + n * gy_row + p[:, None] * gy_position + (c * gy_channel)[None, :],
-            (p < P)[:, None] & (c < OUT)[None, :],
+            below(p, P, P % BP == 0)[:, None] & channel[None, :],
         )
         back = tl.dot(grad, down, back, input_precision="ieee")
         part = tl.dot(tl.trans(grad), h.to(grad.dtype), input_precision="ieee")
         at = parts + (program * OUT + c)[:, None] * R + j[None, :]
-        tl.store(at, scale * part, mask=(c < OUT)[:, None] & (j < R)[None, :])
+        tl.store(at, scale * part, mask=channel[:, None] & (j < R)[None, :])
     back = back * tl.where(low > 0, scale, slope * scale)
-    tl.store(gz + (n * P + p)[:, None] * R + j[None, :], back, mask=there)
+    u, v = p // OW * SH + TOP, p % OW * SW + LEFT
+    inside = (u >= 0) & (u < FH) & (v >= 0) & (v < FW)
+    out = gz + n * (FH * FW * R)
+    tl.store(out + (u * FW + v)[:, None] * R + j[None, :], back, mask=there & inside[:, None])
+    if FH * FW > P or SH > 1 or SW > 1 or TOP != 0 or LEFT != 0:
+        SHARE: tl.constexpr = (FH * FW + blocks - 1) // blocks
+        k = tl.arange(0, RZ)
+        for start in range(0, SHARE, BZ):
+            i = start + tl.arange(0, BZ)
+            f = block * SHARE + i
+            _, taken = undo_stride(f // FW - TOP, f % FW - LEFT, f < FH * FW, SH, SW, OH, OW)
+            free = (i < SHARE) & (f < FH * FW) & ~taken
+            nothing = tl.zeros((BZ, RZ), gz.dtype.element_ty)
+            tl.store(out + f[:, None] * R + k[None, :], nothing, mask=free[:, None] & (k < R)[None, :])
 
 
 @triton.jit
-def _add_parts_kernel(parts, out, squares, SIZE, PARTS: tl.constexpr, BS: tl.constexpr):
+def _add_parts_kernel(parts, out, squares, SIZE, PARTS, BS: tl.constexpr):
     """Compute out[n], the sum of parts[n, :] in order, and squares[n, block], the sum of the block's squares in float64."""
     across = tl.cdiv(SIZE, BS)
     program = tl.program_id(0).to(tl.int64)
@@ -74,19 +108,24 @@ def _add_parts_kernel(parts, out, squares, SIZE, PARTS: tl.constexpr, BS: tl.con
     tl.store(squares + program, tl.sum(exact * exact))
 
 
-def adapter_backward(gy: Tensor, z: Tensor, B: Tensor, slope: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute gz [N, r, OH, OW] in gy's dtype and channels_last memory, and the parts of gB that `add_parts` sums."""
-    pg, pz, (outputs, rank) = planes(gy), planes(z), B.shape[:2]
-    rows, _, *size = gy.shape
-    positions, rank_tile = size[0] * size[1], power_of_2(rank)
-    sizes = tiles.backward(positions, outputs, gy.element_size())
-    blocks = cdiv(positions, sizes["BP"])
-    gz = torch.empty(rows, *size, rank, device=gy.device, dtype=gy.dtype)
+def adapter_backward(
+    gy: Tensor, z: Tensor, B: Tensor, slope: float, scale: float, conv: Conv, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Compute gz, [N, r, *conv.full().output_size(*size)], and the parts of gB that `add_parts` sums.
+
+    gz is in gy's dtype and channels_last memory; conv and size are those of A's convolution and of x.
+    """
+    pg, (outputs, rank), full = planes(gy), B.shape[:2], conv.full()
+    rows, _, *out_size = gy.shape
+    sizes = tiles.backward(*out_size, *full.output_size(*size), outputs, rank, gy.element_size())
+    blocks = cdiv(out_size[0] * out_size[1], sizes["BP"])
+    gz = torch.empty(rows, sizes["FH"], sizes["FW"], rank, device=gy.device, dtype=gy.dtype)
     parts = torch.empty(rows, blocks, outputs, rank, device=gy.device)
+    (top, left), (down, right) = ((f - p for f, p in zip(full.padding, conv.padding)), conv.stride)
     launch(
         _backward_kernel, rows * blocks,
-        pg.tensor, pz.tensor, B, gz, parts, outputs, *pg[1:], *pz[1:], slope, scale,
-        P=positions, R=rank, RP=rank_tile, **sizes,
+        pg.tensor, positions_last(z), B, gz, parts, outputs, *pg[1:], slope, scale,
+        OH=out_size[0], OW=out_size[1], SH=down, SW=right, TOP=top, LEFT=left, R=rank, **sizes,
     )  # fmt: skip
     return gz.permute(0, 3, 1, 2), parts
 

@@ -1,8 +1,9 @@
-"""The adapter's forward: z = A * x, then y += s B phi(z) in place on the frozen convolution's output.
+"""The adapter's forward: z = A * x, then y += b + s B phi(z) in place on the frozen convolution's output, which lacks its bias.
 
 A convolution with r = 4 outputs wastes most of a tensor core's tile, and reads x once for each tap.  Here x is multiplied once
-by all taps, U[q, (tap, j)] = A[j, :, tap] . x[:, q], and U is shifted and added inside the program: x is read once, but for the
-rows that neighbouring programs share (the halo).
+by all taps, U[q, (tap, j)] = A[j, :, tap] . x[:, q], and U is shifted and added: x is read once, but for the rows that
+neighbouring strips share (the halo).  Each program writes the U of one strip after another to the same scratch, which stays in
+the GPU's cache, and reads it back shifted: inside registers a shift would take a shuffle for each number.
 """
 
 import torch
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .blocks import cdiv, launch, load, planes, power_of_2
+from .blocks import below, cdiv, launch, load, planes, positions_last, power_of_2
 from .conv import Conv
 
 
@@ -21,72 +22,78 @@ def project_reference(x: Tensor, A: Tensor, conv: Conv) -> Tensor:
     return F.conv2d(x, A, None, conv.stride, conv.padding, conv.dilation)
 
 
-def add_reference(y: Tensor, z: Tensor, B: Tensor, slope: float, scale: float) -> Tensor:
-    """Compute y + s B phi(z) for y [N, O, OH, OW], z [N, r, OH, OW], B [O, r, 1, 1]; phi = LeakyReLU(slope)."""
-    return y + scale * F.conv2d(F.leaky_relu(z, slope), B)
+def add_reference(y: Tensor, z: Tensor, B: Tensor, bias: Tensor | None, slope: float, scale: float) -> Tensor:
+    """Compute y + b + s B phi(z) for y [N, O, OH, OW], z [N, r, OH, OW], B [O, r, 1, 1], b [O]; phi = LeakyReLU(slope)."""
+    total = y + scale * F.conv2d(F.leaky_relu(z, slope), B)
+    return total if bias is None else total + bias[:, None, None]
 
 
 @triton.jit
 def _project_kernel(
-    x, A, z, C, x_row, x_channel, x_position,
+    x, A, scratch, z, STRIPS, C, x_row, x_channel, x_position,
     R: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    ROWS: tl.constexpr,  # the rows of output positions in one program
+    ROWS: tl.constexpr,  # the rows of output positions in one strip
     RP: tl.constexpr, BM: tl.constexpr,  # columns (tap, j) of U: RP >= R for each tap, BM in all
-    BI: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,  # positions of x, of z; channels
+    BI: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,  # positions of x, of z; channels
+    EVEN: tl.constexpr, STAGES: tl.constexpr,  # EVEN: BC divides C
 ):  # fmt: skip
-    """Compute z[n, p, j] = sum over taps of U[p shifted by the tap, (tap, j)], for ROWS rows of one image."""
-    strips: tl.constexpr = (OH + ROWS - 1) // ROWS
-    program = tl.program_id(0)
-    n = (program // strips).to(tl.int64)
-    first = (program % strips) * ROWS
-    top = tl.maximum(first * SH - PH, 0)  # first row of x that is held
-    q = top * W + tl.arange(0, BI)
+    """Compute z[n, p, j] = sum over taps of U[p shifted by the tap, (tap, j)], a strip of ROWS rows of one image at a time."""
+    OF_IMAGE: tl.constexpr = (OH + ROWS - 1) // ROWS
+    held, p, j = tl.arange(0, BI), tl.arange(0, BO), tl.arange(0, RP)
     m = tl.arange(0, BM)
-    tap, j = m // RP, m % RP
-    real = (tap < KH * KW) & (j < R)
-    U = tl.zeros((BI, BM), tl.float32)
-    for start in tl.range(0, C, BC, num_stages=STAGES):
-        c = start + tl.arange(0, BC)
-        held = load(
-            x + n * x_row + q[:, None] * x_position + (c * x_channel)[None, :], (q < H * W)[:, None] & (c < C)[None, :]
-        )
-        weight = load(A + (tap * R + j)[None, :] * C + c[:, None], real[None, :] & (c < C)[:, None])
-        U = tl.dot(held, weight, U, input_precision="ieee")
-    p = tl.arange(0, BO)
-    h = ((first + p // OW) * SH - PH)[:, None] + (tap // KW * DH)[None, :]
-    w = (p % OW * SW - PW)[:, None] + (tap % KW * DW)[None, :]
-    written = (p < ROWS * OW) & (first + p // OW < OH)
-    inside = written[:, None] & real[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    shifted = tl.gather(U, tl.where(inside, (h - top) * W + w, 0), 0)
-    total = tl.sum(tl.reshape(tl.where(inside, shifted, 0.0), (BO, BM // RP, RP)), 1)
-    j = tl.arange(0, RP)
-    out = z + n * (OH * OW * R) + (first * OW + p)[:, None] * R + j[None, :]
-    tl.store(out, total, mask=written[:, None] & (j < R)[None, :])
+    real = (m // RP < KH * KW) & (m % RP < R)
+    row = m // RP * R + m % RP
+    own = scratch + tl.program_id(0).to(tl.int64) * (BI * BM)
+    for strip in tl.range(tl.program_id(0), STRIPS, tl.num_programs(0), num_stages=1):
+        n = tl.cast(strip // OF_IMAGE, tl.int64)
+        first = strip % OF_IMAGE * ROWS
+        top = tl.maximum(first * SH - PH, 0)  # first row of x that is held
+        q = tl.minimum(top * W + held, H * W - 1)  # below the image its last position again, for a U that nothing reads
+        U = tl.zeros((BI, BM), tl.float32)
+        for start in tl.range(0, C, BC, num_stages=STAGES):
+            c = start + tl.arange(0, BC)
+            there = below(c, C, EVEN)
+            image = load(x + n * x_row + q[:, None] * x_position + (c * x_channel)[None, :], there[None, :])
+            weight = load(A + row[None, :] * C + c[:, None], real[None, :] & there[:, None])
+            U = tl.dot(image, weight, U, input_precision="ieee")
+        tl.store(own + held.to(tl.int64)[:, None] * BM + m.to(tl.int64)[None, :], U, mask=real[None, :])
+        tl.debug_barrier()  # the program's threads read what others of them wrote
+        total = tl.zeros((BO, RP), tl.float32)
+        for tap in tl.static_range(KH * KW):
+            h = (first + p // OW) * SH - PH + tap // KW * DH
+            w = p % OW * SW - PW + tap % KW * DW
+            inside = (p < ROWS * OW) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            at = ((h - top) * W + w) * BM + tap * RP
+            total += tl.load(own + at[:, None] + j[None, :], mask=inside[:, None], other=0.0)
+        written = (p < ROWS * OW) & (first + p // OW < OH)
+        out = z + n * (OH * OW * R) + (first * OW + p)[:, None] * R + j[None, :]
+        tl.store(out, total, mask=written[:, None] & (j < R)[None, :])
+        tl.debug_barrier()  # before the next strip overwrites it
 
 
 @triton.jit
 def _add_kernel(
-    y, z, B, OUT, y_row, y_channel, y_position, z_row, z_channel, z_position, slope, scale,
-    P: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    y, z, B, bias, OUT, y_row, y_channel, y_position, slope, scale,
+    P: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Add s B phi(z[n, :, p]) to y[n, :, p]."""
+    """Add b + s B phi(z[n, :, p]) to y[n, :, p]; there may be no b."""
     blocks: tl.constexpr = (P + BP - 1) // BP
-    across = tl.cdiv(OUT, BC)
-    program = tl.program_id(0)
-    n = (program // (blocks * across)).to(tl.int64)
-    p = (program // across % blocks) * BP + tl.arange(0, BP)
-    c = (program % across) * BC + tl.arange(0, BC)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    p = tl.program_id(0) % blocks * BP + tl.arange(0, BP)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
     j = tl.arange(0, RP)
-    up = load(B + c[None, :] * R + j[:, None], (c < OUT)[None, :] & (j < R)[:, None])
-    low = load(z + n * z_row + p[:, None] * z_position + (j * z_channel)[None, :], (p < P)[:, None] & (j < R)[None, :])
-    low = low.to(tl.float32)
-    h = tl.where(low > 0, low, low * slope).to(up.dtype)
+    there, channel = below(p, P, P % BP == 0), below(c, OUT, EVEN)
     at = y + n * y_row + p[:, None] * y_position + (c * y_channel)[None, :]
-    there = (p < P)[:, None] & (c < OUT)[None, :]
-    old = tl.load(at, mask=there, other=0.0).to(tl.float32)
-    tl.store(at, old + scale * tl.dot(h, up, input_precision="ieee"), mask=there)
+    old = tl.load(at, mask=there[:, None] & channel[None, :], other=0.0).to(tl.float32)
+    if bias is not None:
+        old += tl.load(bias + c, mask=channel, other=0.0).to(tl.float32)[None, :]
+    up = load(B + c[None, :] * R + j[:, None], channel[None, :] & (j < R)[:, None])
+    low = load(z + (n * P + p)[:, None] * R + j[None, :], there[:, None] & (j < R)[None, :]).to(tl.float32)
+    h = tl.where(low > 0, low, low * slope).to(up.dtype)
+    total = old + scale * tl.dot(h, up, input_precision="ieee")
+    tl.store(at, total, mask=there[:, None] & channel[None, :])
 
 
 def project(x: Tensor, A: Tensor, conv: Conv) -> Tensor:
@@ -97,34 +104,37 @@ def project(x: Tensor, A: Tensor, conv: Conv) -> Tensor:
     rank, channels = A.shape[:2]
     height, width = x.shape[2:]
     out_height, out_width = conv.output_size(height, width)
-    sizes = tiles.project(conv, rank, channels, width, out_height, out_width, x.element_size())
+    sizes = tiles.project(conv, rank, channels, height, width, out_height, out_width, x.element_size())
     if sizes is None:
         return project_reference(x, A, conv).contiguous(memory_format=torch.channels_last)
     px = planes(x)
+    strips = len(x) * cdiv(out_height, sizes["ROWS"])
+    programs = min(strips, tiles.resident(x.device))
+    scratch = torch.empty(programs, sizes["BI"], sizes["BM"], device=x.device)
     z = torch.empty(len(x), out_height, out_width, rank, device=x.device, dtype=x.dtype)
     by_tap = A.permute(2, 3, 0, 1).contiguous()  # adjacent channels: read like x
     launch(
-        _project_kernel, len(x) * cdiv(out_height, sizes["ROWS"]),
-        px.tensor, by_tap, z, channels, *px[1:],
-        R=rank, H=height, W=width, OH=out_height, OW=out_width, **conv.constants(), **sizes,
+        _project_kernel, programs,
+        px.tensor, by_tap, scratch, z, strips, channels, *px[1:],
+        R=rank, H=height, W=width, OH=out_height, OW=out_width, EVEN=channels % sizes["BC"] == 0, **conv.constants(), **sizes,
     )  # fmt: skip
     return z.permute(0, 3, 1, 2)
 
 
-def add_(y: Tensor, z: Tensor, B: Tensor, slope: float, scale: float) -> Tensor:
+def add_(y: Tensor, z: Tensor, B: Tensor, bias: Tensor | None, slope: float, scale: float) -> Tensor:
     """Compute `add_reference` in place, for y contiguous or channels_last, which is read and written once.
 
     Raises:
         ValueError: y is neither.
     """
-    py, pz, (outputs, rank) = planes(y), planes(z), B.shape[:2]
+    py, (outputs, rank) = planes(y), B.shape[:2]
     if py.tensor is not y:
         raise ValueError(f"y must be contiguous or channels_last, got strides {y.stride()}")
-    size, rank_tile = y[0, 0].numel(), power_of_2(rank)
+    size = y[0, 0].numel()
     sizes = tiles.elementwise(size, outputs, y.element_size())
-    programs = len(y) * cdiv(size, sizes["BP"]) * cdiv(outputs, sizes["BC"])
+    programs = len(y) * cdiv(size, sizes["BP"]), cdiv(outputs, sizes["BC"])
     launch(
-        _add_kernel, programs,
-        y, pz.tensor, B, outputs, *py[1:], *pz[1:], slope, scale, P=size, R=rank, RP=rank_tile, **sizes,
+        _add_kernel, programs, y, positions_last(z), B, bias, outputs, *py[1:], slope, scale,
+        P=size, R=rank, RP=power_of_2(rank), EVEN=outputs % sizes["BC"] == 0, **sizes,
     )  # fmt: skip
     return y

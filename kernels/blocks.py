@@ -39,6 +39,12 @@ def undo_stride(h, w, inside, SH: tl.constexpr, SW: tl.constexpr, OH: tl.constex
     return h * OW + w, inside & (h < OH) & (w < OW)
 
 
+@triton.jit
+def below(i, SIZE, EVEN: tl.constexpr):
+    """Tell which indices are below SIZE; EVEN: all are, for tiles cover it evenly, and nothing is compared."""
+    return i >= 0 if EVEN else i < SIZE
+
+
 class Planes(NamedTuple):
     """A tensor [N, channels, H, W] with one stride from position to position, and its strides of row, channel and position."""
 
@@ -56,10 +62,15 @@ def planes(t: Tensor) -> Planes:
     return Planes(t, t.stride(0), t.stride(1), t.stride(3) if width > 1 else t.stride(2))
 
 
-def launch(kernel, programs: int, tensor: Tensor, *arguments, **constants) -> None:
-    """Run `programs` programs of the kernel, on the GPU that holds `tensor`, its first argument."""
+def positions_last(t: Tensor) -> Tensor:
+    """Lay t [N, r, H, W] out as [N, H, W, r] without gaps, which is no copy for what these kernels write."""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+def launch(kernel, programs: int | tuple[int, int], tensor: Tensor, *arguments, **constants) -> None:
+    """Run so many programs of the kernel, in one dimension or two, on the GPU that holds `tensor`, its first argument."""
     with torch.cuda.device_of(tensor):
-        kernel[(programs,)](tensor, *arguments, **constants)
+        kernel[programs if isinstance(programs, tuple) else (programs,)](tensor, *arguments, **constants)
 
 
 def power_of_2(size: int, at_least: int = 16) -> int:

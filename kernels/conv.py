@@ -18,6 +18,10 @@ class Conv(NamedTuple):
     def output_size(self, *size: int) -> tuple[int, ...]:
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, *self))
 
+    def full(self) -> "Conv":
+        """Make the convolution of the same taps at every position from which one of them touches the image."""
+        return self._replace(stride=(1, 1), padding=tuple(d * (k - 1) for k, d in zip(self.kernel, self.dilation)))
+
     def constants(self) -> dict[str, int]:
         """Name the numbers as the kernels take them, KH to DW: constants, so that divisions by them cost nothing."""
         pairs = {"K": self.kernel, "S": self.stride, "P": self.padding, "D": self.dilation}

@@ -8,21 +8,30 @@ Where `maxnreg` stands, ptxas left alone would spill a few bytes to fit one more
 float32 products run without tensor cores (no tf32) and are unrolled over the inner axis: it stays at 16, with more warps.
 """
 
+from functools import cache, lru_cache
+
+import torch
+
 from .blocks import cdiv, power_of_2
 from .conv import Conv
 
 PROGRAMS = 1024  # enough to keep a GPU of 132 multiprocessors busy
 REDUCTION = 512  # numbers that a program of adapter_backward's second launch adds up
+POINTWISE = {"outputs": 128, "rank": 64}  # the most that a program of pointwise takes
 CLIP_SUM = {"BN": 8, "BJ": 512, "num_warps": 4}
 
 
+@lru_cache
 def gradient(conv: Conv, outputs: int, channels: int, positions: int, itemsize: int) -> dict[str, int]:
     """Choose the tiles of sample_grad: BM rows (tap, output channel) by BC input channels, summed over BP positions at a time.
 
     There are eight warps where four would spill: for full layers, of more rows than a tile, and for strides.
     """
     rows = outputs * conv.taps
-    sizes = {"BM": min(64, power_of_2(rows)), "STAGES": 3}
+    sizes = {
+        "BM": min(64, power_of_2(rows)),
+        "STAGES": 3 if channels > 64 else 5,
+    }  # a lone tile has few bytes under way
     if itemsize == 4:
         return sizes | {"BC": min(32, power_of_2(channels)), "BP": 16, "num_warps": 8, "maxnreg": 128}
     sizes |= {"BC": min(64, power_of_2(channels)), "BP": min(64, power_of_2(positions))}
@@ -31,49 +40,78 @@ def gradient(conv: Conv, outputs: int, channels: int, positions: int, itemsize: 
     return sizes | {"num_warps": 8, "maxnreg": 255}
 
 
-def chunk(samples: int, tiles: int) -> int:
-    """Choose how many samples a program of sample_grad's weighted sum adds up; tiles: the number of tiles of one gradient."""
-    return cdiv(samples, max(1, PROGRAMS // tiles))
-
-
-def project(conv: Conv, rank: int, channels: int, width: int, out_height: int, out_width: int, itemsize: int):
+@lru_cache
+def project(
+    conv: Conv, rank: int, channels: int, height: int, width: int, out_height: int, out_width: int, itemsize: int
+) -> dict[str, int] | None:
     """Choose the tiles of adapter_forward's project: strips of whole rows whose input fits a program; None where none fits."""
-    columns, held = power_of_2(rank, at_least=1), 128 if itemsize == 4 else 256
+
+    def held(rows: int) -> int:
+        """Count the input positions that so many output rows read."""
+        of_conv = (rows - 1) * conv.stride[0] + (conv.kernel[0] - 1) * conv.dilation[0] + 1
+        return min(height, of_conv) * width
+
+    columns, most = power_of_2(rank, at_least=1), 128 if itemsize == 4 else 256
     in_all = power_of_2(columns * conv.taps)
-    if in_all > 64 or _rows_held(conv, 1) * width > held:
+    if in_all > 64 or held(1) > most:
         return None
     rows = 1
-    while rows < out_height and _rows_held(conv, rows + 1) * width <= held:
+    while rows < out_height and held(rows + 1) <= most:
         rows += 1
-    sizes = {"ROWS": rows, "RP": columns, "BM": in_all, "BI": power_of_2(_rows_held(conv, rows) * width)}
-    sizes |= {"BO": power_of_2(rows * out_width), "num_warps": 8}
+    sizes = {"ROWS": rows, "RP": columns, "BM": in_all}
+    sizes |= {"BI": power_of_2(held(rows)), "BO": power_of_2(rows * out_width)}
     if itemsize == 4:
-        return sizes | {"BC": 16, "STAGES": 2, "maxnreg": 128}
-    return sizes | {"BC": min(64, power_of_2(channels)), "STAGES": 3}
+        return sizes | {"BC": 16, "STAGES": 2, "num_warps": 8, "maxnreg": 128}
+    if sizes["BI"] <= 64:
+        return sizes | {"BC": min(128, power_of_2(channels)), "STAGES": 3, "num_warps": 4, "maxnreg": 168}
+    return sizes | {"BC": min(64, power_of_2(channels)), "STAGES": 2, "num_warps": 8, "maxnreg": 128}
 
 
-def _rows_held(conv: Conv, rows: int) -> int:
-    """Count the input rows that so many output rows read."""
-    return (rows - 1) * conv.stride[0] + (conv.kernel[0] - 1) * conv.dilation[0] + 1
+@cache
+def resident(device: torch.device) -> int:
+    """Count the programs of `project` that run at once: two on each multiprocessor; 132 of those where there is no GPU to ask."""
+    return 2 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132)
 
 
+@lru_cache
 def elementwise(positions: int, channels: int, itemsize: int) -> dict[str, int]:
     """Choose the tiles of adapter_forward's addition to y: BP positions by BC channels."""
-    most = 32 if itemsize == 4 else 128
-    return {"BP": min(most, power_of_2(positions)), "BC": min(64, power_of_2(channels)), "num_warps": 8}
-
-
-def backward(positions: int, channels: int, itemsize: int) -> dict[str, int]:
-    """Choose the tiles of adapter_backward: BP positions by BC channels of grad_output at a time."""
-    positions, channels = power_of_2(positions), power_of_2(channels)
     if itemsize == 4:
-        return {"BP": min(32, positions), "BC": 16, "STAGES": 3, "num_warps": 8}
-    return {"BP": min(128, positions), "BC": min(64, channels), "STAGES": 3, "num_warps": 4}
+        return {"BP": min(32, power_of_2(positions)), "BC": min(64, power_of_2(channels)), "num_warps": 8}
+    tile = min(128, power_of_2(channels))
+    return {"BP": min(8192 // tile, 128, power_of_2(positions)), "BC": tile, "num_warps": 4}
 
 
+@lru_cache
+def pointwise(channels: int, outputs: int, rank: int) -> dict[str, int]:
+    """Choose the tiles of pointwise: BP positions by all outputs, summed over BC channels at a time."""
+    tile = power_of_2(outputs)
+    sizes = {"BO": tile, "BP": min(128, 8192 // tile), "BC": min(64, power_of_2(channels)), "RP": power_of_2(rank)}
+    return sizes | {"STAGES": 3 if channels > sizes["BC"] else 1, "num_warps": 4}
+
+
+@lru_cache
+def backward(
+    out_height: int, out_width: int, full_height: int, full_width: int, outputs: int, rank: int, itemsize: int
+) -> dict[str, int]:
+    """Choose the tiles of adapter_backward: BP positions by BC channels of grad_output at a time, BZ places of gz to set to 0."""
+    positions, places = out_height * out_width, full_height * full_width
+    tile, channels = power_of_2(positions), power_of_2(outputs)
+    if itemsize == 4:
+        sizes = {"BP": min(32, tile), "BC": 16, "STAGES": 3, "num_warps": 8}
+    else:
+        sizes = {"BP": min(128, tile), "BC": min(128 if tile <= 64 else 64, channels), "num_warps": 4}
+        sizes["STAGES"] = 3 if channels > sizes["BC"] else 1
+    sizes |= {"FH": full_height, "FW": full_width, "RP": power_of_2(rank), "RZ": power_of_2(rank, at_least=1)}
+    share = cdiv(places, cdiv(positions, sizes["BP"]))
+    return sizes | {"BZ": min(power_of_2(share), max(16, 1024 // sizes["RZ"])), "EVEN": outputs % sizes["BC"] == 0}
+
+
+@lru_cache
 def input_grad(rows: int, positions: int, channels: int, itemsize: int) -> dict[str, int]:
     """Choose the tiles of input_grad: BP positions by BC channels of dx, summed over BM pairs (tap, j) at a time."""
-    outer = {"BP": min(64, power_of_2(positions)), "BC": min(64, power_of_2(channels))}
     if itemsize == 4:
+        outer = {"BP": min(64, power_of_2(positions)), "BC": min(64, power_of_2(channels))}
         return outer | {"BM": 16, "num_warps": 8}
+    outer = {"BP": min(64, power_of_2(positions)), "BC": min(128, power_of_2(channels))}
     return outer | {"BM": min(64, power_of_2(rows)), "num_warps": 4}

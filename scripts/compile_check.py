@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from triton.runtime.jit import JITFunction, MockTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 from operations import RANK, Layer, unet_layers  # noqa: E402
 
-from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad
+from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, pointwise, sample_grad
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -80,16 +81,19 @@ def launch_all(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_for
     x, y, gy = image(layer.channels, layer.size), image(layer.outputs, out_size), image(layer.outputs, out_size)
     A = torch.empty(RANK, layer.channels, *conv.kernel, dtype=dtype, device="meta")
     B = torch.empty(layer.outputs, RANK, 1, 1, dtype=dtype, device="meta")
-    factors = torch.empty(BATCH, device="meta")
+    bias, factors = torch.empty(layer.outputs, dtype=dtype, device="meta"), torch.empty(BATCH, device="meta")
+    weight = torch.empty(layer.outputs, layer.channels, *conv.kernel, dtype=dtype, device="meta")
+    if pointwise.serves(x, weight, A, conv):
+        pointwise.forward(x, weight, bias, A, B, 0.1, 1.0)
     z = adapter_forward.project(x, A, conv)
-    adapter_forward.add_(y, z, B, 0.1, 1.0)
-    gz, parts = adapter_backward.adapter_backward(gy, z, B, 0.1, 1.0)
+    adapter_forward.add_(y, z, B, bias, 0.1, 1.0)
+    gz, parts = adapter_backward.adapter_backward(gy, z, B, 0.1, 1.0, conv, layer.size)
     adapter_backward.add_parts(parts, BATCH)
     input_grad.add_input_grad_(x, gz, A, conv)
-    for g in (gz, gy):  # the adapter's gradient, and that of the full layer
-        sample_grad.sample_grads(x, g, conv, BATCH)
-        sample_grad.sample_grad_squares(x, g, conv, BATCH)
-        sample_grad.weighted_grad_sum(x, g, conv, factors)
+    for g, of in ((gz, conv.full()), (gy, conv)):  # the adapter's gradient, and that of the full layer
+        sample_grad.sample_grads(x, g, of, BATCH)
+        sample_grad.sample_grad_squares(x, g, of, BATCH)
+        sample_grad.weighted_grad_sum(x, g, of, factors)
     clip_sum.clip_sum(torch.empty(BATCH, ADAPTED_NUMBERS, device="meta"), factors)
 
 
@@ -101,7 +105,9 @@ class Launch:
     arguments: tuple
     options: tuple[tuple[str, object], ...]
     programs: int
-    bytes: tuple[int, ...]  # by tensor; one that is passed twice counts once
+    bytes: tuple[
+        int, ...
+    ]  # by tensor; one that is passed twice counts once, a scratch that stays in the cache not at all
 
     @property
     def key(self) -> tuple:
@@ -130,8 +136,10 @@ def catching() -> Iterator[list[Launch]]:
 
     def catch(kernel: JITFunction, *arguments, grid, warmup, **options) -> None:
         plain = tuple(a.dtype if isinstance(a, Tensor) else a for a in arguments)
-        sizes = {id(a): a.numel() * a.element_size() for a in arguments if isinstance(a, Tensor)}
-        caught.append(Launch(kernel, plain, tuple(sorted(options.items())), grid[0], tuple(sizes.values())))
+        named = zip(kernel.arg_names, arguments)
+        tensors = {id(a): a for name, a in named if isinstance(a, Tensor) and name != "scratch"}
+        sizes = {key: t.numel() * t.element_size() for key, t in tensors.items()}
+        caught.append(Launch(kernel, plain, tuple(sorted(options.items())), prod(grid), tuple(sizes.values())))
 
     original, JITFunction.run = JITFunction.run, catch
     try:

@@ -70,14 +70,14 @@ def _recipes(layer: LoDALayer, x: Tensor, gy: Tensor) -> dict[nn.Parameter, Reci
     with torch.no_grad(), torch.autocast(gy.device.type, enabled=False):
         x, A, B = (t.to(gy.dtype) for t in (x, layer.loda_A, layer.loda_B))
         op, x, z = _again(layer, x, A)
-        gz, recipe_B = op.backward_up(gy, z, B)
+        gz, recipe_B = op.backward_up(gy, x, z, B)
     groups = getattr(layer, "groups", 1)
 
     def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
-        """Compute the gradient of W as that of A, with gy for gz, group by group."""
+        """Compute the gradient of W group by group."""
         x, gy = (t.reshape(len(t) * groups, -1, *t.shape[2:]) if groups > 1 else t for t in (x, gy))
         whole = slice(0, samples * groups)
-        return op.recipe_A(x, gy).compute(whole.stop, whole).reshape(samples, *layer.weight.shape)
+        return op.recipe_W(x, gy).compute(whole.stop, whole).reshape(samples, *layer.weight.shape)
 
     def bias_grad(gy: Tensor, samples: int) -> Tensor:
         return channel_sum(gy, samples) if isinstance(op, ConvOp) else sample_rows(gy, samples).sum(1)

@@ -77,19 +77,22 @@ class ConvOp:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Compute y and z."""
-        y = self.convolve(x, weight, bias, self.groups)
         if on_triton(x):
+            if kernels.pointwise.serves(x, weight, A, self.conv):
+                return kernels.pointwise.forward(x, weight, bias, A, B, self.slope, self.scale)
+            y = self.convolve(x, weight, None, self.groups)
             z = kernels.adapter_forward.project(x, A, self.conv)
-            return kernels.adapter_forward.add_(y, z, B, self.slope, self.scale), z
+            return kernels.adapter_forward.add_(y, z, B, bias, self.slope, self.scale), z
+        y = self.convolve(x, weight, bias, self.groups)
         z = self.convolve(x, A).contiguous()  # backward's products need it so
         add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
         return y, z
 
-    def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
-        """Compute gz = phi'(z) . s B^T gy, [N, r, OH, OW], and make the recipe of B's per-sample gradients."""
+    def backward_up(self, gy: Tensor, x: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
+        """Compute gz = phi'(z) . s B^T gy, as `_conv_of` says, and make the recipe of B's per-sample gradients."""
         if on_triton(gy):  # one read of gy gives both
-            backward = kernels.adapter_backward
-            gz, parts = backward.adapter_backward(gy, z, B, self.slope, self.scale)
+            backward, size = kernels.adapter_backward, tuple(x.shape[2:])
+            gz, parts = backward.adapter_backward(gy, z, B, self.slope, self.scale, self.conv, size)
             return gz, Recipe(backward.add_parts_reference, (parts,), with_squares=backward.add_parts)
         Bt = self._scaled(B.flatten(1).t())
         gh = torch.bmm(Bt.expand(len(gy), *Bt.shape), positions(gy))
@@ -103,30 +106,33 @@ class ConvOp:
         self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Compute dx as `grad_x`, and return with it the taps of gz for A's gradient, if all were made at once (else None)."""
-        gx = self._convolution_backward(gy, x, weight, self.groups, (True, False, False))[0]
+        gx = self._convolution_backward(gy, x, weight, self.groups, self.conv, (True, False, False))[0]
         if on_triton(gx):
             return kernels.input_grad.add_input_grad_(gx, gz, A, self.conv), None
         flat, taps = positions(gx), None
         A_taps = A.take(_reversed_taps(A.shape, A.device))
         for rows in split_rows(len(x), self.taps_bytes(gz, x), x.device):
-            taps = self._taps(gz[rows], x)
+            taps = gather_taps(gz[rows], x.shape[2:], *self.conv)
             add_product_(flat[rows], A_taps, taps)
         return gx, taps if taps is not None and len(taps) == len(x) else None
 
     def weight_grad(self, x: Tensor, gz: Tensor, A: Tensor) -> Tensor:
         """Compute the ordinary gradient of A, summed over all rows."""
-        return self._convolution_backward(gz, x, A, 1, (False, True, False))[1]
+        return self._convolution_backward(gz, x, A, 1, self._conv_of(gz), (False, True, False))[1]
 
     def recipe_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Recipe:
         """Make the recipe of A's per-sample gradients; taps: those of gz, if `backward_down` made them."""
-        lay_out = lambda grads: lay_out_taps(grads, self.conv.kernel)  # noqa: E731
-        at_hand = None if taps is None else lambda samples: self.grad_A(x, gz, samples, taps)
-        return conv_recipe(self.grad_A, lay_out, x, gz, self.conv, self.taps_bytes(gz, x), at_hand)
+        return self._recipe(x, gz, self._conv_of(gz), taps)
 
-    def grad_A(self, x: Tensor, gz: Tensor, samples: int, taps: Tensor | None = None) -> Tensor:
-        """Compute the gradient of A for each sample, as `lay_out_taps` takes it: [samples, r k^2, C]."""
-        taps = self._taps(gz, x) if taps is None else taps
-        return sum_rows(torch.bmm(accumulable(taps), accumulable(positions(x)).mT), samples)
+    def recipe_W(self, x: Tensor, gy: Tensor) -> Recipe:
+        """Make the recipe of W's per-sample gradients, for a convolution without groups."""
+        return self._recipe(x, gy, self.conv)
+
+    def _recipe(self, x: Tensor, g: Tensor, conv: Conv, taps: Tensor | None = None) -> Recipe:
+        grad = lambda x, g, samples: _grad(x, gather_taps(g, x.shape[2:], *conv), samples)  # noqa: E731
+        lay_out = lambda grads: lay_out_taps(grads, conv.kernel)  # noqa: E731
+        at_hand = None if taps is None else lambda samples: _grad(x, taps, samples)
+        return conv_recipe(grad, lay_out, x, g, conv, self.taps_bytes(g, x), at_hand)
 
     def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
         """Compute B's transposed gradient for each sample, [samples, r, O]: its operands are row-major in both layouts."""
@@ -140,28 +146,27 @@ class ConvOp:
         """Compute the bytes of the taps of gz for all rows: r k^2 / C times those of x."""
         return prod(gz.shape[:2]) * self.conv.taps * prod(x.shape[2:]) * x.element_size()
 
-    @property
-    def _steps(self) -> tuple:
-        return self.conv.stride, self.conv.padding, self.conv.dilation
-
-    def _taps(self, gz: Tensor, x: Tensor) -> Tensor:
-        return gather_taps(gz, x.shape[2:], *self.conv)
+    def _conv_of(self, gz: Tensor) -> Conv:
+        """Give the convolution whose output gz has: A's own, [N, r, OH, OW], or on Triton `conv.full()`, gz among zeros."""
+        return self.conv.full() if on_triton(gz) else self.conv
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
         """Compute weight * x + bias in the dtype that autocast gives, or in a wider one where PyTorch is faulty (`amx.py`)."""
         dtype = compute_dtype(x)
         computed_in = self._sound_dtype(dtype, x)
         if computed_in == dtype:
-            return F.conv2d(x, weight, bias, *self._steps, groups)
+            return F.conv2d(x, weight, bias, *self.conv[1:], groups)
         with without_autocast(x.device.type):
             x, weight = x.to(computed_in), weight.to(computed_in)
             bias = None if bias is None else bias.to(computed_in)
-            return F.conv2d(x, weight, bias, *self._steps, groups).to(dtype)
+            return F.conv2d(x, weight, bias, *self.conv[1:], groups).to(dtype)
 
-    def _convolution_backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool, bool]):
+    def _convolution_backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, groups: int, conv: Conv, wanted: tuple[bool, bool, bool]
+    ):
         dtype, computed_in = x.dtype, self._sound_dtype(x.dtype, x)
         g, x, weight = (t.to(computed_in) for t in (g, x, weight))
-        grads = torch.ops.aten.convolution_backward(g, x, weight, None, *self._steps, False, (0, 0), groups, wanted)
+        grads = torch.ops.aten.convolution_backward(g, x, weight, None, *conv[1:], False, (0, 0), groups, wanted)
         return tuple(None if grad is None else grad.to(dtype) for grad in grads)
 
     def _sound_dtype(self, dtype: torch.dtype, x: Tensor) -> torch.dtype:
@@ -185,7 +190,7 @@ class LinearOp:
         y.view(-1, y.shape[-1]).addmm_(activation(z, self.slope).reshape(-1, z.shape[-1]), B.t(), alpha=self.scale)
         return y, z
 
-    def backward_up(self, gy: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
+    def backward_up(self, gy: Tensor, x: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
         """Compute gz = phi'(z) . s B^T gy, [N, ..., r], and make the recipe of B's per-sample gradients."""
         return activation_grad(gy @ (B * self.scale), z, self.slope), Recipe(self.grad_B, (gy, z))
 
@@ -207,6 +212,10 @@ class LinearOp:
         """Make the recipe of A's per-sample gradients; taps is not read."""
         return Recipe(self.grad_A, (x, gz))
 
+    def recipe_W(self, x: Tensor, gy: Tensor) -> Recipe:
+        """Make the recipe of W's per-sample gradients."""
+        return self.recipe_A(x, gy)
+
     def grad_A(self, x: Tensor, gz: Tensor, samples: int) -> Tensor:
         """Compute the gradient of A for each sample: [samples, r, C]."""
         return torch.bmm(sample_rows(gz, samples).mT, sample_rows(x, samples))
@@ -221,6 +230,11 @@ class LinearOp:
 def _reversed_taps(shape: torch.Size, device: torch.device) -> Tensor:
     """Index the numbers of A [r, C, *kernel] as [C, r k^2], with the taps in the order of `gather_taps`."""
     return torch.arange(shape.numel(), device=device).view(shape).flip(2, 3).transpose(0, 1).flatten(1)
+
+
+def _grad(x: Tensor, taps: Tensor, samples: int) -> Tensor:
+    """Compute a convolution weight's gradient for each sample, as `lay_out_taps` takes it: [samples, O k^2, C]."""
+    return sum_rows(torch.bmm(accumulable(taps), accumulable(positions(x)).mT), samples)
 
 
 def lay_out_B(grads: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class LoDAFunction(torch.autograd.Function):
         x, z, weight, A, B = ctx.saved_tensors
         op, gx, taps, gA, gB = ctx.op, None, None, None, None
         with without_autocast(gy.device.type):
-            gz, recipe_B = op.backward_up(gy, z, B.to(ctx.dtype))
+            gz, recipe_B = op.backward_up(gy, x, z, B.to(ctx.dtype))
             if ctx.needs_input_grad[0]:
                 gx, taps = op.backward_down(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype))
                 gx = gx.to(ctx.x_dtype)

@@ -54,7 +54,7 @@ class PerSampleGrad:
             self.again.append(replace(recipe, at_hand=None, fused=recipe.ghost if way is Way.GHOST else recipe.fused))
         elif self.kept is None and recipe.with_squares is not None:
             self.kept, self.squares = recipe.with_squares(*recipe.tensors, self.samples)
-            self.lay_out = as_it_is
+            self.lay_out = recipe.lay_out
         else:
             self._keep(recipe)
 

@@ -29,7 +29,7 @@ def conv_recipe(
     """
     if conv is None or not on_triton(x) or x.dtype != g.dtype:
         return Recipe(grad, (x, g), scratch_bytes, lay_out=lay_out, at_hand=at_hand)
-    return _kernel_recipe(x, g, conv, lambda t, samples: t, lambda grads: grads)
+    return _kernel_recipe(x, g, conv, lambda t, samples: t, kernels.sample_grad.lay_out)
 
 
 def linear_recipe(x: Tensor, gy: Tensor) -> Recipe:
@@ -38,21 +38,21 @@ def linear_recipe(x: Tensor, gy: Tensor) -> Recipe:
         return Recipe(lambda x, gy, samples: torch.bmm(sample_rows(x, samples).mT, sample_rows(gy, samples)), (x, gy))
     # The kernels take it for a 1 x 1 convolution of images one row high, from O channels to C.
     as_image = lambda t, samples: t.reshape(samples, -1, t.shape[-1]).mT[:, :, None]  # noqa: E731
-    return _kernel_recipe(gy, x, Conv((1, 1)), as_image, lambda grads: grads[..., 0, 0])
+    return _kernel_recipe(gy, x, Conv((1, 1)), as_image, lambda grads: grads[:, 0, 0])
 
 
-def _kernel_recipe(x: Tensor, g: Tensor, conv: Conv, as_image, as_weight) -> Recipe:
-    """Make a recipe that the kernels compute; as_image(tensor, samples) and as_weight(gradient) re-lay their input and output."""
+def _kernel_recipe(x: Tensor, g: Tensor, conv: Conv, as_image, lay_out: Callable[[Tensor], Tensor]) -> Recipe:
+    """Make a recipe that the kernels compute; as_image(tensor, samples) re-lays their inputs, lay_out their gradients."""
 
     def with_squares(x: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-        grads, squares = kernels.sample_grad.sample_grads(as_image(x, samples), as_image(g, samples), conv, samples)
-        return as_weight(grads), squares
+        return kernels.sample_grad.sample_grads(as_image(x, samples), as_image(g, samples), conv, samples)
 
     def squares(x: Tensor, g: Tensor, samples: int) -> Tensor:
         return kernels.sample_grad.sample_grad_squares(as_image(x, samples), as_image(g, samples), conv, samples)
 
     def weighted_sum(x: Tensor, g: Tensor, factors: Tensor) -> Tensor:
         n = len(factors)
-        return as_weight(kernels.sample_grad.weighted_grad_sum(as_image(x, n), as_image(g, n), conv, factors))
+        return lay_out(kernels.sample_grad.weighted_grad_sum(as_image(x, n), as_image(g, n), conv, factors)[None])[0]
 
-    return Recipe(lambda *a: with_squares(*a)[0], (x, g), with_squares=with_squares, fused=Fused(squares, weighted_sum))
+    fused, grad = Fused(squares, weighted_sum), lambda *a: with_squares(*a)[0]
+    return Recipe(grad, (x, g), with_squares=with_squares, fused=fused, lay_out=lay_out)

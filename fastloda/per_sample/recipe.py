@@ -37,7 +37,7 @@ class Recipe:
         grad: a function (*tensors, samples) -> gradients in the order that is fastest to compute, [samples, ...].
         tensors: the tensors of the call, each with samples x k rows, sample-major.
         scratch_bytes: the bytes of temporaries of `grad` for all samples at once.
-        with_squares: a function like `grad` whose gradients are laid out, and which also returns `Fused.squares`.
+        with_squares: a function like `grad` that also returns `Fused.squares`.
         fused: kernels for norms and sums without `grad`.
         at_hand: samples -> what `grad` returns for all of them, from temporaries of backward that are not stored.
         ghost: norms and sums by the Gram, which the planner may choose in place of `grad`.

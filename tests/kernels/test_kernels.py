@@ -27,7 +27,7 @@ from fastloda.per_sample.recipe import as_it_is
 from fastloda.per_sample.tensors import KERNEL_DTYPES
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, sample_grad, tiles  # noqa: E402
+from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, pointwise, sample_grad, tiles  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOPE, SCALE = 0.1, 0.7
@@ -87,11 +87,21 @@ class Tensors:
             image(shape.outputs, out_size),
             image(shape.outputs, out_size),
         )
-        self.z, self.gz = image(shape.rank, out_size), image(shape.rank, out_size)
+        self.z = image(shape.rank, out_size)
+        self.gz = adapter_backward.among_zeros(image(shape.rank, out_size), shape.conv, shape.size)
         self.A = torch.randn(shape.rank, shape.channels, *shape.conv.kernel).to(DEVICE, dtype)
         self.B = torch.randn(shape.outputs, shape.rank, 1, 1).to(DEVICE, dtype)
+        self.bias = torch.randn(shape.outputs).to(DEVICE, dtype)
         self.factors = torch.rand(shape.samples).to(DEVICE)
         self.factors[0] = 0.0 if shape.samples > 1 else 1.0
+
+
+@pytest.fixture
+def dirty_memory():
+    """torch.empty gives NaN, by which what a kernel leaves unwritten is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def check(ours, reference, *inputs, through=()):
@@ -109,7 +119,7 @@ def check(ours, reference, *inputs, through=()):
 
 
 @every_case
-def test_adapter_forward(shape, dtype, layout):
+def test_adapter_forward(shape, dtype, layout, dirty_memory):
     t = Tensors(shape, dtype, layout)
     check(
         adapter_forward.project(t.x, t.A, shape.conv),
@@ -117,20 +127,70 @@ def test_adapter_forward(shape, dtype, layout):
         t.x,
         t.A,
     )
-    y = t.y.clone()
-    assert adapter_forward.add_(y, t.z, t.B, SLOPE, SCALE) is y
-    check(y, lambda y, z, B: adapter_forward.add_reference(y, z, B, SLOPE, SCALE), t.y, t.z, t.B)
+    for bias in ([], [t.bias]):
+        y = t.y.clone()
+        assert adapter_forward.add_(y, t.z, t.B, *(bias or [None]), SLOPE, SCALE) is y
+        check(y, added, t.y, t.z, t.B, *bias)
+
+
+POINTWISE = [s for s in SHAPES.values() if s.conv.kernel == (1, 1)] + [
+    Shape(2, 1, 64, 64, 4, (8, 8), Conv((1, 1))),  # fills its tiles
+    Shape(3, 2, 130, 128, 4, (5, 7), Conv((1, 1))),
+    Shape(1, 1, 16, 24, 3, (1, 9), Conv((1, 1))),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+def test_pointwise_forward(shape, with_bias, dtype, dirty_memory):
+    t = Tensors(shape, dtype, torch.channels_last)
+    weight = torch.randn(shape.outputs, shape.channels, 1, 1).to(DEVICE, dtype)
+    bias = t.bias if with_bias else None
+    assert pointwise.serves(t.x, weight, t.A, shape.conv)
+    y, z = pointwise.forward(t.x, weight, bias, t.A, t.B, SLOPE, SCALE)
+    check(z, adapter_forward_z, t.x, t.A)
+    assert y.is_contiguous(memory_format=torch.channels_last) and z.is_contiguous(memory_format=torch.channels_last)
+    exact, _ = pointwise.forward_reference(
+        *(None if v is None else v.double() for v in (t.x, weight, bias, t.A, t.B)), SLOPE, SCALE
+    )
+    own = (pointwise.forward_reference(t.x, weight, bias, t.A, t.B, SLOPE, SCALE)[0].double() - exact).abs().max()
+    assert (y.double() - exact).abs().max() <= 2 * own + torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_pointwise_serves_only_what_it_computes():
+    t = Tensors(SHAPES["1 x 1, rank 16"], torch.bfloat16, torch.channels_last)
+    weight, conv = torch.zeros(20, 40, 1, 1, dtype=t.x.dtype), Conv((1, 1))
+    assert pointwise.serves(t.x, weight, t.A, conv)
+    assert not pointwise.serves(t.x.contiguous(), weight, t.A, conv)
+    assert not pointwise.serves(t.x.float(), weight, t.A, conv)
+    assert not pointwise.serves(t.x, weight[:, :20], t.A, conv)  # two groups
+    assert not pointwise.serves(t.x, weight.expand(20, 40, 1, 1).repeat(10, 1, 1, 1), t.A, conv)
+    assert not any(
+        pointwise.serves(t.x, weight, t.A, conv._replace(**{k: (2, 2)})) for k in ("stride", "padding", "kernel")
+    )
+
+
+def adapter_forward_z(x, A):
+    return adapter_forward.project_reference(x, A, Conv((1, 1)))
+
+
+def added(y, z, B, bias=None):
+    return adapter_forward.add_reference(y, z, B, bias, SLOPE, SCALE)
 
 
 @every_case
-def test_adapter_backward(shape, dtype, layout):
+def test_adapter_backward(shape, dtype, layout, dirty_memory):
     t = Tensors(shape, dtype, layout)
-    gz, parts = adapter_backward.adapter_backward(t.gy, t.z, t.B, SLOPE, SCALE)
+    gz, parts = adapter_backward.adapter_backward(t.gy, t.z, t.B, SLOPE, SCALE, shape.conv, shape.size)
     gB, squares = adapter_backward.add_parts(parts, shape.samples)
 
     def reference(which):
-        return lambda *a: adapter_backward.adapter_backward_reference(*a, SLOPE, SCALE, shape.samples)[which]
+        return lambda *a: adapter_backward.adapter_backward_reference(
+            *a, SLOPE, SCALE, shape.conv, shape.size, shape.samples
+        )[which]
 
+    assert gz[adapter_backward.among_zeros(torch.ones_like(t.z), shape.conv, shape.size) == 0].eq(0).all()
     check(gz, reference(0), t.gy, t.z, t.B)
     check(gB, reference(1), t.gy, t.z, t.B, through=(t.gy, t.z, t.B))
     check_squares(squares, gB)
@@ -144,15 +204,30 @@ def check_squares(squares, grads):
 
 @every_case
 @pytest.mark.parametrize("of", ["adapter", "full layer"])
-def test_sample_grad(shape, dtype, layout, of):
+def test_sample_grad(shape, dtype, layout, of, dirty_memory):
     t = Tensors(shape, dtype, layout)
-    g = t.gz if of == "adapter" else t.gy
-    grads, squares = sample_grad.sample_grads(t.x, g, shape.conv, shape.samples)
-    check(grads, lambda x, g: sample_grad.sample_grads_reference(x, g, shape.conv, shape.samples), t.x, g)
+    g, conv = (t.gz, shape.conv.full()) if of == "adapter" else (t.gy, shape.conv)
+    grads, squares = sample_grad.sample_grads(t.x, g, conv, shape.samples)
+    check(
+        sample_grad.lay_out(grads), lambda x, g: sample_grad.sample_grads_reference(x, g, conv, shape.samples), t.x, g
+    )
     check_squares(squares, grads)
-    assert torch.equal(sample_grad.sample_grad_squares(t.x, g, shape.conv, shape.samples), squares)
-    summed = sample_grad.weighted_grad_sum(t.x, g, shape.conv, t.factors)
+    assert torch.equal(sample_grad.sample_grad_squares(t.x, g, conv, shape.samples), squares)
+    summed = sample_grad.weighted_grad_sum(t.x, g, conv, t.factors)
     check(summed, lambda G, c: torch.einsum("n...,n->...", G, c), grads, t.factors)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_gz_among_zeros_has_the_same_gradients(shape):
+    """The convolution's own gradients of x and A are those of `conv.full()`."""
+    x, A = torch.randn(2, 3, *shape.size).double().requires_grad_(), torch.randn(2, 3, *shape.conv.kernel).double()
+    z, full = adapter_forward.project_reference(x, A.requires_grad_(), shape.conv), shape.conv.full()
+    gz = torch.randn(z.shape).double()
+    dx, gA = torch.autograd.grad(z, (x, A), gz)
+    gz, x = adapter_backward.among_zeros(gz, shape.conv, shape.size), x.detach()
+    zeros = torch.zeros_like(x)
+    torch.testing.assert_close(input_grad.add_input_grad_reference(zeros, gz, A.detach(), shape.conv), dx)
+    torch.testing.assert_close(sample_grad.sample_grads_reference(x, gz, full, 1)[0], gA)
 
 
 @every_case
@@ -173,8 +248,8 @@ def test_sums_in_parts_that_do_not_come_out_even(monkeypatch):
     """Few programs: each adds up several samples, the last one fewer."""
     monkeypatch.setattr(tiles, "PROGRAMS", 2)
     t = Tensors(Shape(5, 1, 20, 6, 4, (6, 5), SAME), torch.float32, torch.channels_last)
-    grads, _ = sample_grad.sample_grads(t.x, t.gz, SAME, 5)
-    summed = sample_grad.weighted_grad_sum(t.x, t.gz, SAME, t.factors)
+    grads, _ = sample_grad.sample_grads(t.x, t.gz, SAME.full(), 5)
+    summed = sample_grad.weighted_grad_sum(t.x, t.gz, SAME.full(), t.factors)
     check(summed, lambda G, c: torch.einsum("n...,n->...", G, c), grads, t.factors)
     G = torch.randn(37, 50, device=DEVICE)
     factors = torch.rand(37, device=DEVICE)
@@ -183,9 +258,9 @@ def test_sums_in_parts_that_do_not_come_out_even(monkeypatch):
 
 def test_a_refused_sample_adds_nothing_however_broken():
     t = Tensors(SHAPES["3 x 3"], torch.float32, torch.channels_last)
-    wanted = sample_grad.weighted_grad_sum(t.x, t.gz, SAME, t.factors)
+    wanted = sample_grad.weighted_grad_sum(t.x, t.gz, SAME.full(), t.factors)
     t.gz[0], t.gz[0, 0, 0] = math.inf, math.nan
-    assert torch.equal(sample_grad.weighted_grad_sum(t.x, t.gz, SAME, t.factors), wanted)
+    assert torch.equal(sample_grad.weighted_grad_sum(t.x, t.gz, SAME.full(), t.factors), wanted)
     G = torch.tensor([[math.nan, math.inf], [1.0, 2.0]], device=DEVICE)
     assert clip_sum.clip_sum(G, torch.tensor([0.0, 0.5], device=DEVICE)).tolist() == [0.5, 1.0]
 
@@ -224,13 +299,13 @@ def test_rows_may_lie_beyond_what_32_bits_can_count():
     far, near = (sample_grad.sample_grads(*pair, SAME, 2) for pair in ((x, g), (near_x, near_g)))
     assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
     assert torch.equal(adapter_forward.project(x, A, SAME), adapter_forward.project(near_x, A, SAME))
-    far, near = (adapter_backward.adapter_backward(gy, near_g, B, SLOPE, SCALE) for gy in (g, near_g))
+    far, near = (adapter_backward.adapter_backward(gy, near_g, B, SLOPE, SCALE, SAME, (6, 6)) for gy in (g, near_g))
     assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
+    gz = near[0]
+    assert torch.equal(input_grad.add_input_grad_(x, gz, A, SAME), input_grad.add_input_grad_(near_x, gz, A, SAME))
     assert torch.equal(
-        input_grad.add_input_grad_(x, near_g, A, SAME), input_grad.add_input_grad_(near_x, near_g, A, SAME)
-    )
-    assert torch.equal(
-        adapter_forward.add_(g, near_x, B, SLOPE, SCALE), adapter_forward.add_(near_g, near_x, B, SLOPE, SCALE)
+        adapter_forward.add_(g, near_x, B, None, SLOPE, SCALE),
+        adapter_forward.add_(near_g, near_x, B, None, SLOPE, SCALE),
     )
 
 
@@ -240,8 +315,8 @@ def test_the_same_bits_from_run_to_run(name):
     t = Tensors(shape, torch.float32, torch.channels_last)
 
     def run():
-        gz, parts = adapter_backward.adapter_backward(t.gy, t.z, t.B, SLOPE, SCALE)
-        grads, squares = sample_grad.sample_grads(t.x, gz, shape.conv, shape.samples)
+        gz, parts = adapter_backward.adapter_backward(t.gy, t.z, t.B, SLOPE, SCALE, shape.conv, shape.size)
+        grads, squares = sample_grad.sample_grads(t.x, gz, shape.conv.full(), shape.samples)
         total = clip_sum.clip_sum(grads.flatten(1), t.factors)
         return gz, *adapter_backward.add_parts(parts, shape.samples), grads, squares, total
 
@@ -252,7 +327,7 @@ def test_in_place_needs_evenly_spaced_positions():
     y = torch.zeros(1, 2, 4, 4, device=DEVICE)[:, :, ::2, ::2]
     with pytest.raises(ValueError, match="contiguous or channels_last"):
         adapter_forward.add_(
-            y, torch.zeros(1, 1, 2, 2, device=DEVICE), torch.zeros(2, 1, 1, 1, device=DEVICE), 0.1, 1.0
+            y, torch.zeros(1, 1, 2, 2, device=DEVICE), torch.zeros(2, 1, 1, 1, device=DEVICE), None, 0.1, 1.0
         )
 
 
@@ -262,11 +337,11 @@ def test_tiles_are_powers_of_2_whatever_the_shape(itemsize):
         chosen = [
             tiles.gradient(SAME, rows, channels, positions, itemsize),
             tiles.elementwise(positions, channels, itemsize),
-            tiles.backward(positions, channels, itemsize),
+            tiles.backward(1, positions, 1, positions, channels, rows, itemsize),
             tiles.input_grad(rows, positions, channels, itemsize),
         ]
         for sizes in chosen:
-            sides = [value for name, value in sizes.items() if name.startswith("B")]
+            sides = [value for name, value in sizes.items() if name in ("BP", "BC", "BM")]
             assert all(16 <= side <= 128 and side & (side - 1) == 0 for side in sides)
 
 
@@ -314,12 +389,13 @@ def test_a_parameter_that_is_kept_in_part_is_summed_before_its_norm(first_kept, 
     """Two calls of a layer, one's gradients kept, with the kernel's squares, the other's made again."""
     t = Tensors(SHAPES["3 x 3"], torch.float32, torch.channels_last)
     grad = PerSampleGrad(torch.Size([4, 20, 3, 3]), 3)
-    recipes = [products.conv_recipe(None, as_it_is, x, t.gz, SAME, 0) for x in (t.x, t.x.flip(0))]
+    full = SAME.full()
+    recipes = [products.conv_recipe(None, as_it_is, x, t.gz, full, 0) for x in (t.x, t.x.flip(0))]
     for recipe, kept in zip(recipes, (first_kept, not first_kept)):
         monkeypatch.setattr(plan, "FUSED_KEEP_FACTOR", math.inf if kept else 0.0)
         grad.add(recipe)
     assert grad.kept is not None and len(grad.again) == 1
-    truth = sum(sample_grad.sample_grads_reference(x.double(), t.gz.double(), SAME, 3) for x in (t.x, t.x.flip(0)))
+    truth = sum(sample_grad.sample_grads_reference(x.double(), t.gz.double(), full, 3) for x in (t.x, t.x.flip(0)))
     norms = squared_norms([grad], 3, t.x.device).sqrt()
     torch.testing.assert_close(norms, truth.flatten(1).norm(dim=1), rtol=1e-6, atol=0)
     summed = gradient.weighted_sums({"w": grad}, t.factors)["w"]
