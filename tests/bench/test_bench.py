@@ -179,6 +179,15 @@ def test_a_wrong_gradient_on_jax_is_found(instruments, monkeypatch, mode):
         instruments.truth.check(case, name)
 
 
+def test_the_memory_of_jax_is_what_its_compiler_says(instruments):
+    """PyTorch's profiler would see a few bytes."""
+    pytest.importorskip("jax_privacy", reason="needs fastloda[peers]", exc_type=ImportError)
+    case = instruments.cases.Case("stack", 8, channels=4, size=16, layers=1)
+    images = case.inputs()[0].nbytes
+    memory = instruments.measure._cpu_memory(case, "plain JAX", torch.get_num_threads())
+    assert images <= memory.allocated <= 20 * images
+
+
 def test_who_is_not_installed_is_left_out(instruments, monkeypatch):
     absent = instruments.providers.PROVIDERS["FastLoDA"]._replace(needs="no_such_module")
     monkeypatch.setitem(instruments.providers.PROVIDERS, "FastLoDA", absent)
