@@ -40,7 +40,7 @@ bench: $(FOR_TESTS)
 
 # The site is built without a network. A warning, and so a link that leads nowhere, fails it.
 docs: $(FOR_DOCS)
-	$(PYTHON) -m sphinx -q -W --keep-going -b html docs build/site
+	$(PYTHON) -m sphinx -q -E -W --keep-going -b html docs build/site
 
 dist: $(FOR_DIST)
 	rm -rf build/dist

@@ -23,6 +23,7 @@ html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = False
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
+highlight_language = "none"  # what no language is given for is a shell's, or an equation
 default_role = "code"  # docstrings mark names by single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -2,6 +2,7 @@
 root's pages leads somewhere. Links between the site's pages are checked by `make docs`."""
 
 import re
+import runpy
 import shlex
 from importlib import metadata
 from pathlib import Path
@@ -89,6 +90,14 @@ def test_links_lead_somewhere(page):
         if anchor:
             titles = re.findall(r"^#+ (.+)$", (ROOT / name).read_text(), flags=re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_speeds_are_those_of_the_result_files():
+    script = runpy.run_path(str(ROOT / "scripts" / "readme_table.py"))
+    for page, results in script["PAGES"].items():
+        assert f"{script['BEGIN']}\n{script['speed'](results)}\n\n{script['END']}" in TEXTS[page], (
+            f"{page}: run scripts/readme_table.py"
+        )
 
 
 def test_the_readme_is_one_page():
