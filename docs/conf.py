@@ -30,8 +30,8 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
-napoleon_use_ivar = True
-napoleon_custom_sections = ["Returns"]  # prose, of which napoleon would take all before a colon for a type
+# Returns are prose, of which napoleon would take all before a colon for a type; attributes are those of dataclasses.
+napoleon_custom_sections = ["Returns", ("Attributes", "params_style")]
 
 
 CODE, MARKUP = re.compile(r"\s*(>>>|\.\.\. )"), re.compile(r"(?<=\w)_(?!\w)|\||\*(?=\S)")
