@@ -15,7 +15,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     author="FastLoDA developers",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["differential privacy", "DP-SGD", "diffusion models", "LoRA", "synthetic data", "PyTorch", "Triton"],
     python_requires=">=3.11",

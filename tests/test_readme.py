@@ -68,7 +68,8 @@ def test_options_of_a_command_in_a_sentence_exist(code):
 def test_make_targets_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {match[1] for code in SHOWN + INLINE if (match := re.match(r"make (\w+)", code))}
-    assert {"demo", "test", "docs"} <= named <= targets
+    workflows = "".join(path.read_text() for path in (ROOT / ".github").rglob("*.yml"))
+    assert {"demo", "test", "docs"} <= named | set(re.findall(r"run: make (\w+)", workflows)) <= targets
 
 
 def test_scripts_and_extras_exist():
