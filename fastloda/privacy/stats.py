@@ -54,6 +54,7 @@ class StepStats:
 
     @property
     def clipped_fraction(self) -> float:
+        """The share of samples that were clipped; 0 of none."""
         return self.clipped / self.samples if self.samples else 0.0
 
     @property

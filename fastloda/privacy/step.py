@@ -362,11 +362,12 @@ def ghost_dp_step(
     clipping: Clipping = "flat",
     group: Group = None,
 ) -> StepStats:
-    """Make one step of DP-SGD, or of any optimizer on the private gradient, for `loss.mean().backward(); optimizer.step()`.
+    """Make one private step with any optimizer, in place of `loss.mean().backward(); optimizer.step()`.
 
     losses [samples * views] is the model's loss, one number per sample and view. Arguments and errors are those of
-    `GhostClipper`; every check comes before anything changes. On several ranks the statistics returned are of this rank's
-    samples. Adaptive clipping is refused: its bound moves from step to step, and needs one `GhostClipper` for all of them.
+    `GhostClipper`, its `accumulate` and its `privatize`; every check comes before anything changes. On several ranks the
+    statistics returned are of this rank's samples. Adaptive clipping is refused: its bound moves from step to step, and needs
+    one `GhostClipper` for all of them.
     """
     sharded = hand_back_shards(model)
     clipper = _clipper_for(model, max_grad_norm, views, clipping, group)

@@ -181,10 +181,10 @@ class DPTrainer:
         doc="The number of units of privacy: of owners, if they were given, or else of records.",
     )
     checkpoint = property(lambda self: self.run.checkpoint, doc="The file to save to, if any.")
-    optimizer = property(lambda self: self.run.optimizer)
+    optimizer = property(lambda self: self.run.optimizer, doc="The optimizer, the settings' or the given one.")
     scheduler = property(lambda self: self.run.scheduler, doc="The scheduler of the learning rate.")
     average = property(lambda self: self.run.average, doc="The moving average of the parameters.")
-    accountant = property(lambda self: self.run.accountant)
+    accountant = property(lambda self: self.run.accountant, doc="The accountant of what was spent so far.")
 
     @property
     def step(self) -> int:
