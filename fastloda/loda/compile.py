@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fastloda.errors import PrivacyError, UserError
 from fastloda.loda.attach import ADAPTED, loda_layers
 from fastloda.loda.layers import LoDAConv2d, LoDALinear
-from fastloda.per_sample.tensors import accumulable
+from fastloda.loda.rowwise import ByRow
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -95,15 +95,11 @@ def _given_by_row(layers: Sequence[LoDAConv2d | LoDALinear], rows: int) -> Gener
     before = [layer.by_row for layer in layers]
     try:
         for layer in layers if torch.is_grad_enabled() else ():
-            layer.by_row = _repeated(layer.loda_A, rows), _repeated(layer.loda_B, rows)
+            layer.by_row = ByRow.of(layer.loda_A, layer.loda_B, rows)
         yield
     finally:
         for layer, given in zip(layers, before):
             layer.by_row = given
-
-
-def _repeated(parameter: Tensor, rows: int) -> Tensor:
-    return accumulable(parameter).expand(rows, *parameter.shape)
 
 
 def _check_mode(mode: str | None = None, options: dict | None = None, **_) -> None:

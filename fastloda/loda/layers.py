@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from fastloda.errors import UserError
 from fastloda.kernels.conv import Conv
 from fastloda.loda.arithmetic import ConvOp, LinearOp
-from fastloda.loda.rowwise import rowwise_adapter
+from fastloda.loda.rowwise import ByRow, rowwise_adapter
 from fastloda.per_sample.amx import compute_dtype, without_autocast
 from fastloda.per_sample.rules import FUNCTION_RULES, Rule
 
@@ -67,14 +67,14 @@ def apply_adapter(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    by_row: tuple[Tensor, Tensor] | None = None,
+    by_row: ByRow | None = None,
 ) -> Tensor:
     """Compute y by the fused Function, or by the plain definition where the Function's receiver could not be reached.
 
     It can't under `torch.func` transforms and `torch.compile`, nor where the base layer trains too (whose own rule then covers
     W). The definition's operations have rules of their own, so that a private step stays exact.
 
-    by_row: A and B for each row of the batch, by which a model compiled by `fastloda.compile` tells the samples apart.
+    by_row: the adapter for each row of the batch, by which a model compiled by `fastloda.compile` tells the samples apart.
 
     Raises:
         TypeError: x has another dtype than the weight, or is not floating point.
@@ -86,7 +86,7 @@ def apply_adapter(
     if by_row is not None and not base_trains:
         dtype = compute_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return rowwise_adapter(op, x, weight, bias, *by_row)
+        return rowwise_adapter(op, x, weight, bias, by_row)
     if base_trains or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op.reference(x, weight, bias, A.to(x.dtype), B.to(x.dtype))
     return LoDAFunction.apply(x, weight, A, B, bias, op, compute_dtype(x))
@@ -114,7 +114,7 @@ class _Adapted(nn.Module if TYPE_CHECKING else object):
     bias: Tensor | None
     loda_A: nn.Parameter
     loda_B: nn.Parameter
-    by_row: tuple[Tensor, Tensor] | None = None  # A and B for each row, while a compiled model runs (compile.py)
+    by_row: ByRow | None = None  # while a compiled model runs (compile.py)
 
     def _init_adapter(self, a_shape, b_shape, rank, activation, negative_slope, scale, device):
         check_settings(rank, activation, negative_slope, scale)

@@ -1,4 +1,4 @@
-"""Steps that re-lay a parameter before an operation reads it: views, transpositions, splits, casts, repetitions.
+"""Steps that re-lay a parameter before an operation reads it: views, transpositions, flips, splits, casts, repetitions.
 
 `F.multi_head_attention_forward` splits one weight into three, `PReLU` views its weight as [1, C, 1, 1], einsum permutes. The rule
 of the operation gives the gradient of what it read. The steps back from there to the parameter are linear, the same for every
@@ -18,6 +18,7 @@ from fastloda.per_sample.operations import (
     TILING,
     VIEWS,
     dim_of,
+    dims_of,
     kind_of,
     permutation,
     taken_range,
@@ -91,7 +92,9 @@ def back_to_parameter(steps: Sequence) -> Callable[[Tensor], Tensor]:
 def sum_copies(grads: Tensor, shape: Sequence[int]) -> Tensor:
     """Sum gradients [samples, *after] over the copies: [samples, *shape]; sizes of `after` are multiples of those of `shape`."""
     after = grads.shape[1:]
-    before = (1,) * (len(after) - len(shape)) + tuple(shape)
+    before = Size((1,) * (len(after) - len(shape)) + tuple(shape))
+    if after.numel() == before.numel():  # no copies, and no pass over the numbers
+        return grads.reshape(len(grads), *shape)
     copies = [size for a, b in zip(after, before) for size in (a // b if b else 1, b)]
     summed = grads.reshape(len(grads), *copies).sum(tuple(range(1, 1 + len(copies), 2))) if copies else grads
     return summed.reshape(len(grads), *shape)
@@ -110,6 +113,10 @@ def _unpermute(step: Step, grads: Tensor) -> Tensor:
     return grads.permute(0, *(1 + order.index(dim) for dim in range(len(order))))
 
 
+def _unflip(step: Step, grads: Tensor) -> Tensor:
+    return grads.flip([1 + dim for dim in dims_of(step.node, len(step.before))])
+
+
 def _pad(step: Step, grads: Tensor) -> Tensor:
     """Take gradients of a part of the input to the whole input's, with zeros for the rest."""
     dim = dim_of(step.node, len(step.before))
@@ -122,4 +129,4 @@ def _pad(step: Step, grads: Tensor) -> Tensor:
 
 # Those that tile are covered along the batch by `rules/expand.py`, and are steps otherwise.
 BACK = dict.fromkeys(VIEWS, _reshape) | dict.fromkeys(PERMUTING, _unpermute) | dict.fromkeys(TILING, _untile)
-BACK |= dict.fromkeys(("Select", "Slice", "Split", "SplitWithSizes"), _pad)
+BACK |= {"Flip": _unflip} | dict.fromkeys(("Select", "Slice", "Split", "SplitWithSizes"), _pad)

@@ -197,7 +197,10 @@ def test_a_layer_may_see_each_sample_once_whatever_the_views(views):
     check_exact(drawn.Case(model, torch.randn(4 * views, 2, 4, 5, dtype=torch.float64), views=views))
 
 
-@pytest.mark.parametrize("form", ["x @ W", "addmm", "conv", "linear on views", "turned bias", "turned table"])
+FORMS = ("x @ W", "addmm", "conv", "linear on views", "turned bias", "turned table", "flipped weight", "flipped twice")
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_functional_uses_with_a_rule_are_exact(form):
     """What counts is the operation in the graph, not the module that holds the parameter."""
 
@@ -213,6 +216,8 @@ def test_functional_uses_with_a_rule_are_exact(form):
                 "addmm": lambda: torch.addmm(self.b, x, self.W),
                 "conv": lambda: F.conv1d(x[:, None], self.K, self.b, padding=2),
                 "turned bias": lambda: F.linear(x, self.W, self.b.t()),
+                "flipped weight": lambda: F.linear(x, self.W.flip(0), self.b.flip(-1)),
+                "flipped twice": lambda: F.conv1d(x[:, None], self.K.flip(0, 2), self.b),
                 "turned table": lambda: x.view(-1, 2, 2) * self.T.t(),
                 "linear on views": lambda: F.linear(x.view(-1, 2, 2).flatten(1), self.W, self.b),
             }[form]()
