@@ -75,10 +75,10 @@ def _(x, weight, bias, A, B, geometry, slope, scale):
 def _adapter_backward(gy, x, z, weight, A, B, needs_x, geometry, slope, scale):
     op, dtype, rows = _op(geometry, slope, scale), x.dtype, len(A)
     with torch.autocast(x.device.type, enabled=False):
-        gz, recipe_B = op.backward_up(gy, x, z, B[0].to(dtype))
-        gx, taps = op.backward_down(gy, gz, x, weight, A[0].to(dtype)) if needs_x else (x.new_empty(0), None)
-        gA, gB = (_row_grads(recipe, len(x), rows) for recipe in (op.recipe_A(x, gz, taps), recipe_B))
-    return gx.contiguous(memory_format=_as_x(x, geometry)) if needs_x else gx, gA, gB
+        gx, *recipes = op.backward(gy, x, z, weight, A[0].to(dtype), B[0].to(dtype), needs_x)
+        gA, gB = (_row_grads(recipe, len(x), rows) for recipe in recipes)
+    gx = x.new_empty(0) if gx is None else gx.contiguous(memory_format=_as_x(x, geometry))
+    return gx, gA, gB
 
 
 @_adapter_backward.register_fake
