@@ -46,7 +46,8 @@ def _project_kernel(
     real = (m // RP < KH * KW) & (m % RP < R)
     row = m // RP * R + m % RP
     own = scratch + tl.program_id(0).to(tl.int64) * (BI * BM)
-    for strip in tl.range(tl.program_id(0), STRIPS, tl.num_programs(0), num_stages=1):
+    # What all strips share is computed for each: kept in registers, it would spill.
+    for strip in tl.range(tl.program_id(0), STRIPS, tl.num_programs(0), num_stages=1, disable_licm=True):
         n = tl.cast(strip // OF_IMAGE, tl.int64)
         first = strip % OF_IMAGE * ROWS
         top = tl.maximum(first * SH - PH, 0)  # first row of x that is held
@@ -58,15 +59,16 @@ def _project_kernel(
             image = load(x + n * x_row + q[:, None] * x_position + (c * x_channel)[None, :], there[None, :])
             weight = load(A + row[None, :] * C + c[:, None], real[None, :] & there[:, None])
             U = tl.dot(image, weight, U, input_precision="ieee")
-        tl.store(own + held.to(tl.int64)[:, None] * BM + m.to(tl.int64)[None, :], U, mask=real[None, :])
+        tl.store(own + (held[:, None] * BM + m[None, :]), U, mask=real[None, :])
         tl.debug_barrier()  # the program's threads read what others of them wrote
         total = tl.zeros((BO, RP), tl.float32)
-        for tap in tl.static_range(KH * KW):
-            h = (first + p // OW) * SH - PH + tap // KW * DH
-            w = p % OW * SW - PW + tap % KW * DW
-            inside = (p < ROWS * OW) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            at = ((h - top) * W + w) * BM + tap * RP
-            total += tl.load(own + at[:, None] + j[None, :], mask=inside[:, None], other=0.0)
+        for kh in range(KH):  # a row of taps at a time: more would take registers that spill
+            h = (first + p // OW) * SH - PH + kh * DH
+            for kw in tl.static_range(KW):
+                w = p % OW * SW - PW + kw * DW
+                inside = (p < ROWS * OW) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                at = ((h - top) * W + w) * BM + (kh * KW + kw) * RP
+                total += tl.load(own + (at[:, None] + j[None, :]), mask=inside[:, None], other=0.0)
         written = (p < ROWS * OW) & (first + p // OW < OH)
         out = z + n * (OH * OW * R) + (first * OW + p)[:, None] * R + j[None, :]
         tl.store(out, total, mask=written[:, None] & (j < R)[None, :])

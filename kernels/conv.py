@@ -20,8 +20,8 @@ class Conv(NamedTuple):
 
     def full(self) -> "Conv":
         """Make the convolution of the same taps at every position from which one of them touches the image."""
-        high, wide = (d * (k - 1) for k, d in zip(self.kernel, self.dilation))
-        return self._replace(stride=(1, 1), padding=(high, wide))
+        (kh, kw), (dh, dw) = self.kernel, self.dilation
+        return self._replace(stride=(1, 1), padding=(dh * (kh - 1), dw * (kw - 1)))
 
     def constants(self) -> dict[str, int]:
         """Name the numbers as the kernels take them, KH to DW: constants, so that divisions by them cost nothing."""

@@ -1,8 +1,11 @@
-"""The whole forward of a 1 x 1 layer from one read of x: the frozen product, its bias and the adapter.
+"""A whole 1 x 1 layer, the frozen product with its bias and the adapter: x is read once forward, x, z and gy once backward.
 
-    z[q, :] = A x[q, :]        y[q, :] = W x[q, :] + b + s B phi(z[q, :])
+    z[q, :] = A x[q, :]                             y[q, :]  = W x[q, :] + b + s B phi(z[q, :])
+    gz[q, :] = phi'(z[q, :]) . s B^T gy[q, :]       dx[q, :] = W^T gy[q, :] + A^T gz[q, :]
+    gA[n] = sum_q gz[q, :] x[q, :]^T                gB[n]    = s sum_q gy[q, :] phi(z[q, :])^T
 
-q counts the positions of all images, adjacent in channels_last memory.  One tile has all outputs, so that x is read once.
+q counts the positions of all images, adjacent in channels_last memory.  One tile has all outputs, and backward all channels.
+Spans of an image's positions write their parts of gA and gB; `adapter_backward.add_parts` adds the parts of a sample in order.
 """
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from . import tiles
 from .adapter_forward import add_reference
-from .blocks import below, cdiv, launch, load
+from .blocks import below, cdiv, launch, load, positions_last
 from .conv import Conv
 
 
@@ -25,12 +28,28 @@ def serves(x: Tensor, weight: Tensor, A: Tensor, conv: Conv) -> bool:
     return small and dense and conv == Conv((1, 1)) and channels == x.shape[1]
 
 
+def serves_backward(x: Tensor, weight: Tensor, A: Tensor, conv: Conv) -> bool:
+    """Tell whether `backward` can compute this layer: as `serves`, with a tile of channels, since sm_90."""
+    small = weight.shape[1] <= tiles.POINTWISE["channels"]
+    return small and serves(x, weight, A, conv) and tiles.from_shared_memory(x.device)
+
+
 def forward_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, slope: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute y and z for x [N, C, H, W], weight [O, C, 1, 1], A [r, C, 1, 1], B [O, r, 1, 1]."""
     z = F.conv2d(x, A)
     return add_reference(F.conv2d(x, weight), z, B, bias, slope, scale), z
+
+
+def backward_reference(
+    gy: Tensor, x: Tensor, z: Tensor, weight: Tensor, A: Tensor, B: Tensor, slope: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dx [N, C, H, W], and for each image gA [N, r, C] and gB [N, O, r]."""
+    gz = scale * torch.einsum("or,nohw->nrhw", B.flatten(1), gy) * torch.where(z > 0, 1.0, slope)
+    dx = torch.einsum("oc,nohw->nchw", weight.flatten(1), gy) + torch.einsum("rc,nrhw->nchw", A.flatten(1), gz)
+    gB = scale * torch.einsum("nohw,nrhw->nor", gy, F.leaky_relu(z, slope))
+    return dx, torch.einsum("nrhw,nchw->nrc", gz, x), gB
 
 
 @triton.jit
@@ -62,6 +81,40 @@ def _pointwise_kernel(
     tl.store(y + first * OUT + (q[:, None] * OUT + o[None, :]), acc, mask=there[:, None] & real[None, :])
 
 
+@triton.jit
+def _pointwise_backward_kernel(
+    gy, x, z, W, A, B, dx, of_A, of_B, C, OUT, slope, scale,
+    P: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,  # BP positions at a time, SPAN in all
+    EVEN: tl.constexpr, STAGES: tl.constexpr,  # EVEN: outputs and channels fill their tiles
+):  # fmt: skip
+    """Compute dx at a span of one image's positions, and of_A[n, span] and of_B[n, span], the span's shares of gA and gB."""
+    spans: tl.constexpr = (P + SPAN - 1) // SPAN
+    program = tl.program_id(0).to(tl.int64)
+    image, at = program // spans * P, (program % spans).to(tl.int32) * SPAN
+    o, c, j = tl.arange(0, BO), tl.arange(0, BC), tl.arange(0, RP)
+    out, channel, real = below(o, OUT, EVEN), below(c, C, EVEN), j < R
+    frozen = load(W + o[:, None] * C + c[None, :], out[:, None] & channel[None, :])
+    down = load(A + j[:, None] * C + c[None, :], real[:, None] & channel[None, :])
+    up = load(B + o[:, None] * R + j[None, :], out[:, None] & real[None, :])
+    grad_A, grad_B = tl.zeros((BC, RP), tl.float32), tl.zeros((BO, RP), tl.float32)
+    for start in tl.range(0, SPAN, BP, num_stages=STAGES, disable_licm=True):  # else W would be kept in registers
+        q = at + start + tl.arange(0, BP)
+        there = below(q, P, P % SPAN == 0)
+        grad = load(gy + image * OUT + (q[:, None] * OUT + o[None, :]), there[:, None] & out[None, :])
+        held = load(x + image * C + (q[:, None] * C + c[None, :]), there[:, None] & channel[None, :])
+        low = load(z + image * R + (q[:, None] * R + j[None, :]), there[:, None] & real[None, :]).to(tl.float32)
+        h = tl.where(low > 0, low, low * slope).to(grad.dtype)
+        gz = tl.dot(grad, up) * tl.where(low > 0, scale, slope * scale)
+        gz = gz.to(gy.dtype.element_ty).to(grad.dtype)
+        grad_A = tl.dot(tl.trans(held), gz, grad_A)
+        grad_B = tl.dot(tl.trans(grad), h, grad_B)
+        back = tl.dot(gz, down, tl.dot(grad, frozen))
+        tl.store(dx + image * C + (q[:, None] * C + c[None, :]), back, mask=there[:, None] & channel[None, :])
+    tl.store(of_A + program * C * R + j[None, :] * C + c[:, None], grad_A, mask=real[None, :] & channel[:, None])
+    tl.store(of_B + (program * OUT + o)[:, None] * R + j[None, :], scale * grad_B, mask=out[:, None] & real[None, :])
+
+
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, slope: float, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -73,7 +126,26 @@ def forward(
     even = outputs == sizes["BO"] and channels % sizes["BC"] == 0 and positions % sizes["BP"] == 0
     launch(
         _pointwise_kernel, cdiv(positions, sizes["BP"]),
-        x, weight.contiguous(), bias, A.contiguous(), B.contiguous(), y, z, positions, channels, outputs, slope, scale,
-        R=rank, EVEN=even, **sizes,
+        positions_last(x), weight.contiguous(), bias, A.contiguous(), B.contiguous(), y, z, positions, channels, outputs,
+        slope, scale, R=rank, EVEN=even, **sizes,
     )  # fmt: skip
     return y.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2)
+
+
+def backward(
+    gy: Tensor, x: Tensor, z: Tensor, weight: Tensor, A: Tensor, B: Tensor, slope: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dx, and the parts of gA and gB that `adapter_backward.add_parts` sums, of a layer that `serves_backward` takes."""
+    (outputs, channels), rank, (rows, _, *size) = weight.shape[:2], len(A), x.shape
+    positions = size[0] * size[1]
+    sizes = tiles.pointwise_backward(positions, channels, outputs, rank)
+    spans = cdiv(positions, sizes["SPAN"])
+    dx = torch.empty(rows, *size, channels, device=x.device, dtype=x.dtype)
+    of_A = torch.empty(rows, spans, rank, channels, device=x.device)
+    of_B = torch.empty(rows, spans, outputs, rank, device=x.device)
+    launch(
+        _pointwise_backward_kernel, rows * spans,
+        positions_last(gy), positions_last(x), positions_last(z), weight.contiguous(), A.contiguous(), B.contiguous(),
+        dx, of_A, of_B, channels, outputs, slope, scale, P=positions, R=rank, **sizes,
+    )  # fmt: skip
+    return dx.permute(0, 3, 1, 2), of_A, of_B

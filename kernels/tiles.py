@@ -17,7 +17,7 @@ from .conv import Conv
 
 PROGRAMS = 1024  # enough to keep a GPU of 132 multiprocessors busy
 REDUCTION = 512  # numbers that a program of adapter_backward's second launch adds up
-POINTWISE = {"outputs": 128, "rank": 64}  # the most that a program of pointwise takes
+POINTWISE = {"outputs": 128, "channels": 128, "rank": 64}  # the most that a program of pointwise takes
 CLIP_SUM = {"BN": 8, "BJ": 512, "num_warps": 4}
 
 
@@ -61,10 +61,9 @@ def project(
     sizes = {"ROWS": rows, "RP": columns, "BM": in_all}
     sizes |= {"BI": power_of_2(held(rows)), "BO": power_of_2(rows * out_width)}
     if itemsize == 4:
-        return sizes | {"BC": 16, "STAGES": 2, "num_warps": 8, "maxnreg": 128}
-    if sizes["BI"] <= 64:
-        return sizes | {"BC": min(128, power_of_2(channels)), "STAGES": 3, "num_warps": 4, "maxnreg": 168}
-    return sizes | {"BC": min(64, power_of_2(channels)), "STAGES": 2, "num_warps": 8, "maxnreg": 128}
+        return sizes | {"BC": 16, "STAGES": 2, "num_warps": 8, "maxnreg": 255}
+    most, warps = (128, 4) if sizes["BI"] <= 64 else (32, 8)
+    return sizes | {"BC": min(most, power_of_2(channels)), "STAGES": 3, "num_warps": warps, "maxnreg": 168}
 
 
 @cache
@@ -88,6 +87,21 @@ def pointwise(channels: int, outputs: int, rank: int) -> dict[str, int]:
     tile = power_of_2(outputs)
     sizes = {"BO": tile, "BP": min(128, 8192 // tile), "BC": min(64, power_of_2(channels)), "RP": power_of_2(rank)}
     return sizes | {"STAGES": 3 if channels > sizes["BC"] else 1, "num_warps": 4}
+
+
+@cache
+def from_shared_memory(device: torch.device) -> bool:
+    """Tell whether tensor cores read their operands from shared memory: since sm_90; before, W would have to lie in registers."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
+def pointwise_backward(positions: int, channels: int, outputs: int, rank: int) -> dict[str, int]:
+    """Choose the tiles of pointwise's backward: BP positions at a time by all outputs and channels, SPAN to a program."""
+    block, span = min(64, power_of_2(positions)), min(512, power_of_2(positions))
+    sizes = {"BP": block, "BO": power_of_2(outputs), "BC": power_of_2(channels), "SPAN": span, "RP": power_of_2(rank)}
+    even = outputs == sizes["BO"] and channels == sizes["BC"]
+    return sizes | {"EVEN": even, "STAGES": 2 if span > block else 1, "num_warps": 4}
 
 
 @lru_cache

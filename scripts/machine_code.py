@@ -86,6 +86,8 @@ def turns(launch: Launch) -> list[float]:
             return [a["STRIPS"] / launch.programs, across("C", "BC")]
         case "_pointwise_kernel":
             return [across("C", "BC")]
+        case "_pointwise_backward_kernel":
+            return [across("SPAN", "BP")]
         case "_backward_kernel":
             return [across("OUT", "BC")]
         case "_norm_kernel":
@@ -120,7 +122,8 @@ def figures(launch: Launch) -> dict[str, object]:
 def _tile_bytes(options: dict, turns: list[float]) -> int:
     """Compute the bytes of activations that a program has under way: all of a tile, or those that its loop has asked for."""
     ahead = max(1, min(options.get("STAGES", 2) - 1, *turns, 8))
-    return int(options.get("BI", options.get("BP", 0)) * options["BC"] * 2 * ahead)
+    channels = options["BC"] + (options["BO"] if "SPAN" in options else 0)  # of x, and of gy where both are read
+    return int(options.get("BI", options.get("BP", 0)) * channels * 2 * ahead)
 
 
 def _wide(options: dict) -> bool:

@@ -88,12 +88,21 @@ class ConvOp:
         add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
         return y, z
 
+    def backward(
+        self, gy: Tensor, x: Tensor, z: Tensor, weight: Tensor, A: Tensor, B: Tensor, needs_x: bool
+    ) -> tuple[Tensor | None, Recipe, Recipe]:
+        """Compute dx if it is needed, and make the recipes of A's and B's per-sample gradients."""
+        if needs_x and on_triton(gy) and kernels.pointwise.serves_backward(x, weight, A, self.conv):
+            gx, of_A, of_B = kernels.pointwise.backward(gy, x, z, weight, A, B, self.slope, self.scale)
+            return gx, _sum_of_parts(of_A), _sum_of_parts(of_B)
+        return _backward(self, gy, x, z, weight, A, B, needs_x)
+
     def backward_up(self, gy: Tensor, x: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
         """Compute gz = phi'(z) . s B^T gy, as `_conv_of` says, and make the recipe of B's per-sample gradients."""
         if on_triton(gy):  # one read of gy gives both
-            backward, size = kernels.adapter_backward, tuple(x.shape[2:])
-            gz, parts = backward.adapter_backward(gy, z, B, self.slope, self.scale, self.conv, size)
-            return gz, Recipe(backward.add_parts_reference, (parts,), with_squares=backward.add_parts)
+            compute, size = kernels.adapter_backward.adapter_backward, tuple(x.shape[2:])
+            gz, parts = compute(gy, z, B, self.slope, self.scale, self.conv, size)
+            return gz, _sum_of_parts(parts)
         Bt = self._scaled(B.flatten(1).t())
         gh = torch.bmm(Bt.expand(len(gy), *Bt.shape), positions(gy))
         return activation_grad(gh.view(z.shape), z, self.slope), Recipe(self.grad_B, (gy, z), lay_out=lay_out_B)
@@ -190,6 +199,12 @@ class LinearOp:
         y.view(-1, y.shape[-1]).addmm_(activation(z, self.slope).reshape(-1, z.shape[-1]), B.t(), alpha=self.scale)
         return y, z
 
+    def backward(
+        self, gy: Tensor, x: Tensor, z: Tensor, weight: Tensor, A: Tensor, B: Tensor, needs_x: bool
+    ) -> tuple[Tensor | None, Recipe, Recipe]:
+        """Compute dx if it is needed, and make the recipes of A's and B's per-sample gradients."""
+        return _backward(self, gy, x, z, weight, A, B, needs_x)
+
     def backward_up(self, gy: Tensor, x: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
         """Compute gz = phi'(z) . s B^T gy, [N, ..., r], and make the recipe of B's per-sample gradients."""
         return activation_grad(gy @ (B * self.scale), z, self.slope), Recipe(self.grad_B, (gy, z))
@@ -224,6 +239,19 @@ class LinearOp:
         """Compute the gradient of B for each sample: [samples, O, r]."""
         h = sample_rows(activation(z, self.slope), samples)
         return torch.bmm(sample_rows(gy, samples).mT, h).mul_(self.scale)
+
+
+def _backward(op: ConvOp | LinearOp, gy, x, z, weight, A, B, needs_x: bool) -> tuple[Tensor | None, Recipe, Recipe]:
+    """Go backward by gz."""
+    gz, recipe_B = op.backward_up(gy, x, z, B)
+    gx, taps = op.backward_down(gy, gz, x, weight, A) if needs_x else (None, None)
+    return gx, op.recipe_A(x, gz, taps), recipe_B
+
+
+def _sum_of_parts(parts: Tensor) -> Recipe:
+    """Make the recipe of gradients that a kernel left in parts [N, blocks, m, n]: [samples, m, n, 1, 1]."""
+    of = kernels.adapter_backward
+    return Recipe(of.add_parts_reference, (parts,), with_squares=of.add_parts)
 
 
 @lru_cache

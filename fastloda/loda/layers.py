@@ -42,18 +42,21 @@ class LoDAFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
-        x, z, weight, A, B = ctx.saved_tensors
-        op, gx, taps, gA, gB = ctx.op, None, None, None, None
+        x, z, *frozen_and_adapter = ctx.saved_tensors
+        op, gx, gA, gB, needs_x = ctx.op, None, None, None, ctx.needs_input_grad[0]
         with without_autocast(gy.device.type):
-            gz, recipe_B = op.backward_up(gy, x, z, B.to(ctx.dtype))
-            if ctx.needs_input_grad[0]:
-                gx, taps = op.backward_down(gy, gz, x, weight.to(ctx.dtype), A.to(ctx.dtype))
-                gx = gx.to(ctx.x_dtype)
+            weight, A, B = (t.to(ctx.dtype) for t in frozen_and_adapter)
             if ctx.receiver is not None:
-                ctx.receiver(gy, {A_INPUT: op.recipe_A(x, gz, taps), B_INPUT: recipe_B})
-            elif any(ctx.needs_input_grad[A_INPUT : B_INPUT + 1]):
-                gA = op.weight_grad(x, gz, A.to(ctx.dtype)).to(A.dtype)
-                gB = recipe_B.total().to(B.dtype)
+                gx, recipe_A, recipe_B = op.backward(gy, x, z, weight, A, B, needs_x)
+                ctx.receiver(gy, {A_INPUT: recipe_A, B_INPUT: recipe_B})
+            else:
+                gz, recipe_B = op.backward_up(gy, x, z, B)
+                if needs_x:
+                    gx = op.grad_x(gy, gz, x, weight, A)
+                if any(ctx.needs_input_grad[A_INPUT : B_INPUT + 1]):
+                    dtype = frozen_and_adapter[-1].dtype
+                    gA, gB = op.weight_grad(x, gz, A).to(dtype), recipe_B.total().to(dtype)
+            gx = None if gx is None else gx.to(ctx.x_dtype)
         return gx, None, gA, gB, None, None, None
 
 

@@ -96,11 +96,11 @@ def _(x, weight, A, B, rows_A, rows_B, bias, geometry, slope, scale):
 def _adapter_backward(gy, x, z, weight, A, B, rows_A, rows_B, needs_x, geometry, slope, scale):
     op = _op(geometry, slope, scale)
     with torch.autocast(x.device.type, enabled=False):
-        gz, recipe_B = op.backward_up(gy, x, z, B)
-        gx, taps = op.backward_down(gy, gz, x, weight, A) if needs_x else (x.new_empty(0), None)
-        recipes = (op.recipe_A(x, gz, taps), rows_A), (recipe_B, rows_B)
-        gA, gB = (_row_grads(recipe, len(x), rows.shape) for recipe, rows in recipes)
-    return gx.contiguous(memory_format=_as_x(x, geometry)) if needs_x else gx, gA, gB
+        gx, *recipes = op.backward(gy, x, z, weight, A, B, needs_x)
+        each = zip(recipes, (rows_A, rows_B), strict=True)
+        gA, gB = (_row_grads(recipe, len(x), rows.shape) for recipe, rows in each)
+    gx = x.new_empty(0) if gx is None else gx.contiguous(memory_format=_as_x(x, geometry))
+    return gx, gA, gB
 
 
 @_adapter_backward.register_fake

@@ -4,6 +4,8 @@ Without a GPU they run in Triton's interpreter (conftest.py), which computes bfl
 bfloat16 off where a GPU rounds. With one they run there (`scripts/gpu_check`).
 """
 
+import copy
+import functools
 import itertools
 import math
 import os
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from exactness import KINDS, check_float32
 
-from fastloda import per_sample_grad_norms
+from fastloda import per_sample_grad_norms, per_sample_grads
 from fastloda.kernels.conv import Conv
 from fastloda.loda import arithmetic
 from fastloda.per_sample import gradient, products
@@ -156,6 +158,29 @@ def test_pointwise_forward(shape, with_bias, dtype, dirty_memory):
     )
     own = (pointwise.forward_reference(t.x, weight, bias, t.A, t.B, SLOPE, SCALE)[0].double() - exact).abs().max()
     assert (y.double() - exact).abs().max() <= 2 * own + torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*POINTWISE, Shape(2, 1, 20, 24, 4, (30, 20), Conv((1, 1)))], ids=str)
+def test_pointwise_backward(shape, dtype, dirty_memory):
+    t = Tensors(shape, dtype, torch.channels_last)
+    weight = torch.randn(shape.outputs, shape.channels, 1, 1).to(DEVICE, dtype)
+    if shape.channels > tiles.POINTWISE["channels"]:
+        assert not pointwise.serves_backward(t.x, weight, t.A, shape.conv)
+        return
+    assert pointwise.serves_backward(t.x, weight, t.A, shape.conv)
+    tensors = (t.gy, t.x, t.z, weight, t.A, t.B)
+    dx, *parts = pointwise.backward(*tensors, SLOPE, SCALE)
+    dx_is, *are = pointwise.backward_reference(*(v.double() for v in tensors), SLOPE, SCALE)
+    magnitudes = pointwise.backward_reference(*(v.double().abs() for v in tensors), SLOPE, SCALE)
+    eps = torch.finfo(dtype).eps
+    assert (dx.double() - dx_is).abs().max() <= 2 * eps * magnitudes[0].max()
+    for part, of_image, magnitude in zip(parts, are, magnitudes[1:]):
+        grads, squares = adapter_backward.add_parts(part, shape.samples)
+        exact = of_image.view(shape.samples, -1, *of_image.shape[1:]).sum(1)
+        largest = magnitude.view(shape.samples, -1, *of_image.shape[1:]).sum(1).max()
+        assert (grads[..., 0, 0].double() - exact).abs().max() <= 2 * eps * largest  # gz is rounded to its dtype
+        check_squares(squares, grads)
 
 
 def test_pointwise_serves_only_what_it_computes():
@@ -367,6 +392,37 @@ def test_private_steps_are_exact(kind, chosen, counts, monkeypatch, on_kernels):
     for name, value in PLANS[chosen].items():
         monkeypatch.setattr(plan, name, value)
     drawn.hold_for(KINDS[kind][0], counts(5, 40), check_float32)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="scripts/gpu_step_check.py runs there")
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_private_step_of_1_x_1_layers_in_16_bits(views, on_kernels, monkeypatch):
+    """Norms are those of the very gradients, which are the truth's to 16 bits; the clipped sum is theirs."""
+    called = []
+    for name in ("forward", "backward"):
+        original = getattr(pointwise, name)
+        monkeypatch.setattr(pointwise, name, lambda *a, n=name, f=original: (called.append(n), f(*a))[1])
+    conv = functools.partial(drawn.LoDAConv2d, activation="identity")  # rounding changes no sign that phi' depends on
+    model = torch.nn.Sequential(
+        conv(5, 8, 3, padding=1, rank=2), conv(8, 16, 1, rank=3), torch.nn.SiLU(), conv(16, 12, 1, rank=2, bias=False)
+    )
+    for layer in (layer for layer in model if hasattr(layer, "loda_B")):
+        torch.nn.init.normal_(layer.loda_B, std=0.3)
+    x = torch.randn(3 * views, 5, 6, 7)
+    truth = copy.deepcopy(model).double()
+    losses_of = lambda model, x: model(x).float().square().sum((1, 2, 3))  # noqa: E731
+    model = model.half().to(memory_format=torch.channels_last)
+    losses = lambda: losses_of(model, x.half().contiguous(memory_format=torch.channels_last))  # noqa: E731
+    grads = per_sample_grads(losses(), model, views=views)
+    norms = per_sample_grad_norms(losses(), model, views=views)
+    assert called.count("forward") == 4 and called.count("backward") >= 4
+    stacked = torch.cat([g.flatten(1) for g in grads.values()], 1).double()
+    torch.testing.assert_close(norms, stacked.norm(dim=1), rtol=1e-7, atol=0)
+    with monkeypatch.context() as exact:
+        exact.setattr(arithmetic, "on_triton", lambda t: False)
+        wanted = per_sample_grads(losses_of(truth, x.double()), truth, views=views)
+    for name, grad in grads.items():
+        assert (grad - wanted[name]).abs().max() <= 0.01 * wanted[name].abs().max(), name
 
 
 def test_the_kernels_are_what_runs(on_kernels, monkeypatch):
