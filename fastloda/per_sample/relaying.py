@@ -5,6 +5,7 @@ of the operation gives the gradient of what it read. The steps back from there t
 sample, and move numbers without changing them (those of a repetition are summed).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def sum_copies(grads: Tensor, shape: Sequence[int]) -> Tensor:
     """Sum gradients [samples, *after] over the copies: [samples, *shape]; sizes of `after` are multiples of those of `shape`."""
     after = grads.shape[1:]
     before = Size((1,) * (len(after) - len(shape)) + tuple(shape))
-    if after.numel() == before.numel():  # no copies, and no pass over the numbers
+    if math.prod(after) == before.numel():  # no copies, and no pass over the numbers
         return grads.reshape(len(grads), *shape)
     copies = [size for a, b in zip(after, before) for size in (a // b if b else 1, b)]
     summed = grads.reshape(len(grads), *copies).sum(tuple(range(1, 1 + len(copies), 2))) if copies else grads
