@@ -63,7 +63,7 @@ def project(
     if itemsize == 4:
         return sizes | {"BC": 16, "STAGES": 2, "num_warps": 8, "maxnreg": 255}
     most, warps = (128, 4) if sizes["BI"] <= 64 else (32, 8)
-    return sizes | {"BC": min(most, power_of_2(channels)), "STAGES": 3, "num_warps": warps, "maxnreg": 168}
+    return sizes | {"BC": min(most, power_of_2(channels)), "STAGES": 3, "num_warps": warps, "maxnreg": 255}
 
 
 @cache
