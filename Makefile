@@ -14,7 +14,9 @@ INSTALL := $(PYTHON) -m pip install -q -c constraints.txt
 demo: $(FOR_USE)
 	$(VENV)/bin/fastloda demo --run runs/demo
 
-test: check compile
+test: check
+	$(PYTHON) scripts/compile_check.py --layouts channels_last  # `make compile` takes both
+	$(PYTHON) scripts/machine_code.py
 	$(PYTHON) -m pytest bench -q --bench-scale smoke --benchmark-disable
 	$(PYTHON) -m pytest tests -q -rs -n $(JOBS) --dist loadfile  # each on one thread: see tests/conftest.py
 

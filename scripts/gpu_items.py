@@ -31,7 +31,7 @@ import torch.nn.functional as F  # noqa: E402
 import triton  # noqa: E402
 from cases import Case  # noqa: E402
 from operations import Layer, Tensors, check, layer_operations  # noqa: E402
-from providers import GRAPH, OPACUS_MODES, OURS, PEER, PLAIN, PROVIDERS, Privacy, captured  # noqa: E402
+from providers import GRAPH, OPACUS_MODES, OURS, PLAIN, PROVIDERS, Privacy, captured  # noqa: E402
 
 from fastloda.kernels.conv import Conv  # noqa: E402
 from fastloda.loda import arithmetic  # noqa: E402
@@ -192,7 +192,7 @@ def steps():
 
 def step_figures(provider: str, case: Case) -> dict:
     try:
-        step = PROVIDERS[provider](case, Privacy(noise_multiplier=0.0)).step
+        step = PROVIDERS[provider].make(case, Privacy(noise_multiplier=0.0)).step
         for _ in range(6 if REHEARSAL else 18):  # compiling, the probes of the 1st, 4th and 16th batch, the captures
             step()
         figures = {"seconds": gpu_seconds(step), "issue_seconds": cpu_seconds(step), "profile": profile(step)}
@@ -282,7 +282,7 @@ def layouts():
 
 def opacus():
     figures = {}
-    for name in (OURS, GRAPH, *(PEER + mode for mode in OPACUS_MODES[: 1 if REHEARSAL else None])):
+    for name in (OURS, GRAPH, *(f"Opacus {mode}" for mode in OPACUS_MODES[: 1 if REHEARSAL else None])):
         figures[name] = step_figures(name, Case("digits_unet" if REHEARSAL else "paper_unet", SIZES.samples // 4))
         yield figures
 

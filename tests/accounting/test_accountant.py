@@ -639,7 +639,7 @@ def test_record_round_trip():
     run.step(17)
     state = json.loads(json.dumps(run.state_dict()))
     mechanism = {"version": 1, "sample_rate": 0.1, "noise_multiplier": 1.0, "steps": 17, "method": "rdp"}
-    assert state == mechanism | {"earlier": [], "id": state["id"], "loaded": {}}
+    assert state == mechanism | {"earlier": [], "bands": 1, "id": state["id"], "loaded": {}}
     fresh = PrivacyAccountant(np.float64(0.1), 1)
     fresh.load_state_dict(state)
     assert (fresh.steps, fresh.method) == (17, "prv")

@@ -20,7 +20,7 @@ from fastloda import AdaptiveClipping, CapturedStep, GhostClipper, PrivacyError,
 from fastloda.per_sample import refusals
 from fastloda.privacy import captured
 from fastloda.privacy.captured import CaptureError
-from fastloda.synthesis.diffusion import Diffusion, digits_unet
+from fastloda.synthesis.diffusion import digits_unet
 from fastloda.training import noising
 from fastloda.training.owners import OwnerBatches
 from fastloda.training.trainer import DPTrainer
@@ -294,7 +294,8 @@ def test_random_numbers_go_on_from_replay_to_replay():
 
 def test_the_diffusion_loss_is_captured():
     """With its own draws; and the tables that it looks up are on the device already."""
-    diffusion, model = Diffusion(), digits_unet(zero_init=False)
+    model = digits_unet(zero_init=False)
+    diffusion = model.process
     attach_loda(model, rank=2)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     loss = lambda g: lambda x, y: diffusion.losses(model, x, y, views=2, flips=True, generator=g)  # noqa: E731

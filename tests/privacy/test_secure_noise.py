@@ -16,8 +16,8 @@ from scipy import stats as statistics
 from torch import Generator, nn
 
 from fastloda import GhostClipper, PrivacyError, ghost_dp_step
+from fastloda.privacy import correlated
 from fastloda.privacy import secure_noise as secure
-from fastloda.privacy import step as step_module
 from fastloda.privacy.noise import gaussian
 from fastloda.privacy.secure_noise import SecureGenerator, box_muller, uniform
 from fastloda.synthesis.budget import Privacy, privacy_statement
@@ -266,8 +266,8 @@ def test_steps_before_the_first_checkpoint_are_charged_too(tmp_path):
 
 def test_a_resumed_run_does_not_repeat_its_batches(tmp_path, monkeypatch):
     """New noise on the same batch would cost more than the step that is charged for it."""
-    batches, sample = [], run_state_module.poisson_sample
-    monkeypatch.setattr(run_state_module, "poisson_sample", lambda *a: batches.append(sample(*a)) or batches[-1])
+    batches, sample = [], run_state_module.cyclic_sample
+    monkeypatch.setattr(run_state_module, "cyclic_sample", lambda *a: batches.append(sample(*a)) or batches[-1])
     first = trainer(checkpoint=tmp_path / "run.pt")
     first.train_step()
     first.save()
@@ -283,13 +283,13 @@ def test_a_resumed_run_does_not_repeat_its_batches(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("secure", [True, False])
 def test_the_count_is_on_the_disk_before_the_release(tmp_path, monkeypatch, secure):
-    path, seen, add_noise = tmp_path / "run.pt", [], step_module.add_noise
+    path, seen, add_noise = tmp_path / "run.pt", [], correlated.add_noise
 
     def spying(*arguments):
         seen.append(read_intent(path)["steps"])
         return add_noise(*arguments)
 
-    monkeypatch.setattr(step_module, "add_noise", spying)
+    monkeypatch.setattr(correlated, "add_noise", spying)
     trainer(dataclasses.replace(SETTINGS, secure_noise=secure), checkpoint=path).fit()
     assert seen == list(range(1, 13))
 

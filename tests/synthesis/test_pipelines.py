@@ -91,12 +91,13 @@ def opened(folder: Path):
 def test_a_pipeline_goes_from_private_images_to_samples(kind, folders, tmp_path):
     data, run, model = folder_of(images_for(kind), tmp_path / "data"), tmp_path / "run", folders[kind]
     options = {"data": str(data), "model": model, "prompts": PROMPTS[kind], "adapter": Adapter(rank=2, targets="both")}
-    statement = finetune(run, PRIVACY, **options, training=FineTuning(seed=1), **QUIET)
+    options["training"] = FineTuning(seed=1, learning_rate=0.1)
+    statement = finetune(run, PRIVACY, **options, **QUIET)
     assert statement["classes"] == ["cat", "dog", "owl"] and statement["steps"] == 1 and 9 < statement["epsilon"] <= 10
     assert statement.get("prompts") == (
         ["a photo of a cat", "a photo of a dog", "a photo of a owl"] if PROMPTS[kind] else None
     )
-    assert finetune(run, PRIVACY, **options, training=FineTuning(seed=1), **QUIET) == statement  # it is there already
+    assert finetune(run, PRIVACY, **options, **QUIET) == statement  # it is there already
     drawn = {}
     for public in (False, True):
         result = sample(run, count=4, steps=2, public=public, model=model, **QUIET)

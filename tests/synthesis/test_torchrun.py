@@ -28,7 +28,7 @@ import torch
 from fastloda.synthesis import settings
 from fastloda.synthesis.cli import main
 
-def without_chance(self, views, diffusion=None):
+def without_chance(self, process, views):
     def losses(model, batch, generator):
         images, labels = batch
         n, t = len(images), torch.full((len(images) * views,), 300)

@@ -299,7 +299,7 @@ def test_a_batch_that_one_bad_record_changes_is_looked_at_when_it_comes(losses, 
     x, y = small_data()
     x[5] = torch.nan if losses is not capped else 1e4
     batches = iter([[1, 2, 3, 4, 6]] * 5 + [[1, 2, 3, 4, 5, 6]] * 9)
-    monkeypatch.setattr("fastloda.training.run_state.poisson_sample", lambda *_: torch.tensor(next(batches)))
+    monkeypatch.setattr("fastloda.training.run_state.cyclic_sample", lambda *_: torch.tensor(next(batches)))
     monkeypatch.setattr(Looks, "_others", lambda self, chosen, name: (chosen + 11) % 40)
     monkeypatch.setattr("fastloda.training.looks.is_due", lambda step, _: step in (1, 2, 4))
     t = trainer(losses, {"steps": 12, "fixed_shape": False}, data=(x, y))
@@ -307,13 +307,13 @@ def test_a_batch_that_one_bad_record_changes_is_looked_at_when_it_comes(losses, 
         t.fit()
     assert t.step == 5
     honest = iter([[1, 2, 3, 4, 6]] * 5 + [[1, 2, 3, 4, 5, 6]] * 9)
-    monkeypatch.setattr("fastloda.training.run_state.poisson_sample", lambda *_: torch.tensor(next(honest)))
+    monkeypatch.setattr("fastloda.training.run_state.cyclic_sample", lambda *_: torch.tensor(next(honest)))
     plain = lambda model, batch, generator: cross_entropy(model(batch[0]), batch[1])  # noqa: E731
     assert trainer(plain, {"steps": 12, "fixed_shape": False}, data=(x, y)).fit().step == 12
 
 
 def test_a_batch_of_one_record_is_looked_at_with_a_partner(monkeypatch):
-    monkeypatch.setattr("fastloda.training.run_state.poisson_sample", lambda *_: torch.tensor([4]))
+    monkeypatch.setattr("fastloda.training.run_state.cyclic_sample", lambda *_: torch.tensor([4]))
     data = small_data()
     t = trainer(
         batch_statistic, {"sample_rate": 1 / RECORDS, "expected_batch_size": 1, "fixed_shape": False}, data=data

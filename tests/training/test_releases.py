@@ -19,8 +19,8 @@ from torch import Generator, nn
 
 import fastloda
 from fastloda import DPTrainer, GhostClipper, PrivacyError, PrivateTraining
+from fastloda.privacy import correlated
 from fastloda.privacy import noise as noise_module
-from fastloda.privacy import step as step_module
 from fastloda.privacy.step import ghost_dp_step
 from fastloda.randomness import Secret
 from fastloda.training.releases import Releases, intent_path
@@ -79,7 +79,7 @@ def vector(t: DPTrainer) -> torch.Tensor:
 @pytest.fixture
 def released(monkeypatch):
     """(clipped sum, noise) of each release."""
-    pairs, add_noise, gaussian = [], step_module.add_noise, noise_module.gaussian
+    pairs, add_noise, gaussian = [], correlated.add_noise, noise_module.gaussian
 
     def sum_seen(total, *arguments):
         pairs.append([total.clone()])
@@ -90,7 +90,7 @@ def released(monkeypatch):
         pairs[-1].append(noise.clone())
         return noise
 
-    monkeypatch.setattr(step_module, "add_noise", sum_seen)
+    monkeypatch.setattr(correlated, "add_noise", sum_seen)
     monkeypatch.setattr(noise_module, "gaussian", noise_seen)
     return pairs
 
@@ -144,9 +144,9 @@ def test_a_step_over_another_sum_has_other_noise_and_stays_charged(tmp_path, rel
 
 def test_only_what_differs_is_charged_and_its_batches_are_not_taken_again(tmp_path, monkeypatch):
     """The losses change from a step on: those before it are repeated to the bit, and nothing is sampled twice."""
-    path, batches, sample = tmp_path / "run.pt", [], fastloda.training.run_state.poisson_sample
+    path, batches, sample = tmp_path / "run.pt", [], fastloda.training.run_state.cyclic_sample
     monkeypatch.setattr(
-        fastloda.training.run_state, "poisson_sample", lambda *a: batches.append(sample(*a)) or batches[-1]
+        fastloda.training.run_state, "cyclic_sample", lambda *a: batches.append(sample(*a)) or batches[-1]
     )
     first = trainer(checkpoint=path)
     first.save()
