@@ -47,6 +47,9 @@ def group_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float, 
     of these records that is added or removed. Training by owner (`DPTrainer(owners=...)`) has an epsilon that holds for any
     number of records, and is usually smaller.
 
+    It is not for runs whose noise is correlated over steps (`bands` > 1): what two records of a person move may then overlap from
+    one round to the next, which their count of rounds does not show.
+
     Args:
         mechanisms: the runs, each `(sample_rate, noise_multiplier, steps)`, as `compose_epsilon` takes them.
         delta: the delta for which epsilon is bounded.

@@ -56,6 +56,7 @@ class CorrelatedNoise:
         Raises:
             PrivacyError: the parameters were moved or cast since the last step.
         """
+        self._now = None  # what an earlier call drew, and was not released
         if self.bands == 1 or not std:
             return {alike: add_noise(total, std, source) for alike, total in sums.items()}
         if any(past.keys() != sums.keys() for past in self._past):

@@ -226,6 +226,7 @@ def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[di
             "adjacency": OWNER_ADJACENCY if by_owner else ADJACENCY,
             "mechanism": f"Gaussian noise on the sum of clipped per-{trainer.unit} gradients, divided by the expected batch size",
             "sampler": SAMPLER if settings.bands == 1 else CYCLIC.format(settings.bands),
+            "bands": settings.bands,
             "sample_rate": own.sample_rate,
             "noise_multiplier": own.noise_multiplier,
             "steps": own.steps,

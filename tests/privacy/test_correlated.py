@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from small_runs import RUN, SETTINGS, assert_same_run, trainer
 from torch import nn
 
-from fastloda import GhostClipper, PrivacyAccountant, PrivacyError, PrivateTraining
+from fastloda import GhostClipper, PrivacyAccountant, PrivacyError, PrivateTraining, compose_epsilon
 from fastloda.accounting.mechanism import Mechanism
 from fastloda.accounting.rdp import rdp_epsilon
 from fastloda.privacy.correlated import CorrelatedNoise, square_root
+from fastloda.synthesis.budget import Privacy, privacy_statement
 from fastloda.training.checkpoint import CheckpointError
 from fastloda.training.sampling import cyclic_sample
 
@@ -197,6 +198,17 @@ def test_a_failed_step_leaves_the_noise_where_it_was():
     clipper.noise.add(clipper._sums.buffers, 1.0, None)  # drawn, and not released
     after = clipper.noise.state(clipper.parameters)
     assert len(after) == 1 and torch.equal(before[0]["weight"], after[0]["weight"])
+    clipper.privatize(0.0, 4.0)  # releases no noise, and so none of what was drawn
+    assert len(clipper.noise.state(clipper.parameters)) == 1
+
+
+def test_the_statement_counts_rounds():
+    made = trainer(CORRELATED).fit()
+    statement = privacy_statement(made, Privacy(10.0, 1e-5, batch_size=12, records=60))
+    (own,) = statement["releases"]
+    assert (own["sample_rate"], own["noise_multiplier"], own["steps"]) == (0.8, 1.0, 2)
+    assert statement["bands"] == 4 and "every 4-th record in turn" in statement["sampler"]
+    assert statement["epsilon"] == compose_epsilon([(0.8, 1.0, 2)], 1e-5)
 
 
 def test_what_cannot_be_is_refused():

@@ -111,6 +111,12 @@ def test_the_promise_comes_first_with_the_accountants_numbers(run):
     assert 'class="alarm"' not in html
 
 
+def test_nothing_is_promised_to_a_person_with_several_images_if_noise_is_correlated(run):
+    change(run / "private" / "privacy.json", bands=4)
+    table = page_of(run).split("For a person with several images")[1].split("</table>")[0]
+    assert "2 or more" in table and "not known" in table and "<td>5</td>" not in table
+
+
 def test_the_page_is_self_contained_and_names_no_path_and_no_seed(runs):
     for run in runs.values():
         html = page_of(run)

@@ -98,6 +98,11 @@ class FinishedRun:
         return "owner" in self.unit
 
     @property
+    def noise_is_correlated(self) -> bool:
+        """Whether the noise of several steps was drawn together, so that no bound holds here for several images of a person."""
+        return self.statement.get("bands", 1) > 1
+
+    @property
     def counted(self) -> str:
         """The name of the units, in the plural."""
         return "owners of images" if self.protects_owners else "images"

@@ -180,14 +180,14 @@ def _strength(run: FinishedRun) -> Iterator[Facts | Text | Table]:
         ],
     )
     if not run.protects_owners:
-        yield Table(
-            "For a person with several images",
-            ("Images of one person", "Epsilon"),
-            [(str(size), rounded_up(group_epsilon(run.releases, delta, size))) for size in GROUP_SIZES],
-            notes=[
-                f"At delta {delta:g}, for leaving out or adding any of that person's images. The promise above is for one image."
-            ],
-        )
+        if run.noise_is_correlated:
+            rows = [("2 or more", "not known")]
+            note = "Noise was correlated over steps. The promise above is for one image alone."
+        else:
+            rows = [(str(size), rounded_up(group_epsilon(run.releases, delta, size))) for size in GROUP_SIZES]
+            note = f"At delta {delta:g}, for leaving out or adding any of that person's images."
+            note += " The promise above is for one image."
+        yield Table("For a person with several images", ("Images of one person", "Epsilon"), rows, notes=[note])
 
 
 def _data(run: FinishedRun, evaluations: Sequence[dict]) -> Facts:
