@@ -25,10 +25,8 @@ class NoiseStream:
     """
 
     def __init__(self, secret: Secret):
-        self._secret, self._draws = (
-            secret,
-            count(),
-        )  # whose `next` is one step for Python, so that no two threads draw alike
+        self._secret = secret
+        self._draws = count()  # whose `next` is one step for Python, so that no two threads draw alike
 
     def __reduce__(self):
         return NoiseStream, (Secret(),)

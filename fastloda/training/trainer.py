@@ -130,8 +130,9 @@ class DPTrainer:
             )
         settings.check_units(self._data.units, self._data.unit)
         rows = self._data.rows * settings.views
-        style = {"clipping": settings.clipping, "bands": settings.bands}
-        self.clipper = GhostClipper(model, settings.max_grad_norm, rows, **style, group=group)
+        self.clipper = GhostClipper(
+            model, settings.max_grad_norm, rows, clipping=settings.clipping, bands=settings.bands, group=group
+        )
         self.parameters = self.clipper.parameters
         place = None if checkpoint is None else Path(checkpoint)
         self.run = RunState(settings, self._data, self.clipper, place, optimizer, scheduler)

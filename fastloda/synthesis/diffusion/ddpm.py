@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastloda.errors import UserError
-from fastloda.synthesis.diffusion.process import TIMESTEPS, Fresh, Predict, Process, cumulated
+from fastloda.synthesis.diffusion.process import TIMESTEPS, Device, Fresh, Predict, Process, cumulated
 from fastloda.training.noising import add_noise, draw_timesteps
 
 
@@ -40,14 +40,7 @@ class DDPM(Process):
         betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
 
-    def draw_times(
-        self,
-        n: int,
-        *,
-        views: int = 1,
-        generator: Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
+    def _draw_times(self, n: int, views: int, generator: Generator | None, device: Device) -> Tensor:
         """Draw timesteps [n * views] (int64), sample-major and stratified: see `training.noising.draw_timesteps`."""
         return draw_timesteps(self.level_cdf, n, views, generator, device)
 

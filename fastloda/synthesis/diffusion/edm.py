@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastloda.errors import UserError
-from fastloda.synthesis.diffusion.process import TIMESTEPS, Fresh, Predict, Process, cumulated, per_image
+from fastloda.synthesis.diffusion.process import TIMESTEPS, Device, Fresh, Predict, Process, cumulated, per_image
 from fastloda.training.noising import draw_levels
 
 SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1], as all of EDM's models have it
@@ -27,14 +27,7 @@ class EDM(Process):
     def __init__(self):
         super().__init__(cumulated([1.0] * TIMESTEPS))
 
-    def draw_times(
-        self,
-        n: int,
-        *,
-        views: int = 1,
-        generator: Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
+    def _draw_times(self, n: int, views: int, generator: Generator | None, device: Device) -> Tensor:
         """Draw sigmas [n * views] (float32), ln(sigma) ~ N(P_MEAN, P_STD^2), stratified over a sample's views."""
         quantile = draw_levels(self.level_cdf, n, views, generator, device) / TIMESTEPS
         smallest = torch.finfo(torch.float64).eps

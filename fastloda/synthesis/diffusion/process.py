@@ -13,6 +13,7 @@ from fastloda.training.noising import draw
 
 TIMESTEPS = 1000
 
+Device = torch.device | str | None
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x [n, C, H, W], t [n]) -> the model's output, shaped as x
 Fresh = Callable[[], Tensor]  # () -> standard normal noise [n, C, H, W], other noise at each call
 
@@ -92,16 +93,20 @@ class Process(ABC):
             x0 = mirror_some(x0, generator)
         return self._errors(lambda x, time: model(x, time, y), x0, t, noise).flatten(1).mean(1)
 
-    @abstractmethod
     def draw_times(
         self,
         n: int,
         *,
         views: int = 1,
         generator: Generator | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> Tensor:
         """Draw the times t [n * views] of noise levels, sample-major and stratified over a sample's views."""
+        return self._draw_times(n, views, generator, device)
+
+    @abstractmethod
+    def _draw_times(self, n: int, views: int, generator: Generator | None, device: Device) -> Tensor:
+        """Do the work of `draw_times`."""
 
     @abstractmethod
     def _errors(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
