@@ -30,6 +30,9 @@ AS_ANOTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tenso
 # AS_ANOTHER read the values of their first tensor alone, LIKE_ANOTHER no values at all.
 LIKE_ANOTHER: set[Callable] = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like}
 LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
+# Memory for what others than PyTorch's operations may write, unseen: kernels of Triton or C++.
+UNWRITTEN = {torch.empty, torch.empty_like, torch.empty_strided, torch.empty_permuted}
+UNWRITTEN |= {Tensor.new_empty, Tensor.new_empty_strided}
 WHOLE_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__}
 
 Consumers = Mapping[Node, Readers]  # node -> the operations that read its outputs
@@ -38,8 +41,8 @@ Consumers = Mapping[Node, Readers]  # node -> the operations that read its outpu
 class Marking(TorchFunctionMode):
     """The mode that marks the operations called inside it whose inputs are parameters, buffers, numbers, or made of these.
 
-    Every other tensor counts as private: arguments, what a closure holds, what a custom autograd Function returns. A number
-    read from private values makes all later values private too; sizes and booleans do not.
+    Every other tensor counts as private: arguments, what a closure holds, what a custom autograd Function returns, what was made
+    empty. A number read from private values makes all later values private too; sizes and booleans do not.
 
     Attributes:
         count: how many marked operations do more than re-lay a parameter.
@@ -64,7 +67,7 @@ class Marking(TorchFunctionMode):
         if len(public) < len(given):
             self._forget([t for t, version in zip(public, versions) if _version(t) != version])
             self._private_numbers |= _reads_numbers(func, result)
-        elif not (self._private_numbers or _reads_values(func, leaves)):
+        elif not (self._private_numbers or func in UNWRITTEN or _reads_values(func, leaves)):
             self._mark([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] + given)
         return result
 

@@ -5,6 +5,7 @@ sequences, complex features, layers that torch.func can't vectorise: against one
 """
 
 import copy
+import ctypes
 from collections.abc import Callable
 
 import drawn
@@ -381,6 +382,13 @@ def through_a_view(x: Tensor) -> Tensor:
     return into[0]
 
 
+def written_unseen(x: Tensor) -> Tensor:
+    """The mean, written by what is no operation of PyTorch's, as kernels of Triton or C++ do."""
+    mean, out = x.mean(0), torch.empty(C, dtype=x.dtype)
+    ctypes.memmove(out.data_ptr(), mean.data_ptr(), mean.nbytes)
+    return out
+
+
 SOMEWHERE = torch.rand(9)
 LEAKS = {
     "mean": lambda x: x.mean(0),
@@ -388,6 +396,7 @@ LEAKS = {
     "copied": copied,
     "assigned": assigned,
     "through a view": through_a_view,
+    "written unseen": written_unseen,
     "out": lambda x: torch.mean(x, 0, out=torch.empty(C, dtype=x.dtype)),
     "a number": lambda x: torch.full((C,), x.mean().item(), dtype=x.dtype),
     "numbers": lambda x: torch.tensor(x.mean(0).tolist(), dtype=x.dtype),
