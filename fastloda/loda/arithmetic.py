@@ -13,6 +13,7 @@ Shapes: rows N (samples x views), positions T = H W, channels C in and O out, ra
 consecutive rows; its gradient is the sum over them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -57,6 +58,17 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
         out.baddbmm_(a, b, alpha=scale)
 
 
+def cast_together(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Cast tensors of one device to dtype, on a GPU in one launch; those of this dtype, and None, are returned as they are."""
+    others = [t for t in tensors if t is not None and t.dtype != dtype]
+    if not others:
+        return list(tensors)
+    casts = [torch.empty_like(t, dtype=dtype) for t in others]
+    torch._foreach_copy_(casts, others)
+    made = iter(casts)
+    return [t if t is None or t.dtype == dtype else next(made) for t in tensors]
+
+
 @dataclass(frozen=True)
 class ConvOp:
     """The arithmetic of LoDA on a 2-d convolution.
@@ -74,6 +86,13 @@ class ConvOp:
         h = activation(self.convolve(x, A), self.slope)
         y = self.convolve(x, weight, bias, self.groups)
         return y + self.scale * F.conv2d(h, B)
+
+    def laid_out(self, A: Tensor, dtype: torch.dtype) -> Tensor:
+        """Lay A out by tap in memory, in dtype, where kernels read it so, forward and backward."""
+        if self.conv.taps == 1 or not on_triton(A):
+            return A
+        by_tap = A.permute(2, 3, 0, 1)
+        return torch.empty(by_tap.shape, dtype=dtype, device=A.device).copy_(by_tap).permute(2, 3, 0, 1)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Compute y and z."""
@@ -192,6 +211,10 @@ class LinearOp:
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
         """Compute y by its definition, in ordinary differentiable operations."""
         return F.linear(x, weight, bias) + self.scale * F.linear(activation(F.linear(x, A), self.slope), B)
+
+    def laid_out(self, A: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return A as it is, of which each row is adjacent."""
+        return A
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Compute y and z."""

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastloda.errors import UserError
 from fastloda.kernels.conv import Conv
-from fastloda.loda.arithmetic import ConvOp, LinearOp
+from fastloda.loda.arithmetic import ConvOp, LinearOp, cast_together
 from fastloda.loda.rowwise import ByRow, rowwise_adapter
 from fastloda.per_sample.amx import compute_dtype, without_autocast
 from fastloda.per_sample.rules import FUNCTION_RULES, Rule
@@ -26,26 +26,26 @@ A_INPUT, B_INPUT = 2, 3  # places of A and B among (x, W, A, B, b); b is last, f
 
 
 class LoDAFunction(torch.autograd.Function):
-    """The operation y = W * x + b + s B phi(A * x), which saves x and z for backward. All arithmetic is in `arithmetic.py`."""
+    """The operation y = W * x + b + s B phi(A * x), which saves x, z and its casts. All arithmetic is in `arithmetic.py`."""
 
     keeps_rows = True
 
     @staticmethod
     def forward(ctx, x, weight, A, B, bias, op, dtype):
-        ctx.op, ctx.dtype, ctx.x_dtype, ctx.receiver = op, dtype, x.dtype, None
+        ctx.op, ctx.x_dtype, ctx.adapter_dtype, ctx.receiver = op, x.dtype, A.dtype, None
         with without_autocast(x.device.type), torch._C.DisableTorchFunction():  # modes have nothing to look at inside
-            x, w, b, a, up = (None if t is None else t.to(dtype) for t in (x, weight, bias, A, B))
+            x = x.to(dtype)
+            w, b, a, up = cast_together([weight, bias, op.laid_out(A, dtype), B], dtype)
             y, z = op.forward(x, w, b, a, up)
-        ctx.save_for_backward(x, z, weight, A, B)
+        ctx.save_for_backward(x, z, w if ctx.needs_input_grad[0] else None, a, up)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
-        x, z, *frozen_and_adapter = ctx.saved_tensors
+        x, z, weight, A, B = ctx.saved_tensors
         op, gx, gA, gB, needs_x = ctx.op, None, None, None, ctx.needs_input_grad[0]
         with without_autocast(gy.device.type):
-            weight, A, B = (t.to(ctx.dtype) for t in frozen_and_adapter)
             if ctx.receiver is not None:
                 gx, recipe_A, recipe_B = op.backward(gy, x, z, weight, A, B, needs_x)
                 ctx.receiver(gy, {A_INPUT: recipe_A, B_INPUT: recipe_B})
@@ -54,7 +54,7 @@ class LoDAFunction(torch.autograd.Function):
                 if needs_x:
                     gx = op.grad_x(gy, gz, x, weight, A)
                 if any(ctx.needs_input_grad[A_INPUT : B_INPUT + 1]):
-                    dtype = frozen_and_adapter[-1].dtype
+                    dtype = ctx.adapter_dtype
                     gA, gB = op.weight_grad(x, gz, A).to(dtype), recipe_B.total().to(dtype)
             gx = None if gx is None else gx.to(ctx.x_dtype)
         return gx, None, gA, gB, None, None, None

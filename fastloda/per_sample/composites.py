@@ -31,7 +31,7 @@ AS_ANOTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tenso
 LIKE_ANOTHER: set[Callable] = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like}
 LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
 # Memory for what others than PyTorch's operations may write, unseen: kernels of Triton or C++.
-UNWRITTEN = {torch.empty, torch.empty_like, torch.empty_strided, torch.empty_permuted}
+UNWRITTEN: set[Callable] = {torch.empty, torch.empty_like, torch.empty_strided, torch.empty_permuted}
 UNWRITTEN |= {Tensor.new_empty, Tensor.new_empty_strided}
 WHOLE_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__}
 

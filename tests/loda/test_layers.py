@@ -177,6 +177,36 @@ def test_autocast_computes_in_its_dtype_and_keeps_parameters(enabled_for):
     assert (y - exact).norm() <= 2 * (plain - exact).norm()
 
 
+def doubled_in_place(layer):
+    with torch.no_grad():
+        layer.weight.mul_(2)
+
+
+EDITS = {
+    "in place": doubled_in_place,
+    "past the version counter": lambda layer: layer.weight.data.mul_(2),
+    "replaced": lambda layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight.detach(), requires_grad=False)),
+    "loaded": lambda layer: layer.load_state_dict(layer.state_dict() | {"weight": 2 * layer.weight}),
+    "of the adapter": lambda layer: layer.loda_A.data.mul_(2),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_casts_are_of_the_forward_pass_in_which_they_were_made(edit):
+    """What is edited after it changes nothing in its backward pass, and all in the next forward pass."""
+    layer = adapted_conv().float()
+    x = images(dtype=torch.float32).requires_grad_()
+    leaves = [x, layer.loda_A, layer.loda_B]
+    forward = torch.autocast("cpu", torch.bfloat16)(lambda layer: layer(x))
+    before = forward(layer)
+    truth = torch.autograd.grad(forward(layer).float().square().sum(), leaves)
+    EDITS[edit](layer)
+    grads = torch.autograd.grad(before.float().square().sum(), leaves)
+    assert all(map(torch.equal, grads, truth))
+    after = forward(layer)
+    assert torch.equal(after, forward(copy.deepcopy(layer))) and not torch.equal(after, before)
+
+
 def test_autocast_leaves_float64_alone():
     layer, x = adapted_conv(), images()
     with torch.autocast("cpu", torch.bfloat16):
