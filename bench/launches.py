@@ -85,7 +85,19 @@ def _cost(name: str, args: tuple, read: int, written: int) -> tuple[int, int]:
         return 2, 3 * _bytes(args[0])
     if name == "native_group_norm_backward":
         return 3, 5 * _bytes(args[0])
+    if name in ("_foreach_add_", "_foreach_copy_"):
+        return _foreach(name, *args[:2]), read + written
+    if name == "cat":
+        return -(-len(args[0]) // 128), read + written
     return 1, read + written
+
+
+def _foreach(name: str, ours: list[Tensor], others: list[Tensor]) -> int:
+    """Count the launches of a foreach operation on a GPU: 64 pairs to each if all pairs are alike, else one for each pair."""
+    dtypes = [{t.dtype for t in tensors} for tensors in (ours, others)]
+    fast = all(len(of) == 1 for of in dtypes) and (name == "_foreach_copy_" or dtypes[0] == dtypes[1])
+    fast = fast and all(a.stride() == b.stride() for a, b in zip(ours, others))
+    return -(-len(ours) // 64) if fast else len(ours)
 
 
 def _bytes(tree) -> int:

@@ -165,7 +165,7 @@ def weighted_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[s
     sums = {name: grad.weighted_sum(factors, some_are_zero) for name, grad in grads.items() if name not in flat}
     if flat:
         total = kernels.clip_sum.clip_sum(torch.cat(list(flat.values()), dim=1), factors.float())
-        parts = total.split([tensor.shape[1] for tensor in flat.values()])
+        parts = total.double().split([tensor.shape[1] for tensor in flat.values()])
         as_kept = {name: part.view(1, *kept[name].shape[1:]) for name, part in zip(flat, parts)}
         sums |= {name: grads[name].order(part)[0] for name, part in as_kept.items()}
     return sums

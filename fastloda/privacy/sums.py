@@ -38,9 +38,13 @@ class FlatSums:
 
     def add_(self, parts: Mapping[str, Tensor | None]) -> None:
         """Add parts [*parameter.shape] to the sums of the parameters that they name; None adds nothing."""
-        given = {name: part for name, part in parts.items() if part is not None}
-        if given:
-            torch._foreach_add_([self.by_name[name] for name in given], list(given.values()))
+        pairs = [(self.by_name[name], part) for name, part in parts.items() if part is not None]
+        groups: dict[bool, list] = {True: [], False: []}
+        for pair in pairs:  # those that agree in dtype and strides are added in few launches, all others one by one
+            total, part = pair
+            groups[total.dtype == part.dtype and total.stride() == part.stride()].append(pair)
+        for group in filter(None, groups.values()):
+            torch._foreach_add_(*map(list, zip(*group)))
 
     def join_(self, other: "FlatSums") -> None:
         """Add the sums of the same parameters."""
