@@ -4,10 +4,11 @@
 
 gz is laid out for `conv.full()`, among zeros: then a tap is a shift of it that never leaves memory, whatever the convolution's
 stride and padding.  Blocks of positions write their part of gB; a second launch adds the parts of a sample in order, over its
-views.
+views.  Where a block is all of a sample, its part is the gradient, and the same launch computes the squared norm.
 """
 
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,20 +41,41 @@ def among_zeros(gz: Tensor, conv: Conv, size: tuple[int, int]) -> Tensor:
     return full
 
 
-def add_parts_reference(parts: Tensor, samples: int) -> Tensor:
-    """Add the parts [N, blocks, O, r] of each sample's rows: gB [samples, O, r, 1, 1]."""
-    return parts.view(samples, -1, *parts.shape[2:]).sum(1)[..., None, None]
+def add_parts_reference(sums: Tensor, samples: int) -> Tensor:
+    """Add the sums [N, blocks, m, n] of each sample's rows: [samples, m, n, 1, 1]."""
+    return sums.view(samples, -1, *sums.shape[2:]).sum(1)[..., None, None]
+
+
+class Parts(NamedTuple):
+    """The parts of gradients [m, n] of all rows that blocks of positions make.
+
+    Attributes:
+        sums: float32 [N, blocks, m, n], which a row's gradient is the sum of.
+        squares: float64 [N, 1], the sums' squared norms, where a row is one block; nothing wrote it where it is more.
+    """
+
+    sums: Tensor
+    squares: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, blocks: int, m: int, n: int, device: torch.device) -> "Parts":
+        """Make parts for a kernel to write."""
+        sums = torch.empty(rows, blocks, m, n, device=device)
+        return cls(sums, torch.empty(rows, 1, device=device, dtype=torch.float64))
 
 
 @triton.jit
 def _backward_kernel(
-    gy, z, B, gz, parts, OUT, gy_row, gy_channel, gy_position, slope, scale,
+    gy, z, B, gz, parts, squares, OUT, gy_row, gy_channel, gy_position, slope, scale,
     OH: tl.constexpr, OW: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr,  # sizes of z, and of gz among zeros
     SH: tl.constexpr, SW: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,  # gz's place there: h SH + TOP, w SW + LEFT
     R: tl.constexpr, RP: tl.constexpr, RZ: tl.constexpr,  # r, as a side of a product and as a power of 2
     BP: tl.constexpr, BC: tl.constexpr, BZ: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute gz[n, p, :] and parts[n, block of p], this block's share of gB[n]; and set its share of the zeros around gz."""
+    """Compute gz[n, p, :] and parts[n, block of p], this block's share of gB[n]; and set its share of the zeros around gz.
+
+    If a row is one block, squares[n] is the squared norm of its part, in float64, where no square overflows or vanishes.
+    """
     P: tl.constexpr = OH * OW
     blocks: tl.constexpr = (P + BP - 1) // BP
     program = tl.program_id(0).to(tl.int64)
@@ -64,6 +86,7 @@ def _backward_kernel(
     low = load(z + n * (P * R) + p[:, None] * R + j[None, :], there).to(tl.float32)
     h = tl.where(low > 0, low, low * slope)
     back = tl.zeros((BP, RP), tl.float32)
+    norm = tl.zeros((BC, RP), tl.float64)
     for start in tl.range(0, OUT, BC, num_stages=STAGES):
         c = start + tl.arange(0, BC)
         channel = below(c, OUT, EVEN)
@@ -73,9 +96,14 @@ def _backward_kernel(
             below(p, P, P % BP == 0)[:, None] & channel[None, :],
         )
         back = tl.dot(grad, down, back, input_precision="ieee")
-        part = tl.dot(tl.trans(grad), h.to(grad.dtype), input_precision="ieee")
-        at = parts + (program * OUT + c)[:, None] * R + j[None, :]
-        tl.store(at, scale * part, mask=channel[:, None] & (j < R)[None, :])
+        part = scale * tl.dot(tl.trans(grad), h.to(grad.dtype), input_precision="ieee")
+        at, real = parts + (program * OUT + c)[:, None] * R + j[None, :], channel[:, None] & (j < R)[None, :]
+        tl.store(at, part, mask=real)
+        if blocks == 1:
+            exact = tl.where(real, part, 0.0).to(tl.float64)
+            norm += exact * exact
+    if blocks == 1:
+        tl.store(squares + n, tl.sum(norm))
     back = back * tl.where(low > 0, scale, slope * scale)
     u, v = p // OW * SH + TOP, p % OW * SW + LEFT
     inside = (u >= 0) & (u < FH) & (v >= 0) & (v < FW)
@@ -110,7 +138,7 @@ def _add_parts_kernel(parts, out, squares, SIZE, PARTS, BS: tl.constexpr):
 
 def adapter_backward(
     gy: Tensor, z: Tensor, B: Tensor, slope: float, scale: float, conv: Conv, size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Parts]:
     """Compute gz, [N, r, *conv.full().output_size(*size)], and the parts of gB that `add_parts` sums.
 
     gz is in gy's dtype and channels_last memory; conv and size are those of A's convolution and of x.
@@ -120,22 +148,25 @@ def adapter_backward(
     sizes = tiles.backward(*out_size, *full.output_size(*size), outputs, rank, gy.element_size())
     blocks = cdiv(out_size[0] * out_size[1], sizes["BP"])
     gz = torch.empty(rows, sizes["FH"], sizes["FW"], rank, device=gy.device, dtype=gy.dtype)
-    parts = torch.empty(rows, blocks, outputs, rank, device=gy.device)
+    parts = Parts.empty(rows, blocks, outputs, rank, gy.device)
     (top, left), (down, right) = ((f - p for f, p in zip(full.padding, conv.padding)), conv.stride)
     launch(
         _backward_kernel, rows * blocks,
-        pg.tensor, positions_last(z), B, gz, parts, outputs, *pg[1:], slope, scale,
+        pg.tensor, positions_last(z), B, gz, *parts, outputs, *pg[1:], slope, scale,
         OH=out_size[0], OW=out_size[1], SH=down, SW=right, TOP=top, LEFT=left, R=rank, **sizes,
     )  # fmt: skip
     return gz.permute(0, 3, 1, 2), parts
 
 
-def add_parts(parts: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Compute gB [samples, O, r, 1, 1] float32, and squares [samples, blocks] float64 whose rows sum to |gB[n]|^2."""
-    rows, blocks, outputs, rank = parts.shape
-    size = outputs * rank
-    block = tiles.REDUCTION
-    out = torch.empty(samples, outputs, rank, 1, 1, device=parts.device)
-    squares = torch.empty(samples, cdiv(size, block), device=parts.device, dtype=torch.float64)
-    launch(_add_parts_kernel, squares.numel(), parts, out, squares, size, PARTS=rows // samples * blocks, BS=block)
+def add_parts(parts: Parts, samples: int) -> tuple[Tensor, Tensor]:
+    """Compute the gradients [samples, m, n, 1, 1] float32, and squares [samples, k] float64 whose rows sum to |gradient|^2."""
+    rows, blocks, *shape = parts.sums.shape
+    if rows * blocks == samples:
+        return parts.sums.view(samples, *shape, 1, 1), parts.squares
+    size, block = shape[0] * shape[1], tiles.REDUCTION
+    out = torch.empty(samples, *shape, 1, 1, device=parts.sums.device)
+    squares = torch.empty(samples, cdiv(size, block), device=parts.sums.device, dtype=torch.float64)
+    launch(
+        _add_parts_kernel, squares.numel(), parts.sums, out, squares, size, PARTS=rows // samples * blocks, BS=block
+    )  # fmt: skip
     return out, squares

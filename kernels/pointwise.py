@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .adapter_backward import Parts
 from .adapter_forward import add_reference
 from .blocks import below, cdiv, launch, load, positions_last
 from .conv import Conv
@@ -83,12 +84,15 @@ def _pointwise_kernel(
 
 @triton.jit
 def _pointwise_backward_kernel(
-    gy, x, z, W, A, B, dx, of_A, of_B, C, OUT, slope, scale,
+    gy, x, z, W, A, B, dx, of_A, squares_A, of_B, squares_B, C, OUT, slope, scale,
     P: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,  # BP positions at a time, SPAN in all
     EVEN: tl.constexpr, STAGES: tl.constexpr,  # EVEN: outputs and channels fill their tiles
 ):  # fmt: skip
-    """Compute dx at a span of one image's positions, and of_A[n, span] and of_B[n, span], the span's shares of gA and gB."""
+    """Compute dx at a span of one image's positions, and of_A[n, span] and of_B[n, span], the span's shares of gA and gB.
+
+    If an image is one span, squares_A[n] and squares_B[n] are the shares' squared norms, in float64, as in adapter_backward.
+    """
     spans: tl.constexpr = (P + SPAN - 1) // SPAN
     program = tl.program_id(0).to(tl.int64)
     image, at = program // spans * P, (program % spans).to(tl.int32) * SPAN
@@ -111,8 +115,15 @@ def _pointwise_backward_kernel(
         grad_B = tl.dot(tl.trans(grad), h, grad_B)
         back = tl.dot(gz, down, tl.dot(grad, frozen))
         tl.store(dx + image * C + (q[:, None] * C + c[None, :]), back, mask=there[:, None] & channel[None, :])
-    tl.store(of_A + program * C * R + j[None, :] * C + c[:, None], grad_A, mask=real[None, :] & channel[:, None])
-    tl.store(of_B + (program * OUT + o)[:, None] * R + j[None, :], scale * grad_B, mask=out[:, None] & real[None, :])
+    grad_B = scale * grad_B
+    of_channels, of_outputs = real[None, :] & channel[:, None], real[None, :] & out[:, None]
+    tl.store(of_A + program * C * R + j[None, :] * C + c[:, None], grad_A, mask=of_channels)
+    tl.store(of_B + (program * OUT + o)[:, None] * R + j[None, :], grad_B, mask=of_outputs)
+    if spans == 1:
+        exact_A = tl.where(of_channels, grad_A, 0.0).to(tl.float64)
+        exact_B = tl.where(of_outputs, grad_B, 0.0).to(tl.float64)
+        tl.store(squares_A + program, tl.sum(exact_A * exact_A))
+        tl.store(squares_B + program, tl.sum(exact_B * exact_B))
 
 
 def forward(
@@ -134,18 +145,18 @@ def forward(
 
 def backward(
     gy: Tensor, x: Tensor, z: Tensor, weight: Tensor, A: Tensor, B: Tensor, slope: float, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Parts, Parts]:
     """Compute dx, and the parts of gA and gB that `adapter_backward.add_parts` sums, of a layer that `serves_backward` takes."""
     (outputs, channels), rank, (rows, _, *size) = weight.shape[:2], len(A), x.shape
     positions = size[0] * size[1]
     sizes = tiles.pointwise_backward(positions, channels, outputs, rank)
     spans = cdiv(positions, sizes["SPAN"])
     dx = torch.empty(rows, *size, channels, device=x.device, dtype=x.dtype)
-    of_A = torch.empty(rows, spans, rank, channels, device=x.device)
-    of_B = torch.empty(rows, spans, outputs, rank, device=x.device)
+    of_A = Parts.empty(rows, spans, rank, channels, x.device)
+    of_B = Parts.empty(rows, spans, outputs, rank, x.device)
     launch(
         _pointwise_backward_kernel, rows * spans,
         positions_last(gy), positions_last(x), positions_last(z), weight.contiguous(), A.contiguous(), B.contiguous(),
-        dx, of_A, of_B, channels, outputs, slope, scale, P=positions, R=rank, **sizes,
+        dx, *of_A, *of_B, channels, outputs, slope, scale, P=positions, R=rank, **sizes,
     )  # fmt: skip
     return dx.permute(0, 3, 1, 2), of_A, of_B

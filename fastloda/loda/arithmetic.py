@@ -271,10 +271,14 @@ def _backward(op: ConvOp | LinearOp, gy, x, z, weight, A, B, needs_x: bool) -> t
     return gx, op.recipe_A(x, gz, taps), recipe_B
 
 
-def _sum_of_parts(parts: Tensor) -> Recipe:
-    """Make the recipe of gradients that a kernel left in parts [N, blocks, m, n]: [samples, m, n, 1, 1]."""
+def _sum_of_parts(parts: "kernels.adapter_backward.Parts") -> Recipe:
+    """Make the recipe of gradients that a kernel left in parts: [samples, m, n, 1, 1]."""
     of = kernels.adapter_backward
-    return Recipe(of.add_parts_reference, (parts,), with_squares=of.add_parts)
+    return Recipe(
+        lambda sums, _, samples: of.add_parts_reference(sums, samples),
+        tuple(parts),
+        with_squares=lambda sums, squares, samples: of.add_parts(of.Parts(sums, squares), samples),
+    )
 
 
 @lru_cache
