@@ -114,7 +114,7 @@ def synthesize(
             that can be repeated, and whose noise can be foreseen.
         dry_run: whether to stop after the plan; nothing is written.
         device: device to compute on.
-        progress: whether to show progress bars.
+        progress: whether to show progress: bars on a terminal, elsewhere a line now and then.
     """
     place = resolve_device(device)
     Privacy(epsilon, 1e-9 if delta is None else delta)  # refuses at once what no number of records makes right

@@ -120,11 +120,12 @@ def test_lists_may_have_commas_or_come_from_yaml(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "demo", _recording(demo.demo, seen))
     (tmp_path / "c.yaml").write_text("epsilon: [1, 2.5]\n")
     (tmp_path / "d.yaml").write_text("epsilon: 1e1\n")
-    assert main(["demo", "--epsilon", "1,10"]) == main(["demo", "--epsilon", "5", "--quick"]) == 0
+    assert main(["demo", "--epsilon", "1,10"]) == main(["demo", "--epsilon", "5", "--thorough"]) == 0
     assert main(["demo", "--config", str(tmp_path / "c.yaml")]) == 0
     assert main(["demo", "--config", str(tmp_path / "d.yaml"), "--settings.public_steps", "7"]) == 0
     assert [s["epsilon"] for s in seen] == [(1.0, 10.0), (5.0,), (1.0, 2.5), (10.0,)]
-    assert [s["quick"] for s in seen] == [False, True, False, False] and seen[3]["settings"].public_steps == 7
+    assert [s["thorough"] for s in seen] == [False, True, False, False] and seen[3]["settings"].public_steps == 7
+    assert seen[3]["settings"].choice_steps == seen[0]["settings"].choice_steps < demo.THOROUGH.choice_steps
 
 
 def test_options_are_written_with_dashes_or_underscores(monkeypatch, capsys):
@@ -257,6 +258,10 @@ def test_a_missing_extra_is_named(missing, capsys, monkeypatch):
         (["demo", "--run", "{new}", "--epsilon", "1,1"], "different ones"),
         (["demo", "--run", "{new}", "--seeds", "0"], "seeds must be at least 1"),
         (["demo", "--run", "{new}", "--settings.public_steps", "0"], "public_steps must be at least 1"),
+        (
+            ["demo", "--run", "{new}", "--settings.public_steps", "7", "--thorough"],
+            "--thorough has settings of its own",
+        ),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )

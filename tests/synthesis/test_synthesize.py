@@ -21,7 +21,7 @@ from fastloda.synthesis.inputs import SIZES
 from fastloda.synthesis.settings import Adapter, Classifier, UNetShape
 
 NAMES = sorted(CLASSES)
-FEW = "--public-steps 2 --private-steps 2 --count 9 --sampler-steps 2 --progress false --device cpu --epsilon 8".split()
+FEW = "--public-steps 2 --private-steps 2 --count 9 --sampler-steps 2 --device cpu --epsilon 8".split()
 TINY = "--unet.preset small --unet.width 8 --unet.norm-groups 4".split()
 
 
@@ -48,20 +48,27 @@ def arguments(cells: Path, out: Path, *options: str) -> list[str]:
     return ["synthesize", *sets, *FEW, *TINY, *options]
 
 
-def test_two_folders_become_private_synthetic_images(cells, tmp_path, capsys):
+def test_two_folders_become_private_synthetic_images(cells, tmp_path, capfd):
     out = tmp_path / "out"
     assert main(arguments(cells, out)) == 2  # the broken file
-    first, second = capsys.readouterr().err.splitlines()[-2:]
+    first, second = capfd.readouterr().err.splitlines()[-2:]
     assert "private: 1 of 601 images can't be read" in first and "--skip-unreadable" in first
     assert second.startswith(str(cells / "private" / "basophil" / "p900_0.jpg")) and not out.exists()
 
     skipping = arguments(cells, out, "--skip-unreadable", "--test", str(cells / "test"), "--name", "blood cells")
     assert main(skipping) == 0
-    shown = capsys.readouterr()
+    shown = capfd.readouterr()
     result = yaml.safe_load(shown.out)
     assert f"private: 600 images, 48 x 40 RGB, centre crop to 32 x 32, 4 classes: {', '.join(NAMES)}" in shown.err
     assert "note: the number of records, 600, is treated as public; or give --records" in shown.err
     assert shown.err.count("not adapted: ") == 1
+    lines = [line for line in shown.err.splitlines() if not line.startswith((" ", "pretrain:", "finetune:", "sample:"))]
+    assert (
+        "\r" not in shown.err
+        and len(lines) < 25
+        and [line for line in lines if "warning" in line]
+        == [f"warning: {cells / 'private'}: left out 1 of 601 images, which can't be read"]
+    )
     assert "noise multiplier: " in shown.err and "delta: 0.0001\n" in shown.err and "p900_0.jpg" in shown.err
 
     statement = json.loads((out / "samples" / "privacy.json").read_text())
@@ -86,7 +93,7 @@ def test_two_folders_become_private_synthetic_images(cells, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "evaluation.json"}
     assert main(skipping) == 0  # the same command shows what is there
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert capsys.readouterr().err.count("already there, with these settings") == 3
+    assert capfd.readouterr().err.count("already there, with these settings") == 3
 
 
 def test_the_cells_are_what_they_are_said_to_be(cells):
