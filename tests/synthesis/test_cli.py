@@ -21,6 +21,7 @@ from fastloda.synthesis import account, cli, demo
 from fastloda.synthesis import stages as pipeline
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.parser import build_parser
+from fastloda.synthesis.plan import Cost
 
 TINY_UNET = ["--unet.width", "8", "--unet.norm_groups", "4"]
 PRETRAIN = [
@@ -39,7 +40,7 @@ PRETRAIN = [
 PROMISE = ["--data", "digits", "--privacy.target_epsilon", "10", "--privacy.delta", "1e-5"]
 FINETUNE = [*PROMISE, "--privacy.epochs", "0.1", "--privacy.batch_size", "48"]
 QUIET = ["--progress", "false", "--device", "cpu"]
-SYNTHESIZE = ["synthesize", "--public", "font-digits", "--private", "digits", "--epsilon", "8", "--out", "{new}"]
+SYNTHESIZE = ["synthesize", "--public", "{fonts}", "--private", "digits", "--epsilon", "8", "--out", "{new}"]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,7 @@ def test_a_missing_extra_is_named(missing, capsys, monkeypatch):
         (["pretrain", "--run", "{new}", "--data", "font-digits", "--training.steps", "many"], "training.steps"),
         (["pretrain", "--run", "{new}", "--data", "font-digits", "--training.steps", "0"], "steps"),
         (
-            ["pretrain", "--run", "{new}", "--data", "font-digits", "--unet.width", "7"],
+            ["pretrain", "--run", "{new}", "--data", "font-digits", "--count", "40", "--unet.width", "7"],
             "width must be even, half sines",
         ),
         (["pretrain", "--run", "{new}", "--data", "digts"], "data must be one of"),
@@ -265,10 +266,14 @@ def test_a_missing_extra_is_named(missing, capsys, monkeypatch):
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
-def test_a_mistake_gives_one_line_and_changes_nothing(run, tmp_path, capsys, arguments, message):
+def test_a_mistake_gives_one_line_and_changes_nothing(run, tmp_path, capsys, monkeypatch, arguments, message):
+    from fastloda.synthesis import synthesize
     from fastloda.synthesis.data import LabelledImages, font_digits
 
-    places = {name: tmp_path / name for name in ("new", "text", "broken", "unknown", "nine", "eleven", "only_public")}
+    monkeypatch.setattr(synthesize, "measure", lambda *_: Cost(1, 1, 1e-6, 1e-6, 1e-6, 1.0, 1.0))  # it takes seconds
+    kinds = ("new", "text", "broken", "unknown", "nine", "eleven", "fonts", "only_public")
+    places = {name: tmp_path / name for name in kinds}
+    font_digits(20, seed=0).save_npz(places["fonts"])
     places["text"].write_text("text")
     places["broken"].write_text("training: [1")
     places["unknown"].write_text("training:\n  speed: 3\n")

@@ -184,13 +184,14 @@ def test_all_broken_files_of_all_sets_are_named_in_one_run(cells, tmp_path, caps
 
 
 def test_a_choice_is_paid_from_the_same_budget_and_an_interrupted_run_continues(tmp_path, capsys):
-    sets = ["--public", "font-digits", "--private", "digits@300", "--out", str(tmp_path / "out"), "--choose"]
+    font_digits(64, seed=0).save_npz(tmp_path / "fonts.npz")
+    public = ["--public", str(tmp_path / "fonts.npz")]
+    sets = [*public, "--private", "digits@300", "--out", str(tmp_path / "out"), "--choose"]
     command_line = ["synthesize", *sets, *FEW, "--unet.width", "8", "--unet.norm-groups", "4", "--seed", "0"]
     with pytest.MonkeyPatch.context() as patch:
         few = presets.PublicTraining(steps=2, batch_size=8, warmup=1)
         choice = presets.PublicChoice(4.0, features=20, drawn=16, training=few)
         patch.setattr(presets, "CHOICES", presets.ByEpsilon({0.0: choice}))
-        patch.setattr(stages, "_open_pool", _few(stages._open_pool))
         with pytest.MonkeyPatch.context() as interrupting:
             interrupting.setattr(stages, "draw_resumably", _interrupted)
             assert main(command_line) == 130
@@ -206,10 +207,6 @@ def test_a_choice_is_paid_from_the_same_budget_and_an_interrupted_run_continues(
 
 def _interrupted(*_):
     raise KeyboardInterrupt
-
-
-def _few(open_pool):
-    return lambda public, network, names, **options: open_pool(public, network, names, **options | {"count": 60})
 
 
 @pytest.mark.parametrize("size", range(16, 65, 8))
