@@ -40,7 +40,18 @@ def _few_previews_and_a_small_judge():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "PREVIEW_COLUMNS", 1)
         patch.setattr(command, "judge", lambda size: Classifier(steps=1, width=8))
+        patch.setattr(command, "measure", _measured_once)
         yield
+
+
+_costs_by_shape: dict[UNetConfig, plan.Cost] = {}
+
+
+def _measured_once(config: UNetConfig, *others) -> plan.Cost:
+    """Measure the cost of a shape of U-Net, which takes seconds, at its first use alone."""
+    if config not in _costs_by_shape:
+        _costs_by_shape[config] = plan.measure(config, *others)
+    return _costs_by_shape[config]
 
 
 def arguments(cells: Path, out: Path, *options: str) -> list[str]:
