@@ -23,7 +23,7 @@ def clock(monkeypatch):
 
 def run(clock: list[float], seconds: float, steps: int = 100, **options) -> None:
     with Progress("private", steps, **options) as bar:
-        bar._bar.delay = 0  # were there a bar, it would be drawn at once
+        vars(bar._bar).update(delay=0)  # were there a bar, it would be drawn at once
         for step in range(steps):
             clock[0] += seconds / steps
             bar.update(note=f"loss {steps - step}" if step % 10 == 0 else "")
