@@ -305,6 +305,7 @@ class Marked(nn.Module):
         return self.way(self.body(x), x.new_zeros(*mask.shape, 3), mask, self.head)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # PyTorch's, once a process
 @pytest.mark.filterwarnings("ignore:layer .* is taken through torch.func whole")
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=10, deadline=None)
