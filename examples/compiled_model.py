@@ -26,10 +26,8 @@ def private_steps(model: nn.Module, batches: list) -> list[float]:
     """A few private steps, and the seconds that each took."""
     optimizer = torch.optim.SGD(fastloda.loda_parameters(model), lr=0.1)
     privacy = dict(max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=16)
-    generator, seconds = (
-        torch.Generator().manual_seed(0),
-        [],
-    )  # seeded to compare the two models; leave it out for privacy
+    generator = torch.Generator().manual_seed(0)  # seeded to compare the two models; leave it out for privacy
+    seconds = []
     for batch in batches:
         start = time.perf_counter()
         fastloda.ghost_dp_step(losses(model, *batch), model, optimizer, generator=generator, **privacy)

@@ -9,7 +9,6 @@ DDIMPipeline, as `pipe.save_pretrained(folder)` or `hf download` leave it. On th
     fastloda sample   --run runs/a --model FOLDER
 """
 
-import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -63,6 +62,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
     with tempfile.TemporaryDirectory() as temporary:
         main(Path(sys.argv[1] if len(sys.argv) > 1 else temporary))

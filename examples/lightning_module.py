@@ -48,9 +48,8 @@ def main() -> None:
     network, optimizer, loader = engine.make_private(
         module=network, optimizer=optimizer, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0
     )
-    trainer = lightning.Trainer(
-        max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = lightning.Trainer(max_epochs=4, accelerator="cpu", **quiet)
     trainer.fit(Classifier(network, optimizer, engine), loader, test)
     found = trainer.callback_metrics
     print(f"accuracy {found['accuracy']:.1%}, epsilon {found['epsilon']:.2f} at delta {DELTA}")

@@ -10,8 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastloda.engine.engine import PrivacyEngine  # was: from opacus import PrivacyEngine
-from fastloda.engine.loader import BatchMemoryManager  # was: from opacus.utils.batch_memory_manager import ...
+from fastloda import BatchMemoryManager, PrivacyEngine  # was: from opacus and opacus.utils.batch_memory_manager
 
 DELTA = 1e-4
 

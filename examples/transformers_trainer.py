@@ -54,10 +54,10 @@ def main() -> None:
             report_to="none",
             disable_tqdm=True,
         )
-    config = GPT2Config(
-        vocab_size=10, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
-    )
+    size = dict(vocab_size=10, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4)
+    config = GPT2Config(**size, bos_token_id=None, eos_token_id=None)
     model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # or transformers takes it with a note
     adapted = attach_loda(model, rank=8)
     print(f"adapted {len(adapted)} layers: {', '.join(adapted[:3])}, ...")
 

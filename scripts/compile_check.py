@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import triton
 from torch import Tensor
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction, MockTensor
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 from operations import RANK, Layer, unet_layers  # noqa: E402
 
 from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_grad, pointwise, sample_grad
+from fastloda.progress import Progress
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -203,7 +203,7 @@ def check(
     every = [(which, arch) for arch in archs for which in range(len(_JOBS))]
     jobs = [(i, arch) for i, arch in every if arch >= 90 or _JOBS[i][1].kernel.__name__ not in SINCE_90]
     with ProcessPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(_check_one, jobs), "compile", len(jobs)))
+        return list(Progress("compile", len(jobs), "kernel").over(pool.map(_check_one, jobs)))
 
 
 def main(show: Callable[[str], None] = print) -> int:

@@ -37,6 +37,7 @@ INLINE = sorted({code for text in TEXTS.values() for code in re.findall(r"`([^`\
 COMMAND_LINES = [line for line in SHOWN if re.match(r"(torchrun .*-- )?fastloda ", line)]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # it is PEFT that asks
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_snippet_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

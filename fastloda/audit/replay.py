@@ -5,6 +5,7 @@ The norm of the share must be at most max_grad_norm / expected_batch_size, for a
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -134,14 +135,18 @@ def usual_batch(records: Records, owned: bool) -> Records:
 def replay(step: PrivateStep, records: Records, claim: Claim, seed: int, tick: Callable) -> list[Neighbours]:
     """Replay the step with every candidate beside every company, at the end or the start of the batch; then in micro-batches."""
     found, added = [], candidates(records, step.owned)
-    for name, company in companies(records, step.owned).items():
-        found += _replay_beside(step, name, company, added, claim, seed, tick)
-    if step.release_in_parts is not None:
-        usual = usual_batch(records, step.owned)
-        some = dict(list(added.items())[-len(HOSTILE) - 1 :])
-        for parts in (2, 4):
-            name = f"{count(usual)} records in {parts} micro-batches"
-            found += _replay_beside(step, name, usual, some, claim, seed, tick, parts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*had a gradient that is not finite"
+        )  # it is meant to: the record is hostile
+        for name, company in companies(records, step.owned).items():
+            found += _replay_beside(step, name, company, added, claim, seed, tick)
+        if step.release_in_parts is not None:
+            usual = usual_batch(records, step.owned)
+            some = dict(list(added.items())[-len(HOSTILE) - 1 :])
+            for parts in (2, 4):
+                name = f"{count(usual)} records in {parts} micro-batches"
+                found += _replay_beside(step, name, usual, some, claim, seed, tick, parts)
     return found
 
 

@@ -7,7 +7,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from fastloda.audit.canary import GaussianMu, findings, guess
 from fastloda.audit.claim import Claim
@@ -28,6 +27,7 @@ from fastloda.audit.step import (
     seed_for,
 )
 from fastloda.errors import UserError
+from fastloda.progress import Progress
 
 CHECKS = ("replay", "canary", "noise", "sampler")
 NO_SAMPLER = "No sampler was given: the claim's sample_rate is taken on trust"
@@ -74,7 +74,7 @@ def audit_step(
         checks: the checks to run, of CHECKS; "canary" needs the replay, and runs it too.
         significance: largest probability of a false alarm in the whole audit (Bonferroni over all checks with a p-value).
         seed: seed of all random numbers; the same audit gives the same report.
-        progress: whether to show a progress bar.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
 
     Raises:
         ValueError, TypeError: a bad argument; or the step does not repeat itself under a seed, so that nothing can be replayed.
@@ -85,7 +85,7 @@ def audit_step(
     sampler = sampler or step.sampler
     total = 2 * observations + 12 * _few(observations) + 150 + (draws if sampler else 0)
     with (
-        tqdm(total=total, desc="audit", unit="step", disable=not progress) as bar,
+        Progress("audit", total, shown=progress) as bar,
         own_randomness(seed_for(seed, "global")),
     ):
         generator = Generator().manual_seed(seed_for(seed, "observations"))
@@ -108,7 +108,7 @@ def audit_step(
                 found.append(Finding("sampler", "", NO_SAMPLER))
             else:
                 found += audit_sampler(sampler, claim.sample_rate, draws, generator, bar.update)
-        bar.update(bar.total - bar.n)
+        bar.update(total - bar.done)
     return _report(claim, found, mus if canary else None, significance)
 
 

@@ -106,10 +106,10 @@ def attach_loda(
         rank, activation, negative_slope, scale: see `LoDAConv2d`.
 
     Returns:
-        The adapted names. `.skipped`, also logged, says which matching layers were left alone and why: rank > min(C_in, C_out),
-        so that an adapter would be larger than the layer; a subclass or a layer with hooks or a forward of its own, which may
-        compute something else; or another kind of layer with weights, where targets are names or the default. Warns if those hold
-        most of the weights.
+        The adapted names. `.skipped`, which a line of the log sums up, says which matching layers were left alone and why: rank >
+        min(C_in, C_out), so that an adapter would be larger than the layer; a subclass or a layer with hooks or a forward of its
+        own, which may compute something else; or another kind of layer with weights, where targets are names or the default.
+        Warns if those hold most of the weights.
 
     Raises:
         ValueError: nothing matches, the model already has adapters, or it is a single layer (use `from_conv`, `from_linear`).
@@ -140,21 +140,22 @@ def attach_loda(
 
 
 def _say_what_is_left(skipped: dict[str, str], chosen: Mapping[str, nn.Module], matching: dict[str, nn.Module]) -> None:
-    left = []
-    for reason in dict.fromkeys(skipped.values()):
-        left.append((_listed([name for name in skipped if skipped[name] == reason]), reason))
-        logger.warning("not adapted: %s (%s)", *left[-1])
+    """Say in one line, a warning where it is much, which matching layers are left as they are."""
+    if not skipped:
+        return
+    reasons = list(dict.fromkeys(skipped.values()))
+    parts = [f"{_listed([name for name in skipped if skipped[name] == reason])} ({reason})" for reason in reasons]
+    left = f"{len(skipped)} of the {len(matching)} layers that match: {_listed(parts, '; ')}"
     share = sum(map(_weights, chosen.values())) / sum(map(_weights, matching.values()))
     if share < 0.5:
-        warnings.warn(
-            f"attach_loda adapted only {_listed(list(chosen))}, with {share:.0%} of the weights of the layers that match; left "
-            f"as they are: {'; '.join(f'{names} ({reason})' for names, reason in left)}",
-            stacklevel=3,
-        )
+        adapted = f"attach_loda adapted only {_listed(list(chosen))}, with {share:.0%} of the weights"
+        warnings.warn(f"{adapted}; not adapted: {left}", stacklevel=3)
+    else:
+        logger.warning("not adapted: %s", left)
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _listed(names: list[str], between: str = ", ") -> str:
+    return between.join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _weights(layer: nn.Module) -> int:

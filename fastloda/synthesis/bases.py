@@ -49,7 +49,7 @@ class Base(Protocol):
             ValueError: the model needs prompts, or takes none.
         """
 
-    def records(self, images: LabelledImages) -> Columns:
+    def records(self, images: LabelledImages, progress: bool = True) -> Columns:
         """Make what the losses are computed on, each record of its own image alone."""
 
     def losses(self, training: FineTuning, views: int) -> Losses:
@@ -62,9 +62,7 @@ class Base(Protocol):
     def check_drawing(self, steps: int, guidance: float) -> None:
         """Refuse with a ValueError what `draw` can't do."""
 
-    def draw(
-        self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, progress: bool, skip: int = 0
-    ) -> Tensor:
+    def draw(self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, skip: int = 0) -> Tensor:
         """Draw one image per label [n]: float32 [n, C, H, W] in [-1, 1] on the CPU.
 
         Image i depends on the seed, skip + i and its label; `skip` images were drawn before.
@@ -86,7 +84,7 @@ class OwnUNet:
     def caption(self, prompts: Sequence[str] | None) -> None:
         refuse_prompts(prompts, str(self.file))
 
-    def records(self, images: LabelledImages) -> Columns:
+    def records(self, images: LabelledImages, progress: bool = True) -> Columns:
         return images.images[:], images.labels  # images[:] is the tensor itself, or bytes converted to floats
 
     def losses(self, training: FineTuning, views: int) -> Losses:
@@ -97,7 +95,7 @@ class OwnUNet:
             raise UserError(f"need 1 <= steps <= {most}, got {steps}")
 
     def draw(self, labels: Tensor, **options) -> Tensor:
-        return draw_samples(self.network, labels, **options).clamp(-1, 1)
+        return draw_samples(self.network, labels, progress=False, **options).clamp(-1, 1)
 
 
 def open_base(folder: Path, device: torch.device) -> Base:

@@ -98,10 +98,26 @@ class DemoSettings:
     def judge(self, seed: int) -> Classifier:
         return Classifier(steps=self.classifier_steps, seed=seed)
 
+    @property
+    def form(self) -> str:
+        """What the report says of which demo it is of."""
+        return FORMS.get(self, OTHER_FORM)
 
-SETTINGS, EPSILONS, DEFAULT_RUN = DemoSettings(), Floats([10.0]), Path("runs/demo")
-# These take about a minute: they show that all stages work, but the images do not resemble digits yet.
-QUICK = DemoSettings(1000, 30, 1000, 10, 10, 200, 10, 100)
+    def reasons(self) -> dict[str, str]:
+        """Say how each setting was chosen; one that is not the thorough demo's, by the time that it takes."""
+        own = {name for name, value in asdict(self).items() if value != getattr(THOROUGH, name)}
+        return {name: how + "; here another, for the time it takes" * (name in own) for name, how in HOW_CHOSEN.items()}
+
+
+# The short one is a quarter of the thorough one, chosen by the time that it takes: minutes, on cores that also do other work.
+THOROUGH, SHORT, EPSILONS = DemoSettings(), DemoSettings(20_000, 500, 25_000, 150, 100, 3000, 25, 200), Floats([10.0])
+FORMS = {
+    SHORT: "This is the short demo. `fastloda demo --thorough`, the form of the project's published table, takes about four "
+    "times as long, for four times the steps and images, and clearer digits.",
+    THOROUGH: "This is the thorough demo, the form of the project's published table. `fastloda demo` alone takes about a "
+    "quarter of the time, for a quarter of the steps and images.",
+}
+OTHER_FORM = "This is neither the short demo nor the thorough one: it has settings of its own."
 # "The stand-in" is public: font digits bent and slanted like another hand, or 5,000 of MNIST's digits (scripts/tune_demo.py; the
 # trials are listed in docs/results/demo-tuning.md).
 HOW_CHOSEN = {
@@ -132,12 +148,12 @@ HOW_CHOSEN = {
 
 
 def demo(
-    run: Path = DEFAULT_RUN,
+    run: Path | None = None,
     *,
     epsilon: Floats = EPSILONS,
     seeds: int = 1,
-    quick: bool = False,
-    settings: DemoSettings = SETTINGS,
+    thorough: bool = False,
+    settings: DemoSettings = SHORT,
     device: Device = "auto",
     progress: bool = True,
 ) -> None:
@@ -151,23 +167,25 @@ def demo(
     Its seeds are fixed, so that it can be repeated: an experiment, not a private release.
 
     Args:
-        run: folder for all results.
+        run: folder for all results. Default: runs/demo, or runs/demo-thorough.
         epsilon: privacy budgets, separated by commas.
         seeds: number of repetitions of all stages; the table has their mean and standard deviation.
-        quick: whether to take about a minute on two cores instead of several, with too few steps and images for good results.
-        settings: how much is computed.
+        thorough: whether to take about four times as long, with the settings of the project's published table.
+        settings: how much is computed. Default: that of the short demo, a few minutes on two cores.
         device: device to compute on.
-        progress: whether to show progress bars.
+        progress: whether to show progress: bars on a terminal, elsewhere a line now and then.
     """
-    if quick:
-        settings = QUICK
+    if thorough and settings not in (SHORT, THOROUGH):
+        raise UserError("--thorough has settings of its own: leave out --settings, or --thorough")
+    settings = THOROUGH if thorough else settings
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")
     if len(set(epsilon)) < max(1, len(epsilon)):
         raise UserError(f"epsilon must be one number or several different ones, got {list(epsilon)}")
     for budget in epsilon:  # checked before the work begins
         settings.recipe(budget, seed=0)
-    run = Path(run)
+    run = Path(run or f"runs/demo{'-thorough' * thorough}")
+    logger.info("%s", settings.form)
     experiment = _Experiment(run, settings, device, progress, stages=seeds * (4 + 7 * len(epsilon)))
     for seed in range(seeds):
         experiment.public_part(seed, epsilon[0])
@@ -255,10 +273,11 @@ class _Experiment:
             self.statements,
             self.seconds,
             self._all_settings(epsilons),
-            HOW_CHOSEN,
+            self.settings.reasons(),
             environment(resolve_device(self.device)),
             grids,
             curves,
+            self.settings.form,
         )
 
     def _all_settings(self, epsilons: list[float]) -> dict[str, object]:

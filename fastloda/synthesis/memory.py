@@ -1,8 +1,12 @@
 """The peak memory of a computation."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+
+STDERR = 2
 
 
 def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
@@ -12,7 +16,7 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with _silence(), torch.profiler.profile(profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
@@ -20,3 +24,16 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what is written to file number 2 inside the context: the profiler tells there when it begins and ends, unasked."""
+    kept, nowhere = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
+        os.close(nowhere)

@@ -10,6 +10,8 @@ frozen. Nothing in a folder can run code: only classes of diffusers and transfor
 """
 
 import inspect
+import logging
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastloda.errors import UserError
 from fastloda.integrations.diffusers import diffusion_losses
 from fastloda.loda.attach import BESIDE
+from fastloda.progress import Progress
 from fastloda.randomness import seeded
 from fastloda.synthesis.bases import PIPELINE, refuse_prompts
 from fastloda.synthesis.data import LabelledImages, named_classes
@@ -92,7 +94,7 @@ class Pipeline:
     def caption(self, prompts: Sequence[str] | None) -> None:
         refuse_prompts(prompts, self.name)
 
-    def records(self, images: LabelledImages) -> tuple[Tensor, Tensor]:
+    def records(self, images: LabelledImages, progress: bool = True) -> tuple[Tensor, Tensor]:
         return images.images[:], images.labels
 
     def losses(self, training: FineTuning, views: int) -> Losses:
@@ -125,14 +127,10 @@ class Pipeline:
         if guidance and self.null is None:
             raise UserError(f"{self.name} has no pass without a label, which guidance needs: leave out --guidance")
 
-    def draw(
-        self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, progress: bool, skip: int = 0
-    ) -> Tensor:
+    def draw(self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, skip: int = 0) -> Tensor:
         seeds, drawn = image_seeds(skip + len(labels), torch.Generator().manual_seed(seed))[skip:], []
         for rows in torch.arange(len(labels)).split(batch_size):
             first, last = int(rows[0]), int(rows[-1]) + 1
-            about = f"sampling {first + 1}-{last} of {len(labels)}"
-            self.pipe.set_progress_bar_config(disable=not progress, desc=about, unit="step")
             generators = [torch.Generator().manual_seed(s) for s in seeds[first:last]]
             options = {"generator": generators, "num_inference_steps": steps, "output_type": "np"}
             with seeded(seeds[first]):  # for a scheduler that is not given the generators
@@ -191,14 +189,16 @@ class Latents(Pipeline):
         return self._side(config) * 2 ** (len(vae.block_out_channels) - 1)
 
     @torch.no_grad()
-    def records(self, images: LabelledImages) -> tuple[Tensor, Tensor]:
+    def records(self, images: LabelledImages, progress: bool = True) -> tuple[Tensor, Tensor]:
         """Encode the images in batches of one size, so that no image's rounding depends on how many there are."""
         vae, latents = self.pipe.vae, []
-        for part in tqdm(images.images.split(ENCODED_AT_ONCE), "encoding", disable=len(images) < 1000):
-            pixels = part.to(vae.device)
-            filled = torch.cat([pixels, pixels.new_zeros(ENCODED_AT_ONCE - len(pixels), *pixels.shape[1:])])
-            means = vae.encode(filled).latent_dist.mean[: len(pixels)]
-            latents.append((means * vae.config.scaling_factor).cpu())
+        with Progress("encoding", len(images), "image", shown=progress) as bar:
+            for part in images.images.split(ENCODED_AT_ONCE):
+                pixels = part.to(vae.device)
+                filled = torch.cat([pixels, pixels.new_zeros(ENCODED_AT_ONCE - len(pixels), *pixels.shape[1:])])
+                means = vae.encode(filled).latent_dist.mean[: len(pixels)]
+                latents.append((means * vae.config.scaling_factor).cpu())
+                bar.update(len(pixels))
         return torch.cat(latents), images.labels
 
     def losses(self, training: FineTuning, views: int) -> Losses:
@@ -320,17 +320,39 @@ def open_pipeline(folder: Path, device: torch.device) -> Pipeline:
     left_out = {part: None for part, what in index.items() if isinstance(what, list) and part not in kind.parts}
     options = {"local_files_only": True, "use_safetensors": True}
     try:
-        pipe = getattr(diffusers, name).from_pretrained(folder, **options, **left_out)
+        pipe = _load(name, folder, **options, **left_out)
     except ImportError as error:  # StableDiffusionPipeline without transformers
         raise UserError(f"{name} needs another package: pip install 'fastloda[diffusers]' ({error})") from error
     except Exception as error:  # a damaged folder raises nearly anything
         raise UserError(
             f"{folder} can't be loaded, is damaged, or has weights that are no safetensors: {error}"
         ) from error
+    pipe.set_progress_bar_config(disable=True)  # whoever draws counts images, not a batch's steps
     for part in kind.parts:
         if lacking := [name for name, tensor in _tensors(getattr(pipe, part)) if tensor.is_meta]:
             raise UserError(f"{folder}: the weights of {part} lack {', '.join(lacking[:3])}: they are of another model")
     return kind(folder.resolve(), pipe.to(device))
+
+
+def _load(name: str, folder: Path, **options: Any) -> Any:
+    """Load a pipeline without the libraries' bars, which flit by, and without a hint about a part that is left out."""
+    # transformers recommends torchvision for image processors, which only the safety checker would use.
+    imports, hint = logging.getLogger("transformers.utils.import_utils"), "requires torchvision"
+    no_hint = lambda record: hint not in record.getMessage()  # noqa: E731
+    imports.addFilter(no_hint)
+    try:
+        pipeline = getattr(diffusers, name)  # imports transformers, if the pipeline needs it
+    finally:
+        imports.removeFilter(no_hint)
+    libraries = [library for each in ("diffusers", "transformers") if (library := sys.modules.get(each))]
+    shown = [log for library in libraries if (log := library.utils.logging).is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        return pipeline.from_pretrained(folder, **options)
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def _tensors(part: Any) -> list[tuple[str, Tensor]]:

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm import tqdm
 
 from fastloda.files import write_atomically
 from fastloda.interrupts import interrupts_wait
+from fastloda.progress import Progress
 from fastloda.synthesis.budget import STATEMENT
 from fastloda.synthesis.data import LabelledImages, listed
 from fastloda.synthesis.report.plots import sample_grid
@@ -43,13 +43,13 @@ def draw_resumably(
         labels: labels of all images, [n].
         part: file of what is drawn, from which an interrupted draw goes on; whoever saves the images deletes it.
         batch_size: number of images in a batch.
-        progress: whether to show a progress bar.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
     batches = [load_file(part)["images"]] if part.exists() else []
     drawn, saved = sum(map(len, batches)), time.monotonic()
     with (
         interrupts_wait() as received,
-        tqdm(total=len(labels), initial=drawn, desc="sampling", unit="image", disable=not progress) as bar,
+        Progress("sampling", len(labels), "image", done=drawn, shown=progress) as bar,
     ):
         while drawn < len(labels) and not received:
             batches.append(draw(labels[drawn : drawn + batch_size], drawn).clamp(-1, 1))

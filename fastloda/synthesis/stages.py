@@ -114,7 +114,7 @@ def pretrain(
         unet: shape of the U-Net.
         training: settings of the optimization.
         device: device to compute on.
-        progress: whether to show a progress bar.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
     place = resolve_device(device)
     reading = {"size": size, "channels": channels, "count": count, "skip_unreadable": skip_unreadable}
@@ -181,7 +181,7 @@ def choose(
         seed: seed of the noise and all else. Default: the operating system's randomness; a number makes an experiment that
             can be repeated, and whose noise can be foreseen.
         device: device to compute on.
-        progress: whether to show a progress bar.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
     place = resolve_device(device)
     folder = Path(run) / PUBLIC if model is None else Path(model)
@@ -312,7 +312,8 @@ def finetune(
         adapter: settings of the adapters that are trained.
         training: settings of the optimization.
         device: device to compute on.
-        progress: whether to show a progress bar. Its loss and clipped fraction are private: for the operator's eyes.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then. Its loss and clipped fraction are
+            private: for the operator's eyes.
     """
     place = resolve_device(device)
     base = open_base(_public_folder(run, model), place)
@@ -336,7 +337,7 @@ def finetune(
         _check_goes_on(stage, CHECKPOINT)
         earlier = [release for statement in before for release in releases(statement)]
         options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": earlier, "progress": progress}
-        records = base.records(relabelled(private, base.class_names or private.class_names))
+        records = base.records(relabelled(private, base.class_names or private.class_names), progress)
         optimization = training.optimization() | {"per_owner": per_owner}
         trainer = private_trainer(base.network, records, losses, privacy, optimization, owners=owners, **options)
         with stage.work():
@@ -415,7 +416,7 @@ def sample(
         model: folder of the public model, as in `fastloda finetune`; default: chosen/ in the run's folder, or else public/.
         batch_size: number of images at a time; the result does not depend on it.
         device: device to compute on.
-        progress: whether to show a progress bar.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
     check_sampling(count, steps, guidance, batch_size, reach)
     place, folder = resolve_device(device), Path(run) / samples_folder(public, name)
@@ -438,7 +439,7 @@ def sample(
     if not _reuse(stage):
         labels = class_balanced_labels(count, len(names))
         number = torch.tensor([(base.class_names or names).index(each) for each in names])
-        options = {"steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size, "progress": False}
+        options = {"steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size}
         draw = lambda some, skip: base.draw(number[some], skip=skip, **options)  # noqa: E731
         with stage.work():
             drawn = draw_resumably(draw, labels, folder / PART, batch_size, progress)
@@ -499,7 +500,7 @@ def evaluate(
         skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
         classifier: settings of the classifier and its training.
         device: device to compute on.
-        progress: whether to show a progress bar.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
     if train is not None and (public or name):
         raise UserError(f"give --train {train}, or --public or --name, not both")

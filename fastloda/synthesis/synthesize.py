@@ -37,7 +37,7 @@ from fastloda.synthesis.inputs import (
 from fastloda.synthesis.methods.diffusion_model import PrivateTuning
 from fastloda.synthesis.parser import as_yaml
 from fastloda.synthesis.plan import Cost, Plan, duration, measure
-from fastloda.synthesis.presets import SMALL, judge, private_tuning
+from fastloda.synthesis.presets import SAMPLER_STEPS, SMALL, judge, private_tuning
 from fastloda.synthesis.recipe import Recipe
 from fastloda.synthesis.settings import Adapter, UNetShape
 
@@ -114,7 +114,7 @@ def synthesize(
             that can be repeated, and whose noise can be foreseen.
         dry_run: whether to stop after the plan; nothing is written.
         device: device to compute on.
-        progress: whether to show progress bars.
+        progress: whether to show progress: bars on a terminal, elsewhere a line now and then.
     """
     place = resolve_device(device)
     Privacy(epsilon, 1e-9 if delta is None else delta)  # refuses at once what no number of records makes right
@@ -124,6 +124,7 @@ def synthesize(
         )
     if not 0 < minutes < float("inf"):
         raise UserError(f"minutes must be positive and finite, got {minutes}")
+    stages.check_sampling(count, sampler_steps or SAMPLER_STEPS, 0.0)
     given = {"public_steps": public_steps, "private_steps": private_steps, "sampler_steps": sampler_steps}
     given = {name: steps for name, steps in given.items() if steps is not None}
     begun = kept(Path(out), {"minutes": minutes, **given})

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from fastloda.errors import PrivacyError, UserError
 from fastloda.interrupts import interrupts_wait
@@ -23,6 +22,7 @@ from fastloda.privacy.captured import CapturedStep, CaptureError, can_capture
 from fastloda.privacy.ranks import Group, hand_back_shards, replicate
 from fastloda.privacy.stats import StepStats
 from fastloda.privacy.step import GhostClipper
+from fastloda.progress import Progress
 from fastloda.randomness import generator_states, restore_generators, restored
 from fastloda.training.average import in_eval_mode
 from fastloda.training.batches import Batches, Columns
@@ -97,7 +97,7 @@ class DPTrainer:
         callbacks: functions (trainer, report) that `fit` calls after each step, on every rank (`trainer.world.first` tells
             rank 0), with a `StepReport`; `fastloda.evaluate_every` makes one that evaluates the averaged parameters. The run's
             random states are put back after each call. If one raises, the step is done, saved and not taken again.
-        progress: whether to show a progress bar.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
         group: the ranks that train together. None takes all, if a process group is initialised; "alone" this process only.
 
     Raises:
@@ -220,7 +220,7 @@ class DPTrainer:
         saved = time.monotonic()
         with (
             interrupts_wait() as received,
-            tqdm(total=last, initial=self.step, desc="private", unit="step", disable=not self.progress) as bar,
+            Progress("private", last, done=self.step, shown=self.progress) as bar,
         ):
             try:
                 while self.step < last and not self.world.most(len(received)):
@@ -232,7 +232,7 @@ class DPTrainer:
                         break  # the remaining steps are charged, and not made
                     report = StepReport(self.step, last - self.step, epsilons(self.step), stats)
                     if self.progress:
-                        _show(bar, report)
+                        bar.update(report.step - bar.done, _told(report))
                     if self.step < last and self._is_save_due(saved):
                         self.save()
                         saved = time.monotonic()
@@ -437,11 +437,9 @@ class DPTrainer:
             torch.clear_autocast_cache()
 
 
-def _show(bar: tqdm, report: StepReport) -> None:
+def _told(report: StepReport) -> str:
     seen = report.private
-    told = f"loss {seen.mean_loss:.4f}, clipped {seen.clipped_fraction:.0%}, epsilon {report.epsilon:.2f}"
-    bar.set_postfix_str(told, refresh=False)
-    bar.update(report.step - bar.n)
+    return f"loss {seen.mean_loss:.4f}, clipped {seen.clipped_fraction:.0%}, epsilon {report.epsilon:.2f}"
 
 
 def _check_devices(model: nn.Module) -> None:

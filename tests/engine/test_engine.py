@@ -377,6 +377,7 @@ class Scale(nn.Module):
         return Opaque.apply(x - x.detach().mean(0), self.p)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no per-sample rule")
 def test_uncovered_and_mixing_layers():
     inner = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), Scale())
     model, optimizer, loader = private(inner.double())

@@ -375,7 +375,7 @@ HONEST = {
     "masked": (masked, "sequences"),
     "packed": (lambda rows: pack_sequence([row[0] for row in rows], enforce_sorted=False), "sequences"),
     "concatenated": (lambda rows: torch.cat([row[0] for row in rows]), "sequences"),
-    "nested": (lambda rows: torch.nested.as_nested_tensor([row[0] for row in rows]), "sequences"),
+    "nested": (lambda rows: torch.nested.as_nested_tensor([row[0] for row in rows], layout=torch.jagged), "sequences"),
     "an object": (lambda rows: Batch(stacked(rows)[0], {"n": len(rows)}), "images"),
     "takes records apart": (popping, "dicts"),
     "changes records in place": (lambda rows: torch.stack([row[0].mul_(2) for row in rows]), "images"),

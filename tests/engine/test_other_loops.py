@@ -320,6 +320,7 @@ def test_accelerate_prepares_everything(wrap_model):
     assert len(private_optimizer.accountant) == 6 and schedule.get_last_lr() == [0.5**6]
 
 
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # Lightning's own
 def test_lightning_fits_privately():
     lightning = pytest.importorskip("lightning", reason="lightning is not installed")
     model, optimizer, loader = private(noise=1.0, bound=HUGE)

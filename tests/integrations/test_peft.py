@@ -156,6 +156,7 @@ def check_import(settings: dict, folder):
     assert_same_outputs(model, wrapped)
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")  # drawn so
 def test_what_peft_saved_gives_its_outputs(counts, tmp_path):
     drawn.hold_for(lora_configs(), counts(30, 500), lambda case: check_import(case, tmp_path / "adapter"))
 
@@ -358,6 +359,7 @@ def test_a_missing_file_is_named(missing, tmp_path):
         load_peft(Net(), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 3, dilation=2, padding=2), nn.Conv2d(4, 4, 1, groups=2)], ids=str)
 def test_convolutions_that_peft_adapts_otherwise_are_refused(layer, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["0"])
@@ -392,6 +394,7 @@ LIVE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("name", LIVE)
 def test_a_private_step_on_a_peft_model_is_exact(name):
     config = peft.LoraConfig(**dict(r=2, lora_alpha=3, target_modules=LAYERS) | LIVE[name])

@@ -116,6 +116,7 @@ def test_what_has_no_exact_rule_is_refused_by_name(name):
 # ---- weight standardisation
 
 
+@pytest.mark.filterwarnings("ignore:attach_loda adapted only")
 @pytest.mark.parametrize("conv", [StdConv2d, StdConv2dSame, ScaledStdConv2d])
 def test_folding_leaves_the_output_alone(conv):
     model = drawn.randomise(bit(conv).double())

@@ -281,6 +281,7 @@ def test_sums_in_parts_that_do_not_come_out_even(monkeypatch):
     check(clip_sum.clip_sum(G, factors), clip_sum.clip_sum_reference, G, factors)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter is numpy
 def test_a_refused_sample_adds_nothing_however_broken():
     t = Tensors(SHAPES["3 x 3"], torch.float32, torch.channels_last)
     wanted = sample_grad.weighted_grad_sum(t.x, t.gz, SAME.full(), t.factors)

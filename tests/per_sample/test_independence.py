@@ -305,6 +305,8 @@ class Marked(nn.Module):
         return self.way(self.body(x), x.new_zeros(*mask.shape, 3), mask, self.head)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # PyTorch's, once a process
+@pytest.mark.filterwarnings("ignore:layer .* is taken through torch.func whole")
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=10, deadline=None)
 @given(
@@ -329,6 +331,7 @@ def test_a_layer_at_marked_positions_is_exact_or_refused(way, marks, frozen):
         clipper.reset()
 
 
+@pytest.mark.filterwarnings("ignore:layer .* is taken through torch.func whole")
 @pytest.mark.parametrize("way", WAYS)
 def test_as_many_marks_as_samples(way, monkeypatch):
     """One mark in each sample, then three in the first, off the schedule: nothing but the rows' owners differs."""

@@ -38,6 +38,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:layer .* is taken through torch.func whole")
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_and_clipped_sums_are_exact(kind, counts):
     cases, small, full = KINDS[kind]
@@ -176,6 +177,7 @@ GRAM_ROUNDING = 1e-13  # k u S^2 of `rules/gram.py` for up to 1,000 roundings, o
 GHOSTS = {"linear": drawn.plain_linears(), "stack": drawn.stacks(), "attention": drawn.attentions()}
 
 
+@pytest.mark.filterwarnings("ignore:layer .* is taken through torch.func whole")
 @pytest.mark.parametrize("kind", GHOSTS)
 def test_ghost_is_exact(kind, counts, monkeypatch):
     taken = ghosts(monkeypatch)

@@ -225,7 +225,9 @@ def test_the_report_says_where_the_noise_came_from():
 
     texts = ("a fixed seed", "a secure generator", "a fixed seed")
     statements = {("m", 1.0, seed): {"randomness": text, "records": 5} for seed, text in enumerate(texts)}
-    outcome = Outcome({}, statements, {}, {"delta": 1e-5, "public_images": 1, "synthetic_images": 1}, {}, {}, {}, {})
+    outcome = Outcome(
+        {}, statements, {}, {"delta": 1e-5, "public_images": 1, "synthetic_images": 1}, {}, {}, {}, {}, ""
+    )
     outcome.__dict__["all_together"] = 1.0
     assert any("Randomness: a fixed seed; a secure generator." in paragraph for paragraph in outcome._statement())
 

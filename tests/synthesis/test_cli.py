@@ -21,6 +21,7 @@ from fastloda.synthesis import account, cli, demo
 from fastloda.synthesis import stages as pipeline
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.parser import build_parser
+from fastloda.synthesis.plan import Cost
 
 TINY_UNET = ["--unet.width", "8", "--unet.norm_groups", "4"]
 PRETRAIN = [
@@ -39,7 +40,7 @@ PRETRAIN = [
 PROMISE = ["--data", "digits", "--privacy.target_epsilon", "10", "--privacy.delta", "1e-5"]
 FINETUNE = [*PROMISE, "--privacy.epochs", "0.1", "--privacy.batch_size", "48"]
 QUIET = ["--progress", "false", "--device", "cpu"]
-SYNTHESIZE = ["synthesize", "--public", "font-digits", "--private", "digits", "--epsilon", "8", "--out", "{new}"]
+SYNTHESIZE = ["synthesize", "--public", "{fonts}", "--private", "digits", "--epsilon", "8", "--out", "{new}"]
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +121,12 @@ def test_lists_may_have_commas_or_come_from_yaml(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "demo", _recording(demo.demo, seen))
     (tmp_path / "c.yaml").write_text("epsilon: [1, 2.5]\n")
     (tmp_path / "d.yaml").write_text("epsilon: 1e1\n")
-    assert main(["demo", "--epsilon", "1,10"]) == main(["demo", "--epsilon", "5", "--quick"]) == 0
+    assert main(["demo", "--epsilon", "1,10"]) == main(["demo", "--epsilon", "5", "--thorough"]) == 0
     assert main(["demo", "--config", str(tmp_path / "c.yaml")]) == 0
     assert main(["demo", "--config", str(tmp_path / "d.yaml"), "--settings.public_steps", "7"]) == 0
     assert [s["epsilon"] for s in seen] == [(1.0, 10.0), (5.0,), (1.0, 2.5), (10.0,)]
-    assert [s["quick"] for s in seen] == [False, True, False, False] and seen[3]["settings"].public_steps == 7
+    assert [s["thorough"] for s in seen] == [False, True, False, False] and seen[3]["settings"].public_steps == 7
+    assert seen[3]["settings"].choice_steps == seen[0]["settings"].choice_steps < demo.THOROUGH.choice_steps
 
 
 def test_options_are_written_with_dashes_or_underscores(monkeypatch, capsys):
@@ -210,7 +212,7 @@ def test_a_missing_extra_is_named(missing, capsys, monkeypatch):
         (["pretrain", "--run", "{new}", "--data", "font-digits", "--training.steps", "many"], "training.steps"),
         (["pretrain", "--run", "{new}", "--data", "font-digits", "--training.steps", "0"], "steps"),
         (
-            ["pretrain", "--run", "{new}", "--data", "font-digits", "--unet.width", "7"],
+            ["pretrain", "--run", "{new}", "--data", "font-digits", "--count", "40", "--unet.width", "7"],
             "width must be even, half sines",
         ),
         (["pretrain", "--run", "{new}", "--data", "digts"], "data must be one of"),
@@ -257,13 +259,21 @@ def test_a_missing_extra_is_named(missing, capsys, monkeypatch):
         (["demo", "--run", "{new}", "--epsilon", "1,1"], "different ones"),
         (["demo", "--run", "{new}", "--seeds", "0"], "seeds must be at least 1"),
         (["demo", "--run", "{new}", "--settings.public_steps", "0"], "public_steps must be at least 1"),
+        (
+            ["demo", "--run", "{new}", "--settings.public_steps", "7", "--thorough"],
+            "--thorough has settings of its own",
+        ),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
-def test_a_mistake_gives_one_line_and_changes_nothing(run, tmp_path, capsys, arguments, message):
+def test_a_mistake_gives_one_line_and_changes_nothing(run, tmp_path, capsys, monkeypatch, arguments, message):
+    from fastloda.synthesis import synthesize
     from fastloda.synthesis.data import LabelledImages, font_digits
 
-    places = {name: tmp_path / name for name in ("new", "text", "broken", "unknown", "nine", "eleven", "only_public")}
+    monkeypatch.setattr(synthesize, "measure", lambda *_: Cost(1, 1, 1e-6, 1e-6, 1e-6, 1.0, 1.0))  # it takes seconds
+    kinds = ("new", "text", "broken", "unknown", "nine", "eleven", "fonts", "only_public")
+    places = {name: tmp_path / name for name in kinds}
+    font_digits(20, seed=0).save_npz(places["fonts"])
     places["text"].write_text("text")
     places["broken"].write_text("training: [1")
     places["unknown"].write_text("training:\n  speed: 3\n")

@@ -312,7 +312,7 @@ STOCHASTIC = {
 @pytest.mark.parametrize("kind", STOCHASTIC)
 def test_an_image_depends_on_its_seed_and_label_alone(kind, tmp_path):
     base = opened(STOCHASTIC[kind](tmp_path))
-    options = {"steps": 3, "guidance": 1.0 if kind == "text" else 0.0, "progress": False}
+    options = {"steps": 3, "guidance": 1.0 if kind == "text" else 0.0}
     labels = torch.tensor([0, 1, 2, 2, 1])
     together = base.draw(labels, seed=4, batch_size=5, **options)
     assert together.abs().max() <= 1 and len(together.flatten(1).unique(dim=0)) == 5
@@ -326,7 +326,7 @@ def test_an_image_depends_on_its_seed_and_label_alone(kind, tmp_path):
 
 def test_guidance_is_the_pipelines_own(folders):
     base = opened(folders["text"])
-    drawn = base.draw(torch.tensor([1]), steps=2, guidance=2.0, seed=0, batch_size=1, progress=False)
+    drawn = base.draw(torch.tensor([1]), steps=2, guidance=2.0, seed=0, batch_size=1)
     seed = torch.randint(2**63 - 1, (1,), generator=torch.Generator().manual_seed(0)).item()
     options = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": 2, "output_type": "np"}
     wanted = base.pipe("a photo of a dog", guidance_scale=3.0, **options).images

@@ -187,7 +187,7 @@ def test_every_setting_says_how_it_was_chosen(demo_run):
 
 def test_the_demos_settings_are_those_of_any_images():
     """As they were tuned; the recipe is the one of `fastloda synthesize`."""
-    from fastloda.synthesis.demo import QUICK, DemoSettings
+    from fastloda.synthesis.demo import SHORT, DemoSettings
 
     relaxed, strict = (DemoSettings().recipe(epsilon, seed=0) for epsilon in (3.0, 2.9))
     assert (relaxed.privacy.steps, relaxed.privacy.views, strict.privacy.steps, strict.privacy.views) == (
@@ -198,7 +198,7 @@ def test_the_demos_settings_are_those_of_any_images():
     )
     assert {recipe.privacy.batch_size for recipe in (relaxed, strict)} == {256}
     assert relaxed.pretraining.ema_decay == 0.998 and relaxed.tuning.training.micro_batch_size == 512
-    assert QUICK.recipe(10.0, seed=0).privacy.steps == 10
+    assert SHORT.recipe(10.0, seed=0).privacy.steps == SHORT.private_steps == 400 / 4
 
 
 def test_results_are_complete(demo_run):

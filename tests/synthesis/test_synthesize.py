@@ -21,7 +21,7 @@ from fastloda.synthesis.inputs import SIZES
 from fastloda.synthesis.settings import Adapter, Classifier, UNetShape
 
 NAMES = sorted(CLASSES)
-FEW = "--public-steps 2 --private-steps 2 --count 9 --sampler-steps 2 --progress false --device cpu --epsilon 8".split()
+FEW = "--public-steps 2 --private-steps 2 --count 9 --sampler-steps 2 --device cpu --epsilon 8".split()
 TINY = "--unet.preset small --unet.width 8 --unet.norm-groups 4".split()
 
 
@@ -40,7 +40,18 @@ def _few_previews_and_a_small_judge():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "PREVIEW_COLUMNS", 1)
         patch.setattr(command, "judge", lambda size: Classifier(steps=1, width=8))
+        patch.setattr(command, "measure", _measured_once)
         yield
+
+
+_costs_by_shape: dict[UNetConfig, plan.Cost] = {}
+
+
+def _measured_once(config: UNetConfig, *others) -> plan.Cost:
+    """Measure the cost of a shape of U-Net, which takes seconds, at its first use alone."""
+    if config not in _costs_by_shape:
+        _costs_by_shape[config] = plan.measure(config, *others)
+    return _costs_by_shape[config]
 
 
 def arguments(cells: Path, out: Path, *options: str) -> list[str]:
@@ -48,20 +59,27 @@ def arguments(cells: Path, out: Path, *options: str) -> list[str]:
     return ["synthesize", *sets, *FEW, *TINY, *options]
 
 
-def test_two_folders_become_private_synthetic_images(cells, tmp_path, capsys):
+def test_two_folders_become_private_synthetic_images(cells, tmp_path, capfd):
     out = tmp_path / "out"
     assert main(arguments(cells, out)) == 2  # the broken file
-    first, second = capsys.readouterr().err.splitlines()[-2:]
+    first, second = capfd.readouterr().err.splitlines()[-2:]
     assert "private: 1 of 601 images can't be read" in first and "--skip-unreadable" in first
     assert second.startswith(str(cells / "private" / "basophil" / "p900_0.jpg")) and not out.exists()
 
     skipping = arguments(cells, out, "--skip-unreadable", "--test", str(cells / "test"), "--name", "blood cells")
     assert main(skipping) == 0
-    shown = capsys.readouterr()
+    shown = capfd.readouterr()
     result = yaml.safe_load(shown.out)
     assert f"private: 600 images, 48 x 40 RGB, centre crop to 32 x 32, 4 classes: {', '.join(NAMES)}" in shown.err
     assert "note: the number of records, 600, is treated as public; or give --records" in shown.err
     assert shown.err.count("not adapted: ") == 1
+    lines = [line for line in shown.err.splitlines() if not line.startswith((" ", "pretrain:", "finetune:", "sample:"))]
+    assert (
+        "\r" not in shown.err
+        and len(lines) < 25
+        and [line for line in lines if "warning" in line]
+        == [f"warning: {cells / 'private'}: left out 1 of 601 images, which can't be read"]
+    )
     assert "noise multiplier: " in shown.err and "delta: 0.0001\n" in shown.err and "p900_0.jpg" in shown.err
 
     statement = json.loads((out / "samples" / "privacy.json").read_text())
@@ -86,7 +104,7 @@ def test_two_folders_become_private_synthetic_images(cells, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "evaluation.json"}
     assert main(skipping) == 0  # the same command shows what is there
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert capsys.readouterr().err.count("already there, with these settings") == 3
+    assert capfd.readouterr().err.count("already there, with these settings") == 3
 
 
 def test_the_cells_are_what_they_are_said_to_be(cells):
@@ -177,13 +195,14 @@ def test_all_broken_files_of_all_sets_are_named_in_one_run(cells, tmp_path, caps
 
 
 def test_a_choice_is_paid_from_the_same_budget_and_an_interrupted_run_continues(tmp_path, capsys):
-    sets = ["--public", "font-digits", "--private", "digits@300", "--out", str(tmp_path / "out"), "--choose"]
+    font_digits(64, seed=0).save_npz(tmp_path / "fonts.npz")
+    public = ["--public", str(tmp_path / "fonts.npz")]
+    sets = [*public, "--private", "digits@300", "--out", str(tmp_path / "out"), "--choose"]
     command_line = ["synthesize", *sets, *FEW, "--unet.width", "8", "--unet.norm-groups", "4", "--seed", "0"]
     with pytest.MonkeyPatch.context() as patch:
         few = presets.PublicTraining(steps=2, batch_size=8, warmup=1)
         choice = presets.PublicChoice(4.0, features=20, drawn=16, training=few)
         patch.setattr(presets, "CHOICES", presets.ByEpsilon({0.0: choice}))
-        patch.setattr(stages, "_open_pool", _few(stages._open_pool))
         with pytest.MonkeyPatch.context() as interrupting:
             interrupting.setattr(stages, "draw_resumably", _interrupted)
             assert main(command_line) == 130
@@ -199,10 +218,6 @@ def test_a_choice_is_paid_from_the_same_budget_and_an_interrupted_run_continues(
 
 def _interrupted(*_):
     raise KeyboardInterrupt
-
-
-def _few(open_pool):
-    return lambda public, network, names, **options: open_pool(public, network, names, **options | {"count": 60})
 
 
 @pytest.mark.parametrize("size", range(16, 65, 8))

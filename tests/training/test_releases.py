@@ -496,6 +496,7 @@ def test_copies_repeat_no_noise_of_ones_own(make, again):
     assert not torch.isclose(copied.generator.normal(shape), optimizer.generator.normal(shape)).all()
 
 
+@pytest.mark.filterwarnings("ignore:OwnNoise.normal gave noise that it, or another")  # as well
 @pytest.mark.parametrize("kind", ["same", "zeros", "wide"])
 def test_what_is_hardly_noise_is_said(kind):
     with pytest.warns(UserWarning, match="given before" if kind == "same" else "not 1"):

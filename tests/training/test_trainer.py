@@ -609,6 +609,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"junk", b"\x80\x04X", None])
 def test_damaged_checkpoints_are_refused(tmp_path, content):
     path = tmp_path / "run.pt"

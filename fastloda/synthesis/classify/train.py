@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 from fastloda.errors import UserError
+from fastloda.progress import Progress
 
 from ..data.images import LabelledImages
 from .augment import Augment, AugmentName, augmentation
@@ -58,16 +58,15 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(moves, T_max=steps)
     generator, change = Generator().manual_seed(seed), augmentation(augment)
 
-    bar = tqdm(_batches(len(train), batch_size, steps, generator), "classifier", disable=not progress)
-    for step, index in enumerate(bar):
-        batch = images[index] if change is None else change(images[index], generator)
-        loss = F.cross_entropy(model(batch), labels[index], label_smoothing=label_smoothing)
-        moves.zero_grad()
-        loss.backward()
-        moves.step()
-        schedule.step()
-        if progress and step % _LOG_EVERY == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    with Progress("classifier", steps, shown=progress) as bar:
+        for step, index in enumerate(_batches(len(train), batch_size, steps, generator)):
+            batch = images[index] if change is None else change(images[index], generator)
+            loss = F.cross_entropy(model(batch), labels[index], label_smoothing=label_smoothing)
+            moves.zero_grad()
+            loss.backward()
+            moves.step()
+            schedule.step()
+            bar.update(note=f"loss {loss.item():.3f}" if progress and step % _LOG_EVERY == 0 else "")
     return model.eval()
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from fastloda.errors import UserError
+from fastloda.progress import Progress
 
 from .byte_images import to_floats
 from .images import LabelledImages, check_not_dark
@@ -167,7 +167,7 @@ def _files_by_class(root: Path) -> list[list[Path]]:
 def _open_all(paths: Sequence[Path], size: int | None) -> tuple[dict[Path, Image.Image], dict[Path, str]]:
     """Open images -> those that can be read, and for the others the reason."""
     images, unreadable = {}, {}
-    for path in tqdm(paths, f"reading {paths[0].parents[1].name}", unit="image", delay=2, leave=False, disable=None):
+    for path in Progress(f"reading {paths[0].parents[1].name}", len(paths), "image").over(paths):
         try:
             images[path] = _open(path, size)
         except UserError as error:

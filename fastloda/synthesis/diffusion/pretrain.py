@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from fastloda.errors import UserError
 from fastloda.interrupts import interrupts_wait
+from fastloda.progress import Progress
 from fastloda.randomness import generator_states, make_generators, restore_generators
 from fastloda.synthesis.data.images import LabelledImages
 from fastloda.synthesis.diffusion.unet import UNet
@@ -69,13 +69,11 @@ def pretrain(
     saved = time.monotonic()
     with (
         interrupts_wait() as received,
-        tqdm(total=settings.steps, initial=run.step, desc="public", unit="step", disable=not progress) as bar,
+        Progress("public", settings.steps, done=run.step, shown=progress) as bar,
     ):
         while run.step < settings.steps and not received:
             loss = run.train_step()
-            if run.step % 10 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.4f}")
-            bar.update()
+            bar.update(note=f"loss {loss.item():.4f}" if run.step % 10 == 0 else "")
             waited = time.monotonic() - saved >= checkpoint_seconds
             if run.step % checkpoint_every == 0 or waited or received or run.step == settings.steps:
                 run.save()

@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastloda.errors import UserError
+from fastloda.progress import Progress
 from fastloda.training.average import in_eval_mode
 
 
@@ -55,7 +55,7 @@ def sample(
     device = next(model.parameters()).device
     images = torch.empty(len(labels), *model.image_shape)  # a normal tensor: the caller may train on it
 
-    bar = tqdm(total=len(batches) * steps, desc="sampling", unit="step", disable=not progress)
+    bar = Progress("sampling", len(batches) * steps, shown=progress)
     with bar, torch.inference_mode(), in_eval_mode(model):
         for rows in batches:
             predict = partial(guided, model, labels[rows].to(device), guidance)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastloda.files import write_atomically
+from fastloda.progress import Progress
 from fastloda.randomness import seeded
 from fastloda.synthesis.data import LabelledImages
 
@@ -78,7 +78,7 @@ class AutoencoderTraining:
         optimizer = torch.optim.Adam(network.parameters(), self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         generator = torch.Generator().manual_seed(work.seed)
-        for _ in tqdm(range(self.steps), "autoencoder", disable=not work.progress):
+        for _ in Progress("autoencoder", self.steps, shown=work.progress).over(range(self.steps)):
             index = torch.randint(len(public), (self.batch_size,), generator=generator)
             images = public.images[index].to(work.device)
             optimizer.zero_grad()

@@ -92,7 +92,7 @@ class Work:
         public_folder: folder for models of public data, which several methods share.
         seed: seed of everything random; a number can be foreseen, and makes the run an experiment.
         device: device to compute on.
-        progress: whether to show progress bars.
+        progress: whether to show progress: bars on a terminal, elsewhere a line now and then.
     """
 
     folder: Path

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from fastloda.progress import Progress
 from fastloda.synthesis.data import LabelledImages
 
 from .class_embeddings import ClassEmbeddings
@@ -32,12 +32,12 @@ def moved(images: LabelledImages, released: ClassEmbeddings, reach: float, progr
     if not reach:
         return images
     parts = torch.arange(len(images)).split(_TOGETHER)
-    with tqdm(total=len(parts) * _STEPS, desc="moved", unit="step", disable=not progress) as bar:
+    with Progress("moving", len(parts) * _STEPS, shown=progress) as bar:
         found = [_moved(images[part], released, reach, bar) for part in parts]
     return replace(images, images=torch.cat(found))
 
 
-def _moved(images: LabelledImages, released: ClassEmbeddings, reach: float, bar: tqdm) -> Tensor:
+def _moved(images: LabelledImages, released: ClassEmbeddings, reach: float, bar: Progress) -> Tensor:
     start, labels, means = images.images[:], images.labels, released.means.float()
     pixels = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([pixels], _LEARNING_RATE)

@@ -32,6 +32,7 @@ class Outcome:
         reasons: name -> how the hyper-parameter was chosen.
         environment: machine and versions.
         grids, curves: caption -> PNG file of seed 0.
+        form: a sentence on how much was computed, and what would be more or less.
     """
 
     accuracies: Mapping[tuple[str, float], list[float]]
@@ -42,6 +43,7 @@ class Outcome:
     environment: Mapping[str, object]
     grids: Mapping[str, Path]
     curves: Mapping[str, Path]
+    form: str
 
     def write(self, folder: Path) -> None:
         """Write results.json, results.md and report.html into `folder`."""
@@ -91,6 +93,7 @@ class Outcome:
         ]
         return {
             "results": rows,
+            "form": self.form,
             "delta": self.settings["delta"],
             "randomness": self._randomness(),
             "epsilon_of_all_private_runs_together": self.all_together,
@@ -142,7 +145,7 @@ class Outcome:
             f"{records:,} real handwritten ones, as far as one noisy statistic tells, and then fitted to these by low-rank "
             "adapters, under differential privacy; each budget covers both. A classifier was trained on "
             f"{self.settings['synthetic_images']:,} synthetic digits alone, and tested on 360 real ones that no "
-            "training saw."
+            f"training saw. {self.form}"
         )
 
     def _statement(self) -> list[str]:

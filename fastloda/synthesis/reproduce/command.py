@@ -59,7 +59,7 @@ def reproduce(
         jobs: number of cells at a time, each in a process with its share of the cores. Default: one on a GPU, on a CPU one
             per core.
         device: device to compute on.
-        progress: whether to show a progress bar of all cells, and the cells that run.
+        progress: whether to show how many cells are done and which ones run.
     """
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")

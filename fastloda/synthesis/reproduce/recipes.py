@@ -13,7 +13,7 @@ import torch
 from fastloda.errors import UserError
 from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, open_dataset, stratified_subset
 from fastloda.synthesis.data.published import Split
-from fastloda.synthesis.demo import QUICK, DemoSettings
+from fastloda.synthesis.demo import DemoSettings
 from fastloda.synthesis.diffusion import UNetConfig, digits_unet, paper_unet
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods import (
@@ -168,6 +168,7 @@ PRE_TRAINED = "the public model's training as in the demo, set on public images"
 ON_THE_STAND_IN = (
     "as in the demo: by trials on public images that stand in for the private ones (docs/results/demo-tuning.md)"
 )
+QUICK = DemoSettings(1000, 30, 1000, 10, 10, 200, 10, 100)  # all works, and the images do not resemble digits yet
 IMAGES = 4000  # number of synthetic images of each cell
 QUICK_IMAGES = 1000  # number of images of each published set in a quick run
 IMAGENET10 = (

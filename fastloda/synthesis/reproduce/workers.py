@@ -1,4 +1,4 @@
-"""Workers that compute cells in parallel, each in a process with its share of the cores, and a display of what runs.
+"""Workers that compute cells in parallel, each in a process with its share of the cores.
 
 Small convolutions don't fill several cores: cells on one core each are done sooner than one after another on all of them.
 """
@@ -17,17 +17,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from fastloda.progress import EVERY, Progress
 from fastloda.synthesis.metrics import Extractor, public_extractor, torchscript_features
 
 from .cells import Cell, Problem, all_cells
@@ -100,18 +91,23 @@ def compute_cells(table: Experiment, jobs: int, progress: bool) -> None:
         Whatever a cell raises; those that run beside it are stopped, and continue next time where their method can.
     """
     to_do = table.to_do()
-    with _executor(table, jobs) as submit, _display(progress) as display:
-        total = display.add_task("cells", total=len(table.cells), completed=len(table.cells) - len(to_do))
+    done = len(table.cells) - len(to_do)
+    with (
+        _executor(table, jobs) as submit,
+        Progress("cells", len(table.cells), "cell", done=done, shown=progress) as bar,
+    ):
         waiting, running = iter(to_do), {}
         while True:
             for index in islice(waiting, jobs - len(running)):
-                running[submit(index)] = display.add_task(table.cells[index].name, total=None)
+                running[submit(index)] = table.cells[index].name
             if not running:
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                display.console.print(future.result(), highlight=False)
-                display.remove_task(running.pop(future))
-                display.advance(total)
+            bar.update(0, f"running {', '.join(running.values())}")
+            finished = wait(running, EVERY, return_when=FIRST_COMPLETED).done
+            for future in finished:
+                bar.say(future.result())
+                del running[future]
+            bar.update(len(finished))
 
 
 def default_jobs(device: torch.device) -> int:
@@ -169,15 +165,3 @@ def _workers_experiment() -> Experiment:
 
 def _in_worker(index: int) -> str:
     return _workers_experiment().compute(index)
-
-
-def _display(progress: bool) -> Progress:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True)
