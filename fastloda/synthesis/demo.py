@@ -102,8 +102,8 @@ class DemoSettings:
 SETTINGS, EPSILONS, DEFAULT_RUN = DemoSettings(), Floats([10.0]), Path("runs/demo")
 # These take about a minute: they show that all stages work, but the images do not resemble digits yet.
 QUICK = DemoSettings(1000, 30, 1000, 10, 10, 200, 10, 100)
-# "The stand-in" is public: font digits bent and slanted like another hand, or 5,000 of MNIST's digits (scripts/tune_demo.py; the
-# trials are listed in docs/results/demo-tuning.md).
+# "The stand-in" is public: font digits bent and slanted like another hand, or 5,000 of MNIST's digits (the trials are listed in
+# docs/results/demo-tuning.md; scripts/trials.py makes such).
 HOW_CHOSEN = {
     "public_images": "enough for the public model not to memorise them; they are drawn in seconds",
     "public_steps": "as many as two cores train in two to four minutes",
