@@ -118,8 +118,8 @@ FORMS = {
     "quarter of the time, for a quarter of the steps and images.",
 }
 OTHER_FORM = "This is neither the short demo nor the thorough one: it has settings of its own."
-# "The stand-in" is public: font digits bent and slanted like another hand, or 5,000 of MNIST's digits (scripts/tune_demo.py; the
-# trials are listed in docs/results/demo-tuning.md).
+# "The stand-in" is public: font digits bent and slanted like another hand, or 5,000 of MNIST's digits (the trials are listed in
+# docs/results/demo-tuning.md; scripts/trials.py makes such).
 HOW_CHOSEN = {
     "public_images": "enough for the public model not to memorise them; they are drawn in seconds",
     "public_steps": "as many as two cores train in two to four minutes",

@@ -17,10 +17,11 @@ from fastloda.synthesis.classify import SmallCNN
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import LabelledImages, font_digits
 from fastloda.synthesis.methods import Budget, Method, NoDP, PrivateClassifier, Release, Sampler, Spent
-from fastloda.synthesis.reproduce import recipes
+from fastloda.synthesis.reproduce import paper_tables
 from fastloda.synthesis.reproduce.cells import all_cells
 from fastloda.synthesis.reproduce.published import CIFAR10, CIFAR10_1PCT, MNIST
-from fastloda.synthesis.reproduce.recipes import RECIPES, Recipe, Variant, recipe
+from fastloda.synthesis.reproduce.recipe import Recipe, Variant
+from fastloda.synthesis.reproduce.recipes import RECIPES, recipe
 from fastloda.synthesis.settings import Classifier, UNetShape
 
 FITS: list[tuple] = []
@@ -281,8 +282,8 @@ def test_paper_tables_take_their_files(monkeypatch, tmp_path):
         fonts = font_digits(20, seed=len(opened), size=8)
         return LabelledImages(fonts.images.repeat(1, 3, 4, 4), fonts.labels, 10)
 
-    monkeypatch.setattr(recipes, "open_dataset", stand_in)
-    monkeypatch.setattr(recipes, "stratified_subset", lambda data, **_: data[:10])
+    monkeypatch.setattr(paper_tables, "open_dataset", stand_in)
+    monkeypatch.setattr(paper_tables, "stratified_subset", lambda data, **_: data[:10])
     for name, private in (("table2", "cifar10"), ("table3", "cifar10"), ("table4", "mnist")):
         made = recipe(name, Variant(tmp_path, quick=True))
         assert {entry[0] for entry in opened} >= {private} and made.published
@@ -293,3 +294,12 @@ def test_paper_tables_take_their_files(monkeypatch, tmp_path):
         assert full.methods[0].public.unet.width == 64 and set(full.classifiers) == {"resnet9", "wrn-40-4"}
     assert all(entry[2:] == (32, 3) for entry in opened)
     torch.manual_seed(0)
+
+
+def test_a_quick_cell_of_mnist5k(tmp_path):
+    """Real images of 28 x 28 pixels, from the public model to a classifier of synthetic images."""
+    options = ["--quick", "--seeds", "1", "--epsilons", "1", "--methods", "DP-LoDA,DP-MERF", "--progress", "false"]
+    assert main(["reproduce", "mnist5k", "--run", str(tmp_path), "--jobs", "1", "--device", "cpu", *options]) == 0
+    measured = json.loads((tmp_path / "results.json").read_text())["measured"]
+    assert {cell["method"] for cell in measured} == {"DP-LoDA", "DP-MERF"}
+    assert all(0 < cell["spent"]["epsilon"] <= 1 for cell in measured)

@@ -63,7 +63,7 @@ class AutoencoderTraining:
 
     def fit(self, public: LabelledImages, work: Work) -> Autoencoder:
         """Train an autoencoder on public images by mean squared error, or load it if work.public_folder has it."""
-        about = [asdict(self), work.seed, public.digest()]
+        about = [asdict(self), work.public_seed, public.digest()]
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         path = work.public_folder / f"autoencoder-{key}.safetensors"
         network = self._network(public.images.shape[1], work)
@@ -77,7 +77,7 @@ class AutoencoderTraining:
     def _train(self, network: Autoencoder, public: LabelledImages, work: Work) -> None:
         optimizer = torch.optim.Adam(network.parameters(), self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        generator = torch.Generator().manual_seed(work.seed)
+        generator = torch.Generator().manual_seed(work.public_seed)
         for _ in Progress("autoencoder", self.steps, shown=work.progress).over(range(self.steps)):
             index = torch.randint(len(public), (self.batch_size,), generator=generator)
             images = public.images[index].to(work.device)
@@ -87,5 +87,5 @@ class AutoencoderTraining:
             schedule.step()
 
     def _network(self, channels: int, work: Work) -> Autoencoder:
-        with seeded(work.seed):
+        with seeded(work.public_seed):
             return Autoencoder(channels, self.halvings, self.width).to(work.device)

@@ -93,6 +93,7 @@ class Work:
         seed: seed of everything random; a number can be foreseen, and makes the run an experiment.
         device: device to compute on.
         progress: whether to show progress: bars on a terminal, elsewhere a line now and then.
+        public_seed: seed of the models of public data; default: `seed`. With one of its own, all seeds share these models.
     """
 
     folder: Path
@@ -100,6 +101,11 @@ class Work:
     seed: int
     device: torch.device
     progress: bool = True
+    public_seed: int | None = None
+
+    def __post_init__(self):
+        if self.public_seed is None:
+            object.__setattr__(self, "public_seed", self.seed)
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,11 @@ class PublicModel:
 
     def fit(self, public: LabelledImages, work: Work) -> UNet:
         """Train the model on images of the private classes, or load it from work.public_folder; interrupted, it continues."""
-        path = work.public_folder / f"unet-{self._key(public, work.seed)}.safetensors"
+        path = work.public_folder / f"unet-{self._key(public, work.public_seed)}.safetensors"
         checkpoint = path.with_suffix(".pt")
         with only_one(path):
             if not path.exists():
-                save_unet(self.train(public, work.seed, work.device, checkpoint, work.progress), path)
+                save_unet(self.train(public, work.public_seed, work.device, checkpoint, work.progress), path)
                 for finished in (checkpoint, _before(checkpoint)):
                     finished.unlink(missing_ok=True)
         return load_unet(path, work.device)

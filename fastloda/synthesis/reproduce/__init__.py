@@ -1,6 +1,6 @@
 """Reproduction of the paper's tables, cell by cell."""
 
 from .command import reproduce
-from .recipes import TableName
+from .recipe import TableName
 
 __all__ = ["TableName", "reproduce"]

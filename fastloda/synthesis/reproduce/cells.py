@@ -29,6 +29,7 @@ class Problem:
         delta: delta of every budget.
         classifiers: name -> settings, each trained on the synthetic images.
         synthetic_images: number of images drawn.
+        public_seed: seed of the public models, if all seeds share them.
         extractor: function that returns the extractor of features for FID and the other scores, taken against `test`.
     """
 
@@ -38,6 +39,7 @@ class Problem:
     delta: float
     classifiers: dict[str, Classifier]
     synthetic_images: int
+    public_seed: int | None
     extractor: Callable[[], Extractor]
 
 
@@ -77,7 +79,8 @@ class Cell:
         stage = self.stage(run, problem, device)
         if not stage.is_done():
             with stage.work():
-                work = Work(stage.folder / "fit", run / "public", self.seed, device, progress=False)
+                where = stage.folder / "fit", run / "public"
+                work = Work(*where, self.seed, device, progress=False, public_seed=problem.public_seed)
                 write_json(stage.folder / RESULT, self._compute(problem, work))
         return read_json(stage.folder / RESULT)
 

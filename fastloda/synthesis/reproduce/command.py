@@ -10,7 +10,7 @@ from fastloda.synthesis.arguments import Device, Floats, Names, resolve_device
 from fastloda.synthesis.environment import environment
 from fastloda.synthesis.settings import UNetShape
 
-from .recipes import TableName, Variant
+from .recipe import TableName, Variant
 from .report import Findings
 from .workers import Experiment, Order, compute_cells, default_jobs
 
@@ -37,13 +37,14 @@ def reproduce(
 ) -> None:
     """Compare all methods as the paper's tables do: fit each at each epsilon, test its images, write a report.
 
-    digits needs no files. table2 (CIFAR-10, public ImageNet32), table3 (1% of CIFAR-10) and table4 (MNIST,
-    public SVHN) read the published files from --data. Each cell, a method at an epsilon with a seed, is done once:
-    interrupted, the same command continues. Writes results.json, results.md and report.html, with the published value,
-    marked as such, beside the measured one. Seeds are fixed, so that it can be repeated: an experiment, not a private release.
+    digits and mnist5k, real digits of 8 x 8 and 28 x 28 pixels, need no files. table2 (CIFAR-10, public ImageNet32),
+    table3 (1% of CIFAR-10) and table4 (MNIST, public SVHN) read the published files from --data. Each cell, a method at an
+    epsilon with a seed, is done once: interrupted, the same command continues. Writes results.json, results.md and
+    report.html, with the published value, marked as such, beside the measured one. Seeds are fixed, so that it can be
+    repeated: an experiment, not a private release.
 
     Args:
-        table: name of the table: digits, table2, table3 or table4.
+        table: name of the table: digits, mnist5k, table2, table3 or table4.
         data: folder with the published files; an error says which files must lie where.
         allow_partial: whether some of the published files, or files of fewer images, are enough.
         run: folder for all results; default: runs/ and the table's name.

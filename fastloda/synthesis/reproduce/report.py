@@ -17,7 +17,7 @@ from fastloda.synthesis.runs import write_json
 
 from .cells import GRID, Cell
 from .published import Accuracies
-from .recipes import Recipe
+from .recipe import Recipe
 
 MIB = 1 << 20
 ABSENT = "–"

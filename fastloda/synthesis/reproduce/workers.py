@@ -22,7 +22,8 @@ from fastloda.progress import EVERY, Progress
 from fastloda.synthesis.metrics import Extractor, public_extractor, torchscript_features
 
 from .cells import Cell, Problem, all_cells
-from .recipes import TableName, Variant, recipe
+from .recipe import TableName, Variant
+from .recipes import recipe
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Experiment:
         chosen = recipe(order.table, order.variant).only(order.methods)
         self.order, self.recipe = order, replace(chosen, epsilons=order.epsilons or chosen.epsilons)
         images = {"private": chosen.private(), "public": chosen.public(), "test": chosen.test()}
-        judging = {"classifiers": chosen.classifiers, "synthetic_images": chosen.synthetic_images}
-        self.problem = Problem(**images, delta=chosen.delta, **judging, extractor=self._extractor())
+        judging = {name: getattr(chosen, name) for name in ("delta", "classifiers", "synthetic_images", "public_seed")}
+        self.problem = Problem(**images, **judging, extractor=self._extractor())
         self.cells = all_cells(chosen.methods, self.recipe.epsilons, order.seeds)
 
     def result(self, cell: Cell) -> dict:

@@ -1,0 +1,125 @@
+"""The recipe of a table: its data, the methods with their settings, and how each setting was chosen."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from fastloda.errors import UserError
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion import UNetConfig
+from fastloda.synthesis.methods import ByEpsilon, Method
+from fastloda.synthesis.settings import Classifier, UNetShape
+
+from .published import Accuracies
+
+T = TypeVar("T")
+TableName = Literal["digits", "mnist5k", "table2", "table3", "table4"]
+EPSILONS, DELTA = (1.0, 5.0, 10.0), 1e-5
+BEFOREHAND = "set beforehand, after the method's paper; not tuned"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The way in which a table is wanted.
+
+    Attributes:
+        data: folder of the published files; None for a table that needs none.
+        quick: whether to take few steps and images, to show that it runs.
+        partial: whether a part of a published data set is enough.
+        unet: shape of the U-Net in place of the table's.
+    """
+
+    data: Path | None = None
+    quick: bool = False
+    partial: bool = False
+    unet: UNetShape | None = None
+
+    def shape(self, default: UNetConfig) -> UNetConfig:
+        """Make the U-Net's shape that is asked for, for images like the table's."""
+        if self.unet is None:
+            return default
+        return self.unet.sized(default.image_size, default.in_channels, default.num_classes)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The recipe of one table.
+
+    Attributes:
+        name, title, lead: name, headline and a paragraph on the table.
+        private, test, public: functions that read or draw the images.
+        methods, epsilons: rows and columns, in the paper's order.
+        classifiers: name -> settings of each classifier that tests images.
+        synthetic_images: number of images drawn by each method that draws any.
+        how_chosen: part of the recipe -> how its hyper-parameters were chosen.
+        published: published values, if the paper has this table.
+        extractor_steps: number of training steps of the default feature extractor, on public images.
+        public_seed: seed of the public models, which all seeds of the table then share; None: each seed has its own.
+        blind: whether all settings were chosen without a look at how well they do on the private or the test images.
+    """
+
+    name: TableName
+    title: str
+    lead: str
+    private: Callable[[], LabelledImages]
+    test: Callable[[], LabelledImages]
+    public: Callable[[], LabelledImages]
+    methods: Sequence[Method]
+    classifiers: Mapping[str, Classifier]
+    synthetic_images: int
+    how_chosen: Mapping[str, str]
+    epsilons: tuple[float, ...] = EPSILONS
+    delta: float = DELTA
+    published: Accuracies = field(default_factory=dict)
+    extractor_steps: int = 500
+    public_seed: int | None = None
+    blind: bool = True
+
+    def only(self, names: Sequence[str]) -> "Recipe":
+        """Keep only the rows of these names, and add methods of the user's own, as "module:name"; all rows if there are no names.
+
+        Raises:
+            ValueError: the table has no such row, or a module no such method.
+        """
+        known = {method.name: method for method in self.methods}
+        own = {name: own_method(name) for name in names if ":" in name}
+        if unknown := [name for name in names if name not in known | own]:
+            raise UserError(f"{self.name} has no row {', '.join(unknown)}; it has {', '.join(known)}, or module:Class")
+        if repeated := [method.name for method in own.values() if method.name in known]:
+            raise UserError(f"{self.name} has a row {repeated[0]} already: give your method another name")
+        if not names:
+            return self
+        how_chosen = dict(self.how_chosen) | {method.name: "by its author" for method in own.values()}
+        methods = [(known | own)[name] for name in names]
+        return replace(self, methods=methods, how_chosen=how_chosen, blind=self.blind and not own)
+
+
+def own_method(place: str) -> Method:
+    """Import a method of the user's own from "module:name", a class without arguments or an object, as `Method` says.
+
+    Raises:
+        ValueError: there is no such module or name, or it is no method.
+    """
+    module, _, name = place.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # which an installed command does not search
+    try:
+        found = getattr(import_module(module), name)
+        method = found() if isinstance(found, type) else found
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"no method {place}: {error}") from error
+    if lacking := [part for part in ("name", "trained_on", "has_budget", "fit") if not hasattr(method, part)]:
+        raise UserError(f"{place} is no method, for it has no {', '.join(lacking)}: see fastloda.synthesis.methods")
+    if type(method).__repr__ is object.__repr__:
+        raise UserError(
+            f"{place} needs a __repr__ of its settings, as a dataclass has: it tells finished cells from others"
+        )
+    return method
+
+
+def by_epsilon(make: Callable[[float], T]) -> ByEpsilon[T]:
+    """Make settings for each of a table's usual budgets."""
+    return ByEpsilon({epsilon: make(epsilon) for epsilon in EPSILONS})

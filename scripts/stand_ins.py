@@ -1,0 +1,81 @@
+"""Public images that stand in for the private ones of a table, so that its settings can be chosen without them.
+
+Each function takes a side in pixels, a number of records and a seed, and returns images to train on and others to test on.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloda.synthesis.data import Hands, LabelledImages, digits_split, font_digits
+
+Split = tuple[LabelledImages, LabelledImages]
+TEST_COUNT = 2000
+ONE_HAND = Hands(
+    angle=(-0.15, 0.15), slant=(-0.2, 0.2), stretch=(0.8, 1.3), pen=(0.05, 0.09), fill=(0.68, 0.75), bend=0.0
+)
+SWIRL, SLANT, WOBBLE = 0.33, -0.45, 0.07  # of another hand; a classifier of plain font digits gets about two thirds
+BEND, SHIFT, LEAN = 0.05, 0.06, 0.1  # standard deviations, in half sides, of what tells the copies of one digit apart
+
+
+def swirled(side: int, records: int, seed: int) -> Split:
+    """Draw font digits that vary little, swirled and slanted alike, each wobbling a little on its own."""
+    return _swirled(side, records, 2 * seed), _swirled(side, TEST_COUNT, 2 * seed + 1)
+
+
+def handwritten(side: int, records: int, seed: int) -> Split:
+    """Enlarge scikit-learn's digits, real handwriting of 8 x 8 pixels; copies of one are bent and moved a little."""
+    private, test = (_enlarged(part, side) for part in digits_split())
+    return _copies(private, records, 2 * seed), _copies(test, TEST_COUNT, 2 * seed + 1)
+
+
+STAND_INS: dict[str, Callable[[int, int, int], Split]] = {"swirled": swirled, "handwritten": handwritten}
+
+
+def _swirled(side: int, count: int, seed: int) -> LabelledImages:
+    digits = font_digits(count, seed + 12345, size=side, hands=ONE_HAND)
+    generator = torch.Generator().manual_seed(seed)
+    wobble = _bends(count, 5, side, WOBBLE, generator)
+    x, y = _slanted(SLANT + LEAN * torch.randn(count, generator=generator), side).unbind(-1)
+    angle = SWIRL * 1.5 * torch.pi / 2 * (1 - (x**2 + y**2).sqrt().clamp(max=1))
+    swirled = torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], -1)
+    return LabelledImages(_read(digits.images, swirled + wobble), digits.labels, 10)
+
+
+def _enlarged(digits: LabelledImages, side: int) -> LabelledImages:
+    """Fit digits into the middle 5/7 of images, as MNIST's are, with edges as sharp as a pen's."""
+    inner = 5 * side // 7
+    ink = F.interpolate((digits.images[:] + 1) / 2, size=(inner, inner), mode="bicubic", align_corners=False)
+    ink = torch.sigmoid(10 * (ink - 0.45))
+    before = (side - inner) // 2
+    after = side - inner - before
+    ink = F.pad(ink.where(ink > 0.03, 0.0), (before, after, before, after))
+    return LabelledImages(2 * ink - 1, digits.labels, 10)
+
+
+def _copies(digits: LabelledImages, count: int, seed: int) -> LabelledImages:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(max(count, len(digits)), generator=generator)[:count] % len(digits)
+    side = digits.images.shape[-1]
+    grid = _slanted(LEAN * torch.randn(count, generator=generator), side)
+    grid = grid + SHIFT * torch.randn(count, 1, 1, 2, generator=generator) + _bends(count, 4, side, BEND, generator)
+    return LabelledImages(_read(digits.images[:][index], grid), digits.labels[index], 10)
+
+
+def _bends(count: int, points: int, side: int, amount: float, generator: torch.Generator) -> Tensor:
+    """Draw smooth random shifts [count, side, side, 2] (elastic distortions: Simard et al. 2003)."""
+    coarse = amount * torch.randn(count, 2, points, points, generator=generator)
+    return F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=True).movedim(1, -1)
+
+
+def _slanted(slant: Tensor, side: int) -> Tensor:
+    affine = torch.eye(2, 3).repeat(len(slant), 1, 1)
+    affine[:, 0, 1] = slant
+    return F.affine_grid(affine, [len(slant), 1, side, side], align_corners=False)
+
+
+def _read(images: Tensor, grid: Tensor) -> Tensor:
+    """Read images in [-1, 1] at the points of the grid; outside there is no ink."""
+    return (2 * F.grid_sample((images + 1) / 2, grid, align_corners=False) - 1).clamp(-1, 1)

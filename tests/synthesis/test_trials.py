@@ -1,0 +1,110 @@
+"""`scripts/trials.py`: settings are changed by path, tried in pairs on stand-ins alone, and the worse half stops."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastloda.synthesis.data import font_digits
+from fastloda.synthesis.methods import Budget, ByEpsilon, Release, Sampler, Spent
+from fastloda.synthesis.reproduce.recipe import Recipe, Variant
+from fastloda.synthesis.reproduce.recipes import recipe
+from fastloda.synthesis.settings import Classifier
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import stand_ins
+import trials
+
+
+@dataclass(frozen=True)
+class Blurred:
+    """Draws fonts under noise: the more, the worse."""
+
+    tunings: ByEpsilon[Classifier]  # anything that has a field `lr`
+    name: str = "Blurred"
+    trained_on: str = "its samples"
+    has_budget: bool = True
+
+    def fit(self, private, public, budget: Budget, work) -> Sampler:
+        noise = self.tunings.at(budget.epsilon).lr
+
+        def draw(labels, seed):
+            digits, generator = font_digits(len(labels), seed), torch.Generator().manual_seed(seed)
+            images = torch.empty_like(digits.images)
+            images[labels.argsort(stable=True)] = digits.images[digits.labels.argsort(stable=True)]
+            return images + noise * torch.randn(images.shape, generator=generator)
+
+        return Sampler(draw, 10, Spent(budget.delta, (Release("sum", 1.0, 5.0, 1),)))
+
+
+def never(*_):
+    raise AssertionError("private or test images were read")
+
+
+@pytest.fixture
+def search(monkeypatch, tmp_path) -> trials.Search:
+    made = Recipe(
+        name="digits",
+        title="",
+        lead="",
+        private=never,
+        test=never,
+        public=lambda: font_digits(40, 0),
+        methods=[Blurred(ByEpsilon({1.0: Classifier(lr=3.0)}))],
+        classifiers={"cnn": Classifier(steps=60, width=8)},
+        synthetic_images=400,
+        how_chosen={},
+    )
+    monkeypatch.setattr(trials, "recipe", lambda name, variant: made)
+    monkeypatch.setattr(trials, "ProcessPoolExecutor", _Here)
+    return trials.Search("digits", "Blurred", 1.0, ("swirled",), 2, tmp_path, records=50)
+
+
+class _Here:
+    """A pool of this process, in which the table is replaced."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def submit(self, work, *arguments):
+        found = work(*arguments)
+        return type("Future", (), {"result": lambda _: found})()
+
+
+def test_the_worse_half_stops_and_the_first_goes_on(search, monkeypatch):
+    settings = [{}, {"tunings.lr": 0.1}, {"tunings.lr": 20.0}, {"tunings.lr": 30.0}]
+    found = search.results(settings, jobs=1)
+    assert [len(rounds) for rounds in found] == [2, 2, 1, 1]
+    assert found[1][0][0] > found[2][0][0]
+    table = trials.as_table(search, settings, found)
+    assert len(table.rows) == 4 and "stopped" in table.rows[2][1] and table.rows[1][2].startswith("+")
+    monkeypatch.setattr(trials.Search, "_accuracy", never)
+    assert search.results(settings, jobs=1) == found  # a finished trial is not repeated
+
+
+def test_settings_are_changed_by_path():
+    made = recipe("mnist5k", Variant(quick=True)).only(["DP-LoDA"]).methods[0]
+    changed = trials.changed(made, {"tunings.training.timesteps": [100, 800], "public.conditional.steps": 7}, 1.0)
+    assert changed.tunings.at(1.0).training.timesteps == (100, 800) and changed.public.conditional.steps == 7
+    assert replace(changed, tunings=made.tunings, public=made.public) == made
+    with pytest.raises(ValueError, match="no field 'rate'"):
+        trials.changed(made, {"tunings.training.rate": 1}, 1.0)
+
+
+@pytest.mark.parametrize("name", stand_ins.STAND_INS)
+@pytest.mark.parametrize("side", [8, 28])
+def test_stand_ins_are_images_of_all_classes_that_a_seed_repeats(name, side):
+    private, test = stand_ins.STAND_INS[name](side, 60, 3)
+    assert private.images.shape == (60, 1, side, side) and len(test) == stand_ins.TEST_COUNT
+    assert private.images.abs().max() <= 1 and len(private.labels.unique()) == 10
+    again, _ = stand_ins.STAND_INS[name](side, 60, 3)
+    assert torch.equal(private.images, again.images)
+    assert not torch.equal(private.images, stand_ins.STAND_INS[name](side, 60, 4)[0].images)
