@@ -73,6 +73,7 @@ class Secret:
 
 _secrets: weakref.WeakSet[Secret] = weakref.WeakSet()
 _held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_kept: dict[int, Generator] = {}  # generators to which an older PyTorch allows no weak reference: they live on
 
 
 def hold(source: T) -> T:
@@ -80,6 +81,9 @@ def hold(source: T) -> T:
     try:
         _held[id(source)] = source
     except TypeError as error:
+        if isinstance(source, Generator):
+            _kept[id(source)] = source
+            return source
         kind = type(source).__name__
         raise TypeError(
             f"noise must come from a torch.Generator or an object with normal(shape), not a {kind}"
@@ -102,7 +106,7 @@ def renew(source: Any, devices: Container[str] = ("cpu", "cuda")) -> None:
 def _part_from_parent() -> None:
     for secret in _secrets:
         secret.key = os.urandom(_KEY)
-    for source in list(_held.values()):
+    for source in [*_held.values(), *_kept.values()]:
         renew(source, devices=("cpu",))  # no forked child can use CUDA
 
 
