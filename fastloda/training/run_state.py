@@ -216,7 +216,7 @@ class RunState:
             )
         self.accountant.load_state_dict(state["accountant"])
         self.clipper.max_grad_norm = state["max_grad_norm"]
-        self.clipper.noise.load(state["noise"], self.parameters)
+        self.clipper.noise.load(state["noise"], self.step, self.parameters)
         copy_into(self.parameters, state["parameters"])
         self.average.load(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
