@@ -19,6 +19,9 @@ Noise = tuple[float, float]  # noise_multiplier, sample_rate
 class HistoryAccountant:
     """The accountant that counts steps by (noise_multiplier, sample_rate), and composes them all.
 
+    Steps whose noise is correlated (`make_private(bands=...)`) are counted by rounds: `bands` of them are one step here, at the
+    rate with which a record enters its own step of the round.
+
     Args:
         method: "prv" (tight; see `compose_epsilon`) or "rdp" (instant, looser). Both are upper bounds.
 

@@ -43,6 +43,7 @@ from fastloda.privacy.ranks import World, hand_back_shards, replicate
 from fastloda.privacy.secure_noise import SecureGenerator
 from fastloda.privacy.step import GhostClipper
 from fastloda.privacy.styles import PerParameter, check_positive
+from fastloda.training.sampling import cyclic_rate
 
 REDUCTIONS = ("mean", "sum")
 MODES = ("hooks", "functorch", "ew", "ghost")  # Opacus's modes on one device; here all give the same, exact gradient
@@ -86,6 +87,7 @@ class PrivacyEngine:
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
         rand_on_empty: bool = False,
+        bands: int = 1,
         **unknown: Any,
     ) -> Private | PrivateGhost:
         """Make private counterparts of a training loop's module, optimizer and data loader; the given ones stay as they are.
@@ -112,16 +114,19 @@ class PrivacyEngine:
             wrap_model: False makes the given module itself private, in place, and returns a `PrivateHooks` in the new module's
                 stead, whose `cleanup()` ends that: for code that asks for the module's class, as transformers' Trainer does.
             poisson_sampling, rand_on_empty: arguments of Opacus, accepted at their defaults only.
+            bands: the number of consecutive steps over which the noise is correlated, so that much of it cancels
+                (`privacy/correlated.py`). Each record may then enter one of them only, `bands` times as likely, and they count
+                as one in the account. Every batch of the loader must make its step. 1: independent noise.
 
         The loss must be the mean (or sum) of one loss per sample, each of which depends on its own sample only. A loss that
         visibly does not is refused by `loss.backward()` (`fastloda.engine.loss_check`).
 
         Where `torch.distributed` is initialised, all ranks call it, with the same data set. They share one Poisson batch a step
-        (record i is always rank i mod their number's), take the same noisy step, and count it once each: epsilon is that of one
-        process. The batch_size is that of all ranks together; with a DistributedSampler, each rank's. Rank 0's parameters are
-        copied to the others. The loop takes as many steps on each rank, and its loss is the mean over the rank's own share. A
-        module in DistributedDataParallel is taken out of it; the one returned may be put into it (accelerate does), where it has
-        nothing to do.
+        (record i is always rank i // bands mod their number's), take the same noisy step, and count it once each: epsilon is
+        that of one process. The batch_size is that of all ranks together; with a DistributedSampler, each rank's. Rank 0's
+        parameters are copied to the others. The loop takes as many steps on each rank, and its loss is the mean over the rank's
+        own share. A module in DistributedDataParallel is taken out of it; the one returned may be put into it (accelerate
+        does), where it has nothing to do.
 
         Raises:
             ValueError, TypeError: an argument can't be honoured; the message says what to do instead.
@@ -136,14 +141,17 @@ class PrivacyEngine:
                 raise UserError(f"loss_reduction must be one of {REDUCTIONS}, got {loss_reduction!r}")
             module = bare_module(module)
             # with the account of a private optimizer, or of a loaded state
-            spent = optimizer.state_dict()["param_groups"]
-            optimizer = optimizer.original_optimizer if isinstance(optimizer, PrivateOptimizer) else optimizer
+            if isinstance(optimizer, PrivateOptimizer):  # whose noise stays with it
+                optimizer, spent = optimizer.original_optimizer, [{PRIVACY: optimizer.spent()}]
+            else:
+                spent = optimizer.state_dict()["param_groups"]
             if isinstance(max_grad_norm, (list, tuple)):
                 clipping, max_grad_norm = _parameter_bounds(module, optimizer, max_grad_norm, clipping)
             repeatable = isinstance(noise_generator, Generator)
-            loader = PoissonLoader.like(data_loader, repeatable=repeatable, ranks=world.size)
+            loader = PoissonLoader.like(data_loader, repeatable=repeatable, ranks=world.size, bands=bands)
             expected_batch_size = loader.sample_rate * loader.batch_sampler.records
-            PrivacyAccountant(loader.sample_rate, noise_multiplier)  # checks both
+            rate = cyclic_rate(loader.sample_rate, bands)
+            PrivacyAccountant(rate, noise_multiplier)  # checks both
             if hand_back_shards(module):
                 raise PrivacyError(
                     "the module's weights are sharded, so that all ranks must make every backward pass, also without records: "
@@ -161,8 +169,9 @@ class PrivacyEngine:
                 noise_multiplier=noise_multiplier,
                 max_grad_norm=clipper.max_grad_norm,
                 clipping=clipper.clipping,
-                sample_rate=loader.sample_rate,
+                sample_rate=rate,
                 expected_batch_size=expected_batch_size,
+                run=loader.facts(),
                 generator=self._noise_source(noise_generator),
             )
             private.take_in(spent)
@@ -192,10 +201,10 @@ class PrivacyEngine:
     ) -> Private | PrivateGhost:
         """Call `make_private` with the least noise for which `epochs` passes cost at most (target_epsilon, target_delta).
 
-        The budget pays for the steps of those passes (half a pass for epochs=0.5) and no others: the optimizer refuses to
-        take more, and counts those of a loaded state. If steps have less noise than planned (a schedule), the run ends before
-        the budget is exceeded, and each step waits for the accountant. Finding the noise takes 1 to 60 s the first time
-        (`calibrate_noise`). Further arguments are those of `make_private`.
+        The budget pays for the steps of those passes (half a pass for epochs=0.5; with `bands`, rounded up to a multiple of
+        them) and no others: the optimizer refuses to take more, and counts those of a loaded state. If steps have less noise
+        than planned (a schedule), the run ends before the budget is exceeded, and each step waits for the accountant. Finding
+        the noise takes 1 to 60 s the first time (`calibrate_noise`). Further arguments are those of `make_private`.
 
         Raises:
             ValueError, TypeError, PrivacyError: make_private refuses, or this engine has spent privacy already.
@@ -210,11 +219,12 @@ class PrivacyEngine:
         made = self.make_private(
             module, optimizer, data_loader, noise_multiplier=1.0, max_grad_norm=max_grad_norm, **options
         )
-        private, steps = made[1], math.ceil(round(epochs * len(made[-1]), 6))
-        noise = calibrate_noise(target_epsilon, target_delta, private.sample_rate, steps)
+        private, bands = made[1], made[1].tally.noise.bands
+        rounds = math.ceil(math.ceil(round(epochs * len(made[-1]), 6)) / bands)
+        noise = calibrate_noise(target_epsilon, target_delta, private.sample_rate, rounds)
         private.clipping.gradient_noise(noise, private.expected_batch_size)
         private.noise_multiplier = noise
-        private.budget = Budget(target_epsilon, target_delta, noise, private.sample_rate, steps)
+        private.budget = Budget(target_epsilon, target_delta, noise, private.sample_rate, rounds * bands, bands)
         return made
 
     def get_epsilon(self, delta: float, **settings: Any) -> float:

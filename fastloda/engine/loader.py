@@ -27,9 +27,10 @@ from torch.utils.data import (
 
 from fastloda.engine.collate import CollateOrEmpty
 from fastloda.errors import PrivacyError, UserError
+from fastloda.privacy.correlated import CorrelatedNoise
 from fastloda.privacy.ranks import World
 from fastloda.randomness import hold, unpredictable_generator
-from fastloda.training.sampling import largest_share, poisson_sample, share
+from fastloda.training.sampling import cyclic_rate, cyclic_sample, largest_share, share
 
 if TYPE_CHECKING:  # it reads the tally
     from fastloda.engine.optimizer import PrivateOptimizer
@@ -40,7 +41,8 @@ _batch_numbers = itertools.count()
 class Part(NamedTuple):
     """A part of the logical batch number `batch`: all its records, or (`split`) as many as fit; `last` ends the batch.
 
-    Only the process that drew it, `process`, may use it: a forked child's steps would use its records a second time.
+    Only the process that drew it, `process`, may use it: a forked child's steps would use its records a second time. With
+    correlated noise only step number `step` may: its records may enter no other.
     """
 
     process: int
@@ -48,17 +50,23 @@ class Part(NamedTuple):
     records: int
     last: bool
     split: bool
+    step: int
 
 
 class Tally:
-    """The queue of parts of batches that a loader has handed out and no step has used yet."""
+    """The queue of parts of batches that a loader has handed out and no step has used yet.
 
-    def __init__(self):
+    Attributes:
+        noise: the noise of the steps that use them, which knows how many were made.
+    """
+
+    def __init__(self, bands: int = 1):
         self.drawn: deque[Part] = deque()
+        self.noise = CorrelatedNoise(bands)
 
     def __reduce__(self):
         """Make a copy empty, for a batch is for one step."""
-        return Tally, ()
+        return Tally, (self.noise.bands,)
 
     def take(self, rows: int, sizes: Collection[int] = ()) -> Part:
         """Take the part that a step over `rows` samples uses off the queue, with all parts before it, which were skipped.
@@ -66,7 +74,8 @@ class Tally:
         sizes: the sizes along the batch of what the module was called with; a part of such a size was not skipped.
 
         Raises:
-            PrivacyError: no part has that many records, or parts of two split batches are in the queue.
+            PrivacyError: no part has that many records, or parts of two split batches are in the queue, or the noise is
+                correlated and it is another step's turn.
         """
         while self.drawn and self.drawn[0].process != os.getpid():
             self.drawn.popleft()
@@ -89,6 +98,7 @@ class Tally:
             if computed and part.records == rows:
                 for _ in range(skipped + 1):
                     self.drawn.popleft()
+                self._check_turn(part)
                 return part
             if part in others:
                 break
@@ -97,9 +107,20 @@ class Tally:
             "the model's outputs, or one record could contribute several clipped gradients; weight a row by 0 to leave it out"
         )
 
+    def _check_turn(self, part: Part) -> None:
+        if self.noise.bands > 1 and part.step != self.noise.steps:
+            raise PrivacyError(
+                f"this batch is for step {part.step + 1}, and step {self.noise.steps + 1} is the next: with bands="
+                f"{self.noise.bands} each batch must make its step, the empty ones included, and in the loader's order, or a "
+                "record could enter two steps whose noise is correlated. A new pass over the loader begins with the right one"
+            )
+
 
 class PoissonBatches(Sampler[list[int]]):
     """A sampler of `steps` batches, each with every record with probability `sample_rate`, in parts of up to `max_records`.
+
+    With `bands` the batches are those of the run's steps from number `first` on, each with every record that may enter that
+    step (`cyclic_sample`); `sample_rate` is then a mean.
 
     On rank `rank` of `ranks` it is the rank's share of such batches, in as many parts as the largest share of a batch needs. All
     ranks draw the same batches from generators of the same state. If their states part, as when one rank alone looks at a
@@ -115,15 +136,17 @@ class PoissonBatches(Sampler[list[int]]):
         max_records: int | None = None,
         rank: int = 0,
         ranks: int = 1,
+        bands: int = 1,
     ):
         self.records, self.sample_rate, self.steps = records, sample_rate, steps
         self.generator, self.max_records = hold(generator), max_records
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.bands, self.first = rank, ranks, bands, 0
         self.parts: deque[Part] = deque()
 
-    def drawn_by(self, generator: Generator, max_records: int | None = None) -> "PoissonBatches":
+    def drawn_by(self, generator: Generator, bands: int, max_records: int | None = None) -> "PoissonBatches":
         """Make a sampler of as many batches at the same rate, drawn by another generator or in other parts."""
-        return PoissonBatches(self.records, self.sample_rate, self.steps, generator, max_records, self.rank, self.ranks)
+        place = self.rank, self.ranks, bands
+        return PoissonBatches(self.records, self.sample_rate, self.steps, generator, max_records, *place)
 
     def divide(self, world: World) -> None:
         """Divide the batches that rank 0's generator draws among the ranks of a world; a collective."""
@@ -141,22 +164,23 @@ class PoissonBatches(Sampler[list[int]]):
         """Return the number of steps, or the expected number of physical batches where batches are split."""
         if not self.max_records:
             return self.steps
-        share = math.ceil(self.records / self.ranks)
+        share = math.ceil(self.records / self.bands / self.ranks)
         full = self.max_records * np.arange(1, math.ceil(share / self.max_records))  # records of 1, 2, ... full parts
-        return math.ceil(self.steps * (1 + bdtrc(full, share, self.sample_rate).sum()))
+        return math.ceil(self.steps * (1 + bdtrc(full, share, cyclic_rate(self.sample_rate, self.bands)).sum()))
 
     def __iter__(self) -> Iterator[list[int]]:
         self.parts = deque()  # a new queue for this pass over the data: an older iterator keeps its own
-        return self._draw(self.parts)
+        return self._draw(self.parts, self.first)
 
-    def _draw(self, parts: deque[Part]) -> Iterator[list[int]]:
-        for _ in range(self.steps):
-            indices = poisson_sample(self.records, self.sample_rate, self.generator)
-            count = math.ceil(largest_share(indices, self.ranks) / self.max_records) if self.max_records else 1
-            chunks = share(indices, self.rank, self.ranks).tensor_split(max(1, count))
+    def _draw(self, parts: deque[Part], first: int) -> Iterator[list[int]]:
+        for step in range(first, first + self.steps):
+            indices = cyclic_sample(self.records, self.sample_rate, step, self.bands, self.generator)
+            largest = largest_share(indices, self.ranks, self.bands)
+            count = math.ceil(largest / self.max_records) if self.max_records else 1
+            chunks = share(indices, self.rank, self.ranks, self.bands).tensor_split(max(1, count))
             batch = (os.getpid(), next(_batch_numbers))
             for i, chunk in enumerate(chunks):
-                parts.append(Part(*batch, len(chunk), i == len(chunks) - 1, self.max_records is not None))
+                parts.append(Part(*batch, len(chunk), i == len(chunks) - 1, self.max_records is not None, step))
                 yield chunk.tolist()
 
 
@@ -182,41 +206,45 @@ class PoissonLoader(DataLoader):
         super().__init__(source.dataset, batch_sampler=batches, collate_fn=collate, **kept)
 
     @classmethod
-    def like(cls, source: DataLoader, *, repeatable: bool = False, ranks: int = 1) -> "PoissonLoader":
+    def like(cls, source: DataLoader, *, repeatable: bool = False, ranks: int = 1, bands: int = 1) -> "PoissonLoader":
         """Make a PoissonLoader from a DataLoader that samples a map-style data set uniformly; only the workers read records.
 
         Args:
             repeatable: let the source's generator, if it has one, draw the batches, for an experiment whose batches can be
                 foreseen. Otherwise they can't be: the source's generator seeds the workers, and nothing else.
             ranks: the number of ranks that train together, among which a DistributedSampler may divide the source.
+            bands: the number of steps over which the noise is correlated.
 
         Raises:
             TypeError, ValueError: the source samples in a way that Poisson batches can't replace, or would replace silently.
         """
         generator = getattr(source, "generator", None) if repeatable else None
-        generator = generator or unpredictable_generator()
+        generator, tally = generator or unpredictable_generator(), Tally(bands)
         if isinstance(source, PoissonLoader):
-            return cls(source, source.batch_sampler.drawn_by(generator), source.collate_fn, Tally())
+            return cls(source, source.batch_sampler.drawn_by(generator, bands), source.collate_fn, tally)
         records = _check_uniform(source, ranks)
-        batches = PoissonBatches(records, 1 / len(source), len(source), generator)
-        return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset), Tally())
+        batches = PoissonBatches(records, 1 / len(source), len(source), generator, bands=bands)
+        return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset), tally)
 
     def facts(self) -> dict[str, object]:
-        """List what must be the same on all ranks, or a record could be in the shares of two: how many and which records."""
+        """List what decides who may enter which step on which rank, and must be the same on all ranks and when a run resumes."""
         dataset, chosen = self.dataset, []
         while type(dataset) is Subset:  # such as random_split draws
             chosen.append(hash(tuple(map(int, dataset.indices))))
             dataset = dataset.dataset
-        records = self.batch_sampler.records
-        return {"the number of records": records, "sample_rate": self.sample_rate, "the Subset's records": chosen}
+        facts = {"the number of records": self.batch_sampler.records, "sample_rate": self.sample_rate}
+        return facts | {"the Subset's records": chosen, "bands": self.tally.noise.bands}
 
     def split(self, max_records: int) -> "PoissonLoader":
         """Make a loader of the same batches, each in parts of up to max_records."""
         whole = self.batch_sampler
-        return PoissonLoader(self, whole.drawn_by(whole.generator, max_records), self.collate_fn, self.tally)
+        return PoissonLoader(
+            self, whole.drawn_by(whole.generator, whole.bands, max_records), self.collate_fn, self.tally
+        )
 
     def __iter__(self) -> Any:  # a generator, where a DataLoader promises a class of its own
         self.tally.drawn.clear()  # what an earlier pass left unused
+        self.batch_sampler.first = self.tally.noise.steps
         iterator = super().__iter__()
         parts = self.batch_sampler.parts
         for batch in iterator:

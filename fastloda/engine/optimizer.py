@@ -12,11 +12,12 @@ from torch.optim import lr_scheduler
 
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.accounting.history import HistoryAccountant
-from fastloda.accounting.mechanism import check_mechanism
+from fastloda.accounting.mechanism import check_mechanism, check_noise, check_steps
 from fastloda.engine.loader import Tally
 from fastloda.engine.module import Tape
 from fastloda.errors import PrivacyError, UserError
-from fastloda.per_sample.refusals import check_optimizer
+from fastloda.per_sample.members import Members
+from fastloda.per_sample.refusals import check_optimizer, trainable_parameters
 from fastloda.privacy.adaptive import AdaptiveClipping
 from fastloda.privacy.noise import NoiseSource
 from fastloda.privacy.ranks import World
@@ -26,17 +27,26 @@ from fastloda.privacy.styles import Flat, check_max_grad_norm
 from fastloda.randomness import hold, renew
 
 PRIVACY = "privacy"  # key of the account in the state's first parameter group
+NOISE = "noise"  # key of the correlated noise beside the account
+OTHER_NOISE = (
+    "a run whose noise is correlated goes on with the same bands, records, order of records, batch size and parameters. To begin "
+    f"anew, with the account of what was spent, take {NOISE!r} out of the first parameter group's {PRIVACY!r}"
+)
 PASSING = ("step", "_opt_called", "grad_scale", "found_inf")  # attributes set by schedulers and scalers
 
 
 class Budget(NamedTuple):
-    """A run's privacy budget (epsilon, delta), calibrated for `steps` of one noise multiplier and sample rate."""
+    """A run's privacy budget (epsilon, delta), calibrated for `steps` of one noise multiplier and sample rate.
+
+    Of `bands` steps, whose noise is correlated, only the first costs something.
+    """
 
     epsilon: float
     delta: float
     noise_multiplier: float
     sample_rate: float
     steps: int
+    bands: int = 1
 
     def check(self, spent: list[tuple[float, float, int]]) -> None:
         """Refuse `spent` if it costs more than the budget; steps of more noise or a lower rate cost no more than planned.
@@ -45,7 +55,7 @@ class Budget(NamedTuple):
             PrivacyError: `spent`, a list of (noise_multiplier, sample_rate, steps), exceeds the budget.
         """
         if all(noise >= self.noise_multiplier and rate <= self.sample_rate for noise, rate, _ in spent):
-            if sum(steps for *_, steps in spent) > self.steps:
+            if sum(steps for *_, steps in spent) * self.bands > self.steps:
                 raise PrivacyError(
                     f"the {self.steps} steps that the privacy budget pays for are taken: no step is left"
                 )
@@ -71,11 +81,17 @@ class PrivateOptimizer(torch.optim.Optimizer):
     spent. A copy, pickled or not, goes on with the same account, and draws noise of its own even where a generator was given: two
     runs with the same noise would show the difference of their sums.
 
+    With correlated noise `state_dict()` also carries the noise of the last steps, on rank 0 only, and a new optimizer that loads
+    it goes on in the middle of the cycle. Keep such a state as secret as the noise, and go on from it once. An optimizer that has
+    taken steps goes on with its own noise, whatever it loads; a copy begins anew.
+
     Attributes:
         original_optimizer: the wrapped optimizer.
         noise_multiplier, max_grad_norm: numbers that may be changed between batches, by a public rule; each step is accounted
-            for with its own noise. Adaptive clipping changes max_grad_norm by itself.
-        expected_batch_size: sample_rate x records, the divisor of the noisy sum unless loss_reduction is "sum".
+            for with its own noise (with correlated noise: with that of the first of `bands` steps, of which no other may have
+            less). Adaptive clipping changes max_grad_norm by itself.
+        sample_rate: the probability with which a record enters a step (with correlated noise: one that it may enter).
+        expected_batch_size: the mean number of records of a batch, the divisor of the noisy sum unless loss_reduction is "sum".
         budget: the budget beyond which `step` refuses, or None.
         stats: counts of the last logical batch on this rank (`StepStats`; mean_loss is NaN, for the losses are not known here).
             They are private, for the operator only.
@@ -96,6 +112,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         clipping: Flat,
         sample_rate: float,
         expected_batch_size: float,
+        run: dict[str, object],
         generator: NoiseSource | None = None,
     ):
         self.original_optimizer, self.tally, self.accountant = optimizer, tally, accountant
@@ -105,7 +122,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
             hold(generator)
         self.budget: Budget | None = None
         self.stats: StepStats | None = None
-        self._module, self._tape = module, tape
+        self._module, self._tape, self._run = module, tape, run
+        self._paid = 0.0  # the noise multiplier that the steps of this round may not fall below
         self._world = World.of()
         self._batch: int | None = None  # the logical batch that the clipper holds parts of
         self._clipper: GhostClipper | None = None
@@ -196,8 +214,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         check_mechanism(
             self.sample_rate, self.noise_multiplier, 1
         )  # a mechanism that the account refuses must not be released
+        self._check_paid()
         if self.budget:
-            self.budget.check([*self.accountant.history, (self.noise_multiplier, self.sample_rate, 1)])
+            self.budget.check([*self.accountant.history, *self._costs()])
         drawn = self.tally.drawn
         if self._tape.empty and not (drawn and drawn[-1].records == 0):
             raise PrivacyError(
@@ -205,14 +224,29 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "the wrapped module, or of one of its submodules, leaves nothing for a private step"
             )
 
+    def _costs(self) -> list[tuple[float, float, int]]:
+        """List what the next step adds to the account: nothing, if a step before has paid for it."""
+        noise = self.tally.noise
+        return [] if noise.steps % noise.bands else [(self.noise_multiplier, self.sample_rate, 1)]
+
+    def _check_paid(self) -> None:
+        if not self._costs() and self.noise_multiplier < self._paid:
+            noise = self.tally.noise
+            raise PrivacyError(
+                f"noise_multiplier={self.noise_multiplier:.6g} is less than the {self._paid:.6g} that the first of these "
+                f"{noise.bands} steps has paid for; it may fall with the first of the next ones, step "
+                f"{noise.steps // noise.bands * noise.bands + noise.bands + 1}"
+            )
+
     def _new_clipper(self) -> GhostClipper:
         """Make a clipper for each batch: in between, the module may have moved to another device or have been loaded."""
         clipper = GhostClipper(self._module, self.max_grad_norm, clipping=self.clipping)
         clipper.max_grad_norm = self.max_grad_norm  # adaptive clipping's present bound, not its first
+        clipper.noise = self.tally.noise
         return clipper
 
     def _release(self, clipper: GhostClipper) -> None:
-        self._batch = self._clipper = None
+        self._batch, self._clipper, costs = None, None, self._costs()
         clipper.privatize(self.noise_multiplier, self.expected_batch_size, self.generator)
         if self.loss_reduction == "sum":
             for parameter in clipper.parameters.values():
@@ -221,7 +255,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if isinstance(self.clipping, AdaptiveClipping):  # otherwise the caller's, who may have changed it by now
             self.max_grad_norm = clipper.max_grad_norm
         # before the update: a step that fails from here on has been paid for
-        self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate)
+        for noise, rate, _ in costs:
+            self.accountant.step(noise_multiplier=noise, sample_rate=rate)
+            self._paid = noise
         self.original_optimizer.step()
 
     @property
@@ -254,18 +290,29 @@ class PrivateOptimizer(torch.optim.Optimizer):
         They stay there when an ordinary optimizer loads and saves it, until `make_private` or `load_state_dict` reads them.
         """
         state = self.original_optimizer.state_dict()
-        privacy = {"accountant": self.accountant.state_dict(), "max_grad_norm": self.max_grad_norm}
         first, *others = state["param_groups"]
-        return state | {"param_groups": [first | {PRIVACY: privacy}, *others]}
+        return state | {"param_groups": [first | {PRIVACY: self.spent() | self._noise_state()}, *others]}
+
+    def spent(self) -> dict[str, Any]:
+        """Return the part of the state that another optimizer of the same records must take over."""
+        return {"accountant": self.accountant.state_dict(), "max_grad_norm": self.max_grad_norm}
+
+    def _noise_state(self) -> dict[str, Any]:
+        noise = self.tally.noise
+        if noise.bands == 1 or not noise.steps:
+            return {}
+        parameters = trainable_parameters(Members.of(self._module))
+        return {NOISE: {"run": self._run, "paid": self._paid, "steps": noise.steps, "past": noise.state(parameters)}}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the wrapped optimizer's state, add its account to this one's, and continue from its adaptive clipping bound.
 
         Raises:
-            ValueError: the state belongs to another optimizer, or is malformed; nothing has changed then.
+            ValueError: the state belongs to another optimizer, or is malformed, or its noise is another run's, or is not there;
+                nothing has changed then.
         """
         groups = state_dict["param_groups"]
-        _check_privacy(groups)
+        self._checked(groups)
         self.original_optimizer.load_state_dict(state_dict)
         if not any(PRIVACY in group for group in groups):
             warnings.warn(
@@ -276,11 +323,45 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.take_in(groups)
 
     def take_in(self, groups: list[dict]) -> None:
-        """Add the accounts in parameter groups to this one's, and continue from their adaptive clipping bound."""
-        for privacy in _check_privacy(groups):
+        """Add the accounts in parameter groups to this one's, and continue from their adaptive clipping bound and their noise."""
+        for privacy in self._checked(groups):
             self.accountant.load_state_dict(privacy["accountant"])
+            if (saved := privacy.get(NOISE)) and not self.tally.noise.steps:
+                self.tally.noise.load(saved["past"], saved["steps"], trainable_parameters(Members.of(self._module)))
+                self._paid = saved["paid"]
             if isinstance(self.clipping, AdaptiveClipping):
                 self.max_grad_norm = privacy["max_grad_norm"]
+        for group in self.param_groups:
+            group.get(PRIVACY, {}).pop(NOISE, None)  # for nobody else may continue from it
+
+    def _checked(self, groups: list[dict]) -> list[dict]:
+        """Check and list what parameter groups hold under "privacy".
+
+        Raises:
+            ValueError: it is malformed, or has noise from which this optimizer would, but can't continue.
+        """
+        found = [group[PRIVACY] for group in groups if PRIVACY in group]
+        for privacy in found:
+            try:
+                HistoryAccountant().load_state_dict(privacy["accountant"])
+                check_max_grad_norm(privacy["max_grad_norm"])
+                if NOISE in privacy and not self.tally.noise.steps:
+                    self._check_noise(**privacy[NOISE])
+            except (TypeError, LookupError, AttributeError) as error:
+                raise UserError(f"malformed privacy record in the optimizer's state: {error!r}") from error
+        return found
+
+    def _check_noise(self, run: dict, paid: float, steps: int, past: list[dict[str, Tensor]]) -> None:
+        """Refuse to continue from the noise of another run, or without what a step needs of it."""
+        check_noise(paid)
+        last = min(check_steps(steps, least=1), self.tally.noise.bands - 1)
+        here = {name: p.shape for name, p in trainable_parameters(Members.of(self._module)).items()}
+        alike = all({name: noise.shape for name, noise in each.items()} == here for each in past)
+        different = [name for name, fact in self._run.items() if run[name] != fact] + ["the parameters"] * (not alike)
+        if different:
+            raise UserError(f"the state's noise is of a run that differs in {', '.join(different)}: {OTHER_NOISE}")
+        if self._world.first and paid and len(past) != last:
+            raise UserError(f"the state lacks the noise of the last steps, which rank 0 alone saves: {OTHER_NOISE}")
 
     def add_param_group(self, param_group: dict) -> None:
         self.original_optimizer.add_param_group(param_group)
@@ -330,15 +411,3 @@ def _pass_parts_over() -> None:
     for kind in vars(lr_scheduler).values():
         if isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler) and "step" in vars(kind):
             kind.step = by_step(kind.step)
-
-
-def _check_privacy(groups: list[dict]) -> list[dict]:
-    """Check and list what parameter groups hold under "privacy". Raises ValueError if it is malformed."""
-    found = [group[PRIVACY] for group in groups if PRIVACY in group]
-    for privacy in found:
-        try:
-            HistoryAccountant().load_state_dict(privacy["accountant"])
-            check_max_grad_norm(privacy["max_grad_norm"])
-        except (TypeError, LookupError) as error:
-            raise UserError(f"malformed privacy record in the optimizer's state: {error!r}") from error
-    return found

@@ -8,8 +8,10 @@ ceil(steps / bands) sums with independent noise; `training/sampling.py` draws su
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,12 @@ def square_root(bands: int) -> list[float]:
 class CorrelatedNoise:
     """The noise of one step after the other; with one band it is independent.
 
-    It holds bands - 1 vectors of the size of the sums, in float64.
+    It holds bands - 1 vectors of the size of the sums, in float64. A copy and a forked child begin anew: if two went on from the
+    same noise, a record's column of C would have rows in both, and be longer than 1.
+
+    Attributes:
+        bands: the number of diagonals of C.
+        steps: the number of steps released since the noise began.
 
     Raises:
         UserError: bands is no integer >= 1.
@@ -44,9 +51,14 @@ class CorrelatedNoise:
         self.bands = bands
         self._first, *self._others = square_root(bands)
         self.forget()
+        _all.add(self)
+
+    def __reduce__(self):
+        return CorrelatedNoise, (self.bands,)
 
     def forget(self) -> None:
         """Begin anew, as if no step had been made: C is then of two blocks, whose columns are no longer than before."""
+        self.steps = 0
         self._past: list[Mapping[Alike, Tensor]] = []  # the noise of the last steps, in units of std; the latest first
         self._now: Mapping[Alike, Tensor] | None = None
 
@@ -54,40 +66,63 @@ class CorrelatedNoise:
         """Add the next step's noise to float64 sums, which stay as they are; it counts once `released` is called.
 
         Raises:
-            PrivacyError: the parameters were moved or cast since the last step.
+            PrivacyError: the parameters were moved or cast since the last step, or others train.
         """
         self._now = None  # what an earlier call drew, and was not released
         if self.bands == 1 or not std:
             return {alike: add_noise(total, std, source) for alike, total in sums.items()}
-        if any(past.keys() != sums.keys() for past in self._past):
-            raise PrivacyError(
-                "the model was moved or cast between two steps, whose noise is correlated: move it before the first, or load "
-                "the noise's state on the new device"
-            )
+        self._check_alike(sums)
         self._now = {
             alike: self._solved(alike, add_noise(torch.zeros_like(total), 1.0, source)) for alike, total in sums.items()
         }
         return {alike: total + std * self._now[alike] for alike, total in sums.items()}
 
+    def _check_alike(self, sums: Mapping[Alike, Tensor]) -> None:
+        sizes = _sizes(sums)
+        if any(_sizes(past) != sizes for past in self._past):
+            raise PrivacyError(
+                "the model was moved or cast since the last step, or other parameters train, but the noise of this run is "
+                "correlated over its steps: do that before the first one, or load the noise's state on the new device"
+            )
+
     def _solved(self, alike: Alike, fresh: Tensor) -> Tensor:
         """Solve the next row of C y = z for y, given z = fresh."""
         for diagonal, past in zip(self._others, self._past):
-            fresh -= diagonal * past[alike]
+            fresh.sub_(past[alike], alpha=diagonal)
         return fresh / self._first
 
     def released(self) -> None:
-        """Note that what the last `add` gave is released."""
-        if self._now is not None:
-            self._past, self._now = [self._now, *self._past][: self.bands - 1], None
+        """Note that what the last `add` gave is released; without noise (on other ranks than the first) the past ends there."""
+        self.steps += 1
+        self._past = [] if self._now is None else [self._now, *self._past][: self.bands - 1]
+        self._now = None
 
     def state(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Tensor]]:
         """Collect the noise of the last steps by parameter; it is as secret as the noise itself."""
-        return [FlatSums(parameters).parted(past) for past in self._past]
+        sums = FlatSums(parameters)
+        self._check_alike(sums.buffers)
+        return [sums.parted(past) for past in self._past]
 
-    def load(self, state: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Go on from a state, on the devices where the parameters are now."""
+    def load(self, state: Sequence[Mapping[str, Tensor]], steps: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Go on from the state after `steps` steps, on the devices where the parameters are now."""
         self.forget()
+        self.steps = steps
         for saved in state:
             sums = FlatSums(parameters)
             sums.add_({name: noise.to(parameters[name].device) for name, noise in saved.items()})
             self._past.append(sums.buffers)
+
+
+def _sizes(buffers: Mapping[Alike, Tensor]) -> dict[Alike, int]:
+    return {alike: len(buffer) for alike, buffer in buffers.items()}
+
+
+_all: WeakSet[CorrelatedNoise] = WeakSet()
+
+
+def _part_from_parent() -> None:
+    for noise in _all:
+        noise.forget()
+
+
+os.register_at_fork(after_in_child=_part_from_parent)

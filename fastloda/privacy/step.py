@@ -71,7 +71,7 @@ class GhostClipper:
         clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings (`privacy/styles.py`).
         bands: the number of steps over which the noise is correlated (`privacy/correlated.py`). With more than 1 no record may
             enter two of any `bands` consecutive steps, and ceil(steps / bands) steps count, at the rate of those that it may
-            enter: `DPTrainer` sees to both.
+            enter: `DPTrainer` and `make_private` see to both.
         group: the process group of the ranks. None: the default group, if it is initialised; "alone": this process only.
 
     Raises:
@@ -283,6 +283,7 @@ class GhostClipper:
             "views": self.views,
             "clipping": self.clipping,
             "bands": self.noise.bands,
+            "the place in the cycle": self.noise.steps % self.noise.bands,
             "noise_multiplier": noise_multiplier,
             "expected_batch_size": expected_batch_size,
         }

@@ -28,8 +28,8 @@ class Average:
         torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
 
     @contextlib.contextmanager
-    def in_place(self) -> Generator[None]:
-        """Put the average into the parameters inside the context, and restore their own values after it.
+    def in_place(self, values: Mapping[str, Tensor] | None = None) -> Generator[None]:
+        """Put the average, or another's values, into the parameters inside the context, and restore their own after it.
 
         Raises:
             UserError: the average is in place already.
@@ -38,7 +38,7 @@ class Average:
         own = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.is_in_place = True
         try:
-            copy_into(self.parameters, self.values)
+            copy_into(self.parameters, self.values if values is None else values)
             yield
         finally:
             copy_into(self.parameters, own)

@@ -33,6 +33,7 @@ from fastloda.training.optimizers import (
     make_optimizer,
     make_scheduler,
 )
+from fastloda.training.posthoc import Snapshots
 from fastloda.training.releases import Releases
 from fastloda.training.sampling import cyclic_sample
 from fastloda.training.settings import PrivateTraining
@@ -53,7 +54,7 @@ class RunState:
 
     Attributes:
         units: number of units of privacy, of which each step draws some: records, or owners of records.
-        optimizer, scheduler, average: objects that training changes beside the clipper's parameters.
+        optimizer, scheduler, average, snapshots: objects that training changes beside the clipper's parameters.
         accountant: accountant of the steps taken.
         secret: secret from which each step's batch and noise follow; the same on all ranks.
         generators: generators that the losses draw from; each rank has its own.
@@ -72,6 +73,7 @@ class RunState:
         checkpoint: Path | None,
         optimizer: OptimizerOrFactory | None = None,
         scheduler: SchedulerOrFactory | None = None,
+        snapshots: int = 0,
     ):
         self.settings, self.units, self.clipper, self.checkpoint = settings, data.units, clipper, checkpoint
         self.facts = data.facts() | {"the optimizer": OF_SETTINGS, "the scheduler": OF_SETTINGS}
@@ -85,6 +87,7 @@ class RunState:
         if checkpoint:
             check_states(self.optimizer, self.scheduler)
         self.average = Average(self.parameters, settings.ema_decay)
+        self.snapshots = Snapshots(self.parameters, settings.steps, snapshots)
         self.accountant = settings.accountant()
         self.device = next(iter(self.parameters.values())).device
         self.secret = self._new_secret()
@@ -159,6 +162,7 @@ class RunState:
         self.optimizer.step()
         self.scheduler.step()
         self.average.update(self.step)
+        self.snapshots.update(self.step)
 
     def charge(self, last: int, why: str) -> None:
         """Charge the releases on record up to number `last`, which are not repeated, so that the budget holds."""
@@ -199,6 +203,7 @@ class RunState:
             "noise": self.world.from_first(lambda: self.clipper.noise.state(self.parameters)),
             "parameters": {name: p.detach().clone() for name, p in self.parameters.items()},
             "average": dict(self.average.values),
+            "snapshots": self.snapshots.state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "generators": by_rank,
@@ -216,9 +221,10 @@ class RunState:
             )
         self.accountant.load_state_dict(state["accountant"])
         self.clipper.max_grad_norm = state["max_grad_norm"]
-        self.clipper.noise.load(state["noise"], self.parameters)
+        self.clipper.noise.load(state["noise"], self.step, self.parameters)
         copy_into(self.parameters, state["parameters"])
         self.average.load(state["average"])
+        self.snapshots.load(state.get("snapshots", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if "secret" in state:

@@ -11,6 +11,7 @@ from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.errors import UserError
 from fastloda.privacy.clip import Clipping, clipping_style
 from fastloda.privacy.styles import check_max_grad_norm
+from fastloda.training.sampling import cyclic_rate
 from fastloda.training.schedules import Schedule
 
 FAR = 20  # factor from sample_rate x samples, either way, beyond which expected_batch_size is taken for a mistake
@@ -85,11 +86,7 @@ class PrivateTraining:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} must be an integer >= 1, got {value!r}")
-        if self.bands > 1 and not self.sample_rate * self.bands <= 1:
-            raise UserError(
-                f"with bands={self.bands} a record enters a step with {self.bands} x sample_rate, which may be at most 1: got "
-                f"sample_rate={self.sample_rate!r}"
-            )
+        cyclic_rate(self.sample_rate, self.bands)
         for name in ("expected_batch_size", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
@@ -113,7 +110,8 @@ class PrivateTraining:
         if self.target_epsilon is None:
             raise UserError("give noise_multiplier, or the target_epsilon from which it is computed")
         rounds = -(-self.steps // self.bands)
-        return calibrate_noise(self.target_epsilon, self.delta, self.sample_rate * self.bands, rounds, self.earlier)
+        rate = cyclic_rate(self.sample_rate, self.bands)
+        return calibrate_noise(self.target_epsilon, self.delta, rate, rounds, self.earlier)
 
     def check_units(self, units: int, unit: str) -> None:
         """Refuse an expected_batch_size far from sample_rate x units; below one expected unit, far from 1."""
@@ -126,7 +124,7 @@ class PrivateTraining:
 
     def accountant(self) -> PrivacyAccountant:
         """Make the accountant of a run with these settings, at its start."""
-        rate = self.sample_rate * self.bands
+        rate = cyclic_rate(self.sample_rate, self.bands)
         return PrivacyAccountant(rate, self.noise_multiplier, earlier=self.earlier, bands=self.bands)
 
 

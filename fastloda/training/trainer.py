@@ -63,7 +63,7 @@ class DPTrainer:
 
     Where `torch.distributed` is initialised, all ranks train one model (`fastloda.privacy.ranks`): construct it, and call `fit`,
     `train_step`, `save` and `state_dict`, on all of them. Each step's batch is one Poisson sample of all records (or owners), the
-    same on any number of ranks; the i-th is trained on by rank i mod their number, with random losses of that rank's own.
+    same on any number of ranks; the i-th is trained on by rank i // bands mod their number, with random losses of its own.
     Rank 0's trainable parameters are copied to the others at the start; rank 0 adds the noise, shows the bar, and reads and
     writes the checkpoint. With as many ranks as wrote it, a run resumes bit for bit; with another number the losses are drawn
     anew.
@@ -99,6 +99,8 @@ class DPTrainer:
             random states are put back after each call. If one raises, the step is done, saved and not taken again.
         progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
         group: the ranks that train together. None takes all, if a process group is initialised; "alone" this process only.
+        snapshots: number of moments at which two averages of the parameters are copied, so that `averaged` can make one of any
+            length after training; 32 serve well, and make the checkpoint 64 times the parameters larger.
 
     Raises:
         ValueError, PrivacyError: the arguments are refused, with the reason, before anything is changed.
@@ -120,6 +122,7 @@ class DPTrainer:
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
         group: Group = None,
+        snapshots: int = 0,
     ):
         self.model, self.losses, self.settings, self.checkpoint_every = model, losses, settings, checkpoint_every
         _check_devices(model)
@@ -135,7 +138,7 @@ class DPTrainer:
         )
         self.parameters = self.clipper.parameters
         place = None if checkpoint is None else Path(checkpoint)
-        self.run = RunState(settings, self._data, self.clipper, place, optimizer, scheduler)
+        self.run = RunState(settings, self._data, self.clipper, place, optimizer, scheduler, snapshots)
         self.callbacks, self.progress = tuple(callbacks), progress and self.world.first
         self._looks = Looks(self.run, self._data, self._evaluate)
         self._waste, self._divisors = Waste(self.run.device), Divisors()
@@ -266,17 +269,23 @@ class DPTrainer:
                 raise
 
     @contextmanager
-    def averaged(self) -> Yielding[None]:
+    def averaged(self, length: float | None = None) -> Yielding[None]:
         """Put the averaged parameters into the model, in eval mode, inside the context, to evaluate them or to save them.
+
+        length: the relative length of an average that is made of the snapshots (`posthoc.py`), about the share of the steps
+            that it reaches back; None: the average of the settings' ema_decay. Choose it on public data, or the choice is a
+            release.
 
         After it the model has its own parameters and modes again, and random generators their states, so that training goes
         on as if nothing had been. With sharded weights all ranks must do the same inside.
 
         Raises:
-            UserError: within it, for an attempt to train, to save the checkpoint, or to enter it again.
+            UserError: within it, for an attempt to train, to save the checkpoint, or to enter it again; or there is no average
+                of that length.
         """
         self._release()
-        with restored(self.run.generators), in_eval_mode(self.model), self.average.in_place():
+        values = None if length is None else self.run.snapshots.average(length)
+        with restored(self.run.generators), in_eval_mode(self.model), self.average.in_place(values):
             torch.clear_autocast_cache()  # it may hold casts of the other parameters
             try:
                 yield
@@ -341,8 +350,9 @@ class DPTrainer:
         """Accumulate the clipped sum of this rank's share of the sampled records."""
         settings, world = self.settings, self.world
         sharded = hand_back_shards(self.model)
-        together = math.ceil(largest_share(indices, world.size) / settings.micro_batch_size) if sharded else 0
-        own = share(indices, world.rank, world.size)
+        largest = largest_share(indices, world.size, settings.bands)
+        together = math.ceil(largest / settings.micro_batch_size) if sharded else 0
+        own = share(indices, world.rank, world.size, settings.bands)
         parts = list(micro_batches(own, settings.micro_batch_size, settings.fixed_shape, at_least=together))
         before = generator_states(self.run.generators)
         try:

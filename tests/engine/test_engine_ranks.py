@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 from two_ranks import RANKS, case_of, two_ranks_of
 
 from fastloda import BatchMemoryManager, PrivacyAccountant, PrivacyEngine
+from fastloda.privacy.ranks import World
 
 CASES: dict = {}
 case, two_ranks = case_of(CASES), two_ranks_of(__name__)
@@ -137,6 +138,49 @@ def test_an_adaptive_bound_moves_together(two_ranks):
     model, optimizer, loader = made(noise=1.0, clipping="adaptive", unclipped_num_std=1.0)
     assert_shares_of(run(model, optimizer, loader), [mine, theirs])
     assert bound == their_bound == pytest.approx(optimizer.max_grad_norm, rel=1e-12) != BOUND
+
+
+BANDS = 2
+
+
+@case
+def correlated(rank, folder):
+    """Some steps, and as many again after the state is loaded: rank 0's by both, then each rank's own."""
+    model, optimizer, loader = made(noise=1.0, bands=BANDS)
+    steps = run(model, optimizer, loader, passes=1)
+    torch.save(optimizer.state_dict(), folder / f"state.{rank}")
+    states = torch.load(folder / f"state.{rank}", weights_only=True), World.of().from_first(optimizer.state_dict)
+    generator = loader.batch_sampler.generator, optimizer.generator
+    resumed = made(small_net(), noise=1.0, bands=BANDS)
+    resumed[0].load_state_dict(model.state_dict())
+    resumed[1].load_state_dict(states[1])
+    for mine, before in zip((resumed[2].batch_sampler.generator, resumed[1].generator), generator):
+        mine.set_state(before.get_state())
+    again = run(*resumed, passes=1)
+    other = made(small_net(), noise=1.0, bands=BANDS)[1]
+    refused = error_of(lambda: other.load_state_dict(World.of().gather(states[0])[1]))
+    alone = made(small_net(), noise=1.0, bands=BANDS)
+    if rank == 0:
+        alone[1].load_state_dict(states[0])
+    apart = error_of(lambda: run(*alone, passes=1))
+    return steps, again, run(model, optimizer, loader, passes=1), refused, apart, len(optimizer.accountant)
+
+
+def test_correlated_noise(two_ranks):
+    mine, theirs = two_ranks("correlated")
+    model, optimizer, loader = made(noise=1.0, bands=BANDS)
+    whole = run(model, optimizer, loader, passes=2)
+    for at, wanted in enumerate([whole[:3], whole[3:], whole[3:]]):
+        for one, first, second in zip(wanted, mine[at], theirs[at], strict=True):
+            entered = sorted(one[0])
+            assert entered == sorted(first[0] + second[0]) and len({number % BANDS for number in entered}) == 1
+            assert all(number // BANDS % RANKS == rank for rank in (0, 1) for number in (first, second)[rank][0])
+            for g, a, b in zip(one[1], first[1], second[1]):
+                torch.testing.assert_close(a, g, rtol=1e-9, atol=1e-12)
+                assert torch.equal(a, b)
+    assert "lacks the noise of the last steps, which rank 0 alone saves" in mine[3] and theirs[3] == "nothing"
+    assert all("the place in the cycle is 1 on rank 0, 0 on rank 1" in of_rank[4] for of_rank in (mine, theirs))
+    assert mine[5] == theirs[5] == len(optimizer.accountant) == 3
 
 
 @case

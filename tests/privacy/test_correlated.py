@@ -1,5 +1,6 @@
 """Correlated noise against its matrices: what is added, what one record moves, what is accounted, and how runs resume."""
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import RUN, SETTINGS, assert_same_run, trainer
+from strategy import Given, strategy
 from torch import nn
 
 from fastloda import GhostClipper, PrivacyAccountant, PrivacyError, PrivateTraining, compose_epsilon
@@ -20,24 +22,6 @@ from fastloda.training.checkpoint import CheckpointError
 from fastloda.training.sampling import cyclic_sample
 
 CORRELATED = dataclasses.replace(SETTINGS, bands=4)
-
-
-class Given:
-    """A source of the numbers given."""
-
-    def __init__(self, rows):
-        self.rows = iter(rows)
-
-    def normal(self, shape):
-        return next(self.rows).clone().view(shape)
-
-
-def strategy(bands: int, steps: int) -> torch.Tensor:
-    """Make C [steps, steps], whose columns have norm 1 at most."""
-    c = torch.zeros(steps, steps, dtype=torch.float64)
-    for k, value in enumerate(square_root(bands)[:steps]):
-        c += value * torch.diag(torch.ones(steps - k, dtype=torch.float64), -k)
-    return c
 
 
 def small_model() -> nn.Module:
@@ -199,7 +183,14 @@ def test_a_failed_step_leaves_the_noise_where_it_was():
     after = clipper.noise.state(clipper.parameters)
     assert len(after) == 1 and torch.equal(before[0]["weight"], after[0]["weight"])
     clipper.privatize(0.0, 4.0)  # releases no noise, and so none of what was drawn
-    assert len(clipper.noise.state(clipper.parameters)) == 1
+    assert clipper.noise.state(clipper.parameters) == []
+
+
+def test_a_copy_begins_anew():
+    clipper = GhostClipper(small_model(), 1.0, bands=3)
+    clipper.privatize(1.0, 4.0)
+    noise = copy.deepcopy(clipper).noise
+    assert (noise.bands, noise.steps, clipper.noise.steps) == (3, 0, 1)
 
 
 def test_the_statement_counts_rounds():

@@ -412,6 +412,16 @@ def noise_of(clipper: GhostClipper, generator=None) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in clipper.parameters.values()])
 
 
+def test_a_forked_child_begins_correlated_noise_anew():
+    clipper = GhostClipper(small_model(), 1.0, bands=3)
+    noise_of(clipper)
+    assert in_child(lambda: torch.tensor([clipper.noise.steps])) == 0 < clipper.noise.steps
+    theirs, again = (in_child(lambda: noise_of(clipper, Generator().manual_seed(1))) for _ in range(2))
+    own = noise_of(clipper, Generator().manual_seed(1)).double()
+    assert torch.equal(theirs, again) and not torch.equal(theirs, own)  # without the noise of the step before
+    assert torch.equal(theirs, noise_of(GhostClipper(small_model(), 1.0, bands=3), Generator().manual_seed(1)).double())
+
+
 def private_optimizer(generator):
     model = small_model()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*small_data()), batch_size=20)

@@ -15,6 +15,7 @@ from fastloda.synthesis.data.images import LabelledImages
 from fastloda.synthesis.diffusion.unet import UNet
 from fastloda.training.average import Average, copy_into
 from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
+from fastloda.training.posthoc import Snapshots
 from fastloda.training.schedules import warmup_then
 
 
@@ -56,16 +57,22 @@ def pretrain(
     checkpoint_every: int = 200,
     checkpoint_seconds: float = 60.0,
     progress: bool = True,
+    snapshots: int = 0,
+    length: float | None = None,
 ) -> UNet:
     """Train all of `model` on public images, and leave the averaged weights in it; resumes from `checkpoint` if it exists.
 
     It saves every `checkpoint_every` steps, after `checkpoint_seconds` without a save, at the end, and at SIGINT (Ctrl-C) or
     SIGTERM, which take effect after the current step.
 
+    With `snapshots` (32, say) the average may be one of any relative `length`, in place of ema_decay's (`training/posthoc.py`);
+    another call with the same checkpoint makes it of another length, without training.
+
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to another model, other settings or other data.
+        UserError: it was begun with another number of snapshots, or there is no average of that length.
     """
-    run = _Run(model, data, settings, None if checkpoint is None else Path(checkpoint))
+    run = _Run(model, data, settings, None if checkpoint is None else Path(checkpoint), snapshots)
     saved = time.monotonic()
     with (
         interrupts_wait() as received,
@@ -78,12 +85,14 @@ def pretrain(
             if run.step % checkpoint_every == 0 or waited or received or run.step == settings.steps:
                 run.save()
                 saved = time.monotonic()
-    copy_into(run.parameters, run.average.values)
+    copy_into(run.parameters, run.average.values if length is None else run.snapshots.average(length))
     return model
 
 
 class _Run:
-    def __init__(self, model: UNet, data: LabelledImages, settings: PublicTraining, checkpoint: Path | None):
+    def __init__(
+        self, model: UNet, data: LabelledImages, settings: PublicTraining, checkpoint: Path | None, snapshots: int
+    ):
         self.model, self.data, self.settings, self.checkpoint = model, data, settings, checkpoint
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
@@ -91,6 +100,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), s.learning_rate, weight_decay=s.weight_decay)
         self.schedule = warmup_then(self.optimizer, "cosine", s.steps, s.warmup)
         self.average = Average(self.parameters, s.ema_decay)
+        self.snapshots = Snapshots(self.parameters, s.steps, snapshots)
         self.generators = make_generators({"batches": "cpu", "losses": self.device}, s.seed)
         self.step = 0
         self._fingerprint = fingerprint(model)
@@ -110,6 +120,7 @@ class _Run:
         self.schedule.step()
         self.step += 1
         self.average.update(self.step)
+        self.snapshots.update(self.step)
         return loss.detach()
 
     def save(self) -> None:
@@ -121,6 +132,7 @@ class _Run:
             "step": self.step,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "average": self.average.values,
+            "snapshots": self.snapshots.state(),
             "optimizer": self.optimizer.state_dict(),
             "generators": generator_states(self.generators),
         }
@@ -132,6 +144,7 @@ class _Run:
             raise CheckpointError(f"{self.checkpoint} is of a run with other settings or data: {state['settings']}")
         copy_into(self.parameters, state["parameters"])
         self.average.load(state["average"])
+        self.snapshots.load(state.get("snapshots", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = self.step = state["step"]
         restore_generators(self.generators, state["generators"])
