@@ -1,6 +1,5 @@
 """Shared switches of the test suite: `--prove` runs the slow full counts and records their figures."""
 
-import inspect
 import json
 import os
 import platform
@@ -9,9 +8,6 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-import torch.utils.checkpoint
-
-from fastloda.errors import PrivacyError
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -20,7 +16,6 @@ hypothesis.settings.register_profile(
 )  # nobody's change fails by chance; --prove draws anew
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 PROOF_FILE = Path(__file__).parent.parent / "docs" / "results" / "prove.json"
-READ_ONCE = "already unpacked once" in inspect.getsource(torch.utils.checkpoint)  # older versions of PyTorch
 _figures: dict[str, object] = {}
 
 
@@ -31,17 +26,6 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.getoption("--prove"):
         hypothesis.settings.load_profile("repeatable")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call():
-    """Skip, with the reason, where an older PyTorch lets no rule read what activation checkpointing has saved."""
-    try:
-        return (yield)
-    except PrivacyError as error:
-        if READ_ONCE and "lets no rule read its input there" in str(error):
-            pytest.skip(f"torch {torch.__version__} trains nothing inside activation checkpointing")
-        raise
 
 
 @pytest.fixture
