@@ -1,5 +1,6 @@
 # make demo: from nothing to private synthetic digits and a report.  make test: from nothing to all checks and tests.
 # make docs: the site, in build/site.  make dist: sdist and wheel, in build/dist.  make smoke: that wheel, in an environment of its own.
+SHELL := /bin/bash
 VENV ?= .venv
 JOBS ?= 2
 PYTHON := $(VENV)/bin/python
@@ -9,7 +10,7 @@ FOR_DOCS := $(VENV)/.for-docs
 FOR_DIST := $(VENV)/.for-dist
 INSTALL := $(PYTHON) -m pip install -q -c constraints.txt
 
-.PHONY: demo check test compile prove wheels rehearse bench docs dist smoke clean
+.PHONY: demo check test compile prove wheels rehearse bench docs links dist smoke clean
 
 demo: $(FOR_USE)
 	$(VENV)/bin/fastloda demo --run runs/demo
@@ -55,21 +56,29 @@ rehearse: $(FOR_TESTS)
 bench: $(FOR_TESTS)
 	$(PYTHON) -m pytest bench -q
 
-# The site is built without a network. A warning, and so a link that leads nowhere, fails it.
+# The site is built without a network; the programs on its pages run. A warning, a link that leads nowhere or a program that fails
+# fails it.
 docs: $(FOR_DOCS)
-	$(PYTHON) -m sphinx -q -E -W --keep-going -b html docs build/site
+	$(PYTHON) -m sphinx -q -E -W --keep-going -j $(JOBS) -b html docs build/site
+
+# The site's links to elsewhere, which need a network.
+links: $(FOR_DOCS)
+	$(PYTHON) -m sphinx -q -b linkcheck docs build/links
 
 dist: $(FOR_DIST)
 	rm -rf build/dist
 	$(PYTHON) -m build -q --outdir build/dist
 	$(PYTHON) -m twine check --strict build/dist/*
 
-# The wheel alone, with the core's dependencies, in an environment of its own.
+# The wheel alone, with the core's dependencies, in an environment of its own; with EXTRA=synthesis that extra too, and the demo,
+# which DEMO=--quick shortens.
 smoke: dist
 	python3 -m venv --clear build/smoke
-	build/smoke/bin/python -m pip install -q -c constraints.txt build/dist/*.whl
-	build/smoke/bin/python -I scripts/wheel_smoke.py README.md
+	time build/smoke/bin/python -m pip install -q -c constraints.txt "$$(echo build/dist/*.whl)$(if $(EXTRA),[$(EXTRA)])"
+	du -sh build/smoke
+	build/smoke/bin/python -I scripts/wheel_smoke.py README.md $(EXTRA)
 	build/smoke/bin/fastloda --version
+	$(if $(filter synthesis,$(EXTRA)),time build/smoke/bin/fastloda demo $(DEMO) --run build/smoke/demo)
 
 $(PYTHON):
 	python3 -m venv $(VENV)
@@ -84,7 +93,7 @@ $(FOR_TESTS): setup.py constraints.txt | $(PYTHON)
 	touch $@ $(FOR_USE)
 
 $(FOR_DOCS): setup.py constraints.txt | $(PYTHON)
-	$(INSTALL) -e '.[docs]'
+	$(INSTALL) -e '.[synthesis,test,docs]'  # the site's programs need what the integrations do
 	touch $@
 
 $(FOR_DIST): constraints.txt | $(PYTHON)

@@ -21,20 +21,20 @@ class PlainAdapter(nn.Module):
         return self.conv(x) + self.B(F.leaky_relu(self.A(x), 0.1))
 
     def to_loda(self) -> LoDAConv2d:
-        """The same layer on the same parameters."""
+        """Make FastLoDA's layer with the same parameters."""
         layer = LoDAConv2d.from_conv(self.conv, rank=self.A.out_channels)
         layer.loda_A, layer.loda_B = self.A.weight, self.B.weight
         return layer
 
 
 def adapt_plainly(model: nn.Module, rank: int) -> nn.Module:
-    """A PlainAdapter on every convolution that can have one; all else is frozen. In place."""
+    """Put a PlainAdapter on every convolution that can have one, in place; everything else is frozen."""
     model.requires_grad_(False)
     return _replace(model, lambda m: PlainAdapter(m, rank) if _adaptable(m, rank) else None)
 
 
 def use_loda_layers(model: nn.Module) -> nn.Module:
-    """LoDAConv2d in place of every PlainAdapter, on the same parameters. In place."""
+    """Replace every PlainAdapter, in place, by a LoDAConv2d with the same parameters."""
     return _replace(model, lambda m: m.to_loda() if isinstance(m, PlainAdapter) else None)
 
 
@@ -43,7 +43,7 @@ def _adaptable(module: nn.Module, rank: int) -> bool:
 
 
 def _replace(model: nn.Module, replacement) -> nn.Module:
-    """replacement(module) -> the module to stand in its place, or None."""
+    """Replace each module, in place, by replacement(module), unless that is None."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if (new := replacement(child)) is not None:
@@ -52,5 +52,5 @@ def _replace(model: nn.Module, replacement) -> nn.Module:
 
 
 def trainable(model: nn.Module) -> list[torch.nn.Parameter]:
-    """In the order of the model's modules: the same for both kinds of layers."""
+    """List the trainable parameters in the order of the modules, which is the same for both kinds of layers."""
     return [p for p in model.parameters() if p.requires_grad]

@@ -18,11 +18,12 @@ Batch = tuple[Tensor, ...]  # every tensor has batch x views rows, sample-major
 
 @dataclass(frozen=True)
 class Case:
-    """One training step. `channels`, `size` and `layers` are those of the layer, the stack and the encoder; other models have
-    their own.
+    """A training step to measure.
 
-    rank: of the adapters; None trains all parameters, of the encoder all Linear layers. dtype: "bfloat16" is autocast. views:
-    rows of one sample. size: of an image's side, or the length of the encoder's sequences.
+    `channels`, `size` and `layers` describe the layer, the stack and the encoder; other models have their own.
+
+    rank: rank of the adapters; None trains all parameters (of the encoder, all Linear layers). dtype: "bfloat16" means
+    autocast. views: number of rows of one sample. size: side of the images, or length of the encoder's sequences.
     """
 
     model: str
@@ -52,7 +53,7 @@ class Case:
         return asdict(self)
 
     def build(self) -> nn.Module:
-        """The model in plain PyTorch modules; the same weights each time."""
+        """Make the model in plain PyTorch modules, with the same weights each time."""
         torch.manual_seed(0)
         model = WORKLOADS[self.model].build(self)
         if self.rank is not None:
@@ -64,14 +65,14 @@ class Case:
         return tuple(self._placed(t) for t in WORKLOADS[self.model].inputs(self, self.batch * self.views))
 
     def _placed(self, t: Tensor) -> Tensor:
-        """On the device, in the layout; a leaf, or every backward pass would copy its gradient back."""
+        """Put a tensor on the device in the layout, as a leaf: else every backward pass would copy its gradient."""
         placed = t.detach().to(DEVICE)
         if t.dim() == 4:
             placed = placed.contiguous(memory_format=self.memory_format)
         return placed.requires_grad_(t.requires_grad)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """One number for each row, in float32."""
+        """Compute one loss for each row, in float32."""
         half = self.dtype == "bfloat16"
         # without its cache of cast weights, which a captured graph could not use
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half, cache_enabled=False):
@@ -83,7 +84,7 @@ class Case:
 
 
 class Workload(NamedTuple):
-    """build(case) -> model without adapters; inputs(case, rows) -> batch; losses(model, *batch) -> [rows]."""
+    """A kind of model: build(case) -> model; inputs(case, rows) -> batch; losses(model, *batch) -> [rows]."""
 
     build: Callable[[Case], nn.Module]
     inputs: Callable[[Case, int], Batch]
@@ -105,7 +106,7 @@ def _features(case: Case, rows: int) -> Batch:
 
 
 def _features_with_grad(case: Case, rows: int) -> Batch:
-    """The layer stands within a model: its input wants a gradient too."""
+    """Make features that need a gradient, as the input of a layer within a model does."""
     return (_features(case, rows)[0].requires_grad_(),)
 
 

@@ -1,4 +1,4 @@
-"""One case: are all right, who is how fast, and with how much memory? The answer is a row of the result file."""
+"""The comparison of all providers in one case: whether they are right, how fast, and with how much memory."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ Figures = dict[str, dict]  # provider -> name of a figure -> its value
 
 
 def compare(timed: Timed, rounds: int, run_rounds: Callable[..., object]) -> dict:
-    """A row of the result file. run_rounds: pytest-benchmark's `benchmark.pedantic`, which runs the rounds.
+    """Compare the providers, and make a row of the result file; run_rounds: pytest-benchmark's `benchmark.pedantic`.
 
     Raises:
         WrongAnswer: some provider's gradient is wrong. Nothing has been timed then.
@@ -39,7 +39,7 @@ def _checked_step(timed: Timed, provider: str) -> Callable[[], object]:
 
 
 def _keeping_errors(figures: Figures, make: Callable[[str], object], key: str = "error") -> dict:
-    """make(provider) for all that may go on; what it raises becomes figures[provider][key], but for a wrong answer."""
+    """Call make(provider) for all that may go on; errors, but for wrong answers, are kept as figures[provider][key]."""
     made = {}
     for name in [name for name, known in figures.items() if key not in known and _goes_on(known, key)]:
         try:
@@ -54,12 +54,12 @@ def _keeping_errors(figures: Figures, make: Callable[[str], object], key: str = 
 
 
 def _goes_on(known: dict, key: str) -> bool:
-    """Who ran out of memory when timed can still say what batch would fit."""
+    """Tell whether a provider goes on; one that ran out of memory when timed can still say what batch would fit."""
     return "error" not in known or (key == FITS_ERROR and known["error"].startswith("OutOfMemoryError"))
 
 
 def _add_times(figures: Figures, times: dict[str, list[float]], batch: int) -> dict:
-    """Statistics of the rounds; the ratios as medians of paired rounds. Returns which peer was best."""
+    """Add statistics of the rounds, and ratios as medians of paired rounds; return which peer was the fastest."""
     stats = {name: statistics_of(values) for name, values in times.items()}
     peers = [name for name in stats if PROVIDERS[name].kind == "peer"]
     best = min(peers, key=lambda name: stats[name]["median"], default=None)

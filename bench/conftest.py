@@ -1,4 +1,4 @@
-"""`--bench-scale`, and at the end the tables; the figures go to bench/results/<machine>-<date>.json."""
+"""The option `--bench-scale`, and the tables at the end; the figures go to bench/results/<machine>-<date>.json."""
 
 import io
 import sys
@@ -43,7 +43,7 @@ def results(request) -> Results:
 
 @pytest.fixture(scope="session")
 def peaks(request, results) -> machine.Peaks:
-    """Of this device, measured once."""
+    """Measure the limits of this device, once."""
     found = machine.measure_peaks(quick=request.config.getoption("--bench-scale") == "smoke")
     results.set_peaks(found)
     return found

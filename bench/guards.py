@@ -1,7 +1,9 @@
-"""What the guards cost: private steps with and without, paired and interleaved. `python bench/guards.py` writes a result file.
+"""What the guards cost: private steps with and without them, paired and interleaved.
 
-Without: the loss's graph is read for its parameters' uses only; no factor or dimension enters the signature, nothing is probed,
-and no parameter or buffer is watched. The looks come at few steps, so they are timed inside whole runs of `DPTrainer`.
+    python bench/guards.py        # writes a result file
+
+Without them, the loss's graph is read for its parameters' uses only; no factor or dimension enters the signature, nothing is
+probed, and no parameter or buffer is watched. The looks come at few steps, so they are timed inside whole runs of `DPTrainer`.
 """
 
 import json
@@ -76,7 +78,7 @@ class Run:
 
 
 def of_steps(case: Case, rounds: int) -> dict[str, float]:
-    """Times of whole steps without a look."""
+    """Time whole steps in which no look is due."""
     with patch.object(coverage, "LOOK_AGAIN", 0):
         guarded, bare = Run(case, True), Run(case, False)
         for run in (guarded, bare) * 4:  # past the first scheduled looks
@@ -94,7 +96,7 @@ def of_steps(case: Case, rounds: int) -> dict[str, float]:
 
 
 def timed(function: Callable, times: list[float]) -> Callable:
-    """The function, which adds the time of each call to `times`."""
+    """Wrap a function so that it adds the time of each call to `times`."""
 
     def run(*args):
         found = []
@@ -105,7 +107,7 @@ def timed(function: Callable, times: list[float]) -> Callable:
 
 
 def of_run(case: Case, fixed_shape: bool, steps: int = STEPS) -> dict[str, float]:
-    """The shares of a run of DPTrainer that the looks take: the probe's of the graph, and the trainer's of the data."""
+    """Measure the share of a run of DPTrainer that looks take: the probe's of the graph, the trainer's of the data."""
     settings = PrivateTraining(
         sample_rate=0.125,
         expected_batch_size=case.batch,
@@ -139,7 +141,7 @@ def of_run(case: Case, fixed_shape: bool, steps: int = STEPS) -> dict[str, float
 
 
 def of_loss(rows: int = 128, classes: int = 10, rounds: int = 200) -> dict[str, float]:
-    """A look at make_private's loss, which comes at every step."""
+    """Time a look at make_private's loss, which comes at every step."""
     module = PrivateModule(torch.nn.Linear(8, classes), Tape("mean"))
     x, y = torch.randn(rows, 8), torch.randint(classes, (rows,))
     loss = torch.nn.functional.cross_entropy(module(x), y)

@@ -24,7 +24,7 @@ Arrays = Sequence[Array]
 
 
 class Port(NamedTuple):
-    """A case on JAX. losses(weights, frozen, batch) -> one number for each row of the tuple of arrays `batch`."""
+    """A case on JAX; losses(weights, frozen, batch) -> one number for each row of `batch`, a tuple of arrays."""
 
     losses: Callable[[Arrays, Arrays, Arrays], Array]
     weights: list[Array]  # those that train, in the order of the model's parameters
@@ -88,13 +88,13 @@ def to_torch(array: Array) -> Tensor:
 
 
 def plain(case: Case) -> Contender:
-    """Without privacy."""
+    """Take JAX's step without privacy."""
     model = port(case)
     return _contender(model, jax.grad(_mean_loss(model)), [model.batch], optax.identity())
 
 
 def private(case: Case, privacy: Privacy, mode: str) -> Contender:
-    """Private: by vmap over all samples, by jax_privacy's own loop over micro-batches, or by a loop in Python, one by one.
+    """Take jax_privacy's step: by vmap over all samples, by its own loop over micro-batches, or one by one in Python.
 
     A micro-batch is a single sample: where all weights train, that was faster on a CPU than two, four or eight at a time.
     """
@@ -121,7 +121,7 @@ def _mean_loss(model: Port) -> Callable[[Arrays, Arrays, Arrays], Array]:
 def _contender(
     model: Port, gradient: Callable, chunks: Sequence[Arrays], noise: optax.GradientTransformation
 ) -> Contender:
-    """gradient(weights, frozen, chunk) is summed over the chunks, and noise.update then applied."""
+    """Make a step that sums gradient(weights, frozen, chunk) over the chunks, and then applies noise.update."""
     weights, state = [w.copy() for w in model.weights], noise.init(model.weights)
     like = model.weights
     gradient = _compiled(gradient, like, model.frozen, chunks[0])

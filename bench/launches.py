@@ -51,7 +51,7 @@ VIEWS = set(
 
 
 class Count(TorchDispatchMode):
-    """The launches and bytes of the operations inside, by name."""
+    """A counter of the launches and bytes of all operations inside its context, by name."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ class Count(TorchDispatchMode):
 
 
 def _cost(name: str, args: tuple, read: int, written: int) -> tuple[int, int]:
-    """Launches and bytes of an operation of PyTorch, where they are not one, and all of inputs and outputs."""
+    """Count an operation's launches and bytes: one, and its inputs and outputs, but for those that are named here."""
     if name == "convolution" and args[2] is not None:  # the bias is added in a pass of its own
         return 2, read + 3 * written
     if name == "convolution_backward":
@@ -108,7 +108,7 @@ def _bytes(tree) -> int:
 
 
 def counted_run(count: Count) -> Callable:
-    """In place of a launch of a Triton kernel."""
+    """Make the function that counts a launch of a Triton kernel instead of making it."""
 
     def run(self: JITFunction, *arguments, **_) -> None:
         reads, writes = accesses(self)
@@ -121,7 +121,7 @@ def counted_run(count: Count) -> Callable:
 
 @cache
 def accesses(kernel: JITFunction) -> tuple[set[str], set[str]]:
-    """The arguments that a kernel loads from, and those that it stores to, read off its source."""
+    """Read off a kernel's source which arguments it loads from, and which it stores to."""
     (function,) = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body
     origin = {name: {name} for name in kernel.arg_names}  # variable -> the arguments that its value points into
     found: dict[str, set[str]] = {"load": set(), "store": set()}
@@ -182,7 +182,7 @@ def images(samples: int, size: int) -> tuple[Tensor, ...]:
 
 
 def step_of(model: nn.Module, batch: tuple[Tensor, ...], private: bool) -> Callable[[], object]:
-    """A step of SGD, private without noise, which is drawn outside of what is compared, or plain."""
+    """Make a step of SGD: plain, or private but without noise, which is drawn outside of what is compared."""
     optimizer = torch.optim.SGD(trainable(model), lr=1e-4)
     clipper = GhostClipper(model, 1.0) if private else None
 
@@ -200,7 +200,7 @@ def step_of(model: nn.Module, batch: tuple[Tensor, ...], private: bool) -> Calla
 
 
 class _NoAttention(torch.autograd.Function):
-    """Attention's shapes and dtypes."""
+    """An attention that computes nothing, and has the right shapes and dtypes."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -213,7 +213,7 @@ class _NoAttention(torch.autograd.Function):
 
 
 class _Functional:
-    """torch.nn.functional, but for attention."""
+    """A stand-in for torch.nn.functional whose attention computes nothing."""
 
     def __getattr__(self, name: str):
         return getattr(F, name)
@@ -225,7 +225,7 @@ class _Functional:
 
 @contextlib.contextmanager
 def ways_of_a_gpu(run: Callable) -> Iterator[None]:
-    """Let tensors take the ways of a GPU's inside; run: in place of launches of Triton kernels."""
+    """Inside, let tensors take the ways that a GPU's would; `run` is called in place of launches of Triton kernels."""
     group_norm = F.group_norm
     kernels_take = lambda t: t.dtype in KERNEL_DTYPES and t.numel() > 0  # noqa: E731
     with contextlib.ExitStack() as stack:
@@ -251,7 +251,7 @@ def ways_of_a_gpu(run: Callable) -> Iterator[None]:
 
 
 def counted(private: bool, samples: int = SAMPLES) -> Count:
-    """Count a step, after one that does what is done once."""
+    """Count the launches and bytes of a second step, after one in which all is done that is done once."""
     count = Count()
     with (
         ways_of_a_gpu(counted_run(count)),
@@ -267,7 +267,7 @@ def counted(private: bool, samples: int = SAMPLES) -> Count:
 
 
 def _privatize(clipper: GhostClipper, noise_multiplier: float, expected_batch_size: float) -> None:
-    """`GhostClipper.privatize` without the watch over the model, which compares numbers."""
+    """Do what `GhostClipper.privatize` does, without the watch over the model, which compares numbers."""
     means = {alike: (total / expected_batch_size).to(alike[1]) for alike, total in clipper._sums.buffers.items()}
     for name, grad in clipper._sums.parted(means).items():
         clipper.parameters[name].grad = grad
@@ -278,7 +278,7 @@ def _privatize(clipper: GhostClipper, noise_multiplier: float, expected_batch_si
 
 
 def issue_times(rounds: int = 5) -> dict[str, float]:
-    """CPU seconds of a step of the U-Net's layers, all tiny, over plain PyTorch's: median of paired rounds, launches stubbed.
+    """Measure the CPU seconds to issue a step of the U-Net with tiny layers and stubbed launches: medians of rounds.
 
     What Triton does at a launch before the driver is not in it: some 10 us each.
     """
@@ -302,7 +302,7 @@ def issue_times(rounds: int = 5) -> dict[str, float]:
 
 
 def captured_step_of(model: nn.Module, batch: tuple[Tensor, ...]) -> Callable[[], object]:
-    """The private step as a graph that launches nothing: what Python does around a replay is left."""
+    """Make the private step as a graph that launches nothing: what is left is what Python does around a replay."""
     optimizer, clipper = torch.optim.SGD(trainable(model), lr=1e-4), GhostClipper(model, 1.0)
     step = CapturedStep(clipper, lambda *inputs: autocast_losses(model, inputs))
 

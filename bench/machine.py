@@ -1,4 +1,7 @@
-"""What the bench runs on: the device, its versions, and how fast it copies and multiplies, measured. No host names, no paths."""
+"""The machine that the bench runs on: its name, its versions, and how fast it copies and multiplies.
+
+Nothing here holds a host name or a path.
+"""
 
 import importlib.metadata
 import platform
@@ -22,18 +25,18 @@ torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 @dataclass(frozen=True)
 class Peaks:
-    """Measured limits of the device: bytes a second of a copy (read and written), flops a second of a matrix product."""
+    """The device's measured limits: bytes a second of a copy (read and written), flops a second of a matrix product."""
 
     copy: float
     matmul: dict[torch.dtype, float]
 
     def floor(self, bytes_moved: int, flops: int, dtype: torch.dtype) -> float:
-        """Seconds below which no kernel that moves and computes as much can end."""
+        """Compute the seconds below which no kernel that moves and computes as much can end."""
         return max(bytes_moved / self.copy, flops / self.matmul[dtype])
 
 
 def measure_peaks(quick: bool = False) -> Peaks:
-    """quick: small tensors, for a look at the code rather than at the device."""
+    """Measure the limits; `quick` takes small tensors, to see that the code runs."""
     numbers = 1 << (22 if quick else 30 if CUDA else 28)
     side = 256 if quick else 8192 if CUDA else 2048
     source = torch.ones(numbers // 4, device=DEVICE)  # numbers: bytes of one copy
@@ -53,7 +56,7 @@ def fastest(run: Callable[[], object], rounds: int = 5) -> float:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of run(), the device's work included."""
+    """Measure the wall time of run(), the device's work included."""
     synchronize()
     start = time.perf_counter()
     run()
@@ -67,13 +70,13 @@ def synchronize() -> None:
 
 
 def name() -> str:
-    """A file name's worth: nvidia-h200, x86-64-cpu-2threads."""
+    """Return the machine's kind in a form that suits a file name: nvidia-h200, x86-64-cpu-2threads."""
     kind = torch.cuda.get_device_name() if CUDA else f"{platform.machine()}-cpu-{torch.get_num_threads()}threads"
     return kind.lower().replace(" ", "-").replace("_", "-")
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides a time."""
+    """List the versions of everything that a time may depend on."""
     found = {"fastloda": fastloda.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "opacus", "fastDP", "jax", "jax_privacy"):
         try:

@@ -17,7 +17,7 @@ from fastloda.synthesis.memory import peak_allocation
 
 
 class Race:
-    """Steps in turn, each timed in every round; one that raises leaves the race with its error."""
+    """A race of steps, which take turns and are timed in every round; one that raises leaves it, with its error."""
 
     def __init__(self, steps: Mapping[str, Callable[[], object]]):
         self.steps = dict(steps)
@@ -26,7 +26,7 @@ class Race:
         self._rounds = 0
 
     def round(self) -> None:
-        """Each once, starting with another one each time."""
+        """Time each step once, starting with another one in every round."""
         names = list(self.steps)
         first = self._rounds % max(1, len(names))
         for name in names[first:] + names[:first]:
@@ -40,34 +40,34 @@ class Race:
         self._rounds += 1
 
     def paired(self, rounds: int) -> dict[str, list[float]]:
-        """The times of the last `rounds` rounds, of those who finished."""
+        """Return the times of the last `rounds` rounds, of the steps that finished."""
         return {name: self.times[name][-rounds:] for name in self.steps}
 
 
 def free_memory() -> None:
-    """Of contenders that are gone: Opacus leaves activations in reference cycles, CUDA's allocator keeps what it had."""
+    """Free what past contenders held: Opacus leaves reference cycles, CUDA's allocator keeps what it had."""
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
 
 
 def ratio(times: list[float], baseline: list[float]) -> float:
-    """Median over rounds of time over the baseline's time in the same round."""
+    """Compute the median over rounds of time over the baseline's time in the same round."""
     return statistics.median(t / b for t, b in zip(times, baseline, strict=True))
 
 
 def describe(error: Exception) -> str:
-    """One line, without paths: results are published."""
+    """Describe an error in one line, without paths, since results are published."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {re.sub(r'(/[^/ ]+){2,}', '(path)', text)}"[:200]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one step. allocated: the most allocated at a time, beyond what lives between steps.
+    """The memory of one step, in bytes.
 
-    resident: on a CPU, by how much the process grew at most, the model and everything else that building took included, such as
-    a compiler.
+    allocated: the most that is allocated at a time, beyond what lives between steps. resident: on a CPU, the most by
+    which the process grew, which includes the model and all that building it took, such as a compiler.
     """
 
     allocated: int
@@ -75,7 +75,7 @@ class Memory:
 
 
 def step_memory(case: Case, provider: str) -> Memory:
-    """On a GPU from its allocator, here; on a CPU from the profiler, in a fresh process in which nothing else was cached."""
+    """Measure a step's memory by a GPU's allocator, or on a CPU by the profiler, in a fresh process."""
     if CUDA:
         return _cuda_memory(case, provider)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -100,7 +100,7 @@ def _cpu_memory(case: Case, provider: str, threads: int) -> Memory:
 
 
 def _status_bytes(field: str) -> int | None:
-    """VmRSS: resident now; VmHWM: at most so far. (getrusage's maximum would include the parent's.)"""
+    """Read this process's memory: VmRSS now, VmHWM at most so far (getrusage's maximum would include the parent's)."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -108,7 +108,7 @@ def _status_bytes(field: str) -> int | None:
 
 
 def largest_batch(peak: Callable[[int], int], small: int, memory: int) -> int:
-    """The largest batch whose step peaks within `memory` bytes, from the line through two small ones; tried before told.
+    """Find the largest batch whose step peaks within `memory` bytes: by a line through two small ones, then by trial.
 
     peak(batch) -> bytes; it may run out of memory, which is RuntimeError in PyTorch.
     """

@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 
 
 def unet_layers() -> Counter[Layer]:
-    """The distinct adapted convolutions of the paper's U-Net at 32 x 32, and how many there are of each."""
+    """Count the adapted convolutions of the paper's U-Net at 32 x 32, by shape."""
     found: Counter[Layer] = Counter()
 
     def note(module: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
@@ -60,7 +60,7 @@ def unet_layers() -> Counter[Layer]:
 
 
 class Tensors:
-    """Random tensors of a layer: x, gy in the layout; W, A, B and what forward and backward make of them."""
+    """The random tensors of a layer: x and gy in the layout; W, A, B; and what forward and backward make of them."""
 
     def __init__(self, layer: Layer, samples: int, dtype: torch.dtype, memory_format: torch.memory_format):
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Operation:
-    """run() does it once; bytes and flops are the least it takes. in_graph: run() replays a CUDA graph."""
+    """An operation, which run() does once, and the least bytes and flops; in_graph: run() replays a CUDA graph."""
 
     name: str
     run: Callable[[], object]
@@ -89,7 +89,7 @@ class Operation:
     in_graph: bool = False
 
     def captured(self) -> "Operation":
-        """In a graph, if it can be: several launches would be timed at the pace at which Python makes them."""
+        """Capture the operation in a graph, if possible: else several launches would be timed at the pace of Python."""
         try:
             return replace(self, run=captured(self.run), in_graph=True)
         except Exception:  # whatever capture raises: the row says that there was none
@@ -97,7 +97,7 @@ class Operation:
 
 
 def layer_operations(t: Tensors) -> list[Operation]:
-    """Everything the private step does in this layer, and the norm of the full layer's own weight."""
+    """List everything that the private step does in this layer, and the norm of the full layer's own weight."""
     x, gy, z, gz, A, B = t.x, t.gy, t.z, t.gz, t.A, t.B
     samples, taps, positions = len(x), t.op.conv.taps, gy[0, 0].numel()
     low, high = 2 * samples * positions * RANK * x.shape[1] * taps, 2 * samples * positions * RANK * gy.shape[1]
@@ -145,7 +145,7 @@ def _frozen_and_forward(t: Tensors, low: int, high: int, full: int) -> list[Oper
 
 
 def clip_and_sum(layers: Counter[Layer], samples: int) -> Operation:
-    """sum_n c_n G[n] over the stored adapter gradients of all layers."""
+    """Make the operation sum_n c_n G[n] over the stored adapter gradients of all layers."""
     sizes = [RANK * (layer.channels * layer.conv.taps + layer.outputs) for layer in layers.elements()]
     grads = {
         str(i): PerSampleGrad(torch.Size([size]), samples, kept=torch.randn(samples, size, device=DEVICE))
@@ -174,7 +174,7 @@ def _norm(recipe: Recipe, parameter: Tensor, samples: int) -> Tensor:
 
 
 def _again(recipe: Recipe, parameter: Tensor, samples: int) -> PerSampleGrad:
-    """Nothing kept: the gradients are made from the recipe."""
+    """Make a per-sample gradient that keeps nothing: it is made from the recipe again."""
     return PerSampleGrad(parameter.shape, samples, again=[recipe])
 
 
@@ -183,7 +183,7 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 def check(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    """Two samples: y, dx, the gradients' norms and their weighted sum against autograd of the definition in float64."""
+    """Compare y, dx, the norms of two samples' gradients and their weighted sum with autograd in float64."""
     t = Tensors(layer, 2, dtype, memory_format)
     x, W, A, B = (tensor.double().contiguous().requires_grad_() for tensor in (t.x, t.W, t.A, t.B))
     y = t.op.reference(x, W, None, A, B)
@@ -201,6 +201,6 @@ def check(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_format) 
 
 
 def _assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """By length. (tests/kernels/test_kernels.py is the strict judge.)"""
+    """Compare two tensors by the length of their difference (tests/kernels/test_kernels.py is the strict judge)."""
     off = (found.double() - wanted).norm() / wanted.norm()
     assert off <= tolerance, f"off by {off:.2g} of its length"

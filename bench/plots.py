@@ -24,7 +24,7 @@ def has(cases: Sequence[dict], measure: Measure) -> bool:
 
 
 def ratio_bars(cases: Sequence[dict], measure: Measure) -> bytes:
-    """For each case a group of bars, one for each provider that ran; the line at 1 is plain PyTorch without privacy."""
+    """Draw a group of bars for each case, a bar for each provider that ran; the line at 1 is plain PyTorch."""
     key, label = measure
     bars = [
         (case["case"], name, figures[key])
@@ -49,7 +49,7 @@ def ratio_bars(cases: Sequence[dict], measure: Measure) -> bytes:
 
 
 def growth_curve(points: Sequence[dict], measure: Measure) -> bytes:
-    """A line for each provider over the values of one size; points are the cases of one curve."""
+    """Draw a line for each provider over the values of one size; points are the cases of one curve."""
     key, label = measure
     points = sorted(points, key=lambda point: point["value"])
     with drawing(6.0, 3.4) as (axes, png):

@@ -1,4 +1,4 @@
-"""Who takes the training step: plain PyTorch and JAX without privacy, FastLoDA, and its peers in each of their modes.
+"""The providers of the training step: plain PyTorch and JAX without privacy, FastLoDA, and its peers in each of their modes.
 
 Whatever a provider raises, when it makes its contender or in a step, is its result for the case.
 """
@@ -30,10 +30,11 @@ class Privacy:
 
 
 class Contender(NamedTuple):
-    """Somebody's training step.
+    """A provider's training step.
 
-    step(): a whole one, after which no gradient is held. gradients(): what a step gives its optimizer, in the order of the
-    model's parameters, which stay as they are. peak: bytes that a step allocates where PyTorch's allocators don't see them.
+    step() takes a whole one, after which no gradient is held. gradients() returns what a step gives its optimizer, in the
+    order of the model's parameters, which stay as they are. peak: bytes that a step allocates where PyTorch's allocators
+    don't see them.
     """
 
     step: Callable[[], object]
@@ -42,7 +43,7 @@ class Contender(NamedTuple):
 
 
 def _contender(step: Callable[[], object], optimizer: torch.optim.Optimizer) -> Contender:
-    """optimizer: the torch optimizer that step() steps."""
+    """Make a contender of a step that calls `optimizer`."""
 
     def gradients() -> list[Tensor]:
         found: list[Tensor] = []
@@ -61,7 +62,7 @@ def _contender(step: Callable[[], object], optimizer: torch.optim.Optimizer) -> 
 
 
 def plain(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
-    """Without privacy: the same adapters in plain PyTorch, eager or as one graph of torch.compile."""
+    """Take the step without privacy: the same adapters in plain PyTorch, eager or as one graph of torch.compile."""
     model, batch = case.build(), case.inputs()
     optimizer = _sgd(model)
     mean_loss = lambda batch: case.losses(model, batch).mean()  # noqa: E731
@@ -78,7 +79,7 @@ def plain(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
 
 
 def fastloda(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
-    """FastLoDA, eager or with the model compiled by `fastloda.compile`."""
+    """Take FastLoDA's step, eager or with the model compiled by `fastloda.compile`."""
     model, batch = use_loda_layers(case.build()), case.inputs()
     optimizer = _sgd(model)
     if compiled:
@@ -95,12 +96,12 @@ def fastloda(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
 
 
 def _forget_compiled() -> None:
-    """Earlier models: PyTorch keeps few versions of a line of code, and each case makes another one."""
+    """Forget earlier models: PyTorch keeps few compiled versions of a line of code, and each case makes another one."""
     torch._dynamo.reset()
 
 
 def fastloda_graph(case: Case, privacy: Privacy) -> Contender:
-    """FastLoDA with forward, backward, norms and clipped sum captured in one CUDA graph; noise is drawn outside it."""
+    """Take FastLoDA's step with all but the noise and the update captured in one CUDA graph."""
     model, batch = use_loda_layers(case.build()), tuple(t.detach() for t in case.inputs())
     optimizer, clipper = _sgd(model), GhostClipper(model, privacy.max_grad_norm, case.views)
     captured_step = CapturedStep(clipper, lambda *inputs: case.losses(model, inputs))
@@ -116,7 +117,7 @@ def fastloda_graph(case: Case, privacy: Privacy) -> Contender:
 
 @dataclass(frozen=True)
 class Replay:
-    """A captured run, as one launch."""
+    """A captured run, which takes one launch."""
 
     graph: torch.cuda.CUDAGraph
     run: Callable[[], object]  # kept, for the graph reads tensors that perhaps nothing else holds
@@ -139,7 +140,7 @@ def captured(run: Callable[[], object]) -> Replay:
 
 
 def opacus(case: Case, privacy: Privacy, mode: str) -> Contender:
-    """Opacus on the plain modules, fed NCHW: its Conv2d gives wrong gradients for channels_last (test_channels_last.py)."""
+    """Take Opacus's step on plain modules in NCHW: its Conv2d is wrong on channels_last (test_channels_last.py)."""
     from opacus.grad_sample.utils import prepare_module
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
@@ -168,7 +169,7 @@ def opacus(case: Case, privacy: Privacy, mode: str) -> Contender:
 
 
 def fastdp(case: Case, privacy: Privacy) -> Contender:
-    """fastDP's book-keeping with the norms that it takes for cheapest. It is on GitHub only."""
+    """Take fastDP's step by book-keeping, with the norms that it takes for the cheapest; it is on GitHub only."""
     from fastDP import PrivacyEngine
 
     _check_views(case)
@@ -201,14 +202,14 @@ def _check_views(case: Case) -> None:
 
 
 def on_jax(case: Case, privacy: Privacy, mode: str | None = None) -> Contender:
-    """JAX: plain for no mode, else jax_privacy's."""
+    """Take JAX's plain step, or jax_privacy's in a mode."""
     import jax_providers
 
     return jax_providers.private(case, privacy, mode) if mode else jax_providers.plain(case)
 
 
 def _contiguous_inputs(model: nn.Module) -> nn.Module:
-    """NCHW for every convolution: attention, for one, puts out channels_last memory within an NCHW model."""
+    """Make every convolution's input NCHW: attention, for one, puts out channels_last memory within an NCHW model."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
@@ -220,13 +221,13 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _clear(optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...]) -> None:
-    """No gradient stays between steps: the contenders share the memory."""
+    """Drop all gradients after a step, since the contenders share the memory."""
     optimizer.zero_grad(set_to_none=True)
     batch[0].grad = None
 
 
 class Provider(NamedTuple):
-    """make(case, privacy) -> Contender. needs: the module without which it can't. slack: it clips to C / (norm + slack)."""
+    """A provider: make(case, privacy) -> Contender, if the module `needs` is there; it clips to C / (norm + slack)."""
 
     make: Callable[[Case, Privacy], Contender]
     kind: Literal["plain", "ours", "peer"]

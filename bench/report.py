@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parts(stem: str, document: dict, out: Path) -> Iterator[str]:
-    """The document's Markdown, piece by piece; figures are written to `out` on the way."""
+    """Yield the document's Markdown, piece by piece, and write its figures to `out` on the way."""
     yield f"## {document['machine']}, {document['date']}\n\n{tables.environment(document)}\n"
     if document["steps"]:
         yield tables.summary_table(document["steps"]).to_markdown()
@@ -40,7 +40,7 @@ def _parts(stem: str, document: dict, out: Path) -> Iterator[str]:
 
 
 def _figures(document: dict) -> Iterator[tuple[str, bytes]]:
-    """(caption, PNG)"""
+    """Yield the document's figures, each as (caption, PNG)."""
     for word, measure in (("time", plots.TIME), ("memory", plots.MEMORY)):
         if plots.has(document["steps"], measure):
             yield f"{word} of a step", plots.ratio_bars(document["steps"], measure)

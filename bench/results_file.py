@@ -1,4 +1,4 @@
-"""bench/results/<machine>-<date>.json: what was measured, and on what.
+"""The result file bench/results/<machine>-<date>.json: what was measured, and on what.
 
 Written after every case, so that a stopped run keeps what it measured.
 """
@@ -16,7 +16,7 @@ SECTIONS = ("steps", "growth", "kernels")
 
 
 class Results:
-    """The document of this run. path: None writes nothing. A run on the same day and versions goes on with the file's rows."""
+    """The results of this run, beside those of the same day and versions in the file; path None writes nothing."""
 
     def __init__(self, scale: str, path: Path | None):
         self.path = path
@@ -33,7 +33,7 @@ class Results:
 
     @classmethod
     def at_scale(cls, scale: str) -> "Results":
-        """smoke is for the code: its figures say nothing, and are not written."""
+        """Open the results of a scale; those of smoke, which only tries the code, say nothing and are not written."""
         name = f"{machine.name()}-{datetime.date.today()}.json"
         return cls(scale, None if scale == "smoke" else RESULTS / name)
 

@@ -12,9 +12,9 @@ HALF = {"layout": "channels_last", "dtype": "bfloat16"}
 
 @dataclass(frozen=True)
 class Timed:
-    """A case and who takes it, if installed.
+    """A case, and the providers that take it, if they are installed.
 
-    memory: also measure peak memory. fits: also find the largest batch in so many bytes.
+    memory: whether to measure peak memory too. fits: find also the largest batch that fits in so many bytes.
     """
 
     case: Case
@@ -29,7 +29,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Axis:
-    """A case at growing values of one of its fields. name: of the curve."""
+    """A case at growing values of one of its fields; `name` is that of the curve."""
 
     name: str
     field: str
@@ -43,9 +43,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Scale:
-    """rounds: of a comparison. kernel_*: of the operations one by one, over as many of the paper's layers.
+    """The sizes of a whole bench.
 
-    headline: layers to begin with, (channels, size).
+    rounds: number of rounds of a comparison. kernel_*: the same for the operations one by one, over as many of the
+    paper's layers. headline: layers to begin with, (channels, size).
     """
 
     rounds: int
@@ -59,7 +60,7 @@ class Scale:
 
 
 def scale_of(config) -> Scale:
-    """The one chosen by pytest's --bench-scale."""
+    """Return the scale chosen by pytest's --bench-scale."""
     return SCALES[config.getoption("--bench-scale")]
 
 

@@ -14,7 +14,7 @@ ERRORS = ("error", "memory_error", "fits_error")  # of the step, of measuring it
 
 
 def load(path: Path) -> dict:
-    """A result file's document.
+    """Load a result file's document.
 
     Raises:
         OSError: it can't be read.
@@ -30,7 +30,7 @@ def load(path: Path) -> dict:
 
 
 def tables(document: dict) -> Iterator[Table]:
-    """Those for which something was measured: steps, growth, kernels."""
+    """Yield the tables for which something was measured: steps, growth, kernels."""
     if document["steps"]:
         yield step_table(document["steps"], "One training step")
     if document["growth"]:
@@ -40,7 +40,7 @@ def tables(document: dict) -> Iterator[Table]:
 
 
 def step_table(cases: Sequence[dict], title: str) -> Table:
-    """Under each case a row for each provider; what could not run is a note."""
+    """Make a table with a row for each provider under each case; what could not run is a note."""
     columns = [
         "case, provider", "samples/s", "median s", "iqr s", "/ plain", "/ compiled", "/ JAX", "/ best peer", "peak MiB",
         "/ plain", "RSS MiB", "largest batch",
@@ -71,7 +71,7 @@ def _step_cells(figures: dict) -> list[str]:
 
 
 def kernel_table(kernels: Sequence[dict]) -> Table:
-    """A row for each operation and layer shape."""
+    """Make a table with a row for each operation and layer shape."""
     columns = ["operation", "layer", "layers", "MB moved", "Mflop", "median us", "iqr us", "floor us", "of the floor"]
     rows = [
         [
@@ -91,12 +91,14 @@ def kernel_table(kernels: Sequence[dict]) -> Table:
 
 
 def summary_table(cases: Sequence[dict]) -> Table:
-    """FastLoDA in one row a case, as the README shows it."""
+    """Make the README's table, with FastLoDA in one row for each case, and no column that is empty throughout."""
     columns = [
         "case", "plain, s", "FastLoDA, s", "/ plain", "compiled plain, s", "FastLoDA compiled, s", "/ compiled plain",
         "best peer", "its s", "faster than it", "peak memory / plain", "peak memory / best peer's",
     ]  # fmt: skip
-    return Table("FastLoDA", columns, [_summary_row(case) for case in cases])
+    rows = [_summary_row(case) for case in cases]
+    measured = [n for n in range(len(columns)) if any(row[n] for row in rows)]
+    return Table("FastLoDA", [columns[n] for n in measured], [[row[n] for n in measured] for row in rows])
 
 
 def _summary_row(case: dict) -> list[str]:
@@ -107,7 +109,7 @@ def _summary_row(case: dict) -> list[str]:
     faster = ours.get("time_over_best_peer")
     both = ours.get("peak_bytes") and best.get("peak_bytes")
     return [
-        case["case"],
+        f"`{case['case']}`",
         _median(plain),
         _median(ours),
         ratio(ours.get("time_over_plain")),
@@ -127,7 +129,7 @@ def _median(figures: dict) -> str:
 
 
 def environment(document: dict) -> str:
-    """One line: the machine, its versions, its measured limits."""
+    """Describe the machine, its versions and its measured limits in one line."""
     parts = [f"`{document['machine']}`", document["date"]]
     parts += [f"{name} {version}" for name, version in document["versions"].items()]
     if peaks := document.get("peaks"):
@@ -137,7 +139,7 @@ def environment(document: dict) -> str:
 
 
 def number(value: float | None, unit: float = 1) -> str:
-    """Three digits at least; empty for None."""
+    """Write a number with at least three digits; None is empty."""
     if value is None:
         return ""
     return f"{value / unit:,.0f}" if abs(value / unit) >= 100 else f"{value / unit:.3g}"

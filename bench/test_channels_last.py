@@ -26,7 +26,7 @@ def losses(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def true_gradient(memory_format: torch.memory_format) -> torch.Tensor:
-    """Clipped, by plain autograd."""
+    """Compute the clipped gradient by plain autograd."""
     model, images = model_and_images(memory_format)
     gradient = flat(torch.autograd.grad(losses(model, images).sum(), list(model.parameters())))
     return gradient * min(1.0, CLIP / gradient.norm())

@@ -1,5 +1,6 @@
-"""A whole training step, by everyone: a layer, a stack of six, the U-Nets (adapted, and trained in full), a WideResNet, a
-Transformer's encoder.
+"""A whole training step by each provider.
+
+The models are a layer, a stack of six, the U-Nets (adapted, and trained in full), a WideResNet, and a Transformer's encoder.
 
 Nothing here fails on time; a wrong gradient fails.
 """

@@ -1,4 +1,4 @@
-"""Nobody is fast by being wrong: each contender's clipped gradient against one plain backward pass per sample."""
+"""The check that nobody is fast by being wrong: clipped gradients against one plain backward pass per sample."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -15,7 +15,7 @@ TOLERANCE = {"float32": 1e-3 if CUDA else 1e-4, "bfloat16": 0.1}  # largest diff
 
 
 class WrongAnswer(AssertionError):
-    """A contender's gradient is not what it should be: the bench fails."""
+    """An error of a contender's gradient, which fails the bench."""
 
 
 def check(case: Case, provider: str) -> None:
@@ -47,13 +47,13 @@ def _clipped_mean(case: Case, max_grad_norm: float) -> list[Tensor]:
 
 
 def _median_norm(case: Case) -> float:
-    """As the clipping norm: half of the samples are clipped."""
+    """Compute the median of the gradients' norms; as the bound it clips half of the samples."""
     return float(torch.tensor([_norm(g) for g in _sample_grads(case)]).median())
 
 
 @lru_cache(maxsize=1)  # for every provider of one case
 def _sample_grads(case: Case) -> list[list[Tensor]]:
-    """For each sample, the gradient of the mean loss over its views, by its own backward pass, without autocast."""
+    """Compute each sample's gradient of its mean loss over views, by a backward pass of its own, without autocast."""
     case = replace(case, dtype="float32")
     model, batch = case.build(), case.inputs()
     samples = zip(*(t.split(case.views) for t in batch))

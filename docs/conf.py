@@ -1,6 +1,8 @@
 """The settings of the documentation site, which `make docs` builds."""
 
 import re
+import sys
+from pathlib import Path
 
 from fastloda import __version__
 
@@ -11,7 +13,8 @@ html_title = f"FastLoDA {version}"
 html_show_copyright = False
 html_show_sphinx = False
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+sys.path.append(str(Path(__file__).parent))
+extensions = ["executed", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["figures"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
@@ -21,7 +24,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = False
-pygments_style, pygments_dark_style = "friendly", "monokai"
+pygments_style, pygments_dark_style = "friendly", "github-dark"
 
 highlight_language = "none"  # what no language is given for is a shell's, or an equation
 default_role = "code"  # docstrings mark names by single backticks

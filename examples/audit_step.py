@@ -14,7 +14,7 @@ RECORDS, SAMPLE_RATE, BATCH, CLIP, NOISE = 400, 0.02, 8, 1.0, 1.0
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, noise_multiplier: float):
-    """One step of the loop, on a given batch; its noise comes from the generator."""
+    """Make a step of the loop on a given batch, whose noise comes from the generator."""
 
     def run(batch, generator):
         x, y = batch

@@ -30,12 +30,12 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def losses(model, batch, generator):
-    """One number per sample."""
+    """Compute one loss per sample."""
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def train(clipping, max_grad_norm: float, noise: float) -> tuple[float, float, float]:
-    """-> test accuracy, the bound at the end, epsilon spent."""
+    """Train in one style; return the test accuracy, the bound at the end, and the epsilon spent."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
     x, y = digits()

@@ -18,12 +18,12 @@ from fastloda.synthesis.diffusion.unet import UNet, UNetConfig
 
 
 def losses(model: nn.Module, images: torch.Tensor, times: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """One number per sample: how badly the model recovers the noise, here the images themselves."""
+    """Compute one loss per sample: how badly the model recovers the noise, here the images themselves."""
     return (model(images, times, labels) - images).square().mean((1, 2, 3))
 
 
 def private_steps(model: nn.Module, batches: list) -> list[float]:
-    """A few private steps, and the seconds that each took."""
+    """Take a few private steps, and return the seconds that each took."""
     optimizer = torch.optim.SGD(fastloda.loda_parameters(model), lr=0.1)
     privacy = dict(max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=16)
     generator = torch.Generator().manual_seed(0)  # seeded to compare the two models; leave it out for privacy

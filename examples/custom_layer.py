@@ -11,7 +11,7 @@ import fastloda
 
 
 class Gated(nn.Module):
-    """y = x * sigmoid(gate): one learned gate for each feature."""
+    """A layer with one learned gate for each feature: y = x * sigmoid(gate)."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -19,7 +19,7 @@ from fastloda import DPTrainer, PrivateTraining, attach_loda
 
 
 def make_model() -> nn.Module:
-    """Random features stand in for a pretrained network; the adapters are drawn anew, and rank 0's are everybody's."""
+    """Make a model of random features, in place of a pretrained one, with new adapters; all ranks then take rank 0's."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),

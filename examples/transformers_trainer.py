@@ -21,7 +21,7 @@ LENGTH, RECORDS, BATCH, EPOCHS, DELTA = 12, 400, 80, 4, 1e-4
 
 
 class Counting(Dataset):
-    """Sequences such as 7 8 9 0 1 2, each a record."""
+    """A data set of sequences such as 7 8 9 0 1 2, each of which is a record."""
 
     def __len__(self) -> int:
         return RECORDS

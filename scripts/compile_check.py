@@ -42,7 +42,7 @@ BATCH, ADAPTED_NUMBERS = 128, 366_592
 
 @dataclass(frozen=True)
 class Report:
-    """What one compilation came to. Bytes of shared memory and of stack (spilled registers), registers a thread."""
+    """The result of one compilation: bytes of shared memory and of stack (spilled registers), registers a thread."""
 
     kernel: str
     label: str
@@ -54,7 +54,7 @@ class Report:
 
 
 class NoDriver:
-    """As much of a driver as compiling asks for."""
+    """A driver that has as much as compiling asks for."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -73,7 +73,7 @@ class NoDriver:
 
 
 def launch_all(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    """Every kernel and variant at this layer, as the private step launches them."""
+    """Launch every kernel and variant at this layer, as the private step does."""
 
     def image(channels: int, size: tuple[int, int]) -> Tensor:
         return torch.empty(BATCH, channels, *size, dtype=dtype, device="meta").to(memory_format=memory_format)
@@ -102,7 +102,7 @@ def launch_all(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_for
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch to compile: its kernel, arguments (a tensor is its dtype) and options, and how much it does."""
+    """A launch to compile: its kernel, arguments (a tensor is its dtype) and options, and how much it does."""
 
     kernel: JITFunction
     arguments: tuple
@@ -114,7 +114,7 @@ class Launch:
 
     @property
     def key(self) -> tuple:
-        """Equal for launches that compile alike: integers matter by being 1 and by being multiples of 16."""
+        """A key that launches share if they compile alike: integers matter by being 1 and by being multiples of 16."""
         kinds = tuple((a == 1, a % 16 == 0, abs(a) < 2**31) if isinstance(a, int) else a for a in self.arguments)
         return self.kernel.__name__, kinds, self.options
 
@@ -122,7 +122,7 @@ class Launch:
 def launches(
     layers: list[Layer], dtypes: list[torch.dtype], layouts: list[torch.memory_format]
 ) -> Iterator[tuple[str, Launch]]:
-    """(label, launch), each that compiles differently once."""
+    """Yield (label, launch), once for each launch that compiles differently."""
     seen = set()
     for layer, dtype, memory_format in product(layers, dtypes, layouts):
         with catching() as caught:
@@ -174,7 +174,7 @@ def report_of(arch: int, label: str, launch: Launch) -> Report:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """-> registers a thread, bytes of stack a thread."""
+    """Read the registers and the bytes of stack of a thread."""
     told = dump(cubin, "--dump-resource-usage")
     return tuple(int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", told).groups())
 

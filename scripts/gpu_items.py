@@ -47,7 +47,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What differs between a GPU and a rehearsal."""
+    """The sizes that differ between a GPU and a rehearsal."""
 
     samples: int = 512
     few: int = 4
@@ -70,12 +70,12 @@ SIZES = Sizes(4, 2, 2, "digits_unet", 16) if REHEARSAL else Sizes()
 
 
 def replayed(run: Callable[[], object]) -> Callable[[], object]:
-    """Capture run in a graph; in a rehearsal it stays as it is."""
+    """Capture `run` in a graph; in a rehearsal it stays as it is."""
     return run if REHEARSAL else captured(run)
 
 
 def gpu_seconds(run: Callable[[], object], rounds: int = SIZES.rounds) -> float:
-    """The median time of run() by the GPU's clock."""
+    """Measure the median time of run() by the GPU's clock."""
     run()
     if REHEARSAL:
         return machine.seconds(run)
@@ -91,7 +91,7 @@ def gpu_seconds(run: Callable[[], object], rounds: int = SIZES.rounds) -> float:
 
 
 def cpu_seconds(run: Callable[[], object], rounds: int = SIZES.rounds) -> float:
-    """The median CPU time to issue run(), without the GPU's."""
+    """Measure the median CPU time to issue run(), without the GPU's."""
     times = []
     for _ in range(rounds):
         machine.synchronize()
@@ -102,7 +102,7 @@ def cpu_seconds(run: Callable[[], object], rounds: int = SIZES.rounds) -> float:
 
 
 def seconds_each(runs: list[Callable[[], object]]) -> float:
-    """The time of one of runs, which do the same on other buffers, launched in turn by one graph."""
+    """Measure the time of one of `runs`, which do the same on different buffers and are launched in turn by one graph."""
     turns = list(islice(cycle(runs), max(LAUNCHES if not REHEARSAL else 2, len(runs))))
     return gpu_seconds(replayed(lambda: [run() for run in turns])) / len(turns)
 
@@ -118,7 +118,7 @@ def empty_kernel() -> float:
 
 
 def copies_beyond_l2(size: int) -> int:
-    """How many buffers of so many bytes are four times the L2 cache."""
+    """Count the buffers of so many bytes that are four times the L2 cache."""
     l2 = 1 if REHEARSAL else torch.cuda.get_device_properties(DEVICE).L2_cache_size
     return max(2, min(16, -(-4 * l2 // size)))
 
@@ -143,7 +143,7 @@ def peaks():
 
 
 def right():
-    """Every kernel at every shape against float64."""
+    """Compare every kernel at every shape with float64."""
     figures, wrong = {}, []
     for channels, side, kernel in SHAPES:
         for dtype in DTYPES:
@@ -162,7 +162,7 @@ def right():
 
 
 def sanitizer():
-    """The smallest shape of `right` under compute-sanitizer, where that is installed."""
+    """Run the smallest shape of `right` under compute-sanitizer, where that is installed."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         yield {"absent": "compute-sanitizer is not installed"}
@@ -179,7 +179,7 @@ def one():
 
 
 def steps():
-    """Plain, private, and private as a graph: time, time to issue, and where the GPU's time goes."""
+    """Time a step, plain, private, and private as a graph: in all, to issue it, and where the GPU's time goes."""
     figures: dict[str, dict] = {}
     for name in (PLAIN, OURS, GRAPH):
         figures[name] = step_figures(name, SIZES.case())
@@ -205,7 +205,7 @@ def step_figures(provider: str, case: Case) -> dict:
 
 
 def profile(step: Callable[[], object]) -> dict[str, list]:
-    """The kernels of two steps that take most, with calls and microseconds of the GPU (in a rehearsal, of the CPU)."""
+    """List the kernels of two steps that take most, with calls and microseconds of the GPU (in a rehearsal, of the CPU)."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + machine.CUDA]
     with torch.profiler.profile(activities=activities) as found:
         step(), step()
@@ -216,7 +216,7 @@ def profile(step: Callable[[], object]) -> dict[str, list]:
 
 
 def kernels():
-    """Every operation of a layer against the floor of its bytes and flops."""
+    """Time every operation of a layer against the floor of its bytes and flops."""
     found, empty, figures = machine.measure_peaks(quick=REHEARSAL), empty_kernel(), []
     for channels, side, kernel in SHAPES:
         layer, dtype = SIZES.layer(channels, side, kernel), torch.bfloat16
@@ -237,7 +237,7 @@ def kernels():
 
 
 def dram():
-    """The share of DRAM's peak that each kernel reaches, as Nsight Compute sees it, where that is installed."""
+    """Read from Nsight Compute, where that is installed, what share of DRAM's peak each kernel reaches."""
     tool = shutil.which("ncu")
     if tool is None:
         yield {"absent": "ncu is not installed"}
@@ -249,7 +249,7 @@ def dram():
 
 
 def once():
-    """Every operation of the largest layer, once."""
+    """Run every operation of the largest layer once."""
     for operation in layer_operations(
         Tensors(SIZES.layer(*SHAPES[0]), SIZES.samples, torch.bfloat16, torch.channels_last)
     ):
@@ -259,7 +259,7 @@ def once():
 
 
 def cudnn():
-    """A frozen convolution with eight or sixteen outputs more: whether [W; A] could be one."""
+    """Time a frozen convolution with eight or sixteen outputs more, to see whether [W; A] could be one convolution."""
     figures = {}
     for outputs in (64, 72, 80):
         x = torch.randn(SIZES.samples, 64, 32 // SIZES.shrunk, 32 // SIZES.shrunk, device=DEVICE, dtype=torch.bfloat16)
@@ -272,7 +272,7 @@ def cudnn():
 
 
 def layouts():
-    """The private step in both memory layouts, over plain PyTorch's."""
+    """Time the private step in both memory layouts, over plain PyTorch's."""
     figures: dict[str, dict] = {}
     for layout in ("channels_last", "nchw"):
         for name in (PLAIN, OURS, GRAPH):

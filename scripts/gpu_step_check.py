@@ -50,14 +50,14 @@ def losses(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def truth(model: nn.Module, x: Tensor) -> tuple[float, Tensor]:
-    """-> a clipping norm that half of the samples exceed, and the clipped sum."""
+    """Compute a clipping norm that half of the samples exceed, and the true clipped sum."""
     grads = oracle.sample_grads(model, losses, x, VIEWS)
     bound = float(oracle.norms(grads).median())
     return bound, _flat(oracle.clipped_sum(grads, bound))
 
 
 def by_pytorch(model: nn.Module, x: Tensor, bound: float, loss_of: oracle.LossOf) -> Tensor:
-    """The same on the device and in the dtype of the private step, one backward pass per sample, without our kernels."""
+    """Compute the same sum without our kernels, by a backward pass per sample, on the private step's device in its dtype."""
     with patch.object(ops, "on_triton", lambda t: False):
         return _flat(oracle.clipped_sum(oracle.sample_grads(model, loss_of, x, VIEWS, torch.float32), bound))
 
@@ -69,7 +69,7 @@ def by_fastloda(model: nn.Module, x: Tensor, bound: float, loss_of: oracle.LossO
 
 
 def by_graph(model: nn.Module, x: Tensor, bound: float, loss_of: oracle.LossOf) -> Tensor:
-    """The sixth batch, a replay: the first and the fourth are probed, and those after them make the graph."""
+    """Compute the sixth batch's sum, by a replay: the first and the fourth are probed, those after them make the graph."""
     clipper = GhostClipper(copy.deepcopy(model), bound, views=VIEWS)
     step = CapturedStep(clipper, lambda batch: loss_of(clipper.model, batch))
     for _ in range(5):

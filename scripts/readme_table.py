@@ -1,8 +1,9 @@
-"""Put the measured speeds into README.md and the site from the committed result files: nobody types a number.
+"""Put measured speeds and tested versions into README.md and the site from the committed result files: nobody types a number.
 
 python scripts/readme_table.py
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,6 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import tables  # noqa: E402
 
-BEGIN, END = "<!-- speed: written by scripts/readme_table.py -->\n", "<!-- end of speed -->"
-PAGES = {
-    "README.md": "bench/results/",
-    "docs/benchmarks.md": "../bench/results/",
-}  # each with its way to the result files
 OPACUS = """\
 Opacus 1.6's Conv2d reads channels_last memory as if it were NCHW; its gradients and norms are then wrong. The bench feeds it
 NCHW and makes every convolution's input contiguous. `bench/test_channels_last.py` shows the fault, and FastLoDA right on both
@@ -24,13 +20,13 @@ layouts."""
 
 
 def speed(results: str) -> str:
-    """Make the tables of the newest result file of every machine; results: the link to their folder."""
+    """Make the tables of the newest result file of every machine; `results` is the link to their folder."""
     newest = {document["machine"]: (path, document) for path, document in _results()}
     return "\n\n".join(_machine_table(path, document, results) for path, document in newest.values())
 
 
 def _results() -> Iterator[tuple[Path, dict]]:
-    """Oldest first."""
+    """Read all result files, the oldest first."""
     documents = {path: tables.load(path) for path in (ROOT / "bench" / "results").glob("*.json")}
     return iter(sorted(documents.items(), key=lambda item: (item[1]["date"], item[0].name)))
 
@@ -46,11 +42,31 @@ def _machine_table(path: Path, document: dict, results: str) -> str:
     return f"{lead}\n\n{tables.summary_table(document['steps']).to_markdown()}".rstrip() + "\n\n" + OPACUS
 
 
+def versions() -> str:
+    """Make the table of the versions with which scripts/versions.py has tested the sdist."""
+    tested = json.loads((ROOT / "docs" / "results" / "versions.json").read_text())
+    columns = ["python", "torch", "triton", "numpy", "passed", "failed", "skipped", "date"]
+    return tables.Table("", columns, [[str(each[name]) for name in columns] for each in tested]).to_markdown().strip()
+
+
+PAGES = {
+    "README.md": ("speed", lambda: speed("bench/results/")),  # the argument: the page's way to the result files
+    "docs/benchmarks.md": ("speed", lambda: speed("../bench/results/")),
+    "docs/installation.md": ("versions", versions),
+}
+
+
+def with_figures(page: str) -> str:
+    """Return a page's text with the figures of today's result files between its marks."""
+    name, make = PAGES[page]
+    begin, end = f"<!-- {name}: written by scripts/readme_table.py -->\n", f"<!-- end of {name} -->"
+    before, _, rest = (ROOT / page).read_text().partition(begin)
+    return f"{before}{begin}\n{make()}\n\n{rest[rest.index(end) :]}"
+
+
 def main() -> None:
-    for page, results in PAGES.items():
-        before, _, rest = (ROOT / page).read_text().partition(BEGIN)
-        after = rest[rest.index(END) :]
-        (ROOT / page).write_text(f"{before}{BEGIN}\n{speed(results)}\n\n{after}")
+    for page in PAGES:
+        (ROOT / page).write_text(with_figures(page))
 
 
 if __name__ == "__main__":

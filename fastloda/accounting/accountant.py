@@ -64,7 +64,7 @@ class PrivacyAccountant:
         self._ledger.count(STEPS, int(count))
 
     def epsilon(self, delta: float, steps: int | None = None) -> float:
-        """Compute an upper bound on epsilon after `steps` (default: those taken); a new count takes 0.05 to 5 s."""
+        """Compute an upper bound on epsilon after `steps` (default: those taken); each new count takes 0.05 to 5 s."""
         delta, spent = check_delta(delta), self._spent(steps)
         if self.method == "rdp":
             return rdp_epsilon(spent, delta)
@@ -99,7 +99,7 @@ class PrivacyAccountant:
         return [bounds[bisect_left(knots, count)] if count else start for count in counts]
 
     def state_dict(self) -> dict[str, int | float | str | dict | list]:
-        """Make the state that belongs into a checkpoint, of plain JSON types.
+        """Make the state that belongs in a checkpoint, of plain JSON types.
 
         `steps` are all those taken; `loaded` are the ones among them that other accountants have counted, by their ids.
         """
@@ -157,7 +157,7 @@ class PrivacyAccountant:
         return merged([*self.earlier, self.mechanism(steps)])
 
     def mechanism(self, steps: int) -> Mechanism:
-        """Return the mechanism that `steps` steps are, of independent noise."""
+        """Describe `steps` steps of independent noise as one mechanism."""
         return Mechanism(self.sample_rate, self.noise_multiplier, -(-steps // self.bands))
 
     def _warn(self, trouble: str | None) -> None:

@@ -34,7 +34,7 @@ from fastloda.accounting.pld import pld_epsilon
 from fastloda.accounting.rdp import worst_of_similar
 
 MOST_RECORDS = 64  # for more the mixture would take long, and the looser bound is returned
-ALWAYS = 0.999  # a rate from which on all records count as drawn in every step, which is no better
+ALWAYS = 0.999  # from this rate on all records count as drawn in every step, which only raises the bound
 BISECTIONS = 60  # halvings of a bracket of some hundred standard deviations: to rounding
 
 
@@ -98,7 +98,7 @@ def _drawn_together(m: Mechanism, members: int) -> Mechanism:
 
 
 class _GroupLoss(MixtureGaussianPrivacyLoss):
-    """The privacy loss of the mixture, whose inverse is exact to rounding: dp-accounting's is to 1e-6, not always from above."""
+    """The privacy loss of the mixture, with an inverse exact to rounding; dp-accounting's is off by 1e-6, to either side."""
 
     def inverse_privacy_losses(self, privacy_losses: np.ndarray, precision: float = 0.0) -> np.ndarray:
         """Find the x at which the loss, which falls with x, is each of privacy_losses; beyond the bracket lies no mass."""

@@ -59,7 +59,7 @@ def pld_deltas(mechanisms: tuple[Mechanism, ...], epsilons: np.ndarray, delta: f
 def _composed(
     mechanisms: tuple[Mechanism, ...], delta: float, pld_of: PLDOf | None = None, rough: float | None = None
 ) -> tuple[PrivacyLossDistribution, float]:
-    """Compose the mechanisms' distributions; return the error by which rounding may make a delta too small, too.
+    """Compose the mechanisms' distributions; also return the error by which rounding may make a delta too small.
 
     The arguments are those of `pld_epsilon`.
 

@@ -60,7 +60,7 @@ def audit_step(
     - noise: its scale, law and independence, over coordinates, tensors, steps, micro-batches, batch sizes, the empty batch.
     - sampler: records enter independently, with the claimed probability.
 
-    An audit finds faults; it proves nothing, and a lower bound far under the claim is no better privacy. The bound on epsilon
+    An audit finds faults and proves nothing; a lower bound far below the claim does not mean more privacy. The bound on epsilon
     composes a mechanism of the measured mu as the accountant does, hence as if it were Gaussian (Nasr et al. 2302.07956).
 
     Args:

@@ -94,7 +94,7 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
 
 
 def _leave_the_start(model: UNet) -> None:
-    """Make each weight that starts at zero another: a gradient that is zero by it would be looked at again in every step."""
+    """Replace weights that start at zero: gradients that are zero because of them would be probed again in every step."""
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():

@@ -81,7 +81,7 @@ class Recipe:
         return private_training(self.privacy, earlier, **self.tuning.training.optimization()).noise_multiplier
 
     def pretrain(self, run: Path, **options) -> dict:
-        """Run `stages.pretrain`; this one's and the others' options are those stages' further ones."""
+        """Run `stages.pretrain`; like the methods below, it passes further options on to its stage."""
         return stages.pretrain(run, training=self.pretraining, **options)
 
     def choose(self, run: Path, **options) -> dict:

@@ -492,7 +492,7 @@ def evaluate(
     Args:
         run: folder of the run.
         test: real images with labels, of the same classes by name: a folder of images or an npz file; digits-test (360 digits
-            that `digits` has not), colour-digits-test, mnist-test:FOLDER or cifar10-test:FOLDER.
+            that are not in `digits`), colour-digits-test, mnist-test:FOLDER or cifar10-test:FOLDER.
         train: images to train on instead: anything that `pretrain` and `finetune` take. On private images this has no privacy.
         public: whether to train on samples-public/ instead of samples/.
         name: name of the set of samples, if `fastloda sample` was given one.

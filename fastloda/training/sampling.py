@@ -1,4 +1,4 @@
-"""Poisson sampling by record, or by owner: each step, every one enters independently with probability sample_rate.
+"""Poisson sampling: each record, or each owner, enters each step independently with probability sample_rate.
 
 The accountant's privacy amplification holds for this sampler and for no other; shuffled batches are not private to the same
 epsilon (Chua et al. 2024, Lebeda et al. 2024).

@@ -42,7 +42,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """A table of names and values; `folded`, the title alone is shown until it is clicked."""
+    """A table of names and values; if it is `folded`, only the title is shown until it is clicked."""
 
     values: Mapping[str, object]
     title: str = ""
