@@ -134,7 +134,7 @@ class ConvOp:
         self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Compute dx as `grad_x`, and return with it the taps of gz for A's gradient, if all were made at once (else None)."""
-        gx = self._convolution_backward(gy, x, weight, self.groups, self.conv, (True, False, False))[0]
+        gx = self.grad_x_of_W(gy, x, weight)
         if on_triton(gx):
             return kernels.input_grad.add_input_grad_(gx, gz, A, self.conv), None
         flat, taps = positions(gx), None
@@ -143,6 +143,10 @@ class ConvOp:
             taps = gather_taps(gz[rows], x.shape[2:], *self.conv)
             add_product_(flat[rows], A_taps, taps)
         return gx, taps if taps is not None and len(taps) == len(x) else None
+
+    def grad_x_of_W(self, gy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Compute the part of dx that comes through the frozen convolution, W^T * gy."""
+        return self._convolution_backward(gy, x, weight, self.groups, self.conv, (True, False, False))[0]
 
     def weight_grad(self, x: Tensor, gz: Tensor, A: Tensor) -> Tensor:
         """Compute the ordinary gradient of A, summed over all rows."""

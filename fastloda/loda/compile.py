@@ -1,11 +1,10 @@
 """torch.compile for a model whose adapters train privately: `fastloda.compile`.
 
-A compiled region is one node of the autograd graph, in which no rule can tell the samples apart. So each adapter enters it
-once for each row of the batch (`rowwise.py`): the `expand` outside has one gradient per row, which a rule covers.
+A compiled region is one node of the autograd graph, in which no rule can tell the samples apart. So the adapters enter it once
+for each row of the batch (`rowwise.py`): the node outside that wrote them has one gradient per row.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fastloda.errors import PrivacyError, UserError
 from fastloda.loda.attach import ADAPTED, loda_layers
 from fastloda.loda.layers import LoDAConv2d, LoDALinear
-from fastloda.loda.rowwise import ByRow
+from fastloda.loda.rowwise import ByRow, Lines, widths
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,9 +32,9 @@ def compile(model: M, **options) -> M:
     Like `nn.Module.compile` it works in place: names, `state_dict`, adapter files, hooks and train / eval mode stay the model's
     own; copies and pickles of it are eager. What works:
 
-    - No graph breaks: `fullgraph=True` holds where it does for the unadapted model, the paper's U-Net included. The forward and
-      the gradients of a LoDA layer are single operations that the compiler does not look into, with the eager layer's
-      arithmetic; what lies between the layers is fused. Without gradients (sampling) the layers are fused too.
+    - No graph breaks: `fullgraph=True` holds where it does for the unadapted model, the paper's U-Net included. The compiler
+      sees through the layers and fuses them with what lies between them. On a GPU, while gradients are wanted, a layer's forward
+      and its gradients are single operations that it does not look into, with the kernels of the eager layer.
     - Where PyTorch gives up compiling (graph breaks, too many versions), the rest runs eagerly and stays exact.
     - The first batch size gets code of its own, the second one code for all further sizes (`dynamic` of torch.compile);
       `DPTrainer`'s fixed-shape micro-batches need only the first. Parts with equal code share it, and PyTorch keeps 8 versions:
@@ -43,8 +42,9 @@ def compile(model: M, **options) -> M:
     - Autocast, channels_last memory, checkpointing inside or around the compiled part, layers that are called twice or share
       adapters.
 
-    Memory: the adapters' gradients are held for each row, in float32 (float64 for float64), rows x adapter parameters; and the
-    compiled backward does not reuse what it saved ("donated buffers"), since a private step's probe runs it several times.
+    Memory: the adapters' gradients are held for each row, in float32 (float64 for float64), rows x adapter parameters, twice at
+    the end of backward, when they are brought together. The compiled backward does not reuse what it saved ("donated buffers"),
+    since a private step's probe runs it several times.
 
     Args:
         model: a model whose trainable parameters, if any, are adapters (`attach_loda`). The batch comes first, a sample's rows
@@ -62,6 +62,8 @@ def compile(model: M, **options) -> M:
     _check_mode(**options)
     _check_trainable(model)
     layers = [layer for _, layer in loda_layers(model)]
+    for layer in layers:  # in its own dict already, or the second call would be compiled anew
+        layer.by_row = None
     model._compiled_call_impl = _by_row(model._call_impl, layers, options)
     return model
 
@@ -69,17 +71,23 @@ def compile(model: M, **options) -> M:
 def _by_row(call: Callable, layers: Sequence[LoDAConv2d | LoDALinear], options: dict) -> Callable:
     """Compile call, and wrap it so that layers get their adapters by row while it runs."""
 
-    def whole(*args, **kwargs):  # torch.compile traces PyTorch's own modules only if something else calls them
-        return call(*args, **kwargs)
+    def whole(lines, args, kwargs):  # torch.compile traces PyTorch's own modules only if something else calls them
+        try:
+            _give_by_row(layers, lines)
+            return call(*args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.by_row = None
 
     compiled = torch.compile(whole, **options)
 
     def run(*args, **kwargs):
         rows = _leading_size((args, kwargs))
-        if not rows or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not rows or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
             return call(*args, **kwargs)
-        with autograd_config.patch(donated_buffer=False), _given_by_row(layers, rows):
-            return compiled(*args, **kwargs)
+        groups = _alike(layers) if torch.is_grad_enabled() else []
+        with autograd_config.patch(donated_buffer=False):
+            return compiled([Lines.apply(rows, *adapters) for adapters in groups], args, kwargs)
 
     return run
 
@@ -89,17 +97,23 @@ def _leading_size(arguments) -> int:
     return next((len(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()), 0)
 
 
-@contextmanager
-def _given_by_row(layers: Sequence[LoDAConv2d | LoDALinear], rows: int) -> Generator[None]:
-    """Give the layers their adapters by row, inside; nothing without gradients, when their plain definition is compiled."""
-    before = [layer.by_row for layer in layers]
-    try:
-        for layer in layers if torch.is_grad_enabled() else ():
-            layer.by_row = ByRow.of(layer.loda_A, layer.loda_B, rows)
-        yield
-    finally:
-        for layer, given in zip(layers, before):
-            layer.by_row = given
+def _alike(layers: Sequence[LoDAConv2d | LoDALinear]) -> list[list[nn.Parameter]]:
+    """Group the layers' adapters, each once, by their devices and dtypes."""
+    groups: dict[tuple[torch.device, torch.dtype], dict[int, nn.Parameter]] = {}
+    for layer in layers:
+        for p in (layer.loda_A, layer.loda_B):
+            groups.setdefault((p.device, p.dtype), {})[id(p)] = p
+    return [list(adapters.values()) for adapters in groups.values()]
+
+
+def _give_by_row(layers: Sequence[LoDAConv2d | LoDALinear], lines: Sequence[Tensor]) -> None:
+    """Give the layers their adapters by row; nothing without lines, when their plain definition is compiled."""
+    parts = {}
+    for of_group, adapters in zip(lines, _alike(layers)):
+        each = of_group.split(widths([p.shape for p in adapters]), 1)
+        parts |= {id(p): part for p, part in zip(adapters, each)}
+    for layer in layers if parts else ():
+        layer.by_row = ByRow(parts[id(layer.loda_A)], parts[id(layer.loda_B)])
 
 
 def _check_mode(mode: str | None = None, options: dict | None = None, **_) -> None:

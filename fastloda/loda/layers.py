@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from fastloda.errors import UserError
 from fastloda.kernels.conv import Conv
 from fastloda.loda.arithmetic import ConvOp, LinearOp, cast_together
-from fastloda.loda.rowwise import ByRow, rowwise_adapter
+from fastloda.loda.rowwise import ByRow, fits, rowwise_adapter
 from fastloda.per_sample.amx import compute_dtype, without_autocast
 from fastloda.per_sample.rules import FUNCTION_RULES, Rule
 
@@ -77,7 +77,8 @@ def apply_adapter(
     It can't under `torch.func` transforms and `torch.compile`, nor where the base layer trains too (whose own rule then covers
     W). The definition's operations have rules of their own, so that a private step stays exact.
 
-    by_row: the adapter for each row of the batch, by which a model compiled by `fastloda.compile` tells the samples apart.
+    by_row: the adapter for each row of the batch, by which a model compiled by `fastloda.compile` tells the samples apart; it
+        needs a whole number of rows for each, or the reverse.
 
     Raises:
         TypeError: x has another dtype than the weight, or is not floating point.
@@ -86,10 +87,10 @@ def apply_adapter(
     if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast):
         raise TypeError(f"the input is {x.dtype}, the layer's weight {weight.dtype}")
     base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if by_row is not None and not base_trains:
+    if by_row is not None and not base_trains and fits(x, by_row):
         dtype = compute_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return rowwise_adapter(op, x, weight, bias, by_row)
+        return rowwise_adapter(op, x, weight, bias, (A.shape, B.shape), by_row)
     if base_trains or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op.reference(x, weight, bias, A.to(x.dtype), B.to(x.dtype))
     return LoDAFunction.apply(x, weight, A, B, bias, op, compute_dtype(x))

@@ -1,147 +1,139 @@
-"""A LoDA layer as one operation that a compiler does not look into, with a gradient of its adapter for each row.
+"""A LoDA layer in a compiled model, with a gradient of its adapter for each row of the batch.
 
 A compiled model is a single node of the autograd graph, so that no rule sees the operations inside. All that it gives are
-gradients of its inputs. So the adapter enters it once for each row of the batch, as a view [rows, ...] that nobody reads: its
-gradient is one gradient per row, accumulated in float32 (float64 for float64) as in eager mode. The arithmetic reads the adapter
-itself, without a gradient.
-
-On a CPU the views of a convolution's adapter have the order in which products give its gradients: to lay out one adapter in a
-step costs nothing, to lay out a gradient for each row took as long as to make it.
+gradients of its inputs. So the adapters enter it as one matrix with a line for each row of the batch. The lines are all the same,
+and each one's gradient is that of its row, accumulated in float32 (float64 for float64) as in eager mode. One node outside has
+all these gradients: the norms come from one pass over them, and the clipped sum from another.
 """
 
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Size, Tensor
+from torch.autograd.function import once_differentiable
 
-from fastloda.kernels.conv import Conv
+from fastloda.loda import opaque, visible
 from fastloda.loda.arithmetic import ConvOp, LinearOp
 from fastloda.per_sample.recipe import Recipe
-from fastloda.per_sample.tensors import accumulable, on_triton
-
-_SETTINGS = "int[] geometry, float slope, float scale"
-_INPUTS = "Tensor weight, Tensor A, Tensor B, Tensor rows_A, Tensor rows_B"
-_FORWARD = f"(Tensor x, {_INPUTS}, Tensor? bias, {_SETTINGS}) -> (Tensor, Tensor)"
-_BACKWARD = f"(Tensor gy, Tensor x, Tensor z, {_INPUTS}, bool needs_x, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
+from fastloda.per_sample.reductions import RUN, run_squares
+from fastloda.per_sample.rules import FUNCTION_RULES, Rule
+from fastloda.per_sample.tensors import accumulable, sum_rows
 
 
 class ByRow(NamedTuple):
-    """An adapter without gradients, and views of it for each row of a batch, which get them."""
+    """The parts [rows, numbers] of the lines that hold a layer's A and B, zeros after them."""
 
     A: Tensor
     B: Tensor
-    rows_A: Tensor  # [rows, ...]
-    rows_B: Tensor
-
-    @classmethod
-    def of(cls, A: Tensor, B: Tensor, rows: int) -> "ByRow":
-        """Make it of a layer's adapter, for a batch of so many rows."""
-        views = accumulable(A), accumulable(B)
-        if A.dim() == 4 and not A.is_cuda:
-            views = views[0].movedim(1, -1).flip(1, 2).flatten(0, 2), views[1].flatten(1).t()
-        return cls(A.detach(), B.detach(), *(view.expand(rows, *view.shape) for view in views))
 
 
-def rowwise_adapter(op: ConvOp | LinearOp, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: ByRow) -> Tensor:
-    """Compute y = W * x + b + s B phi(A * x) in x's dtype."""
-    A, B = adapter.A.to(x.dtype), adapter.B.to(x.dtype)
-    return _adapter(x, weight, A, B, adapter.rows_A, adapter.rows_B, bias, *_settings(op))[0]
+class Lines(torch.autograd.Function):
+    """The operation that writes adapters, and zeros after each up to a multiple of RUN, into a line for each row: no copies."""
+
+    keeps_rows = True
+
+    @staticmethod
+    def forward(ctx, rows, *adapters):
+        ctx.shapes, ctx.dtypes, ctx.receiver = [p.shape for p in adapters], [p.dtype for p in adapters], None
+        ctx.widths = widths(ctx.shapes)
+        zeros = accumulable(adapters[0].new_zeros(RUN))
+        parts = [part for p in adapters for part in (accumulable(p).flatten(), zeros[: -p.numel() % RUN])]
+        return torch.cat(parts).expand(rows, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grads):
+        if ctx.receiver is not None:
+            ctx.receiver(grads, lambda: _recipes(grads, ctx.shapes))
+            return None, *[None] * len(ctx.shapes)
+        parts = grads.sum(0, keepdim=True).split(ctx.widths, 1)
+        totals = [_lay_out(part, shape)[0] for part, shape in zip(parts, ctx.shapes)]
+        return None, *(total.to(dtype) for total, dtype in zip(totals, ctx.dtypes))
 
 
-def _settings(op: ConvOp | LinearOp) -> tuple[list[int], float, float]:
-    """Express op in the types that an operation's schema allows: geometry, slope, scale."""
-    if isinstance(op, LinearOp):
-        return [], op.slope, op.scale
-    kernel, stride, padding, dilation = op.conv
-    return [*kernel, *stride, *padding, *dilation, op.groups], op.slope, op.scale
+FUNCTION_RULES[Lines] = Rule(None, range(1 << 16))
 
 
-def _op(geometry: list[int], slope: float, scale: float) -> ConvOp | LinearOp:
-    if not geometry:
-        return LinearOp(slope, scale)
-    *pairs, groups = geometry
-    return ConvOp(Conv(*zip(pairs[::2], pairs[1::2])), groups, slope, scale)
+def widths(shapes: Sequence[Size]) -> list[int]:
+    """Compute how many numbers of a line each adapter takes."""
+    return [-(-shape.numel() // RUN) * RUN for shape in shapes]
 
 
-# ---- memory layouts of the outputs, which the compiler must know before the operation runs
+def _recipes(grads: Tensor, shapes: Sequence[Size]) -> dict[int, Recipe]:
+    """Make the recipes of all adapters' gradients, which share the sums over a sample's lines, and their norms' runs."""
 
+    @cache
+    def parts(grads: Tensor, samples: int) -> list[tuple[Tensor, Tensor]]:
+        of_samples, sizes = sum_rows(grads, samples), widths(shapes)
+        squares = run_squares(of_samples).split([size // RUN for size in sizes], 1)
+        return list(zip(of_samples.split(sizes, 1), squares))
 
-def _as_x(x: Tensor, geometry: list[int]) -> torch.memory_format:
-    channels_last = geometry and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _as_z(x: Tensor, geometry: list[int]) -> torch.memory_format:
-    """Choose the layout in which backward reads z fastest."""
-    return torch.channels_last if geometry and on_triton(x) else torch.contiguous_format
-
-
-@torch.library.custom_op("fastloda::adapter", mutates_args=(), schema=_FORWARD)
-def _adapter(x, weight, A, B, rows_A, rows_B, bias, geometry, slope, scale):
-    with torch.autocast(x.device.type, enabled=False):
-        y, z = _op(geometry, slope, scale).forward(x, weight, bias, A, B)
-    return y.contiguous(memory_format=_as_x(x, geometry)), z.contiguous(memory_format=_as_z(x, geometry))
-
-
-@_adapter.register_fake
-def _(x, weight, A, B, rows_A, rows_B, bias, geometry, slope, scale):
-    y, rank = _op(geometry, slope, scale).reference(x, weight, bias, A, B), A.shape[0]
-    z_shape = (y.shape[0], rank, *y.shape[2:]) if geometry else (*y.shape[:-1], rank)
-    return torch.empty_like(y, memory_format=_as_x(x, geometry)), torch.empty(
-        z_shape, dtype=x.dtype, device=x.device, memory_format=_as_z(x, geometry)
-    )
-
-
-@torch.library.custom_op("fastloda::adapter_backward", mutates_args=(), schema=_BACKWARD)
-def _adapter_backward(gy, x, z, weight, A, B, rows_A, rows_B, needs_x, geometry, slope, scale):
-    op = _op(geometry, slope, scale)
-    with torch.autocast(x.device.type, enabled=False):
-        gx, *recipes = op.backward(gy, x, z, weight, A, B, needs_x)
-        each = zip(recipes, (rows_A, rows_B), strict=True)
-        gA, gB = (_row_grads(recipe, len(x), rows.shape) for recipe, rows in each)
-    gx = x.new_empty(0) if gx is None else gx.contiguous(memory_format=_as_x(x, geometry))
-    return gx, gA, gB
-
-
-@_adapter_backward.register_fake
-def _(gy, x, z, weight, A, B, rows_A, rows_B, needs_x, geometry, slope, scale):
-    gx = torch.empty_like(x, memory_format=_as_x(x, geometry)) if needs_x else x.new_empty(0)
-    return gx, rows_A.new_empty(rows_A.shape), rows_B.new_empty(rows_B.shape)
-
-
-def _row_grads(recipe: Recipe, seen: int, shape: torch.Size) -> Tensor:
-    """Compute one gradient for each of the batch's rows, from a layer that saw `seen` rows: of shape [rows, ...].
-
-    If it saw k rows for each, theirs are summed; if it saw one for every k, the first of these k gets its gradient.
-
-    Raises:
-        ValueError: neither of the two numbers is a multiple of the other.
-    """
-    rows = shape[0]
-    if seen % rows and rows % seen:
-        raise ValueError(
-            f"a LoDA layer saw {seen} rows in a compiled model whose first input has {rows}: the batch must come first"
+    def recipe(i: int) -> Recipe:
+        return Recipe(
+            lambda grads, samples: parts(grads, samples)[i][0],
+            (grads,),
+            with_squares=lambda grads, samples: parts(grads, samples)[i],
+            lay_out=partial(_lay_out, shape=shapes[i]),
         )
-    owners = min(seen, rows)
-    grads = recipe.raw_of_all(owners)
-    grads = (grads if grads.shape[1:] == shape[1:] else recipe.lay_out(grads)).contiguous()
-    if owners == rows:
+
+    return {i: recipe(i) for i in range(len(shapes))}
+
+
+def _lay_out(part: Tensor, shape: Size) -> Tensor:
+    return _way(part).lay_out(part[:, : shape.numel()], shape)
+
+
+def _way(t: Tensor):
+    """Choose the module that computes: one that a compiler sees through, but for Triton's kernels."""
+    return opaque if t.is_cuda else visible
+
+
+class RowwiseAdapter(torch.autograd.Function):
+    """The operation y = W * x + b + s B phi(A * x), which gives the lines their gradients."""
+
+    keeps_rows = True
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, rows_A, _rows_B, op):
+        ctx.op = op
+        with torch.autocast(x.device.type, enabled=False):
+            y, z = _way(x).forward(op, x, weight, bias, A, B)
+        ctx.save_for_backward(x, z, weight, A, B, rows_A)
+        return y
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (gy,) = grad_outputs
+        x, z, weight, A, B, rows_A = ctx.saved_tensors
+        rows, needs_x = len(rows_A), ctx.needs_input_grad[0]
+        with torch.autocast(x.device.type, enabled=False):
+            gx, grad_A, grad_B = _way(x).backward(ctx.op, gy, x, z, weight, A, B, needs_x, min(len(x), rows))
+        return gx, None, None, None, None, _into_lines(grad_A, rows), _into_lines(grad_B, rows), None
+
+
+def _into_lines(grads: Tensor, rows: int) -> Tensor:
+    """Bring gradients to the width of their part of a line; of every k rows the first has the one for all."""
+    grads = grads.flatten(1)
+    grads = F.pad(grads, (0, -grads.shape[1] % RUN))
+    if len(grads) == rows:
         return grads
-    spread = grads.new_zeros(rows, *grads.shape[1:])
-    spread[:: rows // owners] = grads
+    spread = grads.new_zeros(rows, grads.shape[1])
+    spread[:: rows // len(grads)] = grads
     return spread
 
 
-def _keep(ctx, inputs, output):
-    x, *adapter, _, ctx.geometry, ctx.slope, ctx.scale = inputs
-    ctx.save_for_backward(x, output[1], *adapter)
+def fits(x: Tensor, by_row: ByRow) -> bool:
+    """Tell whether x has several rows for each of the batch's, or one for several."""
+    rows = len(by_row.A)
+    return not (len(x) % rows and rows % len(x))
 
 
-def _grads(ctx, gy, _):
-    needs_x, _, _, _, needs_A, needs_B = ctx.needs_input_grad[:6]
-    gx, gA, gB = _adapter_backward(gy, *ctx.saved_tensors, needs_x, ctx.geometry, ctx.slope, ctx.scale)
-    grads = gx if needs_x else None, gA if needs_A else None, gB if needs_B else None
-    return grads[0], None, None, None, *grads[1:], None, None, None, None
-
-
-_adapter.register_autograd(_grads, setup_context=_keep)
+def rowwise_adapter(
+    op: ConvOp | LinearOp, x: Tensor, weight: Tensor, bias: Tensor | None, shapes: Sequence[Size], by_row: ByRow
+) -> Tensor:
+    """Compute y = W * x + b + s B phi(A * x) in x's dtype; shapes: those of A and B."""
+    A, B = [lines.detach()[0, : shape.numel()].view(shape).to(x.dtype) for lines, shape in zip(by_row, shapes)]
+    return RowwiseAdapter.apply(x, weight, bias, A, B, *by_row, op)

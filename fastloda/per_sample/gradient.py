@@ -4,7 +4,7 @@ Its norm and its clipped sum are both taken from the very same numbers, from `ch
 same order. So a norm can't underestimate what is summed, however much the positions of a sample cancel.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -141,7 +141,17 @@ class PerSampleGrad:
                 total = weighted_row_sum(grads, factors[chosen], some_are_zero, total)
         elif self.kept is not None:
             total = weighted_row_sum(self.kept, factors, some_are_zero)
-        return None if total is None else self._check_shape(self.order(total.unsqueeze(0)).squeeze(0))
+        return None if total is None else self.in_shape(total)
+
+    def in_shape(self, total: Tensor) -> Tensor:
+        """Bring a sum of gradients that are all kept, or all made again, to the parameter's shape.
+
+        Raises:
+            PrivacyError: the parameter entered an operation in another shape.
+        """
+        if self.kept is not None and not self.again:
+            total = total.view(self.kept.shape[1:])
+        return self._check_shape(self.order(total.unsqueeze(0)).squeeze(0))
 
     def _check_shape(self, total: Tensor) -> Tensor:
         if total.shape != self.shape:
@@ -158,14 +168,48 @@ def squared_norms(grads: Collection[PerSampleGrad], samples: int, device: torch.
 
 
 def weighted_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[str, Tensor | None]:
-    """Compute sum_n factors[n] g_n of each parameter (None: unused). All gradients kept on a GPU are summed in one launch."""
-    kept = {name: grad.kept for name, grad in grads.items() if grad.kept is not None and not grad.again}
-    flat = {name: tensor.reshape(len(tensor), -1) for name, tensor in kept.items() if on_triton(tensor)}
+    """Compute sum_n factors[n] g_n of each parameter (None: unused). Kept gradients that lie in a line are summed at once.
+
+    On a GPU all that are kept are summed in one launch.
+    """
+    kept = {name: grad.kept.flatten(1) for name, grad in grads.items() if grad.kept is not None and not grad.again}
     some_are_zero = waits(factors) or not factors.all()
-    sums = {name: grad.weighted_sum(factors, some_are_zero) for name, grad in grads.items() if name not in flat}
-    if flat:
-        total = kernels.clip_sum.clip_sum(torch.cat(list(flat.values()), dim=1), factors.float())
-        parts = total.double().split([tensor.shape[1] for tensor in flat.values()])
-        as_kept = {name: part.view(1, *kept[name].shape[1:]) for name, part in zip(flat, parts)}
-        sums |= {name: grads[name].order(part)[0] for name, part in as_kept.items()}
+    sums = {name: grad.weighted_sum(factors, some_are_zero) for name, grad in grads.items() if name not in kept}
+    for names, rows in _lines(kept):
+        if on_triton(rows):
+            total = kernels.clip_sum.clip_sum(rows, factors.float()).double()
+        else:
+            total = weighted_row_sum(rows, factors, some_are_zero)
+        for name, part in zip(names, total.split([kept[name].shape[1] for name in names])):
+            sums[name] = grads[name].in_shape(part)
     return sums
+
+
+def _lines(kept: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield (names, rows [n, numbers]) of gradients that lie side by side in one tensor; on a GPU they are brought together."""
+    lines: list[list[str]] = []
+    for name, rows in kept.items():
+        if not lines or not _continues(kept[lines[-1][-1]], rows):
+            lines.append([])
+        lines[-1].append(name)
+    whole = [_side_by_side([kept[name] for name in names]) for names in lines]
+    on_gpu = [on_triton(rows) for rows in whole]
+    yield from ((names, rows) for names, rows, apart in zip(lines, whole, on_gpu) if not apart)
+    if any(on_gpu):
+        together = [rows for rows, apart in zip(whole, on_gpu) if apart]
+        names = [name for of_line, apart in zip(lines, on_gpu) if apart for name in of_line]
+        yield names, together[0] if len(together) == 1 else torch.cat(together, dim=1)
+
+
+def _continues(rows: Tensor, more: Tensor) -> bool:
+    """Tell whether the numbers of each row of `more` follow those of `rows` in one tensor."""
+    apart = rows.untyped_storage().data_ptr() != more.untyped_storage().data_ptr()
+    end = rows.storage_offset() + rows.shape[1]
+    alike = (rows.dtype, rows.stride(), 1) == (more.dtype, more.stride(), more.stride(1))
+    return not apart and alike and more.storage_offset() == end
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """View parts [n, numbers], each of which continues the one before, as one."""
+    width = sum(part.shape[1] for part in parts)
+    return parts[0].as_strided((len(parts[0]), width), parts[0].stride())

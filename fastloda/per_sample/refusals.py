@@ -21,7 +21,7 @@ from fastloda.errors import PrivacyError
 from fastloda.per_sample.backward import run_backward
 from fastloda.per_sample.graph import LossGraph
 from fastloda.per_sample.members import Members
-from fastloda.per_sample.node import Node
+from fastloda.per_sample.node import Node, parts_of
 from fastloda.per_sample.regions import COMPILED
 from fastloda.per_sample.rules import uncovered
 
@@ -38,7 +38,8 @@ UNCOVERED_REMEDY = (
 )
 COMPILED_REMEDY = (
     "torch.compile made one operation of its layer and others; use fastloda.compile(model) for adapters (once more if they were "
-    "attached since), and leave other trainable layers out of the compiled part, or freeze them"
+    "attached since; a layer's rows must be those of the model's first input, k for each or one for every k), and leave other "
+    "trainable layers out of the compiled part, or freeze them"
 )
 SCRIPTED_REMEDY = (
     "TorchScript made one operation of several layers; train the Python module that was scripted or traced"
@@ -202,7 +203,7 @@ def check_independence(
     probe = _Probe(losses, graph, parameters, finite)
     for chosen in parts:
         probe.look(chosen)
-    if anew and parts and probe.shown == set(graph.uses):
+    if anew and parts and probe.saw_all:
         looks.parted = int(finite.sum())
 
 
@@ -231,13 +232,18 @@ class _Probe:
     """The probe: backward passes from some samples' losses, compared with the first one, from all samples.
 
     Attributes:
-        shown: the operations that a gradient which is not zero has reached.
     """
 
     def __init__(self, losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], finite: Tensor):
         self._losses, self._graph, self._parameters, self._finite = losses, graph, parameters, finite
-        self._sizes: dict[Node, Tensor] = {}  # [samples]: the gradients' norms in the pass from all samples
-        self.shown: set[Node] = set()
+        # (operation, part of its output) -> [samples]: the gradients' norms in the pass from all samples
+        self._sizes: dict[tuple[Node, int], Tensor] = {}
+        self._shown: set[tuple[Node, int]] = set()  # what a gradient which is not zero has reached
+
+    @property
+    def saw_all(self) -> bool:
+        """Whether gradients which are not zero have reached all operations, and all parts of their outputs."""
+        return self._shown == self._sizes.keys() and {node for node, _ in self._shown} == set(self._graph.uses)
 
     def look(self, chosen: Tensor) -> None:
         """Run backward from the losses of the chosen samples alone; chosen: bool [samples].
@@ -254,22 +260,25 @@ class _Probe:
                 raise PrivacyError(
                     f"{names}: gradient of shape {tuple(gy.shape)} for {samples} samples: the batch must come first"
                 )
-            rows = gy.reshape(samples, -1)
+            for number, part in enumerate(parts_of(node, gy)):
+                check(names, (node, number), part.reshape(samples, -1))
+
+        def check(names: str, place: tuple[Node, int], rows: Tensor) -> None:
             nonzero = ((rows != 0) & ~rows.isnan()).any(1)
             if nonzero[self._finite & ~chosen].any():
                 raise PrivacyError(
                     f"samples mix: the loss of some depends on the features of others at {names}. Every loss must depend on "
                     "its own sample only, and the batch must come first in every layer (batch_first=True)"
                 )
-            sizes = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(gy.dtype, torch.float32))
-            whole = self._sizes.setdefault(node, sizes)
-            if (_differ(sizes, whole, gy.dtype) & chosen).any():
+            sizes = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+            whole = self._sizes.setdefault(place, sizes)
+            if (_differ(sizes, whole, rows.dtype) & chosen).any():
                 raise PrivacyError(
                     f"samples mix in the backward pass: what some samples' gradient at {names} is depends on which others are in "
                     "the batch. A hook or an autograd.Function above it may scale gradients by all of them"
                 )
             if nonzero.any():
-                self.shown.add(node)
+                self._shown.add(place)
 
         run_backward(self._losses, weights, self._graph, self._parameters, on_use, retain_graph=True)
 

@@ -22,6 +22,8 @@ from fastloda import (
     ghost_dp_step,
     per_sample_grad_norms,
 )
+from fastloda.loda import opaque
+from fastloda.per_sample import refusals
 from fastloda.per_sample.graph import nodes_below
 from fastloda.per_sample.regions import COMPILED, _backward_code, _picks_rows, may_pick_rows
 from fastloda.synthesis.diffusion.unet import UNet, UNetConfig
@@ -141,6 +143,25 @@ def test_private_steps_are_exact(name):
             wanted = case.views * sum(grads[name] for grads in truth)
             torch.testing.assert_close(parameter.grad, wanted, **EXACT)
     check_exact(case, truth)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_operations_that_hide_the_arithmetic_are_as_exact(name, monkeypatch):
+    """Those for Triton's kernels, with PyTorch's products behind them."""
+    monkeypatch.setattr("fastloda.loda.rowwise._way", lambda t: opaque)
+    test_private_steps_are_exact(name)
+
+
+def test_adapters_of_two_dtypes():
+    class Doubled(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).to(self[1].weight.dtype))
+
+    case = drawn.Case(randomise(Doubled(conv(3, 4), conv(4, 2)).double()), torch.randn(4, 3, 4, 5))
+    case.model[0].float()
+    norms = oracle.norms(case.truth())
+    compiled(case.model)
+    torch.testing.assert_close(per_sample_grad_norms(case.losses(), case.model), norms, rtol=1e-5, atol=0)
 
 
 class OfOneInput(nn.Module):
@@ -485,7 +506,7 @@ def test_a_base_thawed_later_is_refused():
     case = small()
     compiled(case.model)
     case.model[0].weight.requires_grad_(True)
-    check_refused(case, "'0.weight' is used by CompiledFunction")
+    check_refused(case, "'0.(weight|loda_A)' is used by CompiledFunction")
 
 
 @pytest.mark.parametrize("base", ["bias", "weight"])
@@ -577,6 +598,18 @@ def test_rows_that_an_index_picks_inside_are_looked_at_every_time(pick, dynamic)
         per_sample_grad_norms(model(x, in_order.roll(1)).square().sum(1), model)
 
 
+def test_the_probe_comes_back_until_each_adapter_has_shown_a_gradient():
+    case = small()
+    nn.init.zeros_(case.model[0].loda_B)  # so that A of this layer has none
+    compiled(case.model)
+    parted = []
+    for _ in range(2):
+        per_sample_grad_norms(case.losses(), case.model)
+        parted.append(max(looks.parted for looks in refusals._looks[case.model].values()))
+        randomise(case.model)
+    assert parted == [0, case.samples]
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_what_picks_no_rows_is_looked_at_on_the_schedule_only(cached, monkeypatch):
     """Resizing, pooling and padding index positions, and a gather along the features no rows."""
@@ -608,8 +641,7 @@ def test_rows_that_belong_to_no_sample_are_refused():
 
     case = drawn.Case(randomise(Folded().double()), torch.randn(4, 3, 4, 5, dtype=torch.float64))
     compiled(case.model)
-    with pytest.raises(ValueError, match="saw 3 rows in a compiled model whose first input has 4"):
-        per_sample_grad_norms(case.losses(), case.model)
+    check_refused(case, "'layer.loda_A' is used by CompiledFunction.*rows must be those of the model's first input")
 
 
 @pytest.mark.parametrize("options", [dict(mode="reduce-overhead"), dict(options={"triton.cudagraphs": True})])

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastloda import GhostClipper, PrivacyError
-from fastloda.per_sample.gradient import PerSampleGrad
+from fastloda.per_sample.gradient import PerSampleGrad, weighted_sums
 from fastloda.per_sample.members import Members
-from fastloda.per_sample.reductions import LONG, RUN, row_squares, weighted_row_sum
+from fastloda.per_sample.reductions import LONG, RUN, row_squares, run_squares, weighted_row_sum
 from fastloda.privacy.sums import FlatSums
 
 LENGTHS = st.sampled_from([1, 5, LONG - 1, LONG, LONG + 1, LONG + RUN - 1, 3 * LONG + 7])
@@ -24,6 +24,19 @@ def test_squares_are_those_of_float64_whatever_the_numbers_size(length, power, s
     rows = rows.float()
     truth = rows.double().square().sum(1)
     assert ((row_squares(rows) - truth).abs() <= 1e-6 * truth).all()
+    runs = rows[:, : length // RUN * RUN]
+    truth = runs.double().square().unflatten(1, (-1, RUN)).sum(2)
+    assert ((run_squares(runs) - truth).abs() <= 1e-6 * truth).all()
+
+
+def test_gradients_side_by_side_are_summed_as_apart():
+    """Those of one row, too, and beside others that lie elsewhere or in another order."""
+    for samples in (1, 3):
+        line, factors = torch.randn(samples, 30), torch.rand(samples)
+        kept = [line[:, :10], line[:, 10:18], torch.randn(samples, 5), line[:, 18:29], line[:, :10], line[:, 29:]]
+        grads = {str(i): PerSampleGrad(rows.shape[1:], samples, kept=rows) for i, rows in enumerate(kept)}
+        for i, total in weighted_sums(grads, factors).items():
+            torch.testing.assert_close(total, factors @ kept[int(i)])
 
 
 def test_rows_that_overflow_or_are_not_finite_do_not_spoil_the_others():

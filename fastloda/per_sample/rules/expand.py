@@ -1,7 +1,7 @@
 """The rule of a parameter that `expand` or `repeat` copies along the batch.
 
-Examples are the class token of a transformer, the scale of InstanceNorm, an adapter in a compiled model. Each copy has a
-gradient of its own, which is all that a rule needs.
+Examples are the class token of a transformer and the scale of InstanceNorm. Each copy has a gradient of its own, which is all
+that a rule needs.
 """
 
 from torch import Size, Tensor
