@@ -8,7 +8,7 @@ from .engine.engine import PrivacyEngine, make_private, make_private_with_epsilo
 from .engine.loader import BatchMemoryManager
 from .engine.validator import ModuleValidator
 from .errors import PrivacyError
-from .loda.attach import attach_loda, load_loda, loda_parameters, loda_state_dict, merge_loda, save_loda
+from .loda.attach import attach_loda, detach_loda, load_loda, loda_parameters, loda_state_dict, merge_loda, save_loda
 from .loda.compile import compile
 from .loda.layers import LoDAConv2d, LoDALinear
 from .per_sample.explain import explain
@@ -22,6 +22,7 @@ from .privacy.stats import StepStats
 from .privacy.step import GhostClipper, ghost_dp_step
 from .privacy.styles import Automatic, PerLayer
 from .training.callbacks import StepReport, evaluate_every
+from .training.saliency import Saliency, release_saliency
 from .training.settings import PrivateTraining
 from .training.trainer import DPTrainer
 
@@ -42,6 +43,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "PrivateTraining",
+    "Saliency",
     "SecureGenerator",
     "StepReport",
     "StepStats",
@@ -51,6 +53,7 @@ __all__ = [
     "compile",
     "compose_epsilon",
     "cover",
+    "detach_loda",
     "evaluate_every",
     "explain",
     "ghost_dp_step",
@@ -63,5 +66,6 @@ __all__ = [
     "per_sample_grad_norms",
     "per_sample_grads",
     "register_rule",
+    "release_saliency",
     "save_loda",
 ]

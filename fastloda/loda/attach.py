@@ -65,6 +65,12 @@ class LoDAConv1D(LoDALinear):
         adapted.loda_A, adapted.loda_B = self.loda_A, self.loda_B
         return adapted.train(self.training).merge()
 
+    def bare(self) -> nn.Module:
+        """Make the Conv1D without the adapter, which shares the frozen tensors."""
+        layer = _conv1d()(self.out_features, self.in_features)
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer.train(self.training)
+
     def forward(self, input: Tensor) -> Tensor:
         """Compute y [N, ..., O] of input [N, ..., C]."""
         op = LinearOp(self.slope, self.scale)
@@ -73,8 +79,13 @@ class LoDAConv1D(LoDALinear):
 
 def _adaptable() -> tuple[type[nn.Module], ...]:
     """List the types of the layers that can be adapted: transformers' Conv1D too, if anyone has imported it."""
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    conv1d = _conv1d()
     return (nn.Conv2d, nn.Linear) if conv1d is None else (nn.Conv2d, nn.Linear, conv1d)
+
+
+def _conv1d() -> Any:
+    """Return transformers' Conv1D; None if nobody has imported it."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
 
 class Adapted(list[str]):
@@ -256,13 +267,7 @@ def merge_loda(model: nn.Module) -> list[str]:
         ValueError: the model has no adapters or is a single layer, or one of its layers, which is named, can't be merged: its
             activation is nonlinear, its convolution grouped, or it has hooks. The model is as before.
     """
-    layers = dict(loda_layers(model))
-    if not layers:
-        raise UserError("the model has no adapters to merge")
-    if "" in layers:
-        raise UserError(
-            "the model is a single layer, which can't be replaced in place: model.merge() makes the merged one"
-        )
+    layers = _replaceable(model, "merge")
     merged: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
         if reason := _lost_by_replacement(layer):
@@ -274,6 +279,46 @@ def merge_loda(model: nn.Module) -> list[str]:
     _replace(model, merged)
     _save_as_the_library_does(model)
     return list(layers)
+
+
+def detach_loda(model: nn.Module, *, keep: Iterable[str] = ()) -> list[str]:
+    """Take the adapters off in place: these layers are as before `attach_loda`, but frozen. What they had learned is lost.
+
+    Args:
+        model: the model to change.
+        keep: the names of layers whose adapters stay, as `attach_loda` returned them; default: none.
+
+    Returns:
+        The names of the layers whose adapters are off.
+
+    Raises:
+        ValueError: a name in `keep` is no adapted layer's, the model has no adapters or is a single layer, or an adapted layer
+            has hooks. The model is as before.
+    """
+    layers, kept = _replaceable(model, "take off"), set(keep)
+    if unknown := sorted(kept - layers.keys()):
+        raise UserError(f"keep names {unknown[:5]}, which have no adapters")
+    bare = {name: layer for name, layer in layers.items() if name not in kept}
+    for name, layer in bare.items():
+        if reason := _lost_by_replacement(layer):
+            raise UserError(f"the adapter of {name} can't be taken off: {reason}")
+    _replace(model, {layer: layer.bare() for layer in bare.values()})
+    if not kept:
+        _save_as_the_library_does(model)
+    return list(bare)
+
+
+def _replaceable(model: nn.Module, verb: str) -> dict[str, LoDAConv2d | LoDALinear]:
+    """Find the adapted layers of a model, in which they can be replaced in place."""
+    layers = dict(loda_layers(model))
+    if not layers:
+        raise UserError(f"the model has no adapters to {verb}")
+    if "" in layers:
+        raise UserError(
+            f"the model is a single layer, which can't be replaced in place: model.{'merge' if verb == 'merge' else 'bare'}() "
+            "makes the other one"
+        )
+    return layers
 
 
 def _save_adapters_too(model: nn.Module) -> None:

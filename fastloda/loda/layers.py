@@ -7,7 +7,7 @@ the autograd node, and the layer's only backward pass hands it the recipes of pe
 """
 
 import math
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +161,12 @@ class _Adapted(nn.Module if TYPE_CHECKING else object):
         if isinstance(self.bias, nn.Parameter):
             merged.bias = self.bias
         return merged.train(self.training)
+
+    def bare(self) -> nn.Module:
+        """Make the layer without the adapter, which shares the frozen tensors."""
+        layer: Any = self._plain()
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer.train(self.training)
 
     def _plain(self) -> nn.Conv2d | nn.Linear:
         """Make the ordinary layer of the same shape, on the meta device."""

@@ -263,21 +263,33 @@ def _clipping(settings: PrivateTraining, unit: str) -> dict:
     return {"clipping": style.name}
 
 
-def release_statement(what: str, mechanism: Sequence, delta: float, records: int, seed: int | None) -> dict:
-    """Make the statement of a single release of a sum over the records; `mechanism` is as `compose_epsilon` takes it."""
+def release_statement(
+    what: str,
+    mechanism: Sequence,
+    delta: float,
+    records: int,
+    seed: int | None,
+    *,
+    secure_noise: bool = False,
+    by_owner: bool = False,
+) -> dict:
+    """Make the statement of a single release of a sum over the records, or over owners.
+
+    `mechanism` is as `compose_epsilon` takes it.
+    """
     sample_rate, noise_multiplier, steps = mechanism
     return {
         "epsilon": compose_epsilon([mechanism], delta),
         "delta": delta,
-        "adjacency": ADJACENCY,
+        "adjacency": OWNER_ADJACENCY if by_owner else ADJACENCY,
         "mechanism": f"Gaussian noise on the {what}, of sensitivity 1",
         "sampler": SAMPLER,
         "sample_rate": sample_rate,
         "noise_multiplier": noise_multiplier,
         "steps": steps,
-        "records": records,
+        "owners" if by_owner else "records": records,
         "accountant": _accountant(),
-    } | _randomness([_release(mechanism, seed is not None, describe_randomness(seed, secure=False))])
+    } | _randomness([_release(mechanism, seed is not None, describe_randomness(seed, secure_noise))])
 
 
 def unrecorded_release(mechanism: Sequence) -> dict:

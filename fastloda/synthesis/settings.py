@@ -24,6 +24,13 @@ TARGETS: dict[str, Targets] = {
 }
 
 
+OF_THE_LOSSES = (
+    "label_dropout",
+    "timesteps",
+    "flips",
+)  # the fields of FineTuning that set the loss, not the optimization
+
+
 @dataclass(frozen=True)
 class UNetShape:
     """The shape of a U-Net: a preset, and what differs from it. Size, channels and classes are those of the images.
@@ -161,8 +168,7 @@ class FineTuning:
 
     def optimization(self) -> dict:
         """Collect the fields that `PrivateTraining` has too."""
-        of_the_losses = ("label_dropout", "timesteps", "flips")
-        return {name: value for name, value in asdict(self).items() if name not in of_the_losses}
+        return {name: value for name, value in asdict(self).items() if name not in OF_THE_LOSSES}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 pretrain    public/model.safetensors, samples.png
 choose      chosen/model.safetensors, samples.png, sums.safetensors, privacy.json: the public model, moved nearer
-finetune    private/adapter.safetensors, privacy.json, epsilon.png; checkpoint.pt and source.yaml, which must stay private
+finetune    layers/privacy.json, where it chooses the layers to adapt, with what the choice follows from
+            private/adapter.safetensors, privacy.json, epsilon.png; checkpoint.pt and source.yaml, which must stay private
 sample      samples/ as `samples.py` writes it; samples-NAME/ for a further set; of the public model alone: samples-public/
 dpsgd       dpsgd/classifier.safetensors, privacy.json: the classifier trained on the private images themselves
 evaluate    evaluation.json
@@ -14,8 +15,9 @@ import logging
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,14 +33,17 @@ from fastloda.synthesis.account import known_releases, read_statement, releases
 from fastloda.synthesis.arguments import Device, Names, resolve_device
 from fastloda.synthesis.bases import MODEL, Base, OwnUNet, class_prompts, open_base
 from fastloda.synthesis.budget import (
+    ADJACENCY,
     CHECKPOINT,
     EPSILON_CURVE,
+    OWNER_ADJACENCY,
     STATEMENT,
     Privacy,
     check_delta,
     fit_average,
     nominal_records,
     private_trainer,
+    private_training,
     publish,
     release_statement,
 )
@@ -63,22 +68,26 @@ from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
 from fastloda.synthesis.methods.diffusion_model import PublicModel
 from fastloda.synthesis.methods.dp_sgd import DPSGD, make_classifier, train_dpsgd
 from fastloda.synthesis.methods.gaussian_release import noise_stream
+from fastloda.synthesis.methods.layer_choice import LayerChoice, once
 from fastloda.synthesis.methods.pixel_moves import moved
 from fastloda.synthesis.methods.public_choice import PublicChoice
 from fastloda.synthesis.models import save_unet
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, Stage, digest, make_folder, read_json, write_json
 from fastloda.synthesis.samples import GRID, IMAGES, PART, README, SAMPLES, contact_sheet, draw_resumably, write_samples
-from fastloda.synthesis.settings import Adapter, Classifier, FineTuning, UNetShape
+from fastloda.synthesis.settings import OF_THE_LOSSES, Adapter, Classifier, FineTuning, UNetShape
+from fastloda.training.saliency import Saliency, release_saliency
 
 logger = logging.getLogger("fastloda")
 
 ADAPTER, EVALUATION = "adapter.safetensors", "evaluation.json"
 CLASSIFIER_WEIGHTS = "classifier.safetensors"
-PUBLIC, CHOSEN, PRIVATE, SUMS, PREVIEW = "public", "chosen", "private", "sums.safetensors", "samples.png"
+PUBLIC, CHOSEN, LAYERS, PRIVATE = "public", "chosen", "layers", "private"
+SUMS, PREVIEW = "sums.safetensors", "samples.png"
 PREVIEW_COLUMNS = 10  # number of images of each class in the preview
 
 PUBLIC_TRAINING, SHAPE, NO_NAMES = PublicTraining(steps=2000, ema_decay=0.998), UNetShape(), Names()
 ADAPTERS, FINE_TUNING, CLASSIFIER, CHOICE = Adapter(), FineTuning(), Classifier(), PublicChoice()
+ALL_LAYERS = LayerChoice()
 PRIVATE_NAME = "private images"
 
 
@@ -279,6 +288,7 @@ def finetune(
     model: Path | None = None,
     prompts: str | None = None,
     adapter: Adapter = ADAPTERS,
+    layers: LayerChoice = ALL_LAYERS,
     training: FineTuning = FINE_TUNING,
     device: Device = "auto",
     progress: bool = True,
@@ -288,6 +298,8 @@ def finetune(
     Writes private/ in the run's folder: adapter.safetensors and privacy.json may be released, checkpoint.pt and source.yaml
     must not. Interrupted, it continues when it is called again, bit for bit, so that the budget is spent once. Deleting
     private/ and starting anew spends it anew; what both released then counts together (`fastloda account --composition`).
+    With --layers.share below 1 a noisy sum first says which layers to adapt. It is drawn once, the same budget covers it, and all
+    of layers/ in the run's folder but source.yaml may be released.
 
     Args:
         run: folder of the run.
@@ -310,6 +322,7 @@ def finetune(
         prompts: prompts for a model that reads text: a template with {class}, as "a photo of a {class}", or one for each class,
             as "cat=a photo of a cat,dog=a photo of a dog".
         adapter: settings of the adapters that are trained.
+        layers: settings of a choice of layers to adapt.
         training: settings of the optimization.
         device: device to compute on.
         progress: whether to show progress: a bar on a terminal, elsewhere a line now and then. Its loss and clipped fraction are
@@ -320,25 +333,38 @@ def finetune(
     private = _open_private(data, base, class_map, skip_unreadable, name)
     captions = None if prompts is None else class_prompts(prompts, private.class_names)
     base.caption(captions)
-    before = _released_before(run, base)
-    owners = _owners_of(data, private, owner, before)
+    owners = _owners_of(data, private, owner, _released_before(run, base))
     privacy = privacy.with_records(*((len(set(owners)), "owners") if owners else (len(private), "records")))
     losses = base.losses(training, privacy.views)
     adapter = replace(adapter, targets=adapter.targets or base.targets)
     with seeded(training.seed or 0):  # seeds A's initial values only, which are public and independent of the noise
         adapter.attach(base.network)
     settings = {"name": name, "privacy": asdict(privacy), "adapter": asdict(adapter), "prompts": prompts}
-    settings |= {"training": asdict(training), "device": place.type, "per_owner": per_owner}
+    settings |= {"layers": asdict(layers), "training": asdict(training), "device": place.type, "per_owner": per_owner}
     outputs = (ADAPTER, STATEMENT, EPSILON_CURVE)
     source = _source(data, class_map, skip_unreadable) | {"owner": owner}
     options = {"private": True, "source": source, "world": World.of()}
     stage = Stage(Path(run) / PRIVATE, settings, (base.file,), outputs, **options)
     if not _reuse(stage):
         _check_goes_on(stage, CHECKPOINT)
-        earlier = [release for statement in before for release in releases(statement)]
-        options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": earlier, "progress": progress}
         records = base.records(relabelled(private, base.class_names or private.class_names), progress)
         optimization = training.optimization() | {"per_owner": per_owner}
+        about = _about(name, private.class_names)
+        measure = partial(
+            release_saliency,
+            *(base.network, records, losses),
+            records=privacy.records,
+            noise_multiplier=layers.noise_multiplier,
+            views=privacy.views,
+            owners=owners,
+            per_owner=per_owner,
+            micro_batch_size=training.micro_batch_size,
+            seed=training.seed,
+            secure_noise=training.secure_noise,
+        )
+        layers.keep_best(base.network, partial(_release_layers, run, stage, base, measure, about), training.seed or 0)
+        before = _released_before(run, base)
+        options = {"checkpoint": stage.folder / CHECKPOINT, "earlier": _all_releases(before), "progress": progress}
         trainer = private_trainer(base.network, records, losses, privacy, optimization, owners=owners, **options)
         with stage.work():
             fit_average(trainer)
@@ -346,9 +372,46 @@ def finetune(
                 return {}
             save_loda(base.network, stage.folder / ADAPTER)
             counted = [release for statement in before for release in known_releases(statement)]
-            about = _about(name, private.class_names) | ({"prompts": captions} if captions else {})
-            publish(trainer, privacy, stage.folder, counted, about)
+            publish(trainer, privacy, stage.folder, counted, about | ({"prompts": captions} if captions else {}))
     return read_statement(stage.folder) if stage.world.first else {}
+
+
+def _release_layers(run: Path, tuning: Stage, base: Base, measure: Callable[[], Saliency], about: dict) -> Saliency:
+    """Release where the records' gradients are in layers/, a stage of its own before the stage `tuning`; or load it.
+
+    It depends on those settings of the tuning by which losses are computed, and can serve again when others change.
+    """
+    known = tuning.settings
+    settings = {name: known[name] for name in ("name", "adapter", "prompts", "device", "per_owner")}
+    settings |= {"privacy": {name: known["privacy"][name] for name in ("delta", "records", "views")}}
+    settings |= {"training": {name: known["training"][name] for name in (*OF_THE_LOSSES, "seed", "secure_noise")}}
+    settings |= {"layers": {"noise_multiplier": known["layers"]["noise_multiplier"]}}
+    options = {"private": True, "source": tuning.source, "world": tuning.world}
+    stage = Stage(Path(run) / LAYERS, settings, (base.file,), (STATEMENT,), **options)
+    path = stage.folder / STATEMENT
+    if not _reuse(stage):
+        if not stage.world.from_first(path.exists):
+            _check_affordable(run, tuning, base)
+        with stage.work():
+            once(path, measure, stage.world, lambda: about | _layers_statement(tuning))
+    return once(path, measure, stage.world)
+
+
+def _check_affordable(run: Path, tuning: Stage, base: Base) -> None:
+    """Refuse to release the layers' saliency if fine-tuning began already, with one that is gone, or could not pay for it."""
+    if tuning.world.from_first((tuning.folder / CONFIG).exists):
+        raise RunError(f"{tuning.folder} goes on from {LAYERS}/{STATEMENT}, which is gone. {tuning.way_out}")
+    due = LayerChoice(**tuning.settings["layers"]).releases
+    earlier = _all_releases(_released_before(run, base)) + [each[1:] for each in due]
+    private_training(Privacy(**tuning.settings["privacy"]), earlier)
+
+
+def _layers_statement(tuning: Stage) -> dict:
+    """Make the statement of the release that the stage `tuning` chooses its layers by."""
+    ((what, *mechanism),) = LayerChoice(**tuning.settings["layers"]).releases
+    privacy, training = tuning.settings["privacy"], tuning.settings["training"]
+    how = {"secure_noise": training["secure_noise"], "by_owner": tuning.source["owner"] is not None}
+    return release_statement(what, mechanism, privacy["delta"], privacy["records"], training["seed"], **how)
 
 
 def train_classifier_privately(
@@ -581,25 +644,30 @@ def _public_folder(run: Path, model: Path | None) -> Path:
 
 
 def _released_before(run: Path, base: Base) -> list[dict]:
-    """Read the statements of what `choose` released about the private records, for the adapted model or in this run."""
-    chosen, folders = Path(run) / CHOSEN, []
+    """Read the statements of what was released about the private records before, for the adapted model or in this run."""
+    chosen, layers, folders = Path(run) / CHOSEN, Path(run) / LAYERS, []
     if base.chosen_privately:
         folders.append(base.file.parent)
     if (chosen / SUMS).exists() and chosen.resolve() not in [folder.resolve() for folder in folders]:
         folders.append(chosen)
+    if (layers / STATEMENT).exists():
+        folders.append(layers)
     return [read_statement(folder) for folder in folders]
 
 
+def _all_releases(statements: Sequence[dict]) -> list[tuple]:
+    return [release for statement in statements for release in releases(statement)]
+
+
 def _owners_of(data: str, private: LabelledImages, owner: str | None, before: list[dict]) -> list[str] | None:
-    """Read whose each image is, if that is asked for. Raises UserError if images were counted by themselves before."""
-    if owner is None:
-        return None
-    if before:
+    """Read whose each image is, if that is asked for. Raises UserError if what was released before has another unit."""
+    adjacency, other = (ADJACENCY, "owner") if owner is None else (OWNER_ADJACENCY, "image")
+    if any(statement["adjacency"] != adjacency for statement in before):
         raise UserError(
-            "`fastloda choose` released a sum in which each image counts by itself, which no epsilon of an owner covers: "
-            "fine-tune by --owner in another --run, with --model for the public model"
+            f"a sum was released before in which each {other} counts by itself, which this run's epsilon would not cover: "
+            "fine-tune in another --run, with --model for the public model"
         )
-    return read_owners(data, private.files, owner)
+    return None if owner is None else read_owners(data, private.files, owner)
 
 
 def _released_with(base: Base) -> ClassEmbeddings:

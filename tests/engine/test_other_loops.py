@@ -241,6 +241,9 @@ def test_an_adapted_conv1d_merges_and_trains_privately():
     nn.init.normal_(model[0].loda_B)
     x = torch.randn(7, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(model[0].merge()(x), model[0](x))
+    bare = model[0].bare()
+    assert type(bare) is transformers.pytorch_utils.Conv1D and bare.weight is model[0].weight
+    torch.testing.assert_close(bare(x), x @ bare.weight + bare.bias)
     private_model, optimizer, loader = private(model, bound=0.1)
     x, y = first_batch(loader)
     wanted = oracle.clipped_sum(truth_of_rows(model, x, y), 0.1)

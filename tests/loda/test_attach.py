@@ -20,6 +20,7 @@ from fastloda import (
     LoDAConv2d,
     LoDALinear,
     attach_loda,
+    detach_loda,
     load_loda,
     loda_parameters,
     loda_state_dict,
@@ -27,6 +28,7 @@ from fastloda import (
     save_loda,
 )
 from fastloda.integrations.peft import TENSORS, load_peft, save_peft
+from fastloda.loda.attach import loda_layers
 from fastloda.loda.wrappers import bare_modules
 
 
@@ -362,3 +364,51 @@ def test_what_cannot_be_merged_is_named_and_left_alone(name):
     with pytest.raises(ValueError, match=message):
         merge_loda(model)
     assert list(model.modules()) == before
+
+
+# ---- taking adapters off
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    part=st.sampled_from([*PARTS, "nothing"]),
+    wholes=st.lists(st.sampled_from(list(WHOLE)), max_size=2),
+    keep=st.sets(st.sampled_from(list(TARGETS))),
+)
+def test_layers_without_their_adapters_are_as_before_in_any_wrappers(part, wholes, keep):
+    model = functools.reduce(lambda model, name: WHOLE[name](model), wholes, (PARTS | WHOLE)[part](adapted()))
+    kept = {name: dict(loda_layers(model))[name] for name in keep}
+    assert detach_loda(model, keep=keep) == [name for name in TARGETS if name not in keep]
+    assert dict(loda_layers(model)) == kept
+    bare = dict(bare_modules(model))
+    for name in set(TARGETS) - keep:
+        assert type(bare[name]) is type(plain().get_submodule(name))
+    if not keep:
+        x = torch.randn(2, 2, 5, 5)
+        torch.testing.assert_close(model(x), plain()(x))
+
+
+UNDETACHABLE = {
+    "hooked": (hooked, {}, "the adapter of 1 can't be taken off: it has hooks"),
+    "no adapters": (plain, {}, "no adapters to take off"),
+    "one layer": (lambda: LoDALinear(2, 2, rank=1), {}, r"single layer.*model.bare\(\)"),
+    "strange": (adapted, {"keep": ["9.x"]}, r"keep names \['9.x'\], which have no adapters"),
+}
+
+
+@pytest.mark.parametrize("name", UNDETACHABLE)
+def test_what_cannot_be_taken_off_is_named_and_left_alone(name):
+    make, options, message = UNDETACHABLE[name]
+    model = make()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=message):
+        detach_loda(model, **options)
+    assert list(model.modules()) == before
+
+
+def test_the_rest_trains_and_is_saved(tmp_path):
+    model = adapted()
+    assert detach_loda(model, keep=["stem"]) == ["block.1", "head"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["stem.loda_A", "stem.loda_B"]
+    save_loda(model, tmp_path / "a")
+    assert load_loda(plain(), tmp_path / "a") == ["stem"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fastloda.synthesis.budget import Privacy
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import image_folder, read_owners
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
+from fastloda.synthesis.methods import LayerChoice
 from fastloda.synthesis.runs import RunError
 from fastloda.synthesis.settings import FineTuning, UNetShape
 from fastloda.synthesis.stages import finetune, pretrain
@@ -199,6 +201,19 @@ def test_what_choose_released_by_image_is_not_counted_as_by_owner(public, tmp_pa
     with pytest.raises(ValueError, match="in which each image counts by itself"):
         finetune(run, privacy, data=str(data), owner=r"(p\d+)_", model=public, **QUIET)
     assert not (run / "private").exists()
+
+
+def test_layers_are_chosen_by_owner_and_the_release_counts_owners(public, tmp_path):
+    run, data = tmp_path / "run", many(tmp_path / "images")
+    privacy = Privacy(target_epsilon=8.0, delta=1e-5, epochs=1, batch_size=4)
+    options = {"data": str(data), "model": public, "layers": LayerChoice(0.5, 20.0)} | QUIET
+    statement = finetune(run, privacy, owner=r"(p\d+)_", per_owner=2, **options)
+    own = read_statement(run / "layers")
+    assert own["adjacency"] == statement["adjacency"] == "add/remove one owner with all records"
+    assert own["owners"] == statement["owners"] and statement["earlier"] == [[1.0, 20.0, 1]]
+    shutil.rmtree(run / "private")
+    with pytest.raises(ValueError, match="in which each owner counts by itself"):
+        finetune(run, privacy, **options)
 
 
 def test_the_command_takes_owners_and_refuses_a_number_without_them(public, tmp_path, capsys):

@@ -27,6 +27,7 @@ from .dp_loda import DPLoDA
 from .dp_mepf import DPMEPF
 from .dp_merf import DPMERF
 from .dp_sgd import Direct, DirectDPSGD
+from .layer_choice import LayerChoice
 from .no_dp import NoDP
 from .public_choice import PublicChoice
 from .public_only import PublicOnly
@@ -43,6 +44,7 @@ __all__ = [
     "DPMERF",
     "Direct",
     "DirectDPSGD",
+    "LayerChoice",
     "Method",
     "NoDP",
     "PrivateClassifier",

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.synthesis.models import load_unet, save_unet
 from fastloda.synthesis.settings import FineTuning
+from fastloda.training.saliency import release_saliency
 
 from .base import Budget, Release, Sampler, Spent, Work
 from .cost import step_cost
+from .layer_choice import LayerChoice, once
 from .shared_file import only_one
 
 
@@ -127,6 +130,7 @@ class Coder:
 
 
 IDENTITY = Coder(lambda images: images, lambda images: images)
+ALL_LAYERS = LayerChoice()
 
 
 def tune(
@@ -137,21 +141,33 @@ def tune(
     work: Work,
     coder: Coder = IDENTITY,
     earlier: tuple[Release, ...] = (),
+    layers: LayerChoice = ALL_LAYERS,
 ) -> Sampler:
     """Train the trainable parameters of `model` by DP-SGD on the diffusion loss; the averaged parameters sample.
 
-    `earlier` are releases about the same records, which the budget covers too.
+    `earlier` are releases about the same records, which the budget covers too, as it does that of a choice among adapted layers.
     """
     options = replace(tuning.training, seed=work.seed).optimization()
-    before = [release[1:] for release in earlier]
     losses = tuning.training.losses(tuning.trained(model.process), tuning.views)
     records = (coder.encode(private.images)[:], private.labels)
     work.folder.mkdir(parents=True, exist_ok=True)
+    release = partial(
+        release_saliency,
+        *(model, records, losses),
+        records=budget.records,
+        noise_multiplier=layers.noise_multiplier,
+        views=tuning.views,
+        micro_batch_size=tuning.training.micro_batch_size,
+        seed=work.seed,
+    )
+    layers.keep_best(model, lambda: once(work.folder / "saliency.json", release), work.seed)
+    earlier = (*earlier, *layers.releases)
+    before = [each[1:] for each in earlier]
     where = {"checkpoint": work.folder / CHECKPOINT, "earlier": before, "progress": work.progress}
     trainer = private_trainer(model, records, losses, tuning.privacy(budget), options, **where)
     fit_average(trainer)
-    release = Release.of(trainer)
-    found = sampler(model, tuning, private.num_classes, Spent(budget.delta, (*earlier, release)), work, coder)
+    spent = Spent(budget.delta, (*earlier, Release.of(trainer)))
+    found = sampler(model, tuning, private.num_classes, spent, work, coder)
     return replace(found, cost=step_cost(trainer, records))
 
 

@@ -1,4 +1,8 @@
-"""DP-LoDA: low-dimensional adapters of a public diffusion model, trained privately; the method that this package is for."""
+"""DP-LoDA: low-dimensional adapters of a public diffusion model, trained privately; the method that this package is for.
+
+Settings make the variants to compare: adapters everywhere; of attention alone, by the adapter's targets; and of chosen layers, or
+as many at random, by `LayerChoice`.
+"""
 
 from dataclasses import dataclass
 
@@ -8,16 +12,21 @@ from fastloda.synthesis.diffusion import UNet
 from fastloda.synthesis.settings import Adapter
 
 from .base import Budget, ByEpsilon, Release, Sampler, Work
-from .diffusion_model import PrivateTuning, PublicModel, tune
+from .diffusion_model import ALL_LAYERS, PrivateTuning, PublicModel, tune
+from .layer_choice import LayerChoice
 
 
 @dataclass(frozen=True)
 class DPLoDA:
-    """The method DP-LoDA, with the public model, the adapters, and the settings of private training for each budget."""
+    """The method DP-LoDA, with the public model, the adapters, and the settings of private training for each budget.
+
+    `layers` chooses among the layers that `adapter` names; the budget pays for the choice.
+    """
 
     public: PublicModel
     tunings: ByEpsilon[PrivateTuning]
     adapter: Adapter = Adapter()
+    layers: ByEpsilon[LayerChoice] = ByEpsilon({1.0: ALL_LAYERS})
     name: str = "DP-LoDA"
     trained_on: str = "its samples"
     has_budget: bool = True
@@ -31,4 +40,5 @@ class DPLoDA:
         """Attach adapters to a public model and train them; `earlier` are releases that the budget covers too."""
         with seeded(work.seed):  # the seed of A's initial values, which is public and independent of the noise
             self.adapter.attach(model)
-        return tune(model, private, budget, self.tunings.at(budget.epsilon), work, earlier=earlier)
+        options = {"earlier": earlier, "layers": self.layers.at(budget.epsilon)}
+        return tune(model, private, budget, self.tunings.at(budget.epsilon), work, **options)

@@ -15,9 +15,9 @@ from fastloda.synthesis.budget import STATEMENT
 from fastloda.synthesis.data import LabelledImages, load_npz
 from fastloda.synthesis.inputs import OWN_IMAGES, public_name
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, digest, read_json
-from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, PRIVATE, SAMPLES
+from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, LAYERS, PRIVATE, SAMPLES
 
-SHOWN_SETTINGS = ("privacy", "adapter", "training")  # the others can hold paths
+SHOWN_SETTINGS = ("privacy", "adapter", "layers", "training")  # the others can hold paths
 SAMPLING_SETTINGS = ("count", "steps", "guidance", "reach")
 HIDDEN_SETTINGS = ("seed",)  # whoever knows it can foresee what was drawn
 
@@ -64,7 +64,7 @@ class FinishedRun:
         """
         _check_finished(folder)
         run = cls(folder, _confirmed(read_statement(folder / PRIVATE), folder / PRIVATE / STATEMENT))
-        run._check_choice()
+        run._check_choices()
         return run
 
     @property
@@ -114,9 +114,9 @@ class FinishedRun:
         return any(release.get("seed_was_fixed") is not False for release in each)
 
     @property
-    def was_chosen(self) -> bool:
-        """Whether `fastloda choose` released something too, which the statement covers."""
-        return (self.folder / CHOSEN / STATEMENT).is_file()
+    def choices(self) -> list[str]:
+        """The folders of choices, of public images and of layers, that released something too, which the statement covers."""
+        return [name for name in (CHOSEN, LAYERS) if (self.folder / name / STATEMENT).is_file()]
 
     @cached_property
     def releases(self) -> list[tuple]:
@@ -183,13 +183,14 @@ class FinishedRun:
         numbers = {key: result[key] for key in ("train_images", "test_images", "accuracy")}
         return {"train": train, "test": public_name(settings["test"], OWN_IMAGES), **numbers}
 
-    def _check_choice(self) -> None:
-        """Refuse a run whose statement leaves out what its `choose` has released."""
-        if self.was_chosen and not set(releases(read_statement(self.folder / CHOSEN))) <= set(self.releases):
-            raise RunError(
-                f"{PRIVATE}/{STATEMENT} does not count what {CHOSEN}/ has released: `fastloda account --composition` says "
-                "what both cost together; fine-tune in another --run for a statement that covers both"
-            )
+    def _check_choices(self) -> None:
+        """Refuse a run whose statement leaves out what one of its choices has released."""
+        for name in self.choices:
+            if not set(releases(read_statement(self.folder / name))) <= set(self.releases):
+                raise RunError(
+                    f"{PRIVATE}/{STATEMENT} does not count what {name}/ has released: `fastloda account --composition` says "
+                    "what both cost together; fine-tune in another --run for a statement that covers both"
+                )
 
     def _config(self, stage: str) -> dict:
         path = self.folder / stage / CONFIG

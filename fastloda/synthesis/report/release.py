@@ -18,7 +18,7 @@ from fastloda.synthesis.report.html import Blanks, Bullets, Facts, Figure, Page,
 from fastloda.synthesis.report.plots import sample_grid
 from fastloda.synthesis.report.tables import Table, rounded_up
 from fastloda.synthesis.runs import CONFIG, DONE, SOURCE, digest
-from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, PRIVATE, SAMPLES
+from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, LAYERS, PRIVATE, SAMPLES
 from fastloda.training.releases import intent_path
 
 logger = logging.getLogger("fastloda")
@@ -125,7 +125,7 @@ def _publishable(run: FinishedRun, evaluations: Sequence[dict]) -> dict[str, str
         f"{PRIVATE}/{EPSILON_CURVE}": "computed from public numbers",
     }
     files |= {f"{each.name}/": "synthetic images, drawn from the adapter" for each in run.sample_sets}
-    files |= {f"{CHOSEN}/{name}": "the promise covers it" for name in _chosen(run)}
+    files |= {str(path): "the promise covers it" for path in _chosen(run)}
     return files | {PAGE: "this page" + (", with its accuracies on the test images" if evaluations else "")}
 
 
@@ -135,19 +135,21 @@ def _confidential() -> dict[str, str]:
         f"{PRIVATE}/{CHECKPOINT}": "it holds the secret from which the noise follows",
         f"{PRIVATE}/{intent_path(Path(CHECKPOINT)).name}": "it belongs to the checkpoint",
         f"every {SOURCE}": "says where images are",
-        f"{CONFIG} and {DONE}": f"those of {PRIVATE}/ and {CHOSEN}/ may hold paths, and times that depend on the images",
+        f"{CONFIG} and {DONE}": f"those of {PRIVATE}/, {CHOSEN}/ and {LAYERS}/ may hold paths, and times that depend on the "
+        "images",
         EVALUATION: "the promise does not cover its accuracies",
         "the loss and the clipped share": "training shows them to the operator, without noise",
         "the private images": "and their paths, and any file that is not listed as publishable",
     }
 
 
-def _chosen(run: FinishedRun) -> list[str]:
-    """List the publishable files of `fastloda choose`."""
-    if not run.was_chosen:
-        return []
+def _chosen(run: FinishedRun) -> list[Path]:
+    """List the publishable files of the choices before fine-tuning."""
     return sorted(
-        p.name for p in (run.folder / CHOSEN).iterdir() if p.suffix in (".safetensors", ".png") or p.name == STATEMENT
+        Path(choice, path.name)
+        for choice in run.choices
+        for path in (run.folder / choice).iterdir()
+        if path.suffix in (".safetensors", ".png") or path.name == STATEMENT
     )
 
 
@@ -258,7 +260,7 @@ def _evaluation(evaluations: Sequence[dict]) -> Iterator[Table]:
 
 def _digests(run: FinishedRun) -> Facts:
     paths = [Path(PRIVATE, ADAPTER), Path(PRIVATE, STATEMENT), *(Path(each.name, SAMPLES) for each in run.sample_sets)]
-    paths += [Path(CHOSEN, name) for name in _chosen(run)]
+    paths += _chosen(run)
     return Facts({str(path): digest(run.folder / path) for path in paths}, "SHA-256 of each")
 
 
