@@ -156,10 +156,10 @@ def trial(changes: dict) -> str:
     if s["choice_noise"]:
         pool = font_digits(100_000, 0)
         choice = PublicChoice(s["choice_noise"], tolerance=s["choice_tolerance"], reach=s["choice_reach"])
-        released, release = choice.release(train, pool, RECORDS, seed, noise_stream(seed))
+        released = choice.release(train, pool, RECORDS, seed, noise_stream(seed))
         choice.train_further(model, pool, released, seed)
-        move = lambda images: moved(images, released, s["samples_reach"])  # noqa: E731
-        earlier = (release[1:],)
+        move = lambda images: moved(images, released[choice.kind], s["samples_reach"])  # noqa: E731
+        earlier = tuple(release[1:] for release in choice.releases)
     torch.manual_seed(seed)
     attach_loda(model, **{name: s[name] for name in ("rank", "scale", "targets")})
     for _, layer in loda_layers(model):
