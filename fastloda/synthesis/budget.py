@@ -264,8 +264,7 @@ def _clipping(settings: PrivateTraining, unit: str) -> dict:
 
 
 def release_statement(
-    what: str,
-    mechanism: Sequence,
+    described: Sequence[tuple[str, float, float, int]],
     delta: float,
     records: int,
     seed: int | None,
@@ -273,23 +272,28 @@ def release_statement(
     secure_noise: bool = False,
     by_owner: bool = False,
 ) -> dict:
-    """Make the statement of a single release of a sum over the records, or over owners.
+    """Make the statement of sums over the records, or over owners, that were released together.
 
-    `mechanism` is as `compose_epsilon` takes it.
+    Each is (what was summed, sample_rate, noise_multiplier, steps); what must stand for all is said of the last, as of a run, and
+    the others are its `earlier` ones.
     """
-    sample_rate, noise_multiplier, steps = mechanism
+    summed, mechanisms = [what for what, *_ in described], [mechanism for _, *mechanism in described]
+    *earlier, (sample_rate, noise_multiplier, steps) = mechanisms
+    randomness = describe_randomness(seed, secure_noise)
     return {
-        "epsilon": compose_epsilon([mechanism], delta),
+        "epsilon": compose_epsilon(mechanisms, delta),
         "delta": delta,
         "adjacency": OWNER_ADJACENCY if by_owner else ADJACENCY,
-        "mechanism": f"Gaussian noise on the {what}, of sensitivity 1",
+        "mechanism": f"Gaussian noise on the {', and on the '.join(summed)}, of sensitivity 1"
+        + " each" * (len(summed) > 1),
         "sampler": SAMPLER,
         "sample_rate": sample_rate,
         "noise_multiplier": noise_multiplier,
         "steps": steps,
+        "earlier": earlier,
         "owners" if by_owner else "records": records,
         "accountant": _accountant(),
-    } | _randomness([_release(mechanism, seed is not None, describe_randomness(seed, secure_noise))])
+    } | _randomness([_release(mechanism, seed is not None, randomness) for mechanism in mechanisms])
 
 
 def unrecorded_release(mechanism: Sequence) -> dict:

@@ -77,7 +77,7 @@ class Recipe:
 
     def noise_multiplier(self) -> float:
         """Compute the noise of private training that keeps the promise, with the choice of public images if there is one."""
-        earlier = () if self.choice is None else ((1.0, self.choice.noise_multiplier, 1),)
+        earlier = [] if self.choice is None else [release[1:] for release in self.choice.releases]
         return private_training(self.privacy, earlier, **self.tuning.training.optimization()).noise_multiplier
 
     def pretrain(self, run: Path, **options) -> dict:

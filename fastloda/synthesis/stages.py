@@ -48,7 +48,7 @@ from fastloda.synthesis.budget import (
     release_statement,
 )
 from fastloda.synthesis.classify import accuracy, train_classifier
-from fastloda.synthesis.data import LabelledImages, listed, mapped_names, only, read_owners, relabelled
+from fastloda.synthesis.data import LabelledImages, listed, mapped_names, read_owners, relabelled
 from fastloda.synthesis.diffusion import TIMESTEPS, UNet, class_balanced_labels
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
@@ -64,13 +64,16 @@ from fastloda.synthesis.inputs import (
     public_name,
     read_class_map,
 )
+from fastloda.synthesis.methods.central_images import CentralImages
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
+from fastloda.synthesis.methods.class_queries import ClassQueries
 from fastloda.synthesis.methods.diffusion_model import PublicModel
 from fastloda.synthesis.methods.dp_sgd import DPSGD, make_classifier, train_dpsgd
 from fastloda.synthesis.methods.gaussian_release import noise_stream
 from fastloda.synthesis.methods.layer_choice import LayerChoice, once
 from fastloda.synthesis.methods.pixel_moves import moved
 from fastloda.synthesis.methods.public_choice import PublicChoice
+from fastloda.synthesis.methods.warm_up import InTurn, Released, load_released, save_released
 from fastloda.synthesis.models import save_unet
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, Stage, digest, make_folder, read_json, write_json
 from fastloda.synthesis.samples import GRID, IMAGES, PART, README, SAMPLES, contact_sheet, draw_resumably, write_samples
@@ -86,8 +89,8 @@ SUMS, PREVIEW = "sums.safetensors", "samples.png"
 PREVIEW_COLUMNS = 10  # number of images of each class in the preview
 
 PUBLIC_TRAINING, SHAPE, NO_NAMES = PublicTraining(steps=2000, ema_decay=0.998), UNetShape(), Names()
-ADAPTERS, FINE_TUNING, CLASSIFIER, CHOICE = Adapter(), FineTuning(), Classifier(), PublicChoice()
-ALL_LAYERS = LayerChoice()
+ADAPTERS, FINE_TUNING, CLASSIFIER, ALL_LAYERS = Adapter(), FineTuning(), Classifier(), LayerChoice()
+QUERIES, MEANS, CHOICE, BY_CHOICE = ClassQueries(), CentralImages(), PublicChoice(), Names([PublicChoice.kind])
 PRIVATE_NAME = "private images"
 
 
@@ -157,6 +160,9 @@ def choose(
     name: str = PRIVATE_NAME,
     class_map: Names = NO_NAMES,
     skip_unreadable: bool = False,
+    by: Names = BY_CHOICE,
+    queries: ClassQueries = QUERIES,
+    means: CentralImages = MEANS,
     choice: PublicChoice = CHOICE,
     records: int | None = None,
     count: int = 100_000,
@@ -168,21 +174,27 @@ def choose(
     """Train the public model a little further on those public images that resemble the private ones.
 
     This stage is optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public
-    images these are, and how to move them to be more like the private ones (`methods/public_choice.py`). Writes chosen/ in the
-    run's folder; `finetune` and `sample` then take its model, and the target epsilon of `finetune` covers this release too,
-    whichever model it adapts. All of chosen/ but source.yaml may be released, on the terms in its privacy.json. Interrupted, it
-    continues; the sum is drawn once. It must come before `finetune`, in a run of its own if there is one already.
+    images these are, and how to move them to be more like the private ones (`methods/public_choice.py`). Other sums do so by
+    votes for public classes (`methods/class_queries.py`), or say each class's mean image (`methods/central_images.py`); several
+    are released at once, and work in turn. Writes chosen/ in the run's folder; `finetune` and `sample` then take its model, and
+    the target epsilon of `finetune` covers these releases too, whichever model it adapts. All of chosen/ but source.yaml may be
+    released, on the terms in its privacy.json. Interrupted, it continues; the sums are drawn once. It must come before
+    `finetune`, in a run of its own if there is one already.
 
     Args:
         run: folder of the run.
         delta: delta for which epsilon is reported; the same as for `finetune`, below 1 / records.
         data: private images, as in `fastloda finetune`.
-        public: public images to choose from, as in `fastloda pretrain`; more different ones are better.
+        public: public images to choose from, as in `fastloda pretrain`; more different ones are better. For `queries` first
+            they may have any classes, many of them, as font-styles.
         name: public name of the private images, which privacy.json says.
         class_map: as in `fastloda finetune`.
         skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
-        choice: settings of the release and of the training that follows it; only noise_multiplier sets its cost, epsilon 0.7
-            for 5 and 0.4 for 8 at delta 1e-5.
+        by: the releases to make, in this order, separated by commas: queries, means, choice. The settings of each are below;
+            only its noise_multiplier sets its cost, epsilon 0.7 for 5 and 0.4 for 8 at delta 1e-5.
+        queries: settings of votes for public classes, and of the training that follows.
+        means: settings of central images, and of the training that follows.
+        choice: settings of features that choose and move public images, and of the training that follows.
         records: public, nominal number of private records. Default: the count of the data, which is thereby made public. All
             classes are taken to be equally frequent.
         count: number of images to draw for font-digits and colour-font-digits.
@@ -201,30 +213,29 @@ def choose(
     private = _open_private(data, base, class_map, skip_unreadable, name)
     nominal = nominal_records(records, len(private), "--records")
     check_delta("delta", delta, nominal)
-    settings = {
-        "delta": delta,
-        "choice": asdict(choice),
-        "records": nominal,
-        "name": name,
-        "public": public_name(public, OWN_IMAGES),
-    }
+    warm_ups = {part.kind: part for part in (queries, means, choice)}
+    if not set(by) <= set(warm_ups):
+        raise UserError(f"--by takes {', '.join(warm_ups)}, got {listed(by)}")
+    warm_up = InTurn(tuple(warm_ups[kind] for kind in by))
+    settings = {"delta": delta, "by": list(by)} | {part.kind: asdict(part) for part in warm_up.parts}
+    settings |= {"records": nominal, "name": name, "public": public_name(public, OWN_IMAGES)}
     settings |= {"count": count, "seed": seed, "device": place.type}
     outputs, inputs = (MODEL, PREVIEW, SUMS, STATEMENT), (base.file, *files_of(public))
     source = _source(data, class_map, skip_unreadable) | {"public": full_name(public)}
     stage = Stage(Path(run) / CHOSEN, settings, inputs, outputs, private=True, source=source)
     if not _reuse(stage):
         options = {"count": count, "seed": seed or 0, "skip_unreadable": skip_unreadable}
-        pool = _open_pool(public, network, private.class_names, **options)
-        choice.check(pool, private.num_classes)
+        pool = warm_up.pool(open_for_unet(public, network.config, **options), private.class_names)
         _check_comes_first(stage.folder, Path(run) / PRIVATE)
         with stage.work():
-            released = _released_once(stage, choice, private, pool, seed)
-            checkpoint = stage.folder / CHECKPOINT
-            options = {"class_names": known, "checkpoint": checkpoint, "progress": progress}
-            choice.train_further(network, pool, released, seed or 0, **options)
+            released = _released_once(stage, warm_up, private, pool, seed)
+            numbers = torch.tensor([known.index(name) for name in private.class_names])
+            options = {"numbers": numbers, "checkpoint": stage.folder / CHECKPOINT, "progress": progress}
+            warm_up.train_further(network, pool, released, seed or 0, **options)
             save_unet(network, stage.folder / MODEL, known, chosen_privately=True)
             _draw_preview(network, known, private.class_names, stage.folder, seed or 0, progress)
-        checkpoint.unlink(missing_ok=True)
+        for checkpoint in stage.folder.glob(f"*{CHECKPOINT}"):
+            checkpoint.unlink()
     return read_statement(stage.folder) | {"model": str(stage.folder / MODEL)}
 
 
@@ -239,14 +250,6 @@ def _check_goes_on(stage: Stage, kept: str) -> None:
         )
 
 
-def _open_pool(public: str, network: UNet, names: Sequence[str], **options) -> LabelledImages:
-    """Open the public images of the named classes, to choose from."""
-    pool = open_for_unet(public, network.config, **options)
-    if missing := [name for name in names if name not in pool.class_names]:
-        raise UserError(f"there is no public image of class {listed(missing)} to choose in {public}")
-    return only(pool, names)
-
-
 def _check_comes_first(chosen: Path, private: Path) -> None:
     """Refuse with a RunError where adapters were trained already, whose statement could not count the coming release."""
     if (private / CONFIG).exists() and not (chosen / SUMS).exists():
@@ -258,21 +261,17 @@ def _check_comes_first(chosen: Path, private: Path) -> None:
 
 
 def _released_once(
-    stage: Stage, choice: PublicChoice, private: LabelledImages, pool: LabelledImages, seed: int | None
-) -> ClassEmbeddings:
+    stage: Stage, warm_up: InTurn, private: LabelledImages, pool: LabelledImages, seed: int | None
+) -> Released:
     """Release the noisy sums, saved before anything is made of them, so that an interrupted stage does not release them again."""
-    sums, statement = stage.folder / SUMS, stage.folder / STATEMENT
+    sums, statement, records = stage.folder / SUMS, stage.folder / STATEMENT, stage.settings["records"]
     _check_goes_on(stage, SUMS)
     if not sums.exists():
-        records = stage.settings["records"]
-        released, _ = choice.release(private, pool, records, seed or 0, noise_stream(seed))
-        released.save(sums)
-    released = ClassEmbeddings.load(sums)
+        save_released(sums, warm_up.release(private, pool, records, seed or 0, noise_stream(seed)))
     if not statement.exists():
-        what, *mechanism = released.release
-        facts = release_statement(what, mechanism, stage.settings["delta"], released.records, seed)
+        facts = release_statement(warm_up.releases, stage.settings["delta"], records, seed)
         write_json(statement, _about(stage.settings["name"], private.class_names) | facts)
-    return released
+    return load_released(sums, warm_up.parts)
 
 
 def finetune(
@@ -408,10 +407,10 @@ def _check_affordable(run: Path, tuning: Stage, base: Base) -> None:
 
 def _layers_statement(tuning: Stage) -> dict:
     """Make the statement of the release that the stage `tuning` chooses its layers by."""
-    ((what, *mechanism),) = LayerChoice(**tuning.settings["layers"]).releases
+    described = LayerChoice(**tuning.settings["layers"]).releases
     privacy, training = tuning.settings["privacy"], tuning.settings["training"]
     how = {"secure_noise": training["secure_noise"], "by_owner": tuning.source["owner"] is not None}
-    return release_statement(what, mechanism, privacy["delta"], privacy["records"], training["seed"], **how)
+    return release_statement(described, privacy["delta"], privacy["records"], training["seed"], **how)
 
 
 def train_classifier_privately(
@@ -671,10 +670,13 @@ def _owners_of(data: str, private: LabelledImages, owner: str | None, before: li
 
 
 def _released_with(base: Base) -> ClassEmbeddings:
-    """Load what `choose` released, which the budget of anything that adapts its model covers."""
-    if not base.chosen_privately:
-        raise UserError(f"{base.file} is no model of `fastloda choose`, whose release --reach would move images toward")
-    return ClassEmbeddings.load(base.file.parent / SUMS)
+    """Load the features that `choose` released, which the budget of anything that adapts its model covers."""
+    released = load_released(base.file.parent / SUMS, [CHOICE]) if base.chosen_privately else {}
+    if PublicChoice.kind not in released:
+        raise UserError(
+            f"{base.file} is no model of `fastloda choose` by choice, whose release --reach would move images toward"
+        )
+    return released[PublicChoice.kind]
 
 
 def _statement_of_public(base: Base) -> dict | None:

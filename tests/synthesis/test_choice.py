@@ -29,7 +29,7 @@ def features_and_target(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def of_means(means: torch.Tensor, noise: float) -> ClassEmbeddings:
     """Of 8 x 8 images, one record a class."""
     frequencies = torch.randn(64, means.shape[1] // 2, generator=torch.Generator().manual_seed(0))
-    return ClassEmbeddings(frequencies, means, noise, records=len(means))
+    return ClassEmbeddings(means, noise, len(means), frequencies)
 
 
 def effective_number(weights: torch.Tensor) -> float:
@@ -68,7 +68,7 @@ def test_the_less_is_known_the_more_even_the_weights():
 def test_images_like_the_private_ones_weigh_more(pool, noise, least):
     private = font_digits(500, seed=7)
     choice = PublicChoice(noise, features=200)
-    released, _ = choice.release(private, pool, 500, 0, noise_stream(0))
+    released = choice.sums(private, pool, 500, 0, noise_stream(0))
     weights = choice.weights(pool, released)
     assert float(weights[0::2].sum()) > least  # the positives
     by_class = torch.zeros(10, dtype=torch.float64).index_add_(0, pool.labels, weights)
@@ -79,14 +79,14 @@ def test_images_like_the_private_ones_weigh_more(pool, noise, least):
 
 def test_noise_alone_chooses_almost_nothing(pool):
     choice = PublicChoice(1000.0, features=200)
-    released, _ = choice.release(font_digits(500, seed=7), pool, 500, 0, noise_stream(0))
+    released = choice.sums(font_digits(500, seed=7), pool, 500, 0, noise_stream(0))
     assert effective_number(choice.weights(pool, released)) > 0.8 * len(pool)
 
 
 def test_the_embedding_depends_on_public_images_alone(pool):
     choice, images = PublicChoice(features=40), font_digits(30, seed=3)
     first, second = (
-        choice.release(private, pool, 30, 0, noise_stream(0))[0] for private in (images, font_digits(30, seed=4))
+        choice.sums(private, pool, 30, 0, noise_stream(0)) for private in (images, font_digits(30, seed=4))
     )
     assert torch.equal(first.embed(images.images), second.embed(images.images))
     torch.testing.assert_close(first.embed(images.images * 50).norm(dim=1), torch.ones(30))
@@ -96,7 +96,7 @@ def test_a_class_without_public_images_is_named(pool):
     some = pool.labels != 4
     rest = LabelledImages(pool.images[some], pool.labels[some], 10)
     with pytest.raises(ValueError, match="no public image of class 4"):
-        PublicChoice(features=4).weights(rest, of_means(torch.zeros(10, 4, dtype=torch.float64), noise=1.0))
+        PublicChoice(features=4).pool(rest, rest.class_names)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_images_move_as_far_as_the_release_is_known_and_no_further(noise, reach,
     private, public = font_digits(500, seed=7), font_digits(400, seed=0)
     public = LabelledImages((public.images + 0.5).clamp(-1, 1), public.labels, 10)  # as no private one is
     choice = PublicChoice(noise, features=200)
-    released, _ = choice.release(private, public, 500, 0, noise_stream(0))
+    released = choice.sums(private, public, 500, 0, noise_stream(0))
     exact = class_means(released.embed(private.images), private.labels, 10)
     found = moved(public, released, reach, progress=False)
     left = mean_distance(found, released.embed, exact) / mean_distance(public, released.embed, exact)
@@ -140,7 +140,7 @@ def test_a_choice_trains_on_moved_images_or_on_public_ones(pool):
     private = font_digits(500, seed=7)
     for reach in (0.25, 0.0):
         choice = PublicChoice(0.5, features=200, drawn=300, reach=reach)
-        released, _ = choice.release(private, pool, 500, 0, noise_stream(0))
+        released = choice.sums(private, pool, 500, 0, noise_stream(0))
         images = choice.training_images(pool, released, seed=0, progress=False)
         known = {image.numpy().tobytes() for image in pool.images}
         assert all(image.numpy().tobytes() in known for image in images.images) == (reach == 0)

@@ -36,6 +36,7 @@ from fastloda.synthesis.data import (
     digits_split,
     font_digits,
     font_digits_as_mnist,
+    font_styles,
     image_folder,
     imagenet10,
     imagenet32,
@@ -1098,6 +1099,8 @@ SHAPES = {
     "font-digits": (1, 8, 8),
     "mnist5k": (1, 28, 28),
     "font-digits-28": (1, 28, 28),
+    "font-styles": (1, 8, 8),
+    "font-styles-28": (1, 28, 28),
     "colour-digits": (3, 32, 32),
     "colour-font-digits": (3, 32, 32),
     "mnist": (1, 28, 28),
@@ -1142,6 +1145,19 @@ def test_font_digits_are_placed_as_mnist_s_are():
     place = torch.arange(28.0)
     centre = (rows * place).sum(1) / rows.sum(1)
     assert (centre - 13.5).abs().mean() < 1.5 and (centre - 13.5).abs().max() < 5
+
+
+def test_font_styles_are_the_same_images_in_finer_classes():
+    plain, styles = font_digits(300, seed=4, size=16), font_styles(300, seed=4, size=16)
+    assert torch.equal(plain.images, styles.images) and styles.num_classes == 160 == len(styles.class_names)
+    names = [styles.class_names[label] for label in styles.labels.tolist()]
+    assert [int(name[0]) for name in names] == plain.labels.tolist()
+
+    def width(kind: str) -> torch.Tensor:
+        inks = [image[0] > 0 for image, name in zip(styles.images, names) if name.endswith(kind)]
+        return torch.stack([ink.any(0).sum() / ink.any(1).sum().clamp(min=1) for ink in inks]).mean()
+
+    assert width("wide") > 1.2 * width("narrow")
 
 
 def test_sizes_are_given_where_they_can_be(tmp_path):
@@ -1254,6 +1270,8 @@ def test_names_of_the_command_line(tmp_path):
         "mnist5k",
         "mnist5k-test",
         "font-digits-28",
+        "font-styles",
+        "font-styles-28",
         "colour-digits",
         "colour-digits-test",
         "colour-font-digits",

@@ -517,6 +517,24 @@ def test_gaussian_data_is_reproduced(process, stochasticity, steps):
     assert abs(((out - out.mean()) / out.std()).pow(4).mean().item() - 3) < 0.2
 
 
+@pytest.mark.parametrize("process", [DDPM(), EDM()])
+def test_varied_images_stay_in_the_data_and_lose_what_the_noise_covers(process):
+    """N(mean, std^2) data again: variations are such data, the less like their origins the further up the noise goes."""
+    mean, std, steps = 0.4, 0.3, 100
+    model = exact(process, lambda x, sigma: mean + std**2 / (std**2 + sigma**2) * (x - mean))((1, 64, 64))
+    images = mean + std * torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    options = {"steps": steps, "clip_denoised": False, "seed": 0, "progress": False, "batch_size": 3}
+    for strength, left in ((0.05, 5), (0.295, 30), (0.6, 60), (1.0, 100)):
+        out = sample(model, torch.zeros(4).long(), varied=images, strength=strength, **options)
+        assert abs(out.mean() - mean) < 0.03 and abs(out.std() / std - 1) < 0.05
+        if isinstance(process, EDM):
+            sigma = noise_levels(steps)[-left - 1]
+        else:
+            sigma = math.sqrt(1 / list(ddim_schedule(process, steps, 0.0))[-left][1] - 1)
+        likeness = torch.corrcoef(torch.stack([out.flatten(), images.flatten()]))[0, 1]
+        assert float(likeness) == pytest.approx(std / math.hypot(std, sigma), abs=0.03)
+
+
 def test_ddpm_steps_are_ho_et_als():
     diffusion = DDPM(20, 0.01, 0.3)
     abar = diffusion.alphas_cumprod.tolist()
@@ -653,6 +671,9 @@ def test_progress_counts_batches_and_steps(capsys):
         dict(labels=torch.zeros(2)),
         dict(labels=torch.zeros(2, 2).long()),
         dict(seed=1, generator=torch.Generator()),
+        dict(strength=0.5),
+        dict(strength=0.0, varied=torch.zeros(2, 1, 8, 8)),
+        dict(strength=1.1, varied=torch.zeros(2, 1, 8, 8)),
     ],
 )
 def test_sample_refuses_and_runs_nothing(bad):

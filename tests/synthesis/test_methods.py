@@ -8,7 +8,7 @@ import torch
 
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.synthesis.classify import train_classifier
-from fastloda.synthesis.data import ByteImages, LabelledImages, font_digits
+from fastloda.synthesis.data import ByteImages, LabelledImages, font_digits, font_styles
 from fastloda.synthesis.diffusion import DDPM, digits_unet
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods import (
@@ -18,13 +18,18 @@ from fastloda.synthesis.methods import (
     AutoencoderTraining,
     Budget,
     ByEpsilon,
+    CentralImages,
     ChosenLoDA,
+    ClassQueries,
     Direct,
     DirectDPSGD,
     DPDiffusion,
     DPLoDA,
+    Evolution,
+    InTurn,
     NoDP,
     PrivateClassifier,
+    PrivateEvolution,
     PrivateTuning,
     PublicChoice,
     PublicModel,
@@ -57,6 +62,24 @@ METHODS = {
         DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
         ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, training=MODEL.conditional)}),
         samples_reach=0.2,
+    ),
+    "in turn": ChosenLoDA(
+        DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
+        ByEpsilon(
+            {
+                1.0: InTurn(
+                    (
+                        ClassQueries(20.0, MODEL.conditional, votes=2, kept=3, drawn=30, classifier_steps=2),
+                        CentralImages(20.0, MODEL.conditional, drawn=30),
+                        PublicChoice(20.0, MODEL.conditional, features=40, drawn=30),
+                    )
+                )
+            }
+        ),
+        pool=lambda: font_styles(60, seed=0),
+    ),
+    "evolution": PrivateEvolution(
+        MODEL, ByEpsilon({1.0: Evolution(samples=20, strengths=(1.0, 0.5), sampler_steps=2, encoder_steps=2)})
     ),
     "diffusion": DPDiffusion(MODEL, ByEpsilon({1.0: replace(TUNING, time_weights=TIME_WEIGHTS)})),
     "ldm": DPLDM(
@@ -116,14 +139,14 @@ def test_each_method_keeps_its_budget_and_gives_what_it_says(name, public, priva
         assert fitted.cost.seconds > 0 and fitted.cost.peak_bytes > 0 and fitted.cost.samples <= 40
 
 
-@pytest.mark.parametrize("name", ["merf", "mepf", "loda", "chosen"])
+@pytest.mark.parametrize("name", ["merf", "mepf", "loda", "chosen", "in turn", "evolution"])
 def test_only_the_release_carries_private_records(name, public, private, tmp_path, monkeypatch):
     """With the released sums, or gradients, replaced by constants, two private sets give the same samples."""
     sums = lambda what, features, labels, classes, noise, stream: (  # noqa: E731
         torch.ones(classes, features.shape[1], dtype=torch.float64),
         Release(what, 1.0, noise, 1),
     )
-    for module in ("class_embeddings", "dp_mepf"):
+    for module in ("class_embeddings", "dp_mepf", "central_images", "class_queries", "private_evolution"):
         monkeypatch.setattr(f"fastloda.synthesis.methods.{module}.release_class_sums", sums)
     monkeypatch.setattr("fastloda.privacy.step.group_sums", lambda grads, groups, factors: dict.fromkeys(grads))
     other = LabelledImages(-private.images, private.labels.flip(0), 10)
@@ -149,6 +172,45 @@ def test_the_choice_is_paid_from_the_same_budget(public, private, tmp_path):
         <= 2.0
         < compose_epsilon([choice[1:], plain[1:]], 1e-5)
     )
+
+
+def test_warm_ups_in_turn_and_rounds_are_all_counted(public, private, tmp_path):
+    budget = Budget(2.0, 1e-5, len(private))
+    spent = {
+        name: METHODS[name].fit(private, public, budget, work_in(tmp_path / name)).spent
+        for name in ("in turn", "evolution")
+    }
+    *before, tuning = spent["in turn"].releases
+    assert [release.what for release in before] == [
+        "votes for public classes",
+        "sum of clipped images",
+        "sum of joint embeddings",
+    ]
+    assert [release[1:] for release in before] == [(1.0, 20.0, 1)] * 3 and tuning.what == "clipped gradients"
+    (rounds,) = spent["evolution"].releases
+    assert (rounds.what, rounds.sample_rate, rounds.steps) == ("votes for samples", 1.0, 2)
+    one = compose_epsilon([(1.0, rounds.noise_multiplier, 1)], 1e-5)
+    assert one < spent["evolution"].epsilon == compose_epsilon([rounds[1:]], 1e-5) <= 2.0
+
+
+def test_evolution_makes_more_of_what_private_images_vote_for(tmp_path, monkeypatch):
+    """Of two kinds of samples in each class, private images are like one; what is drawn is like it too."""
+    digits = font_digits(200, seed=0)
+    kinds = torch.arange(200) // 10 % 2
+    drawn = digits.images * (1 - 2 * kinds.float())[:, None, None, None]  # negatives
+
+    def samples(model, labels, *, varied=None, **_):
+        return drawn[: len(labels)] if varied is None else varied
+
+    monkeypatch.setattr("fastloda.synthesis.methods.private_evolution.draw_samples", samples)
+    settings = Evolution(samples=200, strengths=(0.5, 0.5), encoder_steps=5)
+    method = PrivateEvolution(MODEL, ByEpsilon({1.0: settings}))
+    private = font_digits(2000, seed=7)
+    shares = []
+    for data in (private, LabelledImages(-private.images, private.labels, 10)):
+        sampler = method.fit(data, digits, Budget(50.0, 1e-5, 2000), work_in(tmp_path))
+        shares.append(float((sampler.images(500, seed=0).images.mean((1, 2, 3)) < 0).float().mean()))
+    assert shares[0] > 0.9 and shares[1] < 0.1
 
 
 def test_the_choice_moves_the_samples_too(public, private, tmp_path):

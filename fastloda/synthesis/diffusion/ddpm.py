@@ -1,7 +1,7 @@
 """The process of Ho et al. (2020), whose model predicts the noise, with the samplers DDIM and DDPM."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -52,14 +52,25 @@ class DDPM(Process):
         return (predict(self.add_noise(x0, t, noise), t) - noise).square()
 
     def solve(
-        self, predict: Predict, x: Tensor, fresh: Fresh, steps: int, stochasticity: float, clip: bool
+        self,
+        predict: Predict,
+        x: Tensor,
+        fresh: Fresh,
+        steps: int,
+        stochasticity: float,
+        clip: bool,
+        images: Tensor | None = None,
+        skipped: int = 0,
     ) -> Iterator[Tensor]:
         """Follow DDIM (Song et al. 2021) on evenly spaced timesteps; stochasticity is its eta in [0, 1], and 1 is DDPM."""
         if not 0 <= stochasticity <= 1:
             raise UserError(f"stochasticity, DDIM's eta, must lie in [0, 1], got {stochasticity}")
-        return self._solve(predict, x, fresh, ddim_schedule(self, steps, stochasticity), clip)
+        schedule = list(ddim_schedule(self, steps, stochasticity))[skipped:]
+        if images is not None:
+            x = self.add_noise(images, torch.full((len(x),), schedule[0][0], device=x.device), x)
+        return self._solve(predict, x, fresh, schedule, clip)
 
-    def _solve(self, predict: Predict, x: Tensor, fresh: Fresh, schedule: Iterator, clip: bool) -> Iterator[Tensor]:
+    def _solve(self, predict: Predict, x: Tensor, fresh: Fresh, schedule: Iterable, clip: bool) -> Iterator[Tensor]:
         for t, abar, abar_next, sigma in schedule:
             noise = predict(x, torch.full((len(x),), t, device=x.device))
             x = ddim_step(x, noise, abar, abar_next, sigma, clip)

@@ -40,17 +40,26 @@ class EDM(Process):
         return (_output(predict, x, t) - (x0 - c_skip * x) / c_out).square()
 
     def solve(
-        self, predict: Predict, x: Tensor, fresh: Fresh, steps: int, stochasticity: float, clip: bool
+        self,
+        predict: Predict,
+        x: Tensor,
+        fresh: Fresh,
+        steps: int,
+        stochasticity: float,
+        clip: bool,
+        images: Tensor | None = None,
+        skipped: int = 0,
     ) -> Iterator[Tensor]:
         """Follow Heun's method (algorithm 2 of Karras et al. 2022); stochasticity is S_churn, at all levels alike."""
         if not 0 <= stochasticity < math.inf:
             raise UserError(f"stochasticity, EDM's S_churn, must be finite and not negative, got {stochasticity}")
-        return self._solve(predict, x * SIGMA_MAX, fresh, steps, min(stochasticity / steps, CHURN_MOST), clip)
+        sigmas = noise_levels(steps)[skipped:]
+        x = x * sigmas[0] if images is None else images + x * sigmas[0]
+        return self._solve(predict, x, fresh, sigmas, min(stochasticity / steps, CHURN_MOST), clip)
 
     def _solve(
-        self, predict: Predict, x: Tensor, fresh: Fresh, steps: int, churn: float, clip: bool
+        self, predict: Predict, x: Tensor, fresh: Fresh, sigmas: list[float], churn: float, clip: bool
     ) -> Iterator[Tensor]:
-        sigmas = noise_levels(steps)
         for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
             if churn:
                 x = x + math.sqrt((sigma + churn * sigma) ** 2 - sigma**2) * fresh()

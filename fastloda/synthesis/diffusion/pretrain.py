@@ -12,6 +12,7 @@ from fastloda.interrupts import interrupts_wait
 from fastloda.progress import Progress
 from fastloda.randomness import generator_states, make_generators, restore_generators
 from fastloda.synthesis.data.images import LabelledImages
+from fastloda.synthesis.diffusion.process import Process
 from fastloda.synthesis.diffusion.unet import UNet
 from fastloda.training.average import Average, copy_into
 from fastloda.training.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
@@ -53,6 +54,7 @@ def pretrain(
     data: LabelledImages,
     settings: PublicTraining,
     *,
+    process: Process | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 200,
     checkpoint_seconds: float = 60.0,
@@ -63,7 +65,7 @@ def pretrain(
     """Train all of `model` on public images, and leave the averaged weights in it; resumes from `checkpoint` if it exists.
 
     It saves every `checkpoint_every` steps, after `checkpoint_seconds` without a save, at the end, and at SIGINT (Ctrl-C) or
-    SIGTERM, which take effect after the current step.
+    SIGTERM, which take effect after the current step. `process` restricts the model's own to some noise levels.
 
     With `snapshots` (32, say) the average may be one of any relative `length`, in place of ema_decay's (`training/posthoc.py`);
     another call with the same checkpoint makes it of another length, without training.
@@ -72,7 +74,8 @@ def pretrain(
         CheckpointError: the checkpoint is damaged, or belongs to another model, other settings or other data.
         UserError: it was begun with another number of snapshots, or there is no average of that length.
     """
-    run = _Run(model, data, settings, None if checkpoint is None else Path(checkpoint), snapshots)
+    checkpoint_path = None if checkpoint is None else Path(checkpoint)
+    run = _Run(model, process or model.process, data, settings, checkpoint_path, snapshots)
     saved = time.monotonic()
     with (
         interrupts_wait() as received,
@@ -91,9 +94,15 @@ def pretrain(
 
 class _Run:
     def __init__(
-        self, model: UNet, data: LabelledImages, settings: PublicTraining, checkpoint: Path | None, snapshots: int
+        self,
+        model: UNet,
+        process: Process,
+        data: LabelledImages,
+        settings: PublicTraining,
+        checkpoint: Path | None,
+        snapshots: int,
     ):
-        self.model, self.data, self.settings, self.checkpoint = model, data, settings, checkpoint
+        self.model, self.process, self.data, self.settings, self.checkpoint = model, process, data, settings, checkpoint
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
         s = settings
@@ -111,9 +120,7 @@ class _Run:
         index = torch.randint(len(self.data), (self.settings.batch_size,), generator=self.generators["batches"])
         x, y = self.data.images[index].to(self.device), self.data.labels[index].to(self.device)
         dropout = self.settings.label_dropout
-        loss = self.model.process.losses(
-            self.model, x, y, label_dropout=dropout, generator=self.generators["losses"]
-        ).mean()
+        loss = self.process.losses(self.model, x, y, label_dropout=dropout, generator=self.generators["losses"]).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -114,9 +114,19 @@ class Process(ABC):
 
     @abstractmethod
     def solve(
-        self, predict: Predict, x: Tensor, fresh: Fresh, steps: int, stochasticity: float, clip: bool
+        self,
+        predict: Predict,
+        x: Tensor,
+        fresh: Fresh,
+        steps: int,
+        stochasticity: float,
+        clip: bool,
+        images: Tensor | None = None,
+        skipped: int = 0,
     ) -> Iterator[Tensor]:
         """Follow the way back from standard normal noise x [n, C, H, W]: yield x after each step, the image after the last.
+
+        With `images`, shaped as x, the way begins at them under that noise, at the level that `skipped` steps lead to.
 
         Raises:
             UserError: at once, if stochasticity is out of range.

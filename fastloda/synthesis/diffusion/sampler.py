@@ -24,6 +24,8 @@ def sample(
     batch_size: int = 256,
     progress: bool = True,
     clip_denoised: bool = True,
+    varied: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
     """Sample one image per label by the way back of the model's process: float32 [n, C, H, W] on the CPU.
 
@@ -36,6 +38,8 @@ def sample(
         model. Without either, PyTorch's global generator is used.
     skip: number of images before these that the same seed has made: their numbers i go on from there.
     clip_denoised: whether to clip each step's estimate of x_0 to [-1, 1].
+    varied, strength: images [n, C, H, W] to vary instead of drawing anew: noise is added to them as far up as the last
+        `strength` of the steps, in (0, 1], lead down again (Meng et al. 2022, "SDEdit").
 
     `model(x, t, y)` predicts; `model` has `process`, `image_shape` and `null_class`, as `UNet`. It runs in
     eval mode and returns to the mode it was in. Raises ValueError for arguments that do not fit.
@@ -44,6 +48,8 @@ def sample(
         raise UserError(f"steps must lie in 1..{model.process.steps_at_most}, got {steps}")
     if batch_size < 1 or not math.isfinite(guidance) or guidance < 0:
         raise UserError(f"need batch_size >= 1 and guidance >= 0, got {batch_size} and {guidance}")
+    if not 0 < strength <= 1 or (varied is None and strength < 1):
+        raise UserError(f"strength must lie in (0, 1], and is for images that are varied, got {strength}")
     if generator is not None and seed is not None:
         raise UserError(f"give a generator or a seed, not both (seed={seed})")
     if labels.dim() != 1 or labels.is_floating_point() or ((labels < 0) | (labels > model.null_class)).any():
@@ -55,12 +61,14 @@ def sample(
     device = next(model.parameters()).device
     images = torch.empty(len(labels), *model.image_shape)  # a normal tensor: the caller may train on it
 
-    bar = Progress("sampling", len(batches) * steps, shown=progress)
+    skipped = steps - math.ceil(strength * steps)
+    bar = Progress("sampling", len(batches) * (steps - skipped), shown=progress)
     with bar, torch.inference_mode(), in_eval_mode(model):
         for rows in batches:
             predict = partial(guided, model, labels[rows].to(device), guidance)
             fresh = partial(_noise, [torch.Generator().manual_seed(s) for s in seeds[rows]], model.image_shape, device)
-            for x in model.process.solve(predict, fresh(), fresh, steps, stochasticity, clip_denoised):
+            start = (None if varied is None else varied[rows].to(device), skipped)
+            for x in model.process.solve(predict, fresh(), fresh, steps, stochasticity, clip_denoised, *start):
                 bar.update()
                 images[rows] = x
     return images

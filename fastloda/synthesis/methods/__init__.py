@@ -19,7 +19,9 @@ A method of your own is a row of a table by `fastloda reproduce digits --methods
 
 from .autoencoder import AutoencoderTraining
 from .base import Budget, ByEpsilon, Method, PrivateClassifier, Release, Sampler, Spent, Work
+from .central_images import CentralImages
 from .chosen_loda import ChosenLoDA
+from .class_queries import ClassQueries
 from .diffusion_model import PrivateTuning, PublicModel
 from .dp_diffusion import DPDiffusion
 from .dp_ldm import DPLDM
@@ -29,14 +31,18 @@ from .dp_merf import DPMERF
 from .dp_sgd import Direct, DirectDPSGD
 from .layer_choice import LayerChoice
 from .no_dp import NoDP
+from .private_evolution import Evolution, PrivateEvolution
 from .public_choice import PublicChoice
 from .public_only import PublicOnly
+from .warm_up import InTurn, WarmUp
 
 __all__ = [
     "AutoencoderTraining",
     "Budget",
     "ByEpsilon",
+    "CentralImages",
     "ChosenLoDA",
+    "ClassQueries",
     "DPDiffusion",
     "DPLDM",
     "DPLoDA",
@@ -44,10 +50,13 @@ __all__ = [
     "DPMERF",
     "Direct",
     "DirectDPSGD",
+    "Evolution",
+    "InTurn",
     "LayerChoice",
     "Method",
     "NoDP",
     "PrivateClassifier",
+    "PrivateEvolution",
     "PrivateTuning",
     "PublicChoice",
     "PublicModel",
@@ -55,5 +64,6 @@ __all__ = [
     "Release",
     "Sampler",
     "Spent",
+    "WarmUp",
     "Work",
 ]

@@ -1,6 +1,6 @@
-"""DP-LoDA from a public model that was trained further on public images chosen privately; see `public_choice`.
+"""DP-LoDA from a public model that a release about the private images made better first; see `warm_up`.
 
-The release for the choice can serve again: the private model's images can be moved until their means agree with it.
+The release of a `PublicChoice` can serve again: the private model's images can be moved until their means agree with it.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,20 @@ from .dp_loda import DPLoDA
 from .gaussian_release import noise_stream
 from .pixel_moves import moved
 from .public_choice import PublicChoice
+from .warm_up import WarmUp
 
 
 @dataclass(frozen=True)
 class ChosenLoDA:
-    """The method DP-LoDA after a choice of public images, which the budget pays first.
+    """The method DP-LoDA after a warm-up, which the budget pays first: a choice of public images, say, or several in turn.
 
-    `pool` returns the public images to choose from; None: those that the public model was trained on.
-    `samples_reach` is how far a pixel of the private model's images may easily move, as `PublicChoice.reach`; 0: not at all.
+    `pool` returns the public images of the warm-up; None: those that the public model was trained on.
+    `samples_reach` is how far a pixel of the private model's images may easily move by the release of a `PublicChoice`, as its
+    `reach`; 0: not at all.
     """
 
     loda: DPLoDA
-    choice: ByEpsilon[PublicChoice]
+    choice: ByEpsilon[WarmUp]
     pool: Callable[[], LabelledImages] | None = field(default=None, repr=False)
     samples_reach: float = 0.0
     name: str = "DP-LoDA on chosen data"
@@ -35,15 +37,17 @@ class ChosenLoDA:
 
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
         model, choice = self.loda.public.fit(public, work), self.choice.at(budget.epsilon)
-        pool = self.pool() if self.pool else public
-        released, release = choice.release(private, pool, budget.records, work.seed, noise_stream(work.seed))
+        pool = choice.pool(self.pool() if self.pool else public, private.class_names)
+        released = choice.release(private, pool, budget.records, work.seed, noise_stream(work.seed))
         work.folder.mkdir(parents=True, exist_ok=True)
         options = {"checkpoint": work.folder / "further.pt", "progress": work.progress}
         choice.train_further(model, pool, released, work.seed, **options)
-        sampler = self.loda.adapt(model, private, budget, work, earlier=(release,))
+        sampler = self.loda.adapt(model, private, budget, work, earlier=choice.releases)
+        if not self.samples_reach:
+            return sampler
 
         def draw(labels: Tensor, seed: int) -> Tensor:
             images = LabelledImages(sampler.draw(labels, seed).clamp(-1, 1), labels, private.num_classes)
-            return moved(images, released, self.samples_reach, work.progress).images
+            return moved(images, released[PublicChoice.kind], self.samples_reach, work.progress).images
 
         return replace(sampler, draw=draw)

@@ -9,90 +9,32 @@ sensitivity.
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
 from fastloda.errors import UserError
-from fastloda.files import write_atomically
 from fastloda.synthesis.data import LabelledImages
 
 from .base import Release
-from .gaussian_release import release_class_sums
+from .gaussian_release import ClassSums, release_class_sums
 
 WHAT = "sum of joint embeddings"
 
 
 @dataclass(frozen=True)
-class ClassEmbeddings:
-    """The released embeddings: all that later work may know of the private images.
-
-    Attributes:
-        frequencies: frequencies of phi, [pixels, D / 2] float32; made from public images and a seed.
-        sums: noisy sums of each class's embeddings, [classes, D] float64.
-        noise_multiplier: standard deviation of the noise on the sums.
-        records: public, nominal number of private records; all classes are taken to be equally frequent.
-    """
+class ClassEmbeddings(ClassSums):
+    """The released sums of phi, with its frequencies [pixels, D / 2] float32, which are made from public images and a seed."""
 
     frequencies: Tensor
-    sums: Tensor
-    noise_multiplier: float
-    records: int
 
     def embed(self, images: Tensor) -> Tensor:
         """Compute phi of images: [n, C, H, W] -> [n, D], of norm 1, differentiable."""
         return fourier_features(images, self.frequencies)
 
-    @property
-    def means(self) -> Tensor:
-        """The mean embedding of each class, [classes, D] float64."""
-        return self.sums / self._of_each
-
-    @property
-    def noise(self) -> float:
-        """The standard deviation of the noise on each number of the means."""
-        return self.noise_multiplier / self._of_each
-
-    @property
-    def release(self) -> Release:
-        """The release, with its cost in privacy."""
-        return Release(WHAT, 1.0, self.noise_multiplier, 1)
-
-    @property
-    def _of_each(self) -> float:
-        return self.records / len(self.sums)
-
     def to(self, device: torch.device) -> "ClassEmbeddings":
         """Copy the embeddings with their tensors on the device."""
         return replace(self, frequencies=self.frequencies.to(device), sums=self.sums.to(device))
-
-    def save(self, path: Path) -> None:
-        """Write the embeddings to `path` as safetensors, atomically."""
-        tensors = {
-            "frequencies": self.frequencies,
-            "sums": self.sums,
-            "noise_multiplier": torch.tensor(self.noise_multiplier, dtype=torch.float64),
-            "records": torch.tensor(self.records),
-        }
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
-
-    @classmethod
-    def load(cls, path: Path) -> "ClassEmbeddings":
-        """Load what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not one of `save`, or is damaged.
-        """
-        try:
-            tensors = load_file(path)
-            numbers = tensors["noise_multiplier"].item(), tensors["records"].item()
-            return cls(tensors["frequencies"], tensors["sums"], *numbers)
-        except (SafetensorError, KeyError) as error:
-            raise UserError(f"{path} is no release of `fastloda choose`, or is damaged: {error}") from error
 
 
 def release_class_embeddings(
@@ -102,7 +44,7 @@ def release_class_embeddings(
     embeddings = fourier_features(private.images[:], frequencies)
     what = (WHAT, embeddings, private.labels, private.num_classes)
     sums, release = release_class_sums(*what, noise_multiplier, generator)
-    return ClassEmbeddings(frequencies, sums, noise_multiplier, records), release
+    return ClassEmbeddings(sums, noise_multiplier, records, frequencies), release
 
 
 def random_frequencies(public: LabelledImages, features: int, scale: float, seed: int) -> Tensor:

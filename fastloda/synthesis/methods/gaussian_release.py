@@ -1,14 +1,17 @@
 """Sums over all records, released once with Gaussian noise: no sampling, no iterations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Generator, Tensor
 
 from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.errors import UserError
 from fastloda.privacy.noise import gaussian
 from fastloda.randomness import make_generators
+from fastloda.synthesis.data import ByteImages
 
 from .base import Budget, Release
 
@@ -22,6 +25,35 @@ def noise_multipliers(budget: Budget, shares: Sequence[float]) -> list[float]:
         raise UserError(f"shares of a budget must be positive and sum to 1, got {shares}")
     total = calibrate_noise(budget.epsilon, budget.delta, sample_rate=1.0, steps=1)
     return [total / math.sqrt(share) for share in shares]
+
+
+@dataclass(frozen=True)
+class ClassSums:
+    """The released sum of an embedding over each class's records: all that later work may know of the private images.
+
+    Attributes:
+        sums: noisy sums, [classes, d] float64; one record changes them by at most 1.
+        noise_multiplier: standard deviation of the noise on the sums.
+        records: public, nominal number of private records; all classes are taken to be equally frequent.
+    """
+
+    sums: Tensor
+    noise_multiplier: float
+    records: int
+
+    @property
+    def means(self) -> Tensor:
+        """The mean embedding of each class, [classes, d] float64; the divisor is the nominal count, never the records' own."""
+        return self.sums / self._of_each
+
+    @property
+    def noise(self) -> float:
+        """The standard deviation of the noise on each number of the means."""
+        return self.noise_multiplier / self._of_each
+
+    @property
+    def _of_each(self) -> float:
+        return self.records / len(self.sums)
 
 
 def noise_stream(seed: int | None) -> Generator:
@@ -44,3 +76,13 @@ def release_class_sums(
     return sums + gaussian(sums.shape, noise_multiplier, sums.device, generator), Release(
         what, 1.0, noise_multiplier, 1
     )
+
+
+@torch.no_grad()
+def alone(function: Callable[[Tensor], Tensor], images: Tensor | ByteImages) -> Tensor:
+    """Compute a function of each image by itself: [n, ...].
+
+    In a batch an image's result is rounded in a way that can depend on how many others there are, and one that is nearly a tie
+    would turn another record's vote by it.
+    """
+    return torch.cat([function(image[:]) for image in images.split(1)])

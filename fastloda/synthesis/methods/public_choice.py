@@ -10,89 +10,81 @@ which is convex, and solved in its dual, w_i = exp(theta . phi(x_i)) / Z (maximu
 2007, https://jmlr.org/papers/v8/dudik07a.html).  Images drawn by their weights are then moved a little, pixel by pixel, to where
 their means agree better (`moved`): what no public image has, no weight can give.  A public model that is trained further on them
 starts private fine-tuning nearer to the private images.  To spend a part of the budget on choosing public data is the idea of
-PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which asks for classes of public images instead.
+PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which asks for classes of public images instead (`class_queries`).
 
 All that follows the release is computed from it and from public data, and costs no more privacy.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from fastloda.errors import UserError
-from fastloda.synthesis.data import LabelledImages, relabelled
-from fastloda.synthesis.diffusion import UNet
-from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.diffusion.pretrain import PublicTraining
 
-from .base import Release
-from .class_embeddings import ClassEmbeddings, random_frequencies, release_class_embeddings
+from .class_embeddings import WHAT, ClassEmbeddings, random_frequencies, release_class_embeddings
+from .gaussian_release import ClassSums
 from .pixel_moves import moved
+from .warm_up import OneRelease
 
 FURTHER = PublicTraining(steps=600, learning_rate=1e-3, ema_decay=0.99)
 
 
 @dataclass(frozen=True)
-class PublicChoice:
+class PublicChoice(OneRelease):
     """The settings of a choice of public images.
 
     Attributes:
         noise_multiplier: standard deviation of the released sums' noise; their sensitivity is 1.
+        training: settings of the further training.
         features: number of random Fourier features, half of them cosines, half sines.
         scale: length scale of the kernel in median distances between public images.
         tolerance: tau, in standard deviations of the released means' noise. A larger value keeps more different images.
         drawn: number of images drawn by their weights, with replacement, for further training of the public model.
         reach: distance, for pixels in [-1, 1], by which a pixel of these images may easily be moved; 0 leaves them as they
             are.
-        training: settings of the further training.
     """
 
     noise_multiplier: float = 5.0
+    training: PublicTraining = field(default_factory=lambda: FURTHER)
     features: int = 2000
     scale: float = 0.5
     tolerance: float = 4.0
     drawn: int = 20_000
     reach: float = 0.3
-    training: PublicTraining = field(default_factory=lambda: FURTHER)
+
+    kind: ClassVar[str] = "choice"
+    what: ClassVar[str] = WHAT
+    released_as: ClassVar[type[ClassSums]] = ClassEmbeddings
 
     def __post_init__(self):
-        if not 0 < self.noise_multiplier < float("inf"):
-            raise UserError(f"choice.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
+        super().__post_init__()
         if self.features < 2 or self.drawn < 1 or not self.scale > 0 or not self.tolerance > 0:
             raise UserError(f"choice needs features >= 2, drawn >= 1, scale > 0 and tolerance > 0; got {self}")
         if not 0 <= self.reach < float("inf"):
             raise UserError(f"choice.reach must be finite and not negative, got {self.reach}")
 
-    def check(self, public: LabelledImages, classes: int) -> None:
-        """Refuse public images from which nothing can be chosen, before anything is released to choose them by.
+    def pool(self, public: LabelledImages, names: Sequence[str]) -> LabelledImages:
+        pool = super().pool(public, names)
+        self._frequencies(pool, seed=0)  # refuses them
+        return pool
 
-        Raises:
-            ValueError: a class of the private images has no public ones, or `random_frequencies` refuses.
-        """
-        for label in range(classes):
-            if not (public.labels == label).any():
-                raise UserError(f"there is no public image of class {public.class_names[label]} to choose")
-        random_frequencies(public, self.features, self.scale, seed=0)
+    def _frequencies(self, pool: LabelledImages, seed: int) -> Tensor:
+        return random_frequencies(pool, self.features, self.scale, seed)
 
-    def release(
-        self, private: LabelledImages, public: LabelledImages, records: int, seed: int, noise: Generator
-    ) -> tuple[ClassEmbeddings, Release]:
-        """Release the noisy sum of each class's embeddings.
-
-        `records` is the public, nominal number of private ones; `seed` makes the embedding, together with public images only.
-        """
-        frequencies = random_frequencies(public, self.features, self.scale, seed)
-        return release_class_embeddings(private, frequencies, self.noise_multiplier, records, noise)
+    def sums(
+        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: Generator
+    ) -> ClassEmbeddings:
+        """Release the noisy sum of each class's random features: phi has norm 1, so that the sensitivity is 1."""
+        made = release_class_embeddings(private, self._frequencies(pool, seed), self.noise_multiplier, records, noise)
+        return made[0]
 
     def weights(self, public: LabelledImages, released: ClassEmbeddings) -> Tensor:
-        """Compute a weight for each public image, [n] float64; each class's weights have the same sum, and all together 1.
-
-        Raises:
-            ValueError: a class has no public images.
-        """
-        self.check(public, len(released.means))
+        """Compute a weight for each public image, [n] float64; each class's weights have the same sum, and all together 1."""
         weights = torch.zeros(len(public), dtype=torch.float64)
         for label, mean in enumerate(released.means):
             members = (public.labels == label).nonzero()[:, 0]
@@ -107,27 +99,10 @@ class PublicChoice:
         return public[index]
 
     def training_images(
-        self, public: LabelledImages, released: ClassEmbeddings, seed: int, progress: bool = True
+        self, pool: LabelledImages, released: ClassEmbeddings, seed: int, progress: bool = True
     ) -> LabelledImages:
         """Choose `drawn` public images, and move them."""
-        return moved(self.draw(public, self.weights(public, released), seed), released, self.reach, progress)
-
-    def train_further(
-        self,
-        model: UNet,
-        public: LabelledImages,
-        released: ClassEmbeddings,
-        seed: int,
-        *,
-        class_names: Sequence[str] = (),
-        checkpoint: Path | None = None,
-        progress: bool = True,
-    ) -> UNet:
-        """Train the public model, whose classes are `class_names`, on `training_images`; it continues from the checkpoint."""
-        images = self.training_images(public, released, seed, progress)
-        images = relabelled(images, class_names) if class_names else images
-        settings = replace(self.training, seed=seed)
-        return pretrain(model, images, settings, checkpoint=checkpoint, progress=progress)
+        return moved(self.draw(pool, self.weights(pool, released), seed), released, self.reach, progress)
 
 
 def tilted(features: Tensor, target: Tensor, tau: float) -> Tensor:
