@@ -8,7 +8,7 @@ from fastloda.accounting.compose import compose_epsilon
 from fastloda.errors import UserError
 from fastloda.privacy.noise import describe_together
 from fastloda.synthesis.arguments import Names
-from fastloda.synthesis.budget import ADJACENCY, OWNER_ADJACENCY, SAMPLER, STATEMENT, unrecorded_release
+from fastloda.synthesis.budget import ADJACENCY, CYCLIC, OWNER_ADJACENCY, SAMPLER, STATEMENT, unrecorded_release
 from fastloda.synthesis.runs import read_json
 
 NO_RUNS = Names()
@@ -64,7 +64,8 @@ def read_statement(path: Path) -> dict:
     if not found:
         raise FileNotFoundError(f"no {STATEMENT} at {path}: fine-tuning writes it when it has finished")
     statement = read_json(found[0])
-    if statement.get("adjacency") not in (ADJACENCY, OWNER_ADJACENCY) or statement.get("sampler") != SAMPLER:
+    samplers = SAMPLER, CYCLIC.format(statement.get("bands"))
+    if statement.get("adjacency") not in (ADJACENCY, OWNER_ADJACENCY) or statement.get("sampler") not in samplers:
         raise UserError(f"{found[0]} is no privacy statement of FastLoDA")
     return statement
 

@@ -10,8 +10,10 @@ from pages import check_page, source_pixels, without_images
 
 from fastloda.accounting.groups import group_epsilon
 from fastloda.accounting.membership import MembershipBound
+from fastloda.errors import UserError
 from fastloda.synthesis import stages
-from fastloda.synthesis.budget import Privacy
+from fastloda.synthesis.account import read_statement
+from fastloda.synthesis.budget import CYCLIC, Privacy
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import digits_split
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
@@ -115,6 +117,14 @@ def test_nothing_is_promised_to_a_person_with_several_images_if_noise_is_correla
     change(run / "private" / "privacy.json", bands=4)
     table = page_of(run).split("For a person with several images")[1].split("</table>")[0]
     assert "2 or more" in table and "not known" in table and "<td>5</td>" not in table
+
+
+def test_a_statement_of_correlated_noise_is_read(run):
+    change(run / "private" / "privacy.json", bands=4, sampler=CYCLIC.format(4))
+    assert read_statement(run)["bands"] == 4
+    change(run / "private" / "privacy.json", bands=8)
+    with pytest.raises(UserError, match="no privacy statement"):
+        read_statement(run)
 
 
 def test_the_page_is_self_contained_and_names_no_path_and_no_seed(runs):
