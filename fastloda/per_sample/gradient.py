@@ -172,7 +172,8 @@ def weighted_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[s
 
     On a GPU all that are kept are summed in one launch.
     """
-    kept = {name: grad.kept.flatten(1) for name, grad in grads.items() if grad.kept is not None and not grad.again}
+    all_kept = {name: grad.kept for name, grad in grads.items() if grad.kept is not None and not grad.again}
+    kept = {name: tensor.unsqueeze(-1).flatten(1) for name, tensor in all_kept.items()}  # a single number too
     some_are_zero = waits(factors) or not factors.all()
     sums = {name: grad.weighted_sum(factors, some_are_zero) for name, grad in grads.items() if name not in kept}
     for names, rows in _lines(kept):
