@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastloda import progress
 from fastloda.synthesis.classify import (
     NETWORKS,
     SmallCNN,
@@ -185,7 +186,8 @@ def test_accuracy_of_nothing_is_refused():
         accuracy(SmallCNN(), blank(0, 1, 8, 8))
 
 
-def test_progress_is_shown_on_request(digits, capsys):
+def test_progress_is_shown_on_request(digits, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SHORT", 0.0)
     train_classifier(digits[0][:5], steps=1, width=8, progress=False)
     assert capsys.readouterr().err == ""
     train_classifier(digits[0][:5], steps=1, width=8)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
-from fastloda import attach_loda, loda_parameters, per_sample_grad_norms
+from fastloda import attach_loda, loda_parameters, per_sample_grad_norms, progress
 from fastloda.synthesis.diffusion import (
     DDPM,
     EDM,
@@ -649,7 +649,8 @@ def test_no_labels_no_images():
     assert sample(tiny_unet(), torch.arange(0), progress=False).shape == (0, 1, 4, 4)
 
 
-def test_progress_counts_batches_and_steps(capsys):
+def test_progress_counts_batches_and_steps(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SHORT", 0.0)
     sample(Predictor(lambda x, t, y: x), torch.zeros(5).long(), steps=4, batch_size=2, seed=0)
     assert "12/12" in capsys.readouterr().err
     sample(Predictor(lambda x, t, y: x), torch.zeros(5).long(), steps=4, seed=0, progress=False)

@@ -472,7 +472,7 @@ def test_a_pipelines_own_names_are_matched_with_the_private_classes(kind, file, 
     labels, base = [], type(open_base(model, CPU))
     records = base.records
     monkeypatch.setattr(
-        base, "records", lambda self, given: labels.append(given.labels.tolist()) or records(self, given)
+        base, "records", lambda self, given, *how: labels.append(given.labels.tolist()) or records(self, given, *how)
     )
     statement = finetune(run, PRIVACY, class_map=["Fisch=Tinca tinca"], **options)
     assert labels == [[2, 1, 0] * 6 + [2, 1]]

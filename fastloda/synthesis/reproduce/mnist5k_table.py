@@ -42,7 +42,7 @@ ON_STAND_INS = "by trials on public images that stand in for the private ones (d
 def mnist5k(variant: Variant) -> Recipe:
     """Make the recipe: the private set, the U-Net and its settings at 28 x 28 pixels, in hours of two cores."""
     quick = variant.quick
-    model = PublicModel(variant.shape(UNET), _public(20 if quick else 3000))
+    model = PublicModel(variant.shape(UNET), _public(2 if quick else 3000))
     loda = DPLoDA(model, by_epsilon(lambda epsilon: _tuning(epsilon, quick)))
     all_weights = by_epsilon(lambda epsilon: _of_all_weights(_tuning(epsilon, quick)))
     latent_model = replace(model, unet=variant.shape(LATENT_UNET))
@@ -88,7 +88,7 @@ def _some(part: int, quick: bool) -> LabelledImages:
 
 
 def _public(steps: int) -> PublicTraining:
-    return PublicTraining(steps=steps, batch_size=128, warmup=min(50, steps), ema_decay=1 - 1 / max(2, steps / 4))
+    return PublicTraining(steps=steps, batch_size=min(128, 8 * steps), warmup=min(50, steps), ema_decay=1 - 1 / max(2, steps / 4))
 
 
 def _tuning(epsilon: float, quick: bool) -> PrivateTuning:
