@@ -16,6 +16,7 @@ from torch import Generator, nn
 from two_ranks import case_of, two_ranks_of
 
 from fastloda import PrivacyError, attach_loda, compose_epsilon, detach_loda
+from fastloda.accounting.compose import PrivacyAccountingWarning
 from fastloda.training.saliency import Saliency, release_saliency, vectors
 
 CASES = {}
@@ -202,7 +203,9 @@ def test_few_records_can_stand_for_all():
     model, data = small_model(), small_data(60)
     options = {"records": 60, "noise_multiplier": 1e-6, "micro_batch_size": 5, "seed": 2}
     full, part = (release_saliency(model, data, losses, sample_rate=q, **options) for q in (1.0, 0.5))
-    assert part.release == (0.5, 1e-6, 1) and math.isfinite(compose_epsilon([part.release], 1e-5))
+    assert part.release == (0.5, 1e-6, 1)
+    with pytest.warns(PrivacyAccountingWarning, match="no tight bound"):  # as there is next to no noise
+        assert math.isfinite(compose_epsilon([part.release], 1e-5))
     assert 0.4 < sum(part.shares.values()) / sum(full.shares.values()) < 1.7
 
 
