@@ -195,7 +195,7 @@ def test_unequally_many_targets_want_a_loss_of_ones_own():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     make, _ = LANGUAGE_MODELS["Llama"]
     inner, tokens = make(transformers), torch.randint(11, (12, 5))
-    loader = DataLoader(TensorDataset(tokens), batch_size=12)  # all of them: a sample alone has as many targets as the mean
+    loader = DataLoader(TensorDataset(tokens), batch_size=12)  # all: alone, a sample is the mean
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
     model, optimizer, loader = make_private(inner, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0)
     (x,) = first_batch(loader)
