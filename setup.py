@@ -23,7 +23,7 @@ setup(
     package_dir={"fastloda.kernels": "kernels"},
     package_data={"fastloda": ["py.typed", "*.pyi"]},
     install_requires=[
-        "torch>=2.13",
+        "torch>=2.11",
         "numpy>=1.26",
         "scipy>=1.11",
         "opt_einsum>=3.3",
@@ -46,7 +46,7 @@ setup(
             "rich>=13",
             "filelock>=3.12",
         ],
-        "triton": ["triton>=3.7"],  # comes with PyTorch's builds for GPUs
+        "triton": ["triton>=3.6"],  # comes with PyTorch's builds for GPUs
         "opacus": ["opacus>=1.6"],
         "diffusers": ["diffusers>=0.35", "transformers"],  # the latter for pipelines that read text
         "peft": ["peft>=0.17"],
@@ -61,7 +61,7 @@ setup(
             "hypothesis>=6.100",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
-            "triton>=3.7",
+            "triton>=3.6",
             "opacus>=1.6",
             "diffusers>=0.35",
             "transformers",
