@@ -27,11 +27,7 @@ def row_squares(rows: Tensor) -> Tensor:
         return _exact_squares(rows)
     whole = rows.shape[1] // RUN * RUN
     runs = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, RUN)), dim=2)
-    squares = _exact_squares(runs) + _exact_squares(rows[:, whole:])
-    doubtful = ~((squares > EXACT_BELOW) & squares.isfinite())
-    if doubtful.any():
-        squares[doubtful] = _exact_squares(rows[doubtful])
-    return squares
+    return _sure(_exact_squares(runs) + _exact_squares(rows[:, whole:]), rows)
 
 
 def run_squares(rows: Tensor) -> Tensor:
@@ -39,10 +35,14 @@ def run_squares(rows: Tensor) -> Tensor:
     runs = rows.unflatten(1, (-1, RUN))
     if rows.dtype != torch.float32 or waits(rows):
         return _exact_squares(runs)
-    squares = torch.linalg.vector_norm(runs, dim=2).double().square_()
+    return _sure(torch.linalg.vector_norm(runs, dim=2).double().square_(), runs)
+
+
+def _sure(squares: Tensor, rows: Tensor) -> Tensor:
+    """Compute those squares of rows [..., n] again, in float64, for which float32 may have overflowed or vanished; in place."""
     doubtful = ~((squares > EXACT_BELOW) & squares.isfinite())
     if doubtful.any():
-        squares[doubtful] = _exact_squares(runs[doubtful])
+        squares[doubtful] = _exact_squares(rows[doubtful])
     return squares
 
 

@@ -136,11 +136,11 @@ class OneRelease(metaclass=ABCMeta):  # no ABC, for the command line takes apart
         """Make the images that the model is trained on, of the private classes."""
 
     def process(self, model: UNet) -> Process:
-        """Say at which noise levels the model is trained: at all."""
+        """Choose the noise levels at which the model is trained: all of its own."""
         return model.process
 
     def next_pool(self, pool: LabelledImages, images: LabelledImages) -> LabelledImages:
-        """Say what the next warm-up starts from: the same images."""
+        """Choose the public images that the next warm-up starts from: the pool that this one had."""
         return pool
 
 
