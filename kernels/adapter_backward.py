@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .blocks import below, cdiv, launch, load, planes, positions_last, undo_stride
+from .blocks import FLOAT32_PRODUCTS, below, cdiv, launch, load, planes, positions_last, undo_stride
 from .conv import Conv
 
 
@@ -95,8 +95,8 @@ def _backward_kernel(
             gy + n * gy_row + p[:, None] * gy_position + (c * gy_channel)[None, :],
             below(p, P, P % BP == 0)[:, None] & channel[None, :],
         )
-        back = tl.dot(grad, down, back, input_precision="ieee")
-        part = scale * tl.dot(tl.trans(grad), h.to(grad.dtype), input_precision="ieee")
+        back = tl.dot(grad, down, back, input_precision=FLOAT32_PRODUCTS)
+        part = scale * tl.dot(tl.trans(grad), h.to(grad.dtype), input_precision=FLOAT32_PRODUCTS)
         at, real = parts + (program * OUT + c)[:, None] * R + j[None, :], channel[:, None] & (j < R)[None, :]
         tl.store(at, part, mask=real)
         if blocks == 1:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .blocks import below, cdiv, launch, load, planes, positions_last, power_of_2
+from .blocks import FLOAT32_PRODUCTS, below, cdiv, launch, load, planes, positions_last, power_of_2
 from .conv import Conv
 
 
@@ -58,7 +58,7 @@ def _project_kernel(
             there = below(c, C, EVEN)
             image = load(x + n * x_row + q[:, None] * x_position + (c * x_channel)[None, :], there[None, :])
             weight = load(A + row[None, :] * C + c[:, None], real[None, :] & there[:, None])
-            U = tl.dot(image, weight, U, input_precision="ieee")
+            U = tl.dot(image, weight, U, input_precision=FLOAT32_PRODUCTS)
         tl.store(own + (held[:, None] * BM + m[None, :]), U, mask=real[None, :])
         tl.debug_barrier()  # the program's threads read what others of them wrote
         total = tl.zeros((BO, RP), tl.float32)
@@ -94,7 +94,7 @@ def _add_kernel(
     up = load(B + c[None, :] * R + j[:, None], channel[None, :] & (j < R)[:, None])
     low = load(z + (n * P + p)[:, None] * R + j[None, :], there[:, None] & (j < R)[None, :]).to(tl.float32)
     h = tl.where(low > 0, low, low * slope).to(up.dtype)
-    total = old + scale * tl.dot(h, up, input_precision="ieee")
+    total = old + scale * tl.dot(h, up, input_precision=FLOAT32_PRODUCTS)
     tl.store(at, total, mask=there[:, None] & channel[None, :])
 
 

@@ -1,9 +1,9 @@
 """The parts that the kernels share: how memory is read, and how tensors are described to them.
 
 Conventions.  N rows (samples x views), C channels in, O channels out, r the rank, q input positions, p output positions.
-Products take their operands as they are stored (float16, bfloat16 or float32) and accumulate in float32, without tf32; results
-are cast when they are stored.  Offsets of rows are int64, those within a row int32.  No atomics: a number is summed by one
-program, in one order.
+Products take their operands as they are stored (float16, bfloat16 or float32) and accumulate in float32; results are cast when
+they are stored.  Offsets of rows are int64, those within a row int32.  No atomics: a number is summed by one program, in one
+order.
 """
 
 from typing import NamedTuple
@@ -15,6 +15,9 @@ from torch import Tensor
 from triton import knobs
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+# How operands in float32 are multiplied: in full. Three products of tf32 ("tf32x3") would use tensor cores; scripts/gpu_check
+# measures what that gains, and whether norms and sums are still of the same numbers, which the interpreter can't tell.
+FLOAT32_PRODUCTS = tl.constexpr("ieee")
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .blocks import below, cdiv, launch, load, planes, positions_last
+from .blocks import FLOAT32_PRODUCTS, below, cdiv, launch, load, planes, positions_last
 from .conv import Conv
 
 
@@ -47,7 +47,7 @@ def _input_grad_kernel(
         places = (q // W * FW + q % W)[:, None] + shift[None, :]
         shifted = load(gz + n * (FH * FW * R) + places * R + j[None, :], there[:, None] & real[None, :])
         weight = load(A + m[:, None] * C + c[None, :], real[:, None] & channel[None, :])
-        acc = tl.dot(shifted, weight, acc, input_precision="ieee")
+        acc = tl.dot(shifted, weight, acc, input_precision=FLOAT32_PRODUCTS)
     tl.store(at, old.to(tl.float32) + acc, mask=there[:, None] & channel[None, :])
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .blocks import Planes, below, cdiv, launch, load, planes, undo_stride
+from .blocks import FLOAT32_PRODUCTS, Planes, below, cdiv, launch, load, planes, undo_stride
 from .conv import Conv
 
 
@@ -70,7 +70,7 @@ def _sample_tile(
         image = load(
             image_at + ((block * x_position)[:, None] + (c * x_channel)[None, :]), held[:, None] & channel[None, :]
         )
-        acc = tl.dot(shifted, image, acc, input_precision="ieee")
+        acc = tl.dot(shifted, image, acc, input_precision=FLOAT32_PRODUCTS)
     return acc
 
 

@@ -29,10 +29,12 @@ import tape  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 from cases import Case  # noqa: E402
 from operations import Layer, Tensors, check, layer_operations  # noqa: E402
 from providers import GRAPH, OPACUS_MODES, OURS, PLAIN, PROVIDERS, Privacy, captured  # noqa: E402
 
+from fastloda.kernels import adapter_backward, adapter_forward, input_grad, sample_grad  # noqa: E402
 from fastloda.kernels.conv import Conv  # noqa: E402
 from fastloda.loda import arithmetic  # noqa: E402
 from fastloda.per_sample import gradient, products  # noqa: E402
@@ -50,7 +52,6 @@ class Sizes:
     """The sizes that differ between a GPU and a rehearsal."""
 
     samples: int = 512
-    few: int = 4
     rounds: int = 20
     model: str = "paper_unet"
     shrunk: int = 1  # factor of channels and sides
@@ -63,7 +64,7 @@ class Sizes:
         return Case(self.model, batch or self.samples, layout=layout, dtype="bfloat16")
 
 
-SIZES = Sizes(4, 2, 2, "digits_unet", 16) if REHEARSAL else Sizes()
+SIZES = Sizes(4, 2, "digits_unet", 16) if REHEARSAL else Sizes()
 
 
 # ---- time
@@ -127,7 +128,11 @@ def rehearse(item: str) -> None:
     """Let a tape stand in for graphs, and the interpreter run the kernels of items that are about them (a tape sees none)."""
     patch = pytest.MonkeyPatch()
     tape.use(patch)
-    for module in (arithmetic, gradient, products, operations) if item in ("right", "one", "kernels", "once") else ():
+    for module in (
+        (arithmetic, gradient, products, operations)
+        if item in ("right", "one", "kernels", "once", "ieee", "tf32x3")
+        else ()
+    ):
         patch.setattr(module, "on_triton", lambda t: t.dtype in KERNEL_DTYPES and t.numel() > 0)
 
 
@@ -236,6 +241,39 @@ def kernels():
             yield {"rows": figures, "empty_kernel_seconds": empty}
 
 
+def ieee():
+    """Time float32 products in full, which no tensor core computes."""
+    yield from float32_products("ieee")
+
+
+def tf32x3():
+    """Time float32 products as three of tf32, on tensor cores, and see what they keep of their precision."""
+    yield from float32_products("tf32x3")
+
+
+def float32_products(precision: str):
+    """Time the operations of layers in float32, and see how far norms and sums are from those of the stored gradients."""
+    for module in (adapter_forward, adapter_backward, input_grad, sample_grad):
+        module.FLOAT32_PRODUCTS = tl.constexpr(precision)  # nothing is compiled yet in this process
+    figures = {}
+    for layer in (SIZES.layer(*shape) for shape in SHAPES):
+        check(layer, torch.float32, torch.channels_last)
+        t = Tensors(layer, max(2, SIZES.samples // 8), torch.float32, torch.channels_last)
+        figures[layer.name] = {"off": off_the_stored(t)}
+        figures[layer.name]["seconds"] = {op.name: seconds_each([op.run]) for op in layer_operations(t)}
+        print(precision, layer.name, figures[layer.name], flush=True)
+        yield figures
+
+
+def off_the_stored(t: Tensors) -> dict[str, float]:
+    """Measure how far the full layer's norms and sum, taken without storing gradients, are from those of stored ones."""
+    recipe, samples, factors = t.op.recipe_W(t.x, t.gy), len(t.x), t.factors.float()
+    stored = recipe.compute(samples, slice(0, samples)).double()
+    squares = recipe.fused.squares(*recipe.tensors, samples).sum(1) / stored.flatten(1).square().sum(1)
+    total, whole = recipe.fused.weighted_sum(*recipe.tensors, factors), torch.tensordot(factors.double(), stored, 1)
+    return {"squares": float((squares - 1).abs().max()), "sum": float((total - whole).norm() / whole.norm())}
+
+
 def dram():
     """Read from Nsight Compute, where that is installed, what share of DRAM's peak each kernel reaches."""
     tool = shutil.which("ncu")
@@ -288,7 +326,8 @@ def opacus():
 
 
 ITEMS = {
-    item.__name__: item for item in (peaks, right, sanitizer, one, steps, kernels, dram, once, cudnn, layouts, opacus)
+    item.__name__: item
+    for item in (peaks, right, sanitizer, one, steps, kernels, ieee, tf32x3, dram, once, cudnn, layouts, opacus)
 }
 
 

@@ -44,10 +44,10 @@ class Budget:
             raise UserError(f"epsilon must be positive and finite, got {self.epsilon}")
         check_delta("delta", self.delta, self.records)
 
-    def in_steps(self, steps: int, batch_size: int, **clipping) -> Privacy:
-        """Make the promise of a run of DP-SGD that spends all of the budget; `clipping` is max_grad_norm and views."""
+    def in_steps(self, steps: int, batch_size: int, **promise) -> Privacy:
+        """Make the promise of a run of DP-SGD that spends all of the budget; `promise` are further fields of `Privacy`."""
         return Privacy.for_steps(
-            steps, batch_size, self.records, target_epsilon=self.epsilon, delta=self.delta, **clipping
+            steps, batch_size, self.records, target_epsilon=self.epsilon, delta=self.delta, **promise
         )
 
 

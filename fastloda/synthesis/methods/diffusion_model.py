@@ -98,6 +98,7 @@ class PrivateTuning:
         steps, batch_size: number of private steps, and expected number of records in each.
         views: number of noise draws per record and step, averaged before clipping.
         max_grad_norm: the clipping bound.
+        bands: number of steps over which the noise is correlated; 1: independent noise.
         training: settings of optimizer, schedule, timesteps and averaging.
         guidance, sampler_steps: weight of guidance, and number of steps, in sampling.
         time_weights: ranges of timesteps (first, end, share), instead of training.timesteps: a mixture of uniform
@@ -108,13 +109,15 @@ class PrivateTuning:
     batch_size: int = 256
     views: int = 2
     max_grad_norm: float = 1e-3
+    bands: int = 1
     training: FineTuning = field(default_factory=FineTuning)
     guidance: float = 0.0
     sampler_steps: int = 50
     time_weights: tuple[tuple[int, int, float], ...] = ()
 
     def privacy(self, budget: Budget) -> Privacy:
-        return budget.in_steps(self.steps, self.batch_size, max_grad_norm=self.max_grad_norm, views=self.views)
+        promise = {"max_grad_norm": self.max_grad_norm, "views": self.views, "bands": self.bands}
+        return budget.in_steps(self.steps, self.batch_size, **promise)
 
     def trained(self, process: Process) -> Process:
         """Restrict a model's process to the noise levels of private training."""

@@ -1,10 +1,13 @@
 """The table of 5,000 of MNIST's digits: the paper's resolution on two cores."""
 
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import TypeVar
 
 from fastloda.synthesis.data import LabelledImages, stratified_subset
-from fastloda.synthesis.data.mnist5k import font_digits_as_mnist, mnist5k_split
+from fastloda.synthesis.data.mnist5k import font_digits_as_mnist, font_styles_as_mnist, mnist5k_split
 from fastloda.synthesis.diffusion import UNetConfig
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods import (
@@ -12,12 +15,19 @@ from fastloda.synthesis.methods import (
     DPMEPF,
     DPMERF,
     AutoencoderTraining,
+    ByEpsilon,
+    CentralImages,
     ChosenLoDA,
+    ClassQueries,
     Direct,
     DirectDPSGD,
     DPDiffusion,
     DPLoDA,
+    Evolution,
+    InTurn,
+    LayerChoice,
     NoDP,
+    PrivateEvolution,
     PrivateTuning,
     PublicChoice,
     PublicModel,
@@ -25,9 +35,11 @@ from fastloda.synthesis.methods import (
 )
 from fastloda.synthesis.methods.autoencoder import LATENT_CHANNELS
 from fastloda.synthesis.methods.dp_sgd import DPSGD
-from fastloda.synthesis.settings import Classifier, FineTuning
+from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
 
 from .recipe import BEFOREHAND, Recipe, Variant, by_epsilon
+
+T = TypeVar("T")
 
 SHAPE = {"in_channels": 1, "norm_groups": 8, "blocks_per_level": 1, "process": "edm"}
 UNET = UNetConfig(image_size=28, width=16, multipliers=(1, 2, 2), attention=(2,), **SHAPE)
@@ -35,38 +47,50 @@ LATENT_UNET = UNetConfig(
     image_size=7, width=32, multipliers=(1,), attention=True, **SHAPE | {"in_channels": LATENT_CHANNELS}
 )
 IMAGES, PUBLIC_IMAGES = 4000, 40_000
-CHOICE_NOISE = {1.0: 4.2, 5.0: 1.3, 10.0: 1.0}
+WARM_UP_NOISE = {1.0: 4.2, 5.0: 1.3, 10.0: 1.0}
+SHARE, BANDS = 0.5, 4  # of the layers, where they are chosen; of steps, where noise is correlated
 AS_FOR_DIGITS = "as for the small digits, and beforehand where they say nothing; no trial was made at this size"
 
 
 def mnist5k(variant: Variant) -> Recipe:
     """Make the recipe: the private set, the U-Net and its settings at 28 x 28 pixels, in hours of two cores."""
     quick = variant.quick
+    settings = {epsilon: _Settings(epsilon, quick) for epsilon in WARM_UP_NOISE}
+
+    def each(pick: Callable[[_Settings], T]) -> ByEpsilon[T]:
+        return by_epsilon(lambda epsilon: pick(settings[epsilon]))
+
     model = PublicModel(variant.shape(UNET), _public(2 if quick else 3000))
-    loda = DPLoDA(model, by_epsilon(lambda epsilon: _tuning(epsilon, quick)))
-    all_weights = by_epsilon(lambda epsilon: _of_all_weights(_tuning(epsilon, quick)))
+    loda, all_weights = DPLoDA(model, each(lambda s: s.tuning)), each(lambda s: s.tuning_of_all_weights)
     latent_model = replace(model, unet=variant.shape(LATENT_UNET))
     judge = Classifier(steps=10 if quick else 1000)
     moments = {"steps": 10, "encoder_steps": 10} if quick else {"steps": 2000, "encoder_steps": 800}
-    direct = Direct(
-        DPSGD(learning_rate=0.15, ema_decay=0.97, width=16), steps=5 if quick else 250, batch_size=50 if quick else 512
-    )
+    public = cache(partial(font_digits_as_mnist, 500 if quick else PUBLIC_IMAGES, seed=0))
+    styles = cache(partial(font_styles_as_mnist, 2000 if quick else PUBLIC_IMAGES, seed=0))
     return Recipe(
         name="mnist5k",
         title="Private MNIST digits, public font digits, at 28 x 28 pixels",
         lead="4,000 of MNIST's digits are private, digits drawn from fonts public; tested on 1,000 others of MNIST's.",
         private=lambda: _some(0, quick),
         test=lambda: _some(1, quick),
-        public=cache(partial(font_digits_as_mnist, 500 if quick else PUBLIC_IMAGES, seed=0)),
+        public=public,
         methods=[
             PublicOnly(model, loda.tunings.at(10.0)),
             loda,
-            ChosenLoDA(loda, by_epsilon(lambda epsilon: _choice(epsilon, quick)), samples_reach=0.1),
+            replace(loda, name="DP-LoDA, correlated noise", tunings=each(lambda s: replace(s.tuning, bands=BANDS))),
+            replace(loda, name="DP-LoDA of chosen layers", layers=each(lambda s: LayerChoice(SHARE))),
+            replace(loda, name="DP-LoDA of layers at random", layers=each(lambda s: LayerChoice(SHARE, math.inf))),
+            replace(loda, name="DP-LoDA of attention", adapter=Adapter(targets="attention")),
+            ChosenLoDA(loda, each(lambda s: s.choice(1)), samples_reach=0.1),
+            ChosenLoDA(loda, each(lambda s: s.means(1)), name="DP-LoDA on central images"),
+            ChosenLoDA(loda, each(lambda s: s.queries(1)), styles, name="DP-LoDA on queried classes"),
+            ChosenLoDA(loda, each(lambda s: s.in_turn), styles, samples_reach=0.1, name="DP-LoDA after three warm-ups"),
+            PrivateEvolution(model, each(lambda s: s.evolution)),
             DPDiffusion(model, all_weights),
             DPLDM(AutoencoderTraining(halvings=2, steps=10 if quick else 1000), latent_model, all_weights),
             DPMEPF(**moments),
             DPMERF(steps=moments["steps"]),
-            DirectDPSGD(by_epsilon(lambda epsilon: direct)),
+            DirectDPSGD(each(lambda s: s.direct)),
             NoDP(judge),
         ],
         classifiers={"cnn": judge},
@@ -93,16 +117,52 @@ def _public(steps: int) -> PublicTraining:
     )
 
 
-def _tuning(epsilon: float, quick: bool) -> PrivateTuning:
-    steps, views = (3, 1) if quick else (100, 4) if epsilon < 3 else (200, 2)
-    training = FineTuning(learning_rate=1e-2, schedule="cosine", micro_batch_size=128 // views)
-    return PrivateTuning(steps, 50 if quick else 500, views, training=training, sampler_steps=2 if quick else 18)
+@dataclass(frozen=True)
+class _Settings:
+    """The settings of the private rows at one budget; of warm-ups, of which `together` share what one alone would spend."""
 
+    epsilon: float
+    quick: bool
 
-def _of_all_weights(tuning: PrivateTuning) -> PrivateTuning:
-    return replace(tuning, training=replace(tuning.training, learning_rate=tuning.training.learning_rate / 10))
+    @property
+    def tuning(self) -> PrivateTuning:
+        steps, views = (3, 1) if self.quick else (100, 4) if self.epsilon < 3 else (200, 2)
+        training = FineTuning(learning_rate=1e-2, schedule="cosine", micro_batch_size=128 // views)
+        batch_size, sampler_steps = (50, 2) if self.quick else (500, 18)
+        return PrivateTuning(steps, batch_size, views, training=training, sampler_steps=sampler_steps)
 
+    @property
+    def tuning_of_all_weights(self) -> PrivateTuning:
+        training = self.tuning.training
+        return replace(self.tuning, training=replace(training, learning_rate=training.learning_rate / 10))
 
-def _choice(epsilon: float, quick: bool) -> PublicChoice:
-    training = _public(5 if quick else 600)
-    return PublicChoice(CHOICE_NOISE[epsilon], drawn=50 if quick else 8000, training=training)
+    def choice(self, together: int) -> PublicChoice:
+        return PublicChoice(self._noise(together), drawn=50 if self.quick else 8000, training=self._further)
+
+    def means(self, together: int) -> CentralImages:
+        return CentralImages(self._noise(together), drawn=50 if self.quick else 2000, training=self._further)
+
+    def queries(self, together: int) -> ClassQueries:
+        drawn, steps = (200, 10) if self.quick else (20_000, 1000)
+        noise = self._noise(together)
+        return ClassQueries(noise, drawn=drawn, classifier_steps=steps, training=self._further)
+
+    @property
+    def in_turn(self) -> InTurn:
+        return InTurn((self.queries(3), self.means(3), self.choice(3)))
+
+    def _noise(self, together: int) -> float:
+        return WARM_UP_NOISE[self.epsilon] * math.sqrt(together)
+
+    @property
+    def _further(self) -> PublicTraining:
+        return _public(5 if self.quick else 600)
+
+    @property
+    def evolution(self) -> Evolution:
+        return Evolution(50, (0.5, 0.3), sampler_steps=2, encoder_steps=10) if self.quick else Evolution()
+
+    @property
+    def direct(self) -> Direct:
+        training = DPSGD(learning_rate=0.15, ema_decay=0.97, width=16)
+        return Direct(training, steps=5 if self.quick else 250, batch_size=50 if self.quick else 512)

@@ -54,11 +54,22 @@ class Findings:
 
     @cached_property
     def score_table(self) -> Table:
-        """The table of image scores and epsilon spent, by method and epsilon."""
-        columns = ["Method", "Epsilon", "spent", "FID", "KID", "precision", "recall"]
-        return Table(
-            "Images, against the real test images", columns, list(self._score_rows()), notes=self._score_notes()
-        )
+        """The table of image scores: the FID at each epsilon, the others at the largest, of the methods that draw images."""
+        budgets, largest = self.recipe.epsilons, max(self.recipe.epsilons)
+        others = {"KID": ".4f", "precision": ".2f", "recall": ".2f"}
+        columns = ["Method", *(f"FID, epsilon {epsilon:g}" for epsilon in budgets), *others]
+        drawing = [
+            method for method in self.recipe.methods if any(self._scores(method, epsilon) for epsilon in budgets)
+        ]
+        rows = [
+            [
+                method.name,
+                *(_mean_of("fid", self._scores(method, epsilon), ".1f") for epsilon in budgets),
+                *(_mean_of(name.lower(), self._scores(method, largest), spec) for name, spec in others.items()),
+            ]
+            for method in drawing
+        ]
+        return Table("Images, against the real test images", columns, rows, notes=self._score_notes())
 
     @cached_property
     def cost_table(self) -> Table:
@@ -99,7 +110,10 @@ class Findings:
         parts += [
             f"## {table.title}\n\n{table.to_markdown()}" if i else table.to_markdown() for i, table in enumerate(tables)
         ]
-        parts += [f"## {figure.caption}\n\n![{figure.caption}]({self._file(figure)})" for figure in self._pictures()]
+        chart, *samples = [
+            (figure.caption, f"![{figure.caption}]({self._file(figure)})") for figure in self._pictures()
+        ]
+        parts += [f"## {chart[0]}\n\n{chart[1]}", "## Samples", *_gallery(samples)]
         chosen = "\n".join(f"- {name}: {how}" for name, how in self.recipe.how_chosen.items())
         parts += ["## Privacy", *self._statement(), "## How hyper-parameters were chosen", chosen]
         parts += ["Measured on " + "; ".join(f"{name} {value}" for name, value in self.environment.items()) + "."]
@@ -140,27 +154,17 @@ class Findings:
         quoted = _published(self.recipe.published, method, epsilon)
         return text if quoted is None else f"{text} ({quoted:.1f})"
 
-    def _score_rows(self) -> Iterator[list[str]]:
-        for method in self.recipe.methods:
-            for epsilon in self.recipe.epsilons if method.has_budget else self.recipe.epsilons[:1]:
-                results = self.of(method, epsilon)
-                spent = [result["spent"]["epsilon"] for result in results]
-                shown = ABSENT if not spent else "∞" if None in spent else rounded_up(max(spent))
-                budget = f"{epsilon:g}" if method.has_budget else "any"
-                yield [method.name, budget, shown, *self._scores(results)]
-
-    def _scores(self, results: Sequence[dict]) -> list[str]:
-        scored = [result["scores"] for result in results if result["scores"]]
-        formats = {"fid": ".2f", "kid": ".4f", "precision": ".2f", "recall": ".2f"}
-        if not scored:
-            return [ABSENT] * len(formats)
-        return [format(fmean(score[name] for score in scored), spec) for name, spec in formats.items()]
+    def _scores(self, method: Method, epsilon: float) -> list[dict]:
+        return [result["scores"] for result in self.of(method, epsilon) if result["scores"]]
 
     def _score_notes(self) -> list[str]:
         names = dict.fromkeys(result["scores"]["features"] for result in self.results.values() if result["scores"])
-        return (
-            [f"Features: {', '.join(names)}. Scores on other features can't be compared with these."] if names else []
-        )
+        if not names:
+            return []
+        return [
+            f"KID, precision and recall at epsilon {max(self.recipe.epsilons):g}. Features: {', '.join(names)}. Scores on other "
+            "features can't be compared with these."
+        ]
 
     def _cost_row(self, method: Method) -> list[str]:
         results = [result for cell, result in self.results.items() if cell.method == method]
@@ -240,6 +244,17 @@ class Findings:
             name: {"epsilon": facts["epsilon"]} | {r["what"]: _mechanism(r) for r in facts["releases"]}
             for name, facts in spent.items()
         }
+
+
+def _mean_of(name: str, scores: Sequence[dict], spec: str) -> str:
+    return format(fmean(score[name] for score in scores), spec) if scores else ABSENT
+
+
+def _gallery(pictures: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Lay out pictures, each a caption and its Markdown, three side by side."""
+    for start in range(0, len(pictures), 3):
+        captions, images = zip(*pictures[start : start + 3])
+        yield Table("", captions, [images], left=3).to_markdown()
 
 
 def _mechanism(release: dict) -> str:
