@@ -74,7 +74,7 @@ class AverageFlow(SampleFlow):
 
 
 def mark_averaged(starts: Sequence[Start], inputs: Sequence[Source], grads: Sequence[Tensor | None] | None) -> None:
-    """Mark the gradients that a backward pass with `create_graph` has computed, if it went through a mean over its inputs' rows.
+    """Mark the gradients that a backward pass with `create_graph` computed, if it went through a mean over its inputs' rows.
 
     Args:
         starts: the (node, output)s that the pass started from, each with its gradient, None for 1.

@@ -1,9 +1,9 @@
 """The check that a loss is a sum of terms each of which depends on the model's outputs for one sample alone.
 
 It reads the autograd graph of the loss from the model's outputs upwards. Operations may treat each sample's numbers separately
-(`Rows`); one sum or mean then adds up the samples (`Total`), and only linear operations may follow. Anything else across samples
-(a product, maximum, sort, softmax, index or broadcast along the batch, or a nonlinear function of the sum) couples them, and is
-refused by the operation's name. An operation that is not known here is tried out (`trial.py`).
+(`Rows`); one sum or mean then adds up the samples (`Total`), and only linear operations may follow. Anything else across
+samples (a product, maximum, sort, softmax, index or broadcast along the batch, or a nonlinear function of the sum) couples
+them, and is refused by the operation's name. An operation that is not known here is tried out (`trial.py`).
 
 The *weights* of a sample's numbers are followed too: the constants that they are multiplied by on the way to a sum. In a mean
 over the samples a weight must be 1 / (k samples), for a whole number k.
@@ -211,7 +211,7 @@ class SampleFlow:
         return factor
 
     def _check_constant(self, op: Operation, factor: float) -> None:
-        """Refuse a factor that changed with the number of samples since an earlier loss, unless it may make a sum a mean."""
+        """Refuse a factor that rose like the number of samples since an earlier loss, or fell like it and makes no mean."""
         state = op.inputs[0].state
         may_fall = self.mean and not (isinstance(state, Total) and state.averaged and not state.fits)
         for place in (op.place, op.place - self.operations):  # counted from either end: graphs may grow with the batch
