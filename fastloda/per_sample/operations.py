@@ -78,7 +78,7 @@ def _kind(name: str) -> str:
 
 
 def kind_of(node: Node) -> str:
-    """Name the kind of an operation; if Python code or TorchScript defines it, that is its whole name, which ends in no number."""
+    """Name the kind of an operation; one that Python code or TorchScript defines keeps its whole name, without a number."""
     return _kind(node.name())
 
 
