@@ -64,7 +64,7 @@ def can_go_wrong(dtype: torch.dtype) -> bool:
 
 
 def watch_convolutions(layers: Iterable[nn.Module]) -> None:
-    """Register hooks by which each convolution of the faulty kind notes its dtype in every forward pass; none without AMX."""
+    """Register hooks by which those of `layers` that are of the faulty kind note the dtype of their calls; none without AMX."""
     for layer in layers if any(map(can_go_wrong, NARROW)) else ():
         if _is_suspect(layer) and NOTE not in vars(layer):
             setattr(layer, NOTE, None)

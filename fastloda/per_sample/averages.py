@@ -120,7 +120,7 @@ def check_not_averaged(losses: Tensor) -> None:
     means = {count for node in nodes_below([losses.grad_fn]) for count in node.metadata.get(_MARK, ())}
     if any(rows % count == 0 or count % rows == 0 for count in means):
         raise PrivacyError(
-            "the losses go on from a gradient (create_graph=True) of a mean over the samples, which is divided by their number: "
-            "with one record more, each sample's loss would be another. Take the gradient of the sum, "
+            "the losses use a gradient (create_graph=True) of a mean over the samples, which is divided by their number: one "
+            "more record would change each sample's loss. Take the gradient of the sum, "
             "torch.autograd.grad(y.sum(), x, create_graph=True), which gives each sample its own"
         )

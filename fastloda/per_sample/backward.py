@@ -28,7 +28,7 @@ from fastloda.per_sample.regions import may_run_again
 from fastloda.per_sample.relaying import back_to_parameter
 from fastloda.per_sample.rules import Call, Recipes, recipes_of
 
-# Inside it, to read checkpointed tensors after the pass costs no second recomputation (in older PyTorch it does).
+# A context in which to read checkpointed tensors after the pass costs no second recomputation (in older PyTorch it does).
 one_recomputation = getattr(torch.utils.checkpoint, "GraphExecGroup", nullcontext)
 
 # on_use(node, grad_output with the batch first, make_recipes) is called once for each operation that uses a trainable parameter;

@@ -203,7 +203,10 @@ def _below_permuted(r: Reading, claim: Permuted) -> Claim:
 
 
 def _below_picked(r: Reading, claim: Picked) -> Claim:
-    """Derive the claim below picked rows: picked too, unless the operation picks along a dimension: that holds the batch."""
+    """Derive the claim below picked rows: picked too, unless the operation itself picks along one or more dimensions.
+
+    The first of these must then hold the batch.
+    """
     if r.kind not in op.PICKING and not _takes_rows(r):
         return claim
     dims = indexed_dims(r.node, r.below)

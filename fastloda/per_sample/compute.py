@@ -56,7 +56,7 @@ def checked_graph(losses: Tensor, model: nn.Module, parameters: Mapping[str, nn.
 
 @contextmanager
 def in_full_precision(device: torch.device) -> Generator[None]:
-    """Switch autograd and autocast off inside, so that a gradient that is made again is what it was before."""
+    """Make a context without autograd and autocast, so that a gradient that is made again is what it was before."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 

@@ -40,8 +40,8 @@ class Row:
     Attributes:
         layer, kind: the layer's name and class.
         operations: the kinds of the operations that use its parameters.
-        parameters: the number of its trainable numbers.
-        samples, positions: the two factors of the operation's rows; a sample uses each of the largest parameter's entries
+        parameters: how many numbers it trains.
+        samples, positions: the operation has samples x positions rows; a sample uses each of the largest parameter's entries
             `positions` times.
         way: "kept", "made again" or "ghost", as the planner chooses for the largest parameter; "functional" through torch.func;
             "registered" by the layer's own rule; "refused"; or "unused", if the loss does not depend on the layer.

@@ -182,7 +182,7 @@ def check_independence(
     samples: int,
     agree: Callable[[int], int] = lambda passes: passes,
 ) -> None:
-    """Refuse losses unless backward from some samples gives these the gradients that they have beside all, and the others zero.
+    """Refuse losses if backward from some samples gives others a gradient, or these another gradient than backward from all.
 
     When a kind of computation is new (or its batch has more than twice the samples, or a gradient was zero and showed
     nothing), enough sets of samples are probed to tell any two samples apart: 9 backward passes for 64 samples, 14 for 1,024
@@ -230,7 +230,7 @@ def _random_half(candidates: Tensor) -> Iterator[Tensor]:
 
 
 class _Probe:
-    """The probe, which runs backward from some samples' losses and compares each pass with the first, from all samples."""
+    """The probe: it runs backward from some samples' losses, and compares each pass with the first, from all finite losses."""
 
     def __init__(self, losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], finite: Tensor):
         self._losses, self._graph, self._parameters, self._finite = losses, graph, parameters, finite
@@ -272,8 +272,8 @@ class _Probe:
             whole = self._sizes.setdefault(place, sizes)
             if (_differ(sizes, whole, rows.dtype) & chosen).any():
                 raise PrivacyError(
-                    f"samples mix in the backward pass: what some samples' gradient at {names} is depends on which others are in "
-                    "the batch. A hook or an autograd.Function above it may scale gradients by all of them"
+                    f"samples mix in the backward pass: some samples' gradient at {names} depends on which others are in the "
+                    "batch. A hook or an autograd.Function above it may scale gradients by all of them"
                 )
             if nonzero.any():
                 self._shown.add(place)

@@ -1,4 +1,4 @@
-"""The regions that torch.compile made one operation of the graph each: which code they run, and whether it picks rows."""
+"""The regions of a model that torch.compile turned into one operation: which code they run, and whether it picks rows."""
 
 from collections.abc import Collection, Generator
 from contextlib import contextmanager

@@ -12,7 +12,7 @@ from fastloda.per_sample.node import Node
 from fastloda.per_sample.operations import kind_of, places
 
 PICKED = (
-    "samples' outputs are picked along the batch, by an index or a mask, by which each one's share may depend on the others: "
+    "samples' outputs are picked along the batch, by an index or a mask, so that each one's share may depend on the others: "
     "multiply each sample's loss by 0 or 1 instead, or put what was picked back into its own rows"
 )
 REMEDY = (
@@ -54,7 +54,7 @@ class Rows:
         return [d for d, (n, s) in enumerate(zip(shape, strides)) if n > 1 and max(s, inner) < min(s * n, top)]
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Tell whether no dimension of `shape` cuts across samples, as one of a view may."""
+        """Tell whether no index along a dimension of `shape` takes parts of two samples, as it may after a view."""
         inner = prod(shape) // (self.outer * self.entries)
         strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
         ends = (inner, inner * self.entries)

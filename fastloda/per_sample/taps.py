@@ -24,7 +24,7 @@ def gather_taps(
     padding: Sizes,
     dilation: Sizes,
 ) -> Tensor:
-    """Gather the taps of g [N, r, *out_size]: [N, r * prod(kernel), prod(in_size)], in *reversed* order, as strides are >= 0.
+    """Gather the taps of g [N, r, *out_size]: [N, r * prod(kernel), prod(in_size)], in *reversed* order, as no stride is < 0.
 
     Entry (n, (j, k'), q) is g[n, j, (q + padding - k dilation) / stride] with k = kernel - 1 - k', or 0 where that is
     no output position.

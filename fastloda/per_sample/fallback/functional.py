@@ -41,7 +41,7 @@ KNOWN: set[type[nn.Module]] = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.
 KNOWN |= {nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
 KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}  # always have rules
-WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that whole"
+WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that module as a whole"
 HOLDERS = (nn.ParameterList, nn.ParameterDict)  # never called: what they hold belongs to the layer around them
 
 # Layers that were found to need nothing from this module, with the names of the parameters that trained at that time.

@@ -58,7 +58,7 @@ def bmm(call: Call) -> dict[int, Recipe]:
 
 
 def one_for_each_row(node: Node, shape: Size, outer: int) -> bool:
-    """Tell whether the batch lies in bmm's first dimension, along which a parameter has an entry for each index."""
+    """Tell whether the batch lies in bmm's first dimension, so that a parameter has separate entries for each row."""
     return bool(outer) and locate(output_shape(node), outer)[0] == 0
 
 
