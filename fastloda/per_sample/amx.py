@@ -1,8 +1,9 @@
-"""Convolutions that PyTorch gets wrong on processors with AMX, and how a private step keeps clear of them.
+"""The convolutions that PyTorch computes wrongly on CPUs with AMX, and how a private step avoids them.
 
-There oneDNN's convolutions in bfloat16 with a stride and a dilation above 1 read memory that nothing wrote (PyTorch 2.13): the
-same batch gives another gradient each time, and that memory may hold what was computed from other records. FastLoDA computes
-its own convolutions of this faulty kind in a wider dtype, on every processor; those of PyTorch are refused where it can occur.
+On such a CPU, oneDNN's convolutions in bfloat16 with a stride and a dilation above 1 read uninitialised memory (PyTorch 2.13):
+the same batch gives a different gradient each time, and the memory may hold what was computed from other records. FastLoDA
+computes its own convolutions of this faulty kind in a wider dtype, on every CPU. Those that PyTorch computes are refused where
+the fault can occur.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fastloda.per_sample.graph import LossGraph
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
-NOTE = "_fastloda_computed_in"  # a layer's attribute: the dtype of its last call with gradients enabled, if that was watched
+NOTE = "_fastloda_computed_in"  # a watched layer's attribute: the dtype of its last call with gradients enabled
 REMEDY = (
     "compute that layer with autocast disabled and in float32, give it an adapter (LoDAConv2d.from_conv), which computes it so, "
     "or train on a GPU"
@@ -29,12 +30,12 @@ UNSEEN = ", it seems (if not: call fastloda.cover(model) before the forward pass
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Make a context without autocast on `device`; a null one where it is off, for `torch.autocast` itself is slow."""
+    """Make a context without autocast on `device`: a null context if autocast is off, as entering `torch.autocast` is slow."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Tell in which dtype a convolution of x is computed, under autocast or not."""
+    """Find the dtype in which a convolution of x is computed: autocast's, if that is enabled and x is not float64."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -44,7 +45,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def sound_dtype(
     dtype: torch.dtype, device: torch.device, stride: Sequence[int], dilation: Sequence[int]
 ) -> torch.dtype:
-    """Choose the dtype to compute a convolution in that is asked for in `dtype`: a wider one if it is of the faulty kind."""
+    """Choose the dtype in which to compute a convolution: `dtype`, or a wider one if the convolution is of the faulty kind."""
     if device.type != "cpu" or max(stride) == 1 or max(dilation) == 1 or dtype not in NARROW:
         return dtype
     conv = getattr(torch.backends.mkldnn, "conv", None)  # from torch 2.9 on
@@ -54,7 +55,7 @@ def sound_dtype(
 
 
 def can_go_wrong(dtype: torch.dtype) -> bool:
-    """Tell whether this processor has the instructions with which convolutions in `dtype` may go wrong."""
+    """Tell whether this CPU has the AMX instructions with which convolutions in `dtype` may go wrong."""
     for_float16 = getattr(torch.cpu, "_is_amx_fp16_supported", torch.cpu._is_amx_tile_supported)
     return dtype in NARROW and (for_float16 if dtype == torch.float16 else torch.cpu._is_amx_tile_supported)()
 
@@ -63,7 +64,7 @@ def can_go_wrong(dtype: torch.dtype) -> bool:
 
 
 def watch_convolutions(layers: Iterable[nn.Module]) -> None:
-    """Note, from the next forward pass on, in which dtype each of `layers` of the faulty kind is computed, where that matters."""
+    """Register hooks by which those of `layers` that are of the faulty kind note the dtype of their calls; none without AMX."""
     for layer in layers if any(map(can_go_wrong, NARROW)) else ():
         if _is_suspect(layer) and NOTE not in vars(layer):
             setattr(layer, NOTE, None)
@@ -71,9 +72,9 @@ def watch_convolutions(layers: Iterable[nn.Module]) -> None:
 
 
 def check_convolutions(layers: Mapping[str, nn.Module], graph: "LossGraph") -> None:
-    """Refuse losses that may rest on a convolution that went wrong: one of `layers` (by name), or an operation of `graph`.
+    """Refuse losses that a wrong convolution may have entered: one of `layers` (by name), or an operation of `graph`.
 
-    A layer that nothing watched while it ran is taken to have been computed in the dtypes of the operations that train.
+    A layer that was not watched is taken to have been computed in the dtypes of the operations that use trainable parameters.
 
     Raises:
         PrivacyError: naming the layer, or the geometry of the operation.
@@ -107,7 +108,7 @@ def _check(what: str, dtype: torch.dtype, device: torch.device, geometry: "_Conv
 
 
 def _is_suspect(layer: nn.Module) -> TypeGuard[_ConvNd]:
-    """Tell whether `layer` is a convolution of the faulty kind, and no LoDA layer, which chooses its dtype itself."""
+    """Tell whether `layer` is a convolution of the faulty kind; a LoDA layer never is, as it chooses its dtype itself."""
     if not isinstance(layer, _ConvNd) or "loda_A" in layer._parameters:
         return False
     return sound_dtype(torch.bfloat16, _device(layer), layer.stride, layer.dilation) != torch.bfloat16

@@ -1,10 +1,10 @@
-"""Refusal of losses that use the gradient of a mean over the samples, as a gradient penalty may.
+"""The refusal of losses that use the gradient of a mean over the samples, as a gradient penalty may.
 
     (gx,) = torch.autograd.grad(model(x).mean(), x, create_graph=True)
 
-divides each sample's gradient by the number of samples, so that one record more changes every sample's penalty. The loss's
-graph does not show this division, only its result. So the engine looks at the backward passes that make a graph
-(`create_graph`), and marks the gradients that they take of a mean; a private step refuses losses with such marks.
+divides each sample's gradient by the number of samples, so that one more record changes every sample's penalty. The graph of
+the loss shows only the result of this division. So the engine (`looking_engine.py`) inspects each backward pass with
+`create_graph`, and marks the gradients that it takes of a mean. A private step refuses losses whose graph holds such a mark.
 """
 
 import math
@@ -31,12 +31,12 @@ _any_marks = False
 
 
 class AverageFlow(SampleFlow):
-    """The sample flow from a model's inputs to a number, which guesses where samples can't be followed and refuses nothing."""
+    """The sample flow from a model's inputs to a scalar. It guesses where it can't follow the samples, and refuses nothing."""
 
     def _state(self, op: Operation) -> State:
         try:
             return super()._state(op)
-        except Exception:  # raised by any user code: nothing is refused here
+        except Exception:  # user code may raise anything, and nothing is refused here
             means = op.kind == "Mean" or getattr(op.node, "_saved_reduction", NONE) == MEAN
             averaged = means or any(isinstance(given.state, Total) and given.state.averaged for given in op.inputs)
             rows = op.shape and op.shape[0] == self.samples and not averaged
@@ -46,7 +46,7 @@ class AverageFlow(SampleFlow):
         op.refuse_unseen("has no rule")
 
     def weights_of(self, op: Operation) -> frozenset[float]:
-        # a scale inside the model, as of attention, may be 1 / samples by chance
+        # a scale inside the model, such as attention's, may equal 1 / samples by chance
         return super().weights_of(op) if op.kind in LINEAR else ONCE
 
     def makes_mean(self, factor: float) -> bool:
@@ -56,25 +56,25 @@ class AverageFlow(SampleFlow):
         pass
 
     def averages(self, below: Mapping[Node, Edges], inputs: Mapping[Node, int], starts: Sequence[Start]) -> bool:
-        """Tell whether a backward pass starts from a mean over the samples, or passes one.
+        """Tell whether a backward pass starts from a mean over the samples, or passes through one.
 
         Args:
-            below: the nodes of the pass.
-            inputs: node -> how many outputs it has, all [samples, ...].
-            starts: what the pass starts from, and the gradients that it starts with.
+            below: the nodes of the pass, each with its edges.
+            inputs: node -> the number of its outputs, all [samples, ...].
+            starts: the (node, output)s that the pass starts from, each with its gradient, None for 1.
         """
         self.check(below, inputs, [(node, number) for node in below for number in range(len(node._input_metadata))])
         weighed = (self._weighed(*start) for start in starts)
         return any(isinstance(state, Total) and state.averaged for state in (*self.states.values(), *weighed))
 
     def _weighed(self, root: tuple[Node, int], grad: Tensor | None) -> Total | None:
-        """Find the state of the sum over a root's numbers, each times its entry of `grad`; None if the entries say nothing."""
+        """Find the state of the sum of root * grad; None unless grad is one nonzero number throughout and root has a state."""
         factor = None if grad is None else uniform(grad)
         return self.sum_of(self.times(self.weights.get(root, ONCE), factor)) if factor and root in self.states else None
 
 
 def mark_averaged(starts: Sequence[Start], inputs: Sequence[Source], grads: Sequence[Tensor | None] | None) -> None:
-    """Mark the gradients of a backward pass with `create_graph`, if it started from a mean over the rows of its inputs.
+    """Mark the gradients that a backward pass with `create_graph` computed, if it went through a mean over its inputs' rows.
 
     Args:
         starts: the (node, output)s that the pass started from, each with its gradient, None for 1.
@@ -82,7 +82,7 @@ def mark_averaged(starts: Sequence[Start], inputs: Sequence[Source], grads: Sequ
         grads: the gradients of `inputs`, in their order; None if they are in `.grad`.
     """
     if any(level.key() is TransformType.Vmap for level in get_interpreter_stack() or ()):
-        return  # inside vmap there is one sample alone, whose mean is its own
+        return  # inside vmap there is only one sample: a mean is over its own numbers
     below = nodes_below([node for (node, _), _ in starts])
     sources = inputs or [node.variable for node in below if hasattr(node, "variable")]
     if grads is None:
@@ -109,7 +109,7 @@ def _mark(grads: Iterable[Tensor | None], samples: int) -> None:
 
 
 def check_not_averaged(losses: Tensor) -> None:
-    """Refuse losses that use the gradient of a mean over their samples, or over several rows of each sample.
+    """Refuse losses that use the gradient of a mean over as many rows as there are losses, or a multiple or divisor of that.
 
     Raises:
         PrivacyError: losses use such a gradient; the message says what to do.
@@ -120,7 +120,7 @@ def check_not_averaged(losses: Tensor) -> None:
     means = {count for node in nodes_below([losses.grad_fn]) for count in node.metadata.get(_MARK, ())}
     if any(rows % count == 0 or count % rows == 0 for count in means):
         raise PrivacyError(
-            "the losses go on from a gradient (create_graph=True) of a mean over the samples, which is divided by their number: "
-            "with one record more, each sample's loss would be another. Take the gradient of the sum, "
+            "the losses use a gradient (create_graph=True) of a mean over the samples, which is divided by their number: one "
+            "more record would change each sample's loss. Take the gradient of the sum, "
             "torch.autograd.grad(y.sum(), x, create_graph=True), which gives each sample its own"
         )

@@ -1,8 +1,9 @@
-"""One backward pass that leaves the per-sample gradients of all trainable parameters, and nothing in `.grad`.
+"""One backward pass that computes the per-sample gradients of all trainable parameters, and leaves `.grad` alone.
 
-Autograd is asked only for what lies above the parameters: weight gradients summed over the batch are never computed.
-A LoDA layer's node hands over its recipes from its own backward, which computes gz anyway. For any other operation a rule
-reads the saved tensors just before the operation's backward runs, or after the pass if nothing below it is needed.
+Autograd is asked only for the gradients of features, not of parameters: so weight gradients summed over the batch are never
+computed. A LoDA layer's node passes its recipes to a receiver from its own backward, which computes the gradient of z anyway.
+For any other operation a rule reads the saved tensors just before the operation's backward runs, or after the pass if nothing
+below the operation is needed.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -27,7 +28,7 @@ from fastloda.per_sample.regions import may_run_again
 from fastloda.per_sample.relaying import back_to_parameter
 from fastloda.per_sample.rules import Call, Recipes, recipes_of
 
-# Within `with one_recomputation():` reading saved tensors after the pass costs no second recomputation (older PyTorch: it does).
+# A context in which to read checkpointed tensors after the pass costs no second recomputation (in older PyTorch it does).
 one_recomputation = getattr(torch.utils.checkpoint, "GraphExecGroup", nullcontext)
 
 # on_use(node, grad_output with the batch first, make_recipes) is called once for each operation that uses a trainable parameter;
@@ -63,7 +64,7 @@ def per_sample_grads(
 
 
 def of_parameter(use: Use, recipe: Recipe, samples: int) -> Recipe:
-    """Make the parameter's own recipe from the recipe of the tensor that the operation read, a view or function of it."""
+    """Make the parameter's own recipe from that of the tensor which the operation read, a view or function of the parameter."""
     if not use.steps:
         return recipe
     keeps_norm = not any(isinstance(step, Composite) or kind_of(step.node) in TILING for step in use.steps)
@@ -84,7 +85,7 @@ def run_backward(
     on_use: OnUse,
     retain_graph: bool,
 ) -> None:
-    """Run backward from sum_i weights[i] losses[i] down to the last use of a parameter, and call on_use for every operation."""
+    """Run backward from sum_i weights[i] losses[i] down to the last uses of parameters, and call on_use for each of them."""
     if not graph.uses:
         return
     by_node = {node: recipes_of(node) for node in graph.uses}
@@ -118,7 +119,7 @@ def _contiguous(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ..
 
 
 def _from_adapter(node: Node, outer: int, on_use: OnUse):
-    """Make the receiver of a node that hands over its recipes, or a function that makes them."""
+    """Make the receiver to which a node passes its output's gradient and its recipes, or a function that makes the recipes."""
 
     def record(gy: Tensor, recipes: dict[int, Recipe] | Callable[[], dict[int, Recipe]]) -> None:
         def make_recipes(samples: int) -> dict[int, Recipe]:
@@ -159,7 +160,7 @@ def _by_rule(node: Node, recipes: Recipes, graph: LossGraph, on_use: OnUse, read
 
 @contextmanager
 def _unreadable_refused(graph: LossGraph, read: Mapping[Node, None]) -> Generator[None]:
-    """Raise a PrivacyError that names the layer where this version of PyTorch lets a checkpointed tensor be read only once."""
+    """Raise a PrivacyError that names the parameter if this version of PyTorch lets a checkpointed tensor be read only once."""
     try:
         yield
     except CheckpointError as error:
@@ -178,7 +179,8 @@ def _unreadable_refused(graph: LossGraph, read: Mapping[Node, None]) -> Generato
 def let_rule_read_first(node: Node) -> None:
     """Let each tensor that checkpointing recomputes for `node` be read once more than PyTorch allows.
 
-    The handles are private to PyTorch. Where they are stored otherwise nothing is done, and a second read raises CheckpointError.
+    The handles are private to PyTorch. If a version stores them otherwise, nothing is done, and a second read raises
+    CheckpointError.
     """
     for name in _raw_saved(type(node)):
         holder = getattr(getattr(node, name), "data", None)
@@ -188,7 +190,7 @@ def let_rule_read_first(node: Node) -> None:
 
 
 class _KeptForOneMore(dict):
-    """The handles of a recomputed tensor by backward pass; to set one to None, as a read does, works from the second time on."""
+    """The handles of a recomputed tensor, by backward pass. A read sets one to None: here the first such read has no effect."""
 
     def __init__(self, handles: dict):
         super().__init__(handles)

@@ -1,16 +1,17 @@
-"""Where the batch lies in the output of each operation, read off the graph from the losses downwards.
+"""The place of the batch in the output of each operation, found by a walk over the graph from the losses downwards.
 
 Most models keep the batch first. Attention and recurrent layers compute sequence first, [T, N, C] or T N flattened rows: a
-sample's rows are then N apart, not together. One number, `outer`, says where the batch lies: how many blocks come before the
-batch coordinate in row-major order, 1 where the batch comes first, T in [T, N, C]. Every view of a tensor has the same `outer`,
-which makes it easy to follow. 0 stands for a batch of one, whose only sample owns every tensor, wherever its batch dimension is.
+sample's rows are then N apart, not adjacent. One number, `outer`, says where the batch lies. It is the number of blocks before
+the batch coordinate in row-major order: 1 where the batch comes first, T in [T, N, C]. Every view of a tensor has the same
+`outer`, which makes it easy to follow. 0 stands for a batch of one, whose only sample owns every tensor, wherever its batch
+dimension is.
 
-What is read here is a proposal. The probe in `refusals.py` checks it: backward from some samples must leave the rows that
+What is found here is a proposal. The probe in `refusals.py` checks it: backward from some samples must leave the rows that
 belong to the others exactly zero. A wrong proposal is refused, never used.
 
-Rows that are picked by an index or a mask belong to the samples that the data says, others in the next batch. So the indices are
-read at every step: if each sample picks its own rows, these are followed; else every operation below is marked as picked, and
-none of those may use a parameter.
+Where an index or a mask picks rows, the data decides which sample each row belongs to, and the next batch may decide otherwise.
+So the indices are read at every step. If each sample picks its own rows, the walk goes on from these. Otherwise every operation
+below is marked as picked, and none of those may use a parameter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,13 +28,13 @@ from fastloda.per_sample.node import Edges, Node, output_shape
 from fastloda.per_sample.operations import dim_of, dims_of, indexed_dims, indexing, kind_of, own_rows, places
 from fastloda.per_sample.regions import COMPILED
 
-LAYER_CALL = "LayerCallFunctionBackward"  # tells where the batch is in each of its outputs: see `layer_call.py`
+LAYER_CALL = "LayerCallFunctionBackward"  # knows where the batch is in each of its outputs: see `layer_call.py`
 BATCH_FIRST = op.BATCH_FIRST | {"NativeBatchNorm", LAYER_CALL}
 BROADCASTING = op.ARITHMETIC | op.TILING
-# An input of these may hold the batch in another dimension than the output does.
+# Operations whose input may hold the batch in another dimension than their output does.
 MOVING = op.REDUCING | op.PERMUTING | op.SELECTING | {"Stack"}
 PARTING = op.SLICING | {"Cat"}  # may leave out some of the samples
-# Another first size of these says nothing: they are judged by their kind.
+# Operations that are judged by their kind: a first dimension of another size than the input's proves nothing.
 SIZED = op.VIEWS | MOVING | BROADCASTING | PARTING | op.PICKING | op.PLACING | {op.WRITING}
 WEIGHTS = {"Addmm": (2,), "Convolution": (1, 2), "Mm": (1,)}  # inputs that all rows share
 
@@ -43,8 +44,8 @@ class Picked:
     """The claim that the data decides which sample each row belongs to.
 
     Attributes:
-        kind: the kind of the operation that picks or lays the rows.
-        owners: the sample of each row before the picking, if they were all samples' rows in another order.
+        kind: the kind of the operation that picks the rows, or puts them in their places.
+        owners: the sample of each row in the operation's output, if that has all samples' rows in another order; else None.
     """
 
     kind: str
@@ -57,7 +58,7 @@ class Permuted:
 
     Attributes:
         outer: the blocks before the batch coordinate.
-        owners: the sample of each row, [rows]; in order again below the operation that changed the order.
+        owners: the sample of each row, [rows]. Below the operation that changed the order, they are in order again.
         kind: the kind of that operation.
     """
 
@@ -71,7 +72,7 @@ class Shared:
 
 
 SHARED = Shared()
-Claim = int | Permuted | Shared | Picked  # what is said of an operation's output; an int is its `outer`
+Claim = int | Permuted | Shared | Picked  # what the walk says of an operation's output; an int is its `outer`
 
 
 class BatchPlaces(NamedTuple):
@@ -79,9 +80,9 @@ class BatchPlaces(NamedTuple):
 
     Attributes:
         outer: node -> the number of blocks before the batch coordinate in its output.
-        picked: node -> the kind of the operation by which the data decides whose its rows are.
-        crossings: the kinds of the operations that hand a sample the rows of others.
-        laid: the nodes whose rows an operation above may reorder by data that the graph does not show.
+        picked: node -> the kind of the operation by which the data decides which sample each of the node's rows belongs to.
+        crossings: the kinds of the operations that give a sample the rows of others.
+        laid: the nodes whose rows an operation above them may reorder by data that the graph does not show.
         unsure: whether rows may have been picked by data that the graph does not show.
         shared: the nodes whose output has no rows of the samples.
     """
@@ -102,7 +103,7 @@ class Reading(NamedTuple):
     shape: Size  # of the operation's output
     index: int  # the number of the input
     below: Size  # the shape of the input
-    rows: int  # the samples
+    rows: int  # the number of samples
 
 
 def follow_batch(edges: dict[Node, Edges], rows: int) -> BatchPlaces:
@@ -112,7 +113,7 @@ def follow_batch(edges: dict[Node, Edges], rows: int) -> BatchPlaces:
     claims: dict[Node, Claim] = {}
     unsure = any(map(_writes_rows, edges.items()))
     laid: set[Node] = set()
-    taken: list[tuple[Reading, Node]] = []  # readings by which rows of other samples are taken from a node
+    taken: list[tuple[Reading, Node]] = []  # readings that may take other samples' rows from a node
     for node in reversed(edges):
         claim = claims.get(node, 1)
         known = isinstance(claim, int)
@@ -143,7 +144,7 @@ def _readings(node: Node, below: Edges, rows: int) -> Iterator[tuple[Reading, No
 
 
 def _lays_rows(r: Reading, outer: int) -> bool:
-    """Tell whether an operation may make a sample's rows of any rows of its input, as a product with a permutation matrix can."""
+    """Tell whether an operation may compute a sample's rows from any rows of its input, as a product with a permutation can."""
     if r.kind in op.LAYING:
         return True
     if not r.shape or not r.below:
@@ -165,13 +166,13 @@ def _writes_rows(entry: tuple[Node, Edges]) -> bool:
 
 
 def _stronger(known: Claim | None, new: Claim) -> Claim:
-    """Choose between two readers' claims on one output: a known place, before another order, before none, before picked rows."""
+    """Choose between two readers' claims on one output: first an int, then Permuted, then Shared, then Picked."""
     rank = lambda claim: (isinstance(claim, int), isinstance(claim, Permuted), isinstance(claim, Shared))  # noqa: E731
     return new if known is None or rank(new) > rank(known) else known
 
 
 def _claim_below(r: Reading, claim: Claim) -> Claim:
-    """Tell what an operation whose output has `claim` says of the input that it reads."""
+    """Derive the claim on an operation's input from the `claim` on its output."""
     if isinstance(claim, Shared):
         return SHARED
     if isinstance(claim, Permuted):
@@ -192,7 +193,7 @@ def _claim_below(r: Reading, claim: Claim) -> Claim:
 
 
 def _below_permuted(r: Reading, claim: Permuted) -> Claim:
-    """Tell what is below rows in another order: the same order, or the samples' own below what changed it."""
+    """Derive the claim below permuted rows: the same order, or the batch's own order below the operation that changed it."""
     if r.kind in op.INDEXING:
         return _below_reorder(r, claim.outer, claim.owners)
     found = _claim_below(r, claim.outer)
@@ -202,7 +203,10 @@ def _below_permuted(r: Reading, claim: Permuted) -> Claim:
 
 
 def _below_picked(r: Reading, claim: Picked) -> Claim:
-    """Tell what is below picked rows: more of them, unless these were picked along a dimension that must hold the batch."""
+    """Derive the claim below picked rows: picked too, unless the operation itself picks along one or more dimensions.
+
+    The first of these must then hold the batch.
+    """
     if r.kind not in op.PICKING and not _takes_rows(r):
         return claim
     dims = indexed_dims(r.node, r.below)
@@ -213,7 +217,7 @@ def _below_picked(r: Reading, claim: Picked) -> Claim:
 
 
 def _parts_samples(r: Reading, outer: int, dim: int, blocks: int) -> bool:
-    """Tell whether an operation gives, or takes from its input, a part of the samples; the batch lies in dimension `dim`."""
+    """Tell whether an operation outputs, or reads from its input, only a part of the samples; the batch lies in `dim`."""
     if (
         r.kind in PARTING
         and blocks == 1
@@ -228,13 +232,13 @@ def _parts_samples(r: Reading, outer: int, dim: int, blocks: int) -> bool:
 
 
 def _is_python(node: Node) -> bool:
-    """Tell whether the node is an autograd.Function's that does not declare `keeps_rows`: its rows may be any sample's."""
+    """Tell whether the node is of an autograd.Function that does not declare `keeps_rows`: its rows may be any sample's."""
     function = getattr(type(node), "_forward_cls", None)
     return function is not None and node.name() != COMPILED and not getattr(function, "keeps_rows", False)
 
 
 def _below_pick(r: Reading, outer: int) -> Claim:
-    """Tell what an operation that picks rows says of its input: its `outer` if every sample picks rows of its own."""
+    """Derive the claim on the input of an operation that picks rows: an `outer` if every sample picks rows of its own."""
     if r.kind == op.PACKING:
         return 1 if r.node._saved_batch_first else r.below[0]
     if r.kind not in op.INDEXING or not r.shape:
@@ -251,7 +255,7 @@ def _below_pick(r: Reading, outer: int) -> Claim:
 
 
 def _below_reorder(r: Reading, outer: int, owners: Tensor | None) -> int | Permuted | Picked:
-    """Tell what an index that reorders rows says of its input; owners: each output row's sample, None if they are in order."""
+    """Derive the claim on the input of an index that reorders rows; owners: each output row's sample, None if in order."""
     (dim, index), *more = indexing(r.node, r.below).indices.items()
     if more or index.dim() != 1 or len(index) != r.below[dim] or locate(r.shape, outer) != (dim, 1):
         return Picked(r.node.name())
@@ -264,7 +268,7 @@ def _below_reorder(r: Reading, outer: int, owners: Tensor | None) -> int | Permu
 
 
 def _below_placing(r: Reading, outer: int) -> Claim:
-    """Tell what an operation that puts values into rows says of the values: their `outer` if every sample puts in its own."""
+    """Derive the claim on the values that an operation puts into rows: an `outer` if each sample's go into its own rows."""
     dim, blocks = locate(r.shape, outer)
     if dim not in indexed_dims(r.node, r.shape):
         at = dim - (len(r.shape) - len(r.below))
@@ -284,17 +288,17 @@ def _takes_rows(r: Reading) -> bool:
 
 
 def _takes_positions(r: Reading) -> bool:
-    """Tell whether an operation picks by sample and position from [rows, T, ...]; other inputs may have been picked before."""
+    """Tell whether an operation picks by sample and position from [rows, T, ...]; any other input may itself be picked rows."""
     return r.kind == "Index" and r.below[0] == r.rows and indexed_dims(r.node, r.below)[:2] == [0, 1]
 
 
 def _takes_along_batch(r: Reading, claim: Claim) -> bool:
-    """Tell whether an operation picks along the dimension of its input that holds the batch, by the final claim on it."""
+    """Tell whether an operation picks along the dimension of its input that holds the batch, by the final `claim` on that."""
     return isinstance(claim, int) and bool(r.below) and locate(r.below, claim)[0] in indexed_dims(r.node, r.below)
 
 
 def _below_move(r: Reading, outer: int) -> int | Shared:
-    """Tell where the batch lies in the input of an operation that moves, drops or broadcasts dimensions."""
+    """Derive where the batch lies in the input of an operation that moves, drops or broadcasts dimensions."""
     if r.kind in op.VIEWS or not r.shape or (r.kind == op.WRITING and r.shape.numel() == r.below.numel()):
         return outer
     at, blocks = locate(r.shape, outer)
@@ -305,7 +309,7 @@ def _below_move(r: Reading, outer: int) -> int | Shared:
 
 
 def locate(shape: Sequence[int], outer: int) -> tuple[int, int]:
-    """Find the dimension that holds the batch coordinate, and the blocks before it within that dimension; (0, 1) if none does."""
+    """Find the dimension that holds the batch coordinate, and how many blocks precede it there; (0, 1) if none holds it."""
     before = 1
     for dim, size in enumerate(shape):
         if outer < before * size and outer % before == 0:

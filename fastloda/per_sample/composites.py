@@ -1,9 +1,9 @@
-"""Composites: values that a model makes of its parameters and of constants alone, the same for all samples.
+"""Composites: values that a model computes from its parameters and constants alone, the same for all samples.
 
 Examples are a weight divided by its norm, a mask times a weight, positions looked up for `arange(T)`, prompts through an MLP of
-their own. No sample enters such an operation, so that its rule could not tell samples apart. But its value is then used as a
-parameter is: the rule of the operation that reads it together with features gives its gradient for each sample, and autograd
-takes each of these back to the parameters.
+their own. No sample enters the operations that compute a composite, so that their rules could not tell samples apart. But the
+composite is then used like a parameter: the rule of the operation that reads it together with features gives its gradient for
+each sample, and autograd takes each of these back to the parameters.
 
 The autograd graph does not tell constants from inputs. So the forward pass is watched: what is computed from parameters,
 buffers and numbers alone is marked in the graph.
@@ -30,7 +30,7 @@ AS_ANOTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tenso
 # AS_ANOTHER read the values of their first tensor alone, LIKE_ANOTHER no values at all.
 LIKE_ANOTHER: set[Callable] = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like}
 LIKE_ANOTHER |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
-# Memory for what others than PyTorch's operations may write, unseen: kernels of Triton or C++.
+# Uninitialised memory, which kernels of Triton or C++ may fill unseen.
 UNWRITTEN: set[Callable] = {torch.empty, torch.empty_like, torch.empty_strided, torch.empty_permuted}
 UNWRITTEN |= {Tensor.new_empty, Tensor.new_empty_strided}
 WHOLE_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__}
@@ -41,8 +41,9 @@ Consumers = Mapping[Node, Readers]  # node -> the operations that read its outpu
 class Marking(TorchFunctionMode):
     """The mode that marks the operations called inside it whose inputs are parameters, buffers, numbers, or made of these.
 
-    Every other tensor counts as private: arguments, what a closure holds, what a custom autograd Function returns, what was made
-    empty. A number read from private values makes all later values private too; sizes and booleans do not.
+    Every other tensor counts as private: arguments, tensors that a closure holds, that a custom autograd Function returns, or
+    that were made uninitialised. A number read from private values makes all later values private too; sizes and booleans do
+    not.
 
     Attributes:
         count: how many marked operations do more than re-lay a parameter.
@@ -91,7 +92,7 @@ class Marking(TorchFunctionMode):
 
 
 def _is_made(node: Node) -> bool:
-    """Tell whether the node does more than re-lay a parameter. Views are skipped first, for a linear map may end in one."""
+    """Tell whether the node does more than re-lay a parameter. Views are skipped first, as a linear map may end in one."""
     while is_step(node):
         node = node.next_functions[0][0]
     return not hasattr(node, "variable")
@@ -103,9 +104,9 @@ def is_marking() -> bool:
 
 @contextmanager
 def marking(model: nn.Module) -> Generator[Marking]:
-    """Mark what is computed inside of parameters and constants; of nested models the outermost says which parameters there are.
+    """Mark what is computed inside the context from parameters and constants, those of the outermost of nested models.
 
-    Nothing is marked where torch.compile compiles a part of the model, for that part would then not be compiled.
+    Nothing is marked where torch.compile compiles a part of the model, as that part would then not be compiled.
     """
     active = next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, Marking)), None)
     mode = active or Marking(model)
@@ -115,7 +116,7 @@ def marking(model: nn.Module) -> Generator[Marking]:
 
 
 class Composite(NamedTuple):
-    """The output `number` of `node`, made of the parameter whose graph begins at `leaf`; used as a `relaying.Step` is."""
+    """The output `number` of `node`, made of the parameter whose graph begins at `leaf`. It is used like a `relaying.Step`."""
 
     node: Node
     number: int
@@ -127,7 +128,7 @@ class Composite(NamedTuple):
         return 4 * output_shape(self.node, self.number).numel()
 
     def back(self, grads: Tensor) -> Tensor:
-        """Take gradients of this value [samples, *after] back to the parameter [samples, *before], by one vectorised backward."""
+        """Take gradients of this value [samples, *after] to the parameter's [samples, *before], by one vectorised backward."""
         grads = grads.to(self.node._input_metadata[self.number].dtype)
         grads = grads.reshape(len(grads), *output_shape(self.node, self.number))
         edges = [GradientEdge(self.node, self.number)], [GradientEdge(self.leaf, 0)]
@@ -141,7 +142,7 @@ class Composite(NamedTuple):
 
 @contextmanager
 def _recomputed_each_time() -> Generator[None]:
-    """Let each backward pass recompute what checkpointing dropped: within one group PyTorch lets it be read only once."""
+    """Let each backward pass recompute what checkpointing dropped: within one group PyTorch lets that be read only once."""
     group = getattr(torch._C, "_get_graph_exec_group", lambda: None)()
     if group is None:
         yield
@@ -159,7 +160,7 @@ def composite_nodes(
     outer: Mapping[Node, int],
     covers: Callable[[Node, int, Size, int], bool],
 ) -> frozenset[Node]:
-    """Find the operations whose values are made of parameters and constants, and are then used only where a rule covers that.
+    """Find the operations whose values are made of parameters and constants alone, and are used only where a rule covers them.
 
     Args:
         edges: node -> its edges, each node after its inputs.
@@ -170,7 +171,7 @@ def composite_nodes(
     marked = {node for node in edges if MARK in node.metadata}
     if not marked:
         return frozenset()
-    for node in reversed(edges):  # also mark what a marked value is made of
+    for node in reversed(edges):  # what a marked value is made of is marked too
         if node in marked:
             marked.update(child for child, _ in edges[node] if child is not None)
     for node, below in edges.items():
@@ -180,7 +181,7 @@ def composite_nodes(
     made: set[Node] = set()
 
     def fits(node: Node, consumer: Node, index: int, number: int) -> bool:
-        if consumer.name() == LAYER_CALL and index < len(consumer.call.outputs):  # passes through unused
+        if consumer.name() == LAYER_CALL and index < len(consumer.call.outputs):  # a mere output of the layer
             return False
         return consumer in made or covers(consumer, index, output_shape(node, number), outer[consumer])
 
@@ -219,7 +220,7 @@ def _version(t: Tensor) -> int | None:
 
 
 def _reads_values(func: Callable, leaves: Sequence) -> bool:
-    """Tell whether func makes a tensor of Python or NumPy values, which may be private, unless that is a single number."""
+    """Tell whether func makes a tensor from Python or NumPy values, which may be private; a single Python number is not."""
     numbers = sum(isinstance(leaf, (int, float, complex)) for leaf in leaves)
     reads = func in READING and numbers != 1 and not any(isinstance(leaf, Tensor) for leaf in leaves)
     return reads or any(type(leaf).__module__ == "numpy" for leaf in leaves)

@@ -30,8 +30,8 @@ def compute_per_sample_grads(
         model: the module that computed the losses.
         parameters: all parameters that train, by name.
         samples: the number of samples.
-        agree: passes that this process wants -> passes to make: see `check_independence`.
-        retain_graph: keep the graph for another backward pass.
+        agree: the number of passes that this process wants -> the number to make: see `check_independence`.
+        retain_graph: whether to keep the graph for another backward pass.
 
     Raises:
         PrivacyError: an operation has no exact rule, or samples mix; the message names the parameter or the operation.
@@ -42,10 +42,10 @@ def compute_per_sample_grads(
 
 
 def checked_graph(losses: Tensor, model: nn.Module, parameters: Mapping[str, nn.Parameter], samples: int) -> LossGraph:
-    """Read the graph of losses, and refuse it for what it shows. No number is read, so that a GPU is not waited for.
+    """Read the graph of losses, and refuse it for what it shows. A GPU is waited for only where an index picks rows.
 
     Raises:
-        PrivacyError: as `compute_per_sample_grads`, but for samples that mix unseen by the graph.
+        PrivacyError: as in `compute_per_sample_grads`, except where samples mix and the graph does not show it.
     """
     graph = trace(losses, parameters, alone=samples == 1)
     check_graph(graph)
@@ -56,7 +56,7 @@ def checked_graph(losses: Tensor, model: nn.Module, parameters: Mapping[str, nn.
 
 @contextmanager
 def in_full_precision(device: torch.device) -> Generator[None]:
-    """Compute without a graph and without autocast inside: a gradient that is made again must be what it was."""
+    """Make a context without autograd and autocast, so that a gradient that is made again is what it was before."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -71,7 +71,7 @@ def check_losses(losses: Tensor, views: int, mask: Tensor | None) -> tuple[int, 
     """Check losses [samples * views] and mask (None: all true); return the number of samples and the mask, bool [samples].
 
     Raises:
-        UserError: losses is no vector of floats with a graph and a multiple of `views` entries, or mask does not fit it.
+        UserError: losses is not a vector of floats with a graph, its length is no multiple of `views`, or mask does not fit.
     """
     if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
         got = f"a {losses.dtype} tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)

@@ -1,4 +1,4 @@
-"""A table of what a private step would do with each layer, at what cost, and of what it would refuse.
+"""A table of how a private step would handle each layer, at what cost, and of what it would refuse.
 
     fastloda.explain(model, x)
 
@@ -40,8 +40,8 @@ class Row:
     Attributes:
         layer, kind: the layer's name and class.
         operations: the kinds of the operations that use its parameters.
-        parameters: the number of its trainable numbers.
-        samples, positions: the two factors of the operation's rows; a sample uses each of the largest parameter's entries
+        parameters: how many numbers it trains.
+        samples, positions: the operation has samples x positions rows; a sample uses each of the largest parameter's entries
             `positions` times.
         way: "kept", "made again" or "ghost", as the planner chooses for the largest parameter; "functional" through torch.func;
             "registered" by the layer's own rule; "refused"; or "unused", if the loss does not depend on the layer.
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of `explain`, whose `str` is the table.
+    """The result of `explain`, whose `str` is the table.
 
     Attributes:
         rows: one row for each trainable layer.
@@ -105,8 +105,8 @@ def explain(
 ) -> Explanation:
     """Print how a private step would handle each trainable layer, at what cost, and what it would refuse, by name.
 
-    Runs one forward pass on inputs and several backward passes. Changes neither parameters, `.grad` and buffers, nor the default
-    random number generators.
+    Runs one forward pass on inputs and several backward passes. Changes no parameter, `.grad` or buffer, and no default random
+    number generator.
 
     Args:
         inputs: the model's arguments; the batch is the first dimension of the first tensor among them.
@@ -177,7 +177,7 @@ def _explanation(model: nn.Module, losses: Tensor, parameters: Mapping[str, nn.P
     return Explanation(rows, tuple(refused + others))
 
 
-Found = Mapping[str, Sequence[tuple[Use, Sizes]]]  # parameter -> its uses, each with what the planner chooses by
+Found = Mapping[str, Sequence[tuple[Use, Sizes]]]  # parameter -> its uses, each with its sizes for the planner
 
 
 def _sizes(losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], samples: int) -> Found:
@@ -229,13 +229,13 @@ def _operation(use: Use) -> str:
 
 
 def _flops(largest: tuple[Use, Sizes] | None, all_sizes: Sequence[Sizes]) -> dict[str, int]:
-    """Count the flops of each way open to the largest parameter; other parameters go as planned where it is closed to them."""
+    """Count the flops of each way open to the largest parameter; where it is not open to another, that counts as planned."""
     ways = costs(largest[1]) if largest else ()
     return {str(way): sum((costs(s).get(way) or costs(s)[choose(s)]).flops for s in all_sizes) for way in ways}
 
 
 def _way(refused: Sequence[Use], largest: tuple[Use, Sizes] | None) -> tuple[str, str]:
-    """Name the way that a layer's largest parameter goes, and why it goes no other."""
+    """Name the way that is chosen for a layer's largest parameter, with a note on the alternative."""
     if refused:
         return "refused", f"{refused[0].name!r} has no rule for {refused[0].node.name()}"
     if largest is None:

@@ -1,7 +1,8 @@
-"""The gradient of one parameter for each sample, kept or made again, whichever is smaller.
+"""The gradient of one parameter for each sample, kept or made again, as the planner chooses.
 
-Its norm and its clipped sum are both taken from the very same numbers, from `chunks()` or from kernels that accumulate in the
-same order. So a norm can't underestimate what is summed, however much the positions of a sample cancel.
+Its norm and its clipped sum are both taken from the very same numbers: from `chunks()`, or from kernels that accumulate in the
+same order. (The ghost norm is an upper bound instead.) So a norm can't underestimate what is summed, however much the positions
+of a sample cancel.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ class PerSampleGrad:
     squares: Tensor | None = None
 
     def add(self, recipe: Recipe) -> None:
-        """Take in the recipe of one layer call; its gradients are made at once and kept if they are small.
+        """Add the recipe of one layer call; its gradients are kept now, or made again later, as the planner chooses.
 
         Raises:
             PrivacyError: the recipe's rows are no multiple of the samples.
@@ -68,7 +69,7 @@ class PerSampleGrad:
             self.squares = None
 
     def sizes(self, recipe: Recipe) -> Sizes:
-        """Count what the planner needs to choose the recipe's way."""
+        """Collect the sizes by which the planner chooses the recipe's way."""
         fused, ghost = recipe.fused is not None, recipe.ghost is not None
         return Sizes(self.samples, self.shape.numel(), recipe.nbytes, recipe.product, fused, ghost)
 
@@ -78,7 +79,7 @@ class PerSampleGrad:
             if self.kept is not None:
                 yield slice(0, self.samples), self.kept
             return
-        # A size for which the gradients and what they are made of stay in the cache.
+        # So many samples at a time that the gradients and their temporaries stay in the cache.
         sources = [(recipe.scratch_bytes, recipe.tensors[0].device) for recipe in self.again]
         made = 4 * self.samples * self.shape.numel()
         size = min(rows_at_a_time(self.samples, made + scratch, device) for scratch, device in sources)
@@ -97,7 +98,7 @@ class PerSampleGrad:
 
     @property
     def order(self) -> Callable[[Tensor], Tensor]:
-        """The function from the gradients in `chunks` to [samples, *shape]; no change unless a single source made them all."""
+        """The function from the gradients of `chunks` to [samples, *shape]: the identity, unless one source made them all."""
         if self._sources != 1:
             return as_it_is
         return self.again[0].lay_out if self.again else self.lay_out
@@ -111,7 +112,7 @@ class PerSampleGrad:
         return (recipe.fused, recipe.tensors) if recipe.fused is not None else None
 
     def squared_norms(self) -> Tensor | None:
-        """Compute float64 [samples, parts], whose rows sum to |g_n|^2: no square of a float32 number overflows or vanishes in it.
+        """Compute float64 [samples, parts], whose rows sum to |g_n|^2; no square of a float32 number over- or underflows.
 
         Returns None if no layer call used the parameter.
         """
@@ -168,9 +169,9 @@ def squared_norms(grads: Collection[PerSampleGrad], samples: int, device: torch.
 
 
 def weighted_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[str, Tensor | None]:
-    """Compute sum_n factors[n] g_n of each parameter (None: unused). Kept gradients that lie in a line are summed at once.
+    """Compute sum_n factors[n] g_n of each parameter (None: unused).
 
-    On a GPU all that are kept are summed in one launch.
+    Kept gradients that are adjacent in memory are summed at once; on a GPU all kept ones are, in one launch.
     """
     all_kept = {name: grad.kept for name, grad in grads.items() if grad.kept is not None and not grad.again}
     kept = {name: tensor.unsqueeze(-1).flatten(1) for name, tensor in all_kept.items()}  # a single number too
@@ -187,7 +188,7 @@ def weighted_sums(grads: Mapping[str, PerSampleGrad], factors: Tensor) -> dict[s
 
 
 def _lines(kept: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield (names, rows [n, numbers]) of gradients that lie side by side in one tensor; on a GPU they are brought together."""
+    """Yield (names, rows [n, numbers]) of gradients that lie side by side in one tensor; on a GPU all are concatenated."""
     lines: list[list[str]] = []
     for name, rows in kept.items():
         if not lines or not _continues(kept[lines[-1][-1]], rows):

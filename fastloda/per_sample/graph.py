@@ -1,7 +1,8 @@
 """The uses of each parameter in the autograd graph of a loss, and the operations that make them.
 
-Module hooks only approximate this: a weight used outside its layer, twice, tied to another layer, or in a penalty added to
-the loss, all show as edges to its AccumulateGrad node. A private step covers a parameter only if a rule covers every edge.
+Module hooks would only approximate this. In the graph each use of a weight is an edge to its AccumulateGrad node, also where
+the weight is used outside its layer, twice, in a layer tied to its own, or in a penalty added to the loss. A private step
+covers a parameter only if a rule covers every such edge.
 """
 
 from collections import defaultdict
@@ -26,7 +27,7 @@ CONVOLUTION, BATCH_NORM = "ConvolutionBackward0", "NativeBatchNormBackward0"
 
 @dataclass(frozen=True)
 class Use:
-    """The use of parameter `name`, or of what `steps` make of it, by operation `node` as input number `index`, in `shape`."""
+    """The use of parameter `name`, or of what `steps` make of it, by the operation `node` as its input `index`, in `shape`."""
 
     name: str
     node: Node
@@ -45,7 +46,7 @@ class LossGraph:
     signature: int  # a hash of the operations, their dimensions and which factors are 0 or 1, not of the batch size
     operations: frozenset[str]  # the kinds of all operations
     picked: Mapping[Node, str]  # operations whose rows the data assigns to samples -> the kind that picks these rows
-    crossings: list[str]  # kinds of operations that hand a sample the rows of others
+    crossings: list[str]  # kinds of operations that give a sample the rows of others
     unsure: bool  # whether rows may have been picked or reordered by data that the graph does not show
     shared: frozenset[Node]  # operations whose output has no rows of the samples
     compiled: tuple[Node, ...]  # regions that torch.compile made one operation of
@@ -99,8 +100,8 @@ def trace(
 
 
 def _signature(nodes: Collection[Node], compiled: Iterable[Node], outer: Iterable[int]) -> int:
-    """Hash what sets a kind of computation apart: see `LossGraph.signature`."""
-    # Modes of the caller would see a saved number as a tensor, at which PyTorch fails, or take it for a number the model reads.
+    """Hash what distinguishes one kind of computation from another: see `LossGraph.signature`."""
+    # A mode of the caller would see a saved number as a tensor, at which PyTorch fails, or as a number that the model reads.
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         settings = [setting for node in nodes for setting in _settings(node)]
     kinds = (node.name() for node in nodes)
@@ -120,9 +121,10 @@ def _setting_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _settings(node: Node) -> Iterator[object]:
-    """Yield what sets an operation apart from others of its kind: its dimensions, and which of its factors are 0 or 1.
+    """Yield what distinguishes an operation from others of its kind: its dimensions, and which of its factors are 0 or 1.
 
-    A factor that leaves 0 or 1 uncovers what was hidden before, a ramped-up term or a mixture; its other values change nothing.
+    When a factor leaves 0 or 1, a term may begin to count that had no effect before (a loss that is ramped up, a mixture). A
+    change between other values has no such effect.
     """
     dims, factors = _setting_names(type(node))
     for name in dims:
@@ -133,7 +135,7 @@ def _settings(node: Node) -> Iterator[object]:
         yield _zero_or_one(node._saved_weight)
     for name in FACTOR_TENSORS.get(node.name(), ()):
         factor = getattr(getattr(node, name), "data", None)
-        if type(factor) is Tensor and not factor.dim() and factor.device.type == "cpu":  # a GPU would be waited for
+        if type(factor) is Tensor and not factor.dim() and factor.device.type == "cpu":  # to read from a GPU would wait
             yield _zero_or_one(factor.item())
 
 
@@ -142,9 +144,9 @@ def _zero_or_one(factor: object) -> object:
 
 
 def nodes_below(roots: Iterable[Node], ends: Container[Node] = ()) -> dict[Node, Edges]:
-    """Map each node below the roots, and these, to its edges, each node after its inputs; PyTorch is asked once for each.
+    """Map the roots and each node below them to its edges, each node after its inputs; PyTorch is asked once for each node.
 
-    ends: nodes below which nothing is looked for.
+    ends: nodes below which the search does not go.
     """
     found: dict[Node, Edges] = {}
     seen: set[Node] = set()
@@ -181,7 +183,7 @@ def _uses_by_node(
 
 
 def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int], made: frozenset[Node]) -> list[Use]:
-    """List the uses of the parameter that begins at `leaf`: directly, after steps that re-lay it, and of what is made of it."""
+    """List the uses of the parameter that begins at `leaf`: of itself, after steps that re-lay it, and of its composites."""
     uses: dict[tuple[Node, int], Use] = {}
     pending: list[tuple[Node, tuple[Step, ...]]] = [(leaf, ())]
     while pending:
@@ -199,7 +201,7 @@ def _uses(name: str, leaf: Node, consumers: Consumers, outer: Mapping[Node, int]
 
 
 def _with_uses_below(edges: Mapping[Node, Edges], uses: Mapping[Node, list[Use]]) -> frozenset[Node]:
-    leading: set[Node] = set()  # to a use, or uses themselves
+    leading: set[Node] = set()  # nodes that are in `uses`, or above one that is
     deeper: set[Node] = set()
     for node, below in edges.items():
         if any(child in leading for child, _ in below):

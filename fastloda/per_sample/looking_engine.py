@@ -1,6 +1,7 @@
-"""A replacement of PyTorch's engine for backward passes, which looks at each pass that Python starts.
+"""The replacement of PyTorch's autograd engine, by which FastLoDA inspects each backward pass that Python starts.
 
-A pass is looked at when it starts: later it is too late to refuse it, or its graph is gone.
+A *look* is a context that the engine enters around a pass. It inspects the pass at its start: later it would be too late to
+refuse the pass, or its graph would be gone.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +21,12 @@ _looks: list[Look] = []
 
 
 class LookingEngine(type(Variable._execution_engine)):  # ty: ignore[unsupported-base]  # PyTorch's, or its replacement's
-    """The engine that enters every look around a backward pass, and marks gradients of means that a loss may use."""
+    """The engine that enters every look around a backward pass, and marks gradients of means (`averages.py`)."""
 
     def run_backward(self, tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs):
         starts = [(_edge(root), grad) for root, grad in zip(tensors, grad_tensors) if _is_root(root)]
         with ExitStack() as looking:
-            if not inputs:  # a pass to given inputs ends there, above the leaves
+            if not inputs:  # a pass to given inputs stops there, and need not reach the leaves
                 for look in _looks:
                     looking.enter_context(look([root for root, _ in starts], [grad for _, grad in starts]))
             grads = super().run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
@@ -35,10 +36,10 @@ class LookingEngine(type(Variable._execution_engine)):  # ty: ignore[unsupported
 
 
 def look_at_backward(look: Look | None = None) -> None:
-    """Replace PyTorch's engine by a `LookingEngine`, once, and add `look` to what it enters.
+    """Replace PyTorch's engine by a `LookingEngine`, once, and add `look` to the looks that it enters.
 
-    look: a function from the edges that a pass starts from, and the gradient that each starts with, to a context that is entered
-        around every pass that reaches all leaves.
+    look: a function of the edges that a pass starts from, and of the gradient that each starts with, which returns the context
+        to enter around the pass. It is called for every pass that goes down to all leaves.
     """
     if look is not None and look not in _looks:
         _looks.append(look)

@@ -1,7 +1,7 @@
 """The modules, parameters and buffers of a model, found by one walk over its modules.
 
-`nn.Module`'s own methods walk once for each of the three. A private step needs them all, several times, which on a small U-Net
-was a tenth of the step.
+`nn.Module`'s own methods walk once for each of the three. A private step needs all three, several times. On a small U-Net those
+walks took a tenth of the step.
 """
 
 from typing import NamedTuple, Self
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Members(NamedTuple):
-    """The modules, parameters and buffers of a model by name; shared ones once, under their first name."""
+    """The modules, parameters and buffers of a model by name. Shared ones appear once, under their first name."""
 
     modules: dict[str, nn.Module]
     parameters: dict[str, nn.Parameter]

@@ -1,4 +1,4 @@
-"""PyTorch's operations by kind: what each does to the dimensions of a tensor, and how to read what a node saved of that.
+"""PyTorch's operations by kind: what each does to a tensor's dimensions, and how to read the arguments that its node saved.
 
 The kind of MulBackward0 is "Mul". Both readers of the graph use this table: `batch_axis.py`, which follows the batch from the
 losses downwards, and the sample flow (`sample_flow.py`), which follows the samples from a model's outputs upwards.
@@ -22,7 +22,7 @@ def _kinds(names: str) -> frozenset[str]:
 
 
 VIEWS = _kinds("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View")
-HOOKED = "BackwardHookFunctionBackward"  # the identity, of each input, that carries a module's full backward hooks
+HOOKED = "BackwardHookFunctionBackward"  # the identity on each input; it carries a module's full backward hooks
 PERMUTING = _kinds("Permute T Transpose")
 REDUCING = _kinds(
     "Amax Amin Aminmax Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nanmedian Nansum Norm Prod Std StdMean Sum "
@@ -32,14 +32,14 @@ ARITHMETIC = _kinds("Add Addcmul Div Mul Sub")
 TILING = _kinds("Expand Repeat")
 SELECTING = _kinds("Select Unbind")  # take one index of a dimension, which vanishes
 SLICING = _kinds("Slice Split SplitWithSizes")  # take a range of indices of a dimension
-POINTWISE = _kinds(  # beside those that PyTorch tags so
+POINTWISE = _kinds(  # beside those that PyTorch tags as pointwise
     "BinaryCrossEntropy BinaryCrossEntropyWithLogits Hardswish HuberLoss LogSigmoid MseLoss NativeDropout PreluKernel "
     "RreluWithNoise SmoothL1Loss SoftMarginLoss SpecialXlog1Py Where"
 )
-ALONG = _kinds(  # along some dimensions
+ALONG = _kinds(  # these work along some dimensions, which they keep
     "ConstantPadNd Cummax Cummin Cumprod Cumsum Flip Gather Glu LogSoftmax Logcumsumexp Renorm Roll Softmax Sort Topk"
 )
-# Operations that take a batch in the first dimension; all but the first group also take one sample without.
+# Operations that take the batch in the first dimension; those of the second group also take one sample without a batch.
 BATCH_FIRST = _kinds("Convolution NativeGroupNorm")
 MAYBE_BATCH_FIRST = _kinds(
     "AdaptiveAvgPool2D AvgPool2D AvgPool3D Im2Col MaxPool2DWithIndices MaxPool3DWithIndices MultiMarginLoss "
@@ -78,12 +78,12 @@ def _kind(name: str) -> str:
 
 
 def kind_of(node: Node) -> str:
-    """Name the kind of an operation; one that Python code or TorchScript defines has its whole name, which ends in no number."""
+    """Name the kind of an operation; one that Python code or TorchScript defines keeps its whole name, without a number."""
     return _kind(node.name())
 
 
 def is_pointwise(node: Node) -> bool:
-    """Tell whether the node is an operation of PyTorch's that treats each number apart."""
+    """Tell whether the node is an operation of PyTorch's that treats each number separately."""
     kind = kind_of(node)
     return kind != node.name() and (kind in POINTWISE or _is_tagged_pointwise(kind))
 
@@ -109,12 +109,12 @@ def wrapped(dim: int, dims: int) -> int:
 
 
 def dim_of(node: Node, dims: int) -> int:
-    """Read the one dimension, of `dims`, that an operation works along."""
+    """Read the one dimension that an operation works along, of a tensor with `dims` dimensions."""
     return wrapped(getattr(node, "_saved_dim", 0), dims)
 
 
 def dims_of(node: Node, dims: int) -> set[int]:
-    """Read which dimensions, of `dims`, an operation works along; all if it saved none."""
+    """Read which dimensions an operation works along, of a tensor with `dims` dimensions; all if it saved none."""
     saved = getattr(node, "_saved_dims", getattr(node, "_saved_dim", None))
     saved = [saved] if isinstance(saved, int) else saved or range(dims)
     return {wrapped(dim, dims) for dim in saved}
@@ -137,7 +137,8 @@ def permutation(node: Node, dims: int) -> list[int]:
 def places(node: Node, before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
     """Map each dimension of an input to the one that it becomes in the output; those that vanish are left out.
 
-    Views, products and rows picked by an index have rules of their own. All others align their dimensions from the last one on.
+    Views, products and operations that pick rows by an index are treated elsewhere. All operations that are not named here
+    align the dimensions of input and output from the last one on.
     """
     dims, kind = len(before), kind_of(node)
     if kind in PERMUTING:
@@ -177,8 +178,8 @@ class Indexing(NamedTuple):
 
     Attributes:
         indices: each indexed dimension of the tensor -> its index, all broadcast to one shape.
-        first: the dimension at which that shape begins in what is picked.
-        places: each other dimension of the tensor -> the dimension that it becomes there.
+        first: the dimension of the result at which that shape begins.
+        places: each other dimension of the tensor -> the dimension of the result that it becomes.
     """
 
     indices: dict[int, Tensor]
@@ -207,7 +208,7 @@ def _indices_by_dim(node: Node, shape: Size) -> dict[int, Tensor]:
 
 
 def indexed_dims(node: Node, shape: Size) -> list[int]:
-    """List the dimensions along which rows are picked from a tensor, or put into it; all if the node does not say."""
+    """List the dimensions along which a node picks rows from a tensor, or puts rows into it; all if the node does not say."""
     kind = kind_of(node)
     if kind in INDEXING or kind == "IndexPut":
         return list(_indices_by_dim(node, shape))
@@ -217,7 +218,7 @@ def indexed_dims(node: Node, shape: Size) -> list[int]:
 
 
 def own_rows(index: Tensor, dim: int, size: int, rows: int) -> bool:
-    """Tell whether entries of index, sample-major along dim, point to their own sample's among `size` sample-major numbers."""
+    """Tell whether each entry of index, sample-major along dim, points to its own sample's among `size` sample-major rows."""
     if index.shape[dim] % rows or size % rows:
         return False
     owners = torch.arange(rows, device=index.device).repeat_interleave(index.shape[dim] // rows)

@@ -1,4 +1,4 @@
-"""The patches of a convolution's input as one strided view of it, channels last."""
+"""The patches of a convolution's input (im2col) as one strided view of the padded input, channels last."""
 
 from math import prod
 from operator import mul
@@ -13,7 +13,7 @@ def gather_patches(
 ) -> Tensor:
     """Gather what each output position reads of x [N, C, *size]: [N groups, prod(out_size), prod(kernel) C / groups].
 
-    Channels come last, so that what is copied at a time is a row of the kernel with all channels, however small the image.
+    Channels come last, so that one run of memory is a row of the kernel with all channels, however small the image.
     """
     rows, channels = x.shape[0], x.shape[1] // groups
     if tuple(x.shape[2:]) == out_size and all(sizes == (1, 1, 0) for sizes in zip(kernel, stride, padding)):

@@ -4,10 +4,10 @@
 - *made again*: the activations and output gradients stay alive until the clip factors are known; the gradients are made once for
   the norm and once for the sum, a few samples at a time.
 - *ghost*: the norm comes from Gram matrices and the sum from one product, both in float64 (`rules/gram.py`), which makes the norm
-  a tight upper bound. Only for linear maps on the CPU: on GPUs kernels store no gradient either.
+  a tight upper bound. Only for linear maps on the CPU: on a GPU the Triton kernels store no gradient either.
 
-Adapters are far smaller than their activations, so their gradients are kept; the weights of a full layer at low resolution
-are larger, so they are made again, or are not made at all. Flops are counted by opt_einsum, bytes by what is read and written.
+Adapters are far smaller than their activations, so their gradients are kept. The weights of a full layer at low resolution are
+larger, so their gradients are made again, or never made. Flops are counted by opt_einsum, bytes by what is read and written.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,26 +26,28 @@ from torch import Tensor
 KEEP_FACTOR = 4.0
 # Kernels that store no gradient read the recipe twice; keeping writes the gradients and reads them. Fewer bytes win.
 FUSED_KEEP_FACTOR = 0.5
-# Ghost must cost less than this share of what it replaces: the counts say nothing of how well each way runs.
+# Ghost must cost less than this share of what it replaces, as the counts say nothing of how efficiently each way runs.
 GHOST_FACTOR = 0.5
 FLOPS_PER_BYTE = 8  # the flops of float32 that a CPU core computes while it moves a byte to memory
-# Passes over a kept gradient: write, read for the norm, clear of NaN, weight, sum. Made again, it is written twice.
+# Passes over a kept gradient: write, read for the norm, remove NaN, weight, sum. Made again, it is written twice.
 KEPT_PASSES, AGAIN_PASSES = 6, 8
 CHUNK_NUMBERS = 1 << 24  # numbers of gradients that `vmap` makes at a time: 64 MiB of float32
-# Outputs of a channel from which on the CPU calls PyTorch's own kernel for each sample's convolution (bench/NOTES.md, 15).
+# From so many output positions on, the CPU calls PyTorch's own kernel for each sample of a convolution (bench/NOTES.md, 15).
 MANY_POSITIONS = 256
 SCRATCH_BYTES = {"cpu": 4 << 20}  # temporaries that stay in a CPU's cache
 DEVICE_SCRATCH_BYTES = 128 << 20  # small beside the memory of a GPU or another accelerator
 
 
 class Way(StrEnum):
+    """The ways to the norms and the clipped sum of a layer call; the module's docstring describes them."""
+
     KEPT = "kept"
     AGAIN = "made again"
     GHOST = "ghost"
 
 
 class Cost(NamedTuple):
-    """The cost of a way."""
+    """The cost of one way for one layer call."""
 
     held: int  # bytes held until the clip factors are known
     moved: int  # bytes moved to and from memory
@@ -118,7 +120,7 @@ def chunk_samples(parameter_numbers: int) -> int:
 
 
 def calls_for_each_sample(x: Tensor, kernel: Sequence[int], positions: int) -> bool:
-    """Tell whether PyTorch's own kernel computes a convolution's gradients, called for each sample."""
+    """Tell whether a convolution's gradients come from PyTorch's own kernel, called once for each sample."""
     return x.device.type == "cpu" and prod(kernel) > 1 and positions >= MANY_POSITIONS
 
 

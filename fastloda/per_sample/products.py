@@ -25,7 +25,7 @@ def conv_recipe(
     Args:
         grad, lay_out, at_hand, scratch_bytes: the fields of the `Recipe` by which PyTorch computes them.
         x, g: [N, C, *size] and [N, O, *out_size].
-        conv: the geometry for the kernels; None where they do not serve (groups, one or three dimensions).
+        conv: the geometry for the kernels; None where they do not apply (groups, one or three dimensions).
     """
     if conv is None or not on_triton(x) or x.dtype != g.dtype:
         return Recipe(grad, (x, g), scratch_bytes, lay_out=lay_out, at_hand=at_hand)
@@ -36,13 +36,13 @@ def linear_recipe(x: Tensor, gy: Tensor) -> Recipe:
     """Make the recipe of the per-sample gradients of weight.T [C, O] of a product over rows: x [rows, C], gy [rows, O]."""
     if not on_triton(x) or x.dtype != gy.dtype:
         return Recipe(lambda x, gy, samples: torch.bmm(sample_rows(x, samples).mT, sample_rows(gy, samples)), (x, gy))
-    # The kernels take it for a 1 x 1 convolution of images one row high, from O channels to C.
+    # To the kernels it is a 1 x 1 convolution of images one row high, from O channels to C.
     as_image = lambda t, samples: t.reshape(samples, -1, t.shape[-1]).mT[:, :, None]  # noqa: E731
     return _kernel_recipe(gy, x, Conv((1, 1)), as_image, lambda grads: grads[:, 0, 0])
 
 
 def _kernel_recipe(x: Tensor, g: Tensor, conv: Conv, as_image, lay_out: Callable[[Tensor], Tensor]) -> Recipe:
-    """Make a recipe that the kernels compute; as_image(tensor, samples) re-lays their inputs, lay_out their gradients."""
+    """Make a recipe that the kernels compute. as_image(tensor, samples) reshapes their inputs, `lay_out` their gradients."""
 
     def with_squares(x: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         return kernels.sample_grad.sample_grads(as_image(x, samples), as_image(g, samples), conv, samples)

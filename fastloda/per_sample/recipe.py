@@ -1,6 +1,6 @@
 """The recipe of a parameter's per-sample gradients in one layer call: tensors from backward, and the function to apply.
 
-Recipes are small where gradients are large. Then the recipe is stored, and its gradients are made again when they are needed.
+Where the recipe is much smaller than its gradients, only the recipe is stored, and the gradients are made again when needed.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,11 @@ from fastloda.per_sample.planner import rows_at_a_time, split_rows
 
 
 class Fused(NamedTuple):
-    """A pair of functions that store no per-sample gradient; the norms are those of the very terms of the sum, or upper bounds.
+    """The pair of functions that compute norms and the clipped sum without storing a per-sample gradient.
 
-    squares(*tensors, samples) -> float64 [samples, k], whose rows sum to the squared norms;
-    weighted_sum(*tensors, factors) -> [*parameter.shape], where a sample whose factor is 0 may be NaN.
+    squares(*tensors, samples) -> float64 [samples, k], whose rows sum to the squared norms of the very terms that
+        `weighted_sum` adds, or to upper bounds of these;
+    weighted_sum(*tensors, factors) -> [*parameter.shape]; the gradient of a sample whose factor is 0 may be NaN.
     """
 
     squares: Callable[..., Tensor]
@@ -25,7 +26,7 @@ class Fused(NamedTuple):
 
 
 def as_it_is(grads: Tensor) -> Tensor:
-    """Return grads: the `lay_out` of a recipe that needs none."""
+    """Return grads unchanged: the `lay_out` of a recipe whose `grad` needs no rearrangement."""
     return grads
 
 
@@ -39,10 +40,12 @@ class Recipe:
         scratch_bytes: the bytes of temporaries of `grad` for all samples at once.
         with_squares: a function like `grad` that also returns `Fused.squares`.
         fused: kernels for norms and sums without `grad`.
-        at_hand: samples -> what `grad` returns for all of them, from temporaries of backward that are not stored.
-        ghost: norms and sums by the Gram, which the planner may choose in place of `grad`.
-        product: the einsum equation and shapes of the gradients' one large product, over all rows; None: element by element.
-        lay_out: a function that only moves each sample's numbers: so norms do without it, and sums are laid out once.
+        at_hand: samples -> what `grad` returns for all of them, computed from temporaries of backward that are not stored.
+        ghost: norms and sums by Gram matrices, which the planner may choose in place of `grad`.
+        product: the einsum equation and shapes of the one large product, over all rows, that makes the gradients; None if
+            they are made element by element.
+        lay_out: a function that only moves each sample's numbers, or adds zeros. So norms are taken without it, and it is
+            applied once, to the sum.
     """
 
     grad: Callable[..., Tensor]
@@ -56,7 +59,7 @@ class Recipe:
     lay_out: Callable[[Tensor], Tensor] = as_it_is
 
     def compute(self, samples: int, chosen: slice) -> Tensor:
-        """Compute the gradients of the chosen ones of all `samples`: [chosen, *parameter.shape]."""
+        """Compute the gradients of those of all `samples` that are in the slice `chosen`: [chosen, *parameter.shape]."""
         return self.lay_out(self.compute_raw(samples, chosen))
 
     def compute_raw(self, samples: int, chosen: slice) -> Tensor:
@@ -78,10 +81,10 @@ class Recipe:
         return self.compute_raw(samples, slice(0, samples))
 
     def through(self, back: Callable[[Tensor], Tensor], keeps_norm: bool, scratch_bytes: int = 0) -> "Recipe":
-        """Make the recipe for a parameter from this one, for a tensor that was made of it.
+        """Make the recipe of a parameter from this recipe of a tensor that was computed from the parameter.
 
         Args:
-            back: a function that takes gradients of the tensor, [samples, *its shape], to [samples, *parameter.shape].
+            back: a function from gradients of the tensor, [samples, *its shape], to those of the parameter, [samples, *shape].
             keeps_norm: whether `back` only moves numbers.
             scratch_bytes: the temporaries of `back` for all samples at once.
         """
@@ -105,7 +108,7 @@ class Recipe:
         return replace(self, **changed, with_squares=None, at_hand=None)
 
     def batch_first(self, move: Callable[[Tensor], Tensor]) -> "Recipe":
-        """Make a recipe from the same tensors with the batch first, where `move` brings it."""
+        """Make the same recipe with `move`, which brings the batch to the front, applied to its tensors."""
         return replace(self, tensors=tuple(map(move, self.tensors)), at_hand=None)
 
     def total(self) -> Tensor:

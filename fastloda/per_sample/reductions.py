@@ -1,12 +1,13 @@
 """Squared norms and weighted sums of the rows of a matrix: the two reductions of per-sample gradients.
 
-A computed norm may fall short of the norm of what is summed by a factor of 1e-5 at most, whatever the numbers are. Therefore:
+A computed norm must not fall short of the norm of what is summed by more than 1e-5 of it, whatever the numbers are. Therefore:
 
-- Squares of float32 overflow from 1.8e19 and vanish below 1e-19. They are added up in float32 only where neither happened, and in
-  runs of 128 numbers, whose sum rounds by at most 128 2^-24 = 7.6e-6 (a norm by half of it) in any order of addition; the sums of
-  the runs are added in float64. (On long rows PyTorch's own float64 norm of float32 numbers took 10 to 20 times as long.)
-- The weighted sum is never a product in a lower precision that PyTorch may be set to, tf32 or bfloat16: it would round what the
-  norm did not.
+- Squares of float32 numbers overflow from 1.8e19 and underflow below 1e-19. They are added in float32 only where neither
+  happened, and only in runs of 128 numbers: in any order of addition, rounding changes such a sum by at most
+  128 2^-24 = 7.6e-6 of it (a norm by half of that). The sums of the runs are added in float64. (On long rows PyTorch's own
+  float64 norm of float32 numbers took 10 to 20 times as long.)
+- The weighted sum is never a matrix product in tf32 or bfloat16, which PyTorch may be set to use: that would round numbers
+  which the norm did not round.
 """
 
 import torch
@@ -16,12 +17,12 @@ from fastloda.per_sample.tensors import waits
 
 RUN = 128
 LONG = 4096  # the length of a row from which on runs are faster
-EXACT_BELOW = 1e-20  # a squared norm below it is computed in float64: 10^7 squares that vanished are 1e-31
+EXACT_BELOW = 1e-20  # a squared norm below it is computed in float64: 10^7 squares that underflow add up to 1e-31
 FULL_PRECISION = ("none", "ieee")
 
 
 def row_squares(rows: Tensor) -> Tensor:
-    """Compute |row|^2 of rows [n, *shape]: float64 [n]. No square of a float32 number overflows or vanishes in it."""
+    """Compute |row|^2 of rows [n, *shape]: float64 [n]. No square of a float32 number overflows or underflows."""
     rows = rows.reshape(rows.shape[0], -1)
     if rows.dtype != torch.float32 or waits(rows) or rows.shape[1] < LONG:
         return _exact_squares(rows)
@@ -31,7 +32,7 @@ def row_squares(rows: Tensor) -> Tensor:
 
 
 def run_squares(rows: Tensor) -> Tensor:
-    """Compute |run|^2 of each run of rows [n, k RUN]: float64 [n, k]. Any sums of them are as exact as `row_squares`."""
+    """Compute the squared norm of each run of RUN numbers in rows [n, k RUN]: float64 [n, k], as exact as `row_squares`."""
     runs = rows.unflatten(1, (-1, RUN))
     if rows.dtype != torch.float32 or waits(rows):
         return _exact_squares(runs)
@@ -39,7 +40,7 @@ def run_squares(rows: Tensor) -> Tensor:
 
 
 def _sure(squares: Tensor, rows: Tensor) -> Tensor:
-    """Compute those squares of rows [..., n] again, in float64, for which float32 may have overflowed or vanished; in place."""
+    """Recompute in float64, in place, those squared norms of rows [..., n] for which float32 may have over- or underflowed."""
     doubtful = ~((squares > EXACT_BELOW) & squares.isfinite())
     if doubtful.any():
         squares[doubtful] = _exact_squares(rows[doubtful])
@@ -56,7 +57,7 @@ def weighted_row_sum(rows: Tensor, weights: Tensor, some_are_zero: bool = True, 
     With some_are_zero a row of weight 0 may be NaN.
     """
     weights = weights.to(rows.dtype)
-    if some_are_zero:  # 0 * inf is no zero
+    if some_are_zero:  # 0 * inf is NaN
         rows = rows.nan_to_num(0.0, 0.0, 0.0)
     if rows.device.type == "cpu" and _products_are_exact():
         flat = rows.reshape(rows.shape[0], -1).t()

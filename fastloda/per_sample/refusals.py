@@ -1,8 +1,8 @@
-"""Refusals, by name and before anything changes, of whatever would void the per-sample sensitivity bound.
+"""The refusals, by name and before anything changes, of whatever would void the per-sample sensitivity bound.
 
-Three checks: the modules (no layer known to mix samples), the graph (every use of every trainable parameter has a rule), and a
-probe (backward from some samples must leave the others' gradients exactly zero). They can't see samples that mix through values
-without gradient, such as a batch mean under `detach()`.
+There are three checks: of the modules (no layer known to mix samples), of the graph (every use of every trainable parameter has
+a rule), and a probe (backward from some samples must leave the others' gradients exactly zero). They can't see samples that mix
+through values without gradient, such as a batch mean under `detach()`.
 """
 
 import itertools
@@ -45,17 +45,17 @@ SCRIPTED_REMEDY = (
     "TorchScript made one operation of several layers; train the Python module that was scripted or traced"
 )
 
-LOOK_AGAIN = 1 / 800  # the probability that a batch is probed though its kind of computation was probed before
-_chance = random.SystemRandom()  # its choices are public; no run draws from it
+LOOK_AGAIN = 1 / 800  # the probability that a batch is probed beside the schedule
+_chance = random.SystemRandom()  # its choices are public, and no other random numbers of a run come from it
 
 
 def is_power_of_two(count: int) -> bool:
-    """Tell whether a count is 1, 2, 4, 8, ...: the public schedule of looks that cost little."""
+    """Tell whether a count is 1, 2, 4, 8, ...: the public schedule of checks that cost little."""
     return count & (count - 1) == 0
 
 
 def is_scheduled(count: int) -> bool:
-    """Tell whether a count is 1, 4, 16, 64, ...: the public schedule of looks that cost as much as a step."""
+    """Tell whether a count is 1, 4, 16, 64, ...: the public schedule of checks that cost as much as a step."""
     return is_power_of_two(count) and count.bit_length() % 2 == 1
 
 
@@ -68,13 +68,13 @@ class Looks:
     by_chance: bool = False  # whether chance wants the next batch probed
 
     def knows(self, samples: int) -> bool:
-        """Tell whether the probe has told apart enough samples, or at least half as many as there are now."""
+        """Tell whether the probe has told apart at least half as many samples as there are now."""
         return samples <= 2 * self.parted
 
     def due(self) -> bool:
-        """Tell whether to probe the next batch, if known: batches 1, 4, 16, 64, ... are due, and some others by chance.
+        """Tell whether to probe the next batch of a known kind: batches 1, 4, 16, 64, ... are due, and some others by chance.
 
-        No record has a say in this, so that the schedule is public.
+        No record influences this, so that the schedule is public.
         """
         return self.by_chance or is_scheduled(self.batches + 1)
 
@@ -114,7 +114,7 @@ def trainable_parameters(members: Members) -> dict[str, nn.Parameter]:
 
 
 def check_layers(members: Members) -> None:
-    """Refuse layers with max_norm, and with batch statistics: in the output (BatchNorm) or in a buffer (InstanceNorm's).
+    """Refuse layers with max_norm, and those with batch statistics in their output (BatchNorm) or a buffer (InstanceNorm).
 
     Raises:
         PrivacyError: a layer is of these kinds; the message names it.
@@ -135,7 +135,7 @@ def check_layers(members: Members) -> None:
 
 
 def check_graph(graph: LossGraph) -> None:
-    """Refuse a graph in which a use of a trainable parameter has no exact rule, or rows that are not one sample's each.
+    """Refuse a graph in which a use of a trainable parameter has no exact rule, or rows that do not belong to one sample each.
 
     Raises:
         PrivacyError: names the operation, and the parameter where there is one.
@@ -182,13 +182,14 @@ def check_independence(
     samples: int,
     agree: Callable[[int], int] = lambda passes: passes,
 ) -> None:
-    """Refuse losses unless backward from some samples leaves the others' gradients zero, and gives these samples their own.
+    """Refuse losses if backward from some samples gives others a gradient, or these another gradient than backward from all.
 
     When a kind of computation is new (or its batch has more than twice the samples, or a gradient was zero and showed
-    nothing), enough choices are made to tell any two samples apart: 9 backward passes for 64 samples, 14 for 1,024 (`parting`).
-    After that a random half is probed on a public schedule (`Looks`): two passes.
+    nothing), enough sets of samples are probed to tell any two samples apart: 9 backward passes for 64 samples, 14 for 1,024
+    (`parting`). After that a random half is probed on a public schedule (`Looks`): two passes.
 
-    agree: passes that this process wants -> passes to make, the same on all ranks; the additional ones choose no sample.
+    agree: the number of passes that this process wants -> the number to make, the same on all ranks. Additional passes start
+        from no sample.
     """
     looks = looks_of(model, graph)
     anew = graph.unsure or not looks.knows(samples)
@@ -196,7 +197,7 @@ def check_independence(
     looks.count()
     parts: list[Tensor] = []
     finite = torch.zeros(samples, dtype=torch.bool, device=losses.device)
-    if due:  # decided first, for the rest waits for the GPU
+    if due:  # tested first, as what follows waits for a GPU
         finite = losses.detach().view(samples, -1).isfinite().all(1)
         parts = [finite, *(parting(finite) if anew else _random_half(finite))]
     parts += [torch.zeros_like(finite)] * (agree(len(parts)) - len(parts))
@@ -208,9 +209,9 @@ def check_independence(
 
 
 def parting(candidates: Tensor) -> Iterator[Tensor]:
-    """Yield choices [n] among the true entries of candidates [n], such that for any two entries one choice has the first alone.
+    """Yield choices [n] among the true entries of candidates [n], such that for any two entries some choice has only the first.
 
-    Each entry is in another half of the choices. No family of fewer choices has this property (Sperner's theorem).
+    Each entry is in a different half of the choices. No family of fewer choices has this property (Sperner's theorem).
     """
     entries = candidates.nonzero().flatten()
     choices = next(k for k in itertools.count() if math.comb(k, k // 2) >= len(entries))
@@ -229,27 +230,24 @@ def _random_half(candidates: Tensor) -> Iterator[Tensor]:
 
 
 class _Probe:
-    """The probe: backward passes from some samples' losses, compared with the first one, from all samples.
-
-    Attributes:
-    """
+    """The probe: it runs backward from some samples' losses, and compares each pass with the first, from all finite losses."""
 
     def __init__(self, losses: Tensor, graph: LossGraph, parameters: Mapping[str, nn.Parameter], finite: Tensor):
         self._losses, self._graph, self._parameters, self._finite = losses, graph, parameters, finite
         # (operation, part of its output) -> [samples]: the gradients' norms in the pass from all samples
         self._sizes: dict[tuple[Node, int], Tensor] = {}
-        self._shown: set[tuple[Node, int]] = set()  # what a gradient which is not zero has reached
+        self._shown: set[tuple[Node, int]] = set()  # the keys of `_sizes` that a nonzero gradient has reached
 
     @property
     def saw_all(self) -> bool:
-        """Whether gradients which are not zero have reached all operations, and all parts of their outputs."""
+        """Whether nonzero gradients have reached all operations that use a parameter, and all parts of their outputs."""
         return self._shown == self._sizes.keys() and {node for node, _ in self._shown} == set(self._graph.uses)
 
     def look(self, chosen: Tensor) -> None:
         """Run backward from the losses of the chosen samples alone; chosen: bool [samples].
 
         Raises:
-            PrivacyError: another sample's gradient is not zero, or a chosen one's differs from that beside all others.
+            PrivacyError: another sample's gradient is not zero, or a chosen one's differs from that of the first pass.
         """
         samples = len(chosen)
         weights = chosen.repeat_interleave(len(self._losses) // samples).to(self._losses.dtype)
@@ -274,8 +272,8 @@ class _Probe:
             whole = self._sizes.setdefault(place, sizes)
             if (_differ(sizes, whole, rows.dtype) & chosen).any():
                 raise PrivacyError(
-                    f"samples mix in the backward pass: what some samples' gradient at {names} is depends on which others are in "
-                    "the batch. A hook or an autograd.Function above it may scale gradients by all of them"
+                    f"samples mix in the backward pass: some samples' gradient at {names} depends on which others are in the "
+                    "batch. A hook or an autograd.Function above it may scale gradients by all of them"
                 )
             if nonzero.any():
                 self._shown.add(place)
@@ -293,7 +291,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
     """Refuse an optimizer that moves other tensors than the trainable `parameters`, which the private gradient covers.
 
     Raises:
-        PrivacyError: names the tensor that is too many or missing; or the optimizer is LBFGS.
+        PrivacyError: the optimizer has a tensor too many or lacks one, which the message names; or it is LBFGS.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise PrivacyError("LBFGS evaluates the loss by itself, outside the private step: use a first-order optimizer")

@@ -1,4 +1,4 @@
-"""Regions of the graph that torch.compile made one operation of: which code they run, and what that code does."""
+"""The regions of a model that torch.compile turned into one operation: which code they run, and whether it picks rows."""
 
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from fastloda.per_sample.node import Node
 
 COMPILED = "CompiledFunctionBackward"
 
-# Operations in a compiled backward that pick or lay rows by an index, with the place of their dimension among the arguments.
+# Operations in a compiled backward that pick or place rows by an index, with the position of the dimension in their arguments.
 BY_DIMENSION = {"gather": 1, "index_add": 1, "index_copy": 1, "index_select": 1, "scatter": 1, "scatter_add": 1}
 BY_DIMENSION |= {"scatter_reduce": 1, "select_scatter": 2}
 BY_INDICES = ("index", "index_put", "_unsafe_index", "_unsafe_index_put")
@@ -26,12 +26,12 @@ _next = count()
 
 
 def code_number(region: Node) -> int:
-    """Number the compiled code that a region runs: equal for equal code, and never given again."""
+    """Number the compiled code that a region runs: regions of the same code share a number, and no number is reused."""
     return _numbers.setdefault(type(region), next(_next))
 
 
 def may_pick_rows(region: Node) -> bool:
-    """Tell whether an index in the region's code may decide which sample a row belongs to, and so change with each batch.
+    """Tell whether an index in the region's code may decide which sample a row belongs to, differently in each batch.
 
     The code of the backward pass is private to PyTorch; where it can't be read, the answer is yes.
     """
@@ -57,7 +57,7 @@ def _picks_rows(code: fx.Graph) -> bool:
 
 
 def _picks(node: fx.Node, rows: Collection[int]) -> bool:
-    """Tell whether an operation picks along a dimension that may hold the batch, of one of the sizes `rows`."""
+    """Tell whether an operation picks along a dimension that may hold the batch; rows: the possible sizes of the batch."""
     name = getattr(node.target, "__name__", "").split(".")[0]
     if name in BY_ANYTHING:
         return True
@@ -75,12 +75,12 @@ def _picks(node: fx.Node, rows: Collection[int]) -> bool:
         return 0 in dims
     dims = {dim % picked.dim() if picked.dim() else 0 for dim in dims}
     if 0 not in dims and picked.dim() and _may_hold(picked.shape[0], rows):
-        return False  # the batch comes first, wherever else a number like its size occurs
+        return False  # the batch comes first; that another dimension fits its size is chance
     return any(_may_hold(picked.shape[dim], rows) for dim in dims if picked.dim())
 
 
 def _may_hold(size: Any, rows: Collection[Any]) -> bool:
-    """Tell whether a dimension of this size may hold the batch or blocks of it; yes if the sizes are not known before a run."""
+    """Tell whether a dimension of this size may hold the batch or blocks of it; yes if a size is unknown."""
     size = _value(size)
     if not isinstance(size, int) or not rows:
         return True
@@ -93,12 +93,12 @@ def _value(node: Any) -> Any:
 
 @contextmanager
 def may_run_again(regions: Collection[Node]) -> Generator[None]:
-    """Let backward, inside, pass several times through regions that keep the memory of what they saved.
+    """Let backward pass several times, inside the context, through `regions` that keep their saved tensors.
 
-    PyTorch 2.13 takes a region compiled without donated buffers, whose list of them is None, for one that has some.
+    PyTorch 2.13 mistakes a region compiled without donated buffers, whose list of them is None, for one that has some.
 
     Raises:
-        PrivacyError: a region gave that memory away ("donated buffers").
+        PrivacyError: a region frees its saved tensors in its first backward pass ("donated buffers").
     """
     for region in regions:
         metadata = getattr(getattr(type(region), "_forward_cls", None), "metadata", None)

@@ -1,8 +1,8 @@
-"""Steps that re-lay a parameter before an operation reads it: views, transpositions, flips, splits, casts, repetitions.
+"""The steps that re-lay (rearrange) a parameter before an operation reads it: views, transposes, flips, splits, casts, repeats.
 
 `F.multi_head_attention_forward` splits one weight into three, `PReLU` views its weight as [1, C, 1, 1], einsum permutes. The rule
-of the operation gives the gradient of what it read. The steps back from there to the parameter are linear, the same for every
-sample, and move numbers without changing them (those of a repetition are summed).
+of the operation gives the gradient of the tensor that it read. The steps from there back to the parameter are linear, the same
+for every sample, and move numbers without changing them (those of copies are summed).
 """
 
 import math
@@ -48,8 +48,8 @@ class Step(NamedTuple):
 def relays(node: Node, readers: Readers, outer: Mapping[Node, int]) -> bool:
     """Tell whether the node only re-lays its input.
 
-    `expand` and `repeat` do where `readers` broadcast their output over the batch, and where they make no copy, except in a batch
-    of one (outer 0), where the one copy may be the batch's.
+    `expand` and `repeat` only re-lay it where `readers` broadcast their output over the batch, and where they make no copy. In
+    a batch of one (outer 0) they never do: their one copy may be the sample's.
 
     outer: node -> the blocks before the batch coordinate in its output.
     """
@@ -60,7 +60,7 @@ def relays(node: Node, readers: Readers, outer: Mapping[Node, int]) -> bool:
 
 
 def _carries_batch(node: Node, readers: Readers, outer: Mapping[Node, int]) -> bool:
-    """Tell whether the output of `node`, an expand or repeat, has entries for each row; no if readers broadcast it over them."""
+    """Tell whether `node`, an expand or repeat, makes entries for each row; not if its readers broadcast them over the rows."""
     shape = output_shape(node)
     if not outer[node]:
         return True
@@ -80,7 +80,7 @@ def is_step(node: Node) -> bool:
 
 
 def back_to_parameter(steps: Sequence) -> Callable[[Tensor], Tensor]:
-    """Make the function from gradients of what the steps made, [samples, *its shape], to [samples, *parameter.shape]."""
+    """Make the function that takes gradients of the steps' result, [samples, *its shape], to [samples, *parameter.shape]."""
 
     def back(grads: Tensor) -> Tensor:
         for step in reversed(steps):
@@ -128,6 +128,6 @@ def _pad(step: Step, grads: Tensor) -> Tensor:
     return whole
 
 
-# Those that tile are covered along the batch by `rules/expand.py`, and are steps otherwise.
+# Operations that tile are covered by `rules/expand.py` where they copy along the batch, and are steps elsewhere.
 BACK = dict.fromkeys(VIEWS, _reshape) | dict.fromkeys(PERMUTING, _unpermute) | dict.fromkeys(TILING, _untile)
 BACK |= {"Flip": _unflip} | dict.fromkeys(("Select", "Slice", "Split", "SplitWithSizes"), _pad)

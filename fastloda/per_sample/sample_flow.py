@@ -1,14 +1,14 @@
 """The check that a loss is a sum of terms each of which depends on the model's outputs for one sample alone.
 
-It reads the autograd graph of the loss from the model's outputs upwards. Operations may treat each sample's numbers apart
-(`Rows`); one sum or mean then adds up the samples (`Total`), and only linear operations may follow. Whatever else happens across
+It reads the autograd graph of the loss from the model's outputs upwards. Operations may treat each sample's numbers separately
+(`Rows`); one sum or mean then adds up the samples (`Total`), and only linear operations may follow. Anything else across
 samples (a product, maximum, sort, softmax, index or broadcast along the batch, or a nonlinear function of the sum) couples
-them and is refused by the operation's name. An operation that is not known here is tried out (`trial.py`).
+them, and is refused by the operation's name. An operation that is not known here is tried out (`trial.py`).
 
-How often a sample's own numbers count in a sum is followed too, by the constants that they are multiplied with: for a mean over
-the samples it must be 1 / samples, or so often that many.
+The *weights* of a sample's numbers are followed too: the constants that they are multiplied by on the way to a sum. In a mean
+over the samples a weight must be 1 / (k samples), for a whole number k.
 
-A graph does not show values that have no gradient, such as targets that were standardised over the batch.
+The graph does not show values without a gradient, such as targets that were standardised over the batch.
 """
 
 import math
@@ -48,7 +48,7 @@ from fastloda.per_sample.states import (
 from fastloda.per_sample.transfer import TRANSFERS, pointwise, put_back
 from fastloda.per_sample.trial import try_out
 
-# Weights of a sample's own numbers: constants that they were multiplied with, one of which made a mean, or is unknown.
+# Weights of a sample's numbers that are no known constant: a constant among their factors made a mean, or could not be read.
 AVERAGED, UNKNOWN = math.inf, 0.0
 ONCE = frozenset([1.0])
 MULTIPLYING = PRODUCTS.keys() | {"Div", "Mul"}
@@ -57,13 +57,13 @@ OPERANDS += ("_saved_batch2",)
 
 
 class SampleFlow:
-    """The flow of the samples from a model's outputs up to a loss.
+    """The analysis that follows the samples from a model's outputs up to a loss.
 
     Args:
-        samples: the rows of every output.
-        grown: place in the graph -> the size to which a constant broadcast a dimension there, in earlier losses; or the samples,
-            and the number that they were multiplied with there. Written to.
-        mean: whether the loss is to be a mean over the samples, not a sum.
+        samples: the number of samples, which is the first size of every output.
+        grown: what earlier losses showed, by place in the graph: the size to which a constant broadcast a dimension there, or
+            the number of samples and the constant that they were multiplied by there. It is updated.
+        mean: whether the loss must be a mean over the samples, not a sum.
     """
 
     def __init__(self, samples: int, grown: MutableMapping[tuple, Any], mean: bool = True):
@@ -80,8 +80,8 @@ class SampleFlow:
         """Refuse a loss that is not a sum of one term for each sample.
 
         Args:
-            below: node -> its edges, for each node below the loss, after its inputs.
-            outputs: node -> how many outputs it has, all outputs of the model, [samples, ...].
+            below: node -> its edges, for each node below the loss; the nodes that it reads come before it.
+            outputs: node -> the number of its outputs, all of which are outputs of the model, [samples, ...].
             roots: the (node, output)s that backward starts from.
 
         Raises:
@@ -109,11 +109,11 @@ class SampleFlow:
     def odd_factor(
         self, roots: Sequence[tuple[Node, int]], grads: Sequence[Tensor | None] | None = None
     ) -> float | None:
-        """Find the number that a sum, no mean, among the roots was multiplied with (None: no such).
+        """Find the constant that a root which is a sum, not a mean, was multiplied by; None if there is no such root.
 
         Args:
             roots: the (node, output)s that backward starts from.
-            grads: the gradients that it starts with. Default: ones.
+            grads: the gradients that backward starts with. Default: ones.
         """
         for root, grad in zip(roots, grads or [None] * len(roots)):
             state = self.states.get(root)
@@ -170,25 +170,25 @@ class SampleFlow:
         return replace(total, by=left) if left else MADE_MEAN
 
     def makes_mean(self, factor: float) -> bool:
-        """Tell whether a sum over the samples times factor may be their mean, or its negative."""
+        """Tell whether factor may turn a sum over the samples into a mean: |factor| is 1 / (k samples), for a whole k >= 1."""
         if not factor or math.isnan(factor):
             return True  # nothing, or nothing finite, is added up
         samples = 1 / abs(factor) / self.samples
         return round(samples) >= 1 and math.isclose(samples, round(samples), rel_tol=1e-6)
 
     def sum_of(self, weights: frozenset[float]) -> Total:
-        """Make the state of a sum over the samples of numbers that count so often."""
+        """Make the state of a sum over the samples of numbers with these weights."""
         return MADE_MEAN if weights == {AVERAGED} else Total(averaged=False, by=_pending(weights))
 
     def weights_of(self, op: Operation) -> frozenset[float]:
-        """Find how often a sample's own numbers count in an operation's output, in each of the terms that it is the sum of."""
+        """Find the weights of a sample's numbers in an operation's output, one for each term that the output is a sum of."""
         given = [self.weights.get(x.source, ONCE) for x in op.inputs]
         if len(given) > 1 and op.kind in MULTIPLYING:
             return frozenset(map(_product, product(*given)))
         return self.times(frozenset().union(*given), self._factor(op))
 
     def times(self, weights: frozenset[float], factor: float | None) -> frozenset[float]:
-        """Multiply weights by a constant; None is one that is unknown, beside which one that is known must make a mean."""
+        """Multiply weights by a constant; None is an unknown constant, after which a known one must make a mean by itself."""
         if factor is None:
             return frozenset(each if each == AVERAGED else UNKNOWN for each in weights)
         if abs(factor) == 1:
@@ -199,7 +199,7 @@ class SampleFlow:
         return frozenset(AVERAGED if self.makes_mean(each) else each for each in scaled)
 
     def _factor(self, op: Operation) -> float | None:
-        """Read the number that an operation multiplies its numbers with; None if there are several, or it can't be read."""
+        """Read the number that an operation multiplies its input by; None if there are several, or it can't be read."""
         shape = op.inputs[0].shape
         if op.kind in TILING or op.kind == "Mean":
             return prod(op.shape) / prod(shape) if isinstance(op.inputs[0].state, Total) else 1.0
@@ -211,7 +211,7 @@ class SampleFlow:
         return factor
 
     def _check_constant(self, op: Operation, factor: float) -> None:
-        """Refuse a factor that has followed the number of samples since an earlier loss, unless it makes a sum their mean."""
+        """Refuse a factor that rose like the number of samples since an earlier loss, or fell like it and makes no mean."""
         state = op.inputs[0].state
         may_fall = self.mean and not (isinstance(state, Total) and state.averaged and not state.fits)
         for place in (op.place, op.place - self.operations):  # counted from either end: graphs may grow with the batch
@@ -226,7 +226,7 @@ class SampleFlow:
             self.grown[key] = self.samples, factor
 
     def _stack(self, op: Operation[One]) -> State:
-        """Find the state of a stack of single samples' numbers: rows, if it is all samples in order."""
+        """Find the state of a stack of single samples' numbers: `Rows`, if it holds all samples in order."""
         owners = [given.state.owner for given in op.inputs]
         parts = {given.shape for given in op.inputs}
         if owners != list(range(self.samples)) or len(parts) > 1:
@@ -252,15 +252,15 @@ class SampleFlow:
             raise PrivacyError(f"samples mix in the loss: {PICKED}. {REMEDY}")
 
     def check_growth(self, op: Operation, given: Input) -> None:
-        """Apply `check_beside` to the dimensions that broadcasting brings: [N, 1] - [N] is [N, N]."""
+        """Apply `check_beside` to the dimensions that broadcasting adds or enlarges: [N, 1] - [N] is [N, N]."""
         before = (1,) * (len(op.shape) - len(given.shape)) + tuple(given.shape)
         self.check_beside(op, given, [dim for dim, size in enumerate(before) if size == 1])
 
     def check_beside(self, op: Operation, given: Input, dims: Sequence[int]) -> None:
-        """Refuse a constant that lays other samples' values beside each sample, along dimensions that only it has brought.
+        """Refuse a constant that may combine each sample with values of all samples, along `dims`, which only the constant has.
 
-        A constant of as many entries as there happen to be samples looks the same. It is told apart by an earlier loss that had
-        another number of samples.
+        A constant with as many entries as there happen to be samples looks the same. It is accepted if an earlier loss had the
+        same number of entries there for another number of samples.
         """
         for dim in dims:
             key, size = (op.kind, op.place, given.index, dim), op.shape[dim]
@@ -277,10 +277,10 @@ class SampleFlow:
 
 
 def _constant_factor(node: Node) -> float | None:
-    """Read the constant that an operation multiplies its only input with; None if its numbers differ, or can't be read."""
+    """Read the constant that an operation multiplies its only input by; None if its numbers differ, or can't be read."""
     try:
         saved = [getattr(node, name, None) for name in OPERANDS]
-    except Exception:  # raised by whatever packed it: checkpointing, hooks
+    except Exception:  # of any type, from whatever packed the saved tensor: checkpointing, hooks
         return None
     other = next((t for t in saved if isinstance(t, Tensor)), None)
     factor = None if other is None else uniform(other)
@@ -288,7 +288,7 @@ def _constant_factor(node: Node) -> float | None:
 
 
 def uniform(t: Tensor) -> float | None:
-    """Read the number that all entries of a tensor are; None if they differ, or can't be read."""
+    """Read the number that all entries of a tensor equal; None if they differ, or can't be read."""
     try:
         first = t.detach().flatten()[0]
         return first.item() if not t.is_complex() and (t.numel() == 1 or bool((t == first).all())) else None
@@ -297,7 +297,7 @@ def uniform(t: Tensor) -> float | None:
 
 
 def _pending(weights: Iterable[float]) -> tuple[float, ...]:
-    """List the weights that no mean was made of, as far as is known."""
+    """List the known weights, none of which made a mean."""
     return tuple(each for each in weights if each not in (AVERAGED, UNKNOWN))
 
 

@@ -1,4 +1,4 @@
-"""What the sample flow knows of a tensor between a model's outputs and a loss: which numbers belong to which sample."""
+"""The states of tensors in the sample flow: which numbers of a tensor belong to which sample."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from fastloda.per_sample.node import Node
 from fastloda.per_sample.operations import kind_of, places
 
 PICKED = (
-    "samples' outputs are picked along the batch, by an index or a mask, by which each one's share may depend on the others: "
+    "samples' outputs are picked along the batch, by an index or a mask, so that each one's share may depend on the others: "
     "multiply each sample's loss by 0 or 1 instead, or put what was picked back into its own rows"
 )
 REMEDY = (
@@ -23,12 +23,12 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Rows:
-    """The state of a tensor each of whose numbers belongs to one sample; in row-major order [outer, entries, rest].
+    """The state of a tensor in which each number belongs to one sample. In row-major order it is [outer, entries, rest].
 
     Attributes:
         outer: the number of blocks before the batch coordinate, which no view of a tensor changes.
         owners: the sample of each entry along the batch coordinate.
-        lent: whether an index has picked the entries, which must be put back into their own rows before anything is added up.
+        lent: whether an index has picked the entries; they must be put back into their own rows before anything is summed.
     """
 
     outer: int
@@ -40,7 +40,7 @@ class Rows:
         return len(self.owners)
 
     def belong(self, shape: Sequence[int], chosen: Tensor) -> Tensor:
-        """Mark the numbers of the chosen samples: bool [samples] -> bool, of `shape`."""
+        """Mark the numbers that belong to the chosen samples, bool [samples], in a tensor of `shape`: bool [*shape]."""
         entries = chosen[list(self.owners)].view(1, -1, 1)
         return entries.expand(self.outer, -1, prod(shape) // (self.outer * self.entries)).reshape(shape)
 
@@ -54,14 +54,17 @@ class Rows:
         return [d for d, (n, s) in enumerate(zip(shape, strides)) if n > 1 and max(s, inner) < min(s * n, top)]
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Tell whether every index along a dimension of `shape` stands for whole samples; a view may cut across them."""
+        """Tell whether no index along a dimension of `shape` takes parts of two samples, as it may after a view."""
         inner = prod(shape) // (self.outer * self.entries)
         strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
         ends = (inner, inner * self.entries)
         return all(end % s == 0 for end in ends for n, s in zip(shape, strides) if s < end < s * n)
 
     def move(self, before: Sequence[int], after: Sequence[int], places: Mapping[int, int]) -> "Rows | None":
-        """Compute the rows after dimension d of `before` became places[d] of `after`; None if that tears the batch apart."""
+        """Compute the state after dimension d of shape `before` has become dimension places[d] of shape `after`.
+
+        Returns None if that tears the batch apart: its dimensions are no longer adjacent and in order, or change their sizes.
+        """
         dims = self.dims(before)
         now = [places.get(d, -1) for d in dims]
         adjacent = now and now[0] >= 0 and now == list(range(now[0], now[0] + len(now)))
@@ -79,12 +82,12 @@ class One:
 
 @dataclass(frozen=True)
 class Total:
-    """The state of a tensor whose numbers are sums over samples, linear in terms of single ones.
+    """The state of a tensor whose numbers are sums over samples of terms that each belong to one sample.
 
     Attributes:
-        averaged: whether a mean, or a division by a multiple of the number of samples, made it.
-        by: the other numbers that its terms were multiplied with; none where these are unknown.
-        fits: whether it is averaged only because a number fits the samples, perhaps by chance.
+        averaged: whether a mean over the samples, or a division by a multiple of their number, produced it.
+        by: the other constants that its terms were multiplied by; empty where they are unknown.
+        fits: whether `averaged` rests only on a constant that matches the number of samples, perhaps by chance.
     """
 
     averaged: bool
@@ -130,7 +133,7 @@ class Operation(NamedTuple, Generic[S]):
         return self.kind.removesuffix("Backward")
 
     def move(self, given: Input[Rows], to: Mapping[int, int] | None = None) -> Rows:
-        """Compute the output's rows; refuse what tears the batch apart.
+        """Compute the output's state from that of the input `given`; refuse an operation that tears the batch apart.
 
         to: dimension of the input -> dimension of the output. Default: what `operations.places` says of the operation.
         """
@@ -142,12 +145,12 @@ class Operation(NamedTuple, Generic[S]):
         return found
 
     def joint(self, states: Sequence[Rows]) -> Rows:
-        """Find the rows of an operation that takes the numbers of several inputs in pairs: all must have the same."""
+        """Return the state that all of `states` equal; refuse an operation that combines inputs of different states."""
         if any(state != states[0] for state in states):
             self.refuse("takes outputs of different samples together")
         return states[0]
 
     def check_not_lent(self) -> None:
-        """Refuse an operation that adds up, or cuts, rows that an index has picked."""
+        """Refuse an operation that sums, or takes a part of, rows that an index has picked."""
         if any(isinstance(given.state, Rows) and given.state.lent for given in self.inputs):
             self.refuse(f"takes together what an index has picked: {PICKED}")

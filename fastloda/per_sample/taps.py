@@ -1,7 +1,7 @@
-"""The taps of a convolution's gradient as one strided view of the output gradient.
+"""The taps of a convolution's gradient: copies of the output gradient, one shifted by each kernel position k.
 
 The weight gradient is  gA[j, c, k] = sum_q g[j, (q + padding - k dilation) / stride] x[c, q]  over input positions q.
-Shifting g by the tap, instead of expanding x (im2col), costs nothing where g has few channels, and x is read in place.
+To shift g by each k, instead of expanding x (im2col), costs little where g has few channels, and x is read in place.
 """
 
 from functools import lru_cache
@@ -24,7 +24,7 @@ def gather_taps(
     padding: Sizes,
     dilation: Sizes,
 ) -> Tensor:
-    """Gather the taps of g [N, r, *out_size]: [N, r * prod(kernel), prod(in_size)], in *reversed* order, as strides are >= 0.
+    """Gather the taps of g [N, r, *out_size]: [N, r * prod(kernel), prod(in_size)], in *reversed* order, as no stride is < 0.
 
     Entry (n, (j, k'), q) is g[n, j, (q + padding - k dilation) / stride] with k = kernel - 1 - k', or 0 where that is
     no output position.
@@ -55,14 +55,14 @@ class _Spread(NamedTuple):
     sizes: Sizes  # the buffer's last dimensions
     between: Sizes  # the strides from one position of g to the next
     first: int  # the offset at which g begins
-    views: tuple[_View, ...]  # copied in turn, each of the last copy
+    views: tuple[_View, ...]  # copied one after another, each from the copy before
 
 
 @lru_cache(4096)
 def _spread(
     out_size: Sizes, in_size: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> _Spread | None:
-    """Plan the copies that gather the taps; None where g itself is the taps: kernel 1, stride 1, no padding, as many outputs."""
+    """Plan the copies that gather the taps; None where g is the only tap: kernel 1, stride 1, no padding, as many outputs."""
     if in_size == tuple(out_size) and all(sizes == (1, 1, 0) for sizes in zip(kernel, stride, padding)):
         return None
     reaches = [d * (k - 1) for k, d in zip(kernel, dilation)]

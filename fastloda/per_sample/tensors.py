@@ -1,4 +1,4 @@
-"""Helpers for per-sample gradients: rows summed by sample, the dtype to accumulate in, whether Triton kernels compute."""
+"""Tensor helpers: sums over each sample's rows, the dtype that gradients accumulate in, whether Triton kernels are used."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -11,7 +11,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def on_triton(t: Tensor) -> bool:
-    """Tell whether Triton kernels compute for t; PyTorch does on a CPU, and where Triton is missing."""
+    """Tell whether Triton kernels process t: Triton is installed, and t is on a GPU, not empty and of a KERNEL_DTYPES dtype."""
     return t.is_cuda and _has_triton() and t.dtype in KERNEL_DTYPES and t.numel() > 0
 
 
@@ -21,7 +21,7 @@ def _has_triton() -> bool:
 
 
 def waits(t: Tensor) -> bool:
-    """Tell whether Python would wait for a device that still computes t, if it read a number of it."""
+    """Tell whether reading a number of t may make Python wait for its device: on any device but the CPU."""
     return t.device.type != "cpu"
 
 
@@ -46,6 +46,6 @@ def channel_sum(t: Tensor, samples: int) -> Tensor:
 
 
 def lay_out_taps(grads: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Bring gradients [n, O prod(kernel), C], their taps reversed as `gather_taps` has them, to [n, O, C, *kernel]."""
+    """Rearrange gradients [n, O prod(kernel), C], with taps in the reversed order of `gather_taps`, to [n, O, C, *kernel]."""
     taps_dims = range(2, 2 + len(kernel))
     return grads.unflatten(1, (-1, *kernel)).flip(*taps_dims).movedim(-1, 2)

@@ -1,6 +1,7 @@
-"""How the samples pass through each kind of operation between a model's outputs and a loss: the flow's transfer functions.
+"""The transfer functions of the sample flow: how samples pass through each kind of operation between model outputs and loss.
 
-Each finds the state of an operation's output from inputs whose numbers each belong to one sample (`Rows`), or refuses it.
+Each function finds the state of an operation's output from inputs in which each number belongs to one sample (`Rows`), or
+refuses the operation.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ SUMMING = ("Mean", "Sum")
 
 
 def pointwise(flow: "SampleFlow", op: Operation[Rows]) -> State:
-    """Find the state of an operation that treats each number apart, or of a criterion that does and may reduce."""
+    """Find the state of an operation that treats each number separately, or of a criterion that does and may then reduce."""
     return _criterion(flow, op) if getattr(op.node, "_saved_reduction", NONE) != NONE else _align(flow, op)
 
 
@@ -63,7 +64,7 @@ def _criterion(flow: "SampleFlow", op: Operation[Rows]) -> State:
 
 
 def _is_normalised_by_targets(op: Operation[Rows]) -> bool:
-    """Tell whether a mean divides by something else than as many targets of each sample: nll_loss, below cross_entropy, may."""
+    """Tell whether a mean divides by anything but equally many targets of each sample, as nll_loss (in cross_entropy) may."""
     node = op.node
     weight = getattr(node, "_saved_weight", None) if hasattr(node, "_saved_total_weight") else None
     if weight is not None and (weight != weight[0]).any():
@@ -73,7 +74,7 @@ def _is_normalised_by_targets(op: Operation[Rows]) -> bool:
         return False
     rows, left_out = op.inputs[0].state, node._saved_target == signed(ignored)
     by_entry = left_out.reshape(rows.outer, rows.entries, -1).sum((0, 2))
-    # equally many for each sample, as where all sequences are shifted by one, leave a public divisor
+    # if equally many are ignored for each sample, as in sequences that are shifted by one, the divisor is public
     return bool((by_entry != by_entry[0]).any())
 
 
@@ -115,11 +116,11 @@ def _along(flow: "SampleFlow", op: Operation[Rows]) -> State:
 
 def _dims_along(op: Operation[Rows], shape: Size) -> set[int]:
     count = len(shape)
-    if op.kind == "ConstantPadNd":  # padded and cut, a batch may keep its size
+    if op.kind == "ConstantPadNd":  # a batch may be padded at one end and cut at the other, and keep its size
         pad = op.node._saved_pad
         return {d for d in range(count) if any(pad[2 * (count - 1 - d) : 2 * (count - d)])}
     dims = dims_of(op.node, count)
-    return set(range(count)) - dims if op.kind == "Renorm" else dims  # which takes norms over all dimensions but one
+    return set(range(count)) - dims if op.kind == "Renorm" else dims  # Renorm takes norms over all dimensions but one
 
 
 def _repeat(flow: "SampleFlow", op: Operation[Rows]) -> State:
@@ -214,7 +215,7 @@ def _ctc(flow: "SampleFlow", op: Operation[Rows]) -> State:
 
 
 def _index(flow: "SampleFlow", op: Operation[Rows]) -> State:
-    """Find the rows of x[indices], some of which may be tensors: each sample finds its own row, or rows are lent."""
+    """Find the rows of x[indices]: each sample picks from its own rows, or the picked rows are marked as lent."""
     (given,) = op.inputs
     state, batch = given.state, given.state.dims(given.shape)
     indices, first, places = _read_indexing(op, given.shape)
@@ -235,7 +236,7 @@ def _index(flow: "SampleFlow", op: Operation[Rows]) -> State:
 
 
 def put_back(flow: "SampleFlow", op: Operation) -> State:
-    """Find the state after x[index] = values, or += values, which must put lent rows or constants into their own rows."""
+    """Find the state after x[index] = values, or += values, which must put lent rows back into their own samples' rows."""
     base, values = ([given for given in op.inputs if (given.index == 0) == first] for first in (True, False))
     if any(not isinstance(given.state, Rows) for given in op.inputs):
         return flow.linear(op)
@@ -258,7 +259,7 @@ def put_back(flow: "SampleFlow", op: Operation) -> State:
 def _read_indexing(op: Operation, shape: Size) -> Indexing:
     try:
         return indexing(op.node, shape)
-    except Exception as error:  # raised by whatever packed the indices: checkpointing, hooks
+    except Exception as error:  # of any type, from whatever packed the indices: checkpointing, hooks
         op.refuse_unseen(f"can't be read ({error}): leave the criterion out of torch.utils.checkpoint")
 
 

@@ -1,4 +1,4 @@
-"""The trial of an operation whose kind says nothing of the samples: its own backward is run, and must keep any two apart."""
+"""The trial of an operation of a kind that is not known: its own backward is run, and must keep any two samples apart."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fastloda.per_sample.states import Operation, Rows
 
 
 def try_out(op: Operation[Rows], samples: int) -> Rows:
-    """Find the rows of an operation's output by backward passes from some samples' numbers alone.
+    """Find the state of an operation's output by backward passes from some samples' numbers alone.
 
     Raises:
         PrivacyError: samples mix, or the operation can't be tried.
@@ -35,7 +35,7 @@ def try_out(op: Operation[Rows], samples: int) -> Rows:
 
 
 def _layouts(op: Operation[Rows]) -> list[Rows]:
-    """List where the samples may lie in the output: in the dimension they have in an input, counted from either end."""
+    """List where the samples may lie in the output: in the dimension that they have in an input, counted from either end."""
     if len({given.state.owners for given in op.inputs}) > 1:
         return []
     count = len(op.shape)
@@ -51,7 +51,7 @@ def _layouts(op: Operation[Rows]) -> list[Rows]:
 
 
 def _parting_layout(op: Operation[Rows], layouts: Sequence[Rows], samples: int) -> Rows | None:
-    """Find the first layout by which backward keeps samples apart, also for very large or small gradients, which some clip."""
+    """Find the first layout by which backward keeps samples apart, also for huge and tiny gradients, which it may clip."""
     metadata = op.node._input_metadata[op.number]
     gy = torch.randn(op.shape, generator=torch.Generator().manual_seed(0)).to(metadata.device, metadata.dtype)
     extreme = 2.0 ** (math.log2(torch.finfo(gy.dtype).max) // 4)
@@ -76,7 +76,7 @@ def _gradients(op: Operation[Rows], gy: Tensor) -> Sequence[Tensor | None]:
 
 
 def _is_apart(alone: Tensor | None, beside: Tensor | None, chosen: Tensor) -> bool:
-    """Tell whether the gradient `alone`, of the chosen samples, is zero elsewhere, and on them equal to `beside`, of all."""
+    """Tell whether `alone`, the chosen samples' gradient, is zero elsewhere and on them equal to `beside`, that of all."""
     if alone is None or beside is None:
         return alone is beside
     chosen = chosen.to(alone.device)

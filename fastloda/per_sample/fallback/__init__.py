@@ -1,1 +1,1 @@
-"""Exact but slower ways to per-sample gradients, for layers without a rule, and rules of a user's own."""
+"""Per-sample gradients of layers without a rule, exact but slower, and the registration of a user's own rules."""

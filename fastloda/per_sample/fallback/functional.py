@@ -1,7 +1,7 @@
 """Exact per-sample gradients of any layer through `torch.func`: one forward and backward of it for each row, vectorised.
 
 This is slower than a rule, and stores all per-row gradients. `cover(model)` installs it on the layers whose operations have no
-rule, and lets the forward pass mark what is made of parameters alone, which needs no rule (`composites.py`).
+rule. It also lets the forward pass mark values that are computed from parameters alone, which need no rule (`composites.py`).
 """
 
 import functools
@@ -41,10 +41,10 @@ KNOWN: set[type[nn.Module]] = {nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.
 KNOWN |= {nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 KNOWN |= {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PReLU, nn.MultiheadAttention, nn.EmbeddingBag}
 KNOWN |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}  # always have rules
-WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that whole"
+WHOLE = "If a module around it takes one row for each sample, cover(model, [its name]) takes that module as a whole"
 HOLDERS = (nn.ParameterList, nn.ParameterDict)  # never called: what they hold belongs to the layer around them
 
-# Layers that need nothing from here, with the names of the parameters that trained when that was found out.
+# Layers that were found to need nothing from this module, with the names of the parameters that trained at that time.
 _left_alone: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
 
 
@@ -59,38 +59,40 @@ class Covered:
         return [name for name, layer in self._chosen.items() if isinstance(_installed(layer), FunctionalRule)]
 
     def remove(self) -> None:
-        """Give the layers back their own forward."""
+        """Restore the layers' own forward."""
         for layer in self._chosen.values():
             if _installed(layer):
                 del layer.forward
 
 
 def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
-    """Give layers without a per-sample rule an exact one through torch.func. Call it before the forward pass; again is harmless.
+    """Give layers without a per-sample rule an exact one through torch.func. Call it before the forward pass.
 
     >>> fastloda.cover(model)
     >>> fastloda.ghost_dp_step(losses(model(x)), model, optimizer, ...)
 
     The first call of each unknown layer with trainable parameters of its own is examined. If its operations have rules, the
     layer is left alone from then on. Otherwise a warning names it once, and its own parameters (and those of its
-    parametrizations and lists) get per-row gradients by vmap over one forward and backward of a row, or row after row where
-    vmap can't. Parameters of layers inside it keep their rules. Without a private step it trains as before, at the cost of one
-    more forward pass. nn.RNN, nn.LSTM and nn.GRU run without their fused kernels instead, as linear maps, which have rules; with
-    packed sequences they go row after row.
+    parametrizations and lists) get per-row gradients by vmap over one forward and backward of a row, or by a loop over the rows
+    where vmap fails. Parameters of layers inside it keep their rules. Without a private step the layer trains as before, at the
+    cost of one more forward and backward pass. nn.RNN, nn.LSTM and nn.GRU run without their fused kernels instead, as linear
+    maps, which have rules; with packed sequences they are computed row by row. To call `cover` again does no harm.
 
-    The first forward pass of the model is watched. What it makes of parameters and constants alone is treated as a parameter
-    by the rules. Where an operation still has no rule, or sees other rows than the samples' (experts, windows), the smallest
-    module around it that has one row for each sample is taken through torch.func whole, with a warning by name.
+    The first forward pass of the model is watched. What it computes from parameters and constants alone is treated as a
+    parameter by the rules. Where an operation still has no rule, or reads rows that are not the samples' (experts, windows),
+    the smallest module around it that has one row for each sample goes through torch.func as a whole, with a warning that names
+    the module.
 
-    Guarantees: the gradients are exact, or the step refuses by name before anything changes. In every step the layer is
-    computed once more, row by row, and must give the same outputs; and at first, and for larger batches, the rows' gradients
-    must sum to autograd's, and no output of a row may depend on another row. So layers that mix samples, draw random numbers,
-    change a state, or branch on the batch are refused, and so are inputs whose batch is not the first dimension.
+    Guarantees: the gradients are exact, or the step is refused by name before anything changes. In every step the layer is
+    computed once more, row by row, and must give the same outputs. In the first step, and when the batch has more than twice as
+    many rows as were checked, the rows' gradients must also sum to autograd's, and a row's outputs must depend on that row
+    alone. So layers that mix samples, draw random numbers, change a state, or branch on the batch are refused, and so are
+    inputs whose batch is not the first dimension.
 
     Args:
         model: the model that the private step trains.
-        layers: names of the layers to take through torch.func in any case, whole: with the parameters of all layers inside them.
-            Default: the layers that need it.
+        layers: names of layers that go through torch.func in any case, each as a whole, with the parameters of all layers
+            inside it. Default: the layers that need it.
 
     Raises:
         ValueError: no layer has the name, or none of its parameters trains.
@@ -106,7 +108,7 @@ def cover(model: nn.Module, layers: Iterable[str] | None = None) -> Covered:
 
 
 def cover_modules(modules: Mapping[str, nn.Module], names: Iterable[str]) -> Covered:
-    """Cover the layers that need it among a model's modules, by name ("" is the model); names: its trainable parameters."""
+    """Cover those of a model's `modules` that need it; names: the model's trainable parameters. The module "" is the model."""
     watch_convolutions(modules.values())
     chosen = {name: layer for name, layer in modules.items() if _may_need_it(name, layer)}
     for name, layer in chosen.items():
@@ -129,7 +131,7 @@ def own_parameters(layer: nn.Module) -> tuple[str, ...]:
 
 
 class NotByRow(PrivacyError):
-    """The error of a layer call that takes or gives no rows."""
+    """The error of a layer call that can't be run for one row alone, or whose outputs lack one dimension for the batch."""
 
     def __init__(self, message: str, call: LayerCall):
         super().__init__(message)
@@ -138,7 +140,7 @@ class NotByRow(PrivacyError):
 
 @dataclass
 class FunctionalRule:
-    """The rule that takes per-row gradients by vmap, or row after row where that fails; `cover` says what is checked."""
+    """The rule that computes per-row gradients by vmap, or by a loop where that fails; `cover` says what is checked."""
 
     name: str
     verified: int = 0  # the most rows for which the gradients were verified
@@ -159,7 +161,7 @@ class FunctionalRule:
         return grads
 
     def batch_dims(self, call: LayerCall) -> tuple[int, ...]:
-        """Find the batch dimension of each output: the one in which the outputs of two rows differ from those of one."""
+        """Find the batch dimension of each output: the one whose size is 1 for one row and 2 for two."""
         found = self.dims.get(len(call.outputs))
         if found is None:
             try:
@@ -214,7 +216,7 @@ class FunctionalRule:
         at_a_time = chunk_samples(sum(p.numel() for p in own.values()))
         by_row = torch.func.vmap(of_row, randomness="error", chunk_size=at_a_time)
         with warnings.catch_warnings():
-            # It is about speed, of which the layer's own warning speaks.
+            # PyTorch's warning says that this is slow, as the layer's own warning does.
             warnings.filterwarnings("ignore", message=".*batching rule.*")
             grads, outputs = by_row(_batched(call), [gy.movedim(dim, 0) for gy, dim in zip(gys, dims)])
         return grads, tuple(y.squeeze(dim + 1).movedim(0, dim) for y, dim in zip(outputs, dims))
@@ -254,7 +256,7 @@ class FunctionalRule:
 
 @dataclass
 class Undecided:
-    """The mark of a layer of which the first call decides: it is left alone, or goes through torch.func."""
+    """The mark of a layer whose first call decides whether it is left alone or goes through torch.func."""
 
     name: str
     looked_into: bool = False
@@ -262,9 +264,9 @@ class Undecided:
 
 @dataclass
 class Watched:
-    """The mark of a layer or model that may make values of its parameters alone, which `composites.py` marks in the graph.
+    """The mark of a layer or model that may compute values from its parameters alone, which `composites.py` marks in the graph.
 
-    A recurrent layer keeps it, for it runs without its fused kernels: PyTorch composes it of linear maps, which have rules.
+    A recurrent layer keeps this mark, with which it runs without its fused kernels: as linear maps, which have rules.
 
     looked_into: whether all uses of its parameters were examined.
     """
@@ -277,7 +279,7 @@ Mark = FunctionalRule | Undecided | Watched
 
 def _forward(layer: nn.Module, mark: Mark, names: tuple[str, ...], *args, **kwargs):
     own = [functools.reduce(getattr, name.split("."), layer) for name in names]
-    stood_in = any(not isinstance(p, nn.Parameter) for p in own)  # a layer around this one is taken whole
+    stood_in = any(not isinstance(p, nn.Parameter) for p in own)  # a layer around this one goes through torch.func
     if stood_in or not may_be_one() or not any(p.requires_grad for p in own):
         return type(layer).forward(layer, *args, **kwargs)
     outermost = not is_marking()
@@ -316,7 +318,7 @@ def _call(layer: nn.Module, mark: Mark, names: tuple[str, ...], args: tuple, kwa
 
 
 def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Use]:
-    """Find the uses of the layer's parameters that have no rule, by a trial call that leaves no trace."""
+    """Find the uses of the layer's parameters that have no rule, by a trial call; random number generators stay as they are."""
     args, kwargs = detached((args, kwargs))
     devices = {t.device for t in tensors((args, kwargs)) if t.is_cuda}
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not an outer checkpoint's hooks
@@ -327,10 +329,10 @@ def _lacking(layer: nn.Module, forward: Callable, names: tuple[str, ...], args: 
 
 
 def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any) -> Any:
-    """Take modules through torch.func whole where a layer inside has no rule or sees other rows than the samples'.
+    """Take modules through torch.func as a whole where a layer inside has no rule, or reads rows that are not the samples'.
 
     Each is the smallest module around such a layer that has one row for each sample; where there is none, nothing is changed.
-    Returns the model's result, computed again if a module was taken.
+    Returns the model's result, computed again if a module was tried.
     """
     modules, tried, hopeless = dict(model.named_modules()), {}, set()
     while lacking := [name for name in _without_rule(model, (args, kwargs), result, tried) if name not in hopeless]:
@@ -358,7 +360,7 @@ def _whole_where_needed(model: nn.Module, args: tuple, kwargs: dict, result: Any
 
 
 def _drop_inside(whole: nn.Module) -> None:
-    """Remove what is installed on the modules inside one that is taken whole, where it does nothing."""
+    """Remove what is installed on the modules inside `whole`, which goes through torch.func: there it has no effect."""
     for layer in whole.modules():
         if layer is not whole and _installed(layer):
             del layer.forward
@@ -367,7 +369,7 @@ def _drop_inside(whole: nn.Module) -> None:
 def _without_rule(model: nn.Module, given: Any, result: Any, tried: Mapping[str, Collection[str]]) -> list[str]:
     """List the parameters that enter operations without a rule, or with rows that can't be the samples'.
 
-    tried: parameter -> the modules that were taken whole for it; it is listed again if such a module has no rows.
+    tried: parameter -> the modules that were tried for it as a whole; it is listed again if such a module has no rows.
     """
     outputs = [t for t in tensors(result) if differentiable(t) and t.grad_fn is not None]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -389,7 +391,7 @@ def _has_rows(use: Use, rows: Collection[int]) -> bool:
     """Tell whether the operation's output may have rows of the samples; rows: the possible numbers of them.
 
     Raises:
-        NotByRow: the operation is a layer that takes or gives no rows.
+        NotByRow: the operation is the call of a layer that can't be run row by row.
     """
     if use.node.name() == LAYER_CALL:
         use.node.call.outer_blocks()
@@ -415,7 +417,7 @@ def _compose(layer: nn.RNNBase, *args, **kwargs):
 
 
 def _call_packed(layer: nn.RNNBase, names: tuple[str, ...], input: PackedSequence, hx=None):
-    """Call a recurrent layer on packed sequences, whose rows are positions of many samples, as one on padded sequences by row."""
+    """Call a recurrent layer on packed sequences by way of padded ones: only in these is each row one sample's."""
     padded, lengths = pad_packed_sequence(input, batch_first=True)
     rule = FunctionalRule(type(layer).__name__, vectorised=False)
     args = (padded, lengths, _swap(hx))
@@ -433,14 +435,14 @@ def _run_padded(layer: nn.RNNBase, padded: Tensor, lengths: Tensor, hx):
 
 
 def _swap(hidden):
-    """Swap hidden states [layers, batch, width] and [batch, layers, width], one or LSTM's two."""
+    """Swap the first two dimensions of hidden states [layers, batch, width] or [batch, layers, width], one or LSTM's two."""
     return tree_map(lambda t: t.transpose(0, 1) if isinstance(t, Tensor) else t, hidden)
 
 
 def _install(layer: nn.Module, mark: Mark, names: tuple[str, ...]) -> None:
-    """Set the layer's forward by an attribute of its own, which copies and pickles take along, in place of its class's method."""
+    """Override the class's forward by an attribute of the layer, which copies and pickles include."""
     forward = functools.partial(_forward, layer, mark, names)
-    # it tells its arguments' names, for which transformers' Trainer asks
+    # by which `inspect.signature` finds the arguments' names, as transformers' Trainer needs
     vars(forward)["__wrapped__"] = type(layer).forward
     layer.forward = forward
 
@@ -459,7 +461,7 @@ def _may_need_it(name: str, layer: nn.Module) -> bool:
 
 
 def _is_free(layer: nn.Module) -> bool:
-    """Tell whether we may give the layer a forward: it is unknown, not scripted, and has none of its own."""
+    """Tell whether the layer's forward may be overridden: its class is not known, and it is not scripted or overridden yet."""
     if isinstance(layer, torch.jit.ScriptModule):  # scripted or traced: its forward pass is not Python's
         return False
     kind = type(layer)

@@ -1,11 +1,12 @@
-"""A layer call as one operation of the graph, which hands a private step the per-sample gradients of the layer's parameters.
+"""A layer call as one operation of the graph, which gives a private step the per-sample gradients of the layer's parameters.
 
-While the layer runs, detached copies take the place of its own parameters, so that no operation inside uses these and the graph
-of its inputs is PyTorch's own. `LayerCallFunction` then takes the outputs and the parameters, and a rule makes the gradients:
+While the layer runs, detached tensors take the place of its own parameters. So no operation inside uses the parameters, and the
+graph from the layer's inputs to its outputs is PyTorch's own. `LayerCallFunction` then takes the outputs and the parameters,
+and a rule makes the gradients:
 
     rule.row_grads(call, gradients of the outputs) -> {name: per-row gradients [rows, *parameter.shape]}
 
-Without a private step the layer trains as ever: its parameters' gradients come from one more forward and backward of it.
+Without a private step the layer trains as usual: its parameters' gradients come from one more forward and backward pass of it.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -52,12 +53,12 @@ class LayerCall:
         return f"layer {type(self.layer).__name__}"
 
     def recipes(self, gys: list[Tensor]) -> dict[int, Recipe]:
-        """Make the recipes by the numbers of LayerCallFunction's inputs, from the gradients gys of the outputs."""
+        """Make each parameter's recipe, by its number among LayerCallFunction's inputs, from the outputs' gradients gys."""
         grads = self.rule.row_grads(self, gys)
         return {len(self.outputs) + i: of_rows(grads[name]) for i, name in enumerate(self.names)}
 
     def batch_first(self, gys: list[Tensor]) -> Tensor:
-        """Join the gradients of all outputs to [rows, numbers of a row], as the probe compares them."""
+        """Join the gradients of all outputs to [rows, numbers of a row], the form that the probe of `refusals.py` compares."""
         rows = [gy.movedim(dim, 0) for gy, dim in zip(gys, self.rule.batch_dims(self))]
         return torch.cat([gy.reshape(len(gy), -1) for gy in rows], 1)
 
@@ -66,14 +67,14 @@ class LayerCall:
         return [prod(y.shape[:dim]) for y, dim in zip(self.outputs, self.rule.batch_dims(self))]
 
     def run(self, own: Mapping[str, Tensor], args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
-        """Call the layer with other parameters `own` and inputs, and return its differentiable outputs."""
+        """Call the layer on args and kwargs with `own` in place of its parameters, and return its differentiable outputs."""
         device, dtype = self.autocast
         with torch.autocast(device, dtype, enabled=dtype is not None), _stood_in_for(self.layer, own):
             leaves = tensors(self.forward(self.layer, *args, **kwargs))
         return tuple(leaf for leaf in leaves if differentiable(leaf))
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Compute the relative difference that another order of the same operations may make."""
+        """Compute the relative difference between outputs that another order of the same operations may cause."""
         kinds = (dtype, self.autocast[1] or dtype, torch.float32)  # a layer of a float64 model may cast to float32
         coarsest = max(torch.finfo(t).eps for t in kinds)
         return min(0.1, 256 * coarsest)
@@ -96,7 +97,7 @@ class LayerCall:
 
 
 class LayerCallFunction(torch.autograd.Function):
-    """The identity of a call's outputs; in backward `receiver` gets their gradients and a function that makes the recipes."""
+    """The identity on a call's outputs. In backward a `receiver` gets their gradients and a function that makes the recipes."""
 
     keeps_rows = True
 
@@ -121,7 +122,7 @@ class LayerCallFunction(torch.autograd.Function):
 def call_as_one(
     layer: nn.Module, forward: Callable, rule: RowRule, names: Sequence[str], args: tuple, kwargs: dict
 ) -> Any:
-    """Call forward(layer, *args, **kwargs) as one operation, in which `rule` makes the gradients of the parameters `names`."""
+    """Call forward(layer, *args, **kwargs) as one operation, for which `rule` makes the gradients of the parameters `names`."""
     names = tuple(name for name in names if layer.get_parameter(name).requires_grad)
     parameters = [layer.get_parameter(name) for name in names]
     with _stood_in_for(layer, {name: p.detach() for name, p in zip(names, parameters)}):
@@ -143,7 +144,7 @@ def call_as_one(
 
 @contextmanager
 def _stood_in_for(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Generator[None]:
-    """Put other tensors in every place of the layer that holds one of the named parameters: ties stay ties."""
+    """Put the named `tensors` in place of the layer's parameters, in every module that holds them, so that ties stay ties."""
     instead = {id(layer.get_parameter(name)): t for name, t in tensors.items()}
     holders: list[dict[str, Any]] = [module._parameters for module in layer.modules()]
     places = [(holder, key, p) for holder in holders for key, p in holder.items() if id(p) in instead]
@@ -188,7 +189,7 @@ def _ordinary(call: LayerCall, parameters: tuple[Tensor, ...], gys: list[Tensor]
 
 
 def grads_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of inputs from those of the outputs, of which some may need none; None where no output depends."""
+    """Compute the gradients of inputs from gys, the outputs' gradients; None for an input that no output depends on."""
     used = [(y, gy) for y, gy in zip(outputs, gys) if y.requires_grad]
     if not used:
         return (None,) * len(inputs)

@@ -1,4 +1,4 @@
-"""Per-sample rules for layers and operations of one's own, and a check that a rule is right."""
+"""The registration of a user's own per-sample rules for layers and operations, and a check that a rule is right."""
 
 import copy
 import functools
@@ -39,15 +39,15 @@ def register_rule(target: type) -> Callable[[Callable], Callable]:
 
     inputs are the arguments of `forward` in the order of its signature, detached; grad_output is the gradient of the output, or a
     tuple of gradients if forward returns several tensors. The rule runs in backward, without gradients. It covers every instance,
-    from now on, but not subclasses with a forward of their own. Layers inside the layer keep their own rules. The batch is the
+    from now on, but no subclass with a forward of its own. Layers inside the layer keep their own rules. The batch is the
     first dimension of every output.
 
     For an autograd.Function, `rule(ctx, grad_output) -> {number: gradients}` computes the gradients of the inputs that may be
     parameters, numbered among the arguments that are tensors; ctx is the one of backward, with its `saved_tensors`.
 
-    A rule is trusted: the gradients it returns are clipped and summed. Whatever it does, a sample contributes at most
-    max_grad_norm as long as the gradient of each row depends on that row alone. `check_rule` compares it with one backward pass
-    per sample.
+    A rule is trusted: the gradients that it returns are clipped and summed. Even if they are wrong, a sample contributes at
+    most max_grad_norm as long as the gradient of each row depends on that row alone. `check_rule` compares a rule with one
+    backward pass per sample.
 
     Raises:
         TypeError: target is neither an nn.Module class nor an autograd.Function.
@@ -62,13 +62,13 @@ def register_rule(target: type) -> Callable[[Callable], Callable]:
 def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
     """Compare a layer's (or model's) per-sample gradients with one backward pass per sample, in float64.
 
-    inputs: the layer's arguments; tensors with as many rows as the first one have one row for each sample, at least two.
+    inputs: the layer's arguments. Tensors with as many rows as the first tensor have one row for each sample, at least two.
 
     Returns:
         {parameter: largest error of a sample's gradient, relative to the largest gradient of that parameter}
 
     Raises:
-        ValueError: an error is above 1e-9; the message names the worst parameter. Or inputs has fewer than two rows.
+        ValueError: an error is above 1e-9 (the message names the worst parameter), or inputs has fewer than two rows.
         PrivacyError: a private step would refuse the layer: a parameter has no rule, or samples mix.
     """
     layer = copy.deepcopy(layer).double()
@@ -100,7 +100,7 @@ def check_rule(layer: nn.Module, *inputs) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class UserRule:
-    """The adapter that lets `layer_call.py` call a user's rule of a layer."""
+    """The adapter through which `layer_call.py` calls a user's rule of a layer."""
 
     rule: LayerRule
     signature: inspect.Signature

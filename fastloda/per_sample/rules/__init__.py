@@ -1,9 +1,9 @@
 """Exact per-sample gradient rules, one for each operation of the autograd graph that may use a trainable parameter.
 
 A rule takes a `Call` of the operation, with its node (saved tensors) and grad_output, and returns a `Recipe` for each input that
-is a parameter, in the shape in which it enters. It may raise `PrivacyError` for a form of the operation that it does not cover.
-Uses by any other operation, as another input, or for which `refuses` is true, are refused before backward runs. A node that
-hands over its recipes itself, by a `receiver` (a LoDA layer, a layer with a rule of its own), needs no function here.
+is a parameter, in the shape in which the parameter enters. It may raise `PrivacyError` for a form of the operation that it does
+not cover. Uses by any other operation, as another input, or for which `refuses` is true, are refused before backward runs. A
+node that passes its recipes to a `receiver` itself (a LoDA layer, a layer with a rule of its own) needs no function here.
 """
 
 from collections.abc import Callable, Collection
@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     """The rule of one operation.
 
     Attributes:
-        recipes: a function that makes {number of the input: Recipe} from a Call; None if the node hands its recipes over.
+        recipes: a function that makes {number of the input: Recipe} from a Call; None if the node passes them to a receiver.
         inputs: the numbers of the inputs that may be parameters.
         refuses: (node, shape of the parameter, outer) -> whether this use is not covered.
     """
@@ -77,7 +77,7 @@ RULES = {
     "TrilinearBackward0": Rule(bilinear, (1,)),
     "WhereBackward0": Rule(where, (0, 1), varies_along_batch),
 }
-FUNCTION_RULES: dict[type, Rule] = {}  # autograd.Function -> its rule; names of these need not be unique
+FUNCTION_RULES: dict[type, Rule] = {}  # autograd.Function -> its rule; by class, as their names need not be unique
 
 
 def rule_of(node: Node) -> Rule | None:
@@ -86,7 +86,7 @@ def rule_of(node: Node) -> Rule | None:
 
 
 def recipes_of(node: Node) -> Recipes | None:
-    """Find the function that makes the recipes of an operation; None if the node hands them over.
+    """Find the function that makes the recipes of an operation; None if the node passes them to a receiver.
 
     Raises:
         PrivacyError: the operation has no rule.

@@ -1,7 +1,7 @@
 """Rules for a parameter that is combined with features and broadcast along the batch: biases, scales, position tables, slopes.
 
-Its gradient is grad_output times the factor by which the operation multiplies it, summed over all dimensions that it was
-broadcast along. A parameter with entries of its own for each row of the batch has no gradient per sample.
+Its gradient is grad_output times the factor by which the operation multiplies the parameter, summed over all dimensions along
+which the parameter was broadcast. A parameter with separate entries for each row of the batch has no rule.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ Product = tuple[float, Callable[..., Tensor] | None, *tuple[Tensor, ...]]
 
 
 def _rule(product: Callable[[Node, int], Product]) -> Callable[[Call], dict[int, Recipe]]:
-    """Make the rule of an operation.
+    """Make the rule of an operation from the gradients of its inputs before they are summed.
 
-    product: (node, number of the input) -> (scale, function, *tensors): the gradient of that input before it is summed is
-        scale * function(gy, *tensors), or scale * gy without tensors.
+    product: (node, number of the input) -> (scale, function, *tensors). The gradient of that input is
+        scale * function(gy, *tensors), or scale * gy if function is None.
     """
     return lambda call: {index: _recipe(call, shape, *product(call.node, index)) for index, shape in _of(call)}
 
@@ -54,11 +54,11 @@ masked_fill = _rule(lambda node, _: (1, torch.mul, ~node._saved_mask))  # a, or 
 
 
 def varies_along_batch(node: Node, shape: Size, outer: int) -> bool:
-    """Tell whether a parameter that enters in `shape` may have entries of its own for each row, or there are no rows at all."""
+    """Tell whether a parameter of `shape` may have separate entries for each row of the batch, or the output has no rows."""
     rows = output_shape(node)
     if not rows:
         return True
-    if not outer or rows[0] == 1:  # a batch of one; or the batch may lie in a later dimension, which the rule checks
+    if not outer or rows[0] == 1:  # a batch of one; or the batch may lie in a later dimension, as the rule checks
         return False
     full = (1,) * (len(rows) - len(shape)) + tuple(shape)
     places = [dim for dim in range(len(rows)) if prod(rows[:dim]) == outer] or [locate(rows, outer)[0]]
@@ -76,7 +76,7 @@ def _of(call: Call) -> list[tuple[int, Size]]:
     """List (number of the input, shape) of the parameters that enter.
 
     Raises:
-        PrivacyError: a parameter has entries of its own for each row of the batch.
+        PrivacyError: a parameter has separate entries for each row of the batch.
     """
     if call.samples > 1:
         dim, _ = call.place

@@ -10,7 +10,7 @@ from fastloda.per_sample.node import Node
 
 
 class Call(NamedTuple):
-    """The call of an operation: its node, the gradient of its output, and the place of the batch in that."""
+    """The call of an operation: its node, the gradient gy of its output, and the place of the batch in gy."""
 
     node: Node  # with the saved tensors
     gy: Tensor
@@ -24,12 +24,12 @@ class Call(NamedTuple):
         return locate(self.gy.shape, self.outer)
 
     def first(self, t: Tensor) -> Tensor:
-        """Bring the batch of t, which has the leading dimensions of gy, first: [rows, ...]."""
+        """Bring the batch of t to the front: [rows, ...]; t has the leading dimensions of gy."""
         dim, blocks = self.place
         return t if self.samples == 1 or (dim, blocks) == (0, 1) else batch_apart(t, dim, blocks)
 
     def apart(self, t: Tensor) -> Tensor:
-        """Split the batch of t off: [rows, *t.shape], where the batch's old dimension keeps the blocks before it, mostly 1.
+        """Split off the batch of t, placed as in gy: [rows, *t.shape]; its old dimension keeps the blocks before it, mostly 1.
 
         A batch of one sample owns all of t, wherever its batch dimension is.
         """

@@ -1,7 +1,8 @@
-"""The rule of convolutions, also transposed, of one, two and three dimensions, grouped or not, with zero padding.
+"""The rule of convolutions with zero padding, ordinary or transposed, of one, two and three dimensions, grouped or not.
 
-On the CPU a large sample's gradient comes from PyTorch's own kernel, one sample at a time. Small samples, for which a call is
-dear, and all on a GPU without Triton, get theirs by one product of output gradients with patches of the input.
+On the CPU the gradients of large samples come from PyTorch's own kernel, one call for each sample. Those of small samples, for
+which a call is expensive, and of all samples on a GPU where no Triton kernel applies, come from one product of output gradients
+with patches of the input.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def convolution(call: Call) -> dict[int, Recipe]:
 def _weight(x: Tensor, gy: Tensor, shape: Size, node: Node) -> Recipe:
     kernel, groups = tuple(shape[2:]), node._saved_groups
     saved = (node._saved_stride, node._saved_padding, node._saved_dilation)
-    spread = (values * len(kernel) if len(values) == 1 else values for values in saved)  # "valid" saves one
+    spread = (values * len(kernel) if len(values) == 1 else values for values in saved)  # padding="valid" saves one
     geometry = (kernel, *map(tuple, spread))
     if calls_for_each_sample(x, kernel, prod(gy.shape[2:])):
         grad, lay_out = _by_pytorch(shape, node), as_it_is
@@ -63,7 +64,7 @@ def _by_pytorch(shape: Size, node: Node) -> PerSampleGradient:
     def weight_grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
         """Call the convolution's backward for each sample: [samples, *shape]."""
         dtype = sound_dtype(accumulable(x).dtype, x.device, stride, dilation)
-        weight = x.new_empty(shape, dtype=dtype)  # asked for its shape alone
+        weight = x.new_empty(shape, dtype=dtype)  # only its shape is read
         grads = x.new_empty(samples, *shape, dtype=dtype)
         of_samples = (t.to(dtype).split(max(1, len(t) // max(1, samples))) for t in (x, gy))
         for grad, *pair in zip(grads, *of_samples):

@@ -28,7 +28,7 @@ def embedding(call: Call) -> dict[int, Recipe]:
 
 
 def embedding_bag(call: Call) -> dict[int, Recipe]:
-    """Make the recipe of embedding_bag(weight [V, D], bags of indices): input 0 weight; each row of gy [bags, D] is a bag's."""
+    """Make the recipe of embedding_bag(weight [V, D], bags of indices): input 0 weight; gy [bags, D] has a row for each bag."""
     node, gy = call.node, call.gy
     _refuse_counts(node)
     entries = node._saved_weight_sym_argsize_0
@@ -45,7 +45,7 @@ def embedding_bag(call: Call) -> dict[int, Recipe]:
 
 
 def _bags(node, bags: int) -> tuple[Tensor, Tensor]:
-    """Lay out indices and the weights with which they count, both [bags, longest bag]; padding weighs 0."""
+    """Pad the indices, and the weights with which they count, to [bags, longest bag]; padding has weight 0."""
     flat, starts = node._saved_indices, node._saved_offsets[:bags]
     lengths = torch.diff(starts, append=starts.new_tensor([len(flat)]))
     places = torch.arange(int(lengths.max()) if bags else 0, device=flat.device)
@@ -62,7 +62,7 @@ def _bags(node, bags: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(gy: Tensor, largest: Tensor, sizes: Tensor, entries: int) -> Recipe:
-    """Make the recipe for mode "max"; largest [bags, D]: the index of the row that each output came from; sizes [bags]."""
+    """Make the recipe for mode "max"; largest [bags, D]: the table row that each output came from; sizes [bags] of the bags."""
 
     def weight_grad(gy: Tensor, largest: Tensor, sizes: Tensor, samples: int) -> Tensor:
         rows = sample_rows(gy, samples) * (sizes > 0).reshape(samples, -1, 1)
@@ -72,7 +72,7 @@ def _largest(gy: Tensor, largest: Tensor, sizes: Tensor, entries: int) -> Recipe
 
 
 def _scatter(rows: Tensor, indices: Tensor, entries: int) -> Tensor:
-    """Add each number of rows [samples, T, D] to the table's row in indices, of the same shape: [samples, entries, D]."""
+    """Add each number of rows [samples, T, D] to the table row that indices, of the same shape, name: [samples, entries, D]."""
     return rows.new_zeros(len(rows), entries, rows.shape[-1]).scatter_add_(1, indices, rows)
 
 

@@ -15,7 +15,7 @@ from fastloda.per_sample.tensors import accumulable
 
 
 def makes_no_copy(node: Node, shape: Size, outer: int) -> bool:
-    """Tell whether the output has no more entries than the parameter, in a batch of several: it is then only re-laid."""
+    """Tell whether, in a batch of several, the output has no more entries than the parameter: then the batch gets no copies."""
     return bool(outer) and output_shape(node).numel() == shape.numel()
 
 

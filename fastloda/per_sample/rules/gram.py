@@ -1,15 +1,16 @@
 """The Gram (ghost) norm of a linear map, |g|^2 = sum_ts <x_t, x_s> <g_t, g_s> for g = sum_t g_t x_t^T, as an upper bound.
 
-The Gram's terms do not cancel where g's positions do, so that in bf16 or float32 its rounding may hide a gradient many times
-the clipping norm. Here the Gram G and the clipped sum are both computed in float64, and their largest errors are added:
+Where a sample's positions cancel in g, the Gram's terms stay large and cancel only in their sum. In bf16 or float32 the
+rounding of that sum may hide a gradient many times the clipping norm. Here the Gram G and the clipped sum are both computed in
+float64, and bounds of their rounding errors are added:
 
     |g|^2 <= G + k u S^2,     S = sum_t |x_t| |g_t|,   k = C + O + T^2 + 8 roundings,   u = 2^-53
     |fl(g)| <= |g| + (T + 4) u S
 
 (a sum of n products is off by at most n u / (1 - n u) times the sum of their magnitudes: Higham, Accuracy and Stability of
-Numerical Algorithms, section 3.1). With one position, T = 1, it is the square of a product of two norms. With several the bound
-is as good as exact, to k u S^2 / 2 |g|^2, about 1e-12 for 16 positions, unless they cancel to 1e-6 of their size: then the norm
-is larger than the gradient's, never smaller.
+Numerical Algorithms, section 3.1). With one position, T = 1, G is the square of a product of two norms. With several, the bound
+is as good as exact (its norm to a relative k u S^2 / (2 |g|^2), about 1e-12 for 16 positions), unless the positions cancel to
+1e-6 of their size: then it is larger than the gradient's norm, never smaller.
 """
 
 from math import prod
@@ -21,7 +22,7 @@ from fastloda.per_sample.planner import split_rows
 from fastloda.per_sample.recipe import Fused
 
 ROUNDING = 2.0**-53
-ALLOWED = 1e-6  # the part that is used here of the 1e-5 by which a norm may fall short of what is summed
+ALLOWED = 1e-6  # the part used here of the 1e-5 by which a norm may fall short of the norm of what is summed
 
 
 def gram(x: Tensor) -> Fused | None:

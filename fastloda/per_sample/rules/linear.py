@@ -1,4 +1,4 @@
-"""The rules of linear maps, y = x W^T + b over rows; a sample may have several rows, together or sequence first."""
+"""The rules of linear maps, y = x W^T + b over rows; a sample may have several rows, adjacent or (sequence first) apart."""
 
 from dataclasses import replace
 from math import prod
@@ -58,12 +58,12 @@ def bmm(call: Call) -> dict[int, Recipe]:
 
 
 def one_for_each_row(node: Node, shape: Size, outer: int) -> bool:
-    """Tell whether the batch lies in bmm's first dimension, along which a parameter has entries of its own."""
+    """Tell whether the batch lies in bmm's first dimension, so that a parameter has separate entries for each row."""
     return bool(outer) and locate(output_shape(node), outer)[0] == 0
 
 
 def bilinear(call: Call) -> dict[int, Recipe]:
-    """Make the recipe of nn.Bilinear, x1 W x2 for each output: input 1 W [O, C1, C2], x1 [rows, C1] and x2 [rows, C2]."""
+    """Make the recipe of nn.Bilinear, x1 W[o] x2 for output o: input 1 W [O, C1, C2], with x1 [rows, C1] and x2 [rows, C2]."""
     node = call.node
     form = tuple(map(tuple, (node._saved_expand1, node._saved_expand2, node._saved_expand3, node._saved_sumdim)))
     if form != ((1, 3), (0,), (1, 2), (2, 3)):
@@ -90,7 +90,7 @@ def bias_grad(gy: Tensor, samples: int) -> Tensor:
 
 def _of_groups(product, rows_dim: int):
     def grad(x: Tensor, gy: Tensor, samples: int) -> Tensor:
-        """Compute the product [samples, G, ...] of x and gy [rows, G, ...], summed over a sample's rows too."""
+        """Compute the product [samples, G, ...] of x and gy [rows, G, ...], also summed over each sample's rows."""
 
         def joined(t: Tensor) -> Tensor:
             t = accumulable(t).reshape(samples, -1, *t.shape[1:])

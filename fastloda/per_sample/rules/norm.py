@@ -1,4 +1,4 @@
-"""The rules of normalisations, for their scale and shift: normalised input times output gradient, summed per sample."""
+"""The rules of normalisations: for the scale, output gradient times normalised input; for the shift, the output gradient."""
 
 import torch
 from torch import Size, Tensor
@@ -24,7 +24,7 @@ def group_norm(call: Call) -> dict[int, Recipe]:
 
 
 def batch_norm(call: Call) -> dict[int, Recipe]:
-    """Make the recipes of native_batch_norm(x, weight, bias) by running statistics: inputs as in `group_norm`."""
+    """Make the recipes of native_batch_norm(x, weight, bias) with running statistics: inputs as in `group_norm`."""
     node, gy = call.node, call.gy
     if node._saved_training:
         raise PrivacyError("batch norm takes statistics over the batch: samples mix")
@@ -53,7 +53,7 @@ def layer_norm(call: Call) -> dict[int, Recipe]:
 
 
 def rms_norm(call: Call) -> dict[int, Recipe]:
-    """Make the recipe of _fused_rms_norm(x [N, ..., *shape], weight): input 1. Only GPUs use it; elsewhere `mul` is the rule."""
+    """Make the recipe of _fused_rms_norm(x [N, ..., *shape], weight): input 1. Only GPUs run it; elsewhere `mul` is used."""
     node = call.node
     shape = Size(node._saved_normalized_shape)
     leading = call.gy.shape[: call.gy.dim() - len(shape)]
