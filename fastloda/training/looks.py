@@ -50,7 +50,7 @@ class Looks:
         return False
 
     def look(self, read: list, chosen: Tensor) -> Tensor | None:
-        """Look at the units `read`, of indices `chosen`; return their losses, or None if these are not exactly the units that were looked at.
+        """Look at the units `read`, of indices `chosen`; return their losses, or None if other units than these were looked at.
 
         So that all looks of a run cost little, only close ones and those at steps 16, 256, 4096, ... compare gradients and
         places as well, and one that is not close takes a few of the units, unless shapes are fixed. A single unit is looked at
