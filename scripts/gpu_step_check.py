@@ -3,7 +3,7 @@
     python scripts/gpu_step_check.py [--device cpu]
 
 A step is right if its error is at most twice that of PyTorch itself, in the same dtype on the same device. The step as a CUDA
-graph must be right too. A run of `DPTrainer` with a graph must equal the run without one: the same batches and random numbers, and
+graph must be right too. A run of `DPTrainer` with a graph must equal the run without: the same batches and random numbers, and
 the same parameters except for rounding. On a CPU a tape of operations stands in for the graph.
 """
 

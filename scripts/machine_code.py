@@ -4,8 +4,8 @@
     python scripts/machine_code.py --write    put today's figures into docs/results/kernels.json
 
 No GPU is needed. Times come from a model: bytes at 4.3 TB/s, two instructions a cycle on each of 132 multiprocessors. The file
-lists each kernel with its figures and the requirements that it fails; these may only become fewer. Another version of Triton writes
-other code: then the figures are not compared, but no kernel may fail a requirement that the file does not list for it.
+lists each kernel with its figures and the requirements that it fails; these may only become fewer. Another version of Triton
+writes other code: then the figures are not compared, but no kernel may fail a requirement that the file does not list for it.
 """
 
 import argparse
