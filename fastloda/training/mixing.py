@@ -62,7 +62,7 @@ def evaluated(
 
 
 def is_due(step: int, secret: Secret) -> bool:
-    """Tell whether a look is due at `step`: at 1, 4, 16, 64, ..., and at a random one between any two, whatever the data."""
+    """Tell whether a look is due at `step`: at 1, 4, 16, 64, ..., and at a random step between each two, whatever the data."""
     power = 4 ** ((step.bit_length() - 1) // 2)
     drawn = secret.generator(f"look after {power}")
     return is_scheduled(step) or step == power + int(torch.randint(3 * power, (), generator=drawn))
@@ -220,7 +220,7 @@ def _last_factor(node: Node) -> float | None:
 
 
 class Signs:
-    """Signs that a batch may have been skipped or rescaled for one of its records, which shows in no other batch.
+    """The signs that a batch may have been skipped or rescaled for one of its records, which shows in no other batch.
 
     The signs are losses that are not all finite, losses that are all the same, and a loss twice as large as any looked at
     before. The first two count when they have come 1, 2, 4, 8, ... times. Records have a say only in whether a fault is found.

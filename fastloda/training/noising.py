@@ -1,4 +1,4 @@
-"""How an image turns into noise: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020)."""
+"""The noising of images in diffusion models: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020)."""
 
 from collections.abc import Callable
 

@@ -79,13 +79,13 @@ class Snapshots:
         }
 
     def state(self) -> dict[str, Any]:
-        """Collect everything from which `load` goes on; nothing, if no copies are kept."""
+        """Collect everything from which `load` continues; nothing, if no copies are kept."""
         if not self._count:
             return {}
         return {"step": self._step, "count": self._count, "averages": self._averages, "taken": self._taken}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Continue from what `state` returned.
 
         Raises:
             UserError: it is of another number of snapshots.

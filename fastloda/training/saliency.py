@@ -39,7 +39,7 @@ from fastloda.training.trainer import DPTrainer, Losses
 
 @dataclass(frozen=True)
 class Saliency:
-    """What a release says of the layers of a model.
+    """The result of `release_saliency`: how the records' gradients are spread over the layers.
 
     Attributes:
         shares: mapping from layer to its entry in the mean of the records' vectors, with noise.

@@ -19,7 +19,7 @@ FAR = 20  # factor from sample_rate x samples, either way, beyond which expected
 
 @dataclass(frozen=True)
 class PrivateTraining:
-    """Settings of a private run. All are public: none may be computed from the private records.
+    """The settings of a private run. All are public: none may be computed from the private records.
 
     A sample is a record; or, where `DPTrainer` is given owners, an owner with at most `per_owner` records.
 

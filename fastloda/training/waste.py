@@ -1,4 +1,4 @@
-"""A check that a run still gains anything: its parameters are finite, and so are some gradients."""
+"""The check that a run can still learn: its parameters are finite, and so are some gradients."""
 
 from collections.abc import Mapping
 
