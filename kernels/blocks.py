@@ -55,7 +55,7 @@ class Planes(NamedTuple):
 
 
 def planes(t: Tensor) -> Planes:
-    """Describe t [N, channels, H, W], or a copy if its positions lack one stride, which contiguous and channels_last t have."""
+    """Describe t [N, channels, H, W]; copy it first if its positions have no single stride (contiguous and channels_last do)."""
     height, width = t.shape[2:]
     if width > 1 and height > 1 and t.stride(2) != width * t.stride(3):
         t = t.contiguous()

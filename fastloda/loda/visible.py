@@ -97,8 +97,8 @@ def _taps(
 ) -> Tensor:
     """Gather the taps of g [N, OH, OW, r] in reversed order, as `per_sample.taps` does: [N, H, W, k^2 r].
 
-    g is put among zeros by indexing, which makes a compiler write that small tensor once. Padding it would not write, but test
-    for each number of each tap whether it lies beyond an edge.
+    g is put among zeros by indexing, which makes a compiler write that small tensor once. Padding would be
+    fused into the reads, with a test for each number of each tap whether it lies beyond an edge.
     """
     reaches = [d * (k - 1) for k, d in zip(kernel, dilation)]
     margins = [max(0, reach - p) for reach, p in zip(reaches, padding)]
