@@ -30,7 +30,7 @@ check: $(FOR_TESTS)
 	$(PYTHON) -m vulture
 	$(PYTHON) -m codespell_lib
 
-# Every Triton kernel, ahead of time and without a GPU, for three generations of cards, and what the machine code of one says.
+# Compiles every Triton kernel ahead of time, without a GPU, for three generations of cards, and checks the machine code for one of them.
 compile: $(FOR_TESTS)
 	$(PYTHON) scripts/compile_check.py
 	$(PYTHON) scripts/machine_code.py
@@ -48,7 +48,7 @@ wheels:
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform any \
 		$$(python3 scripts/gpu_check --list)
 
-# Both calls of scripts/gpu_check on a CPU, to the end: tiny sizes, the interpreter, a tape for the graph.
+# Both calls of scripts/gpu_check on a CPU: tiny sizes, Triton's interpreter, recorded operations in place of the CUDA graph.
 rehearse: $(FOR_TESTS)
 	$(PYTHON) scripts/gpu_check 1 --rehearse
 	$(PYTHON) scripts/gpu_check 2 --rehearse
@@ -56,8 +56,7 @@ rehearse: $(FOR_TESTS)
 bench: $(FOR_TESTS)
 	$(PYTHON) -m pytest bench -q
 
-# The site is built without a network; the programs on its pages run. A warning, a link that leads nowhere or a program that fails
-# fails it.
+# The site is built without a network, and the programs on its pages run. A warning, a broken link or a failing program makes this fail.
 docs: $(FOR_DOCS)
 	$(PYTHON) -m sphinx -q -E -W --keep-going -j $(JOBS) -b html docs build/site
 

@@ -1,4 +1,4 @@
-"""What correlated noise costs: private steps with 32 bands and with one, interleaved. `python bench/bands.py [rounds]`."""
+"""The cost of correlated noise: private steps with 32 bands and with one, interleaved. `python bench/bands.py [rounds]`."""
 
 import statistics
 import sys
@@ -17,7 +17,7 @@ BANDS = (1, 32)
 
 
 class Steps:
-    """Private steps of a case, without the optimizer; the noise alone is a step of an empty batch."""
+    """The private steps of a case, without an optimizer; `noise` alone is the step of an empty batch."""
 
     def __init__(self, case: Case, bands: int):
         self.case, self.model, self.batch = case, use_loda_layers(case.build()), case.inputs()
@@ -33,7 +33,7 @@ class Steps:
         self.clipper.privatize(1.0, self.case.batch)
 
     def held(self) -> int:
-        """Count the bytes of the noise that is kept between steps."""
+        """Count the bytes of past noise that are kept between steps."""
         past = self.clipper.noise.state(self.clipper.parameters)
         return sum(noise.nbytes for each in past for noise in each.values())
 

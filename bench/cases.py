@@ -1,4 +1,4 @@
-"""What is timed: a model, its batch and its loss, by size. `SCALES` holds the sizes of `--bench-scale`."""
+"""The cases that are timed: a model of some size, its batch and its loss. `scales.SCALES` holds the cases of `--bench-scale`."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -65,7 +65,7 @@ class Case:
         return tuple(self._placed(t) for t in WORKLOADS[self.model].inputs(self, self.batch * self.views))
 
     def _placed(self, t: Tensor) -> Tensor:
-        """Put a tensor on the device in the layout, as a leaf: else every backward pass would copy its gradient."""
+        """Put a tensor on the device in the case's layout, as a leaf: else every backward pass would copy its gradient."""
         placed = t.detach().to(DEVICE)
         if t.dim() == 4:
             placed = placed.contiguous(memory_format=self.memory_format)
@@ -96,7 +96,7 @@ def _stack(case: Case) -> nn.Module:
 
 
 def _wide_res_net(case: Case) -> nn.Module:
-    from fastloda.synthesis.classify import WideResNet  # needs what draws data sets; scripts/gpu_check does without
+    from fastloda.synthesis.classify import WideResNet  # needs packages of data sets, which scripts/gpu_check lacks
 
     return WideResNet()
 

@@ -1,7 +1,7 @@
-"""Step times of two checkouts, paired and interleaved: `python bench/checkouts.py OLD NEW [ROUNDS]`.
+"""The step times of two checkouts, paired and interleaved: `python bench/checkouts.py OLD NEW [ROUNDS]`.
 
-Each is a folder with FastLoDA's sources and a virtual environment `.venv` in which it is installed. A process of each makes the
-same models with its own bench/cases.py, and the two take private steps in turn. Writes a result file.
+A checkout is a folder with FastLoDA's sources and a virtual environment `.venv` in which it is installed. A process in each makes
+the same models with its own bench/cases.py, and the two take private steps in turn. Writes a result file.
 """
 
 import json
@@ -66,7 +66,7 @@ def main() -> None:
     for case in CASES:
         (name,) = {worker.ask(json.dumps(case)) for worker in (old, new)}
         times = {old: [], new: []}
-        for number in range(rounds + 12):  # the first ones have most of the looks
+        for number in range(rounds + 12):  # the first ones, which are dropped, have most of the probes
             for worker in (old, new) if number % 2 else (new, old):
                 times[worker].append(float(worker.ask("step")))
         pairs = list(zip(times[new][12:], times[old][12:], strict=True))

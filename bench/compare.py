@@ -1,4 +1,4 @@
-"""The comparison of all providers in one case: whether they are right, how fast, and with how much memory."""
+"""The comparison of all providers in one case: whether they are right, how fast they are, and how much memory they take."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +39,7 @@ def _checked_step(timed: Timed, provider: str) -> Callable[[], object]:
 
 
 def _keeping_errors(figures: Figures, make: Callable[[str], object], key: str = "error") -> dict:
-    """Call make(provider) for all that may go on; errors, but for wrong answers, are kept as figures[provider][key]."""
+    """Call make(provider) for all that `_goes_on` lets through; keep errors, except WrongAnswer, as figures[provider][key]."""
     made = {}
     for name in [name for name, known in figures.items() if key not in known and _goes_on(known, key)]:
         try:

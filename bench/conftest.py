@@ -1,4 +1,4 @@
-"""The option `--bench-scale`, and the tables at the end; the figures go to bench/results/<machine>-<date>.json."""
+"""The bench's options, fixtures and final tables; the figures go to bench/results/<machine>-<date>.json."""
 
 import io
 import sys

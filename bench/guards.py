@@ -1,9 +1,10 @@
-"""What the guards cost: private steps with and without them, paired and interleaved.
+"""The cost of the guards (probes, checks, watch): private steps with and without them, paired and interleaved.
 
     python bench/guards.py        # writes a result file
 
-Without them, the loss's graph is read for its parameters' uses only; no factor or dimension enters the signature, nothing is
-probed, and no parameter or buffer is watched. The looks come at few steps, so they are timed inside whole runs of `DPTrainer`.
+Without guards, the loss's graph is read for its parameters' uses only; no factor or dimension enters the signature, nothing is
+probed, and no parameter or buffer is watched. Looks (the checks whether samples mix) come at few steps, so they are timed inside
+whole runs of `DPTrainer`.
 """
 
 import json
@@ -42,7 +43,7 @@ STEPS = 1000  # of a run whose looks are timed
 
 
 class NoWatch:
-    """A watch that looks at nothing."""
+    """A stand-in for `Watch` that checks nothing."""
 
     def __init__(self, members):
         pass
@@ -60,7 +61,7 @@ def without_guards() -> ExitStack:
 
 
 class Run:
-    """Private steps of one case, with a clipper that is kept."""
+    """The private steps of one case, all with one clipper."""
 
     def __init__(self, case: Case, guarded: bool):
         self.case, self.guards = case, nullcontext if guarded else without_guards
@@ -107,7 +108,7 @@ def timed(function: Callable, times: list[float]) -> Callable:
 
 
 def of_run(case: Case, fixed_shape: bool, steps: int = STEPS) -> dict[str, float]:
-    """Measure the share of a run of DPTrainer that looks take: the probe's of the graph, the trainer's of the data."""
+    """Measure the share of a run of DPTrainer that looks take: the probe's looks at the graph, the trainer's at the data."""
     settings = PrivateTraining(
         sample_rate=0.125,
         expected_batch_size=case.batch,
@@ -141,7 +142,7 @@ def of_run(case: Case, fixed_shape: bool, steps: int = STEPS) -> dict[str, float
 
 
 def of_loss(rows: int = 128, classes: int = 10, rounds: int = 200) -> dict[str, float]:
-    """Time a look at make_private's loss, which comes at every step."""
+    """Time the check of a loss that make_private does at every step."""
     module = PrivateModule(torch.nn.Linear(8, classes), Tape("mean"))
     x, y = torch.randn(rows, 8), torch.randint(classes, (rows,))
     loss = torch.nn.functional.cross_entropy(module(x), y)

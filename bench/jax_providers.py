@@ -1,7 +1,7 @@
 """The same step on JAX: plain, and private by jax_privacy's per-sample clipping. Needs the extra `fastloda[peers]`.
 
-No model is written twice: PyTorch exports the losses of a case as a graph of operations, and `OPERATIONS` has JAX's for each
-of them. JAX compiles the graph and chooses its own memory layout, whatever the case's.
+No model is written twice: PyTorch exports the losses of a case as a graph of operations, and `OPERATIONS` has JAX's version of
+each. JAX compiles the graph and chooses its own memory layout, whatever the case's.
 """
 
 import math
@@ -55,7 +55,7 @@ class OnJax(fx.Interpreter):
 
 
 def port(case: Case) -> Port:
-    """Export a case's losses for any number of rows, and hand its weights and batch over to JAX."""
+    """Export a case's losses for any number of rows, and convert its weights and batch to JAX's arrays."""
     if case.dtype != "float32":
         raise NotImplementedError("only float32 is ported to JAX")
     rows, batch = torch.export.Dim("rows"), case.inputs()
@@ -88,13 +88,13 @@ def to_torch(array: Array) -> Tensor:
 
 
 def plain(case: Case) -> Contender:
-    """Take JAX's step without privacy."""
+    """Make JAX's step without privacy."""
     model = port(case)
     return _contender(model, jax.grad(_mean_loss(model)), [model.batch], optax.identity())
 
 
 def private(case: Case, privacy: Privacy, mode: str) -> Contender:
-    """Take jax_privacy's step: by vmap over all samples, by its own loop over micro-batches, or one by one in Python.
+    """Make jax_privacy's step: by vmap over all samples, by its own loop over micro-batches, or one by one in Python.
 
     A micro-batch is a single sample: where all weights train, that was faster on a CPU than two, four or eight at a time.
     """

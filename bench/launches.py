@@ -3,8 +3,8 @@
     python bench/launches.py                  # 512 images, bfloat16 autocast, r = 4: private and plain, and time to issue them
     python bench/launches.py --write          # and write docs/results/launches.json, whose figures may only fall
 
-Tensors have no memory here, but take the ways of a GPU's; kernels are counted where they would be launched. Bytes are those of
-each operation's inputs and outputs. Attention counts as nothing, on both sides.
+Tensors have no memory here, but follow the code paths of a GPU's tensors; kernels are counted where they would be launched. Bytes
+are those of each operation's inputs and outputs. Attention counts as nothing, in the private step and in the plain one.
 """
 
 import argparse
@@ -74,7 +74,7 @@ class Count(TorchDispatchMode):
 
 
 def _cost(name: str, args: tuple, read: int, written: int) -> tuple[int, int]:
-    """Count an operation's launches and bytes: one, and its inputs and outputs, but for those that are named here."""
+    """Count an operation's launches and bytes: one launch, and the bytes of inputs and outputs, except for those named here."""
     if name == "convolution" and args[2] is not None:  # the bias is added in a pass of its own
         return 2, read + 3 * written
     if name == "convolution_backward":
@@ -93,7 +93,7 @@ def _cost(name: str, args: tuple, read: int, written: int) -> tuple[int, int]:
 
 
 def _foreach(name: str, ours: list[Tensor], others: list[Tensor]) -> int:
-    """Count the launches of a foreach operation on a GPU: 64 pairs to each if all pairs are alike, else one for each pair."""
+    """Count the launches of a foreach operation on a GPU: one for 64 pairs if all pairs are alike, else one for each pair."""
     dtypes = [{t.dtype for t in tensors} for tensors in (ours, others)]
     fast = all(len(of) == 1 for of in dtypes) and (name == "_foreach_copy_" or dtypes[0] == dtypes[1])
     fast = fast and all(a.stride() == b.stride() for a, b in zip(ours, others))
@@ -104,7 +104,7 @@ def _bytes(tree) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
 
 
-# ---- our kernels
+# ---- FastLoDA's kernels
 
 
 def counted_run(count: Count) -> Callable:
@@ -121,7 +121,7 @@ def counted_run(count: Count) -> Callable:
 
 @cache
 def accesses(kernel: JITFunction) -> tuple[set[str], set[str]]:
-    """Read off a kernel's source which arguments it loads from, and which it stores to."""
+    """Find from a kernel's source which arguments it loads from, and which it stores to."""
     (function,) = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body
     origin = {name: {name} for name in kernel.arg_names}  # variable -> the arguments that its value points into
     found: dict[str, set[str]] = {"load": set(), "store": set()}
@@ -154,7 +154,7 @@ def _name(call: ast.Call) -> str:
 
 def autocast_losses(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     x, t, y, noise = batch
-    # what torch.autocast("cuda", cache_enabled=False) sets, here for tensors that only take a GPU's ways
+    # what torch.autocast("cuda", cache_enabled=False) sets, here for CPU tensors that follow the code paths of a GPU's
     torch.set_autocast_dtype("cpu", torch.bfloat16)
     torch.set_autocast_enabled("cpu", True)
     cached = torch.is_autocast_cache_enabled()
@@ -182,7 +182,7 @@ def images(samples: int, size: int) -> tuple[Tensor, ...]:
 
 
 def step_of(model: nn.Module, batch: tuple[Tensor, ...], private: bool) -> Callable[[], object]:
-    """Make a step of SGD: plain, or private but without noise, which is drawn outside of what is compared."""
+    """Make a step of SGD: plain, or private but without noise, which is not part of the comparison."""
     optimizer = torch.optim.SGD(trainable(model), lr=1e-4)
     clipper = GhostClipper(model, 1.0) if private else None
 
@@ -225,7 +225,7 @@ class _Functional:
 
 @contextlib.contextmanager
 def ways_of_a_gpu(run: Callable) -> Iterator[None]:
-    """Inside, let tensors take the ways that a GPU's would; `run` is called in place of launches of Triton kernels."""
+    """Let tensors follow the code paths of a GPU's inside the context; `run` is called instead of launching Triton kernels."""
     group_norm = F.group_norm
     kernels_take = lambda t: t.dtype in KERNEL_DTYPES and t.numel() > 0  # noqa: E731
     with contextlib.ExitStack() as stack:
@@ -237,7 +237,7 @@ def ways_of_a_gpu(run: Callable) -> Iterator[None]:
             (products, "on_triton", kernels_take),
             (gradient, "waits", lambda t: True),
             (reductions, "waits", lambda t: True),
-            (compute, "check_independence", lambda *args, **options: None),  # seldom done, and needs numbers
+            (compute, "check_independence", lambda *args, **options: None),  # rare, and needs real numbers
             (torch.cuda, "device_of", lambda t: contextlib.nullcontext()),
             (unet, "F", _Functional()),
             (
@@ -251,7 +251,7 @@ def ways_of_a_gpu(run: Callable) -> Iterator[None]:
 
 
 def counted(private: bool, samples: int = SAMPLES) -> Count:
-    """Count the launches and bytes of a second step, after one in which all is done that is done once."""
+    """Count the launches and bytes of a second step; the first one does what is done only once."""
     count = Count()
     with (
         ways_of_a_gpu(counted_run(count)),
@@ -280,12 +280,12 @@ def _privatize(clipper: GhostClipper, noise_multiplier: float, expected_batch_si
 def issue_times(rounds: int = 5) -> dict[str, float]:
     """Measure the CPU seconds to issue a step of the U-Net with tiny layers and stubbed launches: medians of rounds.
 
-    What Triton does at a launch before the driver is not in it: some 10 us each.
+    Triton's own work at a launch, about 10 us each, is not included.
     """
     make = lambda: paper_unet(zero_init=False, width=16, image_size=8, norm_groups=4)  # noqa: E731
     recorders = {"cpu": record_nothing}
     with (
-        warnings.catch_warnings(action="ignore"),  # numbers that no kernel wrote are perhaps not finite
+        warnings.catch_warnings(action="ignore"),  # memory that no kernel wrote may not be finite
         ways_of_a_gpu(lambda *args, **options: None),
         patch.dict(captured.RECORDERS, recorders),
         patch.multiple(Looks, knows=lambda self, samples: samples > 1, due=lambda self: False),
@@ -302,7 +302,7 @@ def issue_times(rounds: int = 5) -> dict[str, float]:
 
 
 def captured_step_of(model: nn.Module, batch: tuple[Tensor, ...]) -> Callable[[], object]:
-    """Make the private step as a graph that launches nothing: what is left is what Python does around a replay."""
+    """Make the private step as a graph that launches nothing, so that only Python's work around a replay is left."""
     optimizer, clipper = torch.optim.SGD(trainable(model), lr=1e-4), GhostClipper(model, 1.0)
     step = CapturedStep(clipper, lambda *inputs: autocast_losses(model, inputs))
 

@@ -19,7 +19,7 @@ import fastloda
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = (torch.float32, torch.bfloat16)
-# For all that import this, in checks and in what is timed: tf32, cuDNN's default, is not what FastLoDA's kernels compute.
+# For every program that imports this module: tf32, cuDNN's default, is less precise than FastLoDA's kernels.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
@@ -31,12 +31,12 @@ class Peaks:
     matmul: dict[torch.dtype, float]
 
     def floor(self, bytes_moved: int, flops: int, dtype: torch.dtype) -> float:
-        """Compute the seconds below which no kernel that moves and computes as much can end."""
+        """Compute the least seconds in which a kernel can move so many bytes and do so many flops."""
         return max(bytes_moved / self.copy, flops / self.matmul[dtype])
 
 
 def measure_peaks(quick: bool = False) -> Peaks:
-    """Measure the limits; `quick` takes small tensors, to see that the code runs."""
+    """Measure the limits; `quick` uses small tensors, only to see that the code runs."""
     numbers = 1 << (22 if quick else 30 if CUDA else 28)
     side = 256 if quick else 8192 if CUDA else 2048
     source = torch.ones(numbers // 4, device=DEVICE)  # numbers: bytes of one copy

@@ -1,4 +1,4 @@
-"""Fair figures on a drifting machine: interleaved rounds, and the memory of a step in a process of its own."""
+"""The measurements: interleaved rounds, fair while a machine's speed drifts, and the memory of a step in a fresh process."""
 
 import gc
 import multiprocessing
@@ -17,7 +17,7 @@ from fastloda.synthesis.memory import peak_allocation
 
 
 class Race:
-    """A race of steps, which take turns and are timed in every round; one that raises leaves it, with its error."""
+    """A race of steps, which are timed in turn in every round; a step that raises drops out, and its error is kept."""
 
     def __init__(self, steps: Mapping[str, Callable[[], object]]):
         self.steps = dict(steps)
@@ -45,7 +45,7 @@ class Race:
 
 
 def free_memory() -> None:
-    """Free what past contenders held: Opacus leaves reference cycles, CUDA's allocator keeps what it had."""
+    """Free what past contenders held: Opacus leaves reference cycles, and CUDA's allocator keeps freed memory."""
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
@@ -67,7 +67,7 @@ class Memory:
     """The memory of one step, in bytes.
 
     allocated: the most that is allocated at a time, beyond what lives between steps. resident: on a CPU, the most by
-    which the process grew, which includes the model and all that building it took, such as a compiler.
+    which the process grew, with the model and all that building it needed, such as a compiler.
     """
 
     allocated: int
@@ -100,7 +100,7 @@ def _cpu_memory(case: Case, provider: str, threads: int) -> Memory:
 
 
 def _status_bytes(field: str) -> int | None:
-    """Read this process's memory: VmRSS now, VmHWM at most so far (getrusage's maximum would include the parent's)."""
+    """Read this process's memory: VmRSS, now, or VmHWM, the most so far (getrusage's maximum would include the parent's)."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None

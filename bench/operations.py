@@ -60,7 +60,7 @@ def unet_layers() -> Counter[Layer]:
 
 
 class Tensors:
-    """The random tensors of a layer: x and gy in the layout; W, A, B; and what forward and backward make of them."""
+    """The random tensors of a layer: x and gy in the given layout; W, A, B; and the results of forward and backward."""
 
     def __init__(self, layer: Layer, samples: int, dtype: torch.dtype, memory_format: torch.memory_format):
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation, which run() does once, and the least bytes and flops; in_graph: run() replays a CUDA graph."""
+    """An operation, which run() does once, with the least bytes and flops it takes; in_graph: run() replays a CUDA graph."""
 
     name: str
     run: Callable[[], object]
@@ -174,7 +174,7 @@ def _norm(recipe: Recipe, parameter: Tensor, samples: int) -> Tensor:
 
 
 def _again(recipe: Recipe, parameter: Tensor, samples: int) -> PerSampleGrad:
-    """Make a per-sample gradient that keeps nothing: it is made from the recipe again."""
+    """Make a per-sample gradient that stores nothing and is computed from the recipe each time."""
     return PerSampleGrad(parameter.shape, samples, again=[recipe])
 
 

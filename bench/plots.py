@@ -1,4 +1,4 @@
-"""The bench's figures as PNG bytes: bars of ratios to plain PyTorch, curves over a growing size."""
+"""The bench's plots as PNG bytes: bars of ratios to plain PyTorch, and curves over a growing size."""
 
 from collections.abc import Sequence
 

@@ -20,7 +20,7 @@ from fastloda import CapturedStep, GhostClipper, ghost_dp_step
 from fastloda import compile as compile_adapted
 
 LEARNING_RATE = 1e-4
-COMPILED = {"fullgraph": True, "dynamic": False}  # nothing stays eager unseen, and shapes are known
+COMPILED = {"fullgraph": True, "dynamic": False}  # a graph break is an error, and shapes are fixed
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _contender(step: Callable[[], object], optimizer: torch.optim.Optimizer) -> 
 
 
 def plain(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
-    """Take the step without privacy: the same adapters in plain PyTorch, eager or as one graph of torch.compile."""
+    """Make the step without privacy: the same adapters in plain PyTorch, eager or as one graph of torch.compile."""
     model, batch = case.build(), case.inputs()
     optimizer = _sgd(model)
     mean_loss = lambda batch: case.losses(model, batch).mean()  # noqa: E731
@@ -79,7 +79,7 @@ def plain(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
 
 
 def fastloda(case: Case, privacy: Privacy, compiled: bool = False) -> Contender:
-    """Take FastLoDA's step, eager or with the model compiled by `fastloda.compile`."""
+    """Make FastLoDA's step, eager or with the model compiled by `fastloda.compile`."""
     model, batch = use_loda_layers(case.build()), case.inputs()
     optimizer = _sgd(model)
     if compiled:
@@ -101,7 +101,7 @@ def _forget_compiled() -> None:
 
 
 def fastloda_graph(case: Case, privacy: Privacy) -> Contender:
-    """Take FastLoDA's step with all but the noise and the update captured in one CUDA graph."""
+    """Make FastLoDA's step, of which one CUDA graph holds everything but the noise and the update."""
     model, batch = use_loda_layers(case.build()), tuple(t.detach() for t in case.inputs())
     optimizer, clipper = _sgd(model), GhostClipper(model, privacy.max_grad_norm, case.views)
     captured_step = CapturedStep(clipper, lambda *inputs: case.losses(model, inputs))
@@ -120,14 +120,14 @@ class Replay:
     """A captured run, which takes one launch."""
 
     graph: torch.cuda.CUDAGraph
-    run: Callable[[], object]  # kept, for the graph reads tensors that perhaps nothing else holds
+    run: Callable[[], object]  # kept, for it may hold the only references to tensors that the graph reads
 
     def __call__(self) -> None:
         self.graph.replay()
 
 
 def captured(run: Callable[[], object]) -> Replay:
-    stream = torch.cuda.Stream()  # what is done once (compiling, probing) comes before the capture
+    stream = torch.cuda.Stream()  # one-time work (compiling, probing) comes before the capture
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -140,7 +140,7 @@ def captured(run: Callable[[], object]) -> Replay:
 
 
 def opacus(case: Case, privacy: Privacy, mode: str) -> Contender:
-    """Take Opacus's step on plain modules in NCHW: its Conv2d is wrong on channels_last (test_channels_last.py)."""
+    """Make Opacus's step on plain modules in NCHW: its Conv2d is wrong on channels_last (test_channels_last.py)."""
     from opacus.grad_sample.utils import prepare_module
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
@@ -169,13 +169,13 @@ def opacus(case: Case, privacy: Privacy, mode: str) -> Contender:
 
 
 def fastdp(case: Case, privacy: Privacy) -> Contender:
-    """Take fastDP's step by book-keeping, with the norms that it takes for the cheapest; it is on GitHub only."""
+    """Make fastDP's step by book-keeping; "MixOpt" lets it choose the cheapest norms. fastDP is on GitHub only."""
     from fastDP import PrivacyEngine
 
     _check_views(case)
     model, batch = case.build(), case.inputs()
     optimizer = _sgd(model)
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
         engine = PrivacyEngine(
             model,
             batch_size=case.batch,
@@ -202,14 +202,14 @@ def _check_views(case: Case) -> None:
 
 
 def on_jax(case: Case, privacy: Privacy, mode: str | None = None) -> Contender:
-    """Take JAX's plain step, or jax_privacy's in a mode."""
+    """Make JAX's plain step, or jax_privacy's in one of its modes."""
     import jax_providers
 
     return jax_providers.private(case, privacy, mode) if mode else jax_providers.plain(case)
 
 
 def _contiguous_inputs(model: nn.Module) -> nn.Module:
-    """Make every convolution's input NCHW: attention, for one, puts out channels_last memory within an NCHW model."""
+    """Make every convolution's input NCHW: attention, for one, gives channels_last outputs in an NCHW model."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
@@ -227,7 +227,7 @@ def _clear(optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...]) -> None:
 
 
 class Provider(NamedTuple):
-    """A provider: make(case, privacy) -> Contender, if the module `needs` is there; it clips to C / (norm + slack)."""
+    """A provider of steps: make(case, privacy) -> Contender, if the module `needs` is there; it clips by C / (norm + slack)."""
 
     make: Callable[[Case, Privacy], Contender]
     kind: Literal["plain", "ours", "peer"]

@@ -1,4 +1,4 @@
-"""Draw result files of the bench as Markdown with figures: `python bench/report.py bench/results/*.json --out bench-report`."""
+"""Turn the bench's result files into Markdown with plots: `python bench/report.py bench/results/*.json --out bench-report`."""
 
 import argparse
 from collections.abc import Iterator, Sequence

@@ -16,7 +16,7 @@ SECTIONS = ("steps", "growth", "kernels")
 
 
 class Results:
-    """The results of this run, beside those of the same day and versions in the file; path None writes nothing."""
+    """The results of this run, added to those in the file if scale and versions are the same; path None writes nothing."""
 
     def __init__(self, scale: str, path: Path | None):
         self.path = path
@@ -33,7 +33,7 @@ class Results:
 
     @classmethod
     def at_scale(cls, scale: str) -> "Results":
-        """Open the results of a scale; those of smoke, which only tries the code, say nothing and are not written."""
+        """Open the results of a scale; those of smoke, which only tries whether the code runs, are not written."""
         name = f"{machine.name()}-{datetime.date.today()}.json"
         return cls(scale, None if scale == "smoke" else RESULTS / name)
 

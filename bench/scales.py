@@ -1,4 +1,4 @@
-"""The sizes of `--bench-scale`: smoke for a look that nothing broke, cpu for two cores and 24 GiB, gpu for the real thing."""
+"""The sizes of `--bench-scale`: smoke to see that the code runs, cpu for two cores and 24 GiB, gpu for the full sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ HALF = {"layout": "channels_last", "dtype": "bfloat16"}
 class Timed:
     """A case, and the providers that take it, if they are installed.
 
-    memory: whether to measure peak memory too. fits: find also the largest batch that fits in so many bytes.
+    memory: whether to measure peak memory too. fits: a number of bytes; the largest batch that fits in it is found too.
     """
 
     case: Case
@@ -45,8 +45,8 @@ class Axis:
 class Scale:
     """The sizes of a whole bench.
 
-    rounds: number of rounds of a comparison. kernel_*: the same for the operations one by one, over as many of the
-    paper's layers. headline: layers to begin with, (channels, size).
+    rounds: number of rounds of a comparison. kernel_*: batch, rounds, number of the paper's layers and dtypes for timing
+    single operations. headline: layers to begin with, (channels, size).
     """
 
     rounds: int

@@ -1,4 +1,4 @@
-"""Why Opacus is fed NCHW here: its Conv2d reads a channels_last input as if it were NCHW.
+"""The reason why Opacus gets NCHW memory in this bench: its Conv2d reads a channels_last input as if it were NCHW.
 
 Its per-sample gradients are then wrong, and so are their norms: the clipping bound does not hold.
 """
@@ -65,7 +65,7 @@ def test_opacus_is_right_on_nchw():
 
 @pytest.mark.filterwarnings("ignore")
 def test_opacus_1_6_is_wrong_on_channels_last(record_property):
-    """If this fails, Opacus has mended it: feed it channels_last in providers.py."""
+    """If this fails, Opacus has fixed the fault: give it channels_last memory in providers.py."""
     wanted = true_gradient(torch.channels_last)
     off = (opacus_gradient(torch.channels_last) - wanted).norm() / wanted.norm()
     record_property("off_by", float(off))

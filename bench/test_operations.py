@@ -16,7 +16,7 @@ from fastloda.kernels.conv import Conv
 
 @cache
 def layers(scale: Scale) -> Counter[Layer]:
-    """Count the layers to time, headline layers first, so that a stopped run has measured what matters most."""
+    """Count the layers to time, the headline layers first, so that a run that is stopped has measured these."""
     chosen: Counter[Layer] = Counter()
     for channels, size in scale.headline:
         chosen[Layer(channels, channels, (size, size), Conv((3, 3), padding=(1, 1)))] = 0
@@ -53,7 +53,7 @@ def test_clip_and_sum(dtype, scale, benchmark, peaks, results):
 
 
 def _times(chosen: list[Operation], rounds: int, benchmark) -> dict[Operation, list[float]]:
-    """Time each in interleaved rounds; on a GPU in a graph, by its own clock, its cache emptied before each run."""
+    """Time operations in interleaved rounds; on a GPU as CUDA graphs, by its clock, with its cache emptied before each run."""
     chosen = [operation.captured() for operation in chosen] if CUDA else chosen
     times: dict[Operation, list[float]] = {operation: [] for operation in chosen}
 

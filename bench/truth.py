@@ -1,4 +1,4 @@
-"""The check that nobody is fast by being wrong: clipped gradients against one plain backward pass per sample."""
+"""The check that no provider is fast because it is wrong: clipped gradients against one plain backward pass per sample."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -10,7 +10,7 @@ from machine import CUDA
 from providers import PROVIDERS, Privacy
 from torch import Tensor
 
-SAMPLES = 32  # that are compared with the truth
+SAMPLES = 32  # number of samples that are compared with the truth
 TOLERANCE = {"float32": 1e-3 if CUDA else 1e-4, "bfloat16": 0.1}  # largest difference over the gradient's length
 
 
@@ -19,7 +19,7 @@ class WrongAnswer(AssertionError):
 
 
 def check(case: Case, provider: str) -> None:
-    """Compare three steps of the first few samples, without noise: none may add to what another left, nor may a graph's replay.
+    """Compare three steps of the first samples, without noise: no step or replay of a graph may add to an earlier one's sum.
 
     Raises:
         WrongAnswer: the gradient differs by more than rounding.
@@ -29,7 +29,7 @@ def check(case: Case, provider: str) -> None:
     make, kind, _, slack = PROVIDERS[provider]
     contender = make(few, Privacy(max_grad_norm=bound, noise_multiplier=0.0))
     wanted = _clipped_mean(few, float("inf") if kind == "plain" else bound)
-    allowed = TOLERANCE[case.dtype] + slack / bound  # with slack gradients are clipped a little too short
+    allowed = TOLERANCE[case.dtype] + slack / bound  # with slack, gradients are clipped to a little less than the bound
     for step in ("first", "second", "third"):
         _compare(contender.gradients(), wanted, allowed, f"{provider}, {case.name}, {step} step")
 

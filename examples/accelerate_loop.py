@@ -3,7 +3,8 @@
     python examples/accelerate_loop.py
     accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
 
-`prepare` leaves the private data loader as it is: each process draws its own share of one Poisson batch, and moves it by itself.
+`prepare` leaves the private data loader as it is: each process draws its own share of one Poisson batch, and the loop moves it to
+the device.
 """
 
 import torch

@@ -2,9 +2,9 @@
 
     python examples/clipping_styles.py
 
-Prints what each style reaches from two bounds on the gradient norm: one that fits, and one a hundred times too small. With
-SGD the bound is also the length of a step, so that a bad guess hardly trains. Adaptive clipping mends the guess by itself,
-for a share of the same budget; the other styles would need another learning rate.
+Prints the accuracy of each style for two bounds on the gradient norm: one that fits, and one a hundred times too small. With
+SGD the bound also sets the length of a step, so that with a bad guess the model hardly trains. Adaptive clipping corrects the
+guess by itself, for a share of the same budget; the other styles would need another learning rate.
 """
 
 import torch

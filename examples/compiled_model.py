@@ -3,7 +3,7 @@
     python examples/compiled_model.py
 
 torch.compile makes one operation of a whole model, in which no sample's gradient can be told from another's. `fastloda.compile`
-hands each adapter to the compiled model once for each row of the batch, so that the step stays exact. Here the graph is
+passes each adapter to the compiled model once for each row of the batch, so that the step stays exact. Here the graph is
 captured and differentiated ahead of time ("aot_eager"), which takes seconds; leave `backend` out for generated code.
 """
 

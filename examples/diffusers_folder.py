@@ -1,8 +1,8 @@
-"""A pipeline of diffusers in a folder, fine-tuned privately and drawn from, by two stages; then exported for diffusers alone.
+"""A pipeline of diffusers in a folder: fine-tuned privately, sampled from, and then exported for diffusers alone.
 
 python examples/diffusers_folder.py          (needs diffusers; about ten seconds on a CPU)
 
-In earnest the folder is a model that someone trained on public images: DiTPipeline, StableDiffusionPipeline, DDPMPipeline or
+In real use the folder holds a model that someone trained on public images: DiTPipeline, StableDiffusionPipeline, DDPMPipeline or
 DDIMPipeline, as `pipe.save_pretrained(folder)` or `hf download` leave it. On the command line:
 
     fastloda finetune --run runs/a --model FOLDER --data PRIVATE --privacy.target_epsilon 8 --privacy.delta 1e-5

@@ -25,7 +25,7 @@ def losses(unet, batch, generator=None):
 
 def main(folder: Path) -> None:
     torch.manual_seed(0)
-    unet = UNet2DModel(  # in earnest: UNet2DModel.from_pretrained(...)
+    unet = UNet2DModel(  # in real use: UNet2DModel.from_pretrained(...)
         sample_size=8,
         in_channels=1,
         out_channels=1,

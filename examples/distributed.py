@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 examples/distributed.py
     python examples/distributed.py                          # alone: the same batches, the same noise, the same run
 
-The only line that several processes need is `init_process_group`. With a seed, as here, the last digits aside, the outcome
-does not depend on their number. Leave the seed out for a release: sampling and noise then can't be foreseen.
+The only line that several processes need is `init_process_group`. With a seed, as here, the outcome does not depend on their
+number, except for the last digits. Leave the seed out for a release: sampling and noise then can't be foreseen.
 """
 
 import os
@@ -19,7 +19,7 @@ from fastloda import DPTrainer, PrivateTraining, attach_loda
 
 
 def make_model() -> nn.Module:
-    """Make a model of random features, in place of a pretrained one, with new adapters; all ranks then take rank 0's."""
+    """Make a model of random features, in place of a pretrained one, with new adapters; all ranks then get rank 0's adapters."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),

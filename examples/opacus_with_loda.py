@@ -4,7 +4,7 @@
     python examples/opacus_with_loda.py
 
 A CNN is trained on scikit-learn's digits 0 to 4, which are public here; then Opacus fine-tunes its adapters, and only them, on
-most of the digits 5 to 9, once in its "hooks" and once in its "ghost" mode. The rest of them are the test.
+most of the digits 5 to 9, once in its "hooks" and once in its "ghost" mode. The remaining digits 5 to 9 are the test set.
 """
 
 import copy

@@ -1,8 +1,8 @@
-"""A private run logged to TensorBoard: what may be published, and beside it, under private/, what may not.
+"""A private run logged to TensorBoard: what may be published, and apart from it, under private/, what may not.
 
     python examples/tensorboard_logging.py          # writes runs/tensorboard; see it with `tensorboard --logdir runs`
 
-An optimizer and a scheduler of one's own train here, and every 20 steps the averaged weights are tested on public images,
+The run uses an optimizer and a scheduler of its own, and every 20 steps the averaged weights are tested on public images,
 without any effect on the run.
 """
 

@@ -3,10 +3,10 @@
     python examples/transformers_trainer.py
     torchrun --nproc_per_node 2 examples/transformers_trainer.py
 
-`wrap_model=False` makes the model itself private, so that the Trainer still sees a GPT-2, whose own loss it takes. The private
-data loader comes in by `get_train_dataloader`; large Poisson batches come in parts. Gradients are clipped by sample, so that
-the Trainer's own max_grad_norm is 0. Where padding leaves records unequally many targets, give the Trainer a `compute_loss_func`
-with `fastloda.CrossEntropyLoss`, for GPT-2's own loss divides by the targets of the whole batch, and is refused.
+`wrap_model=False` makes the model itself private, so that the Trainer still sees a GPT-2, whose own loss it uses. The private
+data loader comes in by `get_train_dataloader`; large Poisson batches come in parts. Gradients are clipped by sample, so the
+Trainer's own max_grad_norm is 0. If padding leaves records with different numbers of targets, give the Trainer a
+`compute_loss_func` with `fastloda.CrossEntropyLoss`: GPT-2's own loss divides by the targets of the whole batch, and is refused.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ class Counting(Dataset):
 
 
 class PrivateTrainer(Trainer):
-    """A Trainer that takes its batches from a private loader."""
+    """A Trainer that gets its batches from a private loader."""
 
     def __init__(self, *arguments, train_loader: DataLoader, **options):
         super().__init__(*arguments, **options)

@@ -2,9 +2,9 @@
 
     gz[n, p, :] = phi'(z) . s B^T gy[n, :, p]        gB[n] = s sum_p gy[n, :, p] phi(z[n, :, p])^T
 
-gz is laid out for `conv.full()`, among zeros: then a tap is a shift of it that never leaves memory, whatever the convolution's
+gz is laid out for `conv.full()`, among zeros: then a tap is a shift of gz that never reads outside it, whatever the convolution's
 stride and padding.  Blocks of positions write their part of gB; a second launch adds the parts of a sample in order, over its
-views.  Where a block is all of a sample, its part is the gradient, and the same launch computes the squared norm.
+views.  If one block covers a whole sample, its part is the gradient, and the same launch computes the squared norm.
 """
 
 from itertools import product
@@ -32,7 +32,7 @@ def adapter_backward_reference(
 
 
 def among_zeros(gz: Tensor, conv: Conv, size: tuple[int, int]) -> Tensor:
-    """Lay gz [N, r, OH, OW] of `conv` on images of this size out for `conv.full()`: the same gradients of x and A."""
+    """Put gz [N, r, OH, OW] of `conv`, on images of `size`, among zeros: `conv.full()` then gives x and A the same gradients."""
     full = gz.new_zeros(*gz.shape[:2], *conv.full().output_size(*size))
     for h, w in product(*(range(n) for n in gz.shape[2:])):
         u, v = (full_p - p + i * s for full_p, p, i, s in zip(conv.full().padding, conv.padding, (h, w), conv.stride))
@@ -47,11 +47,11 @@ def add_parts_reference(sums: Tensor, samples: int) -> Tensor:
 
 
 class Parts(NamedTuple):
-    """The parts of gradients [m, n] of all rows that blocks of positions make.
+    """The parts of the gradients [m, n] of all rows, one from each block of a row's positions.
 
     Attributes:
-        sums: float32 [N, blocks, m, n], which a row's gradient is the sum of.
-        squares: float64 [N, 1], the sums' squared norms, where a row is one block; nothing wrote it where it is more.
+        sums: float32 [N, blocks, m, n]; a row's gradient is the sum over its blocks.
+        squares: float64 [N, 1], the squared norms of the sums, if a row is one block; if it is several, squares is never written.
     """
 
     sums: Tensor

@@ -46,12 +46,12 @@ def _project_kernel(
     real = (m // RP < KH * KW) & (m % RP < R)
     row = m // RP * R + m % RP
     own = scratch + tl.program_id(0).to(tl.int64) * (BI * BM)
-    # What all strips share is computed for each: kept in registers, it would spill.
+    # What all strips share is computed again for each strip: kept in registers, it would spill.
     for strip in tl.range(tl.program_id(0), STRIPS, tl.num_programs(0), num_stages=1, disable_licm=True):
         n = tl.cast(strip // OF_IMAGE, tl.int64)
         first = strip % OF_IMAGE * ROWS
         top = tl.maximum(first * SH - PH, 0)  # first row of x that is held
-        q = tl.minimum(top * W + held, H * W - 1)  # below the image its last position again, for a U that nothing reads
+        q = tl.minimum(top * W + held, H * W - 1)  # past the image: its last position, for a U not read
         U = tl.zeros((BI, BM), tl.float32)
         for start in tl.range(0, C, BC, num_stages=STAGES):
             c = start + tl.arange(0, BC)
@@ -60,7 +60,7 @@ def _project_kernel(
             weight = load(A + row[None, :] * C + c[:, None], real[None, :] & there[:, None])
             U = tl.dot(image, weight, U, input_precision=FLOAT32_PRODUCTS)
         tl.store(own + (held[:, None] * BM + m[None, :]), U, mask=real[None, :])
-        tl.debug_barrier()  # the program's threads read what others of them wrote
+        tl.debug_barrier()  # threads read what other threads of the program wrote
         total = tl.zeros((BO, RP), tl.float32)
         for kh in range(KH):  # a row of taps at a time: more would take registers that spill
             h = (first + p // OW) * SH - PH + kh * DH
@@ -80,7 +80,7 @@ def _add_kernel(
     y, z, B, bias, OUT, y_row, y_channel, y_position, slope, scale,
     P: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Add b + s B phi(z[n, :, p]) to y[n, :, p]; there may be no b."""
+    """Add b + s B phi(z[n, :, p]) to y[n, :, p]; b may be None."""
     blocks: tl.constexpr = (P + BP - 1) // BP
     n = (tl.program_id(0) // blocks).to(tl.int64)
     p = tl.program_id(0) % blocks * BP + tl.arange(0, BP)

@@ -31,7 +31,7 @@ def load(pointers, mask):
 
 @triton.jit
 def undo_stride(h, w, inside, SH: tl.constexpr, SW: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr):
-    """Divide (h, w) by the stride: the output position h OW + w, and where `inside` there is one."""
+    """Divide (h, w) by the stride; return the output position h OW + w, and where such a position exists, among `inside`."""
     inside = inside & (h >= 0) & (w >= 0)
     if SH > 1:
         inside = inside & (h % SH == 0)
@@ -44,7 +44,7 @@ def undo_stride(h, w, inside, SH: tl.constexpr, SW: tl.constexpr, OH: tl.constex
 
 @triton.jit
 def below(i, SIZE, EVEN: tl.constexpr):
-    """Tell which indices are below SIZE; EVEN: all are, for tiles cover it evenly, and nothing is compared."""
+    """Tell which indices are below SIZE. EVEN: tiles divide SIZE, so that all are and none need be compared with it."""
     return i >= 0 if EVEN else i < SIZE
 
 
@@ -58,7 +58,7 @@ class Planes(NamedTuple):
 
 
 def planes(t: Tensor) -> Planes:
-    """Describe t [N, channels, H, W]; a copy unless its positions have one stride, as in contiguous and channels_last memory."""
+    """Describe t [N, channels, H, W]; copy it first if its positions have no single stride (contiguous and channels_last do)."""
     height, width = t.shape[2:]
     if width > 1 and height > 1 and t.stride(2) != width * t.stride(3):
         t = t.contiguous()
@@ -71,7 +71,7 @@ def positions_last(t: Tensor) -> Tensor:
 
 
 def launch(kernel, programs: int | tuple[int, int], tensor: Tensor, *arguments, **constants) -> None:
-    """Run so many programs of the kernel, in one dimension or two, on the GPU that holds `tensor`, its first argument."""
+    """Launch `programs` programs of the kernel, in one dimension or two, on the GPU that holds `tensor`, its first argument."""
     with torch.cuda.device_of(tensor):
         kernel[programs if isinstance(programs, tuple) else (programs,)](tensor, *arguments, **constants)
 

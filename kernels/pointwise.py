@@ -4,7 +4,7 @@
     gz[q, :] = phi'(z[q, :]) . s B^T gy[q, :]       dx[q, :] = W^T gy[q, :] + A^T gz[q, :]
     gA[n] = sum_q gz[q, :] x[q, :]^T                gB[n]    = s sum_q gy[q, :] phi(z[q, :])^T
 
-q counts the positions of all images, adjacent in channels_last memory.  One tile has all outputs, and backward all channels.
+q counts the positions of all images, adjacent in channels_last memory.  One tile holds all outputs, and in backward all channels.
 Spans of an image's positions write their parts of gA and gB; `adapter_backward.add_parts` adds the parts of a sample in order.
 """
 
@@ -22,7 +22,7 @@ from .conv import Conv
 
 
 def serves(x: Tensor, weight: Tensor, A: Tensor, conv: Conv) -> bool:
-    """Tell whether `forward` can compute this layer: 1 x 1 without groups, 16 bits, channels_last, a tile of outputs."""
+    """Tell whether `forward` can compute this layer: 1 x 1, no groups, 16 bits, channels_last, outputs that fit one tile."""
     (outputs, channels), rank = weight.shape[:2], len(A)
     small = x.element_size() == 2 and outputs <= tiles.POINTWISE["outputs"] and rank <= tiles.POINTWISE["rank"]
     dense = x.is_contiguous(memory_format=torch.channels_last)
@@ -30,7 +30,7 @@ def serves(x: Tensor, weight: Tensor, A: Tensor, conv: Conv) -> bool:
 
 
 def serves_backward(x: Tensor, weight: Tensor, A: Tensor, conv: Conv) -> bool:
-    """Tell whether `backward` can compute this layer: as `serves`, with a tile of channels, since sm_90."""
+    """Tell whether `backward` can compute this layer: as `serves`, with channels that fit one tile, on sm_90 or later."""
     small = weight.shape[1] <= tiles.POINTWISE["channels"]
     return small and serves(x, weight, A, conv) and tiles.from_shared_memory(x.device)
 
@@ -102,7 +102,7 @@ def _pointwise_backward_kernel(
     down = load(A + j[:, None] * C + c[None, :], real[:, None] & channel[None, :])
     up = load(B + o[:, None] * R + j[None, :], out[:, None] & real[None, :])
     grad_A, grad_B = tl.zeros((BC, RP), tl.float32), tl.zeros((BO, RP), tl.float32)
-    for start in tl.range(0, SPAN, BP, num_stages=STAGES, disable_licm=True):  # else W would be kept in registers
+    for start in tl.range(0, SPAN, BP, num_stages=STAGES, disable_licm=True):  # licm would keep W in registers
         q = at + start + tl.arange(0, BP)
         there = below(q, P, P % SPAN == 0)
         grad = load(gy + image * OUT + (q[:, None] * OUT + o[None, :]), there[:, None] & out[None, :])
@@ -129,7 +129,7 @@ def _pointwise_backward_kernel(
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, slope: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute y and z in channels_last memory, of a layer that `serves` takes."""
+    """Compute y and z in channels_last memory, for a layer that `serves` accepts."""
     (outputs, channels), rank, (rows, _, *size) = weight.shape[:2], len(A), x.shape
     empty = lambda width: torch.empty(rows, *size, width, device=x.device, dtype=x.dtype)  # noqa: E731
     y, z = empty(outputs), empty(rank)
@@ -146,7 +146,7 @@ def forward(
 def backward(
     gy: Tensor, x: Tensor, z: Tensor, weight: Tensor, A: Tensor, B: Tensor, slope: float, scale: float
 ) -> tuple[Tensor, Parts, Parts]:
-    """Compute dx, and the parts of gA and gB that `adapter_backward.add_parts` sums, of a layer that `serves_backward` takes."""
+    """Compute dx, and the parts of gA and gB that `adapter_backward.add_parts` sums; for what `serves_backward` accepts."""
     (outputs, channels), rank, (rows, _, *size) = weight.shape[:2], len(A), x.shape
     positions = size[0] * size[1]
     sizes = tiles.pointwise_backward(positions, channels, outputs, rank)

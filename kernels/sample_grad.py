@@ -3,12 +3,13 @@
     G[n, o, c, k] = sum_q g[n, o, (q + padding - k dilation) / stride] x[n, c, q]
 
 For a LoDA adapter g is gz, with r channels: the taps are folded with them into one axis, g is shifted, and x is read once and
-never expanded.  gz lies among zeros (adapter_backward), so that no shift leaves it, and nothing is compared.  For a full layer g
+never expanded.  gz lies among zeros (adapter_backward), so that no shift leaves it and no bound is checked.  For a full layer g
 is grad_output, and the norm needs no per-sample gradient in memory.  A sample owns `views` consecutive rows, whose gradients are
 summed before the norm.
-Gradients are stored as [n, tap, o, c], a row of products after another: `lay_out` brings them to the weight's shape.
+Gradients are stored as [n, tap, o, c], in the order of the products' rows: `lay_out` brings them to the weight's shape.
 
-All three go through `_sample_tile`, so that a norm is that of the very numbers that are summed, however the positions cancel.
+All three go through `_sample_tile`, so that a norm is that of the very numbers that are summed, however much the terms of
+different positions cancel.
 """
 
 import torch
@@ -46,7 +47,7 @@ def _sample_tile(
     """Compute G[n] at rows m = (tap, o) and channels c, in float32."""
     BLOCKS: tl.constexpr = (H * W + BP - 1) // BP
     FULL: tl.constexpr = SH == 1 and SW == 1 and PH == DH * (KH - 1) and PW == DW * (KW - 1)
-    WHOLE_ROWS: tl.constexpr = FULL and BP % W == 0  # of a block: only its start changes from one to the next
+    WHOLE_ROWS: tl.constexpr = FULL and BP % W == 0  # a block is whole rows: only its start changes from block to block
     tap, o, block = m // OUT, m % OUT, tl.arange(0, BP)
     down, right = PH - (tap // KW) * DH, PW - (tap % KW) * DW
     real, channel = m < OUT * KH * KW, below(c, C, EVEN)
@@ -76,7 +77,7 @@ def _sample_tile(
 
 @triton.jit
 def _place(tile, C, ROWS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """Find a tile's rows m and channels c, the offsets [BM, BC] of its numbers in a gradient [ROWS, C], and which exist."""
+    """Find a tile's rows m and channels c, the offsets [BM, BC] of its numbers in a gradient [ROWS, C], and which are real."""
     across = tl.cdiv(C, BC)
     m = (tile // across) * BM + tl.arange(0, BM)
     c = (tile % across) * BC + tl.arange(0, BC)
@@ -91,7 +92,7 @@ def _norm_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-    STORE: tl.constexpr,  # also G
+    STORE: tl.constexpr,  # whether to write G to out, too
 ):  # fmt: skip
     """Compute squares[n, tile], the sum of G[n]^2 over the tile, in float64, where no square overflows or vanishes."""
     tiles = tl.cdiv(OUT * KH * KW, BM) * tl.cdiv(C, BC)
@@ -174,7 +175,7 @@ def _norm(x: Tensor, g: Tensor, conv: Conv, samples: int, out: Tensor | None) ->
 
 
 def _tiling(x: Tensor, pg: Planes, conv: Conv) -> tuple[int, dict[str, int]]:
-    """Compute what both kernels take: the number of tiles of a gradient, and the constants of shape and of tiles."""
+    """Compute what both kernels need: the number of tiles of a gradient, and the constants of shape and of tiles."""
     (channels, height, width), (outputs, out_height, out_width) = x.shape[1:], pg.tensor.shape[1:]
     if (out_height, out_width) != conv.output_size(height, width):
         raise ValueError(f"g of {out_height} x {out_width} positions is no output of {conv} on {height} x {width}")

@@ -3,7 +3,7 @@
 These small tables take the place of an autotuner, which would rerun kernels that add in place. Each entry compiles without a
 spill for sm_80, sm_90 and sm_100 at the shapes of the paper's U-Net (`scripts/compile_check.py`). None is measured on a GPU yet.
 
-Where `maxnreg` stands, ptxas left alone would spill a few bytes to fit one more block on a multiprocessor (65,536 registers).
+`maxnreg` is set where ptxas would otherwise spill a few bytes to fit one more block on a multiprocessor (65,536 registers).
 
 float32 products run without tensor cores (no tf32) and are unrolled over the inner axis: it stays at 16, with more warps.
 """
@@ -31,7 +31,7 @@ def gradient(conv: Conv, outputs: int, channels: int, positions: int, itemsize: 
     sizes = {
         "BM": min(64, power_of_2(rows)),
         "STAGES": 3 if channels > 64 else 5,
-    }  # a lone tile has few bytes under way
+    }  # a single tile of channels has few loads in flight
     if itemsize == 4:
         return sizes | {"BC": min(32, power_of_2(channels)), "BP": 16, "num_warps": 8, "maxnreg": 128}
     sizes |= {"BC": min(64, power_of_2(channels)), "BP": min(64, power_of_2(positions))}
@@ -47,7 +47,7 @@ def project(
     """Choose the tiles of adapter_forward's project: strips of whole rows whose input fits a program; None where none fits."""
 
     def held(rows: int) -> int:
-        """Count the input positions that so many output rows read."""
+        """Count the input positions that `rows` output rows read."""
         of_conv = (rows - 1) * conv.stride[0] + (conv.kernel[0] - 1) * conv.dilation[0] + 1
         return min(height, of_conv) * width
 
@@ -91,13 +91,13 @@ def pointwise(channels: int, outputs: int, rank: int) -> dict[str, int]:
 
 @cache
 def from_shared_memory(device: torch.device) -> bool:
-    """Tell whether tensor cores read their operands from shared memory: since sm_90; before, W would have to lie in registers."""
+    """Tell whether tensor cores read their operands from shared memory: from sm_90 on; before, W must lie in registers."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache
 def pointwise_backward(positions: int, channels: int, outputs: int, rank: int) -> dict[str, int]:
-    """Choose the tiles of pointwise's backward: BP positions at a time by all outputs and channels, SPAN to a program."""
+    """Choose the tiles of pointwise's backward: BP positions at a time by all outputs and channels, SPAN in a program."""
     block, span = min(64, power_of_2(positions)), min(512, power_of_2(positions))
     sizes = {"BP": block, "BO": power_of_2(outputs), "BC": power_of_2(channels), "SPAN": span, "RP": power_of_2(rank)}
     even = outputs == sizes["BO"] and channels == sizes["BC"]

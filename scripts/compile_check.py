@@ -3,7 +3,7 @@
     python scripts/compile_check.py                      bfloat16 and float32, both layouts, for sm_80, sm_90 and sm_100
     python scripts/compile_check.py --dtypes bfloat16 float16 float32 --json compile.json
 
-The launchers themselves are run on tensors without memory, and what they would launch is compiled as a launch would compile it.
+The launchers are run on tensors without memory, and each kernel that they would launch is compiled as a launch would compile it.
 Fails on an error, a register spill, or more shared memory than the card has.
 """
 
@@ -42,7 +42,7 @@ BATCH, ADAPTED_NUMBERS = 128, 366_592
 
 @dataclass(frozen=True)
 class Report:
-    """The result of one compilation: bytes of shared memory and of stack (spilled registers), registers a thread."""
+    """The result of one compilation: registers a thread, bytes of stack (spilled registers) and of shared memory."""
 
     kernel: str
     label: str
@@ -54,7 +54,7 @@ class Report:
 
 
 class NoDriver:
-    """A driver that has as much as compiling asks for."""
+    """A stand-in for Triton's GPU driver, with only what compiling needs."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -73,7 +73,7 @@ class NoDriver:
 
 
 def launch_all(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    """Launch every kernel and variant at this layer, as the private step does."""
+    """Launch every kernel and variant for this layer, as the private step does."""
 
     def image(channels: int, size: tuple[int, int]) -> Tensor:
         return torch.empty(BATCH, channels, *size, dtype=dtype, device="meta").to(memory_format=memory_format)
@@ -102,7 +102,7 @@ def launch_all(layer: Layer, dtype: torch.dtype, memory_format: torch.memory_for
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch to compile: its kernel, arguments (a tensor is its dtype) and options, and how much it does."""
+    """A launch to compile: its kernel, arguments (of a tensor the dtype) and options, its number of programs, its bytes."""
 
     kernel: JITFunction
     arguments: tuple
@@ -134,7 +134,7 @@ def launches(
 
 @contextmanager
 def catching() -> Iterator[list[Launch]]:
-    """Note what would be launched in place of launching it."""
+    """Collect launches inside the context instead of making them."""
     caught: list[Launch] = []
 
     def catch(kernel: JITFunction, *arguments, grid, warmup, **options) -> None:
@@ -159,7 +159,7 @@ def compiled_for(arch: int, launch: Launch) -> CompiledKernel:
 
 
 def report_of(arch: int, label: str, launch: Launch) -> Report:
-    """Compile one launch, and say what it came to."""
+    """Compile one launch, and report its resources and its problems."""
     name = launch.kernel.__name__
     try:
         compiled = compiled_for(arch, launch)
@@ -174,7 +174,7 @@ def report_of(arch: int, label: str, launch: Launch) -> Report:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Read the registers and the bytes of stack of a thread."""
+    """Read how many registers and bytes of stack a thread takes."""
     told = dump(cubin, "--dump-resource-usage")
     return tuple(int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", told).groups())
 

@@ -42,7 +42,7 @@ from fastloda.per_sample.tensors import KERNEL_DTYPES  # noqa: E402
 
 DEVICE = machine.DEVICE
 LAUNCHES = 20  # in a graph, at least
-BELOW, SHARE = 8e-6, 0.8  # a kernel whose floor is shorter is not asked for this share of it
+BELOW, SHARE = 8e-6, 0.8  # a kernel should reach this share of its floor, unless the floor is shorter
 SHAPES = ((128, 32, 3), (128, 32, 1), (256, 16, 3), (512, 8, 3))  # channels, side, kernel
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -76,7 +76,7 @@ def replayed(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def gpu_seconds(run: Callable[[], object], rounds: int = SIZES.rounds) -> float:
-    """Measure the median time of run() by the GPU's clock."""
+    """Measure the median time of run() by the GPU's clock, in a rehearsal once by the CPU's."""
     run()
     if REHEARSAL:
         return machine.seconds(run)
@@ -119,13 +119,13 @@ def empty_kernel() -> float:
 
 
 def copies_beyond_l2(size: int) -> int:
-    """Count the buffers of so many bytes that are four times the L2 cache."""
+    """Count how many buffers of `size` bytes fill the L2 cache four times; 2 to 16."""
     l2 = 1 if REHEARSAL else torch.cuda.get_device_properties(DEVICE).L2_cache_size
     return max(2, min(16, -(-4 * l2 // size)))
 
 
 def rehearse(item: str) -> None:
-    """Let a tape stand in for graphs, and the interpreter run the kernels of items that are about them (a tape sees none)."""
+    """Use a tape in place of CUDA graphs, and the interpreter for items about kernels (which a tape does not see)."""
     patch = pytest.MonkeyPatch()
     tape.use(patch)
     for module in (
@@ -136,7 +136,7 @@ def rehearse(item: str) -> None:
         patch.setattr(module, "on_triton", lambda t: t.dtype in KERNEL_DTYPES and t.numel() > 0)
 
 
-# ---- the items: each yields its figures as far as they are, after every part
+# ---- the items: each yields the figures that it has so far, after every part
 
 
 def peaks():

@@ -2,9 +2,9 @@
 
     python scripts/gpu_step_check.py [--device cpu]
 
-Right is an error of at most twice that of PyTorch itself, in the same dtype on the same device; for the step as a CUDA graph as
-well. A run of `DPTrainer` with a graph must be the run without: the same batches and random numbers, and the same parameters but
-for rounding. On a CPU a tape of operations stands in for the graph.
+A step is right if its error is at most twice that of PyTorch itself, in the same dtype on the same device. The step as a CUDA
+graph must be right too. A run of `DPTrainer` with a graph must equal the run without: the same batches and random numbers, and
+the same parameters except for rounding. On a CPU a tape of operations stands in for the graph.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def truth(model: nn.Module, x: Tensor) -> tuple[float, Tensor]:
 
 
 def by_pytorch(model: nn.Module, x: Tensor, bound: float, loss_of: oracle.LossOf) -> Tensor:
-    """Compute the same sum without our kernels, by a backward pass per sample, on the private step's device in its dtype."""
+    """Compute the same sum without FastLoDA's kernels, by a backward pass per sample, on the step's device and in its dtype."""
     with patch.object(ops, "on_triton", lambda t: False):
         return _flat(oracle.clipped_sum(oracle.sample_grads(model, loss_of, x, VIEWS, torch.float32), bound))
 
@@ -69,7 +69,7 @@ def by_fastloda(model: nn.Module, x: Tensor, bound: float, loss_of: oracle.LossO
 
 
 def by_graph(model: nn.Module, x: Tensor, bound: float, loss_of: oracle.LossOf) -> Tensor:
-    """Compute the sixth batch's sum, by a replay: the first and the fourth are probed, those after them make the graph."""
+    """Compute the sum of a sixth batch by a replay: the first and fourth batch are probed, the ones after them make the graph."""
     clipper = GhostClipper(copy.deepcopy(model), bound, views=VIEWS)
     step = CapturedStep(clipper, lambda batch: loss_of(clipper.model, batch))
     for _ in range(5):

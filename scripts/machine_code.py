@@ -1,11 +1,11 @@
-"""Read the kernels' machine code for sm_90 (bfloat16, channels_last), and hold it to what a GPU runs near its limit.
+"""Read the kernels' machine code for sm_90 (bfloat16, channels_last), and check that a GPU could run it near its limits.
 
     python scripts/machine_code.py            check the code of today's kernels; figures may only fall
     python scripts/machine_code.py --write    put today's figures into docs/results/kernels.json
 
-A GPU is not needed. Times are a model's: bytes at 4.3 TB/s, two instructions a cycle on each of 132 multiprocessors. What fails a
-requirement is in the file with its figure, and with every requirement it fails: a list that may only shrink. Another version of
-Triton writes other code: then nothing may fail that is not in the list, whatever the figures.
+No GPU is needed. Times come from a model: bytes at 4.3 TB/s, two instructions a cycle on each of 132 multiprocessors. The file
+lists each kernel with its figures and the requirements that it fails; these may only become fewer. Another version of Triton
+writes other code: then the figures are not compared, but no kernel may fail a requirement that the file does not list for it.
 """
 
 import argparse
@@ -57,28 +57,28 @@ def instructions(cubin: bytes) -> list[Instruction]:
 
 
 def loops(code: list[Instruction]) -> list[tuple[int, int]]:
-    """Find the loops, as addresses of their first and last instructions, outer before inner."""
+    """Find the loops, as addresses of their first and last instructions, outer loops before inner ones."""
     jumps = [(re.search(r"0x([0-9a-f]+)", i.text), i.address) for i in code if i.operation.startswith("BRA")]
     ends = [(int(to[1], 16), at) for to, at in jumps if to]
     return sorted((to, at) for to, at in ends if to < at)
 
 
 def executed(code: list[Instruction], turns: list[float]) -> int:
-    """Count the instructions that a warp executes, if the loops make so many turns."""
+    """Count the instructions that a warp executes; turns: the number of iterations of each loop."""
     found = loops(code)
-    turns = turns if len(found) == len(turns) else [n for n in turns if n > 1]  # a loop of one turn is none
+    turns = turns if len(found) == len(turns) else [n for n in turns if n > 1]  # a loop of one turn is compiled away
     weights = [math.prod(n for (first, last), n in zip(found, turns) if first <= i.address <= last) for i in code]
     return round(sum(weights))
 
 
 def narrow(code: list[Instruction]) -> int:
-    """Count the accesses to global memory of less than 64 bits, but for one: a loop's scalar or a norm's part."""
+    """Count the accesses to global memory of less than 64 bits, except one: a loop's scalar or a norm's part."""
     accesses = [i.operation for i in code if i.operation.startswith(("LDG.", "LDGSTS.", "STG."))]
     return max(0, sum(not re.search(r"\.(64|128)", operation) for operation in accesses) - 1)
 
 
 def turns(launch: Launch) -> list[float]:
-    """Compute how many turns the kernel's loops make."""
+    """Compute the number of iterations of each of the kernel's loops."""
     a = dict(zip(launch.kernel.arg_names, launch.arguments)) | dict(launch.options)
     across = lambda size, tile: -(-a[size] // a[tile])  # noqa: E731
     match launch.kernel.__name__:
@@ -96,7 +96,7 @@ def turns(launch: Launch) -> list[float]:
 
 
 def figures(launch: Launch) -> dict[str, object]:
-    """Compile a launch, and count what its machine code says."""
+    """Compile a launch, and compute the figures of its machine code."""
     compiled = compiled_for(ARCH, launch)
     code, options = instructions(compiled.asm["cubin"]), dict(launch.options)
     registers, stack = resources(compiled.asm["cubin"])
@@ -120,14 +120,14 @@ def figures(launch: Launch) -> dict[str, object]:
 
 
 def _tile_bytes(options: dict, turns: list[float]) -> int:
-    """Compute the bytes of activations that a program has under way: all of a tile, or those that its loop has asked for."""
+    """Compute the bytes of activations that a program has in flight: a whole tile, or the tiles that its loop has prefetched."""
     ahead = max(1, min(options.get("STAGES", 2) - 1, *turns, 8))
     channels = options["BC"] + (options["BO"] if "SPAN" in options else 0)  # of x, and of gy where both are read
     return int(options.get("BI", options.get("BP", 0)) * channels * 2 * ahead)
 
 
 def _wide(options: dict) -> bool:
-    """Tell whether a product fills the 64 rows that a tensor core's instruction takes."""
+    """Tell whether a product fills the 64 rows of a tensor core's instruction."""
     return options["BM" if "STORE" in options else "BI" if "BI" in options else "BP"] >= 64
 
 
@@ -156,7 +156,7 @@ def failing(row: dict) -> list[str]:
 
 
 def complaints(found: dict, known: dict, same_triton: bool) -> list[str]:
-    """List what is worse than what is known."""
+    """List the failed requirements that `known` lacks and, with the same Triton, the figures that have risen."""
     said = []
     for name, row in found.items():
         before = known.get(name, {"fails": []})
@@ -190,7 +190,7 @@ def main(show: Callable[[str], None] = print) -> int:
 
 
 def _lines(document: dict) -> str:
-    """Write JSON with a row a line."""
+    """Format the document as JSON with one line for each row."""
     rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in document["rows"].items())
     head = json.dumps({key: value for key, value in document.items() if key != "rows"})
     return f'{head[:-1]}, "rows": {{\n{rows}\n}}}}\n'

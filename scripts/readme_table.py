@@ -1,4 +1,4 @@
-"""Put measured speeds and tested versions into README.md and the site from the committed result files: nobody types a number.
+"""Put measured speeds and tested versions into README.md and the site, from the committed result files.
 
 python scripts/readme_table.py
 """
@@ -50,7 +50,7 @@ def versions() -> str:
 
 
 PAGES = {
-    "README.md": ("speed", lambda: speed("bench/results/")),  # the argument: the page's way to the result files
+    "README.md": ("speed", lambda: speed("bench/results/")),  # the argument: the path from the page to the result files
     "docs/benchmarks.md": ("speed", lambda: speed("../bench/results/")),
     "docs/installation.md": ("versions", versions),
 }

@@ -16,8 +16,8 @@ TEST_COUNT = 2000
 ONE_HAND = Hands(
     angle=(-0.15, 0.15), slant=(-0.2, 0.2), stretch=(0.8, 1.3), pen=(0.05, 0.09), fill=(0.68, 0.75), bend=0.0
 )
-SWIRL, SLANT, WOBBLE = 0.33, -0.45, 0.07  # of another hand; a classifier of plain font digits gets about two thirds
-BEND, SHIFT, LEAN = 0.05, 0.06, 0.1  # standard deviations, in half sides, of what tells the copies of one digit apart
+SWIRL, SLANT, WOBBLE = 0.33, -0.45, 0.07  # of another hand; a classifier of plain font digits is right in two thirds
+BEND, SHIFT, LEAN = 0.05, 0.06, 0.1  # standard deviations, in half sides, of the changes to each copy of a digit
 
 
 def swirled(side: int, records: int, seed: int) -> Split:
@@ -26,7 +26,7 @@ def swirled(side: int, records: int, seed: int) -> Split:
 
 
 def handwritten(side: int, records: int, seed: int) -> Split:
-    """Enlarge scikit-learn's digits, real handwriting of 8 x 8 pixels; copies of one are bent and moved a little."""
+    """Enlarge scikit-learn's digits, real handwriting of 8 x 8 pixels; each copy of a digit is bent and moved a little."""
     private, test = (_enlarged(part, side) for part in digits_split())
     return _copies(private, records, 2 * seed), _copies(test, TEST_COUNT, 2 * seed + 1)
 

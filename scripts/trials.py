@@ -4,7 +4,7 @@
         '{"tunings.training.learning_rate": 0.004}' '{"tunings.training.learning_rate": 0.016}'
 
 Each argument is a setting: what differs from the table's, by path. The rules are those of docs/tuning.md: stand-ins alone, all
-settings on the same seeds, and after each round the worse half stops. A trial that was interrupted is all that is lost.
+settings on the same seeds, and after each round the worse half stops. An interruption loses only the trials that were running.
 """
 
 import argparse
@@ -41,12 +41,12 @@ class Search:
     """A search among settings of one method.
 
     Attributes:
-        table, method, epsilon: whose settings are searched.
+        table, method, epsilon: the table, its row and the budget, whose settings are searched.
         stand_ins: names of the stand-ins; each setting is tried on all of them.
         rounds: number of rounds; round k has seed k. After each the worse half stops.
         run: folder of the results.
         records: number of records to train on, the nominal number of private ones.
-        quick: whether the table's quick form is taken, which shows that everything runs.
+        quick: whether to use the table's quick form, which only shows that everything runs.
     """
 
     table: str
@@ -104,7 +104,7 @@ class Search:
 
 
 def changed(method: Any, setting: Setting, epsilon: float) -> Any:
-    """Replace fields of nested dataclasses, given by path; of settings by budget those for this epsilon are taken.
+    """Replace fields of nested dataclasses, given by path; settings that depend on the budget become those for this epsilon.
 
     Raises:
         ValueError: there is no such field.

@@ -2,7 +2,7 @@
 
     make dist && python scripts/versions.py python3.12 torch==2.13.0
 
-The first argument is the interpreter, the others are what pip is to install beside the package. The result is a row of
+The first argument is the interpreter; pip installs the others together with the package. The result is a row of
 docs/results/versions.json, of which `scripts/readme_table.py` makes the table in docs/installation.md. PyTorch's builds for CUDA
 take some 7 GB while this runs.
 """
@@ -36,7 +36,7 @@ print(json.dumps({"python": platform.python_version()} | {name: metadata.version
 
 
 def row(interpreter: str, requirements: list[str], work: Path) -> dict:
-    """Install the sdist, run the README's ten lines and TESTS, and tell what came out."""
+    """Install the sdist, run the README's ten lines and TESTS, and make the row of the result."""
     sdist = max((ROOT / "build" / "dist").glob("*.tar.gz"))
     with tarfile.open(sdist) as archive:
         archive.extractall(work, filter="data")

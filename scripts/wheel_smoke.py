@@ -1,4 +1,4 @@
-"""Run the README's first snippet on an installed wheel, and import what its extras are for.
+"""Run the README's first snippet with an installed wheel, and import the modules that the given extras serve.
 
 python -I scripts/wheel_smoke.py README.md [EXTRA ...]
 """

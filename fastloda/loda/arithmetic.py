@@ -4,8 +4,8 @@ Triton kernels (`kernels/`) compute for CUDA tensors, PyTorch for all others.
 
 Two ideas keep the cost of privacy low, in both implementations:
 
-- *Shift gz, not x.*  The k^2 taps of A's gradient are read as one strided view of the small r-channel gradient gz
-  (`taps.py`); x is read in place by a plain matrix product, and never expanded (no im2col).
+- *Shift gz, not x.*  The k^2 taps of A's gradient are read as one strided view of gz, the gradient of z, which has only
+  r channels (`taps.py`); x is read in place by a plain matrix product, and never expanded (no im2col).
 - *In place.*  The adapter is added to the frozen layer's output and input gradient where they lie, which saves the
   copies that autograd makes of both.
 
@@ -59,7 +59,7 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
 
 
 def cast_together(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """Cast tensors of one device to dtype, on a GPU in one launch; those of this dtype, and None, are returned as they are."""
+    """Cast tensors of one device to dtype, on a GPU in one launch; a tensor that has it, and None, is returned as it is."""
     others = [t for t in tensors if t is not None and t.dtype != dtype]
     if not others:
         return list(tensors)
@@ -88,7 +88,7 @@ class ConvOp:
         return y + self.scale * F.conv2d(h, B)
 
     def laid_out(self, A: Tensor, dtype: torch.dtype) -> Tensor:
-        """Lay A out by tap in memory, in dtype, where kernels read it so, forward and backward."""
+        """Copy A, in dtype, into memory ordered by tap, as the Triton kernels read it; return A itself if none reads it."""
         if self.conv.taps == 1 or not on_triton(A):
             return A
         by_tap = A.permute(2, 3, 0, 1)
@@ -103,7 +103,7 @@ class ConvOp:
             z = kernels.adapter_forward.project(x, A, self.conv)
             return kernels.adapter_forward.add_(y, z, B, bias, self.slope, self.scale), z
         y = self.convolve(x, weight, bias, self.groups)
-        z = self.convolve(x, A).contiguous()  # backward's products need it so
+        z = self.convolve(x, A).contiguous()  # backward's products need contiguous z
         add_product_(positions(y), B.flatten(1), activation(z, self.slope).flatten(2), self.scale)
         return y, z
 
@@ -117,7 +117,7 @@ class ConvOp:
         return _backward(self, gy, x, z, weight, A, B, needs_x)
 
     def backward_up(self, gy: Tensor, x: Tensor, z: Tensor, B: Tensor) -> tuple[Tensor, Recipe]:
-        """Compute gz = phi'(z) . s B^T gy, as `_conv_of` says, and make the recipe of B's per-sample gradients."""
+        """Compute gz = phi'(z) . s B^T gy, the output of `_conv_of`, and make the recipe of B's per-sample gradients."""
         if on_triton(gy):  # one read of gy gives both
             compute, size = kernels.adapter_backward.adapter_backward, tuple(x.shape[2:])
             gz, parts = compute(gy, z, B, self.slope, self.scale, self.conv, size)
@@ -133,7 +133,7 @@ class ConvOp:
     def backward_down(
         self, gy: Tensor, gz: Tensor, x: Tensor, weight: Tensor, A: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute dx as `grad_x`, and return with it the taps of gz for A's gradient, if all were made at once (else None)."""
+        """Compute dx as `grad_x` does; return with it the taps of gz for A's gradient if all were made at once, else None."""
         gx = self.grad_x_of_W(gy, x, weight)
         if on_triton(gx):
             return kernels.input_grad.add_input_grad_(gx, gz, A, self.conv), None
@@ -153,7 +153,7 @@ class ConvOp:
         return self._convolution_backward(gz, x, A, 1, self._conv_of(gz), (False, True, False))[1]
 
     def recipe_A(self, x: Tensor, gz: Tensor, taps: Tensor | None = None) -> Recipe:
-        """Make the recipe of A's per-sample gradients; taps: those of gz, if `backward_down` made them."""
+        """Make the recipe of A's per-sample gradients; taps: the taps of gz, if `backward_down` returned them."""
         return self._recipe(x, gz, self._conv_of(gz), taps)
 
     def recipe_W(self, x: Tensor, gy: Tensor) -> Recipe:
@@ -167,7 +167,7 @@ class ConvOp:
         return conv_recipe(grad, lay_out, x, g, conv, self.taps_bytes(g, x), at_hand)
 
     def grad_B(self, gy: Tensor, z: Tensor, samples: int) -> Tensor:
-        """Compute B's transposed gradient for each sample, [samples, r, O]: its operands are row-major in both layouts."""
+        """Compute B's transposed gradient for each sample, [samples, r, O], as its operands are row-major in both layouts."""
         h = accumulable(activation(z, self.slope).flatten(2))
         return sum_rows(self._scaled(torch.bmm(h, accumulable(positions(gy)).mT)), samples)
 
@@ -179,7 +179,7 @@ class ConvOp:
         return prod(gz.shape[:2]) * self.conv.taps * prod(x.shape[2:]) * x.element_size()
 
     def _conv_of(self, gz: Tensor) -> Conv:
-        """Give the convolution whose output gz has: A's own, [N, r, OH, OW], or on Triton `conv.full()`, gz among zeros."""
+        """Return the convolution whose output size gz has: A's own, or with Triton kernels `conv.full()`, for gz among zeros."""
         return self.conv.full() if on_triton(gz) else self.conv
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
@@ -217,7 +217,7 @@ class LinearOp:
         return F.linear(x, weight, bias) + self.scale * F.linear(activation(F.linear(x, A), self.slope), B)
 
     def laid_out(self, A: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return A as it is, of which each row is adjacent."""
+        """Return A itself, which is laid out as its products read it."""
         return A
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,14 +269,14 @@ class LinearOp:
 
 
 def _backward(op: ConvOp | LinearOp, gy, x, z, weight, A, B, needs_x: bool) -> tuple[Tensor | None, Recipe, Recipe]:
-    """Go backward by gz."""
+    """Compute `op.backward` in two parts: from gy up to gz, and from gz down to x and A."""
     gz, recipe_B = op.backward_up(gy, x, z, B)
     gx, taps = op.backward_down(gy, gz, x, weight, A) if needs_x else (None, None)
     return gx, op.recipe_A(x, gz, taps), recipe_B
 
 
 def _sum_of_parts(parts: "kernels.adapter_backward.Parts") -> Recipe:
-    """Make the recipe of gradients that a kernel left in parts: [samples, m, n, 1, 1]."""
+    """Make the recipe of gradients [samples, m, n, 1, 1], of which a kernel has written the parts."""
     of = kernels.adapter_backward
     return Recipe(
         lambda sums, _, samples: of.add_parts_reference(sums, samples),
@@ -287,7 +287,7 @@ def _sum_of_parts(parts: "kernels.adapter_backward.Parts") -> Recipe:
 
 @lru_cache
 def _reversed_taps(shape: torch.Size, device: torch.device) -> Tensor:
-    """Index the numbers of A [r, C, *kernel] as [C, r k^2], with the taps in the order of `gather_taps`."""
+    """Make the indices [C, r k^2] at which A [r, C, *kernel] is read, with the taps in the order of `gather_taps`."""
     return torch.arange(shape.numel(), device=device).view(shape).flip(2, 3).transpose(0, 1).flatten(1)
 
 

@@ -29,11 +29,11 @@ logger = logging.getLogger("fastloda")
 
 ADAPTED = (LoDAConv2d, LoDALinear)
 L = TypeVar("L", bound=nn.Module)
-NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # though their weights may have two dimensions
+NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # layers without a matrix product
 Targets = type | str | Iterable[str] | Callable[[str, nn.Module], bool]
 SETTINGS = ("rank", "activation", "negative_slope", "scale")
 SAVE = "save_pretrained"  # diffusers', transformers' and huggingface_hub's method
-BESIDE = "loda.safetensors"  # the file of adapters that it leaves beside the library's own
+BESIDE = "loda.safetensors"  # the adapter file that is written beside the library's own
 NOTHING_TO_SAVE = (
     "the model has no adapters to save: call attach_loda first; what PEFT has wrapped has a save_pretrained(folder)"
 )
@@ -52,7 +52,7 @@ class LoDAConv1D(LoDALinear):
 
     @classmethod
     def from_linear(cls, linear: Any, **adapter) -> "LoDAConv1D":
-        """Make the Conv1D's adapted layer, which shares its tensors."""
+        """Make the adapted layer of the Conv1D `linear`, whose tensors it shares."""
         return cls.unfilled(linear, **adapter)._adopt(linear)
 
     def merge(self) -> nn.Module:
@@ -117,10 +117,10 @@ def attach_loda(
         rank, activation, negative_slope, scale: see `LoDAConv2d`.
 
     Returns:
-        The adapted names. `.skipped`, which a line of the log sums up, says which matching layers were left alone and why: rank >
-        min(C_in, C_out), so that an adapter would be larger than the layer; a subclass or a layer with hooks or a forward of its
-        own, which may compute something else; or another kind of layer with weights, where targets are names or the default.
-        Warns if those hold most of the weights.
+        The adapted names. `.skipped`, which is also summed up in one line of the log, says which matching layers were left alone
+        and why: rank > min(C_in, C_out), so that an adapter would be larger than the layer; a subclass or a layer with hooks or
+        a forward of its own, which may compute something else; or another kind of layer with weights, where targets are names
+        or the default. Warns if the skipped layers hold most of the weights.
 
     Raises:
         ValueError: nothing matches, the model already has adapters, or it is a single layer (use `from_conv`, `from_linear`).
@@ -151,7 +151,7 @@ def attach_loda(
 
 
 def _say_what_is_left(skipped: dict[str, str], chosen: Mapping[str, nn.Module], matching: dict[str, nn.Module]) -> None:
-    """Say in one line, a warning where it is much, which matching layers are left as they are."""
+    """Log in one line which matching layers are left as they are; warn instead if they hold most of the weights."""
     if not skipped:
         return
     reasons = list(dict.fromkeys(skipped.values()))
@@ -170,7 +170,7 @@ def _listed(names: list[str], between: str = ", ") -> str:
 
 
 def _weights(layer: nn.Module) -> int:
-    """Count the numbers of the matrices that the layer itself multiplies with, by a guess: no tables, scales and positions."""
+    """Estimate how many weights the layer itself multiplies with, without embedding tables, scales and position embeddings."""
     if isinstance(layer, _adaptable()):
         own = list(layer.parameters())
     else:
@@ -190,7 +190,7 @@ def _matching(model: nn.Module, targets: Targets | None) -> dict[str, nn.Module]
         kinds = _as_tuple(targets)
         matches = lambda name, layer: isinstance(layer, kinds)  # noqa: E731
     elif callable(targets):
-        matches, others = targets, {}  # the function is asked about the layers that can be adapted alone
+        matches, others = targets, {}  # the function is asked only about layers that can be adapted
     elif isinstance(targets, str):
         matches = lambda name, layer: re.fullmatch(targets, name)  # noqa: E731
     else:
@@ -209,7 +209,7 @@ def _as_tuple(value) -> tuple:
 def _reason_to_skip(layer: nn.Module, rank: int) -> str | None:
     if reason := _reason_to_keep(layer):
         return reason
-    weight: Any = layer.weight  # any layer without one has a reason
+    weight: Any = layer.weight  # a layer without one has a reason already
     narrowest = min(weight.shape[0], getattr(layer, "in_channels", weight.shape[1]))
     return f"rank {rank} > min(C_in, C_out) = {narrowest}" if rank > narrowest else None
 
@@ -250,15 +250,15 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
-                if name == "_orig_mod":  # the wrapper also holds compiled code of the old layer: make it anew
+                if name == "_orig_mod":  # the wrapper also holds compiled code of the old layer: make the wrapper anew
                     parent.__setstate__(parent.__getstate__())
 
 
 def merge_loda(model: nn.Module) -> list[str]:
     """Replace the model's adapted layers in place by ordinary ones of weight W + scale B A, which compute the same.
 
-    The model then has no adapters and its first structure, so that any library saves, loads and exports it. The new weights are
-    rounded to the dtype of W, and are frozen.
+    The model then has no adapters and its original structure, so that any library saves, loads and exports it. The new weights
+    are rounded to the dtype of W, and are frozen.
 
     Returns:
         The names of the merged layers.
@@ -282,14 +282,14 @@ def merge_loda(model: nn.Module) -> list[str]:
 
 
 def detach_loda(model: nn.Module, *, keep: Iterable[str] = ()) -> list[str]:
-    """Take the adapters off in place: these layers are as before `attach_loda`, but frozen. What they had learned is lost.
+    """Take the adapters off in place: these layers are as before `attach_loda`, but frozen. What the adapters learned is lost.
 
     Args:
         model: the model to change.
         keep: the names of layers whose adapters stay, as `attach_loda` returned them; default: none.
 
     Returns:
-        The names of the layers whose adapters are off.
+        The names of the layers whose adapters were taken off.
 
     Raises:
         ValueError: a name in `keep` is no adapted layer's, the model has no adapters or is a single layer, or an adapted layer
@@ -309,7 +309,7 @@ def detach_loda(model: nn.Module, *, keep: Iterable[str] = ()) -> list[str]:
 
 
 def _replaceable(model: nn.Module, verb: str) -> dict[str, LoDAConv2d | LoDALinear]:
-    """Find the adapted layers of a model, in which they can be replaced in place."""
+    """Find the adapted layers of a model; refuse a model that has none, or that is one of them and can't be replaced in place."""
     layers = dict(loda_layers(model))
     if not layers:
         raise UserError(f"the model has no adapters to {verb}")
@@ -366,12 +366,12 @@ def _layers(model: nn.Module, types: tuple[type[L], ...]) -> Iterator[tuple[str,
 
 
 def loda_layers(model: nn.Module) -> Iterator[tuple[str, LoDAConv2d | LoDALinear]]:
-    """Yield (name, layer) of each adapted layer; names are those of the bare model, without its wrappers'."""
+    """Yield (name, layer) of each adapted layer; names are those in the model without its wrappers."""
     return _layers(model, ADAPTED)
 
 
 def loda_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """List the adapters' parameters, A and B of each layer; those that layers share once."""
+    """List the adapters' parameters, A and B of each layer; parameters that layers share are listed once."""
     return list(dict.fromkeys(p for _, layer in loda_layers(model) for p in (layer.loda_A, layer.loda_B)))
 
 
@@ -392,13 +392,14 @@ def save_loda(model: nn.Module, path: str | os.PathLike) -> None:
     if not settings:
         raise UserError(NOTHING_TO_SAVE)
     tensors = separate(loda_state_dict(model))
-    metadata = {"loda": json.dumps(settings)}  # one key, for the order of several varies: equal adapters, equal files
+    # One key, since the order of several varies: equal adapters give equal files.
+    metadata = {"loda": json.dumps(settings)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)  # a missing folder must not lose a run that was paid for
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors for safetensors: contiguous, on the CPU, and none in another's memory, as shared adapters are."""
+    """Copy tensors for safetensors: contiguous, on the CPU, and without the shared memory that shared adapters have."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
@@ -473,7 +474,7 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
 
 
 def _no_safetensors(path: Path) -> str | None:
-    """Say what a file or folder is that can't be a safetensors file, and what loads it; None if it may be one."""
+    """Describe a file or folder that can't be a safetensors file, and say what loads it; return None if it may be one."""
     if path.is_dir():
         peft = (path / "adapter_config.json").is_file()
         return (
@@ -494,7 +495,7 @@ def _no_safetensors(path: Path) -> str | None:
 
 
 def _foreign(tensors: dict[str, Tensor]) -> str:
-    """Say, by their names, what tensors are that save_loda did not write, and what loads them."""
+    """Describe tensors that save_loda did not write, from their names, and say what loads them."""
     for pattern, what in FOREIGN.items():
         if any(re.search(pattern, name) for name in tensors):
             return what
@@ -514,7 +515,7 @@ FOREIGN = {  # a pattern found in a tensor's name -> what the file is
 
 
 def real_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Map names of layers in a file to the model's own, where it has them: under any of a layer's names, wrappers or not."""
+    """Map the layer names in a file to the model's own, if it has such a layer, under any of its names, in wrappers or not."""
     modules = {name: m for name, m in bare_modules(model) if isinstance(m, _adaptable())}
     first = {layer: name for name, layer in _layers(model, _adaptable())}
     stripped = defaultdict(dict)

@@ -1,7 +1,7 @@
 """torch.compile for a model whose adapters train privately: `fastloda.compile`.
 
 A compiled region is one node of the autograd graph, in which no rule can tell the samples apart. So the adapters enter it once
-for each row of the batch (`rowwise.py`): the node outside that wrote them has one gradient per row.
+for each row of the batch (`rowwise.py`): the node that writes them is outside the region and receives one gradient per row.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,11 +34,11 @@ def compile(model: M, **options) -> M:
 
     - No graph breaks: `fullgraph=True` holds where it does for the unadapted model, the paper's U-Net included. The compiler
       sees through the layers and fuses them with what lies between them. On a GPU, while gradients are wanted, a layer's forward
-      and its gradients are single operations that it does not look into, with the kernels of the eager layer.
+      and its gradients are single operations that the compiler does not look into, with the kernels of the eager layer.
     - Where PyTorch gives up compiling (graph breaks, too many versions), the rest runs eagerly and stays exact.
     - The first batch size gets code of its own, the second one code for all further sizes (`dynamic` of torch.compile);
       `DPTrainer`'s fixed-shape micro-batches need only the first. Parts with equal code share it, and PyTorch keeps 8 versions:
-      for more unequal parts raise `torch._dynamo.config.recompile_limit`, or compile the whole.
+      for more unequal parts raise `torch._dynamo.config.recompile_limit`, or compile the whole model.
     - Autocast, channels_last memory, checkpointing inside or around the compiled part, layers that are called twice or share
       adapters.
 
@@ -62,7 +62,7 @@ def compile(model: M, **options) -> M:
     _check_mode(**options)
     _check_trainable(model)
     layers = [layer for _, layer in loda_layers(model)]
-    for layer in layers:  # in its own dict already, or the second call would be compiled anew
+    for layer in layers:  # set on the instance now, or the second call would be compiled anew
         layer.by_row = None
     model._compiled_call_impl = _by_row(model._call_impl, layers, options)
     return model
@@ -107,7 +107,7 @@ def _alike(layers: Sequence[LoDAConv2d | LoDALinear]) -> list[list[nn.Parameter]
 
 
 def _give_by_row(layers: Sequence[LoDAConv2d | LoDALinear], lines: Sequence[Tensor]) -> None:
-    """Give the layers their adapters by row; nothing without lines, when their plain definition is compiled."""
+    """Give the layers their adapters by row; without lines give nothing, and the layers' plain definition is compiled."""
     parts = {}
     for of_group, adapters in zip(lines, _alike(layers)):
         each = of_group.split(widths([p.shape for p in adapters]), 1)

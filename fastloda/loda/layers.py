@@ -26,14 +26,14 @@ A_INPUT, B_INPUT = 2, 3  # places of A and B among (x, W, A, B, b); b is last, f
 
 
 class LoDAFunction(torch.autograd.Function):
-    """The operation y = W * x + b + s B phi(A * x), which saves x, z and its casts. All arithmetic is in `arithmetic.py`."""
+    """The operation y = W * x + b + s B phi(A * x), which saves x, z and cast weights. All arithmetic is in `arithmetic.py`."""
 
     keeps_rows = True
 
     @staticmethod
     def forward(ctx, x, weight, A, B, bias, op, dtype):
         ctx.op, ctx.x_dtype, ctx.adapter_dtype, ctx.receiver = op, x.dtype, A.dtype, None
-        with without_autocast(x.device.type), torch._C.DisableTorchFunction():  # modes have nothing to look at inside
+        with without_autocast(x.device.type), torch._C.DisableTorchFunction():  # no function mode needs to look inside
             x = x.to(dtype)
             w, b, a, up = cast_together([weight, bias, op.laid_out(A, dtype), B], dtype)
             y, z = op.forward(x, w, b, a, up)
@@ -74,11 +74,11 @@ def apply_adapter(
 ) -> Tensor:
     """Compute y by the fused Function, or by the plain definition where the Function's receiver could not be reached.
 
-    It can't under `torch.func` transforms and `torch.compile`, nor where the base layer trains too (whose own rule then covers
-    W). The definition's operations have rules of their own, so that a private step stays exact.
+    It can't be reached under `torch.func` transforms and `torch.compile`, nor if the base layer trains too (its own rule then
+    covers W). The definition's operations have rules of their own, so that a private step stays exact.
 
-    by_row: the adapter for each row of the batch, by which a model compiled by `fastloda.compile` tells the samples apart; it
-        needs a whole number of rows for each, or the reverse.
+    by_row: the adapter for each row of the batch, by which a model compiled by `fastloda.compile` tells the samples apart; used
+        only if x has a whole number of rows for each row of the batch, or the reverse.
 
     Raises:
         TypeError: x has another dtype than the weight, or is not floating point.
@@ -219,8 +219,8 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
 
     Parameters: `weight`, `bias` as in nn.Conv2d, frozen; `loda_A` (rank, in_channels, kh, kw), with the convolution's stride,
     padding and dilation; `loda_B` (out_channels, rank, 1, 1), zero at the start, so that the output starts unchanged.
-    The adapter is dense also where the frozen convolution is grouped, and float32 where the convolution is float16 or bfloat16,
-    too coarse to train in; it is then cast as autocast would cast it.
+    The adapter is dense even if the frozen convolution is grouped. It is float32 if the convolution is float16 or bfloat16, which
+    are too coarse to train in; each call then casts it as autocast would.
 
     Args:
         in_channels, ..., dtype: the arguments of nn.Conv2d.
@@ -262,7 +262,7 @@ class LoDAConv2d(_Adapted, nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **adapter) -> Self:
-        """Make conv's adapted layer, which shares its tensors; adapter: `rank`, `activation`, `negative_slope`, `scale`."""
+        """Make conv's adapted layer, sharing conv's tensors; adapter: `rank`, `activation`, `negative_slope`, `scale`."""
         return cls(**_conv_arguments(conv), device="meta", **adapter)._adopt(conv)
 
     def _plain(self) -> nn.Conv2d:
@@ -311,7 +311,7 @@ class LoDALinear(_Adapted, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **adapter) -> Self:
-        """Make linear's adapted layer, which shares its tensors; adapter: `rank`, `activation`, `negative_slope`, `scale`."""
+        """Make linear's adapted layer, sharing linear's tensors; adapter: `rank`, `activation`, `negative_slope`, `scale`."""
         return cls(**_linear_arguments(linear), device="meta", **adapter)._adopt(linear)
 
     def _plain(self) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""The arithmetic of a LoDA layer as two operations that a compiler does not look into, for Triton's kernels behind them."""
+"""The arithmetic of a LoDA layer as two operations that a compiler does not look into, so that Triton's kernels compute them."""
 
 import torch
 from torch import Tensor

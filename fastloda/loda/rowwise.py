@@ -1,9 +1,9 @@
 """A LoDA layer in a compiled model, with a gradient of its adapter for each row of the batch.
 
-A compiled model is a single node of the autograd graph, so that no rule sees the operations inside. All that it gives are
-gradients of its inputs. So the adapters enter it as one matrix with a line for each row of the batch. The lines are all the same,
-and each one's gradient is that of its row, accumulated in float32 (float64 for float64) as in eager mode. One node outside has
-all these gradients: the norms come from one pass over them, and the clipped sum from another.
+A compiled model is a single node of the autograd graph, so that no rule sees the operations inside. All that it gives is
+gradients of its inputs. So the adapters enter it as one matrix with one line for each row of the batch. All lines are equal: each
+holds all adapters. The gradient of a line is that of its row, accumulated in float32 (float64 for float64) as in eager mode.
+One node outside receives all these gradients: the norms come from one pass over them, and the clipped sum from another.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ from fastloda.per_sample.tensors import accumulable, sum_rows
 
 
 class ByRow(NamedTuple):
-    """The parts [rows, numbers] of the lines that hold a layer's A and B, zeros after them."""
+    """The parts [rows, numbers] of the lines that hold a layer's A and B, each padded with zeros."""
 
     A: Tensor
     B: Tensor
 
 
 class Lines(torch.autograd.Function):
-    """The operation that writes adapters, and zeros after each up to a multiple of RUN, into a line for each row: no copies."""
+    """The operation that writes adapters, each padded with zeros to a multiple of RUN, into one line that all rows share."""
 
     keeps_rows = True
 
@@ -63,7 +63,7 @@ def widths(shapes: Sequence[Size]) -> list[int]:
 
 
 def _recipes(grads: Tensor, shapes: Sequence[Size]) -> dict[int, Recipe]:
-    """Make the recipes of all adapters' gradients, which share the sums over a sample's lines, and their norms' runs."""
+    """Make the recipes of all adapters' gradients, which share the sums over a sample's lines and the sums' `run_squares`."""
 
     @cache
     def parts(grads: Tensor, samples: int) -> list[tuple[Tensor, Tensor]]:
@@ -87,7 +87,7 @@ def _lay_out(part: Tensor, shape: Size) -> Tensor:
 
 
 def _way(t: Tensor):
-    """Choose the module that computes: one that a compiler sees through, but for Triton's kernels."""
+    """Choose the module that computes: `opaque`, with Triton's kernels, on a GPU; else `visible`, which a compiler fuses."""
     return opaque if t.is_cuda else visible
 
 
@@ -115,7 +115,7 @@ class RowwiseAdapter(torch.autograd.Function):
 
 
 def _into_lines(grads: Tensor, rows: int) -> Tensor:
-    """Bring gradients to the width of their part of a line; of every k rows the first has the one for all."""
+    """Pad gradients to the width of their part of a line; one for k rows goes to the first of these, with zeros for the rest."""
     grads = grads.flatten(1)
     grads = F.pad(grads, (0, -grads.shape[1] % RUN))
     if len(grads) == rows:
@@ -126,7 +126,7 @@ def _into_lines(grads: Tensor, rows: int) -> Tensor:
 
 
 def fits(x: Tensor, by_row: ByRow) -> bool:
-    """Tell whether x has several rows for each of the batch's, or one for several."""
+    """Tell whether x has a whole number of rows for each row of the batch, or the reverse."""
     rows = len(by_row.A)
     return not (len(x) % rows and rows % len(x))
 

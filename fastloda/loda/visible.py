@@ -1,8 +1,8 @@
 """The arithmetic of a LoDA layer for a compiler: the operations of `arithmetic.py` in a form that it sees through and fuses.
 
-Nothing is written in place, no size is read but to reshape, and the channels come last, as a compiler lays out convolutions on a
-CPU: then all products below read their operands where they lie. What belongs to the adapter is computed in float32 from z on
-(float64 for float64).
+Nothing is written in place, sizes are read only to reshape, and the channels come last, as a compiler lays out convolutions on a
+CPU: then all products below read their operands without a copy. From z on, the adapter is computed in float32 (float64 for
+float64).
 """
 
 import torch
@@ -75,7 +75,7 @@ def _channels_last(t: Tensor) -> Tensor:
 
 
 def _product(t: Tensor, matrix: Tensor) -> Tensor:
-    """Compute t [N, ..., C] @ matrix [C, D]; image by image, for where its order is another one t would be copied first."""
+    """Compute t [N, ..., C] @ matrix [C, D]; as one product an image, for in another memory order t would be copied first."""
     t, matrix = accumulable(t), accumulable(matrix)
     if t.dim() != 4:
         return t @ matrix
@@ -97,8 +97,8 @@ def _taps(
 ) -> Tensor:
     """Gather the taps of g [N, OH, OW, r] in reversed order, as `per_sample.taps` does: [N, H, W, k^2 r].
 
-    g is put among zeros by an index, which makes a compiler write that small tensor once. A padded one it would not write, but
-    ask for each number of each tap whether it lies beyond an edge.
+    g is put among zeros by indexing, which makes a compiler write that small tensor once. Padding would be
+    fused into the reads, with a test for each number of each tap whether it lies beyond an edge.
     """
     reaches = [d * (k - 1) for k, d in zip(kernel, dilation)]
     margins = [max(0, reach - p) for reach, p in zip(reaches, padding)]

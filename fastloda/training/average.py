@@ -29,7 +29,7 @@ class Average:
 
     @contextlib.contextmanager
     def in_place(self, values: Mapping[str, Tensor] | None = None) -> Generator[None]:
-        """Put the average, or another's values, into the parameters inside the context, and restore their own after it.
+        """Put the average, or `values`, into the parameters inside the context, and restore their own values after it.
 
         Raises:
             UserError: the average is in place already.

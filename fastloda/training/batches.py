@@ -15,7 +15,7 @@ Columns = Tensor | np.ndarray | tuple[Tensor | np.ndarray, ...] | Mapping[str, T
 
 
 class Batches:
-    """Records in a map-style Dataset, or in columns: a tensor or array with one record per row, or a tuple or dict of them.
+    """The records of a map-style Dataset, or of columns: a tensor or array with one record per row, or a tuple or dict of them.
 
     Attributes:
         records: number of records.
@@ -53,11 +53,11 @@ class Batches:
         return {"records": self.records, "owners": None}
 
     def read(self, units: Tensor, stream: Callable[[str], Generator]) -> list:
-        """Read the units of these indices, in the form that `batch` takes; where a choice is made, by streams of this step."""
+        """Read the units of these indices, in the form that `batch` takes; random choices draw from the step's `stream`s."""
         return units.tolist() if self._columns else [self._data[i] for i in units.tolist()]
 
     def batch(self, read: list, device: torch.device) -> Any:
-        """Make a batch of `read`, as `default_collate` does or in the columns' structure; tensors on the device."""
+        """Make a batch of `read`, as `default_collate` does or in the columns' structure, with its tensors on the device."""
         if self._columns:
             rows = torch.tensor(read, dtype=torch.long)
             batch = tree_map(lambda t: _rows(t, rows), self._data)
@@ -66,7 +66,7 @@ class Batches:
         return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
 
     def weights(self, read: list) -> Tensor | None:
-        """Compute the rows' weights, [len(read) * rows], such that a unit's mean is its loss; None: all are 1."""
+        """Compute the rows' weights, [len(read) * rows]: a unit's loss is the mean of its weighted rows; None if all are 1."""
         return None
 
 

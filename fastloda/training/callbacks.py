@@ -35,7 +35,7 @@ Callback = Callable[["DPTrainer", StepReport], object]
 def evaluate_every(steps: int, evaluate: Callable[["DPTrainer"], object]) -> Callback:
     """Make a callback that calls evaluate(trainer) every `steps` steps and after the last one, within `trainer.averaged()`.
 
-    The run's course is the same, bit for bit, as without it. What it computes of private records is private.
+    Training goes on, bit for bit, as it would without the callback. What `evaluate` computes of private records is private.
 
     Raises:
         UserError: steps is no integer >= 1.

@@ -17,7 +17,7 @@ FORMAT = "fastloda-checkpoint-4"
 
 
 class CheckpointError(UserError):
-    """An error of a file that is no checkpoint, is damaged, or belongs to another model or another run."""
+    """The error for a file that is no checkpoint, is damaged, or belongs to another model or another run."""
 
 
 def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""The times at which a trainer checks whether records mix: the first step, a schedule without records, and odd losses."""
+"""The looks of a trainer, its checks whether records mix: in the first step, on a data-independent schedule, at odd losses."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,11 +16,12 @@ SOME = 16  # number of units in a look that is not close
 
 
 class Looks:
-    """The looks of one run: its checks whether records mix (`mixing.look`).
+    """The looks of one run: its checks whether records mix (`mixing.look`), each on one micro-batch.
 
     Attributes:
         due: whether the next micro-batch must be looked at.
-        closely: whether the look replaces both halves and all places, as in the first step.
+        closely: whether that look is close, as in the first step: it replaces both halves of the units, one after the other, and
+            compares gradients and places too.
 
     Args:
         evaluate: function (units read, choices whose gradients are wanted) -> losses and gradients, under the same random
@@ -37,7 +38,7 @@ class Looks:
         self.due |= is_due(self._run.step + 1, self._run.secret)
 
     def step_taken(self) -> None:
-        """End the close look if a step has had it."""
+        """Mark no look as due any more if the step has had its close look."""
         if self.closely and self._count:
             self.due = self.closely = False
 
@@ -49,10 +50,11 @@ class Looks:
         return False
 
     def look(self, read: list, chosen: Tensor) -> Tensor | None:
-        """Look at the units `read`, of indices `chosen`: return the losses, or None if some only, or others, were looked at.
+        """Look at the units `read`, of indices `chosen`; return their losses, or None if other units than these were looked at.
 
-        So that all looks of a run cost little, only the close one and those at steps 16, 256, 4096, ... compare gradients and
-        places as well, and one that is not close takes a few of the units, unless shapes are fixed.
+        So that all looks of a run cost little, only close ones and those at steps 16, 256, 4096, ... compare gradients and
+        places as well, and one that is not close takes a few of the units, unless shapes are fixed. A single unit is looked at
+        beside a second one.
 
         Raises:
             PrivacyError: a loss depends on another unit, a record or an owner.

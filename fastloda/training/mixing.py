@@ -62,7 +62,7 @@ def evaluated(
 
 
 def is_due(step: int, secret: Secret) -> bool:
-    """Tell whether a look is due at `step`: at 1, 4, 16, 64, ..., and at a random one between any two, whatever the data."""
+    """Tell whether a look is due at `step`: at 1, 4, 16, 64, ..., and at a random step between each two, whatever the data."""
     power = 4 ** ((step.bit_length() - 1) // 2)
     drawn = secret.generator(f"look after {power}")
     return is_scheduled(step) or step == power + int(torch.randint(3 * power, (), generator=drawn))
@@ -177,17 +177,17 @@ def _check_places(own: Tensor, moved: Tensor, order: Sequence[int], samples: int
 class Divisors:
     """The numbers that losses were divided by last, by which a division by the batch's size shows when the size changes.
 
-    Where random numbers are drawn no other look sees it, for in a batch of another size a record meets other ones.
+    No look sees that if random numbers are drawn, for in a batch of another size a record would meet other random numbers.
     """
 
     def __init__(self):
         self._seen: dict[int, tuple[int, float]] = {}  # place, counted from the losses -> number of losses, and factor
 
     def check(self, losses: Tensor) -> None:
-        """Refuse losses that are divided, last of all, by a number that has followed how many they are.
+        """Refuse losses that are divided, in their last operations, by a number that has changed as their count has.
 
         Raises:
-            PrivacyError: with what to do.
+            PrivacyError: the losses are divided so; the message says what to do.
         """
         node, place = losses.grad_fn, 0
         while node is not None and kind_of(node) in LINEAR:
@@ -220,10 +220,10 @@ def _last_factor(node: Node) -> float | None:
 
 
 class Signs:
-    """Signs that a batch may have been skipped or rescaled for one of its records, which shows in no other batch.
+    """The signs that a batch may have been skipped or rescaled for one of its records, which shows in no other batch.
 
     The signs are losses that are not all finite, losses that are all the same, and a loss twice as large as any looked at
-    before. The first two count when they have come 1, 2, 4, 8, ... times. Records decide only whether a fault is found.
+    before. The first two count when they have come 1, 2, 4, 8, ... times. Records have a say only in whether a fault is found.
     """
 
     def __init__(self):

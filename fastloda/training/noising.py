@@ -1,4 +1,4 @@
-"""How an image turns into noise: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020)."""
+"""The noising of images in diffusion models: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020)."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # table -> what was made of it, where and in which dtype
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # table -> {(function, device, dtype): result}
 
 
 def add_noise(alphas_cumprod: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def _sigma(abar: Tensor) -> Tensor:
 
 
 def _of_table(table: Tensor, make: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Compute make(table) for a table of constants on a device, once: to copy it there, each step would wait for the GPU."""
+    """Compute make(table) on a device and keep it, so that no step waits for the GPU to copy a table of constants there."""
     made = _made.setdefault(table, {})
     if (make, device, dtype) not in made:
         with torch.inference_mode(False):
@@ -48,7 +48,7 @@ def draw_timesteps(
 def draw_levels(
     cdf: Tensor, n: int, views: int = 1, generator: Generator | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Draw levels [n * views] (float64) in [0, T] as `draw_timesteps` does, but evenly within the unit after each timestep."""
+    """Draw levels [n * views] (float64) in [0, T] as `draw_timesteps` does, but uniform within a timestep's unit interval."""
     u = _stratified(n, views, generator, device)
     cdf = _of_table(cdf, Tensor.double, u.device, u.dtype)
     step = torch.searchsorted(cdf, u, right=True)
@@ -66,5 +66,5 @@ def _stratified(n: int, views: int, generator: Generator | None, device: torch.d
 def draw(
     random: Callable[..., Tensor], shape: tuple, generator: Generator | None, device: torch.device | str | None
 ) -> Tensor:
-    """Call `torch.rand` or `torch.randn` on the generator's device, and move the result: a seed means the same on any device."""
+    """Call `torch.rand` or `torch.randn` on the generator's device and move the result, so that a seed serves any device."""
     return random(shape, generator=generator, device=generator.device if generator else device).to(device)

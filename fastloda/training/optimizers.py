@@ -84,7 +84,7 @@ def make_scheduler(settings: PrivateTraining, optimizer: Optimizer, own: Schedul
 
 
 def check_states(*made: Optimizer | LRScheduler) -> None:
-    """Refuse what a checkpoint could not hold: states are read back without running code.
+    """Refuse an optimizer or scheduler that no checkpoint could hold, for states are read back without running code.
 
     Raises:
         UserError: names the class whose state_dict() holds other things than tensors and plain values.
@@ -128,20 +128,20 @@ def _name(made: object) -> str:
 
 
 def _needs_arguments(method: Callable) -> bool:
-    """Tell whether a method must be given arguments; of a class, for a scheduler wraps the one of its optimizer."""
+    """Tell whether a class's method must be given arguments; an instance's may be wrapped, as a scheduler wraps `step`."""
     named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     _, *others = inspect.signature(method).parameters.values()
     return any(p.kind in named and p.default is p.empty for p in others)
 
 
 def _has_moved(optimizer: Optimizer) -> bool:
-    """Tell whether the state holds more than what an optimizer may be made with, which is constant (Adagrad's)."""
+    """Tell whether an optimizer has taken steps: its state holds a tensor that is not constant, as a new one's (Adagrad's) is."""
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return any(t.numel() > 1 and bool((t != t.flatten()[0]).any()) for t in held)
 
 
 def _plain(value: Any) -> Any:
-    """Convert to plain values; what is 0, False or None is left out, for other versions of PyTorch may lack its key."""
+    """Convert to plain values; items of 0, False or None are left out, for other versions of PyTorch may lack them."""
     if isinstance(value, Mapping):
         return {str(key): _plain(held) for key, held in sorted(value.items(), key=str) if not _is_nothing(held)}
     if isinstance(value, (list, tuple)):

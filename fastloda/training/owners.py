@@ -1,11 +1,11 @@
 """Owners of several records (patients, users) as the unit of privacy: a batch is drawn by owner, not by record.
 
-A step takes `per_owner` rows of each owner that was drawn: so many of the owner's records, chosen at random anew, or all records,
-some of them repeated, of an owner who has fewer. Weights make the owner's loss the mean over the chosen records; a repeated one
+A step takes `per_owner` rows of each owner drawn: that many of the owner's records, chosen at random in each step, or, if the
+owner has fewer, all of them, some repeated. Weights make the owner's loss the mean over the chosen records; a repeated record
 counts once, as the mean over its rows. To the clipper an owner is one sample of `per_owner` x views losses. So an owner moves
 the clipped sum by at most max_grad_norm, whatever the number of records, and adding or removing an owner with all records costs
-what adding or removing a record does where each has one. All rows of an owner are records of that owner: a record that is not
-finite spoils no other owner's.
+what adding or removing a record costs if each owner has one. All rows of an owner are records of that owner: a record that is
+not finite spoils no other owner's sample.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class OwnerBatches(Batches):
         per_owner: the number of rows of an owner in a step.
 
     Raises:
-        UserError: owners are not one integer or string a record, or `Batches` refuses the data.
+        UserError: owners are not one integer or string for each record, or `Batches` refuses the data.
     """
 
     unit = "owner"
@@ -72,7 +72,7 @@ class OwnerBatches(Batches):
         return super().facts() | {"owners": f"sha256 {self._digest}"}
 
     def read(self, units: Tensor, stream: Stream) -> list[OwnerRows]:
-        """Read the `OwnerRows` of each owner; `stream` chooses the records, of each owner by a stream of its own."""
+        """Read the `OwnerRows` of each owner; `stream` makes one generator for each owner, which chooses the owner's records."""
         return [self._rows_of(*self._held[unit], stream) for unit in units.tolist()]
 
     def _rows_of(self, owner: Owner, records: list[int], stream: Stream) -> OwnerRows:
@@ -93,7 +93,7 @@ class OwnerBatches(Batches):
 
 
 def _checked(owners: OwnerIds, records: int) -> list[Owner]:
-    """Convert the owners to a list of integers or strings, one a record."""
+    """Convert the owners to a list of integers or strings, one for each record."""
     convert = getattr(owners, "tolist", None)  # of tensors, arrays, pandas' columns
     if isinstance(owners, str) or not (convert or isinstance(owners, Sequence)):
         raise UserError(f"owners must be a list of integers or strings, one a record; got {type(owners).__name__}")

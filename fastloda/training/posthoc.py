@@ -1,9 +1,10 @@
 """Averages of the parameters whose length is chosen after training (Karras et al. 2024, "Analyzing and improving the training
 dynamics of diffusion models", section 3).
 
-The average of power p after t steps weighs the parameters of step s by (s^p - (s - 1)^p) / t^p: its length, the standard
-deviation of s over t, stays the same. Two of them are kept, and copied now and then; of these copies any other length is a
-linear combination, nearly. It is post-processing, without privacy cost, as long as no private record has a say in the length.
+The average of power p after t steps weighs the parameters of step s by (s^p - (s - 1)^p) / t^p. Its length, the standard
+deviation of s / t under these weights, is the same for every large t. Two such averages are kept, and copied at some steps; an
+average of another length is nearly a linear combination of these copies. This is post-processing, without privacy cost, as long
+as the length is not chosen by private records.
 """
 
 from collections.abc import Mapping
@@ -15,25 +16,25 @@ from torch import Tensor, nn
 
 from fastloda.errors import UserError
 
-KEPT = (0.05, 0.1)  # the lengths of those that are kept; 32 copies of each serve for 0.03 to 0.2
+KEPT = (0.05, 0.1)  # the lengths of the two; 32 copies of each serve for lengths of 0.03 to 0.2
 LONGEST = 12**-0.5  # of power 1: all steps alike
 MISFIT = 0.05  # the largest error of an average's weights, as a share of their norm
 
 
 def power(length: float) -> float:
-    """Compute p of a relative length, which is p^(1/2) / ((p + 1) (p + 2)^(1/2)) where there are many steps."""
+    """Compute the power p whose length, for many steps p^(1/2) / ((p + 1) (p + 2)^(1/2)), is `length`."""
     if not 0 < length <= LONGEST + 1e-9:
         raise UserError(f"the length of an average must be above 0, and at most {LONGEST:.3f}, got {length!r}")
     return float(np.roots([1, 4, 5 - length**-2, 2]).real.max())
 
 
 def weights(length: float, step: int, steps: int) -> np.ndarray:
-    """Compute the weights [steps] of steps 1 to `steps` in the average after `step`, of the later ones 0."""
+    """Compute the weights [steps] of steps 1 to `steps` in the average after `step`; the steps after it have weight 0."""
     return np.diff(np.minimum(np.arange(steps + 1) / step, 1) ** power(length))
 
 
 class Snapshots:
-    """The copies of two averages at `count` moments of a run, of which averages of other lengths are made; 0 keeps none."""
+    """The copies of two averages at `count` moments of a run, from which averages of other lengths are made; 0 keeps none."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], steps: int, count: int):
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
@@ -54,7 +55,7 @@ class Snapshots:
         self._step = step
 
     def average(self, length: float) -> dict[str, Tensor]:
-        """Make the average of a relative length, at the last moment of which there are copies.
+        """Make the average of a relative length, as of the step of the last copies.
 
         Raises:
             UserError: length is out of range, or there are no copies of which such an average could be made.
@@ -78,13 +79,13 @@ class Snapshots:
         }
 
     def state(self) -> dict[str, Any]:
-        """Collect everything from which `load` goes on; nothing, if no copies are kept."""
+        """Collect everything from which `load` continues; nothing, if no copies are kept."""
         if not self._count:
             return {}
         return {"step": self._step, "count": self._count, "averages": self._averages, "taken": self._taken}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Continue from what `state` returned.
 
         Raises:
             UserError: it is of another number of snapshots.

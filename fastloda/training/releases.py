@@ -2,8 +2,8 @@
 
 A step repeated after a crash is the same release, paid for once, if its sum is the same: then it gets the same noise. If its
 sum differs (other losses, other data, noise that can't be repeated), it is another release, and the lost one stays paid for.
-So each release goes to the disk first, durably, into a file beside the checkpoint: its number, and a keyed hash of its sum, which
-tells nothing without the key in the checkpoint. A crash can over-count by one step, never under-count.
+So each release is first written durably to a file beside the checkpoint: its number, and a keyed hash of its sum, which says
+nothing without the key in the checkpoint. A crash can over-count by one step, never under-count.
 """
 
 import errno
@@ -18,7 +18,7 @@ from fastloda.training.checkpoint import CheckpointError
 
 
 def intent_path(checkpoint: Path) -> Path:
-    """Return the path of the file beside a checkpoint that lists releases; without the key it tells nothing of records."""
+    """Return the path of the file beside a checkpoint that lists releases; without the key it says nothing about records."""
     return checkpoint.with_name(f"{checkpoint.name}.spent")
 
 
@@ -115,5 +115,5 @@ class Releases:
 
 
 def read_intent(checkpoint: Path) -> dict | None:
-    """Read the account after the last release on record; None if there is none. Raises CheckpointError if it is damaged."""
+    """Read the account after the last release in the file; None if there is none. Raises CheckpointError if it is damaged."""
     return Releases(checkpoint).account

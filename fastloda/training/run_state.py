@@ -42,11 +42,11 @@ CURVE_POINTS = 64  # points of the epsilon curve shown while training; between t
 
 
 class OtherRelease(Exception):
-    """An exception for a step that would be another release than the one on record under its number."""
+    """An exception for a step that would be another release than the one listed under its number."""
 
     def __init__(self, last: int):
         super().__init__(last)
-        self.last = last  # the number of the last release on record
+        self.last = last  # the number of the last release listed
 
 
 class RunState:
@@ -120,7 +120,7 @@ class RunState:
         self._settle(resumes)
         self.clipper.watch()  # loading has written to the parameters
         if self.world.size > 1:
-            self.last_step  # noqa: B018, computed by rank 0 while all are here
+            self.last_step  # noqa: B018, computed by rank 0 while all ranks take part
 
     def batch(self) -> Tensor:
         """Draw the indices of the next step's Poisson batch of units, the same on all ranks and at each call."""
@@ -128,18 +128,18 @@ class RunState:
         return cyclic_sample(self.units, s.sample_rate, self.step, s.bands, self.stream("batch"))
 
     def stream(self, name: str) -> Generator:
-        """Make the stream of that name in the next step, which starts anew at each call; the same on all ranks."""
+        """Make the generator of that name for the next step, in the same state at each call and on all ranks."""
         return self.secret.generator(f"{name} {self.step + 1}")
 
     def noise_over(self, sums: Sequence[Tensor]) -> NoiseSource:
-        """Make the noise of the next release, which is on record when this returns; it will hide `sums`.
+        """Make the noise of the next release, which will hide `sums`, and list the release durably before returning.
 
-        The same secret, number and sums give the same noise if the bound that scales it is the same too, and the kind of
-        device, for each draws other numbers from a stream. A seeded run's noise does not follow from the sums, which round
-        otherwise in other micro-batches: such runs can be compared, and their noise can be foreseen anyway.
+        The same secret, number and sums give the same noise if the bound that scales it and the kind of device are the same too
+        (each kind draws other numbers from a seed). A seeded run's noise does not depend on the sums, which other micro-batches
+        would round otherwise: so such runs can be compared, and their noise can be foreseen anyway.
 
         Raises:
-            OtherRelease: a release of that number is on record, over other sums or with noise that can't be repeated.
+            OtherRelease: a release of that number is listed, over other sums or with noise that can't be repeated.
         """
         settings, number = self.settings, self.step + 1
         scale = f"bound {self.clipper.max_grad_norm}, drawn on {draws_alike(self.device)}"
@@ -165,12 +165,12 @@ class RunState:
         self.snapshots.update(self.step)
 
     def charge(self, last: int, why: str) -> None:
-        """Charge the releases on record up to number `last`, which are not repeated, so that the budget holds."""
-        self.clipper.noise.forget()  # what the lost steps' noise was is not known
+        """Charge the listed releases up to number `last`, which are not repeated, so that the budget holds."""
+        self.clipper.noise.forget()  # the noise of the lost steps is not known
         lost = last - self.step
         self.accountant.step(lost)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch expects an update before each
+            warnings.simplefilter("ignore")  # PyTorch expects an optimizer step before each
             for _ in range(lost):
                 self.scheduler.step()
         warnings.warn(f"{lost} steps {why}: they are charged, and not made again", stacklevel=4)
@@ -236,7 +236,7 @@ class RunState:
             self.generators["losses"] = self._losses_stream(f" of {self.world.size}, from step {self.step}")
 
     def _settle(self, resumes: bool) -> None:
-        """Compare the releases on record with the checkpoint's count, and charge those after it that can't be repeated."""
+        """Compare the listed releases with the checkpoint's count, and charge those after it that can't be repeated."""
         settings, last = self.settings, self.releases.last
         if self.releases.account:
             try:

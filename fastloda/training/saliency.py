@@ -1,4 +1,4 @@
-"""A release that says which layers the records' gradients are in, so that adapters can go where they pay.
+"""A noisy release of how the records' gradients are spread over the layers, by which the layers to adapt can be chosen.
 
 A record's vector has an entry for each layer, the norm of its gradient there, and is scaled to L2 norm 1:
 
@@ -6,12 +6,12 @@ A record's vector has an entry for each layer, the norm of its gradient there, a
 
 So a record moves the sum by at most 1, whatever it holds: that is the sensitivity. DP-SAPF clips gradients to a norm C and sums
 |g_l|^2, of sensitivity C^2. Here there is no C to guess, and short gradients count as much as long ones, as they do in training
-with a small clipping bound. Nor are norms squared: squares are so unlike that, of the 39 adapters of the digits' U-Net, half lay
-below the noise (1,437 records, noise 20), and an eighth of the norms did.
+with a small clipping bound. Nor are norms squared, for squares differ too much in size: of the 39 adapters of the digits' U-Net,
+half had a sum of squares below the noise (1,437 records, noise 20), and an eighth a sum of norms below it.
 
-The sum is that of a private step, of a linear map with one weight a layer, whose losses have the vectors as gradients. So all
-that `DPTrainer` promises of a step holds for it: records that mix are looked for, owners count once with all records, the sum is
-in float64, and all ranks have one noise.
+The sum is computed by a private step on a linear map with one weight for each layer, whose losses have the vectors as gradients.
+So all that `DPTrainer` promises of a step holds for it: records that mix are looked for, owners count once with all records, the
+sum is in float64, and all ranks share one noise.
 """
 
 import math
@@ -39,7 +39,7 @@ from fastloda.training.trainer import DPTrainer, Losses
 
 @dataclass(frozen=True)
 class Saliency:
-    """What a release says of the layers of a model.
+    """The result of `release_saliency`: how the records' gradients are spread over the layers.
 
     Attributes:
         shares: mapping from layer to its entry in the mean of the records' vectors, with noise.

@@ -19,7 +19,7 @@ FAR = 20  # factor from sample_rate x samples, either way, beyond which expected
 
 @dataclass(frozen=True)
 class PrivateTraining:
-    """Settings of a private run. All are public: none may be computed from the private records.
+    """The settings of a private run. All are public: none may be computed from the private records.
 
     A sample is a record; or, where `DPTrainer` is given owners, an owner with at most `per_owner` records.
 
@@ -36,9 +36,9 @@ class PrivateTraining:
         clipping: style of clipping: "flat", "automatic", "per_layer", "adaptive", or a style object, as in `GhostClipper`.
         bands: number of consecutive steps over which the noise is correlated, so that much of it cancels
             (`privacy/correlated.py`); each record may then enter one of them only, `bands` times as likely. 1: independent noise.
-            More pay where many steps are made at a small sample rate.
+            More than 1 pays if there are many steps at a small sample rate.
         views: number of noise levels or augmentations per record, averaged before clipping.
-        per_owner: number of rows of an owner in a step, averaged before clipping: different records, where the owner has as many.
+        per_owner: number of rows of an owner in a step, averaged before clipping: different records, if the owner has that many.
         micro_batch_size: number of samples in a rank's memory at a time; the logical batch does not depend on it.
         fixed_shape: whether to pad the last micro-batch with masked samples, so that shapes never vary; then a
             step on a CUDA GPU is one graph (`CapturedStep`), unless losses() allows none.

@@ -57,7 +57,7 @@ class DPTrainer:
     (other losses, data or shapes) is not released: it and the lost steps after it stay charged and are not repeated, and
     training continues with new batches and new noise. Whether that happened may depend on a single record, if that alone was
     changed in between. With `secure_noise` no release can be repeated: those after the last checkpoint are charged and lost.
-    No two sums ever have the same noise, in a forked child neither: unless `seed` is given, it follows from the sum as well.
+    No two sums ever have the same noise, not even in a forked child: unless `seed` is given, the noise depends on the sum too.
     Keep the checkpoint private: it holds the secret. What the progress bar shows (loss, clipped fraction) depends on private
     data without noise: it is for the operator's eyes and is written nowhere.
 
@@ -74,22 +74,23 @@ class DPTrainer:
             every rank. Batches have the same structure, or the one that `default_collate` makes of the Dataset's records.
         losses: function (model, batch, generator) -> [n * views] losses, each of its own record only (or of its owner's). Its
             randomness comes from `generator` or from torch's, numpy's or Python's global one. It is called once when the trainer
-            is made, and looked at in its first step, in steps 4, 16, 64, ..., in random ones, and where losses stand out: with
+            is made. It is checked in the first step, in steps 4, 16, 64, ..., in random ones, and when losses stand out: with
             other records beside it, and all else as it was, a record must have the same loss; in steps 1, 16, 256, ... also the
-            same gradient, and, where nothing is drawn at random, at another place of the batch too (`mixing.py`). The run's
-            course is the same with it. What `losses` keeps of earlier steps' records no look can see: keep nothing. On a CUDA
-            GPU, where shapes are fixed (`settings.fixed_shape`), the step becomes one graph (`CapturedStep`) if it can: losses()
-            is then called in some steps only, and what it does beside computing losses of its inputs happens in these alone.
+            same gradient, and, if nothing is drawn at random, the same loss at another place of the batch (`mixing.py`). The
+            checks do not change the course of the run. No check can see what `losses` keeps of earlier steps' records: keep
+            nothing. On a CUDA GPU, if shapes are fixed (`settings.fixed_shape`), the step becomes one graph (`CapturedStep`) if
+            it can: losses() is then called in some steps only, and what it does beside computing losses of its inputs happens in
+            these alone.
         settings: the settings of the run.
         owners: the owner of each record, integers or strings, where the unit of privacy is an owner (a patient, a user) of
             several: a sequence, array or tensor. Each step then draws owners with `sample_rate`, takes `per_owner` rows of each
             (`owners.py`), and clips the mean over them; a batch holds per_owner x owners records, losses() is called as ever,
             and epsilon is for adding or removing an owner with all records. Default: every record has an owner of its own.
-        optimizer: an optimizer of your own in place of the settings': any of torch.optim's interface over exactly the model's
-            trainable parameters, or a function that makes it of their list (`torch.optim.NAdam`, or a partial of it). It may
+        optimizer: an optimizer of your own in place of the settings' one: any with torch.optim's interface over exactly the
+            model's trainable parameters, or a function from their list to it (`torch.optim.NAdam`, or a partial of it). It may
             not need a closure. The settings' optimizer, learning_rate, weight_decay, momentum and betas must then be left out.
-        scheduler: a learning-rate scheduler of your own, of that optimizer, or a function that makes it of the optimizer; it is
-            stepped once a step. The settings' warmup and schedule must then be left out; without one they apply to any
+        scheduler: a learning-rate scheduler of your own for that optimizer, or a function from the optimizer to it; it is
+            stepped once in each step. The settings' warmup and schedule must then be left out; without one they apply to any
             optimizer. Class and settings of both are public, and must be the same when a run resumes (what a LambdaLR's
             function computes is not compared).
         checkpoint: file to save to and resume from; its folder is made if there is none. None saves nothing.
@@ -242,7 +243,7 @@ class DPTrainer:
                     self._call_back(report)
             except BaseException:
                 if self.world.size == 1 and not self._moving:
-                    with suppress(PrivacyError):  # raised if the checkpoint is another run's by now
+                    with suppress(PrivacyError):  # raised if another run has written to the checkpoint
                         self.save()
                 raise
             self.save()
@@ -255,7 +256,7 @@ class DPTrainer:
                 self._call(callback, report)
                 self.world.check_same({"step": report.step})
             except Exception:
-                if self.world.size > 1:  # one alone is saved by fit
+                if self.world.size > 1:  # a single process is saved by fit
                     self.save()
                 raise
 
@@ -272,16 +273,16 @@ class DPTrainer:
     def averaged(self, length: float | None = None) -> Yielding[None]:
         """Put the averaged parameters into the model, in eval mode, inside the context, to evaluate them or to save them.
 
-        length: the relative length of an average that is made of the snapshots (`posthoc.py`), about the share of the steps
+        length: the relative length of an average that is made from the snapshots (`posthoc.py`), about the share of the steps
             that it reaches back; None: the average of the settings' ema_decay. Choose it on public data, or the choice is a
             release.
 
         After it the model has its own parameters and modes again, and random generators their states, so that training goes
-        on as if nothing had been. With sharded weights all ranks must do the same inside.
+        on as if it had not been interrupted. With sharded weights all ranks must do the same inside.
 
         Raises:
-            UserError: within it, for an attempt to train, to save the checkpoint, or to enter it again; or there is no average
-                of that length.
+            UserError: training, saving the checkpoint or entering `averaged` again is tried inside the context; or there is no
+                average of that length.
         """
         self._release()
         values = None if length is None else self.run.snapshots.average(length)
@@ -314,7 +315,7 @@ class DPTrainer:
         return stats
 
     def _take_step(self) -> StepStats | None:
-        """Take a step; return None if it would be another release than the one on record, which is charged and not released."""
+        """Take a step; return None if it would be another release than the one listed: that is charged, and none is made."""
         if self.step >= self.last_step:
             raise PrivacyError(f"all {self.last_step} private steps are taken, or the budget is spent: no step is left")
         self.average.check_not_in_place()
@@ -368,7 +369,7 @@ class DPTrainer:
         return stats
 
     def _accumulate_parts(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[StepStats, list[Tensor]]:
-        """Accumulate the clipped sum of micro-batches (indices, mask) -> the counts, and the losses of each micro-batch."""
+        """Accumulate the clipped sum of micro-batches (indices, mask); return the counts, and the losses of each micro-batch."""
         stats, found = StepStats.none(self.run.device), []
         for chosen, mask in parts:
             read = self._data.read(chosen, self.run.stream)
@@ -384,7 +385,7 @@ class DPTrainer:
         return stats, found
 
     def _accumulate_one(self, read: list, mask: Tensor) -> tuple[StepStats, Tensor]:
-        """Accumulate the clipped sum of a micro-batch, by a graph if it can be -> the counts and the losses."""
+        """Accumulate the clipped sum of a micro-batch, by a CUDA graph if possible; return the counts and the losses."""
         batch, weights = self._batch_of(read), self._data.weights(read)
         if weights is not None:
             weights = weights.repeat_interleave(self.settings.views)
@@ -400,12 +401,12 @@ class DPTrainer:
         return self.clipper.accumulate(weighed, mask), losses.detach()
 
     def _release(self, read: list | None = None) -> None:
-        """Give back the memory of the step's graph for what is computed beside it; read: the next units, if looked at."""
+        """Free the memory of the step's CUDA graph for other computations; read: the next units, if they will be looked at."""
         if self._captured is not None:
             self._captured.release(*([] if read is None else [self._batch_of(read)]))
 
     def _capturable_losses(self, batch: Any) -> Tensor:
-        """Compute the losses of a full micro-batch, if they do not follow the number of the step, which a graph would repeat."""
+        """Compute the losses of a full micro-batch; raise CaptureError if losses() reads the step, which a graph would freeze."""
         self._step_was_read = False
         losses = self._losses(batch, self.settings.micro_batch_size)
         if self._step_was_read:

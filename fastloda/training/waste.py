@@ -1,4 +1,4 @@
-"""A check that a run still gains anything: its parameters are finite, and so are some gradients."""
+"""The check that a run can still learn: its parameters are finite, and so are some gradients."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ WASTED_STEPS, WASTED_SAMPLES = 3, 20  # wasted steps in a row, and samples in al
 
 
 class Waste:
-    """The last steps in a row in which nearly no sample had a finite gradient, so that they released noise alone."""
+    """The count of the latest consecutive steps that released noise alone, as nearly no sample had a finite gradient."""
 
     def __init__(self, device: torch.device):
         self._device = device
