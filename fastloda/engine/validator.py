@@ -20,7 +20,7 @@ class ModuleValidator:
 
     @staticmethod
     def validate(module: nn.Module, *, strict: bool = False) -> list[PrivacyError]:
-        """List the errors of all layers. Layers that only the first step can judge (without a rule, mixing samples) pass.
+        """List the errors of all layers, except those that only the first step finds (no rule for a layer, mixed samples).
 
         Raises:
             PrivacyError: `strict` is True, and there are errors.

@@ -301,7 +301,7 @@ class _Memory(NamedTuple):
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
-    """Say whether the losses `a` and `b` differ by no more than rounding."""
+    """Tell whether the losses `a` and `b` differ by no more than rounding."""
     rounding = max(1e-3, 4 * torch.finfo(b.dtype).eps)
     typical = float(b.nan_to_num(0.0, 0.0, 0.0).abs().mean())
     return torch.allclose(a, b, rounding, rounding * typical, equal_nan=True)
@@ -367,7 +367,7 @@ def _without_cached_casts() -> Generator[None]:
 
 
 def can_capture(device: torch.device) -> bool:
-    """Say whether steps of a model on this device can be captured."""
+    """Tell whether steps of a model on this device can be captured."""
     return device.type in RECORDERS
 
 

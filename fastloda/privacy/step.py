@@ -307,7 +307,7 @@ class _KeptClipper(GhostClipper):
         self._model = weakref.ref(model)
 
     def fits(self, members: Members, max_grad_norm: float, views: int, clipping: Clipping, group: Group) -> bool:
-        """Say whether a new clipper for these arguments would be like this one; check the model's members as it would.
+        """Tell whether a new clipper for these arguments would be like this one; check the model's members as it would.
 
         Raises:
             PrivacyError: a layer mixes samples, or a wrapper handles gradients by itself.

@@ -33,7 +33,7 @@ class FlatSums:
         return torch.zeros(numbers, dtype=torch.float64, device=device)
 
     def fit(self, parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Say whether the parameters still have the devices, dtypes and shapes for which the sums were made."""
+        """Tell whether the parameters still have the devices, dtypes and shapes for which the sums were made."""
         shapes = self._shapes
         return all(p.shape == shapes.get((p.device, p.dtype), {}).get(name) for name, p in parameters.items())
 
