@@ -8,13 +8,13 @@ scalar pair
 
 a mixture of Gaussians: Choquette-Choo, Ganesh, Steinke, Thakurta, https://arxiv.org/abs/2310.15526 (Corollary 4.7: each vector
 may be replaced by its length), used for a user's examples by Charles et al., https://arxiv.org/abs/2407.07737. Lengths may be
-replaced by larger ones, since the best test between the two distributions is a threshold, which then errs less. Dominating pairs
-compose, also where later steps depend on earlier ones (Zhu, Dong, Wang, https://arxiv.org/abs/2106.08567). For m = 1 this is the
-pair from which a record's epsilon is computed.
+replaced by larger ones, since the best test between the two distributions is a threshold, which then errs less. Dominating
+pairs compose, also where later steps depend on earlier ones (Zhu, Dong, Wang, https://arxiv.org/abs/2106.08567). For m = 1 this
+is the pair from which a record's epsilon is computed.
 
-If all m records entered a batch as soon as one does, and changed its sum by m C, the step would be a subsampled Gaussian of rate
-1 - (1 - q)^m and noise sigma / m, which dominates the mixture, since J <= m 1[J > 0]. That bound is looser, and exists for every
-input.
+If all m records entered a batch as soon as one does, and changed its sum by m C, the step would be a subsampled Gaussian of
+rate 1 - (1 - q)^m and noise sigma / m, which dominates the mixture, since J <= m 1[J > 0]. That bound is looser, and exists for
+every input.
 """
 
 import math
@@ -44,12 +44,12 @@ def group_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float, 
 
     >>> group_epsilon([(0.01, 1.0, 1000)], 1e-6, records=5)  # where one record's epsilon is 2.1, five records' is 13.0
 
-    It is less than the general bound for group privacy: `records` times the epsilon at a much smaller delta. It holds for adding
-    or removing any part of these records. Training by owner (`DPTrainer(owners=...)`) has an epsilon that holds for any number
-    of records, and is usually smaller.
+    It is less than the general bound for group privacy: `records` times the epsilon at a much smaller delta. It holds for
+    adding or removing any part of these records. Training by owner (`DPTrainer(owners=...)`) has an epsilon that holds for any
+    number of records, and is usually smaller.
 
-    It is not valid for runs whose noise is correlated over steps (`bands` > 1): the sums that two records of a person change may
-    then overlap from one round to the next, which the count of rounds does not cover.
+    It is not valid for runs whose noise is correlated over steps (`bands` > 1): the sums that two records of a person change
+    may then overlap from one round to the next, which the count of rounds does not cover.
 
     Args:
         mechanisms: the runs, each `(sample_rate, noise_multiplier, steps)`, as `compose_epsilon` takes them.

@@ -1,7 +1,8 @@
 """The mechanism that is accounted for: the sum of a Poisson sample's clipped gradients, plus Gaussian noise.
 
-Each record enters the sample with probability `sample_rate`, independently; the noise's standard deviation is `noise_multiplier`
-times the bound on a record's contribution. Data sets are adjacent if they differ by adding or removing one record.
+Each record enters the sample with probability `sample_rate`, independently; the noise's standard deviation is
+`noise_multiplier` times the bound on a record's contribution. Data sets are adjacent if they differ by adding or removing one
+record.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Bounds on membership attacks: how well anyone can tell from all that was released whether a certain record was used.
 
-An attack accuses a record of having been used. If the releases are (epsilon, delta)-private for adding or removing a record, the
-attack's true positive rate t and false positive rate f obey
+An attack accuses a record of having been used. If the releases are (epsilon, delta)-private for adding or removing a record,
+the attack's true positive rate t and false positive rate f obey
 
     t <= e^epsilon f + delta    and    1 - f <= e^epsilon (1 - t) + delta
 
@@ -62,7 +62,7 @@ class MembershipBound:
         return cls(np.append(epsilons, reported), np.append(deltas, delta), mu)
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
-        """Compute the largest share of used records that an attack accuses, if it accuses this share of unused ones (0 to 1)."""
+        """Compute the largest share of used records that an attack can accuse, if it accuses this share of unused records."""
         rate = _check_rate(false_positive_rate)
         with np.errstate(over="ignore"):
             accused = np.exp(self.epsilons) * rate + self.deltas

@@ -38,7 +38,7 @@ def rdp_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
 
 
 def gaussian_mu(mechanisms: Iterable[Mechanism]) -> float:
-    """Compute mu, the mean of the Gaussian, of std 1, to which the steps compose without sampling: mu^2 = sum of 1 / sigma^2."""
+    """Compute the mean of the Gaussian, of std 1, to which the steps compose without sampling: mu^2 = sum of 1 / sigma^2."""
     return math.hypot(*(math.sqrt(m.steps) / m.noise_multiplier for m in mechanisms))
 
 

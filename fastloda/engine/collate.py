@@ -123,13 +123,13 @@ class CollateOrEmpty:
         )
 
     def _try(self, records: list, sources: dict[int, int]) -> Any:
-        """Collate copies of the records, with record sources[i] in place of record i; all trials draw the same random numbers."""
+        """Collate copies of the records, with record sources[i] in place of record i; all trials use the same random numbers."""
         with _nothing_drawn(self.collate_fn):
             return self.collate_fn([_like(records[sources.get(i, i)], own) for i, own in enumerate(records)])
 
 
 def _like(values: Any, shape: Any) -> Any:
-    """Copy `values`, cut or repeated to the shapes in `shape`, so that padding and the count of random numbers do not change."""
+    """Copy `values`, cut or repeated to the shapes in `shape`, so that padding and the count of random numbers stay the same."""
     if isinstance(values, Tensor) and isinstance(shape, Tensor) and values.numel():
         values = values.detach()
         if values.shape == shape.shape:
@@ -167,7 +167,7 @@ def _differ(one: list, two: list) -> bool:
 
 
 def _mixes(halves: Halves, *batches: Any) -> bool:
-    """Tell whether a row of the first batch changed in both other batches, in each of which one half of the records is replaced.
+    """Tell whether a row of the first batch changed in both others, in each of which one half of the records is replaced.
 
     A row is what all fields of a batch hold at one index. Rows that only changed their order, as when sorted by content, count
     as unchanged. The items of a list that is as long as the batch may be fields or records: nothing is mixed if it is not so

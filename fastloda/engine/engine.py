@@ -125,9 +125,9 @@ class PrivacyEngine:
         Where `torch.distributed` is initialised, all ranks call it, with the same data set. They share one Poisson batch per
         step (record i always belongs to rank i // bands mod the number of ranks), take the same noisy step, and each counts it
         once: epsilon is that of one process. The batch_size is that of all ranks together; with a DistributedSampler, each
-        rank's. Rank 0's parameters are copied to the others. The loop must take equally many steps on all ranks, and its loss is
-        the mean over the rank's own share. A module in DistributedDataParallel is unwrapped; the returned one may be wrapped in
-        it again (accelerate does so), which has no effect.
+        rank's. Rank 0's parameters are copied to the others. The loop must take equally many steps on all ranks, and its loss
+        is the mean over the rank's own share. A module in DistributedDataParallel is unwrapped; the returned one may be wrapped
+        in it again (accelerate does so), which has no effect.
 
         Raises:
             ValueError, TypeError: an argument can't be honoured; the message says what to do instead.

@@ -1,10 +1,10 @@
 """Checks of the graph between a private module's outputs and the loss: it must be a mean, or sum, of each sample's own loss.
 
-The private step sees the loss only as a gradient at the module's outputs. If one sample's gradient there depended on the others,
-a record could change more than its own clipped gradient. So no gradient enters the outputs before the graph of the loss has been
-checked (`per_sample/sample_flow.py`): the check runs when Python starts any backward pass (`per_sample/looking_engine.py`), and
-opens the outputs for this one pass. Outputs that were not opened refuse their gradient, so that a pass that was started otherwise
-(from C++ or TorchScript) ends there.
+The private step sees the loss only as a gradient at the module's outputs. If one sample's gradient there depended on the
+others, a record could change more than its own clipped gradient. So no gradient enters the outputs before the graph of the loss
+has been checked (`per_sample/sample_flow.py`): the check runs when Python starts any backward pass
+(`per_sample/looking_engine.py`), and opens the outputs for this one pass. Outputs that were not opened refuse their gradient,
+so that a pass that was started otherwise (from C++ or TorchScript) ends there.
 """
 
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
@@ -56,7 +56,7 @@ def check_arrived(outputs: Node, grads: Grads) -> None:
 
 @contextmanager
 def _opened(roots: Sequence[Edge], grads: Grads) -> Generator[None]:
-    """Check the loss of a backward pass that starts at `roots` with `grads`, and open the private outputs below for this pass."""
+    """Check the loss of a backward pass that starts at `roots` with `grads`; let the private outputs below take gradients in it."""
     below = nodes_below([node for node, _ in roots]) if _waiting else {}
     reached = [node for node in below if node.name() == BOUNDARY]
     if not reached:

@@ -129,9 +129,9 @@ class PrivateModule(nn.Module):
 
     The batch comes first in every input and output, or second (`with_batch_second`). Outputs may be tensors, or tuples, lists,
     dicts and objects with tensors as attributes, and the loss may use several, of one call or of more. The module may compute
-    the loss itself (`out.loss`), if it also returns the outputs from which it does (`out.logits`); that loss is checked like any
-    other. For an input with 0 rows, the empty Poisson batch, the outputs have 0 rows, and such a loss is 0, whether or not the
-    wrapped module can handle it.
+    the loss itself (`out.loss`), if it also returns the outputs from which it does (`out.logits`); that loss is checked like
+    any other. For an input with 0 rows, the empty Poisson batch, the outputs have 0 rows, and such a loss is 0, whether or not
+    the wrapped module can handle it.
 
     Raises:
         PrivacyError: forward wrote to a parameter or buffer.
@@ -153,9 +153,9 @@ class PrivateModule(nn.Module):
         return self._run(self._module, args, kwargs)
 
     def _check_inputs(self, args: tuple, kwargs: dict) -> None:
-        """Refuse inputs with gradients, note batch sizes, and remove num_items_in_batch, by which transformers divides the loss.
+        """Refuse inputs with gradients, note the batch sizes, and remove transformers' num_items_in_batch.
 
-        That number depends on all records.
+        transformers divides the loss by that number, which depends on all records.
         """
         kwargs.pop("num_items_in_batch", None)
         if torch.is_grad_enabled():
@@ -190,7 +190,7 @@ class PrivateModule(nn.Module):
 
     @contextmanager
     def frozen(self) -> Generator[Self]:
-        """Make the module a fixed function of its inputs in the context: gradients flow to the inputs, and into no private step.
+        """Freeze the module in the context: gradients flow through it to its inputs, and no private step uses them.
 
         It is for a generator that learns from a private discriminator: the parameters were released privately, and whatever
         is computed from them is private as well, as long as the inputs were not made from records.

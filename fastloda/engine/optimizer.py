@@ -285,7 +285,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """Return the wrapped optimizer's state, with the account and the clipping bound in its first group, under "privacy".
 
-        They stay there when an ordinary optimizer loads and saves the state, until `make_private` or `load_state_dict` reads it.
+        They stay there when an ordinary optimizer loads and saves the state, until `make_private` or `load_state_dict` reads
+        it.
         """
         state = self.original_optimizer.state_dict()
         first, *others = state["param_groups"]

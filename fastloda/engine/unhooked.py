@@ -2,8 +2,8 @@
 
 A graph that keeps the samples apart guarantees nothing if a gradient hook changes the gradients between its operations: a hook
 that divides by the norm of the whole gradient couples all samples. PyTorch does not report which hooks a graph has. So each
-operation of a private loss gets a hook of ours, which is called before its other hooks: it sees the gradients that arrive at the
-operation, after the other hooks on their way, and those that the operation computes, before other hooks on these. A single
+operation of a private loss gets a hook of ours, which is called before its other hooks: it sees the gradients that arrive at
+the operation, after the other hooks on their way, and those that the operation computes, before other hooks on these. A single
 gradient is passed on as the same tensor, so that comparing it costs nothing; several are added up. Hooks that change nothing
 (retain_grad, logging) are allowed.
 
@@ -88,7 +88,7 @@ def _saved_names(kind: type) -> tuple[str, ...]:
 
 
 def _first_hook(node: Node, hook: Callable[[Grads, Grads], None]) -> RemovableHandle:
-    """Register `hook` before the node's other hooks; it gets the gradients that the operation computed, and those it received."""
+    """Register `hook` before the node's other hooks; it gets the gradients that the operation computed and received."""
     handle = node.register_hook(hook)
     hooks = handle.hooks_dict_ref()
     if len(hooks) > 1:  # PyTorch calls hooks in the order in which they were added, whatever move_to_end says

@@ -235,7 +235,7 @@ class CapturedStep:
             )
 
     def _places_of(self, members: Members) -> object:
-        """Describe what a graph depends on and what may well change: the tensors' addresses, shapes and dtypes, and the modes."""
+        """Describe what a graph depends on and may well change: the tensors' addresses, shapes and dtypes, and the modes."""
         tensors = (*members.parameters.values(), *members.buffers.values())
         kind = self._device.type
         return (

@@ -93,7 +93,7 @@ class CorrelatedNoise:
         return fresh / self._first
 
     def released(self) -> None:
-        """Count a step, whose noise is that of the last `add`; if it added none (as on ranks but the first), forget the past."""
+        """Count a step with the noise of the last `add`; if that was none (as on ranks other than 0), drop the past noise."""
         self.steps += 1
         self._past = [] if self._now is None else [self._now, *self._past][: self.bands - 1]
         self._now = None

@@ -1,8 +1,8 @@
 """Noise from the operating system's cryptographically secure generator.
 
 The generators of `NoiseStream` and of PyTorch on a GPU were made for speed; the system's is a cipher made to withstand attacks
-(ChaCha20 on Linux, reseeded by the kernel). It can't be seeded, and this process has no state of it. So neither a forked process
-nor a resumed run can repeat its noise; steps that a resumed run makes again are charged again (`training/releases.py`).
+(ChaCha20 on Linux, reseeded by the kernel). It can't be seeded, and this process has no state of it. So neither a forked
+process nor a resumed run can repeat its noise; steps that a resumed run makes again are charged again (`training/releases.py`).
 """
 
 import math

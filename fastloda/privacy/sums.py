@@ -53,7 +53,7 @@ class FlatSums:
             total += other.buffers[alike]
 
     def parted(self, buffers: Mapping[Alike, Tensor]) -> dict[str, Tensor]:
-        """Return views of `buffers`, which are laid out like `self.buffers`, by parameter name and in the parameters' shapes."""
+        """Return views of `buffers`, laid out like `self.buffers`, by parameter name and in the parameters' shapes."""
         views = {}
         for alike, shapes in self._shapes.items():
             parts = buffers[alike].split([shape.numel() for shape in shapes.values()])

@@ -149,5 +149,5 @@ def _places(members: Members) -> list[tuple[torch.dtype, torch.device]]:
 
 
 def _versions(members: Members) -> dict[str, tuple[Tensor, int]]:
-    """Map names to tensors and their counts of writes; not to ids, since a new tensor may get the id of one that it replaced."""
+    """Map names to tensors and their counts of writes; not to ids, since a new tensor may get the id of a freed one."""
     return {name: (t, t._version) for name, t in (members.parameters | members.buffers).items()}
