@@ -123,13 +123,13 @@ class CollateOrEmpty:
         )
 
     def _try(self, records: list, sources: dict[int, int]) -> Any:
-        """Collate copies of the records, with record sources[i] in place of record i; all trials use the same random numbers."""
+        """Collate copies of the records, with record sources[i] in place of record i, always with the same random numbers."""
         with _nothing_drawn(self.collate_fn):
             return self.collate_fn([_like(records[sources.get(i, i)], own) for i, own in enumerate(records)])
 
 
 def _like(values: Any, shape: Any) -> Any:
-    """Copy `values`, cut or repeated to the shapes in `shape`, so that padding and the count of random numbers stay the same."""
+    """Copy `values`, cut or repeated to the shapes in `shape`, so that padding and the count of random numbers do not change."""
     if isinstance(values, Tensor) and isinstance(shape, Tensor) and values.numel():
         values = values.detach()
         if values.shape == shape.shape:

@@ -56,7 +56,7 @@ def check_arrived(outputs: Node, grads: Grads) -> None:
 
 @contextmanager
 def _opened(roots: Sequence[Edge], grads: Grads) -> Generator[None]:
-    """Check the loss of a backward pass that starts at `roots` with `grads`; let the private outputs below take gradients in it."""
+    """Check the loss of a backward pass from `roots` with `grads`, and let the private outputs below take gradients inside."""
     below = nodes_below([node for node, _ in roots]) if _waiting else {}
     reached = [node for node in below if node.name() == BOUNDARY]
     if not reached:
