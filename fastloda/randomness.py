@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def unpredictable_generator(device: torch.device | str = "cpu") -> Generator:
-    """Make a generator that the operating system seeds: on the CPU its whole state, since PyTorch uses 32 bits of a seed."""
+    """Make a generator that the operating system seeds; on a CPU it draws the whole state, since 32 bits of a seed count."""
     return _generator_of(os.urandom, device)
 
 
@@ -43,7 +43,7 @@ def _generator_of(draw: Callable[[int], bytes], device: torch.device | str) -> G
 class Secret:
     """A secret key from which named random streams are derived; to anyone without the key they look independent.
 
-    The operating system draws the key unless it is given. In a forked child, and in a copy, the key is another one.
+    The operating system draws the key unless it is given. A forked child and a copy have another key.
     """
 
     def __init__(self, key: bytes | None = None):
@@ -92,7 +92,7 @@ def hold(source: T) -> T:
 
 
 def renew(source: Any, devices: Container[str] = ("cpu", "cuda")) -> None:
-    """Let the operating system reseed a generator, or those that an object draws from; torch's only if on these devices."""
+    """Reseed a generator, or all that an object draws from, from the operating system; torch's only if on such `devices`."""
     for generator in generators_in([source, getattr(source, "normal", None)]):
         if isinstance(generator, Generator):
             if generator.device.type in devices:

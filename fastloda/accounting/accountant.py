@@ -64,7 +64,10 @@ class PrivacyAccountant:
         self._ledger.count(STEPS, int(count))
 
     def epsilon(self, delta: float, steps: int | None = None) -> float:
-        """Compute an upper bound on epsilon after `steps` steps (default: those taken); each new number takes 0.05 to 5 s."""
+        """Compute an upper bound on epsilon after `steps` steps (default: those taken).
+
+        Each new number of steps takes 0.05 to 5 s.
+        """
         delta, spent = check_delta(delta), self._spent(steps)
         if self.method == "rdp":
             return rdp_epsilon(spent, delta)

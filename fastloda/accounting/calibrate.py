@@ -33,9 +33,9 @@ def calibrate_noise(
 ) -> float:
     """Find the smallest noise multiplier whose reported epsilon after `steps` is at most `target_epsilon`.
 
-    `PrivacyAccountant(sample_rate, sigma).epsilon(delta, steps)` is then never over the target, not by a bit on the same
-    machine, and at most 0.5% under it where a tight bound can be computed. This takes 1 to 20 s. The answer is stored in the
-    user's cache directory, but only as a first guess: it is verified like any other, so a wrong file costs time, not privacy.
+    `PrivacyAccountant(sample_rate, sigma).epsilon(delta, steps)` is then at most the target (exactly so on the same machine),
+    and at most 0.5% under it where a tight bound can be computed. This takes 1 to 20 s. The answer is stored in the user's
+    cache directory, but only as a first guess: it is verified like any other, so a wrong file costs time, not privacy.
 
     earlier: releases about the same records, as `compose_epsilon` takes them, whose cost is part of the same target.
 

@@ -76,7 +76,7 @@ def group_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float, 
 
 
 def _tight_epsilon(spent: tuple[Mechanism, ...], delta: float, members: int, loose: float) -> float:
-    """Compute the bound from the mixtures, again and again with a grid made for the last result, until it hardly falls."""
+    """Compute the bound from the mixtures, each time with a grid made for the last result, until it falls by less than 1%."""
     if members > MOST_RECORDS:
         raise ValueError(f"for more than {MOST_RECORDS} records it is not computed")
     pairs = [(_drawn_together(mechanism, members), mechanism) for mechanism in worst_of_similar(spent)]

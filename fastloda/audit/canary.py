@@ -18,9 +18,10 @@ PILOT = 20  # one in 20 of the observations without the canary is used to place 
 
 
 class GaussianMu:
-    """Bounds on mu from projections with (`inside`) and without (`outside`) the canary, taken as normal with equal variance.
+    """The bounds on mu from projections with (`inside`) and without (`outside`) the canary, if normal with equal variance.
 
-    t = mu_hat sqrt(N/2) is noncentral t; its normal approximation is Johnson and Welch's (Biometrika 31, 1940).
+    For N projections each, t = mu_hat sqrt(N/2) is noncentral t; its normal approximation is Johnson and Welch's (Biometrika
+    31, 1940).
     """
 
     def __init__(self, inside: np.ndarray, outside: np.ndarray):
@@ -43,7 +44,7 @@ class GaussianMu:
 
 
 class CountedMu:
-    """Bounds on mu from wrong guesses at one threshold: two Clopper-Pearson bounds, each at half the significance.
+    """The bounds on mu from wrong guesses at one threshold: two Clopper-Pearson bounds, each at half the significance.
 
     For a mu-GDP mechanism, Phi^-1(1 - false positive rate) + Phi^-1(1 - false negative rate) <= mu.
     """

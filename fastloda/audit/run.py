@@ -68,13 +68,13 @@ def audit_step(
         records: at least 2 records, one a row, in one tensor or several; half of them, at most 8, form the batch. Where the unit
             is an owner (`of_trainer(owned=True)`), the last tensor has each record's owner, and these numbers count owners.
         claim: the claim about the step.
-        observations: number of steps with the canary, and of steps without; the audit takes about 2.5 x observations + 150.
+        observations: number of steps with the canary, and of steps without; in all about 2.5 x observations + 150 steps.
         sampler: the sampler by which training chooses records; default: the step's own, if it has one.
         draws: number of batches drawn from the sampler.
         checks: the checks to run, of CHECKS; "canary" needs the replay, and runs it too.
         significance: largest probability of a false alarm in the whole audit (Bonferroni over all checks with a p-value).
         seed: seed of all random numbers; the same audit gives the same report.
-        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line every 30 s.
 
     Raises:
         ValueError, TypeError: a bad argument; or the step does not repeat itself under a seed, so that nothing can be replayed.

@@ -72,7 +72,7 @@ def _rate(inclusion: np.ndarray, rate: float) -> tuple[str, float]:
 
 
 def _dispersion(counts: np.ndarray, trials: int, rate: float) -> tuple[str, float]:
-    """Test the mean squared deviation of binomial counts against a law with the same first three moments: it may be skewed."""
+    """Test the mean squared deviation of binomial counts by a law with its three moments, since small counts are skewed."""
     k = np.arange(trials + 1)
     weights, variance = binom.pmf(k, trials, rate), trials * rate * (1 - rate)
     square = (k - trials * rate) ** 2 / variance - 1

@@ -62,7 +62,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: draw(generator) -> indices of the records that one step takes, out of `population` records."""
+    """The sampler of a training run: draw(generator) -> the indices of one step's records, out of `population` records."""
 
     draw: Callable[[Generator], Sequence[int] | Tensor]
     population: int

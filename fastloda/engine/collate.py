@@ -129,7 +129,7 @@ class CollateOrEmpty:
 
 
 def _like(values: Any, shape: Any) -> Any:
-    """Copy `values`, cut or repeated to the shapes in `shape`, so that padding and the count of random numbers do not change."""
+    """Copy `values`, cut or repeated to the shapes in `shape`, so that padding and the count of random numbers stay equal."""
     if isinstance(values, Tensor) and isinstance(shape, Tensor) and values.numel():
         values = values.detach()
         if values.shape == shape.shape:
@@ -170,8 +170,8 @@ def _mixes(halves: Halves, *batches: Any) -> bool:
     """Tell whether a row of the first batch changed in both others, in each of which one half of the records is replaced.
 
     A row is what all fields of a batch hold at one index. Rows that only changed their order, as when sorted by content, count
-    as unchanged. The items of a list that is as long as the batch may be fields or records: nothing is mixed if it is not so
-    under one of these readings.
+    as unchanged. The items of a list that is as long as the batch may be fields or records: both readings are tried, and rows
+    are mixed only if both say so.
     """
     return all(_mixes_as_read(halves, batches, items_are_rows) for items_are_rows in (False, True))
 

@@ -72,7 +72,7 @@ class Tally:
     def take(self, rows: int, sizes: Collection[int] = ()) -> Part:
         """Take off the queue, and return, the part that a step over `rows` samples uses; drop the parts before it as skipped.
 
-        sizes: the batch sizes of the module's inputs since the last step; a part of such a size was not skipped.
+        sizes: the batch sizes with which the module was called; a part of such a size was not skipped.
 
         Raises:
             PrivacyError: no part has that many records, or parts of two split batches are in the queue, or the noise is
@@ -187,10 +187,10 @@ class PoissonBatches(Sampler[list[int]]):
 
 
 class PoissonLoader(DataLoader):
-    """A DataLoader like `source`, with the same data set, workers and collate_fn, that draws Poisson batches.
+    """The DataLoader like `source`, with the same data set, workers and collate_fn, that draws Poisson batches.
 
     A batch is empty with probability (1 - sample_rate)^records, and then has the tensors of any other with 0 rows: its noisy
-    step counts like any other. `len()` is the number of steps of an epoch, as the source's.
+    step counts like any other. `len()` is the number of steps of an epoch, as for the source.
 
     Attributes:
         sample_rate: 1 / len(source), so that a batch has source.batch_size records on average.
@@ -255,9 +255,9 @@ class PoissonLoader(DataLoader):
 
 
 class BatchMemoryManager:
-    """The context manager that bounds a step's memory: it yields large Poisson batches in parts, without a change of the loop.
+    """The context manager that bounds a step's memory: it yields large Poisson batches in parts, as Opacus's does.
 
-    It is used like Opacus's.
+    The loop need not change:
 
     >>> with BatchMemoryManager(data_loader=loader, max_physical_batch_size=64, optimizer=optimizer) as memory_safe_loader:
     ...     for x, y in memory_safe_loader:

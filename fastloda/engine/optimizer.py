@@ -232,7 +232,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             noise = self.tally.noise
             raise PrivacyError(
                 f"noise_multiplier={self.noise_multiplier:.6g} is less than the {self._paid:.6g} that the first of these "
-                f"{noise.bands} steps has paid for; it may fall with the first of the next ones, step "
+                f"{noise.bands} steps has paid for; lower it at the first of the next {noise.bands} steps, step "
                 f"{noise.steps // noise.bands * noise.bands + noise.bands + 1}"
             )
 

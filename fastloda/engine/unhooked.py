@@ -65,7 +65,7 @@ class UnhookedPass:
 
 
 def check_saved(nodes: Iterable[Node]) -> None:
-    """Refuse operations whose saved tensors pass through a user's hooks; PyTorch's own, for checkpoints and offloading, may.
+    """Refuse operations whose saved tensors pass through a user's hooks; PyTorch's own (checkpoints, offloading) are exact.
 
     Raises:
         PrivacyError: an operation has such hooks; the message says what to do.

@@ -16,7 +16,7 @@ from fastloda.per_sample.refusals import check_layers
 
 
 class ModuleValidator:
-    """A validator that finds the layers that mix samples, and replaces those that have a counterpart which does not."""
+    """The validator that finds the layers that mix samples, and replaces those that have a counterpart which does not."""
 
     @staticmethod
     def validate(module: nn.Module, *, strict: bool = False) -> list[PrivacyError]:

@@ -2,14 +2,15 @@
 
 >>> import fastloda.integrations.opacus        # the same as register(), which may be called again
 
-Opacus keeps a layer's input x and its output gradient gy. From them, with z = A * x computed again (r of C_out channels),
+Opacus keeps a layer's input x and its output gradient gy. From them and z = A * x, which is computed again (it has r channels,
+not C_out), the per-sample gradients are computed as in FastLoDA's own step:
 
     gz = phi'(z) . (s B^T gy),   gA[n] = dA(x[n], gz[n]),   gB[n] = dB(phi(z[n]), s gy[n])
 
-follow as in FastLoDA's own step, without im2col, for any geometry and memory layout; dA and dB are the weight gradients of A
-and B, computed from an input and an output gradient. Norms are those of these gradients, never an underestimate. Frozen weights
-get no gradients. The "functorch" mode needs no registration (and fails on an empty batch, as it does for any layer). In the
-"ew" mode PyTorch raises an error, since its expanded weights do not support these layers.
+Here dA and dB are the weight gradients of A and B from an input and an output gradient. This takes no im2col, and any geometry
+and memory layout. Norms are those of these gradients, never an underestimate. Frozen weights get no gradients. The "functorch"
+mode needs no registration (and fails on an empty batch, as it does for any layer). In the "ew" mode PyTorch raises an error,
+since its expanded weights do not support these layers.
 """
 
 import torch

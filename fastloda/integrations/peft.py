@@ -122,7 +122,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> list[str]:
 
 
 def as_lora(model: nn.Module, prefix: str) -> tuple[dict[str, Tensor], dict, dict[str, str]]:
-    """Convert a model's adapters to LoRA: its tensors by name, LoraConfig's arguments, and diffusers' metadata of these.
+    """Convert a model's adapters to LoRA: tensors by name, LoraConfig's arguments, and metadata with these for diffusers.
 
     Args:
         prefix: beginning of every name, with its dot.

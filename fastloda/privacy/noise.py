@@ -49,7 +49,7 @@ def describe_randomness(seed: int | None, secure: bool) -> str:
 
 
 def describe_together(each: Iterable[str]) -> str:
-    """Describe where the noise of several releases came from; if it is foreseeable in one of them, only that is said."""
+    """Describe where the noise of several releases came from; if some is foreseeable or not on record, only say that."""
     texts = dict.fromkeys(each)
     worst = [text for text in (FORESEEABLE, UNRECORDED) if text in texts]
     return "; ".join(worst or texts)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fastloda.randomness import Secret
 
-BLOCK = 1 << 16  # numbers that one thread draws at a time: long beside the 15 us that a block's generator takes to make
+BLOCK = 1 << 16  # numbers that one thread draws at a time, for much longer than the 15 us that making a generator takes
 
 
 class NoiseStream:
-    """The stream of normal numbers that is derived from a secret; in a forked child or a copy, the secret and it are others.
+    """The stream of normal numbers that is derived from a secret; a forked child and a copy have another secret and stream.
 
     The ziggurat (Marsaglia & Tsang 2000) is exact except for the rounding of its uniform numbers to 52 and 53 bits. Beyond 3.65
     sigma it draws from the exact tail, up to 12.2 sigma.

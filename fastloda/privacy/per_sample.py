@@ -14,7 +14,7 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
     """Compute the L2 norms of the samples' gradients over all trainable parameters: [samples], float64.
 
     A norm is not finite where the gradient is not. losses [samples * views], errors: as in `GhostClipper.accumulate`.
-    Leaves `.grad`, and the graph below losses, as they are.
+    `.grad` and the graph of losses stay as they are.
     """
     samples, _ = check_losses(losses, check_views(views), None)
     with in_full_precision(losses.device):
@@ -29,8 +29,8 @@ def per_sample_grads(losses: Tensor, model: nn.Module, *, views: int = 1) -> dic
         losses: [samples * views], as in `GhostClipper.accumulate`.
         model: the model that computed losses; for a private module, pass its `to_standard_module()`.
 
-    Leaves `.grad`, and the graph below losses, as they are. A parameter that losses do not use has zeros. Errors are
-    those of `GhostClipper`.
+    `.grad` and the graph of losses stay as they are. A parameter that losses do not use has zeros. Errors are those of
+    `GhostClipper`.
     """
     samples, _ = check_losses(losses, check_views(views), None)
     parameters = trainable_parameters(Members.of(model))

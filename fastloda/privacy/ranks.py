@@ -57,13 +57,13 @@ Key = TypeVar("Key")
 class World:
     """The processes of one private run.
 
-    `sum_to_first` and all methods after it are collectives: if a rank does not call one, the others wait for ever.
+    `sum_to_first` and all public methods after it are collectives: if a rank does not call one, the others wait for ever.
     """
 
     rank: int = 0
     size: int = 1
     group: ProcessGroup | None = None
-    process: int | None = None  # the id of the process that joined the group, which a forked child does not have
+    process: int | None = None  # the id of the process that joined the group; a forked child has another
 
     @classmethod
     def of(cls, group: Group = None) -> Self:
@@ -102,7 +102,7 @@ class World:
             raise PrivacyError(f"{self._parted()}, and now: {error}") from error
         if now != self and not now.size == self.size == 1:
             raise PrivacyError(
-                f"{self._parted()}, and now is {now._described()}: one noise and one count would be for another sum. Initialise "
+                f"{self._parted()}, and now is {now._described()}: its noise and its account do not fit such a sum. Initialise "
                 "the process group first, then call GhostClipper, make_private or DPTrainer (it goes on from its checkpoint), or "
                 'give the first or the last group="alone"'
             )

@@ -21,7 +21,7 @@ BITS = 63
 
 @dataclass(frozen=True)
 class SecureGenerator:
-    """A secure source of noise, in place of a `torch.Generator` wherever FastLoDA draws noise.
+    """The secure source of noise, to be passed in place of a `torch.Generator` wherever FastLoDA draws noise.
 
     It draws on the CPU, and the noise then moves to the model's device. Cost: a number takes about 12 times as long as one of a
     `NoiseStream`, about 3 times with averaged=1 (measured once on a million numbers, on one thread of a CPU). It grows with the
@@ -57,7 +57,7 @@ def uniform(count: int) -> Tensor:
 
 
 def box_muller(uniforms: Tensor) -> Tensor:
-    """Compute independent normal numbers from an even number of uniform ones, as many (Box & Muller 1958).
+    """Compute as many independent normal numbers as there are `uniforms`, an even number (Box & Muller 1958).
 
     sqrt(-2 log u) cos(2 pi v) and ... sin(2 pi v): exact up to rounding. The smallest u, 2^-64, gives at most 9.4 sigma.
     """

@@ -1,10 +1,10 @@
-"""Styles of clipping: how the parameters are grouped, each group's share of the bound, and the factor that is wanted.
+"""Styles of clipping: how the parameters are grouped, each group's share of the bound, and the factor that the style wants.
 
     Flat        one group                 c = min(1, C / |g|)          Abadi et al. 2016, https://arxiv.org/abs/1607.00133
     Automatic   one group                 c = C / (|g| + gamma)        Bu et al. 2023, https://arxiv.org/abs/2206.07136
     PerLayer    a group for each layer    c_l = min(1, C_l / |g_l|)    McMahan et al. 2018, https://arxiv.org/abs/1710.06963
 
-`clip.clip_factors` lowers a factor where the bound demands it. `adaptive.AdaptiveClipping` is Flat with a bound that moves.
+`clip.clip_factors` lowers a factor where the bound demands it. `adaptive.AdaptiveClipping` is Flat with a bound that changes.
 """
 
 import math
@@ -41,7 +41,7 @@ class Bound:
         """Drop what was observed since the last step."""
 
     def observed(self, world: World) -> Sequence[Tensor]:
-        """Return what `move` would release, summed on rank 0: the noise's source is derived from it, so that both differ."""
+        """Return what `move` would release, summed on rank 0: noise is derived from it, so that no two sums get the same."""
         return ()
 
     def move(
@@ -72,7 +72,7 @@ class Flat:
         return torch.ones_like(norms)
 
     def gradient_noise(self, noise_multiplier: float, expected_batch_size: float) -> float:
-        """Compute the gradient's noise multiplier in a step that costs in all as much as `noise_multiplier` is charged."""
+        """Compute the gradient's noise multiplier in a step whose total cost is that of `noise_multiplier`."""
         return noise_multiplier
 
     def bound_from(self, max_grad_norm: float) -> Bound:

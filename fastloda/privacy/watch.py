@@ -68,7 +68,7 @@ class Watch:
 
 
 OWN_CHANGES = (
-    "(Changes of your own that no record has to do with belong into optimizer.register_step_post_hook, or before "
+    "(Make changes of your own, which must not depend on records, in optimizer.register_step_post_hook, or before a call of "
     "fastloda.privacy.watch.accept_changes(model))"
 )
 
