@@ -74,7 +74,7 @@ def audit_step(
         checks: the checks to run, of CHECKS; "canary" needs the replay, and runs it too.
         significance: largest probability of a false alarm in the whole audit (Bonferroni over all checks with a p-value).
         seed: seed of all random numbers; the same audit gives the same report.
-        progress: whether to show progress: a bar on a terminal, elsewhere a line every 30 s.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
 
     Raises:
         ValueError, TypeError: a bad argument; or the step does not repeat itself under a seed, so that nothing can be replayed.
