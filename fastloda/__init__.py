@@ -1,6 +1,6 @@
 """FastLoDA: differentially private fine-tuning of convolutional models at almost no extra cost.
 
-The public names are listed in `__init__.pyi` and imported when they are first used, so that `fastloda --help` need not wait
+The public names are listed in `__init__.pyi` and imported when they are first used, so that `fastloda --help` does not wait
 for PyTorch.
 """
 

@@ -1,4 +1,4 @@
-"""Run the command `fastloda` by `python -m fastloda`."""
+"""The entry point of `python -m fastloda`, which runs the command `fastloda`."""
 
 import sys
 

@@ -17,7 +17,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[Path], 
     """Write the bytes `content`, or let `content(temporary_path)` write them, and move the file to `path` durably.
 
     Raises:
-        OSError: the folder is missing or unwritable, or the disk is full; it names `path`, and the old file is untouched.
+        OSError: the folder is missing or unwritable, or the disk is full. The message names `path`; the old file is untouched.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -40,7 +40,7 @@ def make_place(path: str | os.PathLike) -> None:
     """Make the folder of the private file `path`, for its owner only, and check that `write_atomically` can write there.
 
     Raises:
-        OSError: it can't; the message is the one that writing would give.
+        OSError: the folder or a file in it can't be made; the message is that of `write_atomically`.
     """
     path = Path(path)
     try:
@@ -79,16 +79,16 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def held(file: IO, wait: bool = True) -> Generator[None]:
-    """Lock an open file inside the context against other processes, if its file system has locks.
+    """Hold an exclusive lock on an open file inside the context, if its file system has locks.
 
     Raises:
-        BlockingIOError: another process holds the lock, and wait is False.
+        BlockingIOError: another process holds the lock, and `wait` is False.
     """
     _lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     try:
         yield
     finally:
-        _lock(file, fcntl.LOCK_UN)  # closing the file would leave the lock to forked children
+        _lock(file, fcntl.LOCK_UN)  # closing the file is not enough: forked children would keep the lock
 
 
 def _lock(file: IO, how: int) -> None:

@@ -1,4 +1,4 @@
-"""Deferral of the signals that end a run until it has saved its work."""
+"""Deferral of the signals that would end a run, until the run has saved its work."""
 
 import signal
 import threading
@@ -11,9 +11,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def interrupts_wait() -> Generator[list[int]]:
-    """Defer SIGINT (Ctrl-C) and SIGTERM, listed in the list inside, to the end of the context; a second one acts at once.
+    """Defer SIGINT (Ctrl-C) and SIGTERM to the end of the context, and yield the list of those received.
 
-    Only the main thread has signals; elsewhere the list stays empty. A signal that is ignored (nohup) stays ignored.
+    A second signal acts at once. Only the main thread handles signals; in other threads the list stays empty. A signal that is
+    ignored (as under nohup) stays ignored.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""A display of how far a long computation is: a bar on a terminal; elsewhere, as in a log, a line now and then."""
+"""A progress display for long computations: a bar on a terminal; elsewhere, as in a log, a line every `EVERY` seconds."""
 
 import sys
 import time
@@ -11,17 +11,19 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 EVERY = 30.0  # seconds between lines
-SHORT = 10.0  # seconds; what takes less gets no line at its end
+SHORT = 10.0  # seconds; a computation that takes less prints no line at its end
 
 
 class Progress:
-    """A context in which `update` counts what is done; on leaving it, off a terminal, one last line says how far it came.
+    """The context manager that shows how much of a computation is done, as counted by `update`.
+
+    Where there is no terminal, a last line is printed at the end of the context.
 
     Args:
-        about: what is counted, in a word or two.
-        total: number of steps, images or the like when all is done.
-        unit: what is counted, in the singular.
-        done: number that was done before, by a run that this one continues.
+        about: the display's label, in a word or two.
+        total: the number of units when all is done.
+        unit: the name of a unit in the singular, such as "step" or "image".
+        done: the number of units that were done before, by a run that this one continues.
         shown: whether to show anything at all.
     """
 
@@ -33,7 +35,7 @@ class Progress:
         self._began = self._told = time.monotonic()
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more as done; the display ends with the last note."""
+        """Count `count` more units as done, and end the display with `note` (if it is empty, with the last one given)."""
         self.done, self._note = self.done + count, note or self._note
         if note:
             self._bar.set_postfix_str(note, refresh=not count)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def unpredictable_generator(device: torch.device | str = "cpu") -> Generator:
-    """Make a generator from the system's randomness; on the CPU its whole state, for of a seed only 32 bits count."""
+    """Make a generator that the operating system seeds; on a CPU it draws the whole state, since 32 bits of a seed count."""
     return _generator_of(os.urandom, device)
 
 
@@ -41,9 +41,9 @@ def _generator_of(draw: Callable[[int], bytes], device: torch.device | str) -> G
 
 
 class Secret:
-    """A secret key, from which named random streams follow, independent for whoever does not have the key.
+    """A secret key from which named random streams are derived; to anyone without the key they look independent.
 
-    The key is drawn by the operating system unless it is given. A forked child and a copy get another key.
+    The operating system draws the key unless it is given. A forked child and a copy have another key.
     """
 
     def __init__(self, key: bytes | None = None):
@@ -52,11 +52,11 @@ class Secret:
 
     @classmethod
     def of_seed(cls, seed: int | None) -> "Secret":
-        """Make the secret that follows from `seed`, foreseeable for whoever knows it; None: drawn by the operating system."""
+        """Derive a secret from `seed`, foreseeable to anyone who knows it; if None, the operating system draws the key."""
         return cls(None if seed is None else hashlib.sha256(f"fastloda seed {seed}".encode()).digest())
 
     def digest(self, name: str, tensors: Iterable[Tensor] = ()) -> bytes:
-        """Compute a keyed hash of a name and the tensors' bits, which tells nothing about them without the key."""
+        """Compute a keyed hash of a name and the tensors' bits, which reveals nothing about them to anyone without the key."""
         code = hmac.new(self.key, f"{name}\n".encode(), "sha256")
         for t in tensors:
             code.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -73,11 +73,11 @@ class Secret:
 
 _secrets: weakref.WeakSet[Secret] = weakref.WeakSet()
 _held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_kept: dict[int, Generator] = {}  # generators to which an older PyTorch allows no weak reference: they live on
+_kept: dict[int, Generator] = {}  # generators of an older PyTorch, which allows no weak reference to them: never freed
 
 
 def hold(source: T) -> T:
-    """Register a generator, or an object that draws from some, so that forked children draw other numbers; return it."""
+    """Register a generator, or an object that draws from generators, so that forked children draw other numbers; return it."""
     try:
         _held[id(source)] = source
     except TypeError as error:
@@ -92,7 +92,7 @@ def hold(source: T) -> T:
 
 
 def renew(source: Any, devices: Container[str] = ("cpu", "cuda")) -> None:
-    """Reseed a generator, or those that an object draws from, from the operating system."""
+    """Reseed a generator, or all that an object draws from, from the operating system; torch's only if on such `devices`."""
     for generator in generators_in([source, getattr(source, "normal", None)]):
         if isinstance(generator, Generator):
             if generator.device.type in devices:
@@ -144,7 +144,7 @@ def _held_by(value: Any) -> list:
 
 
 def make_generators(devices: Mapping[str, torch.device | str], seed: int | None) -> dict[str, Generator]:
-    """Make an independent generator for each name, on its device; seeded by the operating system if seed is None."""
+    """Make an independent generator for each name in `devices`, on its device; the operating system seeds if seed is None."""
     if seed is None:
         return {name: unpredictable_generator(device) for name, device in devices.items()}
     seeds = torch.randint(2**62, (len(devices),), generator=Generator().manual_seed(seed)).tolist()
@@ -175,7 +175,7 @@ def restore_generators(generators: Mapping[str, Generator], states: Mapping[str,
 
 @contextmanager
 def restored(generators: Mapping[str, Generator]) -> Yielding[Callable[[], bool]]:
-    """Restore `generators` and the global ones after the context; yields a function that tells whether any was used."""
+    """Restore `generators` and the global ones after the context; yield a function that says whether any was used."""
     states = generator_states(generators)
 
     def drew() -> bool:

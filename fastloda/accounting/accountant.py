@@ -58,13 +58,16 @@ class PrivacyAccountant:
         """Count `count` more steps.
 
         Raises:
-            TypeError, ValueError: count is no integer >= 1, or the steps get too many.
+            TypeError, ValueError: count is no integer >= 1, or there would be more than 10^12 steps.
         """
         check_steps(self.steps + check_steps(count, "count", least=1))
         self._ledger.count(STEPS, int(count))
 
     def epsilon(self, delta: float, steps: int | None = None) -> float:
-        """Compute an upper bound on epsilon after `steps` (default: those taken); each new count takes 0.05 to 5 s."""
+        """Compute an upper bound on epsilon after `steps` steps (default: those taken).
+
+        Each new number of steps takes 0.05 to 5 s.
+        """
         delta, spent = check_delta(delta), self._spent(steps)
         if self.method == "rdp":
             return rdp_epsilon(spent, delta)
@@ -79,9 +82,9 @@ class PrivacyAccountant:
     def epsilon_curve(self, delta: float, step_counts: Iterable[int]) -> list[float]:
         """Compute upper bounds on epsilon at `step_counts`, in their order, for plots and progress bars.
 
-        They never decrease with the count, and the one at the largest count agrees with `epsilon`. Beyond 64 distinct counts,
-        64 are computed (denser where epsilon rises fast) and each of the others gets the value of the next larger count. This
-        takes some seconds: ask once, for the whole range.
+        They never decrease with the count, and the one at the largest count agrees with `epsilon`. Of more than 64 distinct
+        counts, 64 are computed (denser where epsilon rises fast), and each of the others gets the value of the next larger one.
+        This takes some seconds: call it once, for the whole range.
         """
         delta, counts = check_delta(delta), [check_steps(count) for count in step_counts]
         distinct = sorted({count for count in counts if count > 0})
@@ -101,7 +104,7 @@ class PrivacyAccountant:
     def state_dict(self) -> dict[str, int | float | str | dict | list]:
         """Make the state that belongs in a checkpoint, of plain JSON types.
 
-        `steps` are all those taken; `loaded` are the ones among them that other accountants have counted, by their ids.
+        `steps` counts all steps taken; `loaded` says, by the accountants' ids, how many of them other accountants have counted.
         """
         own = self._ledger.id
         return {
@@ -117,11 +120,11 @@ class PrivacyAccountant:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Add a saved state's steps to those taken. What was spent stays spent, and steps that are here already count once.
+        """Add a saved state's steps to those taken, so that none is forgotten and none is counted twice.
 
-        Such steps are known by the accountant that counted them: those of a state loaded twice, of an earlier state of this
-        accountant, or that two accountants have in common. A state without an `id` is added whole. Its `method` may differ:
-        this accountant keeps its own.
+        Steps are identified by the accountant that counted them. So those of a state loaded twice, of an earlier state of this
+        accountant, or that two accountants have in common count once. A state without an `id` is added whole. Its `method` may
+        differ: this accountant keeps its own.
 
         Raises:
             ValueError: the state is malformed or of another mechanism; nothing has changed then.
@@ -157,7 +160,7 @@ class PrivacyAccountant:
         return merged([*self.earlier, self.mechanism(steps)])
 
     def mechanism(self, steps: int) -> Mechanism:
-        """Describe `steps` steps of independent noise as one mechanism."""
+        """Describe `steps` steps as one mechanism, in which `bands` of them are one step with independent noise."""
         return Mechanism(self.sample_rate, self.noise_multiplier, -(-steps // self.bands))
 
     def _warn(self, trouble: str | None) -> None:
@@ -167,7 +170,7 @@ class PrivacyAccountant:
 
 
 def _entries(state: dict) -> dict[str, dict[str, int]]:
-    """Read, by the accountants' ids, how many of a saved state's steps each has counted."""
+    """Read from a saved state how many of its steps each accountant has counted, by the accountants' ids."""
     own, loaded = _check_id(state.get("id", new_id())), state.get("loaded", {})
     counts = {_check_id(id): check_steps(steps) for id, steps in loaded.items() if id != own}
     counts[own] = check_steps(check_steps(state["steps"]) - sum(counts.values()), "steps beyond those of `loaded`")

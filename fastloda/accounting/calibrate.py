@@ -1,4 +1,4 @@
-"""The noise that spends a given epsilon, stored on disk as the first guess for the same question."""
+"""Calibration: the least noise that keeps to a given epsilon, stored on disk as the first guess for the same question."""
 
 import hashlib
 import json
@@ -24,8 +24,8 @@ from fastloda.errors import UserError
 from fastloda.files import write_atomically
 
 VERSION = 1  # the version of the cache's files
-MAX_EPSILON = 10**6  # a target beyond it asks for no privacy at all
-NEARLY = 0.996  # the share of its target that calibration spends at least
+MAX_EPSILON = 10**6  # a target beyond it is no privacy at all
+NEARLY = 0.996  # calibration spends at least this share of its target
 
 
 def calibrate_noise(
@@ -33,11 +33,11 @@ def calibrate_noise(
 ) -> float:
     """Find the smallest noise multiplier whose reported epsilon after `steps` is at most `target_epsilon`.
 
-    `PrivacyAccountant(sample_rate, sigma).epsilon(delta, steps)` is then never over the target, to the last bit on the same
-    machine, and at most 0.5% under it where a tight bound can be computed. This takes 1 to 20 s. The answer is stored in the
-    user's cache directory, but only as a first guess: it is verified like any other, so a wrong file costs time, not privacy.
+    `PrivacyAccountant(sample_rate, sigma).epsilon(delta, steps)` is then at most the target (exactly so on the same machine),
+    and at most 0.5% under it where a tight bound can be computed. This takes 1 to 20 s. The answer is stored in the user's
+    cache directory, but only as a first guess: it is verified like any other, so a wrong file costs time, not privacy.
 
-    earlier: releases about the same records, as `compose_epsilon` takes them, which are paid from the same target.
+    earlier: releases about the same records, as `compose_epsilon` takes them, whose cost is part of the same target.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or earlier leaves less than a twentieth of the target.
@@ -74,7 +74,7 @@ def calibrate_noise(
 
 
 def _solve_noise(bound: Callable[[float], float], target: float, start: float = 1.0) -> float:
-    """Find a noise multiplier at which `bound`, which falls with it, is at the target or a little below."""
+    """Find a noise multiplier at which `bound`, a decreasing function of it, is at the target or a little below."""
 
     def excess(log_sigma: float) -> float:
         share = bound(math.exp(log_sigma)) / target
@@ -105,7 +105,7 @@ def _recall(question: dict) -> float | None:
 
 
 def _remember(question: dict, sigma: float) -> None:
-    """Store the noise multiplier for this question; do without where the cache can't be written."""
+    """Store the noise multiplier for this question, if the cache can be written."""
     path = _cache_file(question)
     answer = {"version": VERSION, **question, "noise_multiplier": sigma}
     try:

@@ -1,4 +1,4 @@
-"""The epsilon of several runs on the same records together: the smallest of several upper bounds.
+"""The joint epsilon of several runs on the same records: the smallest of several upper bounds.
 
 The cheap bound (`rdp.py`) exists for every input. Where the tight one (`pld.py`) can't be computed the cheap one is reported,
 with a warning. A second tight one (`prv.py`) bounds runs of equal steps from both sides: its upper bound counts where it is the
@@ -21,8 +21,8 @@ class PrivacyAccountingWarning(UserWarning):
 def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float) -> float:
     """Compute an upper bound on epsilon of several runs on the same records.
 
-    Each of mechanisms is `(sample_rate, noise_multiplier, steps)`. They are composed jointly, which gives much less than
-    the sum of the runs' epsilons, and one delta covers all.
+    Each of `mechanisms` is a run's `(sample_rate, noise_multiplier, steps)`. They are composed jointly: the result is much less
+    than the sum of the runs' epsilons, and one delta covers all runs.
 
     Raises:
         ValueError, TypeError: a number is out of range.
@@ -36,14 +36,14 @@ def compose_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float
 
 @lru_cache(maxsize=1024)
 def least_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, compare: bool = True) -> tuple[float, str | None]:
-    """Compute the smallest of the bounds, and the reason why there is no tight one (None: there is one).
+    """Compute the smallest of the bounds; also return why there is no tight one among them, or None if there is one.
 
     compare: whether to use prv-accountant too, where that is quick.
     """
     cheap = rdp_epsilon(mechanisms, delta)
     if cheap in (0.0, math.inf) or all(m.sample_rate == 1 for m in mechanisms):
         return cheap, None
-    from fastloda.accounting.pld import pld_epsilon  # not at the top, for their libraries take seconds to import
+    from fastloda.accounting.pld import pld_epsilon  # not at the top: their libraries take seconds to import
     from fastloda.accounting.prv import prv_epsilons
 
     try:

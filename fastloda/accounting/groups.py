@@ -1,19 +1,20 @@
-"""Epsilon of a person with several records, where the unit of privacy is a record: an upper bound on group privacy.
+"""Group privacy: an upper bound on epsilon for a person with several records, where the unit of privacy is one record.
 
-Of a person's m records a step draws J ~ Binomial(m, q), each by itself, so that the person moves the step's sum by a vector of
-length at most J C, whatever the other records are. Such a step is dominated, in both directions of add/remove, by the scalar
-pair
+A step draws J ~ Binomial(m, q) of a person's m records, each independently, so that the person changes the step's sum by a
+vector of length at most J C, whatever the other records are. Such a step is dominated, in both directions of add/remove, by the
+scalar pair
 
     sum_j P(J = j) N(j, sigma^2)    and    N(0, sigma^2),
 
 a mixture of Gaussians: Choquette-Choo, Ganesh, Steinke, Thakurta, https://arxiv.org/abs/2310.15526 (Corollary 4.7: each vector
 may be replaced by its length), used for a user's examples by Charles et al., https://arxiv.org/abs/2407.07737. Lengths may be
-replaced by larger ones, since the best test between the two is a threshold, which then errs less. Dominating pairs compose, also
-where later steps depend on earlier ones (Zhu, Dong, Wang, https://arxiv.org/abs/2106.08567). For m = 1 this is the pair from
-which a record's epsilon is computed.
+replaced by larger ones, since the best test between the two distributions is a threshold, which then errs less. Dominating
+pairs compose, also where later steps depend on earlier ones (Zhu, Dong, Wang, https://arxiv.org/abs/2106.08567). For m = 1 this
+is the pair from which a record's epsilon is computed.
 
-If a drawn person moved the sum by m C at once, the step would be a subsampled Gaussian of rate 1 - (1 - q)^m and noise sigma / m,
-which dominates the mixture, since J <= m 1[J > 0]. That bound is looser, and exists for every input.
+If all m records entered a batch as soon as one does, and changed its sum by m C, the step would be a subsampled Gaussian of
+rate 1 - (1 - q)^m and noise sigma / m, which dominates the mixture, since J <= m 1[J > 0]. That bound is looser, and exists for
+every input.
 """
 
 import math
@@ -35,7 +36,7 @@ from fastloda.accounting.rdp import worst_of_similar
 
 MOST_RECORDS = 64  # for more the mixture would take long, and the looser bound is returned
 ALWAYS = 0.999  # from this rate on all records count as drawn in every step, which only raises the bound
-BISECTIONS = 60  # halvings of a bracket of some hundred standard deviations: to rounding
+BISECTIONS = 60  # halvings of a bracket of some hundred standard deviations, down to rounding
 
 
 def group_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float, records: int) -> float:
@@ -43,12 +44,12 @@ def group_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float, 
 
     >>> group_epsilon([(0.01, 1.0, 1000)], 1e-6, records=5)  # where one record's epsilon is 2.1, five records' is 13.0
 
-    It is less than group privacy in general would give: `records` times the epsilon at a much smaller delta. It covers any part
-    of these records that is added or removed. Training by owner (`DPTrainer(owners=...)`) has an epsilon that holds for any
+    It is less than the general bound for group privacy: `records` times the epsilon at a much smaller delta. It holds for
+    adding or removing any part of these records. Training by owner (`DPTrainer(owners=...)`) has an epsilon that holds for any
     number of records, and is usually smaller.
 
-    It is not for runs whose noise is correlated over steps (`bands` > 1): what two records of a person move may then overlap from
-    one round to the next, which their count of rounds does not show.
+    It is not valid for runs whose noise is correlated over steps (`bands` > 1): the sums that two records of a person change
+    may then overlap from one round to the next, which the count of rounds does not cover.
 
     Args:
         mechanisms: the runs, each `(sample_rate, noise_multiplier, steps)`, as `compose_epsilon` takes them.
@@ -75,7 +76,7 @@ def group_epsilon(mechanisms: Iterable[tuple[float, float, int]], delta: float, 
 
 
 def _tight_epsilon(spent: tuple[Mechanism, ...], delta: float, members: int, loose: float) -> float:
-    """Compute the bound by the mixtures, on grids for ever smaller epsilons until it hardly falls."""
+    """Compute the bound from the mixtures, each time with a grid made for the last result, until it falls by less than 1%."""
     if members > MOST_RECORDS:
         raise ValueError(f"for more than {MOST_RECORDS} records it is not computed")
     pairs = [(_drawn_together(mechanism, members), mechanism) for mechanism in worst_of_similar(spent)]
@@ -92,16 +93,16 @@ def _tight_epsilon(spent: tuple[Mechanism, ...], delta: float, members: int, loo
 
 
 def _drawn_together(m: Mechanism, members: int) -> Mechanism:
-    """Make the worse mechanism in which all members enter a batch if one does."""
+    """Make the mechanism, which costs more, in which all members enter a batch as soon as one does."""
     rate = -math.expm1(members * math.log1p(-m.sample_rate)) if m.sample_rate < 1 else 1.0
     return Mechanism(rate, m.noise_multiplier / members, m.steps)
 
 
 class _GroupLoss(MixtureGaussianPrivacyLoss):
-    """The privacy loss of the mixture, with an inverse exact to rounding; dp-accounting's is off by 1e-6, to either side."""
+    """The privacy loss of the mixture, with an inverse that is exact to rounding; dp-accounting's errs by 1e-6 up or down."""
 
     def inverse_privacy_losses(self, privacy_losses: np.ndarray, precision: float = 0.0) -> np.ndarray:
-        """Find the x at which the loss, which falls with x, is each of privacy_losses; beyond the bracket lies no mass."""
+        """Find the x at which the loss, which falls with x, is each of privacy_losses; outside the bracket there is no mass."""
         reach = 100 * self._standard_deviation + 2 * self.sensitivities.max()
         low, high = np.full(len(privacy_losses), -reach), np.full(len(privacy_losses), reach)
         for _ in range(BISECTIONS):

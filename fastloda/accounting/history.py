@@ -1,4 +1,4 @@
-"""The history of private steps, of any noise and any sample rate, with the interface of Opacus's accountants."""
+"""The accountant of steps with any noise multipliers and sample rates, with the interface of Opacus's accountants."""
 
 import warnings
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ Noise = tuple[float, float]  # noise_multiplier, sample_rate
 
 
 class HistoryAccountant:
-    """The accountant that counts steps by (noise_multiplier, sample_rate), and composes them all.
+    """The accountant that counts steps by their (noise_multiplier, sample_rate), and composes them all.
 
     Steps whose noise is correlated (`make_private(bands=...)`) are counted by rounds: `bands` of them are one step here, at the
     rate with which a record enters its own step of the round.
@@ -75,16 +75,15 @@ class HistoryAccountant:
         return compose_epsilon(spent, delta) if self.method == "prv" else rdp_epsilon(merged(spent), check_delta(delta))
 
     def state_dict(self) -> dict:
-        """Make a state of plain values in Opacus's form; `ids` tells for each item of `history` which ledger counted it."""
+        """Make a state of plain values in Opacus's form; `ids` names for each item of `history` the ledger that counted it."""
         items = [(id, [*key, steps]) for id, counts in self._ledger.entries.items() for key, steps in counts.items()]
         return {"history": [item for _, item in items], "ids": [id for id, _ in items], "mechanism": self.method}
 
     def load_state_dict(self, state: dict) -> None:
         """Add the steps of a saved state, Opacus's too, to those taken.
 
-        Steps are known by the ledger that counted them, so that those that are here already count once: those of a state loaded
-        twice, of an earlier state of this accountant, or that two accountants have in common. Opacus's states have no ids: such a
-        state is added whole.
+        Steps are identified by the ledger that counted them. So those of a state loaded twice, of an earlier state of this
+        accountant, or that two accountants have in common count once. Opacus's states have no ids, and are added whole.
 
         Raises:
             ValueError: the state is malformed; nothing has changed then.
@@ -97,7 +96,7 @@ class HistoryAccountant:
 
 
 def _entries(state: dict) -> Mapping[str, Counts[Noise]]:
-    """Read a saved state's counts by ledger id; they get a new id where the state has none."""
+    """Read a saved state's counts by the ids of the ledgers; a state without ids gets a new one."""
     history = state["history"]
     ids = state.get("ids", [new_id()] * len(history))
     entries: dict[str, Counter[Noise]] = defaultdict(Counter)

@@ -1,7 +1,7 @@
-"""Ledgers, which remember who counted each step: so they can be merged, and no step is forgotten or counted twice.
+"""Ledgers of steps that record which ledger counted each step, so that merging them neither loses a step nor counts it twice.
 
 Each ledger counts under an id that nobody can guess and no other ledger has: a copy, an unpickled ledger and a forked child draw
-their own. A count under one id grows in one ledger only; so the larger of two counts is the later one, and includes the other.
+new ones. The count under one id grows in one ledger only; so the larger of two counts is the later one, and includes the other.
 """
 
 import os
@@ -15,7 +15,7 @@ Counts = Mapping[M, int]
 
 _ids: "WeakKeyDictionary[Ledger, str]" = (
     WeakKeyDictionary()
-)  # not attributes of the ledgers, for a copy would have the same id
+)  # not attributes of the ledgers, since a copy would have the same id
 os.register_at_fork(after_in_child=_ids.clear)
 
 
@@ -25,7 +25,7 @@ def new_id() -> str:
 
 
 class Ledger(Generic[M]):
-    """The ledger of steps by mechanism, its own and those that other ledgers have counted."""
+    """The ledger that counts its own steps by mechanism, and holds the counts of other ledgers."""
 
     def __init__(self):
         self._by_id: dict[str, Counter[M]] = {}
@@ -46,11 +46,11 @@ class Ledger(Generic[M]):
         return sum(self._by_id.values(), Counter())
 
     def count(self, mechanism: M, steps: int) -> None:
-        """Add steps that this ledger's owner has taken."""
+        """Add `steps` steps of a mechanism to this ledger's own count."""
         self._by_id.setdefault(self.id, Counter())[mechanism] += steps
 
     def merge(self, entries: Mapping[str, Counts[M]]) -> None:
-        """Take in other ledgers' counts: the larger one of the same id, and all of an id that is new."""
+        """Take over other ledgers' counts: for each id and mechanism, the larger of the two counts."""
         for id, counts in entries.items():
             if larger := self._by_id.get(id, Counter()) | Counter(counts):
                 self._by_id[id] = larger

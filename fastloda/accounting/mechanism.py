@@ -1,7 +1,8 @@
-"""The mechanism that is accounted for: sum a Poisson sample's clipped gradients and add Gaussian noise.
+"""The mechanism that is accounted for: the sum of a Poisson sample's clipped gradients, plus Gaussian noise.
 
-Each record enters with probability `sample_rate`, independently; the noise's standard deviation is `noise_multiplier` times the
-bound on a record's contribution. Adjacency is adding or removing one record.
+Each record enters the sample with probability `sample_rate`, independently; the noise's standard deviation is
+`noise_multiplier` times the bound on a record's contribution. Data sets are adjacent if they differ by adding or removing one
+record.
 """
 
 import math
@@ -14,14 +15,14 @@ import numpy as np
 
 from fastloda.errors import UserError
 
-MIN_DELTA = 1e-14  # below it the tail of a composed distribution is rounding
+MIN_DELTA = 1e-14  # below it the tail of a composed distribution is lost in rounding
 MAX_STEPS = 10**12
 # The errors that dp-accounting and prv-accountant raise where they can't compute.
 FAILURES = (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, ValueError)
 
 
 class Mechanism(NamedTuple):
-    """The mechanism of `steps` equal releases."""
+    """The mechanism that makes `steps` releases with the same sample rate and noise."""
 
     sample_rate: float
     noise_multiplier: float
@@ -29,16 +30,16 @@ class Mechanism(NamedTuple):
 
 
 def check_mechanism(sample_rate: float, noise_multiplier: float, steps: int) -> Mechanism:
-    """Make a mechanism of numbers that are checked.
+    """Check the numbers of a mechanism, and make it.
 
     Raises:
-        TypeError, ValueError: names the number that is wrong.
+        TypeError, ValueError: a number is out of range, or no number; the message names it.
     """
     return Mechanism(check_rate(sample_rate), check_noise(noise_multiplier), check_steps(steps))
 
 
 def merged(mechanisms: Iterable[Sequence]) -> tuple[Mechanism, ...]:
-    """Check mechanisms, and merge those of equal rate and noise; those without steps are dropped.
+    """Check mechanisms, merge those of equal rate and noise, and drop those without steps.
 
     Raises:
         TypeError, ValueError: an item is no triple of numbers in range.

@@ -1,11 +1,11 @@
 """Bounds on membership attacks: how well anyone can tell from all that was released whether a certain record was used.
 
-An attack accuses a record of having been used. What is (epsilon, delta)-private for adding or removing a record bounds its true
-positive rate t and its false positive rate f in both directions:
+An attack accuses a record of having been used. If the releases are (epsilon, delta)-private for adding or removing a record,
+the attack's true positive rate t and false positive rate f obey
 
     t <= e^epsilon f + delta    and    1 - f <= e^epsilon (1 - t) + delta
 
-Every pair of epsilon and delta that the accountant can show holds at once, so that the least of their bounds counts.
+All pairs of epsilon and delta that the accountant can prove hold at once, so that the smallest of their bounds holds.
 
 the region of (f, t)       Kairouz, Oh, Viswanath, https://arxiv.org/abs/1311.0776 (Theorem 2.1 and Remark 2.2)
 Gaussian DP (mu)           Dong, Roth, Su, https://arxiv.org/abs/1905.02383
@@ -24,7 +24,7 @@ from fastloda.accounting.mechanism import FAILURES, Mechanism, check_delta, chec
 from fastloda.accounting.rdp import gaussian_mu, rdp_epsilon, worst_of_similar
 from fastloda.errors import UserError
 
-PAIRS = 2000  # of a whole curve: its chords are then within 1e-5 of it
+PAIRS = 2000  # pairs of a whole curve: its chords are then within 1e-5 of it
 RATES = 10_000  # false positive rates at which the curve is compared with a Gaussian's: mu is within 0.001
 
 
@@ -34,7 +34,7 @@ class MembershipBound:
 
     Attributes:
         epsilons, deltas: the pairs, float64 [pairs]; the releases are private for each of them.
-        mu: mean of a Gaussian of standard deviation 1 that is at least as revealing as the releases; infinity if none is known.
+        mu: such that one number from N(mu, 1) or N(0, 1) reveals at least as much as the releases; infinity if none is known.
     """
 
     epsilons: np.ndarray
@@ -43,12 +43,12 @@ class MembershipBound:
 
     @classmethod
     def of_promise(cls, epsilon: float, delta: float) -> Self:
-        """Make the bound that (epsilon, delta) alone gives."""
+        """Make the bound that follows from (epsilon, delta) alone."""
         return cls(np.array([float(epsilon)]), np.array([check_delta(delta)]))
 
     @classmethod
     def of_releases(cls, mechanisms: Iterable[tuple[float, float, int]], delta: float) -> Self:
-        """Make the bound that the accountant's whole curve gives, most exact near `delta`; this takes 0.1 to 5 s.
+        """Make the bound that follows from the accountant's whole curve, most exact near `delta`; this takes 0.1 to 5 s.
 
         mechanisms: releases about the same records, as `compose_epsilon` takes them.
 
@@ -57,12 +57,12 @@ class MembershipBound:
         """
         spent, delta = merged(mechanisms), check_delta(delta)
         epsilons, deltas = _curve(spent, delta)
-        reported = least_epsilon(spent, delta)[0]  # so that the whole curve never says less than its reported point
+        reported = least_epsilon(spent, delta)[0]  # so that the curve's bound is never looser than the reported pair's
         mu = gaussian_mu(spent) if _noisy(spent) else math.inf
         return cls(np.append(epsilons, reported), np.append(deltas, delta), mu)
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
-        """Compute the largest share of used records that an attack finds, if it accuses this share of unused ones (0 to 1)."""
+        """Compute the largest share of used records that an attack can accuse, if it accuses this share of unused records."""
         rate = _check_rate(false_positive_rate)
         with np.errstate(over="ignore"):
             accused = np.exp(self.epsilons) * rate + self.deltas
@@ -79,8 +79,8 @@ class MembershipBound:
     def gdp_mu(self, least_rate: float) -> float:
         """Compute a mu of Gaussian DP that covers every attack with false positive and false negative rates >= least_rate.
 
-        No such attack does better than one that tells N(mu, 1) from N(0, 1). Rarer errors are left out, for there a sampled
-        mechanism can be as revealing as one that uses every record in every step.
+        No such attack does better than one that tells N(mu, 1) from N(0, 1). Attacks with rarer errors are left out: for them a
+        sampled mechanism can be as revealing as one that uses every record in every step.
         """
         z = np.linspace(scipy.special.ndtri(_check_rate(least_rate, below=0.5)), 0, RATES // 2 + 1)
         z = np.append(z, -z[-2::-1])
@@ -92,11 +92,11 @@ class MembershipBound:
 
 
 def _curve(spent: tuple[Mechanism, ...], delta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Compute pairs of epsilon and delta that bound the releases: by PLD, or by RDP where PLD can't, or isn't needed."""
+    """Compute pairs of epsilon and delta that bound the releases: by PLD, or by RDP where PLD fails or is not needed."""
     if _noisy(spent) and any(m.sample_rate < 1 for m in spent):
-        from fastloda.accounting.pld import pld_deltas  # not at the top, for its library takes seconds to import
+        from fastloda.accounting.pld import pld_deltas  # not at the top: its library takes seconds to import
 
-        # Beyond log(1 / rate) a pair bounds no attack with errors of that rate.
+        # A pair with an epsilon beyond log(1 / rate) bounds no attack whose errors have that rate.
         epsilons = np.linspace(0, -math.log(min(delta, 1e-5)), PAIRS)
         try:
             return epsilons, pld_deltas(worst_of_similar(spent), epsilons, delta)

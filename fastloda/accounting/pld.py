@@ -29,7 +29,7 @@ def pld_epsilon(
         delta: the delta for which epsilon is bounded.
         pld_of: function (sample_rate, noise_multiplier, interval, log of the mass that may be cut off) -> distribution of one
             step that is at least as private. Default: that of the subsampled Gaussian itself.
-        rough: the epsilon for which the grid is made. Default: the cheap bound.
+        rough: an estimate of epsilon, for which the grid is made. Default: the cheap bound.
 
     Raises:
         ValueError: the grid would be too large or rounding too coarse for this delta, or dp-accounting gives no finite bound.
@@ -43,7 +43,7 @@ def pld_epsilon(
 
 
 def pld_deltas(mechanisms: tuple[Mechanism, ...], epsilons: np.ndarray, delta: float) -> np.ndarray:
-    """Compute PLD's upper bounds on delta at several epsilons, ascending and from 0, on the grid that is made for `delta`.
+    """Compute PLD's upper bounds on delta at several epsilons >= 0, in ascending order, on the grid that is made for `delta`.
 
     Raises:
         ValueError: as for `pld_epsilon`.
@@ -70,7 +70,7 @@ def _composed(
     lost = delta / 1e5  # the probability that all tails cut off may hold; its losses count as infinite
     spans = sum(_span(m, lost / total) for m in mechanisms)
     reach = 4 * rough if rough else rdp_epsilon(mechanisms, 1e-15)
-    # The method's error goes with the square of the interval over a step's usual loss.
+    # The method's error is proportional to the square of the interval over a step's typical loss.
     wanted = min((rough or rdp_epsilon(mechanisms, min(delta, 1e-5))) / 96 / math.sqrt(total), 0.5)
     least = (2 * spans + reach) / GRID
     if least > 4 * wanted:
@@ -83,14 +83,14 @@ def _composed(
     with np.errstate(all="ignore"):
         nothing = identity(interval)
         parts = [_power((pld_of or _pld)(*m[:2], interval, log_lost), m.steps, nothing, lost) for m in mechanisms]
-        while len(parts) > 1:  # in pairs, so that short ones are composed with short ones
+        while len(parts) > 1:  # in pairs, so that short distributions are composed with short ones
             pairs = zip(parts[::2], parts[1::2], strict=False)
             parts = [a.compose(b, lost) for a, b in pairs] + parts[len(parts) // 2 * 2 :]
     return parts[0], rounding
 
 
 def _span(m: Mechanism, lost: float) -> float:
-    """Compute how far a step's privacy losses reach, except with a probability of `lost`."""
+    """Compute a bound on a step's privacy loss, which is exceeded with probability `lost` at most."""
     q, sigma = m[:2]
     largest = (0.5 - norm.ppf(lost / 10) * sigma) / sigma / sigma
     return largest if q == 1 else float(np.logaddexp(math.log1p(-q), math.log(q) + largest)) - math.log1p(-q)
@@ -109,9 +109,9 @@ def _pld(q: float, sigma: float, interval: float, log_lost: int) -> PrivacyLossD
 def _power(
     pld: PrivacyLossDistribution, steps: int, nothing: PrivacyLossDistribution, lost: float
 ) -> PrivacyLossDistribution:
-    """Compose equal steps; many of them in stages, for dp-accounting's bound on the length of the result is loose for many.
+    """Compose equal steps; many of them in stages, since dp-accounting's bound on the result's length is loose for many.
 
-    nothing: the distribution of no step at all; composed with it, a result loses its empty ends.
+    nothing: the distribution of no step at all; composing a result with it cuts off the result's empty ends.
     """
     if steps <= 2048:
         return pld.self_compose(steps, lost) if steps > 1 else pld

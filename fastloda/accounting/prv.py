@@ -25,7 +25,7 @@ class _Truncated(PrivacyRandomVariableTruncated, PrivacyRandomVariable):
 
     prv-accountant computes the mean from the CDF between fixed points, which fails on wide grids ("Discrete mean differs
     from continuous mean", its issue 36); the mean's error counts once per step. Here the integral is over the mechanism's
-    output x, of which all is smooth.
+    output x, in which the integrand is smooth.
     """
 
     def mean(self) -> float:
@@ -44,7 +44,7 @@ class _Truncated(PrivacyRandomVariableTruncated, PrivacyRandomVariable):
 
 
 def prv_epsilons(m: Mechanism, delta: float) -> tuple[float, float]:
-    """Compute PRV's lower and upper bound on epsilon of equal steps; 0 and infinity where it can't, or not quickly."""
+    """Compute PRV's lower and upper bound on epsilon of equal steps; 0 and infinity if it can't do so, or not quickly."""
     delta_error = delta / 1000
     # The domain [-L, L] of Remark 5.6 in Gopi et al.: beyond it lies too little mass to matter, in sum or in any one step.
     one = m._replace(steps=1)

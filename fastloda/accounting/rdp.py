@@ -25,7 +25,7 @@ ORDERS = np.concatenate([FRACTIONAL, INTEGER])
 
 
 def rdp_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
-    """Compute the cheap upper bound on epsilon: inf without noise, 0 without steps, exact at rate 1."""
+    """Compute the cheap upper bound on epsilon: infinite without noise, 0 without steps, exact at rate 1."""
     if not mechanisms:
         return 0.0
     if any(m.noise_multiplier == 0 for m in mechanisms) or not math.isfinite(gaussian_mu(mechanisms)):
@@ -38,15 +38,15 @@ def rdp_epsilon(mechanisms: tuple[Mechanism, ...], delta: float) -> float:
 
 
 def gaussian_mu(mechanisms: Iterable[Mechanism]) -> float:
-    """Compute the mean mu of the Gaussian of standard deviation 1 to which unsampled ones compose: mu^2 = sum of 1 / sigma^2."""
+    """Compute the mean of the Gaussian, of std 1, to which the steps compose without sampling: mu^2 = sum of 1 / sigma^2."""
     return math.hypot(*(math.sqrt(m.steps) / m.noise_multiplier for m in mechanisms))
 
 
 def worst_of_similar(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
     """Merge mechanisms into few that cost at least as much: similar ones all get their largest rate and least noise.
 
-    Less noise, or a larger rate, is a worse mechanism, for the better one can be made from its output. Mechanisms are similar if
-    their epsilons differ by about 0.1%, or more where there are too many. Those of rate 1 compose to one Gaussian.
+    A mechanism with less noise, or a larger rate, costs more, since the other can be computed from its output. Mechanisms are
+    similar if their epsilons differ by about 0.1%, or more if there are too many. Those of rate 1 compose to one Gaussian.
     """
     plain = [m for m in mechanisms if m.sample_rate == 1]
     sampled = [m for m in mechanisms if m.sample_rate < 1]
@@ -59,7 +59,7 @@ def worst_of_similar(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]
 
 
 def _cells(mechanisms: list[Mechanism], width: float) -> list[list[Mechanism]]:
-    """Group the mechanisms by cells of a grid, from one to the next of which epsilon changes by about `width`, relatively."""
+    """Group the mechanisms by the cells of a grid; between neighbouring cells epsilon differs by a share of about `width`."""
     cells = defaultdict(list)
     for m in mechanisms:
         # The less noise there is, the more a change of it matters.

@@ -1,4 +1,4 @@
-"""Audits of a private step from outside, whoever wrote it: what it does is compared with what it claims.
+"""Audits of private steps from outside, with any implementation: what a step does is compared with what it claims.
 
 >>> from fastloda import audit
 >>> step = audit.of_ghost_step(model, losses, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=64)

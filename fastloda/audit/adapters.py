@@ -28,9 +28,9 @@ def of_loop(
     """Make a PrivateStep of any library's training loop: `run(records, generator)` takes one step on `model` in place.
 
     The private gradient is what the optimizers find in `.grad` when they step; whatever else changes in the model's
-    parameters and buffers counts as unnoised. Parameters, buffers and `.grad` are then put back; an optimizer's own state is
-    not. Noise must come from the generator or from torch's global one (Opacus: give neither `secure_mode` nor a generator,
-    or `optimizer.generator = generator`).
+    parameters and buffers counts as unnoised. Parameters and buffers are then restored and `.grad` is set to None; an
+    optimizer's own state is not restored. Noise must come from the generator or from torch's global one (with Opacus: pass
+    neither `secure_mode` nor a generator, or set `optimizer.generator = generator`).
 
     `run_in_parts(records, generator, parts)`, if given, takes the same step in that many micro-batches.
     """
@@ -95,13 +95,13 @@ def of_trainer(
     """Make a PrivateStep of a trainer's `train_step` and its sampler.
 
     `make(data, settings)` returns a trainer of the user's model and losses on these data, without a checkpoint. The audit
-    chooses the data and the seeds, and the sample rate 1 where all records must be in the batch; all else is as in
-    `settings`.
+    chooses the data and the seeds, sample rate 1 where all records must be in the batch, and the micro-batch size and the
+    number of steps where it needs others; all else is as in `settings`.
 
-    `records` are repeated to `population` rows, from which the sampler is watched as it chooses.
+    To watch which records the sampler chooses, `records` are repeated to `population` rows.
 
-    `owned`: whether the unit of privacy is an owner. The last tensor of the records, here and in `audit_step`, then has the
-    owner of each, an integer, and `make(data, settings, owners)` is called, where data are the other tensors.
+    `owned`: whether the unit of privacy is an owner. The last tensor of the records, here and in `audit_step`, then has each
+    record's owner, an integer, and `make(data, settings, owners)` is called, where data are the other tensors.
     """
 
     if settings.bands > 1:
@@ -134,7 +134,7 @@ def of_trainer(
         seen.fetched.clear()
         stats: list[StepStats] = []
         of_loop(sampling[0].model, lambda *_: stats.append(sampling[0].train_step())).release(records, generator)
-        rows = settings.per_owner  # of each unit, which has one record here
+        rows = settings.per_owner  # the rows of each unit, which has one record here
         return seen.fetched[: stats[0].samples * rows : rows]  # what is fetched beyond them pads the last micro-batch
 
     return PrivateStep(release, release, Sampler(draw, population), shows_state=True, owned=owned)
@@ -172,7 +172,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _put_back(model: nn.Module, before: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Restore the tensors `before` of `model` to the values `kept`; write only what changed, for steps refuse other writes."""
+    """Restore the model's tensors `before` to the values `kept`; write only those that changed, since steps refuse writes."""
     for name, tensor in before.items():
         if not same(tensor, kept[name]):
             tensor.copy_(kept[name])
@@ -193,7 +193,7 @@ MANY_STEPS = 10**6
 
 
 class _Rows(Dataset):
-    """A data set of the audit's records, or zeros if none, repeated to `length`, that lists the indices fetched.
+    """The data set of the audit's records (zeros if there are none), repeated to `length`; it lists the fetched indices.
 
     `owned`: whether to leave out the last tensor, which has the owners.
     """

@@ -14,13 +14,14 @@ from scipy.stats import beta, norm
 from fastloda.audit.claim import Claim
 from fastloda.audit.report import Finding
 
-PILOT = 20  # one in 20 of the observations without the canary only places the threshold
+PILOT = 20  # one in 20 of the observations without the canary is used to place the threshold only
 
 
 class GaussianMu:
-    """Bounds on mu from projections with (`inside`) and without (`outside`) the canary, taken as normal with equal variance.
+    """The bounds on mu from projections with (`inside`) and without (`outside`) the canary, if normal with equal variance.
 
-    t = mu_hat sqrt(N/2) is noncentral t; its normal approximation is Johnson and Welch's (Biometrika 31, 1940).
+    For N projections each, t = mu_hat sqrt(N/2) is noncentral t; its normal approximation is Johnson and Welch's (Biometrika
+    31, 1940).
     """
 
     def __init__(self, inside: np.ndarray, outside: np.ndarray):
@@ -43,9 +44,9 @@ class GaussianMu:
 
 
 class CountedMu:
-    """Bounds on mu from wrong guesses at one threshold: two Clopper-Pearson bounds, each at half the significance.
+    """The bounds on mu from wrong guesses at one threshold: two Clopper-Pearson bounds, each at half the significance.
 
-    Of a mu-GDP mechanism, Phi^-1(1 - false positive rate) + Phi^-1(1 - false negative rate) <= mu.
+    For a mu-GDP mechanism, Phi^-1(1 - false positive rate) + Phi^-1(1 - false negative rate) <= mu.
     """
 
     def __init__(self, inside: np.ndarray, outside: np.ndarray, threshold: float):
@@ -74,7 +75,7 @@ def _upper(successes: int, trials: int, significance: float) -> float:
 
 
 def guess(inside: np.ndarray, outside: np.ndarray, share: float) -> CountedMu:
-    """Count guesses at a threshold half the canary's `share` above the mean of a pilot part of `outside`."""
+    """Count wrong guesses at a threshold: the mean of a pilot part of `outside` plus half of the canary's `share`."""
     pilot = max(10, len(outside) // PILOT)
     return CountedMu(inside, outside[pilot:], outside[:pilot].mean() + share / 2)
 

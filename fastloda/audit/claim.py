@@ -14,7 +14,7 @@ from fastloda.training.settings import PrivateTraining
 
 @dataclass(frozen=True)
 class Claim:
-    """DP-SGD's promise about one step, and how often the step is taken.
+    """The claim of DP-SGD about one step, and how often the step is taken.
 
     Attributes:
         noise_multiplier: standard deviation of the noise on the clipped sum, divided by max_grad_norm; > 0.
@@ -61,7 +61,7 @@ class Claim:
         return self.noise_multiplier * self.max_grad_norm / self.expected_batch_size
 
     def epsilons(self, mus: Sequence[float]) -> list[float]:
-        """Compute the whole training's epsilon for each of `mus`, the mu of one step's Gaussian mechanism, by one accountant."""
+        """Compute the epsilon of the whole training for each of `mus`, a step's mu, all by the same accounting method."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", PrivacyAccountingWarning)

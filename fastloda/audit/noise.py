@@ -1,4 +1,4 @@
-"""Checks of the noise alone: two steps on the same records differ by noise only, so each pair shows d values of it.
+"""Checks of the noise alone: two steps on the same records differ by noise only, so each pair gives d values of it.
 
 D = (release - release') / (sqrt(2) noise_std) is N(0, I) under the claim, and independent of other pairs.
 """
@@ -17,7 +17,7 @@ from fastloda.audit.claim import Claim
 from fastloda.audit.report import Finding
 from fastloda.audit.step import Released
 
-WATCHED = 64  # coordinates whose values are kept for each pair, for statistics that no running sum gives
+WATCHED = 64  # coordinates whose values are kept for each pair, for statistics that running sums do not give
 LAGS = 4
 LAGGED = [(lag, parity) for lag in range(LAGS) for parity in (0, 1)]
 
@@ -40,7 +40,7 @@ class Scale:
 
 
 class NoiseRecord:
-    """Running statistics of D over the pairs of one audit."""
+    """The running statistics of D over the pairs of one audit."""
 
     def __init__(self, first: Released, claim: Claim):
         self.claim = claim
@@ -120,7 +120,7 @@ class NoiseRecord:
         )
 
     def _dispersion(self) -> Finding:
-        """Test that |D|^2 varies as chi-square with d degrees of freedom; it varies more where coordinates repeat each other."""
+        """Test that |D|^2 varies like chi-square with d degrees of freedom; it varies more if coordinates repeat each other."""
         lengths = np.array(self._lengths) / self.scale.std**2
         z = np.where(
             lengths > self.size, -norm.ppf(chi2.sf(lengths, self.size)), norm.ppf(chi2.cdf(lengths, self.size))
@@ -177,7 +177,7 @@ def _smallness(scale: Scale) -> float:
 
 
 def _watch(sizes: list[int]) -> Tensor:
-    """Choose coordinates to watch: the first two of each tensor, so that equal noise in two tensors shows, and random others."""
+    """Choose coordinates to watch: the first two of each tensor, which show equal noise in two tensors, and random ones."""
     starts = np.cumsum([0, *sizes[:-1]])
     firsts = [start + i for start, size in zip(starts, sizes) for i in range(min(2, size))][: WATCHED // 2]
     others = np.setdiff1d(np.random.default_rng(0).permutation(sum(sizes))[:WATCHED], firsts)

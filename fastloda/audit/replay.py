@@ -1,7 +1,7 @@
-"""Neighbour replay: one step under the same seed with and without one record. The noise cancels; the record's share is left.
+"""Neighbour replay: one step under the same seed with and without one record. The noise cancels; the record's share remains.
 
-The norm of the share must be at most max_grad_norm / expected_batch_size, for any record beside any others (Cebere et al.
-2602.17454). Where the unit of privacy is an owner, all records of one are added at once (`PrivateStep.owned`).
+The norm of this difference must be at most max_grad_norm / expected_batch_size, for any record beside any others (Cebere et al.
+2602.17454). Where the unit of privacy is an owner, all records of one owner are added at once (`PrivateStep.owned`).
 """
 
 import math
@@ -31,12 +31,12 @@ from fastloda.audit.step import (
 SLACK = 1e-5  # relative tolerance of the bound, for DP-SGD's own rounding
 COARSE = 0.01  # fraction of max_grad_norm up to which the releases' rounding still allows a verdict
 FINER = "The released numbers are rounded too much: let the step release its gradient, in float32 or float64"
-ORDINARY = 8  # number of records used unchanged
+ORDINARY = 8  # the most units in the usual batch, and the most that are added unchanged
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Two batches that differ by one record, and what that record did to the release.
+    """Two batches that differ by one record, and how that record changed the release.
 
     Attributes:
         company: name of the batch that the record was added to.
@@ -101,7 +101,7 @@ def hostile(record: Records, name: str) -> Records:
 
 
 def candidates(records: Records, owned: bool) -> dict[str, Records]:
-    """Choose single units to add: ordinary ones and hostile ones, by name."""
+    """Choose the units of privacy that are added to batches, one at a time: ordinary ones and hostile ones, by name."""
     n, word = count_units(records, owned), "owner" if owned else "record"
     ordinary = {
         f"{word} {i}": units(records, slice(i, i + 1), owned) for i in range(n - 1, max(-1, n - 1 - ORDINARY), -1)
@@ -125,7 +125,7 @@ def companies(records: Records, owned: bool) -> dict[str, Records]:
 
 
 def usual_batch(records: Records, owned: bool) -> Records:
-    """Take the units that are in the batch; the others are candidates."""
+    """Take the first half of the units, at most `ORDINARY`, as the batch that a step usually gets."""
     return units(records, slice(0, min(ORDINARY, count_units(records, owned) // 2)), owned)
 
 
@@ -133,12 +133,10 @@ def usual_batch(records: Records, owned: bool) -> Records:
 
 
 def replay(step: PrivateStep, records: Records, claim: Claim, seed: int, tick: Callable) -> list[Neighbours]:
-    """Replay the step with every candidate beside every company, at the end or the start of the batch; then in micro-batches."""
+    """Replay the step with every candidate added to every company, at the end or the start of it; then in micro-batches."""
     found, added = [], candidates(records, step.owned)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", ".*had a gradient that is not finite"
-        )  # it is meant to: the record is hostile
+        warnings.filterwarnings("ignore", ".*had a gradient that is not finite")  # expected of hostile records
         for name, company in companies(records, step.owned).items():
             found += _replay_beside(step, name, company, added, claim, seed, tick)
         if step.release_in_parts is not None:
@@ -186,7 +184,7 @@ def _attempt(step: PrivateStep, records: Records, seed: int, parts: int) -> tupl
 
 
 def _different(a: Released, b: Released) -> tuple[str, ...]:
-    """List the names of what the two steps left different although no noise covers it."""
+    """List the names of what differs after the two steps although no noise covers it."""
     names = dict.fromkeys([*a.unnoised, *b.unnoised])
     return tuple(
         n for n in names if n not in a.unnoised or n not in b.unnoised or not same(a.unnoised[n], b.unnoised[n])
@@ -238,7 +236,7 @@ def coverage(step: PrivateStep, neighbours: list[Neighbours]) -> Finding:
 
 
 def choose_canary(neighbours: list[Neighbours], records: Records, owned: bool) -> Neighbours | None:
-    """Choose the record with the largest finite share beside the usual batch, of those above rounding; None if there is none."""
+    """Choose the record with the largest finite share beside the usual batch that exceeds its rounding error, or None."""
     usual = next(iter(companies(records, owned)))
     able = [n for n in neighbours if n.company == usual and n.tolerance < n.contribution < math.inf]
     return max(able, key=lambda n: n.contribution, default=None)

@@ -49,7 +49,7 @@ class AuditReport:
         epsilon_lower_gaussian: lower bound if the noise is Gaussian (which other checks test).
         epsilon_lower_counts: lower bound by Clopper-Pearson, from counts of wrong guesses only.
         confidence: confidence of each of the two bounds.
-        significance: largest probability that any check calls a step that keeps its claim a violation.
+        significance: largest probability of a false alarm: that any check finds a violation in a step that keeps its claim.
     """
 
     claim: Claim

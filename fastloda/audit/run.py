@@ -53,7 +53,7 @@ def audit_step(
 
     There are four kinds of check, each of which sees what the others miss:
 
-    - replay: under the same seed, one record more, ordinary or hostile (huge, NaN, Inf), moves the release by at most
+    - replay: under the same seed, one more record, ordinary or hostile (huge, NaN, Inf), changes the release by at most
       max_grad_norm / expected_batch_size, beside any batch and in micro-batches; nothing else that changes depends on it.
     - canary: an observer of `observations` noisy releases with the record of the largest share, and of as many without it,
       guesses which is which; the lower bound on epsilon that follows is composed over the claim's steps and sampling.
@@ -66,9 +66,9 @@ def audit_step(
     Args:
         step: a PrivateStep (of_ghost_step, of_loop, of_trainer), or a function (records, generator) -> private gradient.
         records: at least 2 records, one a row, in one tensor or several; half of them, at most 8, form the batch. Where the unit
-            is an owner (`of_trainer(owned=True)`), the last tensor says whose they are, and this counts owners.
+            is an owner (`of_trainer(owned=True)`), the last tensor has each record's owner, and these numbers count owners.
         claim: the claim about the step.
-        observations: number of steps with the canary, and of steps without; all takes about 2.5 x observations + 150 steps.
+        observations: number of steps with the canary, and of steps without; in all about 2.5 x observations + 150 steps.
         sampler: the sampler by which training chooses records; default: the step's own, if it has one.
         draws: number of batches drawn from the sampler.
         checks: the checks to run, of CHECKS; "canary" needs the replay, and runs it too.
@@ -126,7 +126,7 @@ def _report(claim: Claim, found: list[Finding], mus, significance: float) -> Aud
 
 
 def _observe(step, records, claim, canary: Neighbours | None, observations, generator, tick):
-    """Observe successive steps of one random stream, with and without the canary -> the noise, and both estimates of mu."""
+    """Observe successive steps of one random stream, with and without the canary; return the noise and both estimates of mu."""
     outside = usual_batch(records, step.owned)
     inside = outside if canary is None else join(outside, canary.added)
     batches = {"out": outside, "in": inside}

@@ -1,4 +1,4 @@
-"""Checks that the sampler is Poisson's: every record enters every step independently, with the claimed probability.
+"""Checks of Poisson sampling: every record must enter every step independently, with the claimed probability.
 
 The accountant's amplification holds for no other sampler (Chua et al. 2403.17673, Lebeda et al. 2405.20769). Each statistic
 has a known distribution under independent coin flips.
@@ -52,7 +52,7 @@ def audit_sampler(
 
 
 def _inclusions(sampler: Sampler, draws: int, generator: Generator, tick: Callable) -> tuple[np.ndarray, int]:
-    """Draw batches -> inclusion, bool [draws, population], and the number of draws that held a record twice."""
+    """Draw batches; return inclusion, bool [draws, population], and the number of draws that held a record twice."""
     inclusion, twice = np.zeros((draws, sampler.population), dtype=bool), 0
     for step in inclusion:
         indices = np.asarray(sampler.draw(generator)).reshape(-1)
@@ -72,7 +72,7 @@ def _rate(inclusion: np.ndarray, rate: float) -> tuple[str, float]:
 
 
 def _dispersion(counts: np.ndarray, trials: int, rate: float) -> tuple[str, float]:
-    """Test the mean squared deviation of binomial counts; small counts are skewed, so the law has the same three moments."""
+    """Test the mean squared deviation of binomial counts by a law with its three moments, since small counts are skewed."""
     k = np.arange(trials + 1)
     weights, variance = binom.pmf(k, trials, rate), trials * rate * (1 - rate)
     square = (k - trials * rate) ** 2 / variance - 1
@@ -107,7 +107,7 @@ def _successive(inclusion: np.ndarray, rate: float, v: float) -> tuple[str, floa
     """Test how many records of a step are in the next step too.
 
     The centred terms are uncorrelated with variance v^2 (v = rate (1 - rate)). Their sum is normal if the expected count is
-    large; if it is small, the count is binomial. Outside its range each p-value is only ever too small, so the larger one is
+    large; if it is small, the count is binomial. Outside its own range each p-value can only be too small, so the larger one is
     used.
     """
     centred, again = inclusion - rate, int((inclusion[1:] & inclusion[:-1]).sum())

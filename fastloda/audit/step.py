@@ -1,4 +1,4 @@
-"""The step under audit: a function of the records and of the randomness that can be called again and again."""
+"""The step under audit: a function of records and randomness that can be called again and again."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -33,20 +33,23 @@ class Released:
         return torch.cat([g.detach().flatten().double().cpu() for g in self.gradient.values()])
 
     def rounding(self) -> float:
-        """Bound the norm of the rounding error, to the tensors' own dtypes and in the numbers that they were computed from."""
+        """Bound the norm of the rounding error, of the tensors themselves and of the numbers that they were computed from."""
         return math.hypot(*(_rounding(g.detach()) for g in self.gradient.values()))
 
 
 def _rounding(g: Tensor) -> float:
     if not g.is_floating_point() or not g.numel():
         return 0.0
-    limits = torch.finfo(g.dtype)  # below the smallest normal number the steps are all of the same size
+    limits = torch.finfo(g.dtype)  # below the smallest normal number the gaps between floats are all equal
     step = max(limits.smallest_normal * limits.eps, _common_step(g.double()))
     return limits.eps * g.double().norm().item() + step * math.sqrt(g.numel())
 
 
 def _common_step(g: Tensor) -> float:
-    """Compute the largest power of 2 that divides all numbers, as it divides differences of larger floats; 0 if all are 0."""
+    """Compute the largest power of 2 that divides all numbers, or 0 if all are 0.
+
+    It is large for differences of much larger floats, whose rounding error it bounds.
+    """
     mantissa, exponent = torch.frexp(g[g.isfinite() & (g != 0)])
     whole = (mantissa * 2.0**53).long()
     return torch.ldexp((whole & -whole).double(), exponent - 53).min().item() if len(whole) else 0.0
@@ -59,7 +62,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: draw(generator) -> indices of the records that one step takes, out of `population` records."""
+    """The sampler of a training run: draw(generator) -> the indices of one step's records, out of `population` records."""
 
     draw: Callable[[Generator], Sequence[int] | Tensor]
     population: int
@@ -71,17 +74,17 @@ Release = Callable[[Records, Generator], Tensor | Mapping[str, Tensor] | Release
 
 @dataclass(frozen=True)
 class PrivateStep:
-    """A step as the audit sees it; `release` alone will do.
+    """The step as the audit sees it; only `release` is required.
 
     Attributes:
         release: function (records, generator) -> the output of one step on exactly these records. Its noise must come from
             the generator, or from torch's global one, and it must leave everything as it was, so that it repeats. Whatever
-            else is random (dropout, timesteps) must belong to a record, whoever is beside it.
+            else is random (dropout, timesteps) must be the same for a record whichever others are in the batch.
         release_in_parts: function (records, generator, parts) -> the output of the same step in that many micro-batches.
         sampler: the sampler by which training chooses a step's records.
         shows_state: whether `Released.unnoised` lists everything that a step changes besides what the gradient covers.
-        owned: whether the unit of privacy is an owner of several records: the last tensor of the records then says, by an integer
-            each, whose they are, and all records of an owner are added together.
+        owned: whether the unit of privacy is an owner of several records: the last tensor of the records then has each record's
+            owner, an integer, and all records of an owner are added together.
     """
 
     release: Release
@@ -91,7 +94,7 @@ class PrivateStep:
     owned: bool = False
 
     def __call__(self, records: Records, generator: Generator, parts: int = 1) -> Released:
-        """Take one step. With parts=1 it is `release`, so that what trains is what is audited."""
+        """Take one step. With parts=1 this calls `release`, so that what trains is what is audited."""
         if parts == 1:
             return as_released(self.release(records, generator))
         if self.release_in_parts is None:

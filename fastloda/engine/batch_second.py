@@ -1,4 +1,4 @@
-"""Calls of modules whose batch is the second dimension, [positions, records, ...], in code that expects it first."""
+"""Calls of modules whose batch is the second dimension, [positions, records, ...], from code that expects it first."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,10 @@ from fastloda.errors import PrivacyError
 
 
 def with_batch_second(batch_first: Callable, function: Callable, args: tuple, kwargs: dict) -> Any:
-    """Call `batch_first(function, args, kwargs)` with a function whose inputs and outputs have the batch first.
+    """Call `batch_first` with `function` and its arguments, all converted so that inputs and outputs have the batch first.
 
-    Inputs of two dimensions or more have the batch second. Outputs may have it anywhere (a classifier's logits have it
-    first): its place is the dimension that grows when one made-up record becomes two, which is tried at each call.
+    `function` has the batch second in inputs of two dimensions or more. Its outputs may have it anywhere (a classifier's logits
+    have it first): it is the dimension that grows when one made-up record becomes two, which is tried at each call.
 
     Raises:
         PrivacyError: an output with a gradient has no such dimension.
@@ -32,7 +32,7 @@ def with_batch_second(batch_first: Callable, function: Callable, args: tuple, kw
 
 
 def swapped(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Swap the first two dimensions of all inputs that have as many."""
+    """Swap the first two dimensions of all tensors in the arguments that have at least two."""
     return tree_map(_swap, (args, kwargs))
 
 
@@ -42,7 +42,11 @@ def batch_dims(function: Callable, args: tuple, kwargs: dict) -> list[int | None
 
 
 def to_front(outputs: Any, dims: list[int | None]) -> Any:
-    """Move the records of outputs to the first dimension, from `dims`; raises PrivacyError for a gradient without such."""
+    """Move each output's dimension of records to the front, from its place in `dims`.
+
+    Raises:
+        PrivacyError: an output with a gradient has no such dimension.
+    """
     for t, dim in zip(tensors_in(outputs), dims, strict=True):
         if dim is None and t.requires_grad:
             shape = tuple(t.shape)
@@ -53,7 +57,7 @@ def to_front(outputs: Any, dims: list[int | None]) -> Any:
 
 
 def from_front(outputs: Any, dims: list[int | None]) -> Any:
-    """Move the records of outputs from the first dimension back to `dims`."""
+    """Move each output's dimension of records from the front back to its place in `dims`."""
     return _moved(outputs, dims, lambda t, dim: t.movedim(0, dim))
 
 

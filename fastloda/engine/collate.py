@@ -1,8 +1,8 @@
 """A wrapper of a data loader's collate_fn that makes empty batches too and refuses a collate_fn that mixes records.
 
-One record moves the clipped sum by at most max_grad_norm if each row of a batch comes from one record. A collate_fn can break
-that (mixup, a mean over the batch) before any gradient shows it. So it is tried on other data where the records are read:
-half of them are replaced, then the other half, and no value of the batch may change both times.
+One record changes the clipped sum by at most max_grad_norm if each row of a batch comes from one record. A collate_fn can break
+that (mixup, a mean over the batch), which no gradient shows. So where the records are read, collate_fn is also tried on changed
+records: half of them are replaced, then the other half, and no value of the batch may change both times.
 """
 
 import copy
@@ -32,11 +32,11 @@ _PLAIN = (np.generic, bool, int, float, complex, str, bytes)
 
 
 class CollateOrEmpty:
-    """A collate_fn like the given one that also makes a batch of no records: the batch of one record, cut to 0 rows.
+    """The collate_fn that calls the given one, and also makes a batch of no records: that of one record, cut to 0 rows.
 
-    It reads no record before a batch is asked of it: in a worker, if there are any, where the data set may open its files. At
-    a worker's batches 1, 2, 4, 8, ... of two or more records it checks whether collate_fn mixes them. Its trials leave all
-    random generators as they were.
+    It reads no record before a batch is requested: so records are read in the workers, if there are any, where the data set may
+    open its files. At each worker's 1st, 2nd, 4th, 8th, ... batch of two or more records it checks whether collate_fn mixes
+    them. These trials leave all random generators as they were.
 
     Raises:
         PrivacyError: collate_fn mixes records.
@@ -71,14 +71,14 @@ class CollateOrEmpty:
         return _without_rows(one, two)
 
     def _refuse_mixed_reading(self, count: int) -> None:
-        """Refuse a data set that reads a batch at once if the first record changes when others are read after it."""
+        """Refuse a data set with __getitems__ if a batch's first record changes when others are read after it."""
         dataset = self.dataset
         while type(dataset) is Subset:  # a Subset reads record by record where its data set does
             dataset = dataset.dataset
         if not getattr(dataset, "__getitems__", None):
             return
         total = len(self.dataset)
-        # one record alone is seldom the largest, or its own partner
+        # a single first record is seldom the batch's largest one, or its own partner in mixup
         first, one, other = ([_halves.randrange(total) for _ in range(n)] for n in (1, count - 1, count - 1))
         plain, replaced = self._first_read(first, one), self._first_read(first, other)
         if not _differ(plain, replaced):
@@ -123,13 +123,13 @@ class CollateOrEmpty:
         )
 
     def _try(self, records: list, sources: dict[int, int]) -> Any:
-        """Collate copies of the records, record i made up from record sources[i], under the random numbers that come next."""
+        """Collate copies of the records, with record sources[i] in place of record i, always with the same random numbers."""
         with _nothing_drawn(self.collate_fn):
             return self.collate_fn([_like(records[sources.get(i, i)], own) for i, own in enumerate(records)])
 
 
 def _like(values: Any, shape: Any) -> Any:
-    """Copy `values` into the shapes of `shape`, cut or repeated, so that padding and numbers drawn by length stay the same."""
+    """Copy `values`, cut or repeated to the shapes in `shape`, so that padding and the count of random numbers stay equal."""
     if isinstance(values, Tensor) and isinstance(shape, Tensor) and values.numel():
         values = values.detach()
         if values.shape == shape.shape:
@@ -158,7 +158,7 @@ Halves = tuple[list[int], list[int]]
 
 
 def _differ(one: list, two: list) -> bool:
-    """Tell whether two readings of the same records differ; values whose shapes differ may be padded, and are not compared."""
+    """Tell whether two readings of the same records differ; values of different shapes may be padded, and are not compared."""
     leaves = [list(_leaves(records, None)) for records in (one, two)]
     pairs = [(a.values, b.values) for a, b in zip(*leaves)]
     return len(leaves[0]) == len(leaves[1]) and any(
@@ -167,10 +167,11 @@ def _differ(one: list, two: list) -> bool:
 
 
 def _mixes(halves: Halves, *batches: Any) -> bool:
-    """Tell whether a row of the first batch changed in the second, with one half of the records replaced, and in the third.
+    """Tell whether a row of the first batch changed in both others, in each of which one half of the records is replaced.
 
-    One row is what all fields of a batch hold at one index. The same rows in another order, sorted by content, are unchanged.
-    A list of as many items as records may hold the fields or the records; nothing is mixed if either reading says so.
+    A row is what all fields of a batch hold at one index. Rows that only changed their order, as when sorted by content, count
+    as unchanged. The items of a list that is as long as the batch may be fields or records: both readings are tried, and rows
+    are mixed only if both say so.
     """
     return all(_mixes_as_read(halves, batches, items_are_rows) for items_are_rows in (False, True))
 
@@ -197,9 +198,9 @@ def _mixes_as_read(halves: Halves, batches: tuple, items_are_rows: bool) -> bool
 
 
 def _rows_of_one_half(changed: np.ndarray, count: int) -> np.ndarray | None:
-    """Find a dimension whose rows changed for one half at most: changed [2, ...] -> [2, rows], or None if there is none.
+    """Find a dimension no row of which changed in both batches; return changed [2, ...] along it, [2, rows], or None.
 
-    A dimension of `count` rows, which is the batch's, is preferred.
+    A dimension of `count` rows is preferred, since it is the batch's.
     """
     dims = range(1, changed.ndim)
     found = [np.asarray(changed.any(tuple(d for d in dims if d != dim))) for dim in dims]
@@ -234,7 +235,7 @@ class _Leaf(NamedTuple):
 
 
 def _leaves(batch: Any, count: int | None, in_rows: bool = True, depth: int = 16) -> Iterator[_Leaf]:
-    """Yield all arrays in a batch, a plain list as one array; a list of `count` items is taken as one item a record."""
+    """Yield all arrays in a batch, with a list of numbers or strings as one; a list of `count` items holds one per record."""
     if isinstance(batch, Tensor) and batch.is_nested:
         yield from _leaves(batch.unbind(), count, in_rows, depth)
     elif isinstance(batch, Tensor):
@@ -284,7 +285,7 @@ def _on_gpu() -> bool:
 
 
 def _without_rows(one: Any, two: Any) -> Any:
-    """Cut the batch of one record along the dimensions that grow in the batch of two."""
+    """Make the empty batch: cut the batch `one` of one record along the dimensions that are longer in `two`, of two records."""
     if isinstance(one, (Tensor, np.ndarray)) and type(one) is type(two) and one.ndim == two.ndim:
         grew = [a != b for a, b in zip(one.shape, two.shape)]
         if any(grew):

@@ -1,4 +1,4 @@
-"""A cross entropy with class weights and ignored targets, in which no sample's share depends on the other samples."""
+"""A cross entropy with class weights and ignored targets, in which no sample's loss depends on the other samples."""
 
 import torch
 import torch.nn.functional as F
@@ -6,15 +6,16 @@ from torch import Tensor, nn
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """A `torch.nn.CrossEntropyLoss` but for the divisor: the mean over the batch of each sample's own loss.
+    """The `torch.nn.CrossEntropyLoss` with another divisor: it is the mean over the batch of each sample's own loss.
 
-    PyTorch divides by the weights of the batch's targets, or by how many of them are not ignored, so that a record changes the
-    shares of all others. Here the loss of sample n is
+    PyTorch divides by the sum of the weights of the batch's targets, or by how many of them are not ignored, so that one record
+    scales the losses of all others. Here the loss of sample n is
 
         l_n = sum_j w[y_nj] ce_nj / (number of its own targets that are not ignored)        j over its positions
 
-    and 0 if all are ignored; weights are taken as they are. Without weights and ignored targets it is PyTorch's. Where tokens are
-    flattened to rows, [samples * positions, classes], each row counts alike: an ignored one counts as 0, but counts.
+    and 0 if all its targets are ignored; weights are not normalised. Without weights and ignored targets it equals PyTorch's.
+    Where tokens are flattened to rows, [samples * positions, classes], each row is a sample: the loss of an ignored one is 0,
+    and is counted in the mean.
 
     Args:
         reduction: "mean" or "sum" over the samples, or "none" for the samples' own losses, [samples].

@@ -9,7 +9,7 @@
 
 The names and their meaning are those of `opacus.PrivacyEngine` (https://opacus.ai/api/privacy_engine.html), so that only its
 import changes. The differences serve privacy: all batches are Poisson batches, sampling and noise can't be foreseen unless
-generators are given, a sample that is not finite contributes zero, and a step without a new batch is refused.
+generators are given, a sample whose gradient is not finite contributes zero, and a step without a new batch is refused.
 """
 
 import io
@@ -59,7 +59,7 @@ PrivateGhost = tuple[PrivateModule | PrivateHooks, PrivateOptimizer, Any, Poisso
 
 
 class PrivacyEngine:
-    """An engine that makes training private, and accounts for all that it has made private.
+    """The engine that makes training private, and accounts for all training that it has made private.
 
     Args:
         accountant: "prv", or "rdp" (looser). "gdp" is refused: it can lie below the true epsilon.
@@ -94,8 +94,8 @@ class PrivacyEngine:
 
         Args:
             module: a module with some trainable parameters, each covered by a rule, and the rest frozen; eval mode is allowed.
-            optimizer: any first-order optimizer over exactly the trainable parameters (frozen ones may be listed). The
-                account of a private optimizer, or of one whose state was loaded, is added to the engine's.
+            optimizer: any first-order optimizer over exactly the trainable parameters (frozen ones may be listed). If it is
+                private already, or has loaded a private optimizer's state, the steps accounted there are added to the engine's.
             data_loader: a loader over a map-style data set, with a batch_size. Each step then draws every record with
                 probability 1 / len(data_loader). The size of the data set is taken to be public.
             noise_multiplier: standard deviation of the noise on the sum of clipped gradients, divided by max_grad_norm.
@@ -106,27 +106,28 @@ class PrivacyEngine:
             clipping: "flat", "automatic", "per_layer", "adaptive", or a style with settings (`fastloda.privacy.clip`).
                 "adaptive" takes Opacus's settings too, by Opacus's names.
             noise_generator: a generator for experiments that must repeat; the data loader's own generator then draws the
-                batches. Without it, neither can be foreseen, however the data loader or torch is seeded. Or an object whose
-                `normal(shape)` draws the noise (`NormalNumbers`).
+                batches. Without it, neither noise nor batches can be foreseen, however the data loader or torch is seeded. It
+                may also be an object whose `normal(shape)` draws the noise (`NormalNumbers`).
             grad_sample_mode: any mode of Opacus for one device; the gradient is the same, and exact. "ghost" makes the return
                 value (module, optimizer, criterion, data_loader), with criterion (default: CrossEntropyLoss) unchanged.
             batch_first: False if inputs have the batch second (`fastloda.engine.batch_second`).
-            wrap_model: False makes the given module itself private, in place, and returns a `PrivateHooks` in the new module's
-                stead, whose `cleanup()` ends that: for code that asks for the module's class, as transformers' Trainer does.
+            wrap_model: False makes the given module itself private, in place, and returns a `PrivateHooks` instead of a new
+                module; its `cleanup()` ends that. It is for code that checks the module's class, as transformers' Trainer does.
             poisson_sampling, rand_on_empty: arguments of Opacus, accepted at their defaults only.
             bands: the number of consecutive steps over which the noise is correlated, so that much of it cancels
-                (`privacy/correlated.py`). Each record may then enter one of them only, `bands` times as likely, and they count
-                as one in the account. Every batch of the loader must make its step. 1: independent noise.
+                (`privacy/correlated.py`). Each record may then enter only one of these steps, with `bands` times the
+                probability, and the accountant counts them as one. Every batch of the loader must make its step. 1: independent
+                noise.
 
         The loss must be the mean (or sum) of one loss per sample, each of which depends on its own sample only. A loss that
         visibly does not is refused by `loss.backward()` (`fastloda.engine.loss_check`).
 
-        Where `torch.distributed` is initialised, all ranks call it, with the same data set. They share one Poisson batch a step
-        (record i is always rank i // bands mod their number's), take the same noisy step, and count it once each: epsilon is
-        that of one process. The batch_size is that of all ranks together; with a DistributedSampler, each rank's. Rank 0's
-        parameters are copied to the others. The loop takes as many steps on each rank, and its loss is the mean over the rank's
-        own share. A module in DistributedDataParallel is taken out of it; the one returned may be put into it (accelerate
-        does), where it has nothing to do.
+        Where `torch.distributed` is initialised, all ranks call it, with the same data set. They share one Poisson batch per
+        step (record i always belongs to rank i // bands mod the number of ranks), take the same noisy step, and each counts it
+        once: epsilon is that of one process. The batch_size is that of all ranks together; with a DistributedSampler, each
+        rank's. Rank 0's parameters are copied to the others. The loop must take equally many steps on all ranks, and its loss
+        is the mean over the rank's own share. A module in DistributedDataParallel is unwrapped; the returned one may be wrapped
+        in it again (accelerate does so), which has no effect.
 
         Raises:
             ValueError, TypeError: an argument can't be honoured; the message says what to do instead.
@@ -140,8 +141,8 @@ class PrivacyEngine:
             if loss_reduction not in REDUCTIONS:
                 raise UserError(f"loss_reduction must be one of {REDUCTIONS}, got {loss_reduction!r}")
             module = bare_module(module)
-            # with the account of a private optimizer, or of a loaded state
-            if isinstance(optimizer, PrivateOptimizer):  # whose noise stays with it
+            # `spent` is the account of a private optimizer, or that in a loaded state
+            if isinstance(optimizer, PrivateOptimizer):  # the correlated noise stays with it
                 optimizer, spent = optimizer.original_optimizer, [{PRIVACY: optimizer.spent()}]
             else:
                 spent = optimizer.state_dict()["param_groups"]
@@ -201,10 +202,11 @@ class PrivacyEngine:
     ) -> Private | PrivateGhost:
         """Call `make_private` with the least noise for which `epochs` passes cost at most (target_epsilon, target_delta).
 
-        The budget pays for the steps of those passes (half a pass for epochs=0.5; with `bands`, rounded up to a multiple of
-        them) and no others: the optimizer refuses to take more, and counts those of a loaded state. If steps have less noise
-        than planned (a schedule), the run ends before the budget is exceeded, and each step waits for the accountant. Finding
-        the noise takes 1 to 60 s the first time (`calibrate_noise`). Further arguments are those of `make_private`.
+        The budget covers the steps of those passes (half a pass for epochs=0.5; with `bands`, rounded up to a multiple of it)
+        and no others: the optimizer refuses to take more, and the steps of a loaded state count. If steps have less noise than
+        planned (by a schedule), the optimizer refuses the step that would exceed the budget, and each step takes longer, since
+        the accountant computes epsilon. Finding the noise takes 1 to 60 s the first time (`calibrate_noise`). Further arguments
+        are those of `make_private`.
 
         Raises:
             ValueError, TypeError, PrivacyError: make_private refuses, or this engine has spent privacy already.
@@ -228,7 +230,7 @@ class PrivacyEngine:
         return made
 
     def get_epsilon(self, delta: float, **settings: Any) -> float:
-        """Compute epsilon spent so far: an upper bound, for adding or removing one record (`HistoryAccountant.get_epsilon`)."""
+        """Compute an upper bound on the epsilon spent so far, for adding or removing a record (see `HistoryAccountant`)."""
         return self.accountant.get_epsilon(delta, **settings)
 
     def is_compatible(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> bool:
@@ -240,7 +242,7 @@ class PrivacyEngine:
         return True
 
     def validate(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> None:
-        """Raise the error that make_private would raise; a trainable layer without a rule shows at the first step only."""
+        """Raise the error that make_private would raise; only the first step can find a trainable layer without a rule."""
         parameters = trainable_parameters(Members.of(module))
         if optimizer is not None:
             check_optimizer(optimizer, parameters)
@@ -249,7 +251,7 @@ class PrivacyEngine:
 
     @staticmethod
     def get_compatible_module(module: nn.Module) -> nn.Module:
-        """Copy a module and replace its layers that mix samples (`ModuleValidator.fix`); optimize the copy's parameters.
+        """Copy a module and replace its layers that mix samples (`ModuleValidator.fix`); optimize the parameters of the copy.
 
         Raises:
             PrivacyError, ValueError: a layer has no replacement.
@@ -270,7 +272,7 @@ class PrivacyEngine:
     ) -> None:
         """Write module, optimizer, schedulers (`schedulers.py`) and account into one file, atomically, in Opacus's form.
 
-        The random generators are not in it: a resumed run draws anew. Raises OSError.
+        The states of random generators are not in it: a resumed run draws other numbers. Raises OSError.
         """
         document = dict(checkpoint_dict or {})
         document["module_state_dict"] = module.state_dict(**(module_state_dict_kwargs or {}))
@@ -298,15 +300,16 @@ class PrivacyEngine:
         module_load_dict_kwargs: dict[str, Any] | None = None,
         torch_load_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Load a file of `save_checkpoint` into what make_private returned; its account is added to the one here.
+        """Load a file of `save_checkpoint` into what make_private returned, and add its account to this engine's.
 
-        The file can't run code (weights_only). What it lacks stays as it is, with a warning. Returns the file's contents.
+        The file can't run code (weights_only). An optimizer or scheduler whose state it lacks stays as it is, with a warning.
+        Returns the file's contents.
         """
         document = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
         if absent := {"module_state_dict", "privacy_accountant_state_dict"} - set(document):
             raise UserError(f"{path} lacks {sorted(absent)}")
         account = document["privacy_accountant_state_dict"]
-        HistoryAccountant().load_state_dict(account)  # first, for it refuses a malformed account
+        HistoryAccountant().load_state_dict(account)  # before anything changes: it refuses a malformed account
         schedulers = {"noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
         given = {name: value for name, value in (schedulers | {"optimizer": optimizer}).items() if value is not None}
         with _as_before_if_it_fails(module, *given.values()):
@@ -337,7 +340,7 @@ class PrivacyEngine:
 
 @contextmanager
 def _agreed(world: World) -> Yielding[dict[str, object]]:
-    """Let all ranks fail if one of them fails in the context, or if the facts differ that they put into the yielded dict."""
+    """Let all ranks fail if one of them fails in the context, or if they put different facts into the yielded dict."""
     facts: dict[str, object] = {}
     try:
         yield facts
@@ -363,7 +366,7 @@ def _as_before_if_it_fails(module: nn.Module, *others: Any) -> Yielding[None]:
 def make_private(
     module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader, **options: Any
 ) -> Private | PrivateGhost:
-    """Call `PrivacyEngine().make_private`; the returned optimizer's `epsilon(delta)` tells what has been spent."""
+    """Call `PrivacyEngine().make_private`; the returned optimizer's `epsilon(delta)` computes what has been spent."""
     return PrivacyEngine().make_private(module, optimizer, data_loader, **options)
 
 
@@ -394,7 +397,7 @@ def _check_opacus_arguments(poisson_sampling, grad_sample_mode, rand_on_empty, u
 
 
 def _adaptive_style(options: dict[str, Any]) -> tuple[AdaptiveClipping, dict[str, Any]]:
-    """Split `options` -> the style made from Opacus's settings of adaptive clipping, and the other options."""
+    """Split `options` into the style made from Opacus's settings of adaptive clipping, and the other options."""
     given = {name: options[name] for name in OPACUS_ADAPTIVE.keys() & options.keys()}
     style = AdaptiveClipping(**{OPACUS_ADAPTIVE[name]: value for name, value in given.items()})
     return style, {name: value for name, value in options.items() if name not in given}
@@ -403,7 +406,7 @@ def _adaptive_style(options: dict[str, Any]) -> tuple[AdaptiveClipping, dict[str
 def _parameter_bounds(
     module: nn.Module, optimizer: torch.optim.Optimizer, bounds: Sequence[float], clipping: Clipping
 ) -> tuple[PerParameter, float]:
-    """Make per-parameter clipping of `bounds`, one for each trainable parameter -> the style, and the bound on the gradient."""
+    """Make the style that clips each trainable parameter to its own one of `bounds`; also return the whole gradient's bound."""
     if clipping != "per_layer":
         raise UserError(
             f"max_grad_norm={bounds!r}, a bound for each parameter, needs clipping='per_layer', got {clipping!r}"

@@ -12,7 +12,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class GroupNormAct(nn.GroupNorm):
-    """A GroupNorm followed by dropout and activation, as timm's BatchNormAct2d has them in one layer."""
+    """A GroupNorm followed by dropout and an activation in one layer, as in timm's BatchNormAct2d."""
 
     drop: nn.Module
     act: nn.Module
@@ -22,11 +22,11 @@ class GroupNormAct(nn.GroupNorm):
 
 
 def replace_batch_norm(model: nn.Module, groups: int | None = None) -> list[str]:
-    """Replace every BatchNorm in place by GroupNorm (Wu & He 2018) with the same scale and shift; returns their names.
+    """Replace every BatchNorm in place by GroupNorm (Wu & He 2018) with the same scale and shift; return the layers' names.
 
     The model must be trained or fine-tuned afterwards: pretrained weights expect other statistics. The number of groups is
-    the greatest common divisor of `groups` and the channels. Default: 32; for BatchNorm1d, which may see one number a
-    channel, one group, as in LayerNorm. timm's BatchNormAct2d keeps its dropout and activation.
+    the greatest common divisor of `groups` and the channels. The default of `groups` is 32; for BatchNorm1d, which may see one
+    number per channel, it is 1, as in LayerNorm. timm's BatchNormAct2d keeps its dropout and activation.
 
     Raises:
         ValueError: groups < 1; the model is itself a BatchNorm; a layer is a subclass of BatchNorm, which may compute

@@ -1,7 +1,7 @@
 """Poisson batches in place of a DataLoader's shuffled ones, and the tally that ties every private step to one of them.
 
 The accountant's amplification holds if each step uses one Poisson draw (Chua et al. 2024 show what shuffling costs), and the
-sensitivity bound if each record is one row of it. The tally checks both: a step must match a batch that was drawn.
+sensitivity bound holds if each record is one row of the batch. The tally checks both: a step must match a batch that was drawn.
 """
 
 import itertools
@@ -32,17 +32,17 @@ from fastloda.privacy.ranks import World
 from fastloda.randomness import hold, unpredictable_generator
 from fastloda.training.sampling import cyclic_rate, cyclic_sample, largest_share, share
 
-if TYPE_CHECKING:  # it reads the tally
+if TYPE_CHECKING:  # otherwise a circular import
     from fastloda.engine.optimizer import PrivateOptimizer
 
 _batch_numbers = itertools.count()
 
 
 class Part(NamedTuple):
-    """A part of the logical batch number `batch`: all its records, or (`split`) as many as fit; `last` ends the batch.
+    """A part of logical batch number `batch`: all its records or, if `split`, as many as fit; the `last` part ends the batch.
 
     Only the process that drew it, `process`, may use it: a forked child's steps would use its records a second time. With
-    correlated noise only step number `step` may: its records may enter no other.
+    correlated noise only step number `step` may use it, since its records may enter no other step.
     """
 
     process: int
@@ -54,10 +54,11 @@ class Part(NamedTuple):
 
 
 class Tally:
-    """The queue of parts of batches that a loader has handed out and no step has used yet.
+    """The queue of the parts of batches that a loader has yielded and no step has used yet.
 
     Attributes:
-        noise: the noise of the steps that use them, which knows how many were made.
+        drawn: the queue.
+        noise: the noise of the steps that use the parts; it counts these steps.
     """
 
     def __init__(self, bands: int = 1):
@@ -65,13 +66,13 @@ class Tally:
         self.noise = CorrelatedNoise(bands)
 
     def __reduce__(self):
-        """Make a copy empty, for a batch is for one step."""
+        """Make copies empty, since a batch is for one step."""
         return Tally, (self.noise.bands,)
 
     def take(self, rows: int, sizes: Collection[int] = ()) -> Part:
-        """Take the part that a step over `rows` samples uses off the queue, with all parts before it, which were skipped.
+        """Take off the queue, and return, the part that a step over `rows` samples uses; drop the parts before it as skipped.
 
-        sizes: the sizes along the batch of what the module was called with; a part of such a size was not skipped.
+        sizes: the batch sizes with which the module was called; a part of such a size was not skipped.
 
         Raises:
             PrivacyError: no part has that many records, or parts of two split batches are in the queue, or the noise is
@@ -93,7 +94,7 @@ class Tally:
                 "the next is taken: the parts of two logical batches must not mix"
             )
         others = [part for part in self.drawn if part.records in sizes and part.records != rows]
-        computed = rows in sizes or not others  # of a part with as many records as rows, as far as its inputs tell
+        computed = rows in sizes or not others  # whether a call of the module had `rows` records, as inputs show
         for skipped, part in enumerate(self.drawn if computed else others[:1]):
             if computed and part.records == rows:
                 for _ in range(skipped + 1):
@@ -117,14 +118,15 @@ class Tally:
 
 
 class PoissonBatches(Sampler[list[int]]):
-    """A sampler of `steps` batches, each with every record with probability `sample_rate`, in parts of up to `max_records`.
+    """The sampler of `steps` batches, each of which draws every record with probability `sample_rate`.
 
-    With `bands` the batches are those of the run's steps from number `first` on, each with every record that may enter that
-    step (`cyclic_sample`); `sample_rate` is then a mean.
+    A batch is yielded in parts of up to `max_records` records. With `bands` > 1 the batches are those of the run's steps from
+    number `first` on, each drawn from the records that may enter that step (`cyclic_sample`); `sample_rate` is then the mean
+    over the steps.
 
-    On rank `rank` of `ranks` it is the rank's share of such batches, in as many parts as the largest share of a batch needs. All
-    ranks draw the same batches from generators of the same state. If their states part, as when one rank alone looks at a
-    batch, the shares together still are one Poisson batch, for no record is in two shares.
+    On rank `rank` of `ranks` it yields the rank's share of such batches, each in as many parts as the largest share needs. All
+    ranks draw the same batches from generators in the same state. If the states come to differ, as when one rank alone draws a
+    batch, the shares together still are one Poisson batch, since no record is in two shares.
     """
 
     def __init__(
@@ -149,12 +151,12 @@ class PoissonBatches(Sampler[list[int]]):
         return PoissonBatches(self.records, self.sample_rate, self.steps, generator, max_records, *place)
 
     def divide(self, world: World) -> None:
-        """Divide the batches that rank 0's generator draws among the ranks of a world; a collective."""
+        """Divide the batches that rank 0's generator draws among the ranks of a world; this is a collective."""
         self.rank, self.ranks = world.rank, world.size
         self.generator.set_state(world.from_first(self.generator.get_state))
 
     def __getstate__(self) -> dict:
-        """Leave out the generator: two runs on equal batches would tell more than is accounted, so a copy draws its own."""
+        """Leave out the generator: two runs on equal batches would reveal more than is accounted, so a copy draws its own."""
         return self.__dict__ | {"generator": None, "parts": deque()}
 
     def __setstate__(self, state: dict) -> None:
@@ -185,14 +187,14 @@ class PoissonBatches(Sampler[list[int]]):
 
 
 class PoissonLoader(DataLoader):
-    """A DataLoader like `source`, with the same data set, workers and collate_fn, that draws Poisson batches.
+    """The DataLoader like `source`, with the same data set, workers and collate_fn, that draws Poisson batches.
 
     A batch is empty with probability (1 - sample_rate)^records, and then has the tensors of any other with 0 rows: its noisy
-    step counts like any other. `len()` is the number of steps of an epoch, as the source's.
+    step counts like any other. `len()` is the number of steps of an epoch, as for the source.
 
     Attributes:
         sample_rate: 1 / len(source), so that a batch has source.batch_size records on average.
-        tally: the parts that were handed out and not used.
+        tally: the parts that were yielded and not yet used by a step.
     """
 
     batch_sampler: PoissonBatches
@@ -211,7 +213,7 @@ class PoissonLoader(DataLoader):
 
         Args:
             repeatable: let the source's generator, if it has one, draw the batches, for an experiment whose batches can be
-                foreseen. Otherwise they can't be: the source's generator seeds the workers, and nothing else.
+                foreseen. Otherwise they can't be: the source's generator then seeds the workers only.
             ranks: the number of ranks that train together, among which a DistributedSampler may divide the source.
             bands: the number of steps over which the noise is correlated.
 
@@ -227,9 +229,9 @@ class PoissonLoader(DataLoader):
         return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset), tally)
 
     def facts(self) -> dict[str, object]:
-        """List what decides who may enter which step on which rank, and must be the same on all ranks and when a run resumes."""
+        """List what decides which record may enter which step on which rank: the same on all ranks and when a run resumes."""
         dataset, chosen = self.dataset, []
-        while type(dataset) is Subset:  # such as random_split draws
+        while type(dataset) is Subset:  # as random_split makes them
             chosen.append(hash(tuple(map(int, dataset.indices))))
             dataset = dataset.dataset
         facts = {"the number of records": self.batch_sampler.records, "sample_rate": self.sample_rate}
@@ -253,7 +255,9 @@ class PoissonLoader(DataLoader):
 
 
 class BatchMemoryManager:
-    """A context that bounds the memory of a step: it hands out large Poisson batches in parts; the loop stays (as in Opacus).
+    """The context manager that bounds a step's memory: it yields large Poisson batches in parts, as Opacus's does.
+
+    The loop need not change:
 
     >>> with BatchMemoryManager(data_loader=loader, max_physical_batch_size=64, optimizer=optimizer) as memory_safe_loader:
     ...     for x, y in memory_safe_loader:

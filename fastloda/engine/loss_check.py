@@ -1,10 +1,10 @@
 """Checks of the graph between a private module's outputs and the loss: it must be a mean, or sum, of each sample's own loss.
 
-The private step sees the loss only as a gradient at the module's outputs. If that gradient of one sample depended on the
-others, a record could change more than its own clipped gradient. So no gradient enters the outputs before the loss's graph has
-been looked at (`per_sample/sample_flow.py`): whichever backward pass Python starts (`per_sample/looking_engine.py`), a look opens
-the outputs for this one pass. Outputs that were not opened refuse their gradient: so a pass that comes another way (from C++,
-from TorchScript) ends there.
+The private step sees the loss only as a gradient at the module's outputs. If one sample's gradient there depended on the
+others, a record could change more than its own clipped gradient. So no gradient enters the outputs before the graph of the loss
+has been checked (`per_sample/sample_flow.py`): the check runs when Python starts any backward pass
+(`per_sample/looking_engine.py`), and opens the outputs for this one pass. Outputs that were not opened refuse their gradient,
+so that a pass that was started otherwise (from C++ or TorchScript) ends there.
 """
 
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
@@ -41,10 +41,10 @@ def wait_for_backward(outputs: Node) -> None:
 
 
 def check_arrived(outputs: Node, grads: Grads) -> None:
-    """Refuse gradients of outputs whose loss was not checked, or gradients that a hook has changed.
+    """Refuse gradients that arrive at outputs whose loss was not checked, or that a hook has changed.
 
     Raises:
-        PrivacyError: with what to do.
+        PrivacyError: the gradients are refused; the message says what to do.
     """
     if not outputs.passes:
         raise PrivacyError(
@@ -56,7 +56,7 @@ def check_arrived(outputs: Node, grads: Grads) -> None:
 
 @contextmanager
 def _opened(roots: Sequence[Edge], grads: Grads) -> Generator[None]:
-    """Let private outputs below `roots`, where a backward pass starts with the gradients `grads`, take gradients in this pass."""
+    """Check the loss of a backward pass from `roots` with `grads`, and let the private outputs below take gradients inside."""
     below = nodes_below([node for node, _ in roots]) if _waiting else {}
     reached = [node for node in below if node.name() == BOUNDARY]
     if not reached:
@@ -84,11 +84,11 @@ def _opened(roots: Sequence[Edge], grads: Grads) -> Generator[None]:
 def check_loss(roots: Sequence[Edge], grads: Grads, below: Mapping[Node, Edges], boundaries: Sequence[Node]) -> None:
     """Refuse a loss that couples samples, trains something outside the private module, or is reduced in another way.
 
-    `roots` are where backward starts, with the gradients `grads`; `below` is its graph, and `boundaries` are the outputs of
+    Backward starts at `roots` with the gradients `grads`; `below` is the graph from there, and `boundaries` are the outputs of
     private modules in it.
 
     Raises:
-        PrivacyError: with the reason; no gradient has been computed then.
+        PrivacyError: the loss is refused; the message says why, and no gradient has been computed.
     """
     nodes = list(below)
     anchors = {edge[0] for node in boundaries for edge in node.next_functions}
@@ -104,7 +104,7 @@ def check_loss(roots: Sequence[Edge], grads: Grads, below: Mapping[Node, Edges],
     cut = [output for node in boundaries for number, output in enumerate(node.cut) if (node, number) in used]
     tape = boundaries[0].tape
     rows = {len(output) for output in cut}
-    if len(rows) == 1:  # rows that do not agree are for the tape to refuse
+    if len(rows) == 1:  # otherwise the tape refuses them
         outputs = {node: len(node.cut) for node in boundaries}
         _check_terms(below, outputs, roots, grads, rows.pop(), tape.loss_reduction, tape.grown)
 
@@ -112,18 +112,18 @@ def check_loss(roots: Sequence[Edge], grads: Grads, below: Mapping[Node, Edges],
 def gradients_of_own_loss(
     total: Tensor, outputs: Sequence[Tensor], loss_reduction: str, grown: MutableMapping[tuple, Any]
 ) -> dict[int, Tensor]:
-    """Check a loss that the private module has computed of its own outputs, and compute its gradients at these.
+    """Check a loss that the private module has computed from its own outputs, and compute its gradients at these.
 
     Args:
         total: the loss, a number for all samples.
         outputs: the module's other outputs, with one row per sample.
-        loss_reduction, grown: those of the tape, the latter for losses inside the module.
+        loss_reduction, grown: the tape's `loss_reduction` and `grown_inside`.
 
     Returns:
-        The gradient at each output that the loss was computed of, by the output's place in `outputs`.
+        The gradient at each output that the loss was computed from, by the output's place in `outputs`.
 
     Raises:
-        PrivacyError: the loss couples samples, is reduced in another way, or was computed of more than these outputs.
+        PrivacyError: the loss couples samples, is reduced in another way, or was computed from more than these outputs.
     """
     root, places = _edge(total), {_edge(output): place for place, output in enumerate(outputs)}
     ends = {node: len(node._input_metadata) for node, _ in places}
@@ -173,10 +173,10 @@ def _check_terms(
     """Refuse the graph `below` of a loss unless it is the mean, or sum, of one term for each row of the module's outputs.
 
     Raises:
-        PrivacyError: with the reason.
+        PrivacyError: the loss is refused; the message says why.
     """
     if samples < 2:
-        return  # one sample meets no other
+        return  # a single sample can't mix with others
     _check_reduction([node for node in below if node not in outputs], samples, loss_reduction)
     flow = SampleFlow(samples, grown, mean=loss_reduction == "mean")
     flow.check(below, outputs, roots)

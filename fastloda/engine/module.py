@@ -1,12 +1,12 @@
 """A module whose `loss.backward()` ends at its outputs, where the private step takes over.
 
-An ordinary training loop reduces the losses to their mean before it calls backward, which leaves no losses of single samples.
+An ordinary training loop reduces the losses to their mean before it calls backward, and no losses of single samples remain.
 But the mean's gradient at the module's outputs has a row for each sample, g_n = (1/N) dl_n/dy_n, and
 
     l'_n = N <y_n, g_n>,  g_n held fixed
 
 has the gradient of l_n with respect to every parameter. So the outputs are cut off from the graph that made them; backward
-leaves g there, on the tape; and the optimizer's step hands the vector l' to `GhostClipper`, whose rules, refusals and single
+stores g there, on the tape (`Tape`); and the optimizer's step passes the vector l' to `GhostClipper`, whose rules, refusals and
 backward pass then work as for any losses.
 """
 
@@ -30,11 +30,11 @@ from fastloda.per_sample.members import Members
 from fastloda.per_sample.tensors import accumulable
 from fastloda.privacy.watch import Watch
 
-_ANCHOR = torch.empty(0, requires_grad=True)  # makes the outputs differentiable that are cut off from their graph
+_ANCHOR = torch.empty(0, requires_grad=True)  # an input by which outputs require grad though they are cut off
 
 
 class Tape:
-    """The outputs of a private module that the last backward pass has reached, each with its gradient."""
+    """The store of a private module's outputs that the last backward pass has reached, each with its gradient."""
 
     def __init__(self, loss_reduction: str):
         self.loss_reduction = loss_reduction
@@ -44,12 +44,12 @@ class Tape:
         self.clear()
 
     def __reduce__(self):
-        """Make a copy empty, for what backward left belongs to the original's step."""
+        """Make copies empty, since what backward stored belongs to the original's step."""
         return Tape, (self.loss_reduction,)
 
     def clear(self) -> None:
         self._backward, self._reached = None, []
-        self.sizes: set[int] = set()  # of what the module was called with, along the batch
+        self.sizes: set[int] = set()  # the batch sizes with which the module was called
 
     def record(self, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
         """Store the outputs of one forward pass, with their gradients. Raises PrivacyError for a second backward pass."""
@@ -88,7 +88,7 @@ class Tape:
 
 
 class PrivateOutputs(torch.autograd.Function):
-    """A function that cuts the outputs off from their graph; its backward stores the gradients on the tape."""
+    """The autograd function that cuts the outputs off from their graph; its backward stores the gradients on the tape."""
 
     @staticmethod
     def forward(ctx, tape, outputs, anchor):
@@ -106,7 +106,7 @@ class PrivateOutputs(torch.autograd.Function):
 
 
 class RefusedOutput(torch.autograd.Function):
-    """A function that cuts an output off from its graph; its backward raises the error for which it can't be learned from."""
+    """The autograd function that cuts a refused output off from its graph; its backward raises the error that says why."""
 
     @staticmethod
     def forward(ctx, error, outputs, anchor):
@@ -119,22 +119,23 @@ class RefusedOutput(torch.autograd.Function):
 
 
 class PrivateModule(nn.Module):
-    """A module that trains privately in an ordinary loop, made by `make_private` and used like the module it wraps.
+    """The module that trains privately in an ordinary loop, made by `make_private` and used like the module it wraps.
 
-    Its parameters get no gradient from `loss.backward()`, only from the private optimizer's step. Attributes that are not its
-    own are those of the wrapped module, `_module`; a method among them (`encode`) is private as a call of the module is. Its
-    submodules and `_module` itself are not: they take part in no private step. Without gradients (`torch.no_grad()`) it is that
-    module, and frozen (`requires_grad_(False)`, or within `frozen()`) a fixed function, whose inputs may have gradients.
+    Its parameters get no gradient from `loss.backward()`, only from the private optimizer's step. Other attributes are those of
+    the wrapped module, `_module`; a call of one of its methods (`encode`) is private like a call of the module itself. Calls of
+    its submodules, or of `_module` itself, are not: they take no part in a private step. Without gradients (`torch.no_grad()`)
+    it computes what `_module` does. While frozen (`requires_grad_(False)`, or within `frozen()`) it is a fixed function, whose
+    inputs may have gradients.
 
-    The batch comes first in every input and output, or as `with_batch_second` has it. Outputs may be tensors, or tuples, lists,
+    The batch comes first in every input and output, or second (`with_batch_second`). Outputs may be tensors, or tuples, lists,
     dicts and objects with tensors as attributes, and the loss may use several, of one call or of more. The module may compute
-    the loss itself (`out.loss`), if it also returns the rows of which it does (`out.logits`); that loss is checked like any
-    other. For an input with 0 rows, the empty Poisson batch, the outputs have 0 rows, and such a loss is 0, whether or not the
-    wrapped module can do that.
+    the loss itself (`out.loss`), if it also returns the outputs from which it does (`out.logits`); that loss is checked like
+    any other. For an input with 0 rows, the empty Poisson batch, the outputs have 0 rows, and such a loss is 0, whether or not
+    the wrapped module can handle it.
 
     Raises:
-        PrivacyError: forward wrote to a buffer or a frozen parameter.
-        TypeError, ValueError: an output can't be looked into, or an input requires grad.
+        PrivacyError: forward wrote to a parameter or buffer.
+        TypeError, ValueError: an output can't be searched for tensors, or an input requires grad.
     """
 
     def __init__(self, module: nn.Module, tape: Tape, *, batch_first: bool = True):
@@ -152,7 +153,10 @@ class PrivateModule(nn.Module):
         return self._run(self._module, args, kwargs)
 
     def _check_inputs(self, args: tuple, kwargs: dict) -> None:
-        """Refuse inputs with gradients, note their sizes; take out transformers' divisor, which depends on all records."""
+        """Refuse inputs with gradients, note the batch sizes, and remove transformers' num_items_in_batch.
+
+        transformers divides the loss by that number, which depends on all records.
+        """
         kwargs.pop("num_items_in_batch", None)
         if torch.is_grad_enabled():
             along = 1 if self._batch_second else 0
@@ -186,10 +190,10 @@ class PrivateModule(nn.Module):
 
     @contextmanager
     def frozen(self) -> Generator[Self]:
-        """Make the module a fixed function of its inputs in the context: gradients reach the inputs, but no private step.
+        """Freeze the module in the context: gradients flow through it to its inputs, and no private step uses them.
 
         It is for a generator that learns from a private discriminator: the parameters were released privately, and whatever
-        is computed from them is private as well, as long as the inputs were not made of records.
+        is computed from them is private as well, as long as the inputs were not made from records.
         """
         trained = [p for p in self._module.parameters() if p.requires_grad]
         for p in trained:
@@ -201,7 +205,7 @@ class PrivateModule(nn.Module):
                 p.requires_grad_(True)
 
     def _cut(self, outputs: Any) -> Any:
-        """Cut outputs off from their graph, if there is something to learn: backward leaves their gradients on the tape."""
+        """Cut outputs off from their graph, if anything trains, so that backward stores their gradients on the tape."""
         computed = list(filter(_is_computed, tensors_in(outputs)))
         if not computed or not torch.is_grad_enabled() or not self._trains():
             return outputs
@@ -212,7 +216,7 @@ class PrivateModule(nn.Module):
         return map_tensors(outputs, lambda t: t if not _is_computed(t) else next(cut if t.dim() else losses))
 
     def _own_loss(self, total: Tensor, rows: Sequence[Tensor], cut: Sequence[Tensor]) -> Tensor:
-        """Compute the module's own loss again from the rows that are cut off: the same value, with the same gradients there."""
+        """Make the module's own loss again from the cut-off outputs: it has the same value, and the same gradients at these."""
         if cut and not len(cut[0]):  # the loss of an empty batch depends on no parameter
             return functools.reduce(torch.add, [t.sum() for t in cut]).to(total.dtype)
         mean = self._tape.loss_reduction == "mean"
@@ -222,7 +226,7 @@ class PrivateModule(nn.Module):
             return RefusedOutput.apply(error, (total,), _ANCHOR)
         terms = []
         for place, grad in grads.items():
-            moved = accumulable(cut[place]) - accumulable(rows[place].detach())  # all 0, for their gradient alone
+            moved = accumulable(cut[place]) - accumulable(rows[place].detach())  # all 0, used for their gradient only
             slope = accumulable(grad) * (len(grad) if mean else 1)
             terms.append((moved.nan_to_num(0, 0, 0) * slope).reshape(len(grad), -1).sum(1))
         of_sample = functools.reduce(torch.add, terms)
@@ -260,20 +264,20 @@ class PrivateModule(nn.Module):
         of_records = any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs)))
         if (
             not torch.is_grad_enabled() or not of_records or _wants_gradient(args, kwargs)
-        ):  # the last condition: a method may compute a loss of outputs
+        ):  # the last condition: a method may compute a loss from outputs
             return method(*args, **kwargs)
         return self._run(method, args, kwargs)
 
 
 class PrivateHooks:
-    """Hooks that make a module private in place: what `make_private(wrap_model=False)` returns instead of a new module.
+    """The hooks that make a module private in place; `make_private(wrap_model=False)` returns them instead of a new module.
 
-    The module stays what it is, for code that asks for its class (transformers' Trainer, diffusers' pipelines): a call of it
-    is private, as a call of a `PrivateModule` is, until `cleanup()`. Other methods of it that take records are not, and take
-    part in no private step.
+    The module keeps its class, for code that checks it (transformers' Trainer, diffusers' pipelines). Until `cleanup()` a call
+    of it is private, like a call of a `PrivateModule`. Its other methods that take records are not, and take no part in a
+    private step.
 
     Attributes:
-        module: the module.
+        module: the module that was made private.
         private: the `PrivateModule` around it, for `frozen()`.
     """
 
@@ -286,7 +290,10 @@ class PrivateHooks:
         ]
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Note whether the call is of no samples, and where its outputs have them if inputs have them second."""
+        """Note whether the batch is empty, and which dimension the batch is in each output if inputs have it second.
+
+        The inputs of an empty batch are replaced by those of one made-up sample.
+        """
         self.private._check_inputs(args, kwargs)
         watch, turn = Watch(Members.of(module)), swapped if self.private._batch_second else lambda *given: given
         if empty := _have_no_rows(*turn(args, kwargs)):
@@ -303,7 +310,7 @@ class PrivateHooks:
         return made if dims is None else from_front(made, dims)
 
     def cleanup(self) -> None:
-        """Make the module's calls ordinary ones again."""
+        """Remove the hooks, so that calls of the module are ordinary ones again."""
         for handle in self._handles:
             handle.remove()
 
@@ -311,7 +318,7 @@ class PrivateHooks:
 def bare_module(module: nn.Module) -> nn.Module:
     """Return the module that is wrapped in a `PrivateModule`, `DistributedDataParallel` or both.
 
-    DistributedDataParallel averages gradients that arrive at the parameters, where those of a private step never do.
+    DistributedDataParallel averages gradients when backward adds them to `.grad`, which no private step does.
     """
     while isinstance(module, (PrivateModule, nn.parallel.DistributedDataParallel)):
         module = module.to_standard_module() if isinstance(module, PrivateModule) else module.module
@@ -333,12 +340,12 @@ def _have_no_rows(args: tuple, kwargs: dict) -> bool:
 
 
 def _made_up(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Make inputs of one made-up sample from those of none, for many modules reshape in a way that needs a row."""
+    """Make inputs of one made-up sample from an empty batch's, since many modules reshape in a way that needs a row."""
     blank = lambda t: t.new_zeros(1, *t.shape[1:]) if isinstance(t, Tensor) and t.dim() and not len(t) else t  # noqa: E731
     return tree_map(blank, (args, kwargs))
 
 
 def _no_rows(output: Tensor) -> Tensor:
-    """Make the output for no samples from that of a made-up one; that of a loss is 0."""
+    """Make an empty batch's output from that of a made-up sample: an output of 0 rows, or 0 for a loss."""
     output = output.detach()[:0] if output.dim() else torch.zeros_like(output)
     return output.requires_grad_() if output.is_floating_point() and torch.is_grad_enabled() else output

@@ -13,10 +13,10 @@ CONTAINERS = (tuple, list, dict, set, frozenset)
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """Apply `change` to every tensor in `value`, always in the same order; objects whose attributes change are copied.
 
-    Distributions, dataclasses and transformers' caches are looked into too; modules, classes and functions are not.
+    Distributions, dataclasses and transformers' caches are searched too; modules, classes and functions are not.
 
     Raises:
-        TypeError: a container or an object with slots that can't be looked into.
+        TypeError: `value` holds a container, or an object with slots, that can't be searched.
     """
     made: dict[int, Any] = {}
 

@@ -38,7 +38,7 @@ PASSING = ("step", "_opt_called", "grad_scale", "found_inf")  # attributes set b
 class Budget(NamedTuple):
     """A run's privacy budget (epsilon, delta), calibrated for `steps` of one noise multiplier and sample rate.
 
-    Of `bands` steps, whose noise is correlated, only the first costs something.
+    Only the first of every `bands` steps, whose noise is correlated, is charged.
     """
 
     epsilon: float
@@ -67,34 +67,34 @@ class Budget(NamedTuple):
 
 
 class PrivateOptimizer(torch.optim.Optimizer):
-    """A wrapper of a first-order optimizer, for `make_private`; schedulers see the wrapped one's groups and state.
+    """The wrapper of a first-order optimizer that `make_private` returns; schedulers see the wrapped one's groups and state.
 
-    `step()` takes what `loss.backward()` left at the private module's outputs. After a part of a batch (BatchMemoryManager) it
-    only adds up the clipped gradients; the last part brings the noise, the accountant's count and the update. An empty batch is
-    noised and counted like any other. `zero_grad()` also drops a backward pass that no step has used. Schedulers of PyTorch
-    advance with private steps: a `scheduler.step()` after a part of a batch does nothing.
+    `step()` uses the gradients that `loss.backward()` stored at the private module's outputs. After a part of a batch
+    (BatchMemoryManager) it only adds up the clipped gradients; after the last part it adds the noise, counts the step and makes
+    the update. An empty batch is noised and counted like any other. `zero_grad()` also drops a backward pass that no step has
+    used. Schedulers of PyTorch advance with private steps: a `scheduler.step()` after a part of a batch does nothing.
 
     Where `torch.distributed` is initialised, each rank steps with its own share of the batch, empty or not, and all take the
     same noisy step, which each of them counts.
 
-    `state_dict()` carries the account; `load_state_dict`, or make_private of an optimizer that has loaded it, adds it to what was
-    spent. A copy, pickled or not, goes on with the same account, and draws noise of its own even where a generator was given: two
-    runs with the same noise would show the difference of their sums.
+    `state_dict()` contains the account; `load_state_dict`, or make_private of an optimizer that has loaded it, adds it to what
+    was spent. A copy, pickled or not, continues with the same account, and draws its own noise even if a generator was given:
+    two runs with the same noise would reveal the difference of their sums.
 
-    With correlated noise `state_dict()` also carries the noise of the last steps, on rank 0 only, and a new optimizer that loads
-    it goes on in the middle of the cycle. Keep such a state as secret as the noise, and go on from it once. An optimizer that has
-    taken steps goes on with its own noise, whatever it loads; a copy begins anew.
+    With correlated noise `state_dict()` also contains the noise of the last steps, on rank 0 only, and a new optimizer that
+    loads it continues in the middle of the cycle. Keep such a state as secret as the noise, and continue from it only once. An
+    optimizer that has taken steps continues with its own noise, whatever it loads; a copy starts without past noise.
 
     Attributes:
         original_optimizer: the wrapped optimizer.
         noise_multiplier, max_grad_norm: numbers that may be changed between batches, by a public rule; each step is accounted
-            for with its own noise (with correlated noise: with that of the first of `bands` steps, of which no other may have
+            for with its own noise (with correlated noise: with that of the first of `bands` steps; none of the others may have
             less). Adaptive clipping changes max_grad_norm by itself.
-        sample_rate: the probability with which a record enters a step (with correlated noise: one that it may enter).
+        sample_rate: the probability with which a record enters a step (with correlated noise: a step that it may enter).
         expected_batch_size: the mean number of records of a batch, the divisor of the noisy sum unless loss_reduction is "sum".
-        budget: the budget beyond which `step` refuses, or None.
-        stats: counts of the last logical batch on this rank (`StepStats`; mean_loss is NaN, for the losses are not known here).
-            They are private, for the operator only.
+        budget: the budget that `step` refuses to exceed, or None.
+        stats: counts of the last logical batch on this rank (`StepStats`; mean_loss is NaN, since the losses are not known
+            here). They are private, for the operator only.
     """
 
     _step_supports_amp_scaling = True  # so that GradScaler calls step(), which can refuse it
@@ -146,11 +146,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
     _is_last_step_skipped = accumulating  # Opacus's name
 
     def epsilon(self, delta: float) -> float:
-        """Compute what all steps have cost, with those of the engine's other optimizers: an upper bound, add/remove adjacency."""
+        """Compute an upper bound on the epsilon of all steps, also of the engine's other optimizers; add/remove adjacency."""
         return self.accountant.get_epsilon(delta)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one private step, or a part of one. A closure is called once, before it; its loss is returned.
+        """Take one private step, or a part of one. A closure is called once, before the step, and its loss is returned.
 
         Raises:
             PrivacyError: there was no backward pass or no batch, the budget is spent, or GhostClipper or check_optimizer
@@ -174,9 +174,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Add up the clipped gradients of a part of a batch; return the clipper that has them all after the last part."""
         self._check_ready()
         part = self.tally.take(self._tape.rows, self._tape.sizes)
-        if (
-            part.batch != self._batch or self._clipper is None
-        ):  # also drops the parts of a batch that was left before its end
+        if part.batch != self._batch or self._clipper is None:  # also drops the parts of an unfinished batch
             self._batch, self._clipper, self.stats = part.batch, self._new_clipper(), None
         check_optimizer(self.original_optimizer, self._clipper.parameters)
         stats = self._clipper.accumulate(self._tape.losses() if part.records else torch.zeros(0))
@@ -190,7 +188,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.zero_grad(set_to_none)
 
     def drop_parts(self) -> None:
-        """Drop the parts handed out and not used, and the sum of a batch that was left before its end."""
+        """Drop the parts that no step has used, and the sum of an unfinished batch."""
         self.tally.drawn.clear()
         self._batch = self._clipper = None
 
@@ -202,7 +200,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         )
 
     def attach_step_hook(self, hook: Callable[["PrivateOptimizer"], None]) -> None:
-        """Call `hook(optimizer)` in each private step once its noisy `.grad` is there, before the parameters move."""
+        """Call `hook(optimizer)` in each private step after its noisy `.grad` is set, before the parameters are updated."""
         self.original_optimizer.register_step_pre_hook(lambda *_: hook(self))
 
     def _check_ready(self) -> None:
@@ -225,7 +223,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             )
 
     def _costs(self) -> list[tuple[float, float, int]]:
-        """List what the next step adds to the account: nothing, if a step before has paid for it."""
+        """List what the next step adds to the account: nothing, if an earlier step of its round has paid for it."""
         noise = self.tally.noise
         return [] if noise.steps % noise.bands else [(self.noise_multiplier, self.sample_rate, 1)]
 
@@ -234,12 +232,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
             noise = self.tally.noise
             raise PrivacyError(
                 f"noise_multiplier={self.noise_multiplier:.6g} is less than the {self._paid:.6g} that the first of these "
-                f"{noise.bands} steps has paid for; it may fall with the first of the next ones, step "
+                f"{noise.bands} steps has paid for; lower it at the first of the next {noise.bands} steps, step "
                 f"{noise.steps // noise.bands * noise.bands + noise.bands + 1}"
             )
 
     def _new_clipper(self) -> GhostClipper:
-        """Make a clipper for each batch: in between, the module may have moved to another device or have been loaded."""
+        """Make a clipper for one batch only: before the next one the module may be moved to another device or loaded."""
         clipper = GhostClipper(self._module, self.max_grad_norm, clipping=self.clipping)
         clipper.max_grad_norm = self.max_grad_norm  # adaptive clipping's present bound, not its first
         clipper.noise = self.tally.noise
@@ -252,9 +250,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
             for parameter in clipper.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.expected_batch_size)
-        if isinstance(self.clipping, AdaptiveClipping):  # otherwise the caller's, who may have changed it by now
+        if isinstance(self.clipping, AdaptiveClipping):  # otherwise the caller may have changed it by now
             self.max_grad_norm = clipper.max_grad_norm
-        # before the update: a step that fails from here on has been paid for
+        # before the update: a step that fails from here on has released its gradient
         for noise, rate, _ in costs:
             self.accountant.step(noise_multiplier=noise, sample_rate=rate)
             self._paid = noise
@@ -287,7 +285,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """Return the wrapped optimizer's state, with the account and the clipping bound in its first group, under "privacy".
 
-        They stay there when an ordinary optimizer loads and saves it, until `make_private` or `load_state_dict` reads them.
+        They stay there when an ordinary optimizer loads and saves the state, until `make_private` or `load_state_dict` reads
+        it.
         """
         state = self.original_optimizer.state_dict()
         first, *others = state["param_groups"]
@@ -308,7 +307,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Load the wrapped optimizer's state, add its account to this one's, and continue from its adaptive clipping bound.
 
         Raises:
-            ValueError: the state belongs to another optimizer, or is malformed, or its noise is another run's, or is not there;
+            ValueError: the state belongs to another optimizer, or is malformed, or its noise is another run's or is missing;
                 nothing has changed then.
         """
         groups = state_dict["param_groups"]
@@ -332,13 +331,13 @@ class PrivateOptimizer(torch.optim.Optimizer):
             if isinstance(self.clipping, AdaptiveClipping):
                 self.max_grad_norm = privacy["max_grad_norm"]
         for group in self.param_groups:
-            group.get(PRIVACY, {}).pop(NOISE, None)  # for nobody else may continue from it
+            group.get(PRIVACY, {}).pop(NOISE, None)  # no other optimizer may continue from it
 
     def _checked(self, groups: list[dict]) -> list[dict]:
         """Check and list what parameter groups hold under "privacy".
 
         Raises:
-            ValueError: it is malformed, or has noise from which this optimizer would, but can't continue.
+            ValueError: it is malformed, or has noise that this optimizer would continue from, but can't.
         """
         found = [group[PRIVACY] for group in groups if PRIVACY in group]
         for privacy in found:
@@ -352,7 +351,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return found
 
     def _check_noise(self, run: dict, paid: float, steps: int, past: list[dict[str, Tensor]]) -> None:
-        """Refuse to continue from the noise of another run, or without what a step needs of it."""
+        """Refuse to continue from the noise of another run, or from noise that lacks steps which the next one needs."""
         check_noise(paid)
         last = min(check_steps(steps, least=1), self.tally.noise.bands - 1)
         here = {name: p.shape for name, p in trainable_parameters(Members.of(self._module)).items()}
@@ -392,16 +391,16 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
 @functools.cache
 def _pass_parts_over() -> None:
-    """Let PyTorch's schedulers do nothing after a part of a batch, once in a process: they would count it as a step.
+    """Patch PyTorch's schedulers, once in a process, to do nothing after a part of a batch: they would count it as a step.
 
-    Loops that call them may be others' (Trainer, accelerate), and can't ask whether a step was one.
+    The loop that calls them may be another library's (Trainer, accelerate), which does not know of parts.
     """
 
     def by_step(step: Callable) -> Callable:
         @functools.wraps(step)
         def unless_accumulating(scheduler: Any, *args, **kwargs) -> Any:
             optimizer = getattr(scheduler, "optimizer", None)
-            begun = hasattr(scheduler, "_last_lr")  # the first step is a scheduler's own, when it is made
+            begun = hasattr(scheduler, "_last_lr")  # a new scheduler takes its first step by itself
             if begun and isinstance(optimizer, PrivateOptimizer) and optimizer.accumulating:
                 return None
             return step(scheduler, *args, **kwargs)

@@ -1,12 +1,13 @@
 """A check that the gradients of a backward pass reach each operation unchanged from the operations before it.
 
-A graph that keeps the samples apart promises nothing if a gradient hook rewrites what passes between its operations: one that
-divides by the norm of the whole gradient couples all samples. PyTorch does not tell which hooks a graph has. So each
-operation of a private loss gets a hook of ours, before its other hooks, which sees the gradients that arrive after all
-others' hooks and those that the operation computes before them. A single gradient is passed on as the same tensor, so that
-comparing it costs nothing; several are added up. Hooks that only look (retain_grad, logging) pass.
+A graph that keeps the samples apart guarantees nothing if a gradient hook changes the gradients between its operations: a hook
+that divides by the norm of the whole gradient couples all samples. PyTorch does not report which hooks a graph has. So each
+operation of a private loss gets a hook of ours, which is called before its other hooks: it sees the gradients that arrive at
+the operation, after the other hooks on their way, and those that the operation computes, before other hooks on these. A single
+gradient is passed on as the same tensor, so that comparing it costs nothing; several are added up. Hooks that change nothing
+(retain_grad, logging) are allowed.
 
-It promises nothing either if `saved_tensors_hooks` alter what an operation saved for its backward pass.
+Such a graph guarantees nothing either if `saved_tensors_hooks` change what an operation saved for its backward pass.
 """
 
 from collections import defaultdict
@@ -24,7 +25,7 @@ Grads = Sequence[Tensor | None]
 
 
 class UnhookedPass:
-    """A backward pass from which gradients may be taken only where no hook has changed them.
+    """The check of one backward pass that no hook changes its gradients.
 
     Args:
         roots: edges of the graph that the pass starts from.
@@ -36,7 +37,7 @@ class UnhookedPass:
         self._leave(roots, grads)
 
     def watch(self, below: Mapping[Node, Edges]) -> list[RemovableHandle]:
-        """Hook all operations of `below`; removing the returned handles ends it."""
+        """Register a hook on every operation in `below`; return the handles that remove the hooks."""
         return [_first_hook(node, partial(self._passed, node, edges)) for node, edges in below.items()]
 
     def _passed(self, node: Node, edges: Edges, left: Grads, arrived: Grads) -> None:
@@ -49,10 +50,10 @@ class UnhookedPass:
                 self._left[edge].append((grad, grad._version))
 
     def check(self, node: Node, arrived: Grads) -> None:
-        """Refuse gradients that are not what the operations above `node` computed.
+        """Refuse gradients that arrive at `node` if they are not what the operations above it computed.
 
         Raises:
-            PrivacyError: with what to do.
+            PrivacyError: a hook has changed a gradient; the message says what to do.
         """
         for number, grad in enumerate(arrived):
             if not _is_sum(grad, self._left.pop((node, number), ())):
@@ -64,10 +65,10 @@ class UnhookedPass:
 
 
 def check_saved(nodes: Iterable[Node]) -> None:
-    """Refuse operations whose saved values a user's hooks hand back; PyTorch's own, of checkpoints and offloading, are exact.
+    """Refuse operations whose saved tensors pass through a user's hooks; PyTorch's own (checkpoints, offloading) are exact.
 
     Raises:
-        PrivacyError: with what to do.
+        PrivacyError: an operation has such hooks; the message says what to do.
     """
     for node in nodes:
         for name in _saved_names(type(node)):
@@ -87,7 +88,7 @@ def _saved_names(kind: type) -> tuple[str, ...]:
 
 
 def _first_hook(node: Node, hook: Callable[[Grads, Grads], None]) -> RemovableHandle:
-    """Call `hook` with the gradients that the operation makes and those that it got, before any other hook on them."""
+    """Register `hook` before the node's other hooks; it gets the gradients that the operation computed and received."""
     handle = node.register_hook(hook)
     hooks = handle.hooks_dict_ref()
     if len(hooks) > 1:  # PyTorch calls hooks in the order in which they were added, whatever move_to_end says
@@ -98,7 +99,7 @@ def _first_hook(node: Node, hook: Callable[[Grads, Grads], None]) -> RemovableHa
 
 
 def _is_sum(grad: Tensor | None, parts: Sequence[tuple[Tensor, int]]) -> bool:
-    """Tell whether `grad` is the sum of `parts`, (gradient, version) each, of which none was written to since."""
+    """Tell whether `grad` is the sum of `parts`, pairs (gradient, version), none of which was written to since its version."""
     if grad is None or not parts:
         return grad is None and not parts
     if any(part._version != version for part, version in parts):

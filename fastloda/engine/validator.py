@@ -16,11 +16,11 @@ from fastloda.per_sample.refusals import check_layers
 
 
 class ModuleValidator:
-    """A validator that finds the layers that mix samples, and replaces those that have a counterpart which does not."""
+    """The validator that finds the layers that mix samples, and replaces those that have a counterpart which does not."""
 
     @staticmethod
     def validate(module: nn.Module, *, strict: bool = False) -> list[PrivacyError]:
-        """List the errors of all layers. Layers that only the first step can judge (without a rule, mixing samples) pass.
+        """List the errors of all layers, except those that only the first step finds (no rule for a layer, mixed samples).
 
         Raises:
             PrivacyError: `strict` is True, and there are errors.

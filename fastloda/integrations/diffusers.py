@@ -2,7 +2,7 @@
 
 `attach_loda`, `save_loda`, `load_loda` and the private step take diffusers' models as they are, and the adapted model stays
 what a pipeline expects. `attach_loda(unet)` adapts every convolution; `attach_loda(unet, targets=ATTENTION)` the
-attention's projections. Diffusers checkpoints activations without reentrance, as the private step needs it.
+attention's projections. Diffusers uses non-reentrant activation checkpointing, which the private step requires.
 """
 
 import os

@@ -1,14 +1,16 @@
-"""LoDA layers in Opacus: importing this module teaches Opacus's "hooks" and "ghost" modes their per-sample gradients.
+"""LoDA layers in Opacus: importing this module registers their per-sample gradients for Opacus's "hooks" and "ghost" modes.
 
 >>> import fastloda.integrations.opacus        # the same as register(), which may be called again
 
-Opacus keeps a layer's input x and its output gradient gy. From them, with z = A * x computed again (r of C_out channels),
+Opacus keeps a layer's input x and its output gradient gy. From them and z = A * x, which is computed again (it has r channels,
+not C_out), the per-sample gradients are computed as in FastLoDA's own step:
 
-    gz = phi'(z) . (s B^T gy),   gA[n] = gz[n] against x[n],   gB[n] = s gy[n] against phi(z[n])
+    gz = phi'(z) . (s B^T gy),   gA[n] = dA(x[n], gz[n]),   gB[n] = dB(phi(z[n]), s gy[n])
 
-follow as in FastLoDA's own step: without im2col, for any geometry and memory layout. Norms are those of these gradients,
-never an underestimate. Frozen weights get none. The "functorch" mode needs no registration (and fails on an empty batch, as
-it does for any layer); for "ew" PyTorch raises, for its expanded weights do not know these layers.
+Here dA and dB are the weight gradients of A and B from an input and an output gradient. This takes no im2col, and any geometry
+and memory layout. Norms are those of these gradients, never an underestimate. Frozen weights get no gradients. The "functorch"
+mode needs no registration (and fails on an empty batch, as it does for any layer). In the "ew" mode PyTorch raises an error,
+since its expanded weights do not support these layers.
 """
 
 import torch
@@ -52,7 +54,8 @@ def grad_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor)
 def norm_samples(layer: LoDALayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """Compute the norm of each trainable parameter's gradient for each of n samples: [n], float64.
 
-    In a parameter's own bfloat16 the norm would be rounded, perhaps down. The arguments are those of `grad_samples`.
+    They are not in the parameter's own dtype: in bfloat16 a norm would be rounded, perhaps down. The arguments are those of
+    `grad_samples`.
     """
     n = len(backprops)
     if not n:
@@ -92,7 +95,7 @@ def _recipes(layer: LoDALayer, x: Tensor, gy: Tensor) -> dict[nn.Parameter, Reci
 
 
 def _again(layer: LoDALayer, x: Tensor, A: Tensor) -> tuple[ConvOp | LinearOp, Tensor, Tensor]:
-    """Compute a layer's forward pass again -> its operation, its input with any padding in it, and z = A * x."""
+    """Compute a layer's forward pass again; return its operation, its input with padding included, and z = A * x."""
     if isinstance(layer, LoDALinear):
         return LinearOp(layer.slope, layer.scale), x, F.linear(x, A)
     if x.dim() != 4:

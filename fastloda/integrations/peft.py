@@ -122,7 +122,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> list[str]:
 
 
 def as_lora(model: nn.Module, prefix: str) -> tuple[dict[str, Tensor], dict, dict[str, str]]:
-    """Make LoRA of a model's adapters: tensors by name, LoraConfig's arguments, and metadata with them that diffusers reads.
+    """Convert a model's adapters to LoRA: tensors by name, LoraConfig's arguments, and metadata with these for diffusers.
 
     Args:
         prefix: beginning of every name, with its dot.
@@ -154,7 +154,7 @@ def _not_lora(layer: LoDAConv2d | LoDALinear) -> str | None:
 
 
 def _differs_in_peft(layer: nn.Module) -> str | None:
-    """Say why PEFT's adapter of a layer would differ: PEFT gives a convolution's A its kernel, stride and padding only."""
+    """Say why PEFT's adapter of a layer would differ: PEFT's A takes only a convolution's kernel, stride and padding."""
     if not isinstance(layer, nn.Conv2d):
         return None
     if layer.groups != 1:
@@ -165,7 +165,7 @@ def _differs_in_peft(layer: nn.Module) -> str | None:
 
 
 def _config(layers: dict[str, LoDAConv2d | LoDALinear]) -> dict:
-    """Make LoraConfig's arguments: the commonest rank and alpha, and patterns for the layers that have others."""
+    """Make LoraConfig's arguments: the most common rank and alpha, and patterns for the layers that have others."""
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.scale * layer.rank for name, layer in layers.items()}
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -248,7 +248,7 @@ def _settings(name: str, config: dict, tensors: dict[str, Tensor], folder: Path)
 
 
 def _matched(name: str, config: dict, pattern_key: str, default_key: str, folder: Path) -> float:
-    """Look up the number of a layer as PEFT does: that of the first pattern that matches the end of its name."""
+    """Look up a layer's rank or alpha as PEFT does: the first pattern that matches the end of the layer's name gives it."""
     default = {"r": 8, "lora_alpha": 8}[default_key]  # LoraConfig's defaults
     value, patterns = config.get(default_key, default), config.get(pattern_key) or {}
     if not isinstance(patterns, dict):

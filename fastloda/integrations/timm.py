@@ -1,4 +1,4 @@
-"""timm: adapters on its weight-standardised ResNets (BiT, NFNet), whose convolutions compute with a function of their weight."""
+"""timm: adapters on its weight-standardised ResNets (BiT, NFNet), whose convolutions standardise their weight at each call."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ Standardised = StdConv2d | StdConv2dSame | ScaledStdConv2d | ScaledStdConv2dSame
 
 
 def fold_weight_standardization(model: nn.Module) -> list[str]:
-    """Replace weight-standardised convolutions in place by nn.Conv2d with the weight they compute; returns their names.
+    """Replace weight-standardised convolutions in place by nn.Conv2d with the weight they compute; return their names.
 
     The model's output is unchanged, and `attach_loda` can adapt these layers: their base is frozen anyway. To train such
     a layer's own weight privately, leave it as it is: per-sample gradients pass through the standardisation

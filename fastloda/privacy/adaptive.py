@@ -7,10 +7,10 @@ of the gradients lies. This move is a second release about the records, and its 
 Adding or removing one record adds or removes one term, +1/2 or -1/2, or none if the record was not drawn, is masked, or has
 no finite gradient; the other terms stay, since C is the outcome of earlier releases. So S changes by at most 1/2.
 
-*Cost.* A step releases (sum of clipped gradients + z_g C N(0, I),  S + sigma_b N(0, 1)). Each part divided by its noise, that
-is one Gaussian mechanism of standard deviation 1, to whose mean one record adds a vector of squared length at most
-1 / z_g^2 + (1/2)^2 / sigma_b^2. With  z_g = (z^-2 - (2 sigma_b)^-2)^(-1/2)  this is 1 / z^2: the step costs exactly what the
-accountant charges for noise multiplier z, Poisson amplification included (ib., Theorem 1).
+*Cost.* A step releases (sum of clipped gradients + z_g C N(0, I),  S + sigma_b N(0, 1)). With each part divided by its noise's
+standard deviation, this is one Gaussian mechanism of standard deviation 1, to whose mean one record adds a vector of squared
+length at most 1 / z_g^2 + (1/2)^2 / sigma_b^2. With  z_g = (z^-2 - (2 sigma_b)^-2)^(-1/2)  this is 1 / z^2: the step costs
+exactly what the accountant charges for noise multiplier z, Poisson amplification included (Theorem 1 of the paper).
 """
 
 import math
@@ -36,15 +36,15 @@ class AdaptiveClipping(Flat):
     """The style of flat clipping whose bound starts at `initial`; a step multiplies it by exp(-learning_rate (b - quantile)).
 
     b is the noisy share of gradients that were not longer than the bound: (S + sigma_b N(0, 1)) / expected_batch_size + 1/2.
-    The divisor is public, and neither S nor b is kept anywhere.
+    The divisor is public, and neither S nor b is stored after the step.
 
     Attributes:
         quantile: the share of gradients that should not be clipped, in (0, 1).
-        learning_rate: the learning rate of the bound's logarithm; 0.2 moves the bound tenfold in 23 steps if all gradients are on
-            one side of it.
+        learning_rate: the learning rate of the bound's logarithm. With 0.2 and quantile 0.5 the bound changes tenfold in 23
+            steps if all gradients are on one side of it.
         count_noise: sigma_b, the standard deviation of the noise on the count S; it must exceed noise_multiplier / 2.
             Default: expected_batch_size / 20.
-        initial: the first bound. Default: max_grad_norm. Public: not to be read off private gradients.
+        initial: the first bound. Default: max_grad_norm. It is public: do not take it from private gradients.
         min_bound, max_bound: the limits of the bound.
     """
 
@@ -74,10 +74,10 @@ class AdaptiveClipping(Flat):
         return expected_batch_size * DEFAULT_COUNT_NOISE if self.count_noise is None else self.count_noise
 
     def share(self, noise_multiplier: float, expected_batch_size: float) -> float:
-        """Compute the count's share of a step's squared sensitivity over noise: (z / (2 sigma_b))^2.
+        """Compute the count's share of a step's cost, the square of sensitivity over noise: (z / (2 sigma_b))^2.
 
         Raises:
-            ValueError: the share would be all, or nearly all.
+            ValueError: the share exceeds `LARGEST_SHARE`.
         """
         std = self.count_std(expected_batch_size)
         share = (noise_multiplier / (2 * std)) ** 2
@@ -90,11 +90,11 @@ class AdaptiveClipping(Flat):
         return share
 
     def gradient_noise(self, noise_multiplier: float, expected_batch_size: float) -> float:
-        """Compute z_g = (z^-2 - (2 sigma_b)^-2)^(-1/2), and 0 for z = 0, where the count has no noise either."""
+        """Compute the gradient's noise multiplier z_g = (z^-2 - (2 sigma_b)^-2)^(-1/2); 0 if z = 0, without any noise."""
         return noise_multiplier / math.sqrt(1 - self.share(noise_multiplier, expected_batch_size))
 
     def moved(self, bound: float, below: float) -> float:
-        """Compute the next bound, within its limits; below: b, the noisy share of gradients that were not longer."""
+        """Compute the bound after `bound`, within the limits; below: b, the noisy share of gradients that were not longer."""
         log = math.log(bound) - self.learning_rate * (below - self.quantile)
         return math.exp(min(max(log, math.log(self.min_bound)), math.log(self.max_bound)))
 
@@ -106,8 +106,8 @@ class AdaptiveClipping(Flat):
 class MovingBound(Bound):
     """The bound C of `AdaptiveClipping`, and the count S over the gradients observed since the last step.
 
-    S is private, as the clipped sums are. It leaves this object in `observed`, from which the noise's source is derived, and
-    noisy in `move`.
+    S is private, like the clipped sums. It leaves this object in `observed`, only to derive the source of the noise, and in
+    `move`, with noise.
     """
 
     def __init__(self, value: float, style: AdaptiveClipping):
@@ -116,7 +116,7 @@ class MovingBound(Bound):
         self.forget()
 
     def observe(self, norms: Tensor, mask: Tensor) -> None:
-        """Add to S: 1/2 for each gradient that is not longer than C, -1/2 for a longer one; norms float64."""
+        """Add to S 1/2 for each gradient, of float64 `norms`, that is not longer than C, and -1/2 for each longer one."""
         self._count = self._count.to(norms.device) + centred_count(norms, self.value, mask)
 
     def forget(self) -> None:
@@ -128,7 +128,7 @@ class MovingBound(Bound):
     def move(
         self, noise_multiplier: float, expected_batch_size: float, world: World, generator: NoiseSource | None
     ) -> None:
-        """Set C to C exp(-learning_rate (b - quantile)). Releases b, with its noise unless noise_multiplier is 0."""
+        """Set C to C exp(-learning_rate (b - quantile)), which releases b: with noise, unless noise_multiplier is 0."""
         (count,) = self.observed(world)
         moved = count.new_tensor(self.value)
         if world.first:
@@ -141,6 +141,6 @@ class MovingBound(Bound):
 
 
 def centred_count(norms: Tensor, bound: float, mask: Tensor) -> Tensor:
-    """Compute S of norms [samples], float64: each sample adds 1/2 or -1/2; 0 if it is masked or not finite."""
+    """Compute S for float64 norms [samples]: a sample adds 1/2 if norm <= bound, else -1/2, and 0 if masked or not finite."""
     halves = torch.where(norms <= bound, 0.5, -0.5).to(norms.dtype)
     return torch.where(mask & norms.isfinite(), halves, 0.0).sum()

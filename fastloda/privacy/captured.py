@@ -1,15 +1,17 @@
 """The private step's work on a micro-batch as one CUDA graph: losses, one backward, norms, clipping, sum.
 
-A CPU takes longer to launch a step's kernels than a GPU to run them; a graph is one launch. It repeats what the GPU did, and
-nothing that Python does. So all that must be looked at or may change stays outside:
+A CPU takes longer to launch a step's kernels than a GPU to run them; a graph is one launch. A replay repeats what the GPU did
+during the capture, and runs no Python. So everything that must be checked, or that may change, stays outside the graph:
 
 - the batch, the mask and the clipping bounds are copied into the memory that the graph reads, before each replay;
-- the sums start at zero inside, and are added to the clipper's outside, where the noise comes too;
-- the model is checked before each replay, and the graph is captured anew if a tensor or a mode of it is another one;
-- a batch that the probe must look at (`per_sample/refusals.py`) is not replayed but computed as ever. So are all batches until
-  the probe knows this kind of computation, which the captured one must be. The graph holds the memory of a whole step, which is
-  given back before each such batch; so a step never needs it twice, and the graph is captured again after it. Before, it must
-  still give the losses that are then computed, or else it repeats what Python does no more.
+- the sums start at zero inside the graph, and are added to the clipper's outside, where the noise is added too;
+- the model is checked before each replay, and the graph is captured again if one of its tensors is another one, or if its
+  training or autocast mode changed;
+- a batch that is due for the probe (`per_sample/refusals.py`: backward passes that show samples to be independent) is computed
+  without the graph. So are all batches until the probe has seen this kind of computation, and only that kind is captured. The
+  graph holds the memory of a whole step. Before a probed batch this memory is released, so that a step never needs it twice;
+  afterwards the graph is captured again. Just before it is released, the graph computes the batch's losses once more: if those
+  computed without it differ, the graph does not repeat what Python does any more, and the step is refused.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -35,7 +37,7 @@ from fastloda.randomness import generator_states, restore_generators, restored
 
 
 class CaptureError(UserError):
-    """An error of a step that no graph can repeat, though `GhostClipper` could make it."""
+    """The error of a step that no graph can repeat, though `GhostClipper` could make it."""
 
 
 class Outcome(NamedTuple):
@@ -61,14 +63,14 @@ class CapturedStep:
     >>> optimizer.step()
 
     The guarantees are the clipper's. The first micro-batch is computed without a graph, and so are later ones that are probed
-    (the 4th, 16th, 64th, ...). After each of them `losses` is called three times, to capture the graph, and not for replays. So
-    it may depend on nothing but its inputs, the model's tensors and modes, and random numbers drawn on the GPU; what else it
-    reads is as it was when the graph was captured, and a batch that is probed shows it if that has changed.
+    (the 4th, 16th, 64th, ...). After each of them `losses` is called three times, to capture the graph; a replay does not call
+    it. So it may depend on nothing but its inputs, the model's tensors and modes, and random numbers drawn on the GPU. Anything
+    else that it reads keeps the value of the time of the capture; the next probed batch reveals that such a value has changed.
 
     Args:
-        clipper: the clipper that the micro-batches are accumulated in; it may take others besides.
+        clipper: the clipper in which micro-batches are accumulated. Its own `accumulate` may be called for others in between.
         losses: a function of tensors (or tuples, lists, dicts of them) -> [samples * views] losses, as `accumulate` takes them.
-        generators: the generators on the GPU that `losses` draws from, beside PyTorch's own.
+        generators: the generators on the GPU that `losses` draws from, except PyTorch's own.
 
     Raises:
         CaptureError: the model is not on a CUDA GPU.
@@ -82,13 +84,13 @@ class CapturedStep:
         self._device = next(iter(clipper.parameters.values())).device
         if not can_capture(self._device):
             raise CaptureError(f"the model is on {self._device.type!r}: only a CUDA GPU captures graphs; move it there")
-        self._shapes: str | None = None  # of the inputs, from the first call on
-        self._samples = 1  # in each micro-batch
+        self._shapes: str | None = None  # the shapes of the inputs, from the first call on
+        self._samples = 1  # the number of samples in each micro-batch
         self._looks = Looks()  # what the probe has seen of these losses
         self._places: object = None  # where the model was when it was captured
-        self._outside: list[Tensor] = []  # what else the graph reads, kept alive for it
+        self._outside: list[Tensor] = []  # other tensors that the graph reads, kept alive for it
         self._graph: tuple[_Memory, Run] | None = None
-        self._expected: Tensor | None = None  # the losses of the next micro-batch by a graph that is gone
+        self._expected: Tensor | None = None  # the next micro-batch's losses by a graph that was released
 
     def accumulate(
         self, *inputs: Any, mask: Tensor | None = None, weights: Tensor | None = None
@@ -98,10 +100,10 @@ class CapturedStep:
         Args:
             inputs: what `losses` takes: tensors on the GPU, of the same shapes and dtypes at every call.
             mask: as in `GhostClipper.accumulate`.
-            weights: [samples * views], public factors of the losses; the losses that are returned are without them.
+            weights: [samples * views], public factors of the losses; the returned losses are not multiplied by them.
 
         Raises:
-            CaptureError: no graph can repeat this; the message says why, and nothing has changed.
+            CaptureError: no graph can repeat this step; the message says why, and nothing has changed.
             ValueError, PrivacyError: as `GhostClipper.accumulate`.
         """
         if hand_back_shards(self._clipper.model):
@@ -113,21 +115,21 @@ class CapturedStep:
         places = self._places_of(self._clipper.check_model())
         if places != self._places:
             self._places, self._looks = places, Looks()
-            self.release()  # unread, for its memory may be another's by now
+            self.release()  # without a replay: the memory that the graph reads may hold other tensors by now
         if not self._looks.knows(self._samples) or self._looks.due() or self._expected is not None:
             return self._launch(given, mask)
         return self._replayed(given, check_mask(mask, self._samples, self._device))
 
     def release(self, *inputs: Any) -> None:
-        """Give back the memory that the graph holds; it is captured anew when a micro-batch may be replayed.
+        """Free the memory that the graph holds; it is captured again for the next micro-batch that may be replayed.
 
-        inputs: those of the next micro-batch, if it must be computed without a graph, and compared with what the graph gives.
+        inputs: those of the next micro-batch, if its losses, computed without a graph, must be compared with the graph's.
         """
         self._expected = self._replayed_losses(_Given.of(inputs, None, self._device)) if inputs else None
         self._graph, self._outside = None, []
 
     def _launch(self, given: "_Given", mask: Tensor | None) -> tuple[StepStats, Tensor]:
-        """Accumulate without a graph, whose losses are compared with these if there is one."""
+        """Accumulate without a graph; if there is one, compare its losses with those computed here, and release it."""
         clipper, before = self._clipper, generator_states(self._generators)
         if self._graph is not None:
             self.release(*given.inputs)
@@ -150,18 +152,18 @@ class CapturedStep:
         return clipper.accumulate(weighed, mask), losses.detach()
 
     def _losses_of(self, given: "_Given") -> tuple[Tensor, Tensor]:
-        """Compute the losses, and these times their weights."""
+        """Compute the losses, and the losses times their weights."""
         losses = self._losses(*given.inputs)
         return losses, losses if given.weights is None else losses * given.weights.to(losses.dtype)
 
     def _replayed(self, given: "_Given", mask: Tensor) -> tuple[StepStats, Tensor]:
-        """Accumulate by a replay, before which the graph is captured if need be."""
+        """Accumulate by replaying the graph, which is captured first if there is none."""
         clipper = self._clipper
         memory, replay = self._graph or (_Memory(given.like(), mask.clone(), clipper.bounds.clone()), None)
         memory.fill(given, mask, clipper.bounds)
         if replay is None:
             replay = self._captured(memory)
-            clipper.check_model()  # what the graph writes to has been written to once, and that was counted
+            clipper.check_model()  # refuses a graph that writes to the model: the capture counts such writes, a replay does not
             self._graph = memory, replay
         self._looks.count()
         found = replay()
@@ -169,7 +171,10 @@ class CapturedStep:
         return clipper.add(found.sums, clipped, memory.mask), found.losses.clone()
 
     def _replayed_losses(self, given: "_Given") -> Tensor | None:
-        """Compute the losses by a replay of the graph, if there is one that fits; neither sums nor random states move."""
+        """Compute the losses by replaying the graph, if there is one for this model and these shapes, or return None.
+
+        Neither the clipper's sums nor the random states change.
+        """
         if self._graph is None or self._places_of(self._clipper.check_model()) != self._places:
             return None
         memory, replay = self._graph
@@ -180,10 +185,10 @@ class CapturedStep:
             return replay().losses.clone()
 
     def _captured(self, memory: "_Memory") -> Run:
-        """Capture a graph of `_run`, after a look at which tensors the losses read; no random state moves.
+        """Find the tensors that the losses read, then capture a graph of `_run`; no random state changes.
 
         Raises:
-            CaptureError: with the cause.
+            CaptureError: the step can't be captured; the message says why.
         """
         host = _host_random(self._device)
         with restored(self._generators), _without_cached_casts():
@@ -210,7 +215,7 @@ class CapturedStep:
         return replay
 
     def _run(self, memory: "_Memory") -> Outcome:
-        """Do what the graph repeats, from the same memory and to the same."""
+        """Do the work that the graph repeats: read the numbers in `memory`, and return the tensors that hold the results."""
         clipper = self._clipper
         losses, weighed = self._losses_of(memory.given)
         samples, mask = check_losses(weighed, clipper.views, memory.mask)
@@ -222,7 +227,7 @@ class CapturedStep:
         return Outcome(sums, clipped, losses.detach(), looks_of(clipper.model, graph))
 
     def _check_shapes(self, given: "_Given") -> None:
-        """Refuse inputs of other shapes or dtypes than before."""
+        """Refuse inputs whose shapes or dtypes differ from those of the first call."""
         if self._shapes not in (None, given.shapes):
             raise CaptureError(
                 f"the inputs were {self._shapes} before and are {given.shapes} now, but a graph repeats one shape: pad the "
@@ -230,7 +235,7 @@ class CapturedStep:
             )
 
     def _places_of(self, members: Members) -> object:
-        """Describe where a model's tensors are, and all else that decides which kernels run, as far as it is likely to change."""
+        """Describe what a graph depends on and may well change: the tensors' addresses, shapes and dtypes, and the modes."""
         tensors = (*members.parameters.values(), *members.buffers.values())
         kind = self._device.type
         return (
@@ -248,7 +253,7 @@ class _Given(NamedTuple):
 
     @classmethod
     def of(cls, inputs: tuple, weights: Tensor | None, device: torch.device) -> "_Given":
-        """Take inputs and weights, which must be tensors on the device; weights are moved there."""
+        """Check that the inputs are tensors on the device, and move the weights there."""
         given = cls(inputs, None if weights is None else weights.to(device))
         for leaf in given.tensors:
             if not isinstance(leaf, Tensor) or leaf.device != device:
@@ -258,24 +263,24 @@ class _Given(NamedTuple):
 
     @property
     def tensors(self) -> list:
-        """The tensors in a fixed order."""
+        """The tensors of the inputs, in a fixed order, then the weights."""
         return tree_leaves((self.inputs, *([] if self.weights is None else [self.weights])))
 
     def like(self) -> "_Given":
-        """Make tensors of the same shapes."""
+        """Make uninitialised tensors of the same structure, shapes and dtypes."""
         leaves, structure = tree_flatten(tuple(self))
         own = [leaf if leaf is None else torch.empty_like(leaf).requires_grad_(leaf.requires_grad) for leaf in leaves]
         return _Given(*tree_unflatten(own, structure))
 
     @property
     def shapes(self) -> str:
-        """The structure, shapes and dtypes, in words."""
+        """The structure, shapes and dtypes as a string."""
         leaves, structure = tree_flatten(tuple(self))
         shapes = [leaf if leaf is None else f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in leaves]
         return str(tree_unflatten(shapes, structure))
 
     def copy_(self, other: "_Given") -> None:
-        """Copy the numbers of `other`."""
+        """Copy the numbers of `other` into these tensors."""
         with torch.no_grad():
             for own, new in zip(self.tensors, other.tensors):
                 own.copy_(new, non_blocking=True)
@@ -289,14 +294,14 @@ class _Memory(NamedTuple):
     bounds: Tensor
 
     def fill(self, given: _Given, mask: Tensor, bounds: Tensor) -> None:
-        """Copy the numbers of a micro-batch."""
+        """Copy the numbers of a micro-batch into this memory."""
         self.given.copy_(given)
         self.mask.copy_(mask)
         self.bounds.copy_(bounds)
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
-    """Tell whether losses differ by rounding alone."""
+    """Tell whether the losses `a` and `b` differ by no more than rounding."""
     rounding = max(1e-3, 4 * torch.finfo(b.dtype).eps)
     typical = float(b.nan_to_num(0.0, 0.0, 0.0).abs().mean())
     return torch.allclose(a, b, rounding, rounding * typical, equal_nan=True)
@@ -305,12 +310,15 @@ def _are_alike(a: Tensor, b: Tensor) -> bool:
 def _address(t: Tensor) -> int:
     try:
         return t.data_ptr()
-    except RuntimeError:  # raised by tensors that are made of others
+    except RuntimeError:  # raised by tensor subclasses that wrap other tensors
         return id(t)
 
 
 class _Outside(TorchDispatchMode):
-    """A mode that collects the tensors that were there before: freed, their memory would hold what others compute."""
+    """The dispatch mode that collects the tensors that operations read and that were not made inside it.
+
+    A graph reads them at every replay: if they were freed, their memory could hold other tensors by then.
+    """
 
     def __init__(self):
         super().__init__()
@@ -338,14 +346,14 @@ def _strided(tree: Any) -> list[Tensor]:
 
 
 def _host_random(device: torch.device) -> str:
-    """Read the states of the CPU's random generators; that of the model's device is no matter."""
+    """Read the states of the CPU's random generators, without torch's if the model is on the CPU itself."""
     states = generator_states({})
     return repr([states["numpy"], states["python"], None if device.type == "cpu" else states["torch"].tolist()])
 
 
 @contextmanager
 def _without_cached_casts() -> Generator[None]:
-    """Let autocast cast every weight anew inside: a cast that it kept from before would never change in a graph."""
+    """Turn off autocast's cache of cast weights: a graph would read a cached cast of the old weights at every replay."""
     enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
@@ -366,8 +374,8 @@ def can_capture(device: torch.device) -> bool:
 def record_cuda(run: Run, generators: Sequence[torch.Generator], device: torch.device) -> tuple[Run, Outcome]:
     """Capture a graph of `run`; return a function that replays it and returns its outcome, and that outcome.
 
-    First it runs as ever, so that all is compiled; whatever waits for the GPU raises there, and not in the capture, after
-    which PyTorch's random generators might be lost.
+    `run` is called once before the capture, so that all kernels are compiled. An operation that waits for the GPU raises in
+    that call: an error during the capture might leave PyTorch's random generators unusable.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     for generator in generators:
@@ -389,7 +397,7 @@ def record_cuda(run: Run, generators: Sequence[torch.Generator], device: torch.d
 
 @contextmanager
 def _waiting_refused() -> Generator[None]:
-    """Let PyTorch raise where it would wait for the GPU."""
+    """Let PyTorch raise an error inside the context where it would wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""Clip factors from per-sample norms, which bound what one sample can do, and the clipped sum."""
+"""Clipping factors from per-sample norms, which bound the contribution of one sample, and the clipped sum."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -18,7 +18,7 @@ STYLES: dict[str, Flat] = {style.name: style for style in (Flat(), Automatic(), 
 
 
 def clipping_style(clipping: Clipping) -> Flat:
-    """Find the clipping style of a name; a style is returned as it is.
+    """Return the clipping style that `clipping` names, or `clipping` itself if it is a style.
 
     Raises:
         UserError: clipping is neither a style nor the name of one.
@@ -38,12 +38,12 @@ def group_norms(grads: Mapping[str, PerSampleGrad], groups: Groups, samples: int
 
 
 def clip_factors(norms: Tensor, bounds: Tensor, mask: Tensor, style: Flat) -> Tensor:
-    """Compute the clip factors c [groups, samples], float64, such that whatever the style
+    """Compute the clipping factors c [groups, samples], float64. For every style,
 
     - c_gn |g_gn| <= bounds[g] for norms [groups, samples] and bounds [groups, 1], whose squares sum to max_grad_norm^2;
       so a sample contributes at most max_grad_norm (1 + 1e-5) in all: the 1e-5 are for float32, in which the sum is taken;
     - c is 0 in every group for a sample that mask [samples] excludes, or whose gradient is not finite in some group;
-    - c is 0 where float32 has no normal number of its size: it would be rounded, perhaps upwards, or lost.
+    - c is 0 where it is outside the range of float32's normal numbers, in which it would be rounded, perhaps upwards, or lost.
     """
     factors = style.wanted(norms, bounds).minimum(norms.reciprocal() * bounds)  # |g| = 0 allows any factor
     float32 = torch.finfo(torch.float32)
@@ -52,7 +52,7 @@ def clip_factors(norms: Tensor, bounds: Tensor, mask: Tensor, style: Flat) -> Te
 
 
 def group_sums(grads: Mapping[str, PerSampleGrad], groups: Groups, factors: Tensor) -> dict[str, Tensor | None]:
-    """Compute the clipped sum of each parameter's gradients (None: unused), with its group's row of factors [groups, samples]."""
+    """Compute each parameter's clipped sum, weighted by its group's row of factors [groups, samples]; None if it was unused."""
     sums = {}
     for names, of_group in zip(groups.values(), factors):
         sums |= weighted_sums({name: grads[name] for name in names}, of_group)

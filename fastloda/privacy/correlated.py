@@ -1,10 +1,11 @@
-"""Noise that is correlated between steps, so that much of it cancels in what an optimizer adds up over them.
+"""Noise that is correlated between steps, so that much of it cancels when an optimizer adds up the steps' gradients.
 
 Banded matrix factorisation (Choquette-Choo et al. 2023, "(Amplified) banded matrix factorization"): step t's noise y_t solves
-C y = z for independent noise z, where C [steps, steps] is lower triangular with `bands` diagonals. What is released is then
-C^-1 (C G + z) for the clipped sums G. If a record enters at most one of any `bands` consecutive steps, no two of the rows that it
-moves in C G overlap, and each time it moves them by the norm of a column of C: here by at most one. So the privacy is that of
-ceil(steps / bands) sums with independent noise; `training/sampling.py` draws such batches.
+C y = z for independent noise z, where C [steps, steps] is lower triangular with `bands` diagonals. The release is then
+C^-1 (C G + z) for the clipped sums G. If a record enters at most one of any `bands` consecutive steps, the sets of rows of C G
+that it changes in different steps do not overlap, and each step changes them by its clipped gradient times a column of C, whose
+norm is at most 1. So the privacy is that of ceil(steps / bands) sums with independent noise; `training/sampling.py` draws such
+batches.
 """
 
 import math
@@ -22,9 +23,10 @@ from fastloda.privacy.sums import Alike, FlatSums
 
 
 def square_root(bands: int) -> list[float]:
-    """Compute the diagonals of C: those of the square root of the matrix of prefix sums, cut and scaled to norm 1.
+    """Compute the values of C's diagonals: those of the square root of the matrix of prefix sums, cut and scaled to norm 1.
 
-    The k-th is the k-th coefficient of (1 - x)^(-1/2) (Kalinin and Lampert 2024, "Banded square root matrix factorization").
+    Before scaling, the k-th value is the k-th coefficient of (1 - x)^(-1/2) (Kalinin and Lampert 2024, "Banded square root
+    matrix factorization").
     """
     diagonals = list(accumulate(range(1, bands), lambda before, k: before * (2 * k - 1) / (2 * k), initial=1.0))
     norm = math.hypot(*diagonals)
@@ -32,10 +34,10 @@ def square_root(bands: int) -> list[float]:
 
 
 class CorrelatedNoise:
-    """The noise of one step after the other; with one band it is independent.
+    """The source of correlated noise for a run's steps in order; with one band the noise is independent.
 
-    It holds bands - 1 vectors of the size of the sums, in float64. A copy and a forked child begin anew: if two went on from the
-    same noise, a record's column of C would have rows in both, and be longer than 1.
+    It holds bands - 1 vectors of the size of the sums, in float64. A copy and a forked child start again without past noise:
+    if two runs continued from the same noise, a record's column of C would have rows in both, and a norm above 1.
 
     Attributes:
         bands: the number of diagonals of C.
@@ -57,18 +59,18 @@ class CorrelatedNoise:
         return CorrelatedNoise, (self.bands,)
 
     def forget(self) -> None:
-        """Begin anew, as if no step had been made: C is then of two blocks, whose columns are no longer than before."""
+        """Start again, as if no step had been made: C then has two blocks, whose columns have no larger norms than before."""
         self.steps = 0
         self._past: list[Mapping[Alike, Tensor]] = []  # the noise of the last steps, in units of std; the latest first
         self._now: Mapping[Alike, Tensor] | None = None
 
     def add(self, sums: Mapping[Alike, Tensor], std: float, source: NoiseSource | None) -> dict[Alike, Tensor]:
-        """Add the next step's noise to float64 sums, which stay as they are; it counts once `released` is called.
+        """Return the float64 sums plus the next step's noise of standard deviation `std`; call `released` once it is used.
 
         Raises:
             PrivacyError: the parameters were moved or cast since the last step, or others train.
         """
-        self._now = None  # what an earlier call drew, and was not released
+        self._now = None  # an earlier call may have drawn noise that was not released
         if self.bands == 1 or not std:
             return {alike: add_noise(total, std, source) for alike, total in sums.items()}
         self._check_alike(sums)
@@ -92,19 +94,19 @@ class CorrelatedNoise:
         return fresh / self._first
 
     def released(self) -> None:
-        """Note that what the last `add` gave is released; without noise (on other ranks than the first) the past ends there."""
+        """Count a step with the noise of the last `add`; if that was none (as on ranks other than 0), drop the past noise."""
         self.steps += 1
         self._past = [] if self._now is None else [self._now, *self._past][: self.bands - 1]
         self._now = None
 
     def state(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Tensor]]:
-        """Collect the noise of the last steps by parameter; it is as secret as the noise itself."""
+        """Collect the noise of the last bands - 1 steps by parameter; this state must stay secret."""
         sums = FlatSums(parameters)
         self._check_alike(sums.buffers)
         return [sums.parted(past) for past in self._past]
 
     def load(self, state: Sequence[Mapping[str, Tensor]], steps: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Go on from the state after `steps` steps, on the devices where the parameters are now."""
+        """Continue from a `state` that was saved after `steps` steps, on the devices where the parameters are now."""
         self.forget()
         self.steps = steps
         for saved in state:

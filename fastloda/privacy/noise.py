@@ -1,7 +1,7 @@
-"""Gaussian noise for privacy, drawn in float64 from a generator that nobody else can foresee.
+"""Gaussian noise for privacy, drawn in float64 from a generator that nobody can foresee.
 
-float32 `torch.randn` ends at 5.77 sigma on a CPU, which alone can cost a delta of 1.6e-4; float64 reaches beyond 8 sigma, and
-a `NoiseStream` 12.
+On a CPU float32 `torch.randn` never exceeds 5.77 sigma, which alone can cost a delta of 1.6e-4; float64 reaches beyond 8 sigma,
+and a `NoiseStream` beyond 12.
 """
 
 import math
@@ -35,40 +35,40 @@ UNRECORDED = "not on record for every release: take the noise for foreseeable"
 UNFORESEEABLE = "seeded by the operating system"
 SECURE = "noise from the operating system's cryptographically secure generator; sampling seeded by the operating system"
 
-AT_A_TIME = 1 << 22  # numbers: 32 MiB
+AT_A_TIME = 1 << 22  # the most numbers drawn at a time: 32 MiB
 
-_begun: set[bytes] = set()  # the first numbers of each draw from a user's own source
-_own: dict[torch.device, NoiseSource] = {}  # this process's sources, of which a forked child's draw other numbers
+_begun: set[bytes] = set()  # the first numbers of each draw from users' own sources
+_own: dict[torch.device, NoiseSource] = {}  # this process's sources; in a forked child they draw other numbers
 
 
 def describe_randomness(seed: int | None, secure: bool) -> str:
-    """Say where a run's noise came from, for its checkpoint and its privacy statement."""
+    """Describe where a run's noise came from, for its checkpoint and its privacy statement."""
     if seed is not None:
         return FORESEEABLE
     return SECURE if secure else UNFORESEEABLE
 
 
 def describe_together(each: Iterable[str]) -> str:
-    """Say where the noise of several releases came from: noise that is foreseeable in one of them counts for all."""
+    """Describe where the noise of several releases came from; if some is foreseeable or not on record, only say that."""
     texts = dict.fromkeys(each)
     worst = [text for text in (FORESEEABLE, UNRECORDED) if text in texts]
     return "; ".join(worst or texts)
 
 
 def noise_of(secret: Secret, device: torch.device) -> NoiseSource:
-    """Make the source of the noise that follows from a secret, for sums on a device."""
+    """Make the source of noise that is derived from a secret, for sums on a device."""
     return NoiseStream(secret) if device.type == "cpu" else secret.generator("noise", device)
 
 
 def own_noise(device: torch.device) -> NoiseSource:
-    """Return this process's source for a device, which is unpredictable: `torch.manual_seed` can't set it."""
+    """Return this process's source of noise for a device: it is unpredictable, and `torch.manual_seed` does not set it."""
     if device not in _own:
         _own[device] = noise_of(Secret(), device)
     return _own[device]
 
 
 def draws_alike(device: torch.device) -> str:
-    """Name what a device must share with another to draw the same numbers; on a GPU they depend on how many run side by side."""
+    """Describe what two devices must share to draw the same numbers; a GPU's depend on how many threads draw in parallel."""
     if device.type == "cpu":
         return f"cpu, NumPy {np.__version__}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -76,7 +76,7 @@ def draws_alike(device: torch.device) -> str:
 
 
 def gaussian(shape: torch.Size, std: float, device: torch.device, source: NoiseSource | None = None) -> Tensor:
-    """Draw N(0, std^2), float64, on `device`; a source on the CPU draws there, so that its stream serves every device."""
+    """Draw N(0, std^2) noise, float64, on `device`; a source on the CPU draws there, and the noise is then moved."""
     source = own_noise(device) if source is None else hold(source)
     if isinstance(source, Generator):
         noise = torch.randn(shape, generator=source, dtype=torch.float64, device=source.device)
@@ -88,7 +88,7 @@ def gaussian(shape: torch.Size, std: float, device: torch.device, source: NoiseS
 
 
 def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
-    """Copy the noise that a user's own source has given, if it may be N(0, 1); warn if it looks wrong or was given before.
+    """Copy the noise drawn by a user's own source called `name`; warn if it does not look like N(0, 1) or was drawn before.
 
     Raises:
         UserError: noise is no float64 tensor of this shape.
@@ -103,7 +103,7 @@ def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
     squares = float(noise.square().sum())
     if not math.isfinite(squares):
         raise PrivacyError(f"{name} must give finite numbers: the gradient would be none")
-    # The squares of n normal numbers sum to n, give or take 12 standard deviations; for few numbers the limits are looser.
+    # The squares of n normal numbers sum to n, within 12 standard deviations; for few numbers the limits are looser.
     numbers = noise.numel()
     if numbers and (abs(squares - numbers) > 12 * math.sqrt(2 * numbers) + 72 or squares < 1e-24 * numbers):
         warnings.warn(
@@ -123,7 +123,7 @@ def _checked(noise: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 
 def add_noise(total: Tensor, std: float, source: NoiseSource | None = None) -> Tensor:
-    """Compute total + N(0, std^2) for a float64 sum [numbers], a part at a time; total stays as it is, should a draw fail."""
+    """Compute total + N(0, std^2) for a float64 sum [numbers], part by part; total itself does not change."""
     if not std:
         return total
     noisy = torch.empty_like(total)

@@ -1,8 +1,8 @@
 """Normal numbers from Philox (Salmon et al. 2011) by NumPy's ziggurat, in parallel and the same on any number of threads.
 
-Each block of each draw has 2^66 words of Philox's sequence to itself. Philox is a keyed bijection of a counter: no way is known
-to find its key, or a number not yet drawn, from those drawn, as there is with PyTorch's Mersenne Twister, which is linear. That
-is no proof; `secure_noise.py` has the system's cipher.
+Each block of each draw has 2^66 words of Philox's sequence to itself. Philox is a keyed bijection of a counter. No way is known
+to find its key or its next numbers from those drawn; for PyTorch's Mersenne Twister, which is linear, there is one. That is no
+proof; `secure_noise.py` draws from the operating system's cipher.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from fastloda.randomness import Secret
 
-BLOCK = 1 << 16  # numbers that one thread draws at a time: long beside the 15 us that a block's generator takes to make
+BLOCK = 1 << 16  # numbers that one thread draws at a time, for much longer than the 15 us that making a generator takes
 
 
 class NoiseStream:
-    """The stream of normal numbers that follows from a secret; a forked child's and a copy's differ, as their secrets do.
+    """The stream of normal numbers that is derived from a secret; a forked child and a copy have another secret and stream.
 
-    The ziggurat (Marsaglia & Tsang 2000) is exact but for the rounding of its uniform numbers to 52 and 53 bits. Beyond 3.65
-    sigma it draws from the tail itself, and reaches 12.2 sigma.
+    The ziggurat (Marsaglia & Tsang 2000) is exact except for the rounding of its uniform numbers to 52 and 53 bits. Beyond 3.65
+    sigma it draws from the exact tail, up to 12.2 sigma.
     """
 
     def __init__(self, secret: Secret):
         self._secret = secret
-        self._draws = count()  # whose `next` is one step for Python, so that no two threads draw alike
+        self._draws = count()  # `next` of it is atomic in Python, so that no two threads get the same draw
 
     def __reduce__(self):
         return NoiseStream, (Secret(),)
@@ -40,7 +40,7 @@ class NoiseStream:
         if threads == 1:
             for stream, block in zip(streams, blocks):
                 _fill(stream, block)
-        else:  # threads of this call alone, for a forked child would inherit none; NumPy fills without Python's lock
+        else:  # the threads end with this call, since a forked child would not have them; NumPy fills without Python's lock
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(_fill, streams, blocks))
         return noise

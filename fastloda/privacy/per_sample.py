@@ -1,4 +1,4 @@
-"""The norms and gradients of single samples, for inspection; a private step returns none."""
+"""The norms and gradients of single samples, for inspection; a private step does not return them."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ def per_sample_grad_norms(losses: Tensor, model: nn.Module, *, views: int = 1) -
     """Compute the L2 norms of the samples' gradients over all trainable parameters: [samples], float64.
 
     A norm is not finite where the gradient is not. losses [samples * views], errors: as in `GhostClipper.accumulate`.
-    Leaves `.grad`, and the graph below losses, as they are.
+    `.grad` and the graph of losses stay as they are.
     """
     samples, _ = check_losses(losses, check_views(views), None)
     with in_full_precision(losses.device):
@@ -27,10 +27,10 @@ def per_sample_grads(losses: Tensor, model: nn.Module, *, views: int = 1) -> dic
 
     Args:
         losses: [samples * views], as in `GhostClipper.accumulate`.
-        model: the model that computed losses; of a private module it is `to_standard_module()`.
+        model: the model that computed losses; for a private module, pass its `to_standard_module()`.
 
-    Leaves `.grad`, and the graph below losses, as they are. A parameter that losses do not use has zeros. Errors are
-    those of `GhostClipper`.
+    `.grad` and the graph of losses stay as they are. A parameter that losses do not use has zeros. Errors are those of
+    `GhostClipper`.
     """
     samples, _ = check_losses(losses, check_views(views), None)
     parameters = trainable_parameters(Members.of(model))
@@ -42,7 +42,7 @@ def per_sample_grads(losses: Tensor, model: nn.Module, *, views: int = 1) -> dic
 def _compute(
     losses: Tensor, model: nn.Module, parameters: dict[str, nn.Parameter], samples: int
 ) -> dict[str, PerSampleGrad]:
-    """Compute the samples' gradients, of which there are none for no samples."""
+    """Compute the samples' gradients; without samples the result is empty."""
     world = World.of() if hand_back_shards(model) else World()
     if not samples:
         check_not_sharded(world.size > 1)

@@ -3,17 +3,18 @@
     share of the records --accumulate--> clipped sums --reduce--> rank 0: + noise, once --broadcast--> .grad
 
 Run a script with `torchrun`, call `torch.distributed.init_process_group()` in it, and `DPTrainer`, `make_private` or a
-`GhostClipper` finds the others by itself. The first two divide each batch among the ranks. In a loop of your own, draw one
-Poisson sample on all ranks and take each rank's `fastloda.training.sampling.share`: a record on two ranks would be clipped on
-each, and contribute double the bound.
+`GhostClipper` finds the other processes by itself. The first two divide each batch among the ranks. In a loop of your own, draw
+one Poisson sample on all ranks and take each rank's `fastloda.training.sampling.share`: a record on two ranks would be clipped
+on each, and contribute double the bound.
 
-One flat buffer goes to rank 0 and one comes back. An all-reduce of the sums would move as many bytes, but the noise would
+One flat buffer is sent to rank 0 and one comes back. An all-reduce of the sums would move as many bytes, but the noise would
 have to be sent as well; and only rank 0 ever holds the sum before noise is added. The bits of rank 0's gradient come back, so
 that replicas can't drift apart by rounding. The sum itself is in float64; the gradients that go into it are not, so that
 another division of the samples into micro-batches or ranks rounds them in another way.
 
-The ranks that take part are fixed when the clipper or the trainer is made. A process group that comes, goes or changes after
-that would change what is summed under one noise and counted once: the next step is refused.
+The ranks that take part are fixed when the clipper or the trainer is made. If a process group is initialised, destroyed or
+replaced after that, the next step is refused: it would sum over other ranks than those that the noise and the accounting are
+for.
 
 Frozen weights may be sharded with FSDP2, while the adapters stay whole on every rank:
 
@@ -23,12 +24,12 @@ Frozen weights may be sharded with FSDP2, while the adapters stay whole on every
 >>> fully_shard(model, ignored_params=adapters)
 
 Every forward and backward pass is then made by all ranks together, so all call `accumulate` equally often, each time with at
-least one sample, masked if need be. `DPTrainer` sees to that. The root module's own weights, which FSDP2 leaves gathered between
-forward and backward, are handed back by the step and gathered again.
+least one sample, masked if need be. `DPTrainer` sees to that. The step reshards the root module's own weights, which FSDP2
+leaves gathered between forward and backward; the backward pass gathers them again.
 
-If one rank raises, the others wait for it in the next collective, until `torchrun` ends them because it has died, or the
+If one rank raises, the others wait for it in the next collective, until `torchrun` ends them because that rank has died, or the
 process group times out (its `timeout` argument). Within a step of `DPTrainer` the others raise as well, naming the rank, unless
-weights are sharded: they are then in the middle of a pass that can't be left.
+weights are sharded: they are then in the middle of a forward or backward pass, which they can't leave.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastloda.errors import PrivacyError, UserError
 from fastloda.privacy.watch import bits
 
-# The ranks of a step: those of a process group; None, of the default group if it is initialised; "alone", this process only.
+# The ranks of a step: those of this process group; None: of the default group, if it is initialised; "alone": this process.
 Group = ProcessGroup | Literal["alone"] | None
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -54,12 +55,15 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one private run. From `sum_to_first` on methods are collectives: all ranks call them, or wait for ever."""
+    """The processes of one private run.
+
+    `sum_to_first` and all public methods after it are collectives: if a rank does not call one, the others wait for ever.
+    """
 
     rank: int = 0
     size: int = 1
     group: ProcessGroup | None = None
-    process: int | None = None  # the id of the process that joined the group; a forked child's is another
+    process: int | None = None  # the id of the process that joined the group; a forked child has another
 
     @classmethod
     def of(cls, group: Group = None) -> Self:
@@ -87,10 +91,10 @@ class World:
         return cls(dist.get_rank(group), dist.get_world_size(group), group, os.getpid())
 
     def unchanged(self, group: Group = None) -> Self:
-        """Return this world if `of(group)` would still give it; no collective.
+        """Return this world if `of(group)` still finds the same one; this is no collective.
 
         Raises:
-            PrivacyError: `of` would give another world, or the group is gone.
+            PrivacyError: `of` finds another world, or the group is gone.
         """
         try:
             now = World.of(group)
@@ -98,7 +102,7 @@ class World:
             raise PrivacyError(f"{self._parted()}, and now: {error}") from error
         if now != self and not now.size == self.size == 1:
             raise PrivacyError(
-                f"{self._parted()}, and now is {now._described()}: one noise and one count would be for another sum. Initialise "
+                f"{self._parted()}, and now is {now._described()}: its noise and its account do not fit such a sum. Initialise "
                 "the process group first, then call GhostClipper, make_private or DPTrainer (it goes on from its checkpoint), or "
                 'give the first or the last group="alone"'
             )
@@ -118,7 +122,7 @@ class World:
         return self.rank == 0
 
     def sum_to_first(self, tensors: Mapping[Key, Tensor]) -> Mapping[Key, Tensor]:
-        """Sum tensors over the ranks, in one flat buffer: rank 0 returns the sums, the others what they gave."""
+        """Sum tensors over the ranks, in one flat buffer: rank 0 returns the sums, the others return `tensors`."""
         if self.size == 1:
             return tensors
         flat = self._flat(list(tensors.values()))
@@ -155,7 +159,7 @@ class World:
         return values
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """Call compute() on rank 0 alone; every rank returns, or raises, what it does there."""
+        """Call compute() on rank 0 alone; every rank returns its result, or raises its exception."""
         if self.size == 1:
             return compute()
         outcome: list[Any] = [None, None]
@@ -170,22 +174,22 @@ class World:
         return outcome[0]
 
     def check_same(self, facts: Mapping[str, object]) -> None:
-        """Refuse, on all ranks, facts in which the ranks differ: name -> value, compared by its repr.
+        """Raise an error on all ranks if they differ in `facts`, which map names to values; values are compared by repr.
 
         Raises:
-            ValueError: ranks differ; the message tells the facts, and every rank's value.
+            ValueError: ranks differ; the message names at most five facts, with every rank's values.
             RuntimeError: another rank called `tell_failure` instead.
         """
         if self.size > 1:
             self._meet(dict(facts))
 
     def tell_failure(self, error: Exception) -> None:
-        """Let the ranks that wait in `check_same` raise, naming this rank and its error; called in its place."""
+        """Report `error` to the ranks that call `check_same`, which then raise; this rank calls it in place of `check_same`."""
         if self.size > 1:
             self._meet(f"{type(error).__name__}: {error}")
 
     def _meet(self, statement: dict[str, object] | str) -> None:
-        """Compare the ranks' statements: facts, or a string that tells a failure. Eight bytes a rank unless they differ."""
+        """Compare the ranks' statements, each its facts or a string about its failure; 8 bytes per rank unless they differ."""
         digest = hashlib.sha256(repr(statement).encode()).digest()
         mine = self._carried(torch.tensor([int.from_bytes(digest[:8], "little", signed=True)]))
         digests = [torch.empty_like(mine) for _ in range(self.size)]
@@ -195,7 +199,7 @@ class World:
         statements = self.gather(statement)
         failures = {rank: s for rank, s in enumerate(statements) if isinstance(s, str)}
         if self.rank in failures:
-            return  # its own error is on its way up
+            return  # this rank raises its own error
         if failures:
             raise RuntimeError("; ".join(f"rank {rank} failed: {failure}" for rank, failure in failures.items()))
         raise UserError(_differences([facts for facts in statements if not isinstance(facts, str)]))
@@ -246,8 +250,8 @@ def _differences(statements: Sequence[Mapping[str, object]]) -> str:
 def replicate(model: nn.Module, group: Group = None) -> None:
     """Copy rank 0's trainable parameters to all ranks: a private step refuses to start from different ones.
 
-    Call it on all ranks after `attach_loda`, which draws the adapters at random; `DPTrainer` does. The frozen weights are left
-    alone: load the same ones on every rank.
+    Call it on all ranks after `attach_loda`, which draws the adapters at random; `DPTrainer` does so. Frozen weights are not
+    copied: load the same ones on every rank.
 
     Raises:
         ValueError: the ranks' trainable parameters differ in name, shape or dtype.
@@ -270,13 +274,13 @@ def value_facts(parameters: Mapping[str, nn.Parameter]) -> dict[str, object]:
 
 
 def hand_back_shards(model: nn.Module) -> bool:
-    """Hand frozen weights that FSDP2 left gathered back to their shards; return whether it shards any.
+    """Reshard the frozen weights that FSDP2 left gathered; return whether it shards any module of the model.
 
     While they are gathered the model holds other parameter objects, as if frozen weights had been replaced.
     """
     if not dist.is_initialized():
         return False
-    from torch.distributed.fsdp import FSDPModule  # half a second of imports, which one process alone can do without
+    from torch.distributed.fsdp import FSDPModule  # not at the top: takes half a second that one process can save
 
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
@@ -285,7 +289,7 @@ def hand_back_shards(model: nn.Module) -> bool:
 
 
 def check_wrappers(model: nn.Module, world: World) -> None:
-    """Refuse wrappers and shards that would send gradients around the private step, or hide parameters from it.
+    """Refuse wrappers and shards that would let gradients bypass the private step, or hide parameters from it.
 
     Raises:
         PrivacyError: names the module or the parameter, and says what to do.

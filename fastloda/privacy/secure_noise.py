@@ -1,8 +1,8 @@
 """Noise from the operating system's cryptographically secure generator.
 
 The generators of `NoiseStream` and of PyTorch on a GPU were made for speed; the system's is a cipher made to withstand attacks
-(ChaCha20 on Linux, reseeded by the kernel). It can't be seeded and holds no state here. So noise can't be repeated, neither by a
-forked process nor by a run that resumes; steps that it makes again are charged again (`training/releases.py`).
+(ChaCha20 on Linux, reseeded by the kernel). It can't be seeded, and this process has no state of it. So neither a forked
+process nor a resumed run can repeat its noise; steps that a resumed run makes again are charged again (`training/releases.py`).
 """
 
 import math
@@ -21,17 +21,17 @@ BITS = 63
 
 @dataclass(frozen=True)
 class SecureGenerator:
-    """A secure source of noise, in place of a `torch.Generator` wherever FastLoDA draws noise.
+    """The secure source of noise, to be passed in place of a `torch.Generator` wherever FastLoDA draws noise.
 
     It draws on the CPU, and the noise then moves to the model's device. Cost: a number takes about 12 times as long as one of a
     `NoiseStream`, about 3 times with averaged=1 (measured once on a million numbers, on one thread of a CPU). It grows with the
     trainable parameters, not with the batch.
 
     Attributes:
-        averaged: how many Gaussian numbers are added, and divided by the root of their count, to make one, Gaussian again. The
-            gaps between the floating-point values of a single number let an attacker rule out candidates for the value under
-            the noise (Mironov 2012); with four he would have to try 2^159 (Holohan & Braghin 2021,
-            https://arxiv.org/abs/2107.10138, section 5.1). 1 saves the time.
+        averaged: how many Gaussian numbers are added, and the sum divided by the root of their count, to make each Gaussian
+            number. The gaps between the floating-point values of a single number let an attacker rule out candidates for the
+            value under the noise (Mironov 2012); with four the attacker would have to try 2^159 (Holohan & Braghin 2021,
+            https://arxiv.org/abs/2107.10138, section 5.1). 1 is faster.
     """
 
     averaged: int = 4
@@ -57,9 +57,9 @@ def uniform(count: int) -> Tensor:
 
 
 def box_muller(uniforms: Tensor) -> Tensor:
-    """Compute independent normal numbers from as many uniform ones, an even count (Box & Muller 1958).
+    """Compute as many independent normal numbers as there are `uniforms`, an even number (Box & Muller 1958).
 
-    sqrt(-2 log u) cos(2 pi v) and ... sin(2 pi v): exact up to rounding. The smallest u gives the tail, 9.4 sigma.
+    sqrt(-2 log u) cos(2 pi v) and ... sin(2 pi v): exact up to rounding. The smallest u, 2^-64, gives at most 9.4 sigma.
     """
     u, v = uniforms.view(2, -1)
     radius, angle = u.log().mul_(-2).sqrt_(), v * (2 * math.pi)

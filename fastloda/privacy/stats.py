@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WASTED = 0.95  # the share of samples without a finite gradient from which on a step counts as wasted
+WASTED = 0.95  # a step counts as wasted if more than this share of its samples had no finite gradient
 
 
 @dataclass(frozen=True, repr=False)
 class StepStats:
     """The counts over the samples of a step. They are statistics of private data: for the operator, not for release.
 
-    They stay on the device until read, so that a step does not wait for the GPU; `+` joins micro-batches.
+    They stay on the device until they are read, so that a step does not wait for the GPU; `+` adds those of micro-batches.
     """
 
     totals: Tensor  # float64 [4]: samples, clipped, nonfinite, sum of the finite samples' losses
@@ -26,7 +26,7 @@ class StepStats:
 
     @property
     def clipped(self) -> int:
-        """The number of samples whose gradient was longer than its bound; with clipping per layer, in some layer."""
+        """The number of samples whose gradient was longer than its bound; with clipping per layer, in at least one layer."""
         return int(self.totals[1])
 
     @property
@@ -49,12 +49,12 @@ class StepStats:
 
     @property
     def wasted(self) -> bool:
-        """Whether nearly no sample had a finite gradient: the step, which is paid for, released noise alone."""
+        """Whether so few samples had a finite gradient that the step released little but noise, at the full cost in privacy."""
         return self.nonfinite > WASTED * self.samples
 
     @property
     def clipped_fraction(self) -> float:
-        """The share of samples that were clipped; 0 of none."""
+        """The share of samples that were clipped; 0 if there are no samples."""
         return self.clipped / self.samples if self.samples else 0.0
 
     @property
@@ -64,7 +64,7 @@ class StepStats:
         return float(self.totals[3]) / finite if finite else math.nan
 
     def warn_if_wasted(self, stacklevel: int = 2) -> None:
-        """Warn if the step released noise alone. This waits for the GPU."""
+        """Warn if the step was wasted. This waits for the GPU."""
         if self.wasted:
             warnings.warn(
                 f"{self.nonfinite} of {self.samples} samples had a gradient that is not finite and contributed zero: this step "

@@ -1,8 +1,8 @@
 """The private step: one backward, norms, clip, sum, add noise once, divide by the expected batch size, optimizer step.
 
 This is DP-SGD (Abadi et al. 2016) with book-keeping (Bu et al. 2023). Neighbouring data sets differ by adding or removing one
-record. Before the noise, a record changes nothing but the clipped sum, by at most max_grad_norm in L2 norm; with adaptive
-clipping a count as well, which is accounted for (`fastloda.privacy.adaptive`).
+record. Before the noise, a record changes nothing but the clipped sum, by at most max_grad_norm in L2 norm, and with adaptive
+clipping a count, which is accounted for (`fastloda.privacy.adaptive`).
 """
 
 import math
@@ -38,11 +38,11 @@ from fastloda.privacy.styles import Flat, check_max_grad_norm
 from fastloda.privacy.sums import Alike, FlatSums
 from fastloda.privacy.watch import Watch, add_watcher, end_update, resume_after_update
 
-look_at_backward()  # when imported, for a loss may use a gradient that was made before any clipper
+look_at_backward()  # at import, since a loss may use a gradient that was computed before any clipper was made
 
 
 class Clipped(NamedTuple):
-    """The numbers of a micro-batch that was clipped: norms, float64 [groups, samples], and counts."""
+    """The norms, float64 [groups, samples], and the counts of a micro-batch that was clipped."""
 
     norms: Tensor
     stats: StepStats
@@ -66,12 +66,13 @@ class GhostClipper:
 
     Args:
         model: the model whose trainable parameters get the private gradient.
-        max_grad_norm: the bound on a sample's contribution; with adaptive clipping its start, and the attribute then moves.
-        views: the number of losses per sample, averaged before clipping.
+        max_grad_norm: the bound on a sample's contribution; with adaptive clipping, the default of the initial one, and the
+            attribute then changes with each step.
+        views: the number of losses per sample, which are averaged before clipping.
         clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings (`privacy/styles.py`).
-        bands: the number of steps over which the noise is correlated (`privacy/correlated.py`). With more than 1 no record may
-            enter two of any `bands` consecutive steps, and ceil(steps / bands) steps count, at the rate of those that it may
-            enter: `DPTrainer` and `make_private` see to both.
+        bands: the number of steps over which the noise is correlated (`privacy/correlated.py`). If it is above 1, no record may
+            enter two of any `bands` consecutive steps, and the accountant counts ceil(steps / bands) steps, at the rate with
+            which a record enters a step that it may enter: `DPTrainer` and `make_private` see to both.
         group: the process group of the ranks. None: the default group, if it is initialised; "alone": this process only.
 
     Raises:
@@ -101,11 +102,11 @@ class GhostClipper:
         check_wrappers(model, self.world)
         members = Members.of(model)
         self.parameters = trainable_parameters(members)
-        # layers without a rule get the slower one, from the next forward pass on
+        # layers without a rule get the general, slower one, from the next forward pass on
         cover_modules(members.modules, self.parameters)
         self._watch: Watch | None = Watch(members)  # None from the noise to the end of the update
         add_watcher(model, self)
-        _kept.pop(model, None)  # the model is taken as it is now
+        _kept.pop(model, None)  # it would compare the model with an earlier state; the present one is accepted here
         self._groups = self.clipping.groups(self.parameters)
         shares = self.clipping.shares(self._groups, max_grad_norm)
         device = next(iter(self.parameters.values())).device
@@ -115,7 +116,7 @@ class GhostClipper:
 
     @property
     def clipping(self) -> Flat:
-        """The style of clipping. It is fixed, for the noise, the groups and the bound all follow from it."""
+        """The style of clipping. It can't be changed, since the noise, the groups and the bound all depend on it."""
         return self._clipping
 
     @property
@@ -148,13 +149,13 @@ class GhostClipper:
 
     def reset(self) -> None:
         """Forget what was accumulated."""
-        self._sums = FlatSums(self.parameters)  # anew, for the model may have been moved or cast
+        self._sums = FlatSums(self.parameters)  # new buffers, since the model may have been moved or cast
         self._has_sums = False
         self._bound.forget()
         self._stats = StepStats.none(self._shares.device)
 
     def accumulate(self, losses: Tensor, mask: Tensor | None = None) -> StepStats:
-        """Add the clipped gradients of a micro-batch. Runs losses' only backward pass and frees its graph.
+        """Add the clipped gradients of a micro-batch. This runs backward from losses, and frees the graph of losses.
 
         Args:
             losses: [samples * views], sample-major: one number per sample and view. A sample's gradient is that of the mean
@@ -174,7 +175,7 @@ class GhostClipper:
     def check_model(self) -> Members:
         """Refuse the model if other parameters train than when the clipper was made, or if a pass over records wrote to it.
 
-        Returns its members as they are now.
+        Returns the model's members as they are now.
 
         Raises:
             ValueError: other parameters train.
@@ -183,13 +184,13 @@ class GhostClipper:
         members = Members.of(self.model)
         if not _are_same(trainable_parameters(members), self.parameters):
             raise UserError("the model's trainable parameters changed since GhostClipper was made: make a new one")
-        self._watch = self._watch or Watch(members)  # only PyTorch's optimizers show where an update ends
-        self._watch.check(members, thorough=False)  # uncounted writes are looked for once, before the noise
+        self._watch = self._watch or Watch(members)  # an optimizer that is not PyTorch's reports no end of its update
+        self._watch.check(members, thorough=False)  # writes that PyTorch does not count are looked for before the noise
         return members
 
     def _add(self, losses: Tensor, samples: int, mask: Tensor, sharded: bool) -> StepStats:
         """Do the work of `accumulate`, without `check_model`."""
-        if not samples:  # an empty Poisson batch adds nothing; its noise comes in privatize
+        if not samples:  # an empty Poisson batch adds nothing; privatize adds its noise
             check_not_sharded(sharded)
             return StepStats.none(losses.device)
         with in_full_precision(losses.device):
@@ -207,14 +208,14 @@ class GhostClipper:
     def clip_into(
         self, sums: FlatSums, losses: Tensor, grads: Mapping[str, PerSampleGrad], mask: Tensor, bounds: Tensor
     ) -> Clipped:
-        """Add the gradients, clipped to `bounds`, to `sums`, and return what else is to be known of a micro-batch."""
+        """Add the gradients, clipped to `bounds`, to `sums`, and return the micro-batch's norms and counts."""
         norms = group_norms(grads, self._groups, len(mask), losses.device)
         factors = clip_factors(norms, bounds, mask, self.clipping)
         sums.add_(group_sums(grads, self._groups, factors))
         return Clipped(norms, StepStats.of(losses, norms, mask, bounds))
 
     def add(self, sums: FlatSums, clipped: Clipped, mask: Tensor) -> StepStats:
-        """Add what `clip_into` has put into sums that were zero, under the bounds of now."""
+        """Add a micro-batch that `clip_into` has clipped, with the present bounds, into `sums` that were zero before."""
         self._has_sums = True
         self._sums.join_(sums)
         return self._observe(clipped, mask)
@@ -227,9 +228,10 @@ class GhostClipper:
     def privatize(
         self, noise_multiplier: float, expected_batch_size: float, generator: NoiseSource | NoiseOver | None = None
     ) -> None:
-        """Set .grad = (clipped sum + N(0, (noise_multiplier max_grad_norm)^2)) / expected_batch_size, and start anew.
+        """Set .grad = (clipped sum + N(0, (noise_multiplier max_grad_norm)^2)) / expected_batch_size, and reset the sum.
 
-        With adaptive clipping the gradient's noise is larger, by what the step's other release costs, and max_grad_norm moves.
+        With adaptive clipping the gradient's noise is larger, to pay for the release of the noisy count, and max_grad_norm
+        changes.
 
         Args:
             noise_multiplier: the noise's standard deviation over max_grad_norm, as accounted; 0 gives no privacy.
@@ -247,7 +249,7 @@ class GhostClipper:
             world.check_same(self._facts(noise_multiplier, expected_batch_size))
         _check_privatize(noise_multiplier, expected_batch_size)
         if self._watch:
-            self._watch.check(Members.of(self.model))  # backward may have written, too
+            self._watch.check(Members.of(self.model))  # the backward pass may have written to it as well
         std = self.clipping.gradient_noise(noise_multiplier, expected_batch_size) * self.max_grad_norm
         sums = world.sum_to_first(self._sums.buffers)
         if callable(generator):
@@ -262,7 +264,7 @@ class GhostClipper:
         self._hand_over(means)
 
     def _hand_over(self, means: dict[Alike, Tensor]) -> None:
-        """Put the noisy means into `.grad`, and let the optimizer write to the parameters."""
+        """Put the noisy means into `.grad`, reset, and allow writes to the model until the optimizer's update ends."""
         self.noise.released()
         for name, grad in self._sums.parted(means).items():
             self.parameters[name].grad = grad
@@ -270,10 +272,10 @@ class GhostClipper:
         self.reset()
         self._watch = None
         resume_after_update(self)
-        stats.warn_if_wasted(stacklevel=3)  # at the end, for it waits for the GPU
+        stats.warn_if_wasted(stacklevel=3)  # at the end, since it waits for the GPU
 
     def watch(self) -> None:
-        """Take the model as it is now: from now until the noise is added nothing in it may change."""
+        """Accept the model's present state: from now until the noise is added nothing in it may change."""
         self._watch = Watch(Members.of(self.model))
 
     def _facts(self, noise_multiplier: float, expected_batch_size: float) -> dict[str, object]:
@@ -291,7 +293,7 @@ class GhostClipper:
 
 
 class _KeptClipper(GhostClipper):
-    """The clipper of `ghost_dp_step`, which the model's next step takes over if it still fits; it keeps no model alive."""
+    """The clipper that `ghost_dp_step` keeps for the model's next step; it refers to the model weakly."""
 
     @property
     def model(self) -> nn.Module:
@@ -305,7 +307,7 @@ class _KeptClipper(GhostClipper):
         self._model = weakref.ref(model)
 
     def fits(self, members: Members, max_grad_norm: float, views: int, clipping: Clipping, group: Group) -> bool:
-        """Tell whether a new clipper would be like this one; members: the model's, refused like a new clipper's.
+        """Tell whether a new clipper for these arguments would be like this one; check the model's members as it would.
 
         Raises:
             PrivacyError: a layer mixes samples, or a wrapper handles gradients by itself.
@@ -322,22 +324,22 @@ def _are_same(one: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter]
     return one.keys() == other.keys() and all(other[name] is p for name, p in one.items())
 
 
-# What the last `ghost_dp_step` left to a model's next one: made anew, it would cost a small step more than its noise.
+# Model -> the clipper of its last `ghost_dp_step`: to make a new one would take a small step longer than its noise does.
 _kept: weakref.WeakKeyDictionary[nn.Module, _KeptClipper] = weakref.WeakKeyDictionary()
 
 
 def _clipper_for(model: nn.Module, max_grad_norm: float, views: int, clipping: Clipping, group: Group) -> _KeptClipper:
-    """Take the clipper that the model's last step left, or make one; in between nothing in the model may have changed.
+    """Take the clipper that the model's last step kept, if it fits the arguments, or make a new one.
 
-    A step that fails leaves none, so that the next one takes the model as it then is.
+    A step that fails keeps none, so that the next one accepts the model as it then is.
 
     Raises:
-        UserError, PrivacyError: as those of `GhostClipper`; or the clipping is adaptive.
+        UserError, PrivacyError: as those of `GhostClipper`; or the model changed since its last step, or clipping is adaptive.
     """
     if kept := _kept.pop(model, None):
         members = Members.of(model)
         fits = kept.fits(members, max_grad_norm, views, clipping, group)
-        # one that fits looks for uncounted writes before the noise
+        # a clipper that fits looks for writes that PyTorch did not count before the noise
         (kept._watch or Watch(members)).check(members, thorough=not fits)
         if fits:
             return kept
@@ -367,8 +369,8 @@ def ghost_dp_step(
 
     losses [samples * views] is the model's loss, one number per sample and view. Arguments and errors are those of
     `GhostClipper`, its `accumulate` and its `privatize`; every check comes before anything changes. On several ranks the
-    statistics returned are of this rank's samples. Adaptive clipping is refused: its bound moves from step to step, and needs
-    one `GhostClipper` for all of them.
+    statistics returned are those of this rank's samples. Adaptive clipping is refused: its bound changes from step to step,
+    which needs one `GhostClipper` for all steps.
     """
     sharded = hand_back_shards(model)
     clipper = _clipper_for(model, max_grad_norm, views, clipping, group)
@@ -378,7 +380,7 @@ def ghost_dp_step(
     stats = clipper._add(losses, samples, mask, sharded)
     clipper.privatize(noise_multiplier, expected_batch_size, generator)
     optimizer.step()
-    end_update(clipper)  # PyTorch's optimizers have told it
+    end_update(clipper)  # for optimizers that are not PyTorch's, which have no hook that calls it
     _kept[model] = clipper
     return stats
 

@@ -1,10 +1,10 @@
-"""Styles of clipping: how the parameters are grouped, each group's share of the bound, and the factor that is wanted.
+"""Styles of clipping: how the parameters are grouped, each group's share of the bound, and the factor that the style wants.
 
     Flat        one group                 c = min(1, C / |g|)          Abadi et al. 2016, https://arxiv.org/abs/1607.00133
     Automatic   one group                 c = C / (|g| + gamma)        Bu et al. 2023, https://arxiv.org/abs/2206.07136
     PerLayer    a group for each layer    c_l = min(1, C_l / |g_l|)    McMahan et al. 2018, https://arxiv.org/abs/1710.06963
 
-`clip.clip_factors` lowers a factor where the bound demands it. `adaptive.AdaptiveClipping` is Flat with a bound that moves.
+`clip.clip_factors` lowers a factor where the bound demands it. `adaptive.AdaptiveClipping` is Flat with a bound that changes.
 """
 
 import math
@@ -25,7 +25,7 @@ Groups = Mapping[str, tuple[str, ...]]  # group -> the names of its parameters
 
 
 class Bound:
-    """The bound C on what a sample contributes, over the steps of a run. This one never moves, and looks at no sample.
+    """The bound C on a sample's contribution, over the steps of a run. This base class keeps C constant.
 
     Attributes:
         value: C, public.
@@ -35,19 +35,19 @@ class Bound:
         self.value = value
 
     def observe(self, norms: Tensor, mask: Tensor) -> None:
-        """Take in a micro-batch: norms |g_n| [samples], and mask, bool [samples], false for padding."""
+        """Add the norms |g_n| [samples] of a micro-batch to what is observed; mask: bool [samples], false for padding."""
 
     def forget(self) -> None:
         """Drop what was observed since the last step."""
 
     def observed(self, world: World) -> Sequence[Tensor]:
-        """Sum over the ranks what `move` would release, on rank 0: new sums need new noise, so its source must know them."""
+        """Return what `move` would release, summed on rank 0: noise is derived from it, so that no two sums get the same."""
         return ()
 
     def move(
         self, noise_multiplier: float, expected_batch_size: float, world: World, generator: NoiseSource | None
     ) -> None:
-        """Release what was observed, with noise, and set C by it, to the same value on all ranks."""
+        """Set C, to the same value on all ranks, by what was observed, which is released with noise."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Flat:
         return torch.ones_like(norms)
 
     def gradient_noise(self, noise_multiplier: float, expected_batch_size: float) -> float:
-        """Compute the gradient's noise over max_grad_norm in a step that costs as much as `noise_multiplier` alone."""
+        """Compute the gradient's noise multiplier in a step whose total cost is that of `noise_multiplier`."""
         return noise_multiplier
 
     def bound_from(self, max_grad_norm: float) -> Bound:
@@ -104,7 +104,7 @@ class PerLayer(Flat):
 
     Attributes:
         bounds: module name -> bound, for every layer; the root of their sum of squares must be max_grad_norm.
-            Default: max_grad_norm / sqrt(layers) for each. Public: not to be read off private gradients.
+            Default: max_grad_norm / sqrt(layers) for each. They are public: do not take them from private gradients.
     """
 
     name: ClassVar[str] = "per_layer"
@@ -138,7 +138,7 @@ class PerLayer(Flat):
 
 @dataclass(frozen=True)
 class PerParameter(PerLayer):
-    """The style that clips each parameter by its own norm; `bounds` has the parameters' names."""
+    """The style that clips each parameter by its own norm; the keys of `bounds` are parameter names."""
 
     name: ClassVar[str] = "per_parameter"
 

@@ -1,6 +1,7 @@
 """Sums for many parameters in one buffer, so that noise is drawn, scaled and cast once for all of them.
 
-An adapted U-Net has hundreds of small parameters: a few operations for each would cost a small step more than their arithmetic.
+An adapted U-Net has hundreds of small parameters: in a small step, launching a few operations for each would take longer than
+their arithmetic.
 """
 
 from collections import defaultdict
@@ -13,11 +14,11 @@ Alike = tuple[torch.device, torch.dtype]  # parameters that agree in these share
 
 
 class FlatSums:
-    """The sums of a step, zero at the start, in float64: rounding must not add up over micro-batches.
+    """The sums of a step, zero at the start, in float64, so that rounding does not add up over micro-batches.
 
     Attributes:
         buffers: the 1-d sums for the parameters of each device and dtype.
-        by_name: views of the buffers by parameter, in their shapes.
+        by_name: views of the buffers by parameter name, each in its parameter's shape.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
@@ -47,12 +48,12 @@ class FlatSums:
             torch._foreach_add_(*map(list, zip(*group)))
 
     def join_(self, other: "FlatSums") -> None:
-        """Add the sums of the same parameters."""
+        """Add `other`, the sums of the same parameters."""
         for alike, total in self.buffers.items():
             total += other.buffers[alike]
 
     def parted(self, buffers: Mapping[Alike, Tensor]) -> dict[str, Tensor]:
-        """View buffers like `self.buffers` by parameter, in their shapes."""
+        """Return views of `buffers`, laid out like `self.buffers`, by parameter name and in the parameters' shapes."""
         views = {}
         for alike, shapes in self._shapes.items():
             parts = buffers[alike].split([shape.numel() for shape in shapes.values()])

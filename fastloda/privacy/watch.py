@@ -1,4 +1,4 @@
-"""The watch that nothing in a model changes with the records except by the noisy update.
+"""The watch over a model, in which nothing may change with the records except by the noisy update.
 
 A forward or backward pass that writes to a buffer (running statistics, the largest gradient that FP8 scaling stores), to a
 frozen parameter, or to a trainable one (`F.embedding` with max_norm) would release what it wrote without noise. So a model is
@@ -43,7 +43,7 @@ class Watch:
         thorough: whether to compare values even if no write was counted, which waits for the GPU.
 
         Raises:
-            PrivacyError: names the first that changed.
+            PrivacyError: a parameter or buffer changed; the message names one if its writes were counted.
         """
         if _places(members) != self._places:  # the user moved or cast the model, which does not depend on records
             self.__init__(members)
@@ -68,7 +68,7 @@ class Watch:
 
 
 OWN_CHANGES = (
-    "(Changes of your own that no record has to do with belong into optimizer.register_step_post_hook, or before "
+    "(Make changes of your own, which must not depend on records, in optimizer.register_step_post_hook, or before a call of "
     "fastloda.privacy.watch.accept_changes(model))"
 )
 
@@ -83,14 +83,14 @@ class Watcher(Protocol):
     parameters: dict[str, nn.Parameter]
 
     def watch(self) -> None:
-        """Take the model as it is now."""
+        """Accept the model's present state."""
 
 
 _watchers: WeakKeyDictionary[nn.Module, WeakSet[Watcher]] = WeakKeyDictionary()
 
 
 def add_watcher(model: nn.Module, watcher: Watcher) -> None:
-    """Let `accept_changes` tell a watcher, which has just taken the model as it is."""
+    """Register a watcher of the model, so that `accept_changes` reaches it."""
     _watchers.setdefault(model, WeakSet()).add(watcher)
 
 
@@ -98,13 +98,13 @@ _awaiting_update: WeakSet[Watcher] = WeakSet()
 
 
 def resume_after_update(watcher: Watcher) -> None:
-    """Let a watcher take the model as it is once an optimizer has moved its parameters."""
+    """Let a watcher accept the model's state as soon as a PyTorch optimizer has updated the parameters."""
     _awaiting_update.add(watcher)
     _follow_optimizers()
 
 
 def end_update(watcher: Watcher) -> None:
-    """Let a watcher take the model as it is, unless it has done so since the noise."""
+    """Let a watcher accept the model's present state, unless it has done so since the noise was added."""
     if watcher in _awaiting_update:
         _awaiting_update.discard(watcher)
         watcher.watch()
@@ -124,9 +124,9 @@ def _follow_optimizers() -> None:
 
 
 def accept_changes(model: nn.Module) -> None:
-    """Take a model as it is now, whatever was done to it since its last private step: weights loaded or bounded, say.
+    """Accept a model's present state, whatever was done to it since its last private step: weights loaded or clamped, say.
 
-    What was done may not depend on private records.
+    These changes must not depend on private records.
     """
     for watcher in _watchers.get(model, ()):
         _awaiting_update.discard(watcher)
@@ -134,7 +134,7 @@ def accept_changes(model: nn.Module) -> None:
 
 
 def bits(parameters: Iterable[Tensor]) -> Tensor:
-    """Sum the bits of all tensors, read as integers, by one pass: int64, on the device of the first."""
+    """Sum the bits of all tensors, read as integers, in one pass; the int64 sum is on the device of the first tensor."""
     alike: dict[tuple, list[Tensor]] = {}
     for p in parameters:
         p = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
@@ -149,5 +149,5 @@ def _places(members: Members) -> list[tuple[torch.dtype, torch.device]]:
 
 
 def _versions(members: Members) -> dict[str, tuple[Tensor, int]]:
-    """Map names to tensors and their counts of writes; tensors and not ids, for the id of a replaced one may come back."""
+    """Map names to tensors and their counts of writes; not to ids, since a new tensor may get the id of a freed one."""
     return {name: (t, t._version) for name, t in (members.parameters | members.buffers).items()}
