@@ -7,10 +7,10 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "architecture.md").read_text()
 
 
-def test_every_room_is_named_and_every_named_room_is_there():
-    rooms = {str(path.parent.relative_to(ROOT)) for path in (ROOT / "fastloda").rglob("__init__.py")} | {"kernels"}
+def test_every_package_is_named_and_every_named_package_is_there():
+    packages = {str(path.parent.relative_to(ROOT)) for path in (ROOT / "fastloda").rglob("__init__.py")} | {"kernels"}
     named = set(re.findall(r"`((?:fastloda|kernels)[\w/]*)`", TEXT))
-    assert {name for name in named if not (ROOT / name).suffix} == rooms
+    assert {name for name in named if not (ROOT / name).suffix} == packages
 
 
 def test_every_named_file_is_there():
