@@ -429,7 +429,7 @@ def test_a_damaged_batch_is_read_or_refused_but_never_fails_otherwise(tmp_path_f
     at = int(place * len(content))
     if cut:
         content = content[:at]
-    elif chr(content[at] ^ flip) not in "jr":  # the two that name a place in memory: up to 64 GiB, in Python itself
+    elif chr(content[at] ^ flip) not in "jr":  # memo opcodes: their index makes Python itself take up to 64 GiB
         content[at] ^= flip
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(content)
