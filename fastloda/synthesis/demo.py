@@ -44,8 +44,8 @@ DIRECT = ByEpsilon(  # settings of DP-SGD on the digits themselves, for comparis
 
 
 @dataclass(frozen=True)
-"""How much the demo computes; everything else is set in `presets`, as for any images.
-    """How much the demo computes; all else is set in `presets`, as for any images.
+class DemoSettings:
+    """How much the demo computes; everything else is set in `presets`, as for any images.
 
     Attributes:
         public_images: number of font digits on which the public model is trained.

@@ -1,4 +1,4 @@
-"""A reader of pickles of plain data, which runs no code in them."""
+"""A reader of pickles of plain data, which runs no code in them.
 
 A pickle is a program that may call any function of any module. The batches of CIFAR-10 and ImageNet32 need dicts, lists,
 numbers, bytes and NumPy arrays. For these a few names are enough, and even these names are bound to functions of this file,
