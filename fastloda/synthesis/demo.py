@@ -164,7 +164,7 @@ def demo(
     privately; the budget covers both: it is `fastloda synthesize --choose`. A classifier is trained on synthetic digits alone
     and tested on 360 real ones; it is compared with classifiers of both public models' digits, DP-SGD on the private digits, and
     training without privacy. Writes report.html, results.json and results.md. Interrupted, it continues when it is called again.
-    Its seeds are fixed, so that it can be repeated: an experiment, not a private release.
+    Its seeds are fixed, so that it can be repeated: it is an experiment, not a private release.
 
     Args:
         run: folder for all results. Default: runs/demo, or runs/demo-thorough.
