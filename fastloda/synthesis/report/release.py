@@ -1,4 +1,4 @@
-"""The page to sign before anything of a run is published: what is promised, to whom, and which files it is about."""
+"""The page to sign before anything of a run is published: what is promised to whom, and which files it applies to."""
 
 import datetime
 import logging
