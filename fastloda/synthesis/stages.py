@@ -126,7 +126,7 @@ def pretrain(
         unet: shape of the U-Net.
         training: settings of the optimization.
         device: device to compute on.
-        progress: whether to show progress: a bar on a terminal, elsewhere a line from time to time.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
     place = resolve_device(device)
     reading = {"size": size, "channels": channels, "count": count, "skip_unreadable": skip_unreadable}
@@ -202,7 +202,7 @@ def choose(
         seed: seed of the noise and of everything else. Default: the operating system's randomness. A number makes an experiment
             that can be repeated, and whose noise can be foreseen.
         device: device to compute on.
-        progress: whether to show progress: a bar on a terminal, elsewhere a line from time to time.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
     place = resolve_device(device)
     folder = Path(run) / PUBLIC if model is None else Path(model)
@@ -324,7 +324,7 @@ def finetune(
         layers: settings of a choice of layers to adapt.
         training: settings of the optimization.
         device: device to compute on.
-        progress: whether to show progress: a bar on a terminal, elsewhere a line from time to time. It shows loss and clipped
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then. It shows loss and clipped
             fraction, which are private: only the operator may see them.
     """
     place = resolve_device(device)
@@ -478,7 +478,7 @@ def sample(
         model: folder of the public model, as in `fastloda finetune`. Default: chosen/ in the run's folder, or else public/.
         batch_size: number of images at a time; the result does not depend on it.
         device: device to compute on.
-        progress: whether to show progress: a bar on a terminal, elsewhere a line from time to time.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
     check_sampling(count, steps, guidance, batch_size, reach)
     place, folder = resolve_device(device), Path(run) / samples_folder(public, name)
@@ -562,7 +562,7 @@ def evaluate(
         skip_unreadable: whether to leave out the images of a folder that cannot be read, instead of refusing the folder.
         classifier: settings of the classifier and its training.
         device: device to compute on.
-        progress: whether to show progress: a bar on a terminal, elsewhere a line from time to time.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
     if train is not None and (public or name):
         raise UserError(f"give --train {train}, or --public or --name, not both")
