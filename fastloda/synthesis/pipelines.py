@@ -300,7 +300,7 @@ KINDS: dict[str, type[Pipeline]] = {
 
 
 def open_pipeline(folder: Path, device: torch.device) -> Pipeline:
-    """Open a pipeline of diffusers in a folder, in float32. No download, no pickle is read, and no code of the folder is run.
+    """Open a folder with a pipeline of diffusers, in float32. Nothing is downloaded, no pickle read, and no code of it run.
 
     Raises:
         ValueError: the folder is damaged, or the pipeline or a part of it is of a kind that is not covered.

@@ -29,7 +29,7 @@ class Outcome:
         statements: (method, target epsilon, seed) -> the private run's privacy.json.
         seconds: stage -> time that its work took.
         settings: name -> value of each hyper-parameter.
-        reasons: name -> reason for the hyper-parameter's value.
+        reasons: name -> how the hyper-parameter was chosen.
         environment: machine and versions.
         grids, curves: caption -> PNG file of seed 0.
         form: a sentence on how much was computed, and which options compute more or less.

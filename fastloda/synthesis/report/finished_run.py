@@ -19,7 +19,7 @@ from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, LAYERS, PRIVA
 
 SHOWN_SETTINGS = ("privacy", "adapter", "layers", "training")  # the others may contain paths
 SAMPLING_SETTINGS = ("count", "steps", "guidance", "reach")
-HIDDEN_SETTINGS = ("seed",)  # a seed lets its reader predict what was drawn
+HIDDEN_SETTINGS = ("seed",)  # anyone who knows a seed can foresee what was drawn
 
 
 @dataclass(frozen=True)

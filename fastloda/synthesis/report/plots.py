@@ -22,7 +22,7 @@ from fastloda.errors import UserError
 from fastloda.synthesis.report.tables import Result, rounded_up
 
 INK, LINE, DOT = "#1c2026", "#2f74c4", "#c9601a"
-WIDTH = 4.6  # inches; text of ten points is then readable on a phone 320 pixels wide, without zooming
+WIDTH = 4.6  # inches; text of ten points is then readable on a phone, where the figure is 320 pixels wide
 CELL = 64  # side in pixels, to which small images are enlarged
 GAP = 2  # pixels between images
 NAME_WIDTH = 16  # length in characters above which a class name is wrapped

@@ -43,8 +43,8 @@ class Result:
     """The test accuracy of one method.
 
     Attributes:
+        method: name of the method.
         epsilon: upper bound on the epsilon spent; 0 if it saw no private record, infinity without privacy.
-        epsilon: upper bound on epsilon spent; 0 if it saw no private record, infinity without privacy.
         trained_on: training data of its classifier.
         accuracies: accuracy for each seed, 0 .. 1.
     """
