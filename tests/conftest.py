@@ -1,4 +1,4 @@
-"""Shared switches of the test suite: `--prove` runs the slow full counts and records their figures."""
+"""Options and fixtures that all tests share: `--prove` runs the slow full counts and records their figures."""
 
 import json
 import os
@@ -11,9 +11,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-hypothesis.settings.register_profile(
-    "repeatable", derandomize=True
-)  # nobody's change fails by chance; --prove draws anew
+# The same cases in every run, so that no change fails by chance; --prove draws new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 PROOF_FILE = Path(__file__).parent.parent / "docs" / "results" / "prove.json"
 _figures: dict[str, object] = {}
@@ -42,7 +41,7 @@ def proof(request):
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Calibrated noise is looked up nowhere but in this session."""
+    """Give the test session a cache of its own, so that no calibrated noise of an earlier session is found."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 

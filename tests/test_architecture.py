@@ -1,4 +1,4 @@
-"""docs/architecture.md names every room, and none that is not there."""
+"""docs/architecture.md names every package and module folder, and none that does not exist."""
 
 import re
 from pathlib import Path

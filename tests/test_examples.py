@@ -1,4 +1,4 @@
-"""Every script in examples/ runs, as a user would run it, and says something, without warnings."""
+"""Every script in examples/ runs as a user would run it, prints something, and gives no warnings."""
 
 import os
 import re

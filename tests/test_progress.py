@@ -1,4 +1,4 @@
-"""How far a long computation is shows as a bar on a terminal, and as a line now and then in a log."""
+"""A long computation shows its progress: as a bar on a terminal, as a line now and then in a log."""
 
 import io
 import re
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands until a test moves it: a list of one number, the time."""
+    """Replace the clock by one that stands still until a test moves it; return a list of one number, the time."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -23,7 +23,7 @@ def clock(monkeypatch):
 
 def run(clock: list[float], seconds: float, steps: int = 100, **options) -> None:
     with Progress("private", steps, **options) as bar:
-        vars(bar._bar).update(delay=0)  # were there a bar, it would be drawn at once
+        vars(bar._bar).update(delay=0)  # if there were a bar, it would be drawn at once
         for step in range(steps):
             clock[0] += seconds / steps
             bar.update(note=f"loss {steps - step}" if step % 10 == 0 else "")
@@ -42,7 +42,7 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(clock, capsys):
 
 def test_slow_steps_get_a_line_each(clock, capsys):
     run(clock, 30 * EVERY, steps=10)
-    assert len(capsys.readouterr().err.splitlines()) == 11  # the end is told even so
+    assert len(capsys.readouterr().err.splitlines()) == 11  # the last line is printed even so
 
 
 def test_what_is_done_in_moments_and_what_is_not_to_be_shown_get_none(clock, capsys):
@@ -80,7 +80,7 @@ def test_a_terminal_has_a_bar(clock, monkeypatch):
 
 
 def test_nothing_else_draws_bars():
-    """A bar of anybody else's would fill a log with thousands of lines."""
+    """Other progress bars would fill a log with thousands of lines."""
     found = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "fastloda").rglob("*.py"))

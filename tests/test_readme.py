@@ -1,5 +1,5 @@
-"""What README.md and the site show is so: each Python snippet runs as it stands, each command line parses, and each link of the
-root's pages leads somewhere. Links between the site's pages are checked by `make docs`."""
+"""What README.md and the site show is true: each Python snippet runs as it stands, each command line parses, and each link of
+the pages in the root folder leads somewhere. Links between the site's pages are checked by `make docs`."""
 
 import re
 import runpy
@@ -37,7 +37,7 @@ INLINE = sorted({code for text in TEXTS.values() for code in re.findall(r"`([^`\
 COMMAND_LINES = [line for line in SHOWN if re.match(r"(torchrun .*-- )?fastloda ", line)]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # it is PEFT that asks
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_snippet_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,1 +1,1 @@
-"""The paper's system: from a private image set to synthetic images, and the methods that it is compared with."""
+"""The paper's system, which turns private images into synthetic ones, and the methods that it is compared with."""

@@ -1,4 +1,4 @@
-"""Privacy accounting without a model: epsilon for noise, noise for epsilon, several runs together."""
+"""Privacy accounting without a model: epsilon for given noise, noise for a given epsilon, or several runs together."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def account(
     """Compute epsilon for given noise, the noise for a given epsilon, or the epsilon of several runs together.
 
     Epsilon is an upper bound for Poisson-sampled DP-SGD and add/remove adjacency (`fastloda.accounting.accountant`); the bound
-    by Renyi DP stands beside it.
+    by Renyi DP is shown too.
 
     Args:
         delta: probability with which the bound may fail.
@@ -58,7 +58,7 @@ def read_statement(path: Path) -> dict:
     """Read privacy.json from `path`: the file itself, a run's folder, or that folder's private/.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is no statement of ours.
+        FileNotFoundError, ValueError: there is no such file, or it is no privacy statement of FastLoDA.
     """
     found = [p for p in (path, path / STATEMENT, path / "private" / STATEMENT) if p.is_file()]
     if not found:
@@ -77,7 +77,7 @@ def releases(statement: dict) -> list[tuple]:
 
 
 def known_releases(statement: dict) -> list[dict]:
-    """List all releases that a statement covers, with what is known of how the noise of each was drawn."""
+    """List all releases that a statement covers, each with how its noise was drawn, as far as this is known."""
     if "releases" in statement:
         return statement["releases"]
     *earlier, own = map(unrecorded_release, releases(statement))

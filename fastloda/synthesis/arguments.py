@@ -1,4 +1,4 @@
-"""Argument types of the command line that the standard types lack."""
+"""Argument types for the command line that the standard types lack."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from jsonargparse.typing import register_type, restricted_string_type
 
 from fastloda.errors import UserError
 
-# The type's name stands in the help texts.
+# The help texts show the types' names.
 Device = restricted_string_type("auto|cpu|cuda|cuda:N|mps", r"^(auto|cpu|cuda(:\d+)?|mps)$", "Name of a device.")
 
 
@@ -22,12 +22,12 @@ class Names(tuple[str, ...]):
 
 
 def resolve_device(device: str) -> torch.device:
-    """Choose the device by its name, and make a GPU that has a number the current one, where kernels run.
+    """Choose a device by its name, and make a numbered GPU the current device, on which kernels run.
 
     "auto" is the GPU if there is one. Where a process group is initialised, each rank gets the GPU of its LOCAL_RANK.
 
     Raises:
-        UserError: there is no such device here, or "cuda:N" would be the same one for several ranks.
+        UserError: there is no such device here, or "cuda:N" would give several ranks the same GPU.
     """
     kind, _, number = device.partition(":")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,4 +1,4 @@
-"""The public model that `finetune` adapts and `sample` draws from: a U-Net of `fastloda pretrain`, or a pipeline of diffusers."""
+"""The public model that `finetune` adapts and `sample` draws from: a U-Net of `fastloda pretrain`, or a diffusers pipeline."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,16 +22,16 @@ MODEL, PIPELINE = "model.safetensors", "model_index.json"
 
 
 class Base(Protocol):
-    """A public model of images, as stages see it.
+    """A public model of images, as the stages use it.
 
     Attributes:
-        network: the part that adapters go onto, all of which may train.
+        network: the part that adapters are attached to; all of it may train.
         file: the file or folder that it was loaded from, whose digest identifies it.
-        takes: the images that it takes.
-        class_names: names of its classes, in the order of its labels; () if it has numbers or prompts for any.
-        synonyms: further names of classes, each with the one among class_names.
+        takes: the shape and the number of classes of the images that it takes.
+        class_names: names of its classes, in the order of its labels; () if it has only numbers, or prompts for any classes.
+        synonyms: other names of classes, each mapped to the name in class_names.
         targets: the preset of layers that are adapted by default; None: every convolution.
-        chosen_privately: whether private images had a say in its public ones, at a budget's cost.
+        chosen_privately: whether its public images were chosen by means of private ones, which costs a part of the budget.
     """
 
     network: torch.nn.Module
@@ -43,14 +43,14 @@ class Base(Protocol):
     chosen_privately: bool
 
     def caption(self, prompts: Sequence[str] | None) -> None:
-        """Take the prompt of each class; None for a model without text.
+        """Set the prompt of each class; None for a model without text.
 
         Raises:
             ValueError: the model needs prompts, or takes none.
         """
 
     def records(self, images: LabelledImages, progress: bool = True) -> Columns:
-        """Make what the losses are computed on, each record of its own image alone."""
+        """Make the records on which the losses are computed, each from its own image alone."""
 
     def losses(self, training: FineTuning, views: int) -> Losses:
         """Make the denoising loss for a trainer, one number per sample and view.
@@ -60,7 +60,7 @@ class Base(Protocol):
         """
 
     def check_drawing(self, steps: int, guidance: float) -> None:
-        """Refuse with a ValueError what `draw` can't do."""
+        """Refuse with a ValueError settings that `draw` does not support."""
 
     def draw(self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, skip: int = 0) -> Tensor:
         """Draw one image per label [n]: float32 [n, C, H, W] in [-1, 1] on the CPU.
@@ -99,11 +99,11 @@ class OwnUNet:
 
 
 def open_base(folder: Path, device: torch.device) -> Base:
-    """Open the public model in a folder: a pipeline of diffusers where there is a model_index.json, else our own U-Net.
+    """Open the public model in a folder: a diffusers pipeline if there is a model_index.json, otherwise our own U-Net.
 
     Raises:
         FileNotFoundError: neither is there.
-        ValueError: the model is damaged, or a pipeline of a kind that is not covered.
+        ValueError: the model is damaged, or a pipeline of an unsupported kind.
     """
     if not (folder / PIPELINE).is_file():
         return OwnUNet(folder, device)
@@ -122,11 +122,11 @@ def class_prompts(text: str, names: Sequence[str]) -> list[str]:
     """Make the prompt of each class.
 
     Args:
-        text: a template with {class}, as "a photo of a {class}"; or one prompt a class, as "cat=a photo of a cat,dog=a dog".
+        text: a template with {class}, as "a photo of a {class}"; or one prompt per class, as "cat=a photo of a cat,dog=a dog".
         names: the classes' names, in the order of their labels.
 
     Raises:
-        ValueError: a class has no prompt or two, a prompt is empty, or a name is none of a class.
+        ValueError: a class has no prompt or two, a prompt is empty, or a name is not that of a class.
     """
     if "{class}" in text:
         return [text.replace("{class}", name) for name in names]

@@ -1,4 +1,4 @@
-"""A privacy budget: a promise (epsilon, delta), a private run's settings that keep it, and the statement of what it spent."""
+"""A privacy budget: a promise (epsilon, delta), settings of a private run that keep it, and the statement of what was spent."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ Better kept: {DONE}; the time that training took depends, a little, on the recor
 
 @dataclass(frozen=True)
 class Privacy:
-    """The promise, and what else determines the noise. All is public: none may be computed from the private records.
+    """A promise of privacy, with all else that determines the noise. All is public: none may be computed from private records.
 
     Where owners of several images are given (`fastloda finetune --owner`), each is one record here.
 
@@ -106,7 +106,7 @@ class Privacy:
         return cls(epochs=steps * batch_size / records, batch_size=batch_size, records=records, **promise)
 
     def with_records(self, count: int, counted: str = "records") -> "Privacy":
-        """Fill in `records` by `count`, the data's own number, if it is not given; `counted` is what they are called."""
+        """Set `records` to `count`, the data's own number, unless it is given; `counted` is what the records are called."""
         return replace(self, records=nominal_records(self.records, count, "--privacy.records", counted))
 
     @property
@@ -138,9 +138,9 @@ def check_delta(name: str, delta: float, records: int) -> None:
 
 
 def private_training(privacy: Privacy, earlier: Sequence[Sequence] = (), **optimization) -> PrivateTraining:
-    """Make the trainer's settings with the least noise that keeps the promise. Takes 1 to 20 s, less if asked before.
+    """Make the trainer's settings with the least noise that keeps the promise; takes 1 to 20 s, less if asked before.
 
-    `earlier` are releases about the same records, as `compose_epsilon` takes them, that the promise covers too;
+    `earlier` are releases about the same records, as `compose_epsilon` takes them, which the promise covers too;
     `optimization` are the other fields of `PrivateTraining`.
     """
     logger.info("calibrating the noise for epsilon %g over %d steps", privacy.target_epsilon, privacy.steps)
@@ -175,7 +175,7 @@ def private_trainer(
 ) -> DPTrainer:
     """Make the trainer of a private run with the least noise that keeps the promise; see `private_training`.
 
-    `owners` are those of the records, as `DPTrainer` takes them, where owners are the unit of privacy.
+    `owners` are the owners of the records, as `DPTrainer` takes them, if owners are the unit of privacy.
     """
     fixed_shape = next(model.parameters()).device.type != "cpu"
     settings = private_training(privacy, earlier, fixed_shape=fixed_shape, **optimization)
@@ -183,7 +183,7 @@ def private_trainer(
 
 
 def fit_average(trainer: DPTrainer) -> None:
-    """Train to the end, and leave the average of the parameters in the model: the average is what is released."""
+    """Train to the end, and copy the average of the parameters into the model: the average is what is released."""
     trainer.fit()
     copy_into(trainer.parameters, trainer.average.values)
 
@@ -195,7 +195,7 @@ def publish(
     earlier: Sequence[dict] = (),
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a private run's public account: privacy.json, epsilon.png, and README.txt on what may leave the folder.
+    """Write what a private run publishes: privacy.json, epsilon.png, and README.txt on which files may leave the folder.
 
     `earlier` is as in `privacy_statement`; `about` are public facts of the private images, with which the statement begins.
     """
@@ -205,7 +205,7 @@ def publish(
 
 
 def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[dict] = ()) -> dict:
-    """Make the statement of what a run spent, and on what terms: JSON values, all of them public.
+    """Make the statement of what a run spent, and under which assumptions: JSON values, all of them public.
 
     `earlier` describes the releases in the settings' `earlier`, as a statement's own "releases" do.
     """
@@ -274,8 +274,8 @@ def release_statement(
 ) -> dict:
     """Make the statement of sums over the records, or over owners, that were released together.
 
-    Each is (what was summed, sample_rate, noise_multiplier, steps); what must stand for all is said of the last, as of a run, and
-    the others are its `earlier` ones.
+    Each sum is (what was summed, sample_rate, noise_multiplier, steps). As in the statement of a run, the last one fills the
+    fields of the statement itself, and the others are in its `earlier`.
     """
     summed, mechanisms = [what for what, *_ in described], [mechanism for _, *mechanism in described]
     *earlier, (sample_rate, noise_multiplier, steps) = mechanisms
@@ -297,7 +297,7 @@ def release_statement(
 
 
 def unrecorded_release(mechanism: Sequence) -> dict:
-    """Describe a release of which it is not recorded how its noise was drawn."""
+    """Describe a release for which nobody recorded how its noise was drawn."""
     return _release(mechanism, None, UNRECORDED)
 
 
@@ -307,7 +307,7 @@ def _release(mechanism: Sequence, seed_was_fixed: bool | None, randomness: str) 
 
 
 def _randomness(all_releases: Sequence[dict]) -> dict:
-    """Describe how the noise of each release was drawn, and of all together: foreseeable as soon as one is, or may be."""
+    """Describe how the noise of each release, and of all together, was drawn: all can be foreseen if one can, or may be."""
     return {
         "seed_was_fixed": any(release["seed_was_fixed"] is not False for release in all_releases),
         "randomness": describe_together(release["randomness"] for release in all_releases),
@@ -321,10 +321,10 @@ def _accountant() -> str:
 
 
 def _epsilon_curve(trainer: DPTrainer) -> bytes:
-    """Draw the epsilon spent by each step, as PNG."""
+    """Plot the epsilon spent by each step, as PNG."""
     settings, spent = trainer.settings, trainer.epsilon()
     # Epsilon rises fastest at the start, where the points are densest.
     counts = sorted({0, 1} | {round(trainer.step * (i / CURVE_POINTS) ** 2) for i in range(CURVE_POINTS + 1)})
-    # The curve's bounds are looser than the final one, which bounds all that came before it.
+    # The curve's bounds are looser than the final epsilon, which also bounds epsilon at all earlier steps.
     epsilons = [min(bound, spent) for bound in trainer.accountant.epsilon_curve(settings.delta, counts)]
     return epsilon_plot(counts, epsilons, target=settings.target_epsilon, delta=settings.delta)

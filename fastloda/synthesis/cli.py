@@ -1,8 +1,8 @@
-"""The command `fastloda`: its subcommands are functions of the package, their help texts those functions' docstrings.
+"""The command `fastloda`: its subcommands are functions of the package, and its help texts are the functions' docstrings.
 
-A bad input gives one line on stderr, and one for each file that can't be read, and exit code 2, before anything is changed; a
-bug keeps its traceback. What takes long to import waits until a subcommand is known. `torchrun -m -- fastloda finetune ...`
-starts the ranks of one run, of which rank 0 alone writes and prints; the others tell their own errors only.
+Bad input gives exit code 2 and one line on stderr, plus one for each unreadable file, before anything is changed; a bug shows
+its traceback. Modules that are slow to import wait until the subcommand is known. `torchrun -m -- fastloda finetune ...` starts
+the ranks of one run, of which only rank 0 writes and prints; the other ranks print only errors of their own.
 """
 
 import logging
@@ -129,7 +129,7 @@ def _process_group() -> Iterator[None]:
 
 
 def _parse_together(name: str, function: Callable, options: Sequence[str]) -> dict:
-    """Read a subcommand's arguments on all ranks, which must agree; rank 0 alone shows progress, and tells a mistake of all."""
+    """Parse a subcommand's arguments on all ranks, which must agree; only rank 0 shows progress, and reports a mistake."""
     from fastloda.privacy.ranks import World
     from fastloda.synthesis.parser import parse
 
@@ -140,7 +140,7 @@ def _parse_together(name: str, function: Callable, options: Sequence[str]) -> di
         mistake = error
     world.check_same(arguments | {"mistake": str(mistake)})
     if mistake:
-        raise mistake if world.first else SystemExit(0)  # torchrun ends all ranks as soon as one has failed
+        raise mistake if world.first else SystemExit(0)  # torchrun ends all ranks as soon as one fails
     return arguments | {"progress": arguments["progress"] and world.first}
 
 
@@ -150,7 +150,7 @@ def command_function(command: str) -> Callable[..., dict | None]:
 
 
 def _refuse(name: str, message: str) -> int:
-    """Fail on rank 0; the others succeed, for torchrun ends all ranks as soon as one has failed, and rank 0 must say why."""
+    """Fail on rank 0 only: torchrun ends all ranks as soon as one fails, and rank 0 has to print the reason."""
     return 0 if _rank() else _fail(name, message)
 
 
@@ -165,7 +165,7 @@ def _fail(name: str, message: str) -> int:
 
 @contextmanager
 def _notes_to_stderr() -> Iterator[None]:
-    """Print the package's log messages and warnings to stderr, a line each, inside the context; on rank 0 only."""
+    """Print the package's log messages and warnings to stderr inside the context, each on a line; on rank 0 only."""
     logger = logging.getLogger("fastloda")
     handler = logging.NullHandler() if _rank() else logging.StreamHandler(sys.stderr)
     level, propagate = logger.level, logger.propagate

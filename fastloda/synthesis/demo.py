@@ -1,4 +1,4 @@
-"""The demo: `synthesize` on real digits as private data and fonts as public data, compared with other ways; one report."""
+"""The demo: `synthesize` with real digits as private and fonts as public data, compared with other methods, in one report."""
 
 import logging
 import time
@@ -33,9 +33,9 @@ logger = logging.getLogger("fastloda")
 T = TypeVar("T")
 
 DIGITS, FONTS, NAME = "digits", "font-digits", "scikit-learn's handwritten digits, 80% of them"
-PRIVATE_RECORDS, SIDE = 1437, 8  # the number and the side in pixels that are published with the data set
+PRIVATE_RECORDS, SIDE = 1437, 8  # number and side in pixels, both published with the data set
 DELTA = 1e-5
-DIRECT = ByEpsilon(  # DP-SGD on the digits themselves, which is compared
+DIRECT = ByEpsilon(  # settings of DP-SGD on the digits themselves, for comparison
     {
         STRICT: Direct(DPSGDTraining(learning_rate=0.05, ema_decay=0.97, width=8), steps=100),
         RELAXED: Direct(DPSGDTraining(learning_rate=0.15, ema_decay=0.97, width=16), steps=250),
@@ -45,14 +45,14 @@ DIRECT = ByEpsilon(  # DP-SGD on the digits themselves, which is compared
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much the demo computes; all else is set in `presets`, as for any images.
+    """How much the demo computes; everything else is set in `presets`, as for any images.
 
     Attributes:
         public_images: number of font digits on which the public model is trained.
-        public_steps: number of steps of its training.
+        public_steps: number of steps of that training.
         choice_images: number of font digits to choose from.
-        choice_steps: number of steps on those chosen.
-        private_steps: number of private steps, of the adapters as of DP-SGD. Default: 400 and 250; 100 each below epsilon 3.
+        choice_steps: number of steps of training on the chosen digits.
+        private_steps: number of private steps, of the adapters and of DP-SGD. Default: 400 and 250; 100 each below epsilon 3.
         synthetic_images: number of synthetic digits.
         sampler_steps: number of steps of the sampler.
         classifier_steps: number of steps of each classifier's training.
@@ -73,7 +73,7 @@ class DemoSettings:
                 raise UserError(f"settings.{name} must be at least 1, got {value}")
 
     def recipe(self, epsilon: float, seed: int) -> Recipe:
-        """Make the recipe of `synthesize --choose` at a budget."""
+        """Make the recipe of `synthesize --choose` for a budget."""
         recipe = Recipe.fitting(
             epsilon,
             PRIVATE_RECORDS,
@@ -90,7 +90,7 @@ class DemoSettings:
         return replace(recipe, choice=replace(recipe.choice, training=further))
 
     def direct(self, epsilon: float, seed: int) -> Direct:
-        """Take the settings of DP-SGD at a budget."""
+        """Make the settings of DP-SGD for a budget."""
         direct = DIRECT.at(epsilon)
         steps = direct.steps if self.private_steps is None else self.private_steps
         return replace(direct, steps=steps, training=replace(direct.training, seed=seed))
@@ -100,16 +100,16 @@ class DemoSettings:
 
     @property
     def form(self) -> str:
-        """What the report says of which demo it is of."""
+        """The sentence in which the report says which form of the demo it is about."""
         return FORMS.get(self, OTHER_FORM)
 
     def reasons(self) -> dict[str, str]:
-        """Say how each setting was chosen; one that is not the thorough demo's, by the time that it takes."""
+        """Say how each setting was chosen; settings that differ from the thorough demo's were chosen for the time they take."""
         own = {name for name, value in asdict(self).items() if value != getattr(THOROUGH, name)}
         return {name: how + "; here another, for the time it takes" * (name in own) for name, how in HOW_CHOSEN.items()}
 
 
-# The short one is a quarter of the thorough one, chosen by the time that it takes: minutes, on cores that also do other work.
+# The short demo is a quarter of the thorough one, so that it takes minutes, even on cores that also do other work.
 THOROUGH, SHORT, EPSILONS = DemoSettings(), DemoSettings(20_000, 500, 25_000, 150, 100, 3000, 25, 200), Floats([10.0])
 FORMS = {
     SHORT: "This is the short demo. `fastloda demo --thorough`, the form of the project's published table, takes about four "
@@ -118,8 +118,8 @@ FORMS = {
     "quarter of the time, for a quarter of the steps and images.",
 }
 OTHER_FORM = "This is neither the short demo nor the thorough one: it has settings of its own."
-# "The stand-in" is public: font digits bent and slanted like another hand, or 5,000 of MNIST's digits (the trials are listed in
-# docs/results/demo-tuning.md; scripts/trials.py makes such).
+# "The stand-in" is public data: font digits bent and slanted like another person's, or 5,000 of MNIST's digits (the trials are
+# listed in docs/results/demo-tuning.md; scripts/trials.py makes stand-ins).
 HOW_CHOSEN = {
     "public_images": "enough for the public model not to memorise them; they are drawn in seconds",
     "public_steps": "as many as two cores train in two to four minutes",
@@ -164,7 +164,7 @@ def demo(
     privately; the budget covers both: it is `fastloda synthesize --choose`. A classifier is trained on synthetic digits alone
     and tested on 360 real ones; it is compared with classifiers of both public models' digits, DP-SGD on the private digits, and
     training without privacy. Writes report.html, results.json and results.md. Interrupted, it continues when it is called again.
-    Its seeds are fixed, so that it can be repeated: an experiment, not a private release.
+    Its seeds are fixed, so that it can be repeated: it is an experiment, not a private release.
 
     Args:
         run: folder for all results. Default: runs/demo, or runs/demo-thorough.
@@ -182,7 +182,7 @@ def demo(
         raise UserError(f"seeds must be at least 1, got {seeds}")
     if len(set(epsilon)) < max(1, len(epsilon)):
         raise UserError(f"epsilon must be one number or several different ones, got {list(epsilon)}")
-    for budget in epsilon:  # checked before the work begins
+    for budget in epsilon:  # before the work begins
         settings.recipe(budget, seed=0)
     run = Path(run or f"runs/demo{'-thorough' * thorough}")
     logger.info("%s", settings.form)
@@ -200,7 +200,7 @@ def demo(
 
 @dataclass
 class _Experiment:
-    """An experiment that runs the stages and keeps their results in the form that `Outcome` has."""
+    """An experiment that runs the stages and collects their results for an `Outcome`."""
 
     run: Path
     settings: DemoSettings
@@ -212,7 +212,7 @@ class _Experiment:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def public_part(self, seed: int, epsilon: float) -> None:
-        """Make the public model, which is the same at any budget, and its samples, and the classifier without privacy."""
+        """Make the public model, which is the same for all budgets, its samples, and the classifier without privacy."""
         s, folder, name = self.settings, self._folder(seed), f"seed {seed}"
         recipe = s.recipe(epsilon, seed)
         self._stage(
@@ -226,7 +226,7 @@ class _Experiment:
         self._judge(f"{name}: no privacy", folder, seed, (NO_PRIVACY, float("inf")), train=DIGITS)
 
     def private_part(self, seed: int, epsilon: float) -> None:
-        """Make the chosen public model, the adapters and their samples, and DP-SGD's classifier, at one budget."""
+        """Make the chosen public model, the adapters, their samples, and DP-SGD's classifier, for one budget."""
         s, folder, name = self.settings, self._folder(seed, epsilon), f"seed {seed}, epsilon {epsilon:g}"
         recipe, private = s.recipe(epsilon, seed), {"data": DIGITS, "name": NAME}
         options = {"public": FONTS, "count": s.choice_images, "model": self._folder(seed) / stages.PUBLIC}
@@ -281,7 +281,7 @@ class _Experiment:
         )
 
     def _all_settings(self, epsilons: list[float]) -> dict[str, object]:
-        """Collect every number that the results depend on; those that differ by budget are listed for each."""
+        """Collect every setting that the results depend on; settings that depend on the budget are listed for each."""
         recipes = {f"{epsilon:g}": self.settings.recipe(epsilon, seed=0) for epsilon in epsilons}
         parts = {
             part: {epsilon: asdict(getattr(recipe, part)) for epsilon, recipe in recipes.items()}
@@ -303,7 +303,7 @@ class _Experiment:
         self.accuracies[key].append(found["accuracy"])
 
     def _stage(self, name: str, work: Callable[[], T], folder: Path | None = None) -> T:
-        """Do one stage: log a line, and note the time that its work took, whenever that was."""
+        """Run one stage: log a line, and record the time that its work took, now or in an earlier call."""
         logger.info("[%d/%d] %s", len(self.seconds) + 1, self.stages, name)
         began = time.monotonic()
         found = work()

@@ -1,4 +1,4 @@
-"""A description of the machine and the versions on which numbers were measured."""
+"""A description of the machine and the library versions with which numbers were measured."""
 
 import os
 import platform

@@ -1,7 +1,7 @@
-"""Data sets as the command line names them: NAME, a folder of images, or an npz file.
+"""Data sets by their names on the command line: NAME, a folder of images, or an npz file.
 
-NAME is one of `data.NAMES`, as in "mnist:/data/mnist", "cifar10-test:/data" or "cifar10@1%:/data": the folder that a
-published set lies in follows the colon, "-test" means its test part, and "@500" or "@1%" a stratified subset.
+NAME is one of `data.NAMES`, as in "mnist:/data/mnist", "cifar10-test:/data" or "cifar10@1%:/data": after the colon comes the
+folder that holds a published set, "-test" means its test part, and "@500" or "@1%" means a stratified subset.
 """
 
 import logging
@@ -26,8 +26,8 @@ from fastloda.synthesis.diffusion import UNetConfig
 
 logger = logging.getLogger("fastloda")
 
-OWN_IMAGES = "images of one's own"  # what is published instead of a path
-SIZES = (8, 16, 24, 32, 48, 64)  # sides in pixels to which folders of images are cut unless a size is given
+OWN_IMAGES = "images of one's own"  # published instead of a path
+SIZES = (8, 16, 24, 32, 48, 64)  # sides in pixels to which folders of images are cut if no size is given
 
 NAMED = frozenset(  # data sets that are the same everywhere and need no file
     f"{name}-test" if split == "test" else name for name, drawn in ALWAYS_THERE.items() for split in drawn.splits
@@ -39,7 +39,7 @@ _NAME = re.compile(
 
 
 class Takes(NamedTuple):
-    """The images that a model takes, [in_channels, image_size, image_size], of at most num_classes classes; None: any number."""
+    """The images that a model takes: [in_channels, image_size, image_size], with at most num_classes classes (None: any)."""
 
     in_channels: int
     image_size: int
@@ -47,7 +47,7 @@ class Takes(NamedTuple):
 
 
 class _Named(NamedTuple):
-    """The data set, part and subset that a name on the command line stands for."""
+    """The parts of a data set's name on the command line: data set, split, subset and folder."""
 
     name: str
     split: str
@@ -57,7 +57,7 @@ class _Named(NamedTuple):
 
 
 def open_images(name: str, **options) -> LabelledImages:
-    """Open a data set as the command line names it; the options are those of `open_dataset`.
+    """Open a data set by its name on the command line; the options are those of `open_dataset`.
 
     Raises:
         FileNotFoundError, ValueError: there is no such data set, or it is damaged.
@@ -81,7 +81,7 @@ def full_name(data: str) -> str:
 
 
 def check_there(data: str | None) -> None:
-    """Refuse a path where nothing is, without reading anything; None and names pass.
+    """Refuse a path that does not exist, without reading anything; None and names pass.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file or folder.
@@ -89,11 +89,11 @@ def check_there(data: str | None) -> None:
     if data is not None and _parse(data) is None and not Path(data).exists():
         if Path(data).name != data:
             raise FileNotFoundError(f"{data}: there is no such file or folder")
-        open_images(data)  # refuses it, and lists the names that there are
+        open_images(data)  # this refuses it, and lists the names that exist
 
 
 def public_name(data: str, otherwise: str) -> str:
-    """Return the name of a data set without the folder that it lies in; `otherwise` for one that has only a path."""
+    """Return the name of a data set without its folder, or `otherwise` if it has only a path."""
     named = _parse(data)
     if named is None:
         return otherwise
@@ -101,12 +101,12 @@ def public_name(data: str, otherwise: str) -> str:
 
 
 def files_of(data: str) -> tuple[Path, ...]:
-    """List the npz file that a name of a data set stands for, or nothing if it stands for something else."""
+    """List the npz file that `data` names; empty if it names something else."""
     return (Path(data),) if _parse(data) is None and not Path(data).is_dir() else ()
 
 
 def open_public(name: str, *, size: int | None = None, **options) -> LabelledImages:
-    """Open images by `open_images` to train a new model on; without a size, a folder's images are cut to a sensible one.
+    """Open images by `open_images` to train a new model on; without a size, images of a folder get `sensible_size`.
 
     Raises:
         FileNotFoundError, ValueError: `open_images` refuses them.
@@ -119,12 +119,12 @@ def open_public(name: str, *, size: int | None = None, **options) -> LabelledIma
 
 
 def sensible_size(facts: FolderFacts) -> int:
-    """Return the largest of `SIZES` that is not above the smallest side of a folder's images, or the least of them."""
+    """Return the largest of `SIZES` that is not above the smallest side of a folder's images, or the smallest of `SIZES`."""
     return max((size for size in SIZES if size <= facts.smallest_side), default=min(SIZES))
 
 
 def open_for_unet(name: str, unet: UNetConfig | Takes, **options) -> LabelledImages:
-    """Open images by `open_images` in the U-Net's size and channels; their classes may be others.
+    """Open images by `open_images` in the U-Net's size and channels; their classes may differ from its classes.
 
     Raises:
         FileNotFoundError, ValueError: `open_images` refuses them, or the images' shape is not the U-Net's.
@@ -143,10 +143,10 @@ def open_for_unet(name: str, unet: UNetConfig | Takes, **options) -> LabelledIma
 def open_tests(
     name: str, train: LabelledImages, class_map: Mapping[str, str] | None = None, **options
 ) -> LabelledImages:
-    """Open images by `open_images` to test what was trained on `train`, whose classes they have by name.
+    """Open images by `open_images` to test a model that was trained on `train`, and match their classes by name.
 
     Raises:
-        FileNotFoundError, ValueError: `open_images` refuses them, the shape is another, or a class is none of `train`'s.
+        FileNotFoundError, ValueError: `open_images` refuses them, the shape differs, or `train` does not have a class.
     """
     tests = _open_as(name, train.images.shape[1], train.images.shape[3], **options)
     if tests.images.shape[1:] != train.images.shape[1:]:
@@ -158,7 +158,7 @@ def read_class_map(pairs: Sequence[str]) -> dict[str, str]:
     """Read pairs "private=public" as a mapping.
 
     Raises:
-        UserError: one is no such pair, or a name is mapped twice.
+        UserError: an item is not such a pair, or a name is mapped twice.
     """
     split = [pair.partition("=") for pair in pairs]
     mapping = {private: public for private, _, public in split}
@@ -179,7 +179,7 @@ def shape_text(images: LabelledImages) -> str:
 
 
 def _open_as(name: str, channels: int, size: int, **options) -> LabelledImages:
-    """Open images, and make grey ones colour if three channels are wanted; colours are not made grey, which would lose them."""
+    """Open images, and make grey ones colour if three channels are wanted; colour images are never made grey."""
     return open_images(name, size=size, channels=3 if channels == 3 else None, **options)
 
 

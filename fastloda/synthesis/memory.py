@@ -10,7 +10,7 @@ STDERR = 2
 
 
 def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
-    """Measure the peak of bytes that run() allocates beyond those there before, by CUDA's allocator or the CPU profiler."""
+    """Measure the peak of the bytes that run() allocates in addition to those before, by CUDA's allocator or the CPU profiler."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -28,7 +28,7 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Drop what is written to file number 2 inside the context: the profiler tells there when it begins and ends, unasked."""
+    """Drop everything that is written to stderr inside the context: the profiler writes messages there at its start and end."""
     kept, nowhere = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, STDERR)
     try:

@@ -1,4 +1,4 @@
-"""Files of the public model: a U-Net's weights as safetensors, its configuration in the metadata."""
+"""Files of the public model: a U-Net's weights as safetensors, with its configuration in the metadata."""
 
 import json
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ def save_unet(model: UNet, path: Path, class_names: Sequence[str] = (), chosen_p
     Args:
         model: the model.
         path: file to write.
-        class_names: name of each class; the numbers "0", "1", ... by default. They are kept in the file's metadata.
-        chosen_privately: whether its public images were chosen privately, at a budget's cost; kept there too.
+        class_names: name of each class; the numbers "0", "1", ... by default. They are stored in the file's metadata.
+        chosen_privately: whether its public images were chosen privately, which costs a part of the budget; stored there too.
 
     Raises:
         OSError: the file cannot be written.
@@ -30,7 +30,7 @@ def save_unet(model: UNet, path: Path, class_names: Sequence[str] = (), chosen_p
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     about = model.config.to_dict() | ({PRIVATELY: True} if chosen_privately else {})
     about[CLASSES] = list(class_names) or [str(label) for label in range(model.config.num_classes)]
-    metadata = {"config": json.dumps(about)}  # one entry: the order of several is random
+    metadata = {"config": json.dumps(about)}  # one entry, because several would have a random order
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -64,7 +64,7 @@ def class_names_of(path: Path) -> tuple[str, ...]:
 
 
 def was_chosen_privately(path: Path) -> bool:
-    """Tell whether the public images of the model in `path` were chosen privately, at a budget's cost."""
+    """Tell whether the public images of the model in `path` were chosen privately, which costs a part of the budget."""
     with safetensors.safe_open(path, "pt") as file:
         return PRIVATELY in _about(file)
 

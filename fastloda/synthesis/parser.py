@@ -1,4 +1,4 @@
-"""The options of a subcommand, taken from its function's signature and docstring."""
+"""The options of a subcommand, built from its function's signature and docstring."""
 
 import argparse
 import inspect
@@ -16,14 +16,14 @@ _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A formatter of help texts that keeps the description's lines."""
+    """A help formatter that keeps the line breaks of the description."""
 
 
 class _Parser(ArgumentParser):
     """A parser that raises errors instead of exiting, and names types as Python does."""
 
     def __init__(self, **options):
-        options |= {"exit_on_error": False, "formatter_class": _Help}  # jsonargparse gives its own for a nested class
+        options |= {"exit_on_error": False, "formatter_class": _Help}  # jsonargparse passes its own for a nested class
         super().__init__(**options)
 
     def format_help(self) -> str:
@@ -31,7 +31,7 @@ class _Parser(ArgumentParser):
 
 
 def parse(name: str, function: Callable, options: Sequence[str]) -> dict:
-    """Read the function's arguments from options and the files that they name.
+    """Parse the function's arguments from options and from the files that the options name.
 
     Raises:
         UserError: an option is unknown, missing or malformed.
@@ -47,12 +47,12 @@ def parse(name: str, function: Callable, options: Sequence[str]) -> dict:
 
 
 def _dashed(option: re.Match) -> str:
-    """Write an option as it is shown: --skip-unreadable."""
+    """Write an option as it is shown, with dashes: --skip-unreadable."""
     return option[0].replace("_", "-")
 
 
 def _underscored(argument: str) -> str:
-    """Write an option as the functions' arguments are written: --skip_unreadable; values stay as they are."""
+    """Write an option as the functions' arguments are written, with underscores: --skip_unreadable; values are unchanged."""
     if not argument.startswith("--"):
         return argument
     option, equals, value = argument[2:].partition("=")
@@ -66,7 +66,7 @@ def _with_dashes(message: str) -> str:
 
 
 def build_parser(name: str, function: Callable) -> ArgumentParser:
-    """Make the parser of one subcommand, called `name` in its help ("fastloda pretrain", say)."""
+    """Make the parser of one subcommand, called `name` in its help (for example "fastloda pretrain")."""
     text = docstring_parser.parse(function.__doc__)
     parser = _Parser(prog=name, description=f"{text.short_description}\n\n{text.long_description or ''}")
     parser.add_argument("--config", action="config", help="YAML file of settings; options win over it")

@@ -1,12 +1,12 @@
-"""Pipelines of diffusers in a folder, as `pipe.save_pretrained(folder)` writes them: their losses, and samples by their own call.
+"""Pipelines of diffusers in a folder, as `pipe.save_pretrained(folder)` writes them: losses for training, and drawing of samples.
 
 DDPMPipeline, DDIMPipeline       a UNet2DModel on pixels, with a table of classes or without classes
 DiTPipeline                      a DiTTransformer2DModel on latents, with a table of classes
 StableDiffusionPipeline          a UNet2DConditionModel on latents, with one prompt for each class
 
-The loss is the mean squared error of what the scheduler's `prediction_type` says, under the scheduler's own noise schedule.
-Latents are the means of the VAE's distributions, computed once: a public map of each image alone. All but the network stays
-frozen. Nothing in a folder can run code: only classes of diffusers and transformers are made, and weights must be safetensors.
+The loss is the mean squared error of what the scheduler's `prediction_type` names, under the scheduler's own noise schedule.
+Latents are the means of the VAE's distributions, computed once; each depends on its own image only. Everything but the network
+is frozen. No code from a folder is run: only classes of diffusers and transformers are used, and weights must be safetensors.
 """
 
 import inspect
@@ -46,16 +46,16 @@ ENCODED_AT_ONCE = 16
 
 
 class Pipeline:
-    """A pipeline of diffusers as a `Base`; a subclass knows how its kind is conditioned and called.
+    """A pipeline of diffusers as a `Base`; a subclass knows how the labels enter its kind of pipeline, and how to call it.
 
     Attributes:
         pipe: the pipeline, on its device.
-        null: label that stands for "no label"; None: the model has none.
+        null: label that stands for "no label"; None if the model has none.
     """
 
     part = "unet"
     targets: str | None = None
-    parts: dict[str, tuple[str, ...]] = {}  # component -> the classes that it may be of; () for any
+    parts: dict[str, tuple[str, ...]] = {}  # component -> the classes that it may have; () for any
     null: int | None = None
     chosen_privately = False
 
@@ -114,11 +114,11 @@ class Pipeline:
         return losses
 
     def _conditions(self, labels: Tensor) -> dict[str, Tensor]:
-        """Make the network's arguments for labels [n], which may be `null`."""
+        """Return the network's arguments for labels [n], some of which may be `null`."""
         raise NotImplementedError
 
     def _predictor(self, model: nn.Module) -> Callable:
-        """Return the function that predicts what the scheduler's prediction_type says, and nothing else."""
+        """Return the function that predicts what the scheduler's prediction_type names, and nothing else."""
         return model
 
     def check_drawing(self, steps: int, guidance: float) -> None:
@@ -133,18 +133,18 @@ class Pipeline:
             first, last = int(rows[0]), int(rows[-1]) + 1
             generators = [torch.Generator().manual_seed(s) for s in seeds[first:last]]
             options = {"generator": generators, "num_inference_steps": steps, "output_type": "np"}
-            with seeded(seeds[first]):  # for a scheduler that is not given the generators
+            with seeded(seeds[first]):  # for schedulers that are not given the generators
                 images = self._call(labels[rows], guidance, options)
             drawn.append(torch.from_numpy(images).movedim(3, 1) * 2 - 1)
         return torch.cat(drawn).clamp(-1, 1)
 
     def _call(self, labels: Tensor, guidance: float, options: dict) -> Any:
-        """Call the pipeline -> images [n, H, W, C] in [0, 1], an array."""
+        """Call the pipeline, and return its images, an array [n, H, W, C] in [0, 1]."""
         raise NotImplementedError
 
 
 class Pixels(Pipeline):
-    """A DDPM or DDIM: a UNet2DModel on pixels, whose labels enter by its table of classes, if it has one."""
+    """A DDPM or DDIM: a UNet2DModel on pixels, to which the labels are given if it has a table of classes."""
 
     parts = {"unet": ("UNet2DModel",), "scheduler": ()}
 
@@ -166,7 +166,7 @@ class Pixels(Pipeline):
 
     @contextmanager
     def _labelled(self, labels: Tensor):
-        """Add the labels to each call of the network, to which these pipelines give none."""
+        """Add the labels to each call of the network: these pipelines call it without any."""
         given = self._conditions(labels.to(self.pipe.device))
         add = lambda _, arguments, options: (arguments, options | given)  # noqa: E731
         handle = self.network.register_forward_pre_hook(add, with_kwargs=True)
@@ -190,7 +190,7 @@ class Latents(Pipeline):
 
     @torch.no_grad()
     def records(self, images: LabelledImages, progress: bool = True) -> tuple[Tensor, Tensor]:
-        """Encode the images in batches of one size, so that no image's rounding depends on how many there are."""
+        """Encode the images in batches of one fixed size: the rounding of an image then does not depend on how many there are."""
         vae, latents = self.pipe.vae, []
         with Progress("encoding", len(images), "image", shown=progress) as bar:
             for part in images.images.split(ENCODED_AT_ONCE):
@@ -208,10 +208,10 @@ class Latents(Pipeline):
 
 
 class ClassLatents(Latents):
-    """A DiT: a transformer on latents, whose labels enter by its table of classes, the last of which is "no label"."""
+    """A DiT: a transformer on latents, with a table of classes, the last of which means "no label"."""
 
     part = "transformer"
-    targets = "both"  # its only convolution embeds the patches
+    targets = "both"  # its only convolution is the one that embeds the patches
     parts = {
         "transformer": ("DiTTransformer2DModel", "Transformer2DModel"),
         "vae": ("AutoencoderKL",),
@@ -238,13 +238,13 @@ class ClassLatents(Latents):
             )
 
     def _call(self, labels: Tensor, guidance: float, options: dict) -> Any:
-        rows = 2 if guidance else 1  # of each image, the second of which the pipeline drops
+        rows = 2 if guidance else 1  # for each image; the pipeline drops the second
         with self._steps_drawing_from(options["generator"] * rows):
             return self.pipe(class_labels=labels.tolist(), guidance_scale=1 + guidance, **options).images
 
     @contextmanager
     def _steps_drawing_from(self, generators: list[torch.Generator]):
-        """Give the scheduler's steps the generators, which this pipeline keeps from them."""
+        """Pass the generators to the scheduler's steps: this pipeline does not."""
         scheduler = self.pipe.scheduler
         if "generator" not in inspect.signature(scheduler.step).parameters:
             yield
@@ -300,10 +300,10 @@ KINDS: dict[str, type[Pipeline]] = {
 
 
 def open_pipeline(folder: Path, device: torch.device) -> Pipeline:
-    """Open a pipeline of diffusers in a folder, in float32; nothing is downloaded, no pickle read and no code of the folder run.
+    """Open a folder with a pipeline of diffusers, in float32. Nothing is downloaded, no pickle read, and no code of it run.
 
     Raises:
-        ValueError: the folder is damaged, or a pipeline or a part of a kind that is not covered.
+        ValueError: the folder is damaged, or the pipeline or a part of it is of a kind that is not covered.
     """
     index = read_json(folder / PIPELINE)
     name = index.get("_class_name")
@@ -323,11 +323,11 @@ def open_pipeline(folder: Path, device: torch.device) -> Pipeline:
         pipe = _load(name, folder, **options, **left_out)
     except ImportError as error:  # StableDiffusionPipeline without transformers
         raise UserError(f"{name} needs another package: pip install 'fastloda[diffusers]' ({error})") from error
-    except Exception as error:  # a damaged folder raises nearly anything
+    except Exception as error:  # a damaged folder raises almost any exception
         raise UserError(
             f"{folder} can't be loaded, is damaged, or has weights that are no safetensors: {error}"
         ) from error
-    pipe.set_progress_bar_config(disable=True)  # whoever draws counts images, not a batch's steps
+    pipe.set_progress_bar_config(disable=True)  # our own bar counts images, not the steps of a batch
     for part in kind.parts:
         if lacking := [name for name, tensor in _tensors(getattr(pipe, part)) if tensor.is_meta]:
             raise UserError(f"{folder}: the weights of {part} lack {', '.join(lacking[:3])}: they are of another model")
@@ -335,7 +335,7 @@ def open_pipeline(folder: Path, device: torch.device) -> Pipeline:
 
 
 def _load(name: str, folder: Path, **options: Any) -> Any:
-    """Load a pipeline without the libraries' bars, which flit by, and without a hint about a part that is left out."""
+    """Load a pipeline without the libraries' progress bars, and without a hint about a part that is left out."""
     # transformers recommends torchvision for image processors, which only the safety checker would use.
     imports, hint = logging.getLogger("transformers.utils.import_utils"), "requires torchvision"
     no_hint = lambda record: hint not in record.getMessage()  # noqa: E731
@@ -369,7 +369,7 @@ def _check_part(folder: Path, part: str, what: Any, classes: tuple[str, ...]) ->
 
 
 def _cdf_of(timesteps: tuple[int, int], count: int) -> Tensor:
-    """Make the distribution function of the timesteps first .. end - 1 of a scheduler that has `count`; the default means all."""
+    """Return the distribution function of timesteps first .. end - 1, of `count` in all; the default range means all of them."""
     first, end = timesteps
     last = count if end == TIMESTEPS else end
     if not first < last <= count:

@@ -1,4 +1,4 @@
-"""The plan of a way from public and private images to synthetic ones: what it will do, need and cost, before it does anything."""
+"""The plan of a run from public and private images to synthetic ones: what it will do, need and cost, known before it starts."""
 
 import logging
 import statistics
@@ -31,9 +31,9 @@ class Cost:
     Attributes:
         parameters: number of the model's parameters.
         trained: number of those that private training changes.
-        public_seconds, private_seconds, sampling_seconds: time of an image in a step of public training, of a record in a step
-            of private training, and of an image in a step of the sampler.
-        public_bytes, private_bytes: what an image, or a record, leaves in memory for the backward pass.
+        public_seconds, private_seconds, sampling_seconds: time per image in a step of public training, per record in one of
+            private training, and per image in a step of the sampler.
+        public_bytes, private_bytes: memory per image, or per record, that a step keeps for the backward pass.
     """
 
     parameters: int
@@ -48,9 +48,9 @@ class Cost:
 def measure(
     config: UNetConfig, public: LabelledImages, tuning: PrivateTuning, adapter: Adapter, device: torch.device
 ) -> Cost:
-    """Measure what a step costs, on a new U-Net and some public images."""
+    """Measure what a step costs, with a new U-Net and some public images."""
     model = UNet(config).to(device, memory_format=torch.channels_last)
-    some = 2**13 if device.type == "cpu" else 2**17  # pixels; a GPU takes as long for few images as for many
+    some = 2**13 if device.type == "cpu" else 2**17  # pixels; a GPU needs as long for few images as for many
     count = max(4, min(128, some // config.image_size**2))
     index = torch.arange(count) % len(public)
     images, labels = public.images[index].to(device), public.labels[index].to(device)
@@ -67,7 +67,7 @@ def measure(
     public_seconds, public_bytes = _median_seconds(lambda: public_loss().backward(), device), saved_bytes(public_loss)
     sampling_seconds = _median_seconds(sampling_step, device)
     model.zero_grad()
-    with _silent(logging.getLogger("fastloda")):  # `finetune` says which layers are left out
+    with _silent(logging.getLogger("fastloda")):  # `finetune` reports which layers are left out
         adapter.attach(model)
     _leave_the_start(model)
     clipper = GhostClipper(model, 1.0, tuning.views)
@@ -103,7 +103,7 @@ def _leave_the_start(model: UNet) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run: recipe, U-Net, cost of a step, images of an owner in it, and what the units of privacy are called."""
+    """The plan of a run: recipe, U-Net, cost of a step, images per owner in a step, and the name of the units of privacy."""
 
     recipe: Recipe
     unet: UNetConfig
@@ -131,7 +131,7 @@ class Plan:
         return sum(self.seconds.values())
 
     def to_dict(self, noise_multiplier: float) -> dict[str, object]:
-        """Describe each stage; times and memory are estimates from the measured steps."""
+        """Describe each stage; times and memory are estimated from the measured steps."""
         recipe, cost, pretraining, privacy = self.recipe, self.cost, self.recipe.pretraining, self.recipe.privacy
         at_once = min(recipe.tuning.training.micro_batch_size, privacy.batch_size)
         memory = max(pretraining.batch_size * cost.public_bytes, at_once * cost.private_bytes)
@@ -173,7 +173,7 @@ def duration(seconds: float) -> str:
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """Count the bytes that a forward pass keeps for its backward pass, each storage once."""
+    """Count the bytes that a forward pass keeps for its backward pass; each storage is counted once."""
     sizes = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
 
 
 def _median_seconds(step: Callable[[], object], device: torch.device) -> float:
-    """Measure the median time of a step, after a first one."""
+    """Measure the median time of a step; a first call is not counted."""
     times = []
     for _ in range(1 + REPEATS):
         began = time.perf_counter()

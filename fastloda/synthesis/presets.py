@@ -1,4 +1,4 @@
-"""Settings that fit images of a size and a promise, computed from public facts alone: size, epsilon, nominal record count."""
+"""Settings that fit the image size and the promise, computed from public facts only: size, epsilon, nominal record count."""
 
 import math
 from dataclasses import replace
@@ -10,11 +10,11 @@ from fastloda.synthesis.methods.diffusion_model import PrivateTuning
 from fastloda.synthesis.methods.public_choice import PublicChoice
 from fastloda.synthesis.settings import Classifier, FineTuning
 
-STRICT, RELAXED = 0.0, 3.0  # epsilons from which on the settings hold
+STRICT, RELAXED = 0.0, 3.0  # the settings hold from these epsilons on
 PUBLIC_STEPS, SAMPLER_STEPS = 2000, 50  # more of either would change little
-SMALL = 16  # side in pixels below which images are taken for digits
-# Set by trials on public digits that stand for private ones (docs/results/demo-tuning.md). Timesteps: the noisiest images of
-# digits say little about the private ones, and the least noisy little about their shape.
+SMALL = 16  # side in pixels below which images are treated as digits
+# Chosen by trials on public digits in the place of private ones (docs/results/demo-tuning.md). Timesteps: the noisiest images
+# of digits tell little about the private ones, and the least noisy ones little about their shape.
 TUNINGS = ByEpsilon(
     {
         STRICT: PrivateTuning(
@@ -42,12 +42,12 @@ def batch_size(records: int) -> int:
 
 
 def micro_batch_size(size: int, views: int) -> int:
-    """Return a number of records that computes in about a gigabyte with the presets of the U-Net."""
+    """Return a number of records that takes about a gigabyte of memory with the presets of the U-Net."""
     return max(8, min(512, 2**17 // (size * size * views)))
 
 
 def private_tuning(epsilon: float, size: int, seed: int | None) -> PrivateTuning:
-    """Take the settings of private training for a budget and for images of a size; with records, its batches may be others."""
+    """Return the settings of private training for a budget and an image size; the batch size still depends on the records."""
     tuning = TUNINGS.at(epsilon)
     training = replace(tuning.training, micro_batch_size=micro_batch_size(size, tuning.views), seed=seed)
     if size >= SMALL:  # the range of timesteps was found on digits
@@ -56,18 +56,18 @@ def private_tuning(epsilon: float, size: int, seed: int | None) -> PrivateTuning
 
 
 def public_batch_size(size: int) -> int:
-    """Return the number of images in a step of public training, the fewer the larger they are."""
+    """Return the number of images in a step of public training: fewer if they are larger."""
     return 256 if size < 32 else 128 if size < 48 else 64
 
 
 def public_training(steps: int, batch_size: int, seed: int) -> PublicTraining:
-    """Make the settings of public training, with an average over the last quarter of the steps."""
+    """Return the settings of public training, with an average over the last quarter of the steps."""
     ema_decay = 1 - 1 / max(2, steps / 4)
     return PublicTraining(steps=steps, batch_size=batch_size, warmup=min(50, steps), ema_decay=ema_decay, seed=seed)
 
 
 def public_choice(epsilon: float, pretraining: PublicTraining) -> PublicChoice:
-    """Take the settings of a choice of public images, whose training shrinks with that of the public model."""
+    """Return the settings of a choice of public images; its training gets shorter with that of the public model."""
     choice = CHOICES.at(epsilon)
     steps = min(choice.training.steps, math.ceil(choice.training.steps * pretraining.steps / PUBLIC_STEPS))
     images = min(choice.training.batch_size, pretraining.batch_size)
@@ -76,5 +76,5 @@ def public_choice(epsilon: float, pretraining: PublicTraining) -> PublicChoice:
 
 
 def judge(size: int) -> Classifier:
-    """Make the settings of the classifier that is trained on synthetic images and tested on real ones."""
+    """Return the settings of the classifier that is trained on synthetic images and tested on real ones."""
     return Classifier(augment="jitter" if size < SMALL else "flip-crop")

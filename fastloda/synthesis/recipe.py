@@ -1,4 +1,4 @@
-"""The recipe of a way from public and private images to synthetic ones: all settings of its stages, and the stages in a row."""
+"""The recipe of a run from public and private images to synthetic ones: the settings of all stages, and methods to run them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +22,16 @@ from fastloda.synthesis.settings import Adapter
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a run, computed from public facts alone.
+    """All settings of a run, computed from public facts only.
 
     Attributes:
         pretraining: settings of public training.
         choice: settings of the private choice of public images; None leaves it out.
-        privacy: promise that all releases about the private images keep together.
+        privacy: promise that all releases about the private images keep in total.
         tuning: settings of private training and of sampling.
         adapter: settings of the adapters.
         count: number of synthetic images.
-        seed: seed of everything; None takes what is private from the operating system.
+        seed: seed of everything; with None, the private randomness comes from the operating system.
     """
 
     pretraining: PublicTraining
@@ -76,7 +76,7 @@ class Recipe:
         return cls(pretraining, choice, privacy, tuning, Adapter(rank), count, seed)
 
     def noise_multiplier(self) -> float:
-        """Compute the noise of private training that keeps the promise, with the choice of public images if there is one."""
+        """Compute the noise of private training that keeps the promise; a choice of public images is counted too."""
         earlier = [] if self.choice is None else [release[1:] for release in self.choice.releases]
         return private_training(self.privacy, earlier, **self.tuning.training.optimization()).noise_multiplier
 

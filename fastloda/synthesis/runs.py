@@ -1,10 +1,10 @@
-"""A run's folder: every stage has a folder in it, with its results and with what they were made from.
+"""The folder of a run: each stage has a folder in it, with its results and with a record of what they were made from.
 
-    config.yaml    the stage's settings, written before its work begins; `fastloda STAGE --config` takes the file
-    source.yaml    of a stage that reads images of the user's: where they are; it must stay private
-    done.json      written last: the sha256 of each input file, and how long the work took
+    config.yaml    the settings of the stage, written before its work begins; `fastloda STAGE --config` reads this file
+    source.yaml    if the stage reads the user's own images: where they are; it must stay private
+    done.json      written last: the sha256 of each input file, and the duration of the work
 
-So a stage that is asked for twice works once, a killed stage continues, and results of different settings never mix.
+If a stage is asked for twice, it works once; a killed stage continues; and results of different settings are never mixed.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ CONFIG, SOURCE, DONE, LOCK = "config.yaml", "source.yaml", "done.json", ".lock"
 
 
 class RunError(UserError):
-    """An error of a folder that holds something else than was asked for; the message says what to do."""
+    """The folder contains something else than was asked for; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Stage:
     """A stage and its folder.
 
     Attributes:
-        folder: folder of this stage alone.
-        settings: all settings that its results depend on, in the command line's form; they may be published.
+        folder: the folder of this stage only.
+        settings: all settings that the results depend on, in the form of the command line; they may be published.
         source: further settings, which must stay private: where images are, and how they are read.
-        inputs: files of other stages that it reads. Never private data: their hash would be a statistic of them.
+        inputs: files of other stages that it reads; never private data, since their hash would be a statistic of them.
         outputs: names of the files that it leaves in `folder`.
-        private: whether it spends a privacy budget; the folder is then accessible to its owner only.
-        world: the ranks that do its work together, all of which call `is_done` and `work`; rank 0 alone uses the folder.
+        private: whether it spends privacy budget; only the owner of the folder can then access it.
+        world: the ranks that do its work together; all of them call `is_done` and `work`, and only rank 0 uses the folder.
     """
 
     folder: Path
@@ -54,10 +54,10 @@ class Stage:
     world: World = World()
 
     def is_done(self) -> bool:
-        """Tell whether the results are there, of these settings and these inputs; nothing is changed.
+        """Tell whether the results are there, with these settings and inputs; nothing is changed.
 
         Raises:
-            RunError: the folder holds results of other settings or inputs, finished or not, or has lost some results.
+            RunError: the folder contains results of other settings or inputs, finished or not, or some results are lost.
         """
         return self.world.from_first(self._is_done)
 
@@ -67,7 +67,7 @@ class Stage:
                 raise RunError(f"{self.folder} was finished, but {CONFIG} is gone. {self.way_out}")
             return False
         asked = plain(self.settings)
-        if (source := self._read(SOURCE, yaml.safe_load)) is not None:  # it is not in a folder that was published
+        if (source := self._read(SOURCE, yaml.safe_load)) is not None:  # a published folder does not contain it
             known, asked = known | source, asked | plain(self.source)
         if different := differences(dict(_flatten(known)), dict(_flatten(asked))):
             raise RunError(f"{self.folder} was made with other settings: {different}. {self.way_out}")
@@ -81,10 +81,10 @@ class Stage:
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """Do the stage's work in the context: the settings are written before it, and the mark that it is done after it.
+        """Do the stage's work in the context; the settings are written before it, and the mark that it is done after it.
 
         Raises:
-            RunError: the stage is private, and another process does its work, or has just finished it.
+            RunError: the stage is private, and another process is doing its work, or has just finished it.
         """
         with ExitStack() as stack:
             self.world.from_first(lambda: stack.enter_context(self._work()))
@@ -125,7 +125,7 @@ class Stage:
 
     @property
     def way_out(self) -> str:
-        """The advice for a folder that does not hold what was asked for."""
+        """What to do with a folder that does not contain what was asked for."""
         spent = ", but what was released from it still counts" if self.private else ""
         return f"Use those, another --run, or delete it (rm -r {shlex.quote(str(self.folder))}{spent})"
 
@@ -143,15 +143,15 @@ class Stage:
 
 
 def seconds_taken(folder: Path) -> float:
-    """Read how many seconds a finished stage's work took; of a resumed one, its last part."""
+    """Read how many seconds the work of a finished stage took; if it was resumed, only its last part."""
     return read_json(folder / DONE)["seconds"]
 
 
 def make_folder(folder: Path, mode: int = 0o777) -> None:
-    """Make a folder and its parents, if they are not there.
+    """Make a folder and its parents, unless they exist.
 
     Raises:
-        OSError: the folder, which is named, can't be made; also if a file has its name.
+        OSError: the folder cannot be made, also because a file has its name; the message names it.
     """
     try:
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 
 def digest(path: Path) -> str:
-    """Compute a file's sha256; of a folder, that of all its files and their names, but for hidden ones."""
+    """Compute the sha256 of a file; of a folder, that of the names and contents of all files in it except hidden ones."""
     if path.is_dir():
         names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
         seen = [(name, digest(path / name)) for name in names if not any(n.startswith(".") for n in Path(name).parts)]
@@ -173,8 +173,8 @@ def read_json(path: Path) -> dict:
     """Read a JSON object from a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds something else.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file contains something else.
     """
     try:
         content = json.loads(path.read_text())
@@ -186,12 +186,12 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON, atomically; numbers that JSON lacks are refused."""
+    """Write a value as indented JSON, atomically; numbers that JSON does not have are refused."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def plain(settings: Mapping) -> dict:
-    """Convert settings to the form in which YAML or JSON returns them: tuples become lists, paths strings."""
+    """Convert settings to the form that YAML or JSON returns: tuples become lists, and paths strings."""
     return json.loads(json.dumps(settings, default=str))
 
 

@@ -1,9 +1,9 @@
-"""A folder of synthetic images: drawn so that an interrupted draw goes on, and written in each form that is wanted.
+"""A folder of synthetic images, drawn so that an interrupted drawing can continue, and written in several forms.
 
 samples.npz      all images as bytes, with labels and the classes' names
-images/CLASS/    the same as PNGs; the folder is one that `fastloda pretrain --data` takes
-grid.png         a contact sheet: some images of each class, beside the class's name
-privacy.json     the statement of the private run that they come from, if any
+images/CLASS/    the same as PNGs, in a folder that `fastloda pretrain --data` accepts
+grid.png         a contact sheet: some images of each class, next to the name of the class
+privacy.json     the statement of the private run that the images come from, if there is one
 README.md        what may be published
 """
 
@@ -29,19 +29,19 @@ from fastloda.synthesis.report.tables import rounded_up
 from fastloda.synthesis.runs import write_json
 
 SAMPLES, IMAGES, GRID, README, PART = "samples.npz", "images", "grid.png", "README.md", "drawn.safetensors"
-SECONDS = 60.0  # between saves of what is drawn
+SECONDS = 60.0  # between two saves of what is drawn
 ROWS = 40  # number of classes on a contact sheet
 
 
 def draw_resumably(
     draw: Callable[[Tensor, int], Tensor], labels: Tensor, part: Path, batch_size: int, progress: bool = True
 ) -> Tensor:
-    """Draw an image for each label, batch by batch; saves what is drawn each minute, and at SIGINT (Ctrl-C) or SIGTERM.
+    """Draw an image for each label, batch by batch. What is drawn is saved every minute, and at SIGINT (Ctrl-C) or SIGTERM.
 
     Args:
-        draw: function (labels of a batch, number of images before it) -> images [n, C, H, W] in [-1, 1].
+        draw: function of (labels of a batch, number of images drawn before it) that returns images [n, C, H, W] in [-1, 1].
         labels: labels of all images, [n].
-        part: file of what is drawn, from which an interrupted draw goes on; whoever saves the images deletes it.
+        part: file of what is drawn, from which an interrupted drawing continues; the caller deletes it once the images are saved.
         batch_size: number of images in a batch.
         progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
@@ -62,7 +62,7 @@ def draw_resumably(
 
 
 def write_samples(folder: Path, images: LabelledImages, statement: dict | None) -> None:
-    """Write the images into the folder in all forms; `statement` is that of the private run, None if nothing private was used."""
+    """Write the images in all forms; `statement` is the private run's, None if the images come from a public model."""
     images.save_npz(folder / SAMPLES, uint8=True)
     _write_pngs(folder / IMAGES, images)
     write_atomically(folder / GRID, contact_sheet(images))
@@ -72,18 +72,18 @@ def write_samples(folder: Path, images: LabelledImages, statement: dict | None) 
 
 
 def contact_sheet(images: LabelledImages) -> bytes:
-    """Draw some images of each class, a row per class, with the class's name on its left, as PNG."""
+    """Draw some images of each class as a PNG: one row per class, with the name of the class on the left."""
     return sample_grid(images.images[:], images.labels, images.class_names, max_rows=ROWS)
 
 
 def file_names(names: Sequence[str]) -> list[str]:
-    """Make a name for a folder of each class: its own, but for characters and beginnings that folders may not have."""
+    """Return a folder name for each class: its own name, without the characters and beginnings that folders must not have."""
     safe = [re.sub(r"[/\\:*?\"<>|\x00-\x1f]|^\.", "_", name) for name in names]
     return safe if len({name.casefold() for name in safe}) == len(safe) else [f"{i} {n}" for i, n in enumerate(safe)]
 
 
 def _write_pngs(folder: Path, images: LabelledImages) -> None:
-    """Write a PNG for each image, in a folder for its class; the folder appears when all are there."""
+    """Write a PNG for each image, in a folder per class; the folder `folder` appears only when all are written."""
     unfinished = folder.with_name(f".{folder.name}")
     for old in (unfinished, folder):
         shutil.rmtree(old, ignore_errors=True)

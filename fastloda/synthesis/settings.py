@@ -15,7 +15,7 @@ from fastloda.synthesis.diffusion import PRESETS, TIMESTEPS, Process, UNetConfig
 from fastloda.training.schedules import Schedule
 from fastloda.training.trainer import Losses
 
-# The projections in attention: those of diffusers' models, and those of `fastloda pretrain`'s U-Net.
+# The projections of attention layers: of diffusers' models, and of the U-Net of `fastloda pretrain`.
 ATTENTION = r"(.*\.)?(to_q|to_k|to_v|to_out\.0|proj_q|proj_k|proj_v)|(down|middle|up)blocks\.[\d.]+\.proj"
 TARGETS: dict[str, Targets] = {
     "convolutions": nn.Conv2d,
@@ -28,23 +28,23 @@ OF_THE_LOSSES = (
     "label_dropout",
     "timesteps",
     "flips",
-)  # the fields of FineTuning that set the loss, not the optimization
+)  # the fields of FineTuning that determine the loss, not the optimization
 
 
 @dataclass(frozen=True)
 class UNetShape:
-    """The shape of a U-Net: a preset, and what differs from it. Size, channels and classes are those of the images.
+    """The shape of a U-Net: a preset, and any differences from it. Size, channels and classes are those of the images.
 
     Attributes:
-        preset: digits (for 8 to 15 pixels), small (for 16 to 47), medium (for 48 to 64) or paper (10.4 million parameters).
-            auto takes one of the first three by the size.
-        width: number of channels of the first level. Default of this and all below: the preset's.
-        multipliers: factors of the levels' channels; the size must be divisible by 2^(levels - 1).
-        blocks_per_level: number of residual blocks in a level.
-        attention: levels with attention, from 0, or whether all have it.
-        norm_groups: number of groups of every GroupNorm.
+        preset: digits (for 8 to 15 pixels), small (16 to 47), medium (48 to 64) or paper (10.4 million parameters). auto chooses
+            one of the first three by the size.
+        width: number of channels of the first level. Default, here and below: the preset's.
+        multipliers: factors of the channels at each level; the size must be divisible by 2^(levels - 1).
+        blocks_per_level: number of residual blocks at each level.
+        attention: levels that have attention, counted from 0, or whether all have it.
+        norm_groups: number of groups of each GroupNorm.
         dropout: probability of dropout in the residual blocks.
-        process: what the model undoes: ddpm (Ho et al. 2020; the default) or edm (Karras et al. 2022).
+        process: noise process that the model reverses: ddpm (Ho et al. 2020; the default) or edm (Karras et al. 2022).
     """
 
     preset: Literal["auto", "digits", "small", "medium", "paper"] = "auto"
@@ -57,7 +57,7 @@ class UNetShape:
     process: Literal["ddpm", "edm"] | None = None
 
     def config(self, images: LabelledImages) -> UNetConfig:
-        """Make the configuration of a U-Net for images like these.
+        """Return the configuration of a U-Net for images of this kind.
 
         Raises:
             UserError: the images are not square, or the shape does not fit their size.
@@ -68,7 +68,7 @@ class UNetShape:
         return self.sized(size, channels, images.num_classes)
 
     def sized(self, size: int, channels: int, num_classes: int) -> UNetConfig:
-        """Make the configuration of a U-Net for images of this size. Raises UserError if the shape does not fit it."""
+        """Return the configuration of a U-Net for images of this size. Raises UserError if the shape does not fit the size."""
         given = {name: value for name, value in asdict(self).items() if name != "preset" and value is not None}
         preset = PRESETS[preset_for(size) if self.preset == "auto" else self.preset]
         classes = {"num_classes": num_classes, "class_width": max(64, num_classes + 1)}
@@ -77,15 +77,15 @@ class UNetShape:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The low-dimensional adapter of each convolution (LoDA).
+    """The low-dimensional adapter (LoDA) of each adapted layer.
 
     Attributes:
-        rank: number of channels between its two convolutions.
-        activation: activation between the convolutions; "identity" is LoRA.
+        rank: number of channels between the two layers of an adapter.
+        activation: activation between these two layers; "identity" is LoRA.
         negative_slope: slope of leaky_relu below 0.
-        scale: factor of the adapter's output.
+        scale: factor by which the adapter's output is multiplied.
         targets: layers to adapt: convolutions, attention (its query, key, value and output projections), both, or a regular
-            expression that the whole name of a layer must match. Default: convolutions; both for a DiT, which has only one.
+            expression that the full name of a layer must match. Default: convolutions; both for a DiT, which has only one.
     """
 
     rank: int = 4
@@ -103,7 +103,7 @@ class Adapter:
             raise UserError(f"adapter.targets is no regular expression: {self.targets!r} ({error})") from error
 
     def attach(self, network: nn.Module) -> None:
-        """Attach the adapters to a network, in place.
+        """Attach adapters to the network, in place.
 
         Raises:
             ValueError: no layer of the network matches, or the rank is too high for all of them.
@@ -114,24 +114,24 @@ class Adapter:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Settings of the adapters' training on noisy gradients.
+    """Settings of the training of adapters on noisy gradients.
 
     Attributes:
         optimizer: name of the optimizer: adam, adamw or sgd.
         learning_rate: learning rate of the optimizer.
         warmup: number of steps of linear warm-up.
         schedule: schedule of the learning rate after the warm-up.
-        ema_decay: decay of the moving average of the adapters over the steps, which is what is released.
+        ema_decay: decay of the moving average of the adapters over the steps; this average is what is released.
         label_dropout: share of labels that are dropped, for classifier-free guidance; none for a model that needs a label.
-        flips: whether each view of an image is mirrored left to right with probability 1/2. For photographs, not for digits.
-        timesteps: range of timesteps, without its end, on which the adapters are trained; of an edm, thousandths of its noise
-            levels. The noisiest images say little about the private ones, and the least noisy little about their shape: both
-            would only cost signal.
+        flips: whether each view of an image is mirrored left to right with probability 1/2; for photographs, not for digits.
+        timesteps: range of timesteps, without its end, on which the adapters are trained; for edm, in thousandths of its noise
+            levels. The noisiest images tell little about the private ones, and the least noisy little about their shape: both
+            would only weaken the signal.
         micro_batch_size: number of records in memory at a time; the result does not depend on it.
-        seed: seed of sampling and noise. Default: the operating system's randomness. A number makes an experiment that can
-            be repeated, and whose noise can be foreseen.
+        seed: seed of sampling and noise. Default: the operating system's randomness. A number makes an experiment that can be
+            repeated, and whose noise can be foreseen.
         secure_noise: whether noise comes from the operating system's cryptographically secure generator; only without a seed.
-            It takes longer to draw, and steps that a crash took after the last checkpoint are charged and lost.
+            It takes longer to draw, and steps taken after the last checkpoint are charged and lost after a crash.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -162,32 +162,32 @@ class FineTuning:
             )
 
     def losses(self, process: Process, views: int) -> Losses:
-        """Make the loss of a model of this process for a trainer, one number per sample and view."""
+        """Make the loss of a model of this process for a trainer: one number per sample and view."""
         options = {"views": views, "label_dropout": self.label_dropout, "flips": self.flips}
         return lambda model, batch, generator: process.losses(model, *batch, **options, generator=generator)
 
     def optimization(self) -> dict:
-        """Collect the fields that `PrivateTraining` has too."""
+        """Collect the fields that `PrivateTraining` has as well."""
         return {name: value for name, value in asdict(self).items() if name not in OF_THE_LOSSES}
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Settings of the classifier that tests images.
+    """Settings of the classifier by which images are tested.
 
     Attributes:
         network: architecture: cnn (the small one), resnet9, wrn-16-4 or wrn-40-4.
-        steps: number of optimizer steps, whatever the number of images.
+        steps: number of optimizer steps, however many images there are.
         batch_size: number of images in a step.
         optimizer: name of the optimizer: adamw, or sgd with Nesterov momentum 0.9.
         lr: peak learning rate, with a cosine schedule.
         weight_decay: weight decay of the optimizer.
         label_smoothing: share of a label that is spread over all classes.
-        augment: augmentation: jitter (turn and shift: digits), flip-crop (natural images) or none.
-        norm: normalisation: group, or batch, which the small CNN does not have.
-        width: width as the network counts it: channels of the first layer (cnn 32, resnet9 64) or widening factor (4).
-            Default: the usual one.
-        seed: seed of its weights, batches and augmentation.
+        augment: augmentation: jitter (rotation and shift: for digits), flip-crop (for natural images) or none.
+        norm: normalisation: group, or batch; the small CNN has no batch.
+        width: width in the network's own unit: channels of the first layer (cnn 32, resnet9 64) or widening factor (4). Default:
+            the usual one.
+        seed: seed of the weights, batches and augmentation.
     """
 
     network: NetworkName = "cnn"
@@ -207,5 +207,5 @@ class Classifier:
             raise UserError(f"classifier needs steps, batch_size >= 1, lr > 0 and weight_decay >= 0, got {self}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"classifier.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        with torch.device("meta"):  # to refuse a width that the network cannot have, without making the network
+        with torch.device("meta"):  # refuses a width that the network cannot have; no network is made
             make_network(self.network, image_size=32, width=self.width, norm=self.norm)

@@ -1,14 +1,14 @@
-"""The stages from public images to private synthetic ones: functions on a run's folder, which `runs.py` lets resume.
+"""The stages from public images to private synthetic ones: functions on a run's folder, which `runs.py` makes resumable.
 
 pretrain    public/model.safetensors, samples.png
-choose      chosen/model.safetensors, samples.png, sums.safetensors, privacy.json: the public model, moved nearer
-finetune    layers/privacy.json, where it chooses the layers to adapt, with what the choice follows from
+choose      chosen/model.safetensors, samples.png, sums.safetensors, privacy.json: the public model, trained further
+finetune    layers/privacy.json, if it chooses the layers to adapt, with the numbers by which it chooses
             private/adapter.safetensors, privacy.json, epsilon.png; checkpoint.pt and source.yaml, which must stay private
-sample      samples/ as `samples.py` writes it; samples-NAME/ for a further set; of the public model alone: samples-public/
-dpsgd       dpsgd/classifier.safetensors, privacy.json: the classifier trained on the private images themselves
+sample      samples/ as `samples.py` writes it; samples-NAME/ for another set; samples-public/ from the public model alone
+dpsgd       dpsgd/classifier.safetensors, privacy.json: a classifier trained on the private images themselves
 evaluate    evaluation.json
 
-Classes go by their names: those of the public model, the private images, the samples and the tests.
+Classes are matched by name: those of the public model, the private images, the samples and the tests.
 """
 
 import logging
@@ -109,20 +109,20 @@ def pretrain(
 ) -> dict:
     """Train a diffusion model on public images, without privacy.
 
-    Writes public/ in the run's folder. Interrupted, it continues from its checkpoint when it is called again. The model has the
-    images' classes, by name, and their channels.
+    Writes public/ in the run's folder. If interrupted, it continues from its checkpoint when it is called again. The model has
+    the classes of the images, with their names, and as many channels.
 
     Args:
         run: folder of the run.
-        data: public images with labels: a folder of images, with a subfolder for each class; or an npz file with arrays
-            `images` (uint8, or floats in [-1, 1], or else their `range`, as [0, 1]; NCHW or NHWC) and `labels` (from 0), perhaps
-            `num_classes` and `class_names`; or font-digits or colour-font-digits; or a published set in a folder, as in
-            svhn:FOLDER, imagenet32:FOLDER or imagenet10:FOLDER (its ten classes that match CIFAR-10's).
-        size: side in pixels to which the central square of a folder's images is resized. Default: 8, 16, 24, 32, 48 or 64, the
-            largest that is not above any image's side.
+        data: public images with labels: a folder of images, with a subfolder for each class; or an npz file with the arrays
+            `images` (uint8, or floats in [-1, 1] or in the range that `range` gives, as [0, 1]; NCHW or NHWC), `labels` (from 0),
+            and optionally `num_classes` and `class_names`; or font-digits or colour-font-digits; or a published set in a folder,
+            as in svhn:FOLDER, imagenet32:FOLDER or imagenet10:FOLDER (its ten classes that match CIFAR-10's).
+        size: side in pixels; the central square of each image in a folder is resized to it. Default: the largest of 8, 16, 24,
+            32, 48 and 64 that is not above the side of any image.
         channels: number of channels, 1 or 3. Default: 1 if all images are grey, else 3.
         count: number of images to draw for font-digits and colour-font-digits.
-        skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
+        skip_unreadable: whether to leave out the images of a folder that cannot be read, instead of refusing the folder.
         unet: shape of the U-Net.
         training: settings of the optimization.
         device: device to compute on.
@@ -171,36 +171,36 @@ def choose(
     device: Device = "auto",
     progress: bool = True,
 ) -> dict:
-    """Train the public model a little further on those public images that resemble the private ones.
+    """Train the public model a little further, on those public images that resemble the private ones.
 
-    This stage is optional, between `pretrain` and `finetune`. One noisy sum of the private images' features says which public
-    images these are, and how to move them to be more like the private ones (`methods/public_choice.py`). Other sums do so by
-    votes for public classes (`methods/class_queries.py`), or say each class's mean image (`methods/central_images.py`); several
-    are released at once, and work in turn. Writes chosen/ in the run's folder; `finetune` and `sample` then take its model, and
-    the target epsilon of `finetune` covers these releases too, whichever model it adapts. All of chosen/ but source.yaml may be
-    released, on the terms in its privacy.json. Interrupted, it continues; the sums are drawn once. It must come before
-    `finetune`, in a run of its own if there is one already.
+    This stage is optional, and comes between `pretrain` and `finetune`. A noisy sum of the private images' features tells which
+    public images these are, and how to move them closer to the private ones (`methods/public_choice.py`). Other sums are votes
+    for public classes (`methods/class_queries.py`) or the mean image of each class (`methods/central_images.py`). Several sums
+    are released together and used one after another. Writes chosen/ in the run's folder. `finetune` and `sample` then use its
+    model, and the target epsilon of `finetune` covers these releases too, whichever model it adapts. All of chosen/ except
+    source.yaml may be released, on the terms in its privacy.json. If interrupted, it continues; the sums are drawn only once.
+    It must come before `finetune`: if the run is fine-tuned already, use another run.
 
     Args:
         run: folder of the run.
         delta: delta for which epsilon is reported; the same as for `finetune`, below 1 / records.
         data: private images, as in `fastloda finetune`.
-        public: public images to choose from, as in `fastloda pretrain`; more different ones are better. For `queries` first
-            they may have any classes, many of them, as font-styles.
-        name: public name of the private images, which privacy.json says.
+        public: public images to choose from, as in `fastloda pretrain`; more and more varied ones are better. If `queries` is
+            first, they may have any classes, and many, as font-styles has.
+        name: public name of the private images, which is written to privacy.json.
         class_map: as in `fastloda finetune`.
-        skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
-        by: the releases to make, in this order, separated by commas: queries, means, choice. The settings of each are below;
-            only its noise_multiplier sets its cost, epsilon 0.7 for 5 and 0.4 for 8 at delta 1e-5.
-        queries: settings of votes for public classes, and of the training that follows.
-        means: settings of central images, and of the training that follows.
-        choice: settings of features that choose and move public images, and of the training that follows.
-        records: public, nominal number of private records. Default: the count of the data, which is thereby made public. All
-            classes are taken to be equally frequent.
+        skip_unreadable: whether to leave out the images of a folder that cannot be read, instead of refusing the folder.
+        by: the releases to make, in this order, separated by commas: queries, means, choice. The settings of each are below. Only
+            its noise_multiplier determines its cost: epsilon 0.7 for 5, and 0.4 for 8, at delta 1e-5.
+        queries: settings of the votes for public classes, and of the training that follows.
+        means: settings of the central images, and of the training that follows.
+        choice: settings of the features by which public images are chosen and moved, and of the training that follows.
+        records: public, nominal number of private records. Default: the count of the data, which thereby becomes public. All
+            classes are assumed to be equally frequent.
         count: number of images to draw for font-digits and colour-font-digits.
-        model: folder of the public model; default: public/ in the run's folder.
-        seed: seed of the noise and all else. Default: the operating system's randomness; a number makes an experiment that
-            can be repeated, and whose noise can be foreseen.
+        model: folder of the public model. Default: public/ in the run's folder.
+        seed: seed of the noise and of everything else. Default: the operating system's randomness. A number makes an experiment
+            that can be repeated, and whose noise can be foreseen.
         device: device to compute on.
         progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
@@ -208,7 +208,7 @@ def choose(
     folder = Path(run) / PUBLIC if model is None else Path(model)
     base = OwnUNet(folder, place)
     network, known = base.network, base.class_names
-    if base.chosen_privately:  # the release that made it would not be counted
+    if base.chosen_privately:  # the release that it was made from would not be counted
         raise UserError(f"{folder} holds a model of chosen images already: choose for the public model, once")
     private = _open_private(data, base, class_map, skip_unreadable, name)
     nominal = nominal_records(records, len(private), "--records")
@@ -240,9 +240,9 @@ def choose(
 
 
 def _check_goes_on(stage: Stage, kept: str) -> None:
-    """Refuse with a RunError a private stage that would begin anew though it has released something: `kept` is then gone.
+    """Refuse, with a RunError, a private stage that has released something but would start again, because `kept` is gone.
 
-    What it released would be spent a second time, and its statement, written anew, would count the second time only.
+    Its releases would be made a second time, and its new statement would count only the second.
     """
     if (stage.folder / STATEMENT).exists() and not (stage.folder / kept).exists():
         raise RunError(
@@ -251,7 +251,7 @@ def _check_goes_on(stage: Stage, kept: str) -> None:
 
 
 def _check_comes_first(chosen: Path, private: Path) -> None:
-    """Refuse with a RunError where adapters were trained already, whose statement could not count the coming release."""
+    """Refuse, with a RunError, to release if adapters were trained already: their statement could not count the release."""
     if (private / CONFIG).exists() and not (chosen / SUMS).exists():
         raise RunError(
             f"{private} was fine-tuned already, and its {STATEMENT} would not count what `fastloda choose` releases: choose in "
@@ -263,7 +263,7 @@ def _check_comes_first(chosen: Path, private: Path) -> None:
 def _released_once(
     stage: Stage, warm_up: InTurn, private: LabelledImages, pool: LabelledImages, seed: int | None
 ) -> Released:
-    """Release the noisy sums, saved before anything is made of them, so that an interrupted stage does not release them again."""
+    """Release the noisy sums, and save them before they are used, so that an interrupted stage does not release them again."""
     sums, statement, records = stage.folder / SUMS, stage.folder / STATEMENT, stage.settings["records"]
     _check_goes_on(stage, SUMS)
     if not sums.exists():
@@ -295,37 +295,37 @@ def finetune(
     """Fit adapters of the public model to private images under (epsilon, delta)-differential privacy.
 
     Writes private/ in the run's folder: adapter.safetensors and privacy.json may be released, checkpoint.pt and source.yaml
-    must not. Interrupted, it continues when it is called again, bit for bit, so that the budget is spent once. Deleting
-    private/ and starting anew spends it anew; what both released then counts together (`fastloda account --composition`).
-    With --layers.share below 1 a noisy sum first says which layers to adapt. It is drawn once, the same budget covers it, and all
-    of layers/ in the run's folder but source.yaml may be released.
+    must not. If interrupted, it continues when it is called again, bit for bit, and the budget is spent once. If private/ is
+    deleted and the command starts again, the budget is spent again; then both releases count together (`fastloda account
+    --composition`). With --layers.share below 1, a noisy sum first determines which layers to adapt. It is drawn once, the
+    same budget covers it, and all of layers/ in the run's folder except source.yaml may be released.
 
     Args:
         run: folder of the run.
-        privacy: promise of privacy, from which the noise is computed.
+        privacy: the promise of privacy, from which the noise is computed.
         data: private images with labels: a folder of images or an npz file as in `fastloda pretrain`; digits or colour-digits;
-            mnist:FOLDER or cifar10:FOLDER. cifar10@1%:FOLDER or cifar10@500:FOLDER takes that many, by class. They may have
-            fewer classes than the model; their names are taken to be public.
-        name: public name of the private images, which privacy.json says. No path is published.
-        class_map: pairs private=public, separated by commas, for private classes that the model knows by another name.
-        skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
-        owner: whose each image of a folder is, where people have several: then privacy protects a person with all their images,
-            and privacy.batch_size, privacy.records and privacy.epochs count people. `subfolder`: the folder right inside the
-            class's folder; or a regular expression with one group that matches from the start of the file name; or a .csv file
-            with the columns file and owner. Default: each image is one person's only one.
-        per_owner: number of an owner's images in a step, averaged before clipping; with `owner` only. Time and memory grow with
+            mnist:FOLDER or cifar10:FOLDER. cifar10@1%:FOLDER or cifar10@500:FOLDER takes only so many of them, with the classes
+            in the same proportion. They may have fewer classes than the model; their names are assumed to be public.
+        name: public name of the private images, which is written to privacy.json. No path is published.
+        class_map: pairs private=public, separated by commas, for private classes that have another name in the model.
+        skip_unreadable: whether to leave out the images of a folder that cannot be read, instead of refusing the folder.
+        owner: who owns each image of a folder, if people have several: then privacy protects a person with all their images,
+            and privacy.batch_size, privacy.records and privacy.epochs count people. `subfolder`: the folder directly inside the
+            folder of the class; or a regular expression with one group that matches from the start of the file name; or a .csv
+            file with the columns file and owner. Default: each person has one image.
+        per_owner: number of an owner's images in a step, averaged before clipping; only with `owner`. Time and memory grow with
             it.
-        model: folder of the public model: of a U-Net of `fastloda pretrain`, or of a pipeline of diffusers (DDPM, DDIM, DiT,
-            Stable Diffusion), which is taken to be public: if private images shaped it, that is not counted. Default: chosen/ in
-            the run's folder, or else public/.
+        model: folder of the public model: a U-Net of `fastloda pretrain`, or a pipeline of diffusers (DDPM, DDIM, DiT, Stable
+            Diffusion), which is assumed to be public: if private images were used to train it, that is not counted. Default:
+            chosen/ in the run's folder, or else public/.
         prompts: prompts for a model that reads text: a template with {class}, as "a photo of a {class}", or one for each class,
             as "cat=a photo of a cat,dog=a photo of a dog".
         adapter: settings of the adapters that are trained.
         layers: settings of a choice of layers to adapt.
         training: settings of the optimization.
         device: device to compute on.
-        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then. Its loss and clipped fraction are
-            private: for the operator's eyes.
+        progress: whether to show progress: a bar on a terminal, elsewhere a line now and then. It shows loss and clipped
+            fraction, which are private: only the operator may see them.
     """
     place = resolve_device(device)
     base = open_base(_public_folder(run, model), place)
@@ -336,7 +336,7 @@ def finetune(
     privacy = privacy.with_records(*((len(set(owners)), "owners") if owners else (len(private), "records")))
     losses = base.losses(training, privacy.views)
     adapter = replace(adapter, targets=adapter.targets or base.targets)
-    with seeded(training.seed or 0):  # seeds A's initial values only, which are public and independent of the noise
+    with seeded(training.seed or 0):  # seeds only A's initial values, which are public and independent of the noise
         adapter.attach(base.network)
     settings = {"name": name, "privacy": asdict(privacy), "adapter": asdict(adapter), "prompts": prompts}
     settings |= {"layers": asdict(layers), "training": asdict(training), "device": place.type, "per_owner": per_owner}
@@ -376,9 +376,9 @@ def finetune(
 
 
 def _release_layers(run: Path, tuning: Stage, base: Base, measure: Callable[[], Saliency], about: dict) -> Saliency:
-    """Release where the records' gradients are in layers/, a stage of its own before the stage `tuning`; or load it.
+    """Release the saliency of the layers (where the records' gradients are) in layers/, as a stage before `tuning`; or load it.
 
-    It depends on those settings of the tuning by which losses are computed, and can serve again when others change.
+    It depends on those settings of `tuning` that the losses need, and can be used again when others change.
     """
     known = tuning.settings
     settings = {name: known[name] for name in ("name", "adapter", "prompts", "device", "per_owner")}
@@ -397,7 +397,7 @@ def _release_layers(run: Path, tuning: Stage, base: Base, measure: Callable[[], 
 
 
 def _check_affordable(run: Path, tuning: Stage, base: Base) -> None:
-    """Refuse to release the layers' saliency if fine-tuning began already, with one that is gone, or could not pay for it."""
+    """Refuse to release the layers' saliency if fine-tuning has begun with one that is gone, or could not pay for a new one."""
     if tuning.world.from_first((tuning.folder / CONFIG).exists):
         raise RunError(f"{tuning.folder} goes on from {LAYERS}/{STATEMENT}, which is gone. {tuning.way_out}")
     due = LayerChoice(**tuning.settings["layers"]).releases
@@ -406,7 +406,7 @@ def _check_affordable(run: Path, tuning: Stage, base: Base) -> None:
 
 
 def _layers_statement(tuning: Stage) -> dict:
-    """Make the statement of the release that the stage `tuning` chooses its layers by."""
+    """Make the statement of the release by which the stage `tuning` chooses its layers."""
     described = LayerChoice(**tuning.settings["layers"]).releases
     privacy, training = tuning.settings["privacy"], tuning.settings["training"]
     how = {"secure_noise": training["secure_noise"], "by_owner": tuning.source["owner"] is not None}
@@ -424,11 +424,11 @@ def train_classifier_privately(
 ) -> nn.Module:
     """Train a classifier by DP-SGD, in dpsgd/ of the run's folder.
 
-    `privacy.records` must be given. If it was done with the same settings, the classifier is loaded; interrupted, it
+    `privacy.records` must be given. If a classifier with the same settings exists, it is loaded; an interrupted training
     continues.
 
     Raises:
-        RunError: the folder holds a classifier of other settings.
+        RunError: the folder contains a classifier with other settings.
     """
     place = resolve_device(device)
     settings = {"privacy": asdict(privacy), "training": asdict(training), "device": place.type}
@@ -460,22 +460,22 @@ def sample(
     device: Device = "auto",
     progress: bool = True,
 ) -> dict:
-    """Draw synthetic images from the fine-tuned model, equally many of each class that it was trained on.
+    """Draw synthetic images from the fine-tuned model, the same number for each class that it was trained on.
 
-    Writes samples/ in the run's folder: an npz file, PNGs by class, a contact sheet, privacy.json, and README.md on what may be
-    published. They are as private as the adapter that they come from, however many are drawn. Interrupted, it continues.
+    Writes samples/ in the run's folder: an npz file, PNGs by class, a contact sheet, privacy.json, and a README.md that says what
+    may be published. The images are as private as the adapter, however many are drawn. If interrupted, it continues.
 
     Args:
         run: folder of the run.
         count: number of images.
         steps: number of steps of the sampler: DDIM, or a pipeline's own.
         guidance: weight of classifier-free guidance; above 0 it doubles the time.
-        seed: seed of the images; it is independent of training, and need not be secret.
-        name: name of a further set of samples, which goes to samples-NAME/; give it another seed.
-        reach: distance, for pixels in [-1, 1], by which a pixel may easily be moved to make the images agree better with the
-            release of `fastloda choose`; 0.1 helps a little on digits. It costs no budget. 0: no moves.
+        seed: seed of the images; it is independent of training, and does not have to be secret.
+        name: name of another set of samples, which goes to samples-NAME/; give it another seed.
+        reach: distance, for pixels in [-1, 1], by which a pixel can be moved at little cost, to make the images agree better with
+            the release of `fastloda choose`; 0.1 helps a little on digits. It costs no budget. 0: no moves.
         public: whether to draw from the model without the adapter, into samples-public/; chosen/ has its own privacy.json.
-        model: folder of the public model, as in `fastloda finetune`; default: chosen/ in the run's folder, or else public/.
+        model: folder of the public model, as in `fastloda finetune`. Default: chosen/ in the run's folder, or else public/.
         batch_size: number of images at a time; the result does not depend on it.
         device: device to compute on.
         progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
@@ -516,7 +516,7 @@ def samples_folder(public: bool, name: str | None) -> str:
     """Return the name of the folder of a set of samples.
 
     Raises:
-        UserError: the set's name can't be a part of it.
+        UserError: the name of the set cannot be part of it.
     """
     if name is not None and not re.fullmatch(r"(?!public)\w[\w.-]*", name):
         raise UserError(f"--name must be letters, digits, dots and dashes, and not begin with public, got {name!r}")
@@ -524,7 +524,7 @@ def samples_folder(public: bool, name: str | None) -> str:
 
 
 def check_sampling(count: int, steps: int, guidance: float, batch_size: int = 1, reach: float = 0.0) -> None:
-    """Refuse with a ValueError what `sample` can't do."""
+    """Refuse with a ValueError what `sample` cannot do."""
     if count < 1 or batch_size < 1:
         raise UserError(f"count and batch_size must be at least 1, got {count} and {batch_size}")
     if not 1 <= steps <= TIMESTEPS or not 0 <= guidance < float("inf"):
@@ -546,20 +546,20 @@ def evaluate(
     device: Device = "auto",
     progress: bool = True,
 ) -> dict:
-    """Train a classifier on synthetic images alone, and test it on real ones.
+    """Train a classifier on synthetic images only, and test it on real ones.
 
-    Adds its accuracy to evaluation.json in the run's folder, which names no file. The epsilon of the run does not cover the
-    test images.
+    Adds its accuracy to evaluation.json in the run's folder; no file is named there. The run's epsilon does not cover the test
+    images.
 
     Args:
         run: folder of the run.
         test: real images with labels, of the same classes by name: a folder of images or an npz file; digits-test (360 digits
             that are not in `digits`), colour-digits-test, mnist-test:FOLDER or cifar10-test:FOLDER.
-        train: images to train on instead: anything that `pretrain` and `finetune` take. On private images this has no privacy.
+        train: images to train on instead: anything that `pretrain` and `finetune` take. With private images it has no privacy.
         public: whether to train on samples-public/ instead of samples/.
         name: name of the set of samples, if `fastloda sample` was given one.
-        class_map: pairs test=train, separated by commas, for test classes that the samples call otherwise.
-        skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
+        class_map: pairs test=train, separated by commas, for test classes that have another name in the samples.
+        skip_unreadable: whether to leave out the images of a folder that cannot be read, instead of refusing the folder.
         classifier: settings of the classifier and its training.
         device: device to compute on.
         progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
@@ -574,7 +574,7 @@ def evaluate(
     tests = open_tests(test, images, read_class_map(class_map), skip_unreadable=skip_unreadable)
     key = samples if train is None else public_name(train, "other images")
     settings = {"test": public_name(test, "test images"), "classifier": asdict(classifier), "device": place.type}
-    # Synthetic images are identified by their hash; a file of private ones is not hashed, and is tested again each time.
+    # Samples are identified by their hash. No other file is hashed, since it may be private: its results are computed each time.
     settings |= {"sha256": digest(Path(source))} if train is None else {}
     record = Path(run) / EVALUATION
     known = read_json(record) if record.exists() else {}
@@ -599,9 +599,9 @@ def evaluate(
 
 
 def _open_private(data: str, base: Base, class_map: Sequence[str], skip_unreadable: bool, name: str) -> LabelledImages:
-    """Open the private images, with those of the model's classes that they have, by name; say what they are.
+    """Open the private images, with those of the model's classes that they have, by name; log what they are.
 
-    Where the model's classes have no names, the images' are its first ones.
+    If the model's classes have no names, the classes of the images are the first ones of the model.
     """
     images = open_for_unet(data, base.takes, skip_unreadable=skip_unreadable)
     called = {own: base.synonyms.get(known, known) for own, known in read_class_map(class_map).items()}
@@ -610,7 +610,7 @@ def _open_private(data: str, base: Base, class_map: Sequence[str], skip_unreadab
     known = base.class_names or tuple(dict.fromkeys(found))
     if base.takes.num_classes is not None and len(known) > base.takes.num_classes:
         raise UserError(f"{data} has {len(known)} classes, more than the model's {base.takes.num_classes}")
-    relabelled(images, known, mapping, of="the public model")  # refuses strange classes
+    relabelled(images, known, mapping, of="the public model")  # refuses unknown classes
     private = relabelled(images, [each for each in known if each in found], mapping)
     logger.info("private: %s, called %r in what is published: %d images", data, name, len(private))
     logger.info("note: the names of their classes are published: %s", listed(private.class_names))
@@ -618,17 +618,17 @@ def _open_private(data: str, base: Base, class_map: Sequence[str], skip_unreadab
 
 
 def _source(data: str, class_map: Names, skip_unreadable: bool) -> dict:
-    """Collect the settings that say where private images are and how they are read."""
+    """Collect the settings on where private images are, and how they are read."""
     return {"data": full_name(data), "class_map": list(class_map), "skip_unreadable": skip_unreadable}
 
 
 def _about(name: str, classes: Sequence[str]) -> dict:
-    """Collect the public facts of private images, with which a statement begins."""
+    """Collect the public facts about private images that a statement begins with."""
     return {"name": name, "classes": list(classes)}
 
 
 def _public_folder(run: Path, model: Path | None) -> Path:
-    """Find the public model's folder. Raises RunError if `choose` was begun and not finished, for its model may be meant."""
+    """Find the public model's folder; RunError if `choose` was begun and not finished, since its model may be meant."""
     if model is not None:
         return Path(model)
     chosen, public = Path(run) / CHOSEN, Path(run) / PUBLIC
@@ -643,7 +643,7 @@ def _public_folder(run: Path, model: Path | None) -> Path:
 
 
 def _released_before(run: Path, base: Base) -> list[dict]:
-    """Read the statements of what was released about the private records before, for the adapted model or in this run."""
+    """Read the statements of earlier releases about the private records, for the adapted model or in this run."""
     chosen, layers, folders = Path(run) / CHOSEN, Path(run) / LAYERS, []
     if base.chosen_privately:
         folders.append(base.file.parent)
@@ -659,7 +659,7 @@ def _all_releases(statements: Sequence[dict]) -> list[tuple]:
 
 
 def _owners_of(data: str, private: LabelledImages, owner: str | None, before: list[dict]) -> list[str] | None:
-    """Read whose each image is, if that is asked for. Raises UserError if what was released before has another unit."""
+    """Read who owns each image, if that is asked for; UserError if an earlier release has another unit of privacy."""
     adjacency, other = (ADJACENCY, "owner") if owner is None else (OWNER_ADJACENCY, "image")
     if any(statement["adjacency"] != adjacency for statement in before):
         raise UserError(
@@ -670,7 +670,7 @@ def _owners_of(data: str, private: LabelledImages, owner: str | None, before: li
 
 
 def _released_with(base: Base) -> ClassEmbeddings:
-    """Load the features that `choose` released, which the budget of anything that adapts its model covers."""
+    """Load the features that `choose` released; whatever adapts its model has them in its budget."""
     released = load_released(base.file.parent / SUMS, [CHOICE]) if base.chosen_privately else {}
     if PublicChoice.kind not in released:
         raise UserError(
@@ -680,14 +680,14 @@ def _released_with(base: Base) -> ClassEmbeddings:
 
 
 def _statement_of_public(base: Base) -> dict | None:
-    """Read the statement of the public model, if private images had a say in it."""
+    """Read the statement of the public model, if private images had an influence on it."""
     return read_statement(base.file.parent) if base.chosen_privately else None
 
 
 def _draw_preview(
     model: UNet, known: Sequence[str], names: Sequence[str], folder: Path, seed: int, progress: bool
 ) -> None:
-    """Draw a contact sheet of a model whose classes are `known`, with some images of each of the classes `names`."""
+    """Draw a contact sheet of a model with the classes `known`: some images of each of the classes `names`."""
     labels = class_balanced_labels(PREVIEW_COLUMNS * len(names), len(names))
     number = torch.tensor([known.index(name) for name in names])
     drawn = draw_samples(model, number[labels], seed=seed, progress=progress).clamp(-1, 1)
@@ -695,7 +695,7 @@ def _draw_preview(
 
 
 def _attach_trained(base: Base, private: Path) -> Path:
-    """Attach the run's adapters to the base's network; return their file."""
+    """Attach the run's adapters to the base's network, and return their file."""
     if not (private / DONE).is_file():
         raise FileNotFoundError(
             f"no adapter in {private}: `fastloda finetune` makes one; or draw from the public model with --public"
@@ -707,7 +707,7 @@ def _attach_trained(base: Base, private: Path) -> Path:
 
 
 def _trained_on(private: Path) -> dict:
-    """Read the run's statement, which has the classes and prompts that the adapters were trained on; {} if there is none yet."""
+    """Read the run's statement: it has the classes and prompts that the adapters were trained on. {} if there is none yet."""
     return read_statement(private) if (private / STATEMENT).is_file() else {}
 
 

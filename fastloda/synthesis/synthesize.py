@@ -1,4 +1,4 @@
-"""One command from two sets of images, public and private, to private synthetic images: a plan, then the stages in a row."""
+"""One command from two sets of images, public and private, to private synthetic images: a plan, then the stages in order."""
 
 import logging
 import math
@@ -75,49 +75,49 @@ def synthesize(
 ) -> dict:
     """Make private synthetic images from a set of public and a set of private images.
 
-    It says what it found and what it is going to do, then runs pretrain, choose (if asked for), finetune, sample and evaluate
-    (if there are tests) in the folder `out`. Interrupted, it continues when it is called again. Everything in out/samples may be
-    published, on the terms in its privacy.json; out/private holds what must not.
+    It says what it has found and what it will do, then runs pretrain, choose (if asked for), finetune, sample and evaluate (if
+    there are test images) in the folder `out`. If interrupted, it continues when it is called again. Everything in out/samples
+    may be published, on the terms in its privacy.json; out/private also contains files that must not be.
 
-    Each set is a folder of images, with a subfolder for each class; or an npz file or a name, as `fastloda pretrain` and
-    `fastloda finetune` take. Classes are matched by their names. Size and channels follow the public images alone, since a
-    single private image could change them.
+    Each set is a folder of images, with a subfolder for each class, or an npz file or a name, as for `fastloda pretrain` and
+    `fastloda finetune`. Classes are matched by name. Size and channels depend on the public images only, because a single
+    private image could change them.
 
     Args:
-        public: public images, whose model is adapted; of the private images' classes, and of what else there may be.
+        public: public images, on which the model to adapt is trained; of the private images' classes, and possibly of others.
         private: private images.
         epsilon: upper bound on epsilon of all that is released about the private images; 1 is strong, 10 is common in research.
         out: folder for all results.
-        test: real images to test a classifier on that learns from the synthetic ones; epsilon does not cover them.
+        test: real images, to test a classifier that is trained on the synthetic ones; epsilon does not cover them.
         delta: probability with which the bound may fail. Default: the largest power of ten below 1 / (10 records).
-        records: public, nominal number of private records. Default: the count of the data, which is thereby made public.
-        name: public name of the private images, which privacy.json says. No path is published.
-        class_map: pairs private=public, separated by commas, for private classes that the public images call otherwise.
-        skip_unreadable: whether to leave out images that can't be read, instead of refusing. What is left out is not protected.
-        owner: whose each private image is, where people have several: then privacy protects a person with all their images.
-            `subfolder`, a regular expression with one group that matches from the start of the file name, or a .csv file, as
-            `fastloda finetune --owner` takes them.
-        per_owner: number of an owner's images in a step; with `owner` only.
-        size: side in pixels of the synthetic images. Default: 8, 16, 24, 32, 48 or 64, the largest that is not above any public
-            image's side.
+        records: public, nominal number of private records. Default: the count of the data, which thereby becomes public.
+        name: public name of the private images, which is written to privacy.json. No path is published.
+        class_map: pairs private=public, separated by commas, for private classes that have another name in the public images.
+        skip_unreadable: whether to leave out images that cannot be read, instead of refusing. What is left out is not protected.
+        owner: who owns each private image, if people have several: then privacy protects a person with all their images.
+            `subfolder`, a regular expression with one group that matches from the start of the file name, or a .csv file, as for
+            `fastloda finetune --owner`.
+        per_owner: number of an owner's images in a step; only with `owner`.
+        size: side of the synthetic images in pixels. Default: the largest of 8, 16, 24, 32, 48 and 64 that is not above the side
+            of any public image.
         channels: number of channels, 1 or 3. Default: 1 if all public images are grey, else 3.
-        choose: whether to choose public images privately first (`fastloda choose`), for a part of the same budget.
+        choose: whether to choose public images privately first (`fastloda choose`), with a part of the same budget.
         count: number of synthetic images.
-        minutes: time that all but the evaluation may take on this machine, by a few measured public steps. The steps below and
-            the U-Net are as large as it allows, unless they are given; the plan says what more time would change.
+        minutes: time that everything except the evaluation may take on this machine, estimated from a few public steps. The steps
+            below and the U-Net are as large as it allows, unless they are given; the plan says what more time would change.
         public_steps: number of steps of public training. Default: up to 2,000.
         private_steps: number of steps of private training. Default: up to 400, or 100 below epsilon 3.
-        sampler_steps: number of steps of the sampler. Default: 50, or 25 where the time is short.
+        sampler_steps: number of steps of the sampler. Default: 50, or 25 if time is short.
         rank: rank of the adapters.
-        unet: shape of the U-Net. Default: the preset for the size, of half the width where the time is short.
-        seed: seed of everything. Default: the operating system's randomness for what is private; a number makes an experiment
+        unet: shape of the U-Net. Default: the preset for the size, with half the width if time is short.
+        seed: seed of everything. Default: the operating system's randomness for what is private. A number makes an experiment
             that can be repeated, and whose noise can be foreseen.
-        dry_run: whether to stop after the plan; nothing is written.
+        dry_run: whether to stop after the plan, without writing anything.
         device: device to compute on.
         progress: whether to show progress: bars on a terminal, elsewhere a line now and then.
     """
     place = resolve_device(device)
-    Privacy(epsilon, 1e-9 if delta is None else delta)  # refuses at once what no number of records makes right
+    Privacy(epsilon, 1e-9 if delta is None else delta)  # refuses now what no number of records could make right
     if owner is not None and choose:
         raise UserError(
             "--choose releases a sum in which each image counts by itself: leave it out, or leave out --owner"
@@ -175,7 +175,7 @@ def _costs(
     adapter: Adapter,
     device: torch.device,
 ) -> dict[int | None, Cost]:
-    """Measure what steps cost on the public images, by the U-Net's width: its own, and half of it unless a shape is given."""
+    """Measure the costs of steps on the public images, by the U-Net's width: its own, and half of it unless a shape is given."""
     logger.info("note: timing a few steps on public images")
     usual = unet.config(pool)
     widths = (begun.width,) if begun else (None,) if unet != stages.SHAPE else (None, usual.width // 2)
@@ -185,7 +185,7 @@ def _costs(
 
 
 def _times(plan: Plan, most: Plan, minutes: float) -> dict[str, str]:
-    """Describe the time that a plan takes in all, and what is more in the plan that takes most."""
+    """Describe the total time of a plan, and what the plan that takes the most time has in addition."""
     within = "within" if plan.total <= 60 * minutes else "more than"
     shown = {"time in all": f"{duration(plan.total)} on this machine, {within} --minutes {minutes:g}"}
     if most == plan:
@@ -199,11 +199,11 @@ def _times(plan: Plan, most: Plan, minutes: float) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Sets:
-    """The sets of images of a run, opened and matched.
+    """The image sets of a run, opened and matched.
 
     Attributes:
         public, private: the images.
-        facts: facts of the sets that are folders, by what each is.
+        facts: facts about the sets that are folders, by the name of the set ("public" or "private").
         costs: costs of a step on the public images, by the width of the U-Net.
     """
 
@@ -213,7 +213,7 @@ class Sets:
     costs: Mapping[int | None, Cost]
 
     def say(self, name: str, unit: str) -> None:
-        """Say what was found, what the unit of privacy is, and what is made public by it."""
+        """Say what was found, what the unit of privacy is, and what becomes public."""
         for what, images in (("public", self.public), ("private", self.private)):
             logger.info("%s: %s", what, _described(images, self.facts.get(what)))
         logger.info(
@@ -233,12 +233,12 @@ def open_sets(
     channels: int | None,
     look: Callable[[LabelledImages], dict[int | None, Cost]],
 ) -> Sets:
-    """Open all sets of images as the stages will, and match their classes.
+    """Open all sets of images as the stages will do, and match their classes.
 
-    `look` measures costs on the public images, before anything is read of the private ones.
+    `look` measures the costs on the public images, before any private image is read.
 
     Raises:
-        FileNotFoundError, UserError: a set is refused; if several are, the message says it of each.
+        FileNotFoundError, UserError: a set is refused; if several are, the message names the reason for each.
     """
     for path in (public, private, test):
         check_there(path)
@@ -273,7 +273,7 @@ def open_sets(
 
 
 def _described(images: LabelledImages, facts: FolderFacts | None) -> str:
-    """Describe images, and how those of a folder were brought to one size: "600 images, 48 x 40 RGB, centre crop to 32 x 32"."""
+    """Describe images, and how those of a folder get one size: "600 images, 48 x 40 RGB, centre crop to 32 x 32"."""
     classes = f"{images.num_classes} classes: {listed(images.class_names)}"
     if facts is None:
         return f"{len(images)} images, {shape_text(images)}, {classes}"
@@ -286,7 +286,7 @@ def _described(images: LabelledImages, facts: FolderFacts | None) -> str:
 
 
 def _run(steps: Mapping[str, Callable[[], dict]]) -> dict:
-    """Run the stages in their order, and collect what the user wants to know of their results."""
+    """Run the stages in order, and collect what the user wants to know about their results."""
     wanted, found = ("epsilon", "delta", "samples", "images", "grid", "accuracy"), {}
     for number, (stage, work) in enumerate(steps.items(), 1):
         logger.info("[%d/%d] %s", number, len(steps), stage)

@@ -1,7 +1,8 @@
-"""The accountant's promises: never too low, hardly too high, never hanging.
+"""The accountant's promises: epsilon is never too low, hardly too high, and every call ends.
 
-The judges, none of which is the bound itself: dp-accounting's optimistic estimate, prv-accountant's lower bound, the exact
-Gaussian mechanism, and RDP from above."""
+The references, none of which is the bound itself: dp-accounting's optimistic estimate, prv-accountant's lower bound, the exact
+Gaussian mechanism, and an upper bound by RDP.
+"""
 
 import itertools
 import json
@@ -26,15 +27,13 @@ from fastloda.accounting.compose import PrivacyAccountingWarning, compose_epsilo
 from fastloda.accounting.mechanism import Mechanism, merged
 from fastloda.errors import UserError
 
-RUN = {
-    "sample_rate": 0.02,
-    "noise_multiplier": 1.1,
-}  # 300 steps: epsilon 2.1, computed in a tenth of a second
+# epsilon of 300 steps: 2.1, computed in a tenth of a second
+RUN = {"sample_rate": 0.02, "noise_multiplier": 1.1}
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache directory, on disk and in memory."""
+    """Give each test an empty cache, on disk and in memory."""
     monkeypatch.setattr(calibrate, "user_cache_path", lambda name: tmp_path / name)
     compose.least_epsilon.cache_clear()
     return tmp_path / "fastloda" / "noise"
@@ -48,7 +47,7 @@ def log_uniform(rng, low, high):
 
 
 def random_case(rng):
-    """One mechanism, or two in every fourth case, and a delta; epsilon between about 0.2 and 200."""
+    """Draw one mechanism, or two in every fourth case, and a delta; epsilon is between about 0.2 and 200."""
     while True:
         mechanisms = [
             (log_uniform(rng, 1e-4, 0.5), log_uniform(rng, 0.3, 10), int(log_uniform(rng, 1, 5e3)))
@@ -75,7 +74,7 @@ def pld_epsilon(mechanisms, delta, interval, pessimistic):
 
 
 def prv_lower(mechanisms, delta, upper):
-    """prv-accountant's lower bound, by the package's own hand; 0 where it fails."""
+    """Compute prv-accountant's own lower bound, or 0 where prv-accountant fails."""
     losses = [PoissonSubsampledGaussianMechanism(q, sigma) for q, sigma, _ in mechanisms]
     steps = [m[2] for m in mechanisms]
     try:
@@ -85,23 +84,20 @@ def prv_lower(mechanisms, delta, upper):
         return 0.0
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The integral is probably divergent"
-)  # prv-accountant's own, where `prv_lower` asks it
+@pytest.mark.filterwarnings("ignore:The integral is probably divergent")  # a warning of prv-accountant itself
 @pytest.mark.filterwarnings("ignore::fastloda.accounting.compose.PrivacyAccountingWarning")
 def test_never_below_the_truth_and_hardly_above(counts, proof):
     cases, unsound, looseness, judged = counts(12, 1000), [], [], 0
     for seed in range(cases):
         mechanisms, delta = random_case(random.Random(seed))
         upper, steps = compose_epsilon(mechanisms, delta), sum(m[2] for m in mechanisms)
-        # PLD's optimistic rounding loses half an interval a step, its pessimistic one, connecting the dots, next to nothing.
+        # PLD's optimistic rounding loses half an interval per step; its pessimistic one (connecting the dots), next to nothing.
         low = pld_epsilon(mechanisms, delta, max(0.04 * upper / steps, 5e-5), pessimistic=False)
         high = pld_epsilon(mechanisms, delta, min(1e-2, upper / 400 / math.sqrt(steps)), pessimistic=True)
         lower = prv_lower(mechanisms, delta, upper) if steps < 2000 and upper < 50 else 0.0
         judged += lower > 0.98 * upper
-        if (
-            upper < lower
-        ):  # prv-accountant misses the mean of its losses on some grids (its issue 36): a fine PLD decides
+        # prv-accountant misses the mean of its losses on some grids (its issue 36): then a fine PLD decides
+        if upper < lower:
             low, lower = pld_epsilon(mechanisms, delta, 1e-4, pessimistic=False), 0.0
             assert low > 0.995 * high, "nothing decides"
         if upper < max(low, lower):
@@ -112,7 +108,7 @@ def test_never_below_the_truth_and_hardly_above(counts, proof):
     proof("accountant_pld_unsound", len(unsound))
     proof("accountant_pld_loosest_from_epsilon_1", max(looseness)[0])
     assert not unsound
-    assert judged >= cases / 4  # by a lower bound within 2%
+    assert judged >= cases / 4  # the lower bound is within 2% of epsilon in at least a quarter of the cases
     assert max(looseness)[0] <= 0.005, max(looseness)
 
 
@@ -144,7 +140,7 @@ def moment_density(x, q, sigma, order):
 
 @pytest.mark.parametrize(("q", "sigma"), [(0.3, 0.6), (0.01, 0.5), (0.004, 3.0), (0.01, 0.1)])
 def test_rdp_at_fractional_orders(q, sigma):
-    # By adaptive quadrature: dp-accounting's series does not converge at the first of these settings and is
+    # Adaptive quadrature, because dp-accounting's series does not converge at the first of these settings and is
     # 0.3% off.
     for index in range(30, 75, 4):
         order = rdp.FRACTIONAL[index]
@@ -453,7 +449,7 @@ def test_bad_input_is_refused_at_once_with_its_value(name, value, error):
         start = time.monotonic()
         with pytest.raises(error) as caught:
             call()
-        assert isinstance(caught.value, (TypeError, UserError))  # a check of ours, not a library's
+        assert isinstance(caught.value, (TypeError, UserError))  # our own check refused it, not a library
         assert name in str(caught.value) or name == "steps"
         assert repr(value)[:20] in str(caught.value)
         assert time.monotonic() - start < 0.5
@@ -556,7 +552,7 @@ def test_no_calibration_takes_a_minute(question):
 
 
 def test_a_schedule_of_noises_costs_hardly_more_than_its_steps_one_by_one():
-    schedule = exponential(0.01, 40, end=1.98)  # 20 or so to a cell
+    schedule = exponential(0.01, 40, end=1.98)  # about 20 fall into one cell of the grid
     few = rdp.worst_of_similar(tuple(Mechanism(*m) for m in schedule))
     exact = pld_epsilon(schedule, 1e-5, 2e-4, pessimistic=True)
     assert exact * 0.9995 <= compose_epsilon(schedule, 1e-5) <= exact * 1.005

@@ -1,7 +1,7 @@
-"""Epsilon of a person with several records: never below the truth, hardly above, and below general group privacy.
+"""Epsilon of a person with several records: never below the truth, hardly above it, and below general group privacy.
 
-The judges: the hockey-stick divergence of one step by numeric integration, that of many by drawn privacy losses, the exact
-Gaussian mechanism at rate 1, and the group privacy of any mechanism.
+The references: the hockey-stick divergence of one step by numeric integration, that of many steps by sampled privacy losses,
+the exact Gaussian mechanism at rate 1, and the group privacy of any mechanism.
 """
 
 import math
@@ -20,13 +20,13 @@ from fastloda.accounting.mechanism import MIN_DELTA
 
 
 def log_ratio(x, q, sigma, records):
-    """log of the mixture's density over that of N(0, sigma^2), at x [n]."""
+    """Compute the log of (the mixture's density / that of N(0, sigma^2)) at x [n]."""
     drawn = np.arange(records + 1)
     return logsumexp(drawn * (x[..., None] - drawn / 2) / sigma**2, axis=-1, b=binom.pmf(drawn, records, q))
 
 
 def delta_of_one_step(epsilon, q, sigma, records):
-    """The larger hockey-stick divergence of the two directions, by Gauss-Legendre integration over 2,000 pieces."""
+    """Compute the larger of both directions' hockey-stick divergences, by Gauss-Legendre integration over 2,000 pieces."""
     edges = np.linspace(-12 * sigma, records + 12 * sigma, 2001)
     nodes, weights = np.polynomial.legendre.leggauss(12)
     half = np.diff(edges)[:, None] / 2
@@ -67,7 +67,7 @@ def test_many_steps_are_what_drawn_losses_say(q, sigma, steps, records):
 
 
 def general_group_privacy(mechanisms, delta, records):
-    """(e, d)-DP for one record is (m e, d (exp(m e) - 1) / (exp(e) - 1))-DP for m (Vadhan 2017, Lemma 2.2)."""
+    """Bound epsilon: (e, d)-DP for one record is (m e, d (exp(m e) - 1) / (exp(e) - 1))-DP for m (Vadhan 2017, Lemma 2.2)."""
     best = math.inf
     for single in np.geomspace(MIN_DELTA * 1.01, delta, 20):
         e = compose_epsilon(mechanisms, single)
@@ -104,7 +104,7 @@ def test_without_sampling_it_is_the_gaussian_of_so_many_times_the_sensitivity():
     records=st.integers(2, 12),
 )
 def test_it_lies_between_the_mean_and_the_most_that_a_person_may_do(q, sigma, steps, records):
-    """A record that is drawn m times as often does less, and m records drawn together do more."""
+    """It is at least the epsilon of one record, and at most that of m records that are all drawn whenever any of them is."""
     found = group_epsilon([(q, sigma, steps)], 1e-5, records)
     together = 1 - (1 - q) ** records
     assert compose_epsilon([(q, sigma, steps)], 1e-5) <= found

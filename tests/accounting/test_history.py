@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from fastloda import PrivacyAccountant
 from fastloda.accounting.history import HistoryAccountant
 
-MECHANISMS = [(1.0, 0.1), (1.0, 0.2), (3.0, 0.1)]  # noise, rate
+MECHANISMS = [(1.0, 0.1), (1.0, 0.2), (3.0, 0.1)]  # (noise multiplier, sampling rate)
 
 
 def through_json(state):
@@ -32,7 +32,7 @@ def through_torch(state):
 
 
 class Histories(RuleBasedStateMachine):
-    """Accounts beside the sets of the steps that they should know; each step is one of its own, whoever takes it."""
+    """Accounts, each with the set of steps that it should know; every step has its own number, whichever account takes it."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class Histories(RuleBasedStateMachine):
 
 
 class Runs(Histories):
-    """The same of accountants of one mechanism."""
+    """The same state machine with accountants of one mechanism."""
 
     def account(self):
         return PrivacyAccountant(0.1, 1.0)
@@ -159,11 +159,11 @@ def test_ids_cannot_be_guessed():
 
 
 def test_opacus_own_record_is_added():
-    theirs = {"history": [(1.0, 0.1, 3), (2.0, 0.1, 4), (1.0, 0.1, 5)], "mechanism": "prv"}  # a noise that came back
+    theirs = {"history": [(1.0, 0.1, 3), (2.0, 0.1, 4), (1.0, 0.1, 5)], "mechanism": "prv"}  # one noise occurs twice
     account = steps(HistoryAccountant(), 2)
     account.load_state_dict(theirs)
     assert account.history == [(1.0, 0.1, 10), (2.0, 0.1, 4)]
-    account.load_state_dict(theirs)  # it may be another run's, of the same length
+    account.load_state_dict(theirs)  # this may be the record of another run of the same length
     assert len(account) == 2 + 12 + 12
 
 
@@ -226,7 +226,7 @@ def test_numbers_of_numpy_are_plain_in_the_record():
 
 
 def test_an_accountants_record_goes_on_from_a_higher_count():
-    """As `DPTrainer` writes before each step, and reads when it goes on."""
+    """`DPTrainer` writes such a record before each step, and reads it when it resumes."""
     run = PrivacyAccountant(0.1, 1.0)
     run.step(5)
     checkpoint, intended = run.state_dict(), run.state_dict() | {"steps": 8}

@@ -15,10 +15,10 @@ RATES = (1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9)
 
 
 def best_attack(rate: float, sample_rate: float, sigma: float) -> float:
-    """Compute the true positive rate of the likelihood ratio test of one step, by Neyman and Pearson the best there is.
+    """Compute the true positive rate of the likelihood ratio test of one step, which by Neyman and Pearson is the best test.
 
-    The released sum is N(0, sigma^2) without the record, and with it also N(1, sigma^2) with a chance of sample_rate; the ratio
-    rises with the sum, so that the test accuses above a threshold.
+    Without the record the released sum is N(0, sigma^2); with it, it is N(1, sigma^2) with probability sample_rate. The
+    likelihood ratio rises with the sum, so that the test says "member" above a threshold.
     """
     threshold = norm.isf(rate)
     return sample_rate * norm.sf(threshold - 1 / sigma) + (1 - sample_rate) * rate
@@ -29,7 +29,7 @@ def best_attack(rate: float, sample_rate: float, sigma: float) -> float:
 def test_a_full_batch_step_is_bounded_by_the_gaussian_trade_off_exactly(sigma, rate):
     bound, truth = MembershipBound.of_releases([(1.0, sigma, 1)], DELTA), best_attack(rate, 1.0, sigma)
     assert truth * (1 - 1e-12) <= bound.true_positive_rate(rate) <= truth * (1 + 1e-9)
-    by_pairs = replace(bound, mu=np.inf).true_positive_rate(rate)  # by tangents, as for a sampled step
+    by_pairs = replace(bound, mu=np.inf).true_positive_rate(rate)  # bounded by tangents, as for a sampled step
     assert truth <= by_pairs <= 1.002 * truth
 
 

@@ -1,4 +1,4 @@
-"""The audit finds planted faults, each by the checks that should see it, and leaves correct steps alone.
+"""The audit finds planted faults, each by the checks that should see it, and raises no alarm about correct steps.
 
 The steps under audit are DP-SGD written out for a linear model; each fault replaces one line of it.
 """
@@ -44,7 +44,7 @@ FEATURES, OUTPUTS, VIEWS = 4, 3, 2
 
 
 def records(n=16, seed=0):
-    """Inputs [n, views, features] and targets [n, outputs]."""
+    """Draw inputs [n, views, features] and targets [n, outputs]."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     return draw(n, VIEWS, FEATURES), draw(n, OUTPUTS)
@@ -54,7 +54,7 @@ def records(n=16, seed=0):
 
 
 class Textbook:
-    """DP-SGD by its definition, for squared error of a linear model; one method a line of the algorithm."""
+    """DP-SGD by its definition, for the squared error of a linear model; each line of the algorithm is a method."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(3)
@@ -69,7 +69,7 @@ class Textbook:
         return {"weight": release[: OUTPUTS * FEATURES], "bias": release[OUTPUTS * FEATURES :]}
 
     def of_views(self, x, y):
-        """[n, views, d]"""
+        """Compute the gradient of each view, [n, views, d]."""
         error = x @ self.weight.T - y[:, None]
         return torch.cat([(error[..., None] * x[..., None, :]).flatten(2), error], 2)
 
@@ -115,7 +115,7 @@ class ClippedByValue(Textbook):
 
 
 class ClippedByTensor(Textbook):
-    """Weight and bias to C each."""
+    """Weight and bias are clipped to C each."""
 
     def clip(self, g):
         parts = [super(ClippedByTensor, self).clip(part) for part in g.split([OUTPUTS * FEATURES, OUTPUTS], 1)]
@@ -123,7 +123,7 @@ class ClippedByTensor(Textbook):
 
 
 class ClippedAsABatch(Textbook):
-    """The mean gradient is clipped, not each record's."""
+    """The mean gradient is clipped instead of each record's."""
 
     def clip(self, g):
         return g.nan_to_num(0, 0, 0)
@@ -144,7 +144,7 @@ class BiasOutOfTheNorm(Textbook):
 
 
 class CoarseNorm(Textbook):
-    """Rounded to bf16's 8 bits."""
+    """The norm is rounded to bf16's 8 bits."""
 
     def norms(self, g):
         return super().norms(g).bfloat16().double()
@@ -161,14 +161,14 @@ class NaNPasses(Textbook):
 
 
 class InfCountsAsHuge(Textbook):
-    """Inf / Inf is caught, but what it touches is set to a number far over the bound."""
+    """Inf / Inf is caught, but such entries are set to a number far over the bound."""
 
     def clip(self, g):
         return (g * self.factors(g)).nan_to_num(nan=1e3 * C)
 
 
 class SamplesMix(Textbook):
-    """Batch statistics, as in BatchNorm."""
+    """Inputs are centred by batch statistics, as in BatchNorm."""
 
     def of_views(self, x, y):
         return super().of_views(x - x.mean(0, keepdim=True) if len(x) else x, y)
@@ -200,14 +200,14 @@ class NoiseFivePercentLow(Textbook):
 
 
 class NoiseOfTheMean(Textbook):
-    """Divided by the batch size twice."""
+    """The noise is divided by the batch size twice."""
 
     def noise(self, shares, generator):
         return super().noise(shares, generator) / BATCH
 
 
 class NoiseMissesAMicroBatch(Textbook):
-    """Four micro-batches with a quarter of the variance each; the last one gets none."""
+    """Four micro-batches get a quarter of the variance each, except the last, which gets none."""
 
     def noise(self, shares, generator):
         return sum(super(NoiseMissesAMicroBatch, self).noise(shares, generator) / 2 for _ in range(3))
@@ -228,7 +228,7 @@ class OneCoordinateWithHalfTheNoise(Textbook):
 
 
 class NoiseOfTheLargestShare(Textbook):
-    """Scaled by what the batch happens to hold instead of by C."""
+    """The noise is scaled by the largest share in the batch instead of by C."""
 
     def noise(self, shares, generator):
         largest = shares.norm(dim=1).max() / C if len(shares) else 1.0
@@ -252,7 +252,7 @@ class SameNoiseEveryStep(Textbook):
 
 
 class NoiseFromAPool(Textbook):
-    """Thousands of vectors, drawn from again and again."""
+    """The noise is one of a few thousand vectors, which are used again and again."""
 
     def noise(self, shares, generator):
         seed = int(torch.randint(4096, (), generator=generator))
@@ -260,14 +260,14 @@ class NoiseFromAPool(Textbook):
 
 
 class NoiseTakenBack(Textbook):
-    """Each step subtracts half of the last one's noise."""
+    """Each step subtracts half of the previous step's noise."""
 
     def __init__(self):
         super().__init__()
         self.last, self.stream = 0.0, None
 
     def noise(self, shares, generator):
-        if generator is not self.stream:  # another run
+        if generator is not self.stream:  # another run begins
             self.last, self.stream = 0.0, generator
         fresh = super().noise(shares, generator)
         noise, self.last = (fresh - 0.5 * self.last) / math.sqrt(1.25), fresh
@@ -281,7 +281,7 @@ class SameNoiseInEveryRow(Textbook):
 
 
 class WeightAndBiasShareNoise(Textbook):
-    """Each tensor's noise starts from the same seed."""
+    """The noise of each tensor starts from the same seed."""
 
     def noise(self, shares, generator):
         noise = super().noise(shares, generator)
@@ -296,14 +296,14 @@ class UniformNoise(Textbook):
 
 
 class TruncatedNoise(Textbook):
-    """Nothing beyond 2 std; the variance is what it should be."""
+    """No noise is beyond 2 standard deviations; the variance is what it should be."""
 
     def standard(self, generator):
         return super().standard(generator).clamp(-2, 2) / 0.95946
 
 
 class NoiseEverySecondStep(Textbook):
-    """Twice the variance in one step of two, by chance: right on average."""
+    """A random half of the steps get twice the variance, the others none: right on average."""
 
     def noise(self, shares, generator):
         on = torch.rand((), generator=generator) < 0.5
@@ -312,7 +312,7 @@ class NoiseEverySecondStep(Textbook):
 
 REPLAY, CANARY, NOISE = {"neighbour replay"}, {"canary, as a Gaussian", "canary, by counts"}, {"noise scale"}
 
-# Planted fault -> the checks that must find it. Others may find it too.
+# Planted fault -> the checks that must find it. Other checks may find it too.
 FAULTS: dict[type[Textbook], set[str]] = {
     NoClipping: REPLAY | CANARY,
     ClippedToTwice: REPLAY | CANARY,
@@ -347,10 +347,8 @@ FAULTS: dict[type[Textbook], set[str]] = {
     TruncatedNoise: {"noise tails"},
     NoiseEverySecondStep: {"noise tails", "noise lengths"},
 }
-OBSERVATIONS = {
-    NoiseFivePercentLow: 1000,
-    TruncatedNoise: 1000,
-}  # small faults need more; the others are found with 300
+# Small faults need more observations; the others are found with 300.
+OBSERVATIONS = {NoiseFivePercentLow: 1000, TruncatedNoise: 1000}
 
 
 def audit(step, batch=None, claim=CLAIM, **options):
@@ -372,7 +370,7 @@ def test_planted_faults_in_the_step_are_found(fault):
 
 
 def test_rounding_is_allowed_for_and_no_more():
-    """In float32 a correct step passes, and a norm that is 0.4% short does not."""
+    """In float32 a correct step passes, and one whose norm is up to 0.4% too small does not."""
     for step, holds in ((Textbook(), True), (CoarseNorm(), False)):
         rounded = lambda batch, g: {k: v.float() for k, v in step(batch, g).items()}  # noqa: E731,B023
         assert audit(rounded, checks=["replay"]).passed == holds
@@ -382,7 +380,7 @@ def test_rounding_is_allowed_for_and_no_more():
 
 
 class Shuffled:
-    """Every record once an epoch."""
+    """A sampler that uses every record once in an epoch."""
 
     def __init__(self):
         self.left = torch.empty(0, dtype=torch.long)
@@ -396,7 +394,7 @@ class Shuffled:
 
 
 class UsedTwice:
-    """Each batch serves two steps."""
+    """A sampler whose batches serve two steps each."""
 
     def __init__(self):
         self.batch = None
@@ -455,7 +453,7 @@ NUMBERS = 20_000
 
 
 class ManyNumbers(Textbook):
-    """A record's gradient is a few numbers of many, clipped to `clipped_to` C, and released in `dtype`."""
+    """A record's gradient has few nonzero entries among many; it is clipped to `clipped_to` C and released in `dtype`."""
 
     def __init__(self, clipped_to, dtype, batch=BATCH, parameter=0.0):
         self.clipped_to, self.dtype, self.batch, self.parameter = clipped_to, dtype, batch, parameter
@@ -466,7 +464,8 @@ class ManyNumbers(Textbook):
         shares = torch.where(finite, g * (self.clipped_to * C / g.norm(dim=1, keepdim=True)).clamp(max=1.0), 0.0)
         noise = SIGMA * C * torch.randn(NUMBERS + 2, generator=generator, dtype=torch.float64)
         many = (shares.sum(0) + noise[2:]) / self.batch
-        moved = (self.parameter + many).to(self.dtype) - self.parameter  # a step read off the parameters that it moved
+        # The release is the difference of the parameters after and before the step.
+        moved = (self.parameter + many).to(self.dtype) - self.parameter
         return {"many": moved, "few": noise[:2] / self.batch}
 
 
@@ -525,7 +524,7 @@ def test_rounding_is_never_more_than_is_allowed_for(seed, magnitude, dtype):
 
 
 def test_no_canary_of_rounding():
-    """A share that is all rounding is nothing to tell apart: no bound on epsilon comes of it."""
+    """A canary's share that is all rounding can't be told apart from none, so that no bound on epsilon follows."""
     report = audit(ManyNumbers(1.0, torch.bfloat16), observations=100)
     checks = {check.name: check for check in report.checks}
     assert checks["canary"].verdict == "not run" and "rounding" in checks["canary"].meaning
@@ -559,7 +558,7 @@ def losses(model, batch):
 
 
 def looped(fault=None):
-    """A loop of ghost_dp_step, which one line may spoil."""
+    """Make a loop around ghost_dp_step; `fault` spoils one line of it."""
     model = small_model()
     model.register_buffer("mean", torch.zeros(FEATURES))
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
@@ -601,7 +600,7 @@ def test_planted_faults_in_the_loop_are_found(fault):
 
 
 def in_parts(fault):
-    """Faults that show only in micro-batches."""
+    """Make a step with a fault that shows only in micro-batches."""
 
     def release(batch, generator, parts=1):
         step = Textbook()
@@ -644,7 +643,7 @@ def ghost():
 
 
 def ghost_views():
-    """Views per record: [n, views, features] in, sample-major out."""
+    """Make a step of several views per record: inputs [n, views, features], losses with a record's views in a row."""
     torch.manual_seed(1)
     layer = LoDALinear(FEATURES, OUTPUTS, rank=2)
     nn.init.normal_(layer.loda_B)
@@ -681,7 +680,7 @@ OWNED = replace(SETTINGS, per_owner=2)
 
 
 def owned_data():
-    """16 owners of one to four records each, which lie apart."""
+    """Draw the records of 16 owners, who have one to four each, which lie apart in the data set."""
     owners = torch.arange(16).repeat_interleave(torch.tensor([1, 2, 3, 4] * 4))
     order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(3))
     return *data(len(owners)), owners[order]
@@ -699,7 +698,7 @@ def trained_by_owner(owners_are_known=True):
 
 
 def test_records_clipped_by_themselves_are_no_protection_of_their_owner():
-    """An owner of four records moves the sum by up to four times the bound."""
+    """An owner with four records moves the sum by up to four times the bound."""
     report = audit(trained_by_owner(owners_are_known=False), owned_data(), Claim.of(OWNED), checks=["replay"])
     assert violated(report) == {"neighbour replay"}, report
     shares = next(check for check in report.checks if check.name == "neighbour replay").statistic
@@ -718,7 +717,7 @@ def float_views(n=16):
     return tuple(t.float() for t in records(n))
 
 
-# step, records, claim, audits by default and under --prove
+# name -> step, records, claim, number of audits by default and under --prove
 CORRECT = {
     "textbook": (Textbook, records, CLAIM, 5, 200),
     "micro-batches": (lambda: in_parts(None), records, CLAIM, 2, 100),
@@ -732,7 +731,7 @@ CORRECT = {
 
 @pytest.mark.parametrize("kind", CORRECT)
 def test_correct_steps_pass(kind, counts, proof):
-    """False alarms are no more than chance allows at significance 1e-3: by default, none."""
+    """There are no more false alarms than chance allows at significance 1e-3: by default, none."""
     make, batch, claim, small, full = CORRECT[kind]
     alarms, audits = Counter(), counts(small, full)
     for seed in range(audits):
@@ -747,7 +746,7 @@ def test_correct_steps_pass(kind, counts, proof):
 
 @pytest.mark.parametrize("population, rate", [(320, 0.05), (100, 0.01), (50, 0.5), (2000, 0.002)])
 def test_the_poisson_sampler_passes(population, rate, counts, proof):
-    """False alarms are as rare as the significance says, at rates where batches are small too."""
+    """There are no more false alarms than the significance allows, at rates where batches are small too."""
     audits, alarms = counts(10, 300), 0
     for seed in range(audits):
         sampler = Sampler(lambda g: poisson_sample(population, rate, g), population)
@@ -758,7 +757,7 @@ def test_the_poisson_sampler_passes(population, rate, counts, proof):
 
 
 def test_false_alarms_of_the_noise_checks_are_as_rare_as_promised(counts, proof):
-    """At a significance of 5%, which many audits can measure."""
+    """The significance is 5%, which many audits can measure."""
     audits, alarms = counts(40, 2000), Counter()
     for seed in range(audits):
         generator = torch.Generator().manual_seed(seed)
@@ -777,7 +776,7 @@ def test_false_alarms_of_the_noise_checks_are_as_rare_as_promised(counts, proof)
 
 @pytest.mark.parametrize("mu", [0.25, 1.0, 3.0])
 def test_bounds_on_mu_cover_the_truth(mu, counts):
-    """Both lower bounds exceed the true mu no more often than they say, and are not idle."""
+    """Both lower bounds exceed the true mu no more often than they claim, and are not trivial."""
     repeats, significance, n = counts(300, 5000), 0.05, 400
     generator = torch.Generator().manual_seed(int(100 * mu))
     over = Counter()
@@ -813,11 +812,11 @@ class Scalar(Textbook):
         return shares.sum(0) + self.noise_multiplier * noise
 
 
-SIGMAS = {  # (sampling rate, steps): noise for epsilon 1, 4 and 8 at delta 1e-5, as close as matters here
+SIGMAS = {  # (sampling rate, steps) -> {epsilon: noise multiplier} at delta 1e-5, accurate enough for these tests
     (1.0, 1): {1: 3.7307, 4: 1.0812, 8: 0.6003},
     (0.01, 1000): {1: 1.4168, 4: 0.7354, 8: 0.5868},
 }
-REACHED = {1: (0.9, 0.3), 4: (3.6, 2.5), 8: (7.4, 5.6)}  # by 100,000 observations each way, by 1,000
+REACHED = {1: (0.9, 0.3), 4: (3.6, 2.5), 8: (7.4, 5.6)}  # epsilon -> reached with 100,000 observations, with 1,000
 
 
 @pytest.mark.parametrize("target", REACHED)
@@ -889,7 +888,7 @@ def test_an_audit_repeats_and_leaves_randomness_and_model_alone():
 
 
 def test_chance_is_judged_together():
-    """Bonferroni: the more checks, the smaller the p-value each must reach."""
+    """Bonferroni: the more checks there are, the smaller the p-value that each must reach."""
     alone = [Finding("a", "", "", p_value=0.005)]
     many = alone + [Finding(str(i), "", "", p_value=0.5) for i in range(9)]
     assert [c.verdict for c in judge(alone, 0.01)] == ["violated"]

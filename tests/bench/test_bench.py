@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def instruments():
-    """bench/'s modules, which are no package."""
+    """Import the modules of bench/, which is not a package."""
     pytest.importorskip("pytest_benchmark")
     sys.path.insert(0, str(ROOT / "bench"))
     names = (
@@ -56,13 +56,13 @@ def test_rounds_are_interleaved_and_a_failure_is_a_result(instruments):
     race = instruments.measure.Race({"a": lambda: calls.append("a"), "b": fails_at_the_third})
     for _ in range(4):
         race.round()
-    assert "".join(calls) == "abbaaba"  # another one starts each time; b leaves in its third round
+    assert "".join(calls) == "abbaaba"  # another one starts each round; b drops out in its third round
     assert {name: len(times) for name, times in race.paired(3).items()} == {"a": 3}
     assert race.errors == {"b": "RuntimeError: no room in (path)"}
 
 
 def test_the_guards_are_timed_where_they_are(instruments):
-    """The bench replaces guards by name: each must still be there, and be seen."""
+    """The bench replaces guards by name: each must still exist under this name, and its time be measured."""
     guards = instruments.guards
     case = guards.Case("layer", batch=4, channels=4, size=4)
     assert all(value > 0 for value in (guards.of_steps(case, 1) | guards.of_loss(rounds=2)).values())
@@ -71,7 +71,7 @@ def test_the_guards_are_timed_where_they_are(instruments):
 
 @pytest.mark.parametrize("leaves", ["the race", "before the race", "the largest batch"])
 def test_who_fails_leaves_its_memory_to_the_next(instruments, leaves):
-    """Opacus's hooks and activations hold each other; and a traceback holds the frames of what failed."""
+    """Memory is freed although Opacus's hooks and activations form cycles and a traceback refers to the frames that failed."""
     activations = []
 
     class Activation:
@@ -84,7 +84,7 @@ def test_who_fails_leaves_its_memory_to_the_next(instruments, leaves):
         raise RuntimeError(f"out of memory with {activation}")
 
     seen, see = [], lambda *_: seen.append(activations[0]())
-    gc.disable()  # of its own accord
+    gc.disable()  # so that nothing is collected by chance
     try:
         if leaves == "the race":
             instruments.measure.Race({"fails": fails, "next": see}).round()
@@ -120,7 +120,7 @@ def test_the_largest_batch_is_tried_before_it_is_told(instruments):
         tried.append(batch)
         if batch > 100:
             raise RuntimeError("out of memory")
-        return 50 + 10 * batch + (200 if batch > 60 else 0)  # jumps: the straight line promises too much
+        return 50 + 10 * batch + (200 if batch > 60 else 0)  # a jump: the straight line promises too much
 
     found = instruments.measure.largest_batch(peak, 4, 1000)
     assert found == tried[-1] and peak(found) <= 1000 < peak(95) and 70 <= found <= 75
@@ -157,7 +157,7 @@ PORTED = (
 
 @pytest.mark.parametrize("settings", PORTED, ids=lambda settings: settings["model"])
 def test_a_case_on_jax_has_the_losses_of_pytorch(instruments, settings):
-    """For a single row and for two, though it was exported once."""
+    """The losses agree for one row and for two, although the model was exported only once."""
     pytest.importorskip("jax_privacy", reason="needs fastloda[peers]", exc_type=ImportError)
     jax, jax_providers = importlib.import_module("jax"), importlib.import_module("jax_providers")
     case = instruments.cases.Case(**{"batch": 1, "rank": None} | settings)
@@ -166,7 +166,7 @@ def test_a_case_on_jax_has_the_losses_of_pytorch(instruments, settings):
     torch.testing.assert_close(jax_providers.to_torch(found), wanted.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")  # jax_privacy calls what optax has renamed
+@pytest.mark.filterwarnings("ignore")  # jax_privacy calls functions that optax has renamed
 @pytest.mark.parametrize("mode", [None, "vmap", "micro-batches", "one by one"])
 def test_a_wrong_gradient_on_jax_is_found(instruments, monkeypatch, mode):
     pytest.importorskip("jax_privacy", reason="needs fastloda[peers]", exc_type=ImportError)
@@ -180,7 +180,7 @@ def test_a_wrong_gradient_on_jax_is_found(instruments, monkeypatch, mode):
 
 
 def test_the_memory_of_jax_is_what_its_compiler_says(instruments):
-    """PyTorch's profiler would see a few bytes."""
+    """PyTorch's profiler would see only a few bytes."""
     pytest.importorskip("jax_privacy", reason="needs fastloda[peers]", exc_type=ImportError)
     case = instruments.cases.Case("stack", 8, channels=4, size=16, layers=1)
     images = case.inputs()[0].nbytes
@@ -221,7 +221,7 @@ def test_an_operation_that_cannot_be_captured_is_timed_without_a_graph(instrumen
 
 
 def test_the_layers_input_is_a_leaf(instruments):
-    """Wherever it lies: to a copy, everyone's backward pass but ours would add one."""
+    """If the input were a copy of a leaf, all backward passes except FastLoDA's would pass a gradient through the copy too."""
     case = instruments.cases.Case("layer", 2, channels=4, size=4, layout="channels_last")
     (x,) = case.inputs()
     assert x.is_leaf and x.requires_grad and x.is_contiguous(memory_format=torch.channels_last)
@@ -242,7 +242,7 @@ def test_a_run_goes_on_with_the_rows_of_the_same_day(instruments, tmp_path):
         {"case": "b", "providers": {}},
         {"case": "a", "providers": {"new": {}}},
     ]
-    assert not instruments.results_file.Results("gpu", path).measured  # another scale starts anew
+    assert not instruments.results_file.Results("gpu", path).measured  # another scale starts a new file
 
 
 def test_gpu_check_says_that_there_is_no_gpu():
@@ -253,7 +253,7 @@ def test_gpu_check_says_that_there_is_no_gpu():
 
 
 def test_gpu_check_brings_all_that_its_items_import():
-    """A machine with a GPU has nothing but PyTorch and what gpu_check names."""
+    """A machine with a GPU has only PyTorch and the packages that gpu_check names."""
     script = """
 import runpy, sys
 needed = runpy.run_path("scripts/gpu_check", run_name="checked")["NEEDED"]
@@ -268,7 +268,7 @@ import gpu_items, gpu_step_check, drawn, exactness
 
 @pytest.fixture
 def gpu_check(monkeypatch, tmp_path):
-    """The script as a module, with results in tmp_path."""
+    """Load the script as a module that writes its results to tmp_path."""
     loader = SourceFileLoader("gpu_check", str(ROOT / "scripts" / "gpu_check"))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
     loader.exec_module(module)
@@ -307,7 +307,7 @@ def test_each_item_leaves_its_figures_though_another_fails(gpu_check, monkeypatc
     assert [found[name]["outcome"] for name in scripts] == ["ok", "failed (3)", "stopped after 8 s"]
     assert all(found[name]["half"] == 1 for name in scripts)
     assert "failed: bad, slow" in capsys.readouterr().out
-    gpu_check.Results(rehearsal=False).add("later", {})  # the second call goes on with the file
+    gpu_check.Results(rehearsal=False).add("later", {})  # the second call continues the existing file
     assert json.loads(path.read_text()) == found | {"later": {}}
 
 

@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do in a private step of the paper's U-Net may only get less: docs/results/launches.json."""
+"""Kernel launches and bytes of a private step of the paper's U-Net on a GPU may only fall: docs/results/launches.json."""
 
 import json
 
@@ -17,7 +17,7 @@ def launches():
 
 
 def test_launches_and_bytes_may_only_fall(launches, record_property):
-    """After a change that makes them fall: `python bench/launches.py --write`."""
+    """After a change that lowers them, run `python bench/launches.py --write`."""
     known = json.loads(launches.FIGURES.read_text())
     if known["torch"] != torch.__version__.split("+")[0]:
         pytest.skip(f"counted with torch {known['torch']}, whose operations others need not have")
@@ -27,7 +27,7 @@ def test_launches_and_bytes_may_only_fall(launches, record_property):
 
 
 def test_loads_and_stores_are_read_off_a_kernels_source(launches):
-    """An addition in place is both."""
+    """An addition in place is both a load and a store."""
     import triton
     import triton.language as tl
 

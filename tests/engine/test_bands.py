@@ -1,4 +1,4 @@
-"""`make_private(bands=...)` against its matrices: what one record moves, what is counted, how loops resume, what is refused."""
+"""`make_private(bands=...)` against its matrices: what one record changes, what is counted, what resumes, what is refused."""
 
 import copy
 import io
@@ -20,11 +20,11 @@ from fastloda.accounting.history import HistoryAccountant
 from fastloda.engine.loader import PoissonBatches
 from fastloda.privacy.adaptive import AdaptiveClipping
 
-MOST = 24  # steps of a script
+MOST = 24  # the largest number of steps in a test
 
 
 def written(state):
-    """As `torch.load` gives it back, which takes plain values only."""
+    """Save a state and read it again as `torch.load` does for users, which accepts plain values only."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -32,7 +32,7 @@ def written(state):
 
 
 def train(model, optimizer, loader, steps):
-    """Take some steps, each pass over the loader as long as it goes."""
+    """Take some steps, in as many passes over the loader as they need; the parts of a batch together are one step."""
     while steps:
         for x, y in loader:
             optimizer.zero_grad()
@@ -48,11 +48,11 @@ def values(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-# ---- what one record moves
+# ---- what one record changes
 
 
 def silent_loop(bands, epoch, source, optimizer=None):
-    """Make a loop over 12 records, whose gradients are zero; `optimizer` is a state to load before it is made private."""
+    """Make a loop over 12 records whose gradients are zero; `optimizer` is a state to load before the loop is made private."""
     model = nn.Linear(MOST, 1, bias=False).double()
     plain = torch.optim.SGD(model.parameters(), lr=0.0)
     if optimizer:
@@ -63,7 +63,7 @@ def silent_loop(bands, epoch, source, optimizer=None):
 
 
 def take_steps(made, count, size, log, leave):
-    """Take some steps of one pass, in parts of `size`, or only the first part; log who entered each, and its noise."""
+    """Take `count` steps of one pass in parts of `size`, or only the first part; log each step's records and its noise."""
     module, optimizer, loader = made
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=size, optimizer=optimizer) as parts:
         entered = []
@@ -82,7 +82,7 @@ def take_steps(made, count, size, log, leave):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), bands=st.integers(1, 4), every=st.booleans())
 def test_one_record_moves_the_released_sums_as_it_moves_independent_ones(data, bands, every):
-    """Whatever loops do: passes and batches left early, states loaded before and after, copies beside what they are of."""
+    """Loops may leave passes and batches early, load states before and after, and be copied while the original goes on."""
     draw, log, saved, epoch = data.draw, [], [], bands if every else 12
     source = Given(torch.eye(MOST, dtype=torch.float64))
     loops = [silent_loop(bands, epoch, source)]
@@ -94,13 +94,13 @@ def test_one_record_moves_the_released_sums_as_it_moves_independent_ones(data, b
         if what == "steps" and len(log) < MOST - 4:
             saved.append(written(optimizer.state_dict()))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # such noise looks wrong, and is meant to
+                warnings.simplefilter("ignore")  # such noise looks wrong on purpose
                 take_steps(loops[place], draw(st.integers(1, 4)), draw(st.integers(1, 12)), log, draw(st.booleans()))
         elif what == "copied":
             loops.append(copy.deepcopy(loops[place]))
         elif what == "put back" and saved and optimizer.tally.noise.steps:
             optimizer.load_state_dict(draw(st.sampled_from(saved)))
-        elif what.startswith("loaded"):  # by one that goes on in its stead
+        elif what.startswith("loaded"):  # another loop goes on in its place
             state = written(optimizer.state_dict())
             loops[place] = silent_loop(bands, epoch, source, state if what == "loaded before" else None)
             loops[place][1].load_state_dict(state)
@@ -108,7 +108,8 @@ def test_one_record_moves_the_released_sums_as_it_moves_independent_ones(data, b
         used.append(loops[-1][1])
     if not log:
         return
-    columns = torch.linalg.inv(torch.stack([noise[: len(log)] for _, noise in log]))  # released is added (C G + z)
+    # The released sums are added @ (C G + z), where `added` has each step's noise as a row: its inverse is C.
+    columns = torch.linalg.inv(torch.stack([noise[: len(log)] for _, noise in log]))
     account = HistoryAccountant()
     for optimizer in used:
         account.load_state_dict(optimizer.accountant.state_dict())
@@ -121,13 +122,13 @@ def test_one_record_moves_the_released_sums_as_it_moves_independent_ones(data, b
 
 
 def strategy_at(bands, steps, noise):
-    """Make the covariance of the noise of correlated steps."""
+    """Compute the covariance of the noise of correlated steps."""
     c = strategy(bands, steps)
     return noise**2 * torch.linalg.inv(c.T @ c)
 
 
 def test_the_noise_is_the_strategys():
-    """Over passes, parts and a state loaded in between: exactly, of given numbers."""
+    """The noise is exactly the strategy's, for given numbers, over passes, parts and a state loaded in between."""
     log, source = [], Given(torch.eye(MOST, dtype=torch.float64))
     made = silent_loop(3, 4, source)
     with warnings.catch_warnings():
@@ -144,7 +145,7 @@ def test_the_noise_is_the_strategys():
 
 
 def test_the_covariance_of_the_noise():
-    """Of the engine's own noise: scale and correlation over steps, with a bound that changes in between."""
+    """The engine's own noise has the right scale and correlation over steps, with a bound that changes in between."""
     model = nn.Linear(40_000, 1, bias=False).double()
     loader = DataLoader(TensorDataset(torch.zeros(8, 40_000).double()), batch_size=2)
     plain = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -191,7 +192,7 @@ def test_a_budget_pays_for_rounds():
 
 
 def test_what_sums_up_has_less_noise_at_equal_epsilon():
-    """The root mean square of the noise in the sums of all steps so far, which plain SGD adds up; 4 bands against one."""
+    """The noise in the running sums of all steps, which plain SGD adds up, has less variance with 4 bands than with one."""
     steps, rate = 600, 0.05
     prefix = torch.ones(steps, steps, dtype=torch.float64).tril()
     found = []
@@ -217,7 +218,7 @@ def test_steps_in_parts_are_the_same_steps():
 
 
 def repeatable(**options):
-    """A loop whose batches and noise follow from generators -> the three, and the generators."""
+    """Make a loop whose batches and noise follow from generators; return (module, optimizer, loader) and the generators."""
     made = private(noise=1.0, bound=0.5, batch_size=4, bands=3, lr=0.1, **options)
     return made, (made[2].batch_sampler.generator, made[1].generator)
 
@@ -250,7 +251,7 @@ def test_a_loop_resumes_bit_for_bit(how, taken, tmp_path):
             again.load_checkpoint(path=tmp_path / "c.pt", module=other[0], optimizer=other[1])
         else:
             other[0].load_state_dict(saved["module_state_dict"])
-            for _ in range(2):  # twice is once
+            for _ in range(2):  # loading twice counts once
                 other[1].load_state_dict(saved["optimizer_state_dict"])
     for generator, state in zip(restored, states):
         generator.set_state(state)
@@ -276,7 +277,7 @@ def test_a_private_optimizer_keeps_its_noise_to_itself():
     again = engine.make_private(*made[:2], loader, noise_multiplier=1.0, max_grad_norm=0.5, bands=3)
     assert again[1].tally.noise.steps == 0
     train(*again, steps=1)
-    assert len(engine.accountant) == 3  # two rounds, and the first of another run
+    assert len(engine.accountant) == 3  # two rounds, and the first round of another run
 
 
 def test_adaptive_clipping_goes_along():
@@ -306,7 +307,7 @@ def test_batches_that_make_no_step():
         optimizer.step()
     optimizer.zero_grad()
     train(*made, steps=1)  # a new pass begins with the right batch
-    x, y = next(batches)  # of the earlier pass
+    x, y = next(batches)  # this batch is of the earlier pass
     F.cross_entropy(module(x), y).backward()
     with pytest.raises(PrivacyError, match="this batch is for step 4, and step 3 is the next"):
         optimizer.step()
@@ -327,7 +328,7 @@ def test_less_noise_than_was_paid_for():
     optimizer = made[1]
     train(*made, steps=1)
     optimizer.noise_multiplier = 2.0
-    train(*made, steps=1)  # more than was paid for
+    train(*made, steps=1)  # this is more noise than was paid for
     optimizer.noise_multiplier = 0.9
     with pytest.raises(PrivacyError, match="=0.9 is less than the 1 that the first of these 3 steps.* step 4"):
         train(*made, steps=1)

@@ -1,6 +1,6 @@
-"""The usual training loop runs unchanged, and privately: what Opacus's own examples do, against one backward per sample.
+"""The usual training loop runs unchanged, and privately: Opacus's own examples, compared with one backward pass per sample.
 
-The loops keep the order of calls of Opacus's quick start, image classifier and MNIST example; only the import differs.
+The loops call everything in the order of Opacus's quick start, image classifier and MNIST example; only the import differs.
 """
 
 import collections
@@ -191,7 +191,7 @@ def test_step_is_the_clipped_sum(kind):
             assert optimizer.step(closure).item() > 0
         else:
             closure()
-            assert all(p.grad is None for p in inner.parameters())  # backward leaves nothing that is not private
+            assert all(p.grad is None for p in inner.parameters())  # backward leaves no gradient that is not private
             optimizer.step()
         assert_same(gradients(inner), wanted, divisor=8 if reduction == "mean" else 1)
         assert optimizer.stats.samples == len(x) and math.isnan(optimizer.stats.mean_loss)
@@ -207,16 +207,16 @@ def test_other_styles_of_clipping(clipping):
         optimizer.step()
         total = oracle.norm(gradients(model.to_standard_module())).item() * 8
         assert 0 < total <= bound * len(x) * (1 + 1e-5)
-        # the bound goes on from where it was: by exp(0.2 (1/2 - b)), b = 1/2 - len(x) / 2 / 8 where all are clipped
+        # the bound continues from its last value, times exp(0.2 (1/2 - b)); b = 1/2 - len(x) / 2 / 8 where all are clipped
         moves = 0.2 * len(x) / 16 if isinstance(clipping, AdaptiveClipping) else 0
         assert math.log(optimizer.max_grad_norm / bound) == pytest.approx(moves, abs=1e-3)
-    with pytest.raises(ValueError, match="count_noise"):  # known before the first step
+    with pytest.raises(ValueError, match="count_noise"):  # this is known before the first step
         private(clipping=AdaptiveClipping(count_noise=0.1), noise=1.0)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_without_clipping_and_noise_it_is_the_ordinary_step(optimizer):
-    """Two steps of plain PyTorch on the same Poisson batches, whose divisor is the expected batch size."""
+    """Compare with two steps of plain PyTorch on the same Poisson batches, divided by the expected batch size."""
     plain = small_net()
     wrapped = copy.deepcopy(plain)
     loader = DataLoader(TensorDataset(*records()), batch_size=8, generator=torch.Generator().manual_seed(3))
@@ -266,7 +266,7 @@ def test_frozen_layers_with_adapters():
 
 
 def test_parts_of_a_batch_add_up_to_one_step():
-    """The same logical batches, whole and in parts of 3: equal gradients, one noisy step each."""
+    """The same logical batches, whole and in parts of 3, give equal gradients, and one noisy step each."""
 
     def run(split):
         model, optimizer, loader = private(bound=0.5, batch_size=8, noise=1.0, noise_generator=torch.Generator())
@@ -300,7 +300,7 @@ def test_noise_has_the_promised_scale():
     weight = model.to_standard_module()[1].weight
     before = weight.detach().clone()
     batch, _ = next(iter(loader))
-    (model(batch) * 0).mean().backward()  # gradients of zero
+    (model(batch) * 0).mean().backward()  # the gradients are zero
     optimizer.step()
     noise = (weight.detach() - before) * 2  # expected batch size 2
     statistic = (noise / 3.0).square().sum().item()
@@ -355,7 +355,7 @@ def test_a_sample_that_is_not_finite_contributes_zero(bad):
 
 
 class Opaque(torch.autograd.Function):
-    """x times p, by an operation that no rule knows."""
+    """The product of x and p, by an operation that no rule covers."""
 
     @staticmethod
     def forward(ctx, x, p):
@@ -523,7 +523,7 @@ def test_outputs_that_have_no_row_for_each_sample():
 
 
 def test_parts_of_two_batches_never_mix():
-    """A loop that leaves in the middle of a batch, and one that skips a part."""
+    """One loop stops in the middle of a batch, and one skips a part."""
     model, optimizer, loader = private(bound=0.5, batch_size=12)
 
     def step(x, y):
@@ -533,7 +533,7 @@ def test_parts_of_two_batches_never_mix():
 
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
         step(*next(iter(parts)))
-        assert len(optimizer.accountant) == 0  # the first part of several
+        assert len(optimizer.accountant) == 0  # this was the first part of several
     seen = []
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
         for x, y in parts:
@@ -587,7 +587,7 @@ def test_what_trains_is_checked_at_every_step():
     inner = small_net()
     inner.conv.bias.requires_grad_(False)
     model, optimizer, loader = private(inner)
-    inner.conv.bias.requires_grad_(True)  # and not in the optimizer
+    inner.conv.bias.requires_grad_(True)  # this parameter is not in the optimizer
     x, y = first_batch(loader)
     F.cross_entropy(model(x), y).backward()
     unchanged(optimizer.step, r"lacks trainable parameters \['conv.bias'\]", model)
@@ -642,7 +642,7 @@ def test_loaders_that_cannot_be_poisson_sampled(kind):
 
 
 def test_every_record_enters_every_batch_with_the_same_probability(counts):
-    """20 records at rate 1/4, 95% of the rate for none: each record's count, and each pair's, is binomial."""
+    """20 records at rate 1/4: each record's count is binomial, and no two records' draws are correlated."""
     passes = counts(400, 4000)
     loader = PoissonLoader.like(DataLoader(TensorDataset(torch.arange(20)), batch_size=5))
     assert len(loader) == 4 and loader.sample_rate == 0.25
@@ -701,7 +701,7 @@ def test_workers_hand_out_the_right_parts():
             optimizer.step()
 
     for passes in range(1, 3):
-        train(loader, stop=1)  # the workers have drawn the rest, for nothing
+        train(loader, stop=1)  # the workers have drawn the other batches in vain
         train(loader)
         with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
             train(parts)
@@ -709,7 +709,7 @@ def test_workers_hand_out_the_right_parts():
 
 
 def test_batches_taken_ahead_and_skipped():
-    """A loop that fetches the next batch before it steps, and one that leaves a batch out: one step for one batch."""
+    """One loop fetches the next batch before it steps, and one leaves a batch out: one step counts for one batch."""
     model, optimizer, loader = private(noise=1.0, bound=1.0)
     batches = iter(loader)
     ahead = next(batches)
@@ -727,7 +727,7 @@ def test_batches_taken_ahead_and_skipped():
 
 
 class WithOneLoss(Net):
-    """A model whose loss is of shape [1]: as many rows as a batch of one record has."""
+    """A model whose loss has shape [1], as many rows as a batch of one record has."""
 
     def forward(self, x):
         return super().forward(x).square().mean().reshape(1) if len(x) else super().forward(x).sum(1)
@@ -735,7 +735,7 @@ class WithOneLoss(Net):
 
 @pytest.mark.parametrize("wrap_model", [True, False])
 def test_a_batch_is_not_taken_for_a_smaller_one_that_was_taken_ahead(wrap_model):
-    """All its records would be clipped as one sample: 2 times the bound."""
+    """Otherwise all its records would be clipped as one sample: 2 times the bound."""
     inner = WithOneLoss().double()
     model, optimizer, loader = private(inner, batch_size=2, wrap_model=wrap_model)
     call, tried = model if wrap_model else inner, 0
@@ -760,7 +760,7 @@ def test_physical_batches_need_their_own_optimizer():
     with pytest.raises(ValueError, match="got 0"):
         BatchMemoryManager(data_loader=loader, max_physical_batch_size=0, optimizer=optimizer)
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
-        assert len(parts) == 13 and len(loader) == 3  # of 4.25 parts each, as batches of 24 records at rate 1/3 have
+        assert len(parts) == 13 and len(loader) == 3  # of 4.25 parts each, for batches of 24 records at rate 1/3
 
 
 def test_a_subset_is_sampled_by_its_own_records():
@@ -776,7 +776,7 @@ def test_the_private_module_looks_like_its_own():
     inner = small_net()
     model, optimizer, loader = private(inner)
     assert model.conv is inner.conv and model.to_standard_module() is inner
-    assert set(model.state_dict()) == {f"_module.{name}" for name in inner.state_dict()}  # as Opacus's wrapper has it
+    assert set(model.state_dict()) == {f"_module.{name}" for name in inner.state_dict()}  # names as in Opacus's wrapper
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = model.no_such_thing
     model.eval()
@@ -799,7 +799,7 @@ def test_the_private_module_looks_like_its_own():
 
 
 def test_a_model_in_eval_mode_trains():
-    """As models with BatchNorm do: with public statistics."""
+    """Models with BatchNorm train so, with public statistics."""
     inner = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(36, 3)).double().eval()
     inner[0].weight.requires_grad_(False)
     inner[0].bias.requires_grad_(False)
@@ -841,7 +841,7 @@ def test_a_checkpoint_carries_module_optimizer_and_account(tmp_path):
     found = again.load_checkpoint(path=path, module=other[0], optimizer=other[1])
     assert found["epoch"] == 1 and again.get_epsilon(DELTA) == engine.get_epsilon(DELTA) > 0
     assert all(torch.equal(p, q) for p, q in zip(made[0].parameters(), other[0].parameters()))
-    loop(*other)  # loading wrote to the module between two steps: that is no leak
+    loop(*other)  # loading wrote to the module between two steps, which is no leak
     assert len(again.accountant) == 6
     again.load_checkpoint(path=path, module=other[0])
     assert len(again.accountant) == 6  # what was spent stays spent

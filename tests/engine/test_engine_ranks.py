@@ -1,4 +1,4 @@
-"""`make_private` on two ranks is `make_private` in one process: one Poisson batch, one noise, one count."""
+"""`make_private` on two ranks is the same as in one process: one Poisson batch, one noise, one count."""
 
 import copy
 import runpy
@@ -25,7 +25,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed_loop.py"
 
 
 def made(model=None, *, noise=0.0, data=None, engine=None, seed=11, sampler=None, **options):
-    """A private loop whose batches are the same ones on any number of ranks."""
+    """Make a private loop whose batches are the same on any number of ranks."""
     model = small_net() if model is None else model
     data = TensorDataset(*records(COUNT), torch.arange(COUNT)) if data is None else data
     generator = torch.Generator().manual_seed(seed)
@@ -38,7 +38,7 @@ def made(model=None, *, noise=0.0, data=None, engine=None, seed=11, sampler=None
 
 
 def run(call, optimizer, loader, passes=2, schedule=None):
-    """Train -> the records and the gradients of each step, and of how many physical batches each was."""
+    """Train; return each step's records, gradients and number of physical batches."""
     steps, numbers, parts = [], [], 0
     for x, y, i in (batch for _ in range(passes) for batch in loader):
         optimizer.zero_grad()
@@ -55,7 +55,7 @@ def run(call, optimizer, loader, passes=2, schedule=None):
 
 
 def assert_shares_of(whole, shares):
-    """Steps of one process and of each rank: the same batches, the same gradients; on the ranks the same bits."""
+    """Assert that one process and the ranks take the same batches and gradients; the ranks' gradients agree bit for bit."""
     assert len({len(whole), *map(len, shares)}) == 1
     for one, *of_ranks in zip(whole, *shares):
         assert sorted(one[0]) == sorted(number for numbers, *_ in of_ranks for number in numbers)
@@ -74,7 +74,7 @@ def plain_loop(rank, folder):
 
 
 class Drawn(Net):
-    """A network with other weights than rank 0's."""
+    """A network whose weights differ from rank 0's."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ def test_virtual_batches_have_as_many_parts_on_each_rank(two_ranks):
     for (numbers, _, parts), (others, _, as_many) in zip(*(share[1] for share in shares)):
         assert parts == as_many == max(1, -(-max(len(numbers), len(others)) // 2))
     assert {share[2] for share in shares} == {6}
-    assert {share[0] for share in shares} == {7}  # three steps, of 2.3 parts each where 12 records come at rate 1/3
+    assert {share[0] for share in shares} == {7}  # three steps of 2.3 parts each, as 12 records come at rate 1/3
 
 
 @case
@@ -145,7 +145,7 @@ BANDS = 2
 
 @case
 def correlated(rank, folder):
-    """Some steps, and as many again after the state is loaded: rank 0's by both, then each rank's own."""
+    """Take some steps, then as many from rank 0's state on both ranks, then as many with the first loop; try wrong states."""
     model, optimizer, loader = made(noise=1.0, bands=BANDS)
     steps = run(model, optimizer, loader, passes=1)
     torch.save(optimizer.state_dict(), folder / f"state.{rank}")
@@ -211,7 +211,7 @@ def noise_alone(rank, folder):
 def test_the_noise_is_added_once(two_ranks):
     (mine,), (theirs,) = two_ranks("noise_alone")
     assert torch.equal(mine, theirs)
-    assert mine.std().item() * BATCH == pytest.approx(2.0 * 3.0, rel=0.03)  # not sqrt(2) of it
+    assert mine.std().item() * BATCH == pytest.approx(2.0 * 3.0, rel=0.03)  # not sqrt(2) times that
 
 
 class Buffered(Net):
@@ -228,7 +228,7 @@ class Buffered(Net):
 
 
 def in_ddp(how):
-    """A loop of DistributedDataParallel users -> what to call, the optimizer, the loader."""
+    """Make a loop as users of DistributedDataParallel do; return (what to call, optimizer, loader)."""
     inner = Buffered()
     if how == "before":
         model, optimizer, loader = made(DistributedDataParallel(inner))
@@ -269,7 +269,7 @@ def divided_loader(rank, folder):
 
 
 def test_a_distributed_sampler_divides_the_batch_size(two_ranks):
-    """Each rank's loader has the batch size of a rank, so that the ranks' batches together are twice as large."""
+    """The batch size of a loader is that of one rank, so that the batch of both ranks together is twice as large."""
     for rate, steps, expected, taken in two_ranks("divided_loader"):
         assert (rate, steps, expected, len(taken)) == (0.5, 2, COUNT / 2, 4)
 
@@ -285,7 +285,7 @@ def error_of(function) -> str:
 @case
 def disagreeing(rank, folder):
     data = TensorDataset(*records(COUNT), torch.arange(COUNT))
-    chosen = torch.randperm(COUNT)[:16]  # each rank's own
+    chosen = torch.randperm(COUNT)[:16]  # another subset on each rank
     frozen = small_net()
     frozen.requires_grad_(rank == 0)
     return {

@@ -1,4 +1,4 @@
-"""What Opacus's users write around `make_private` runs, or says by name why not and what to write instead."""
+"""What Opacus's users write around `make_private` runs, or is refused with the reason and with what to write instead."""
 
 import copy
 import dataclasses
@@ -48,7 +48,7 @@ def train(model, optimizer, loader, passes=1):
 
 
 def written(state):
-    """As `torch.load` gives it back, which takes plain values only."""
+    """Save a state and read it again as `torch.load` does for users, which accepts plain values only."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -68,7 +68,7 @@ def with_budget(engine, epochs=4, count=24, batch_size=8, **options):
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])
 def test_an_optimizer_state_carries_the_account(optimizer_class):
-    """The ordinary way to go on: the two state dicts, a new engine, the next epochs."""
+    """A run resumes in the ordinary way: load both state dicts, use a new engine, train on."""
 
     def made(engine):
         model = small_net()
@@ -84,7 +84,7 @@ def test_an_optimizer_state_carries_the_account(optimizer_class):
 
     model, optimizer, loader = made(second)
     model.load_state_dict(saved["model"])
-    for _ in range(2):  # twice is once
+    for _ in range(2):  # loading twice counts once
         optimizer.load_state_dict(saved["optimizer"])
         assert second.get_epsilon(DELTA) == first.get_epsilon(DELTA) > 0
     train(model, optimizer, loader, passes=2)
@@ -93,7 +93,7 @@ def test_an_optimizer_state_carries_the_account(optimizer_class):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_an_ordinary_optimizer_carries_the_account_on(again):
-    """Loaded before make_private, and perhaps saved once more without it."""
+    """The state is loaded before make_private, and perhaps saved once more by an ordinary optimizer."""
     model, optimizer, loader = private(noise=1.0, bound=1.0, lr=0.01)
     train(model, optimizer, loader)
     plain = torch.optim.SGD(small_net().parameters(), lr=1.0)
@@ -152,7 +152,7 @@ def test_adaptive_clipping_goes_on_from_its_bound():
     assert again.max_grad_norm == bound
     _, flat, _ = private(noise=1.0, bound=2.0)
     flat.load_state_dict(written(optimizer.state_dict()))
-    assert flat.max_grad_norm == 2.0  # as make_private was told
+    assert flat.max_grad_norm == 2.0  # the bound given to make_private
 
 
 def test_a_budget_counts_what_was_loaded():
@@ -170,7 +170,7 @@ def test_a_budget_counts_what_was_loaded():
 
 @pytest.mark.parametrize("how", ["loaded", "set", "another optimizer", "of a higher rate"])
 def test_a_budget_is_of_epsilon_not_of_steps(how):
-    """Steps of less noise than planned, wherever they come from, end the run before the budget is exceeded."""
+    """Steps with less noise than planned, wherever they come from, end the run before the budget is exceeded."""
     engine = PrivacyEngine()
     model, optimizer, loader = with_budget(engine)
     less = 0.8 * optimizer.noise_multiplier
@@ -214,7 +214,7 @@ def test_checkpoints_count_once_and_may_lack_an_optimizer(tmp_path):
 
 
 def test_a_checkpoint_of_opacus_counts_once(tmp_path):
-    """Its account says no id, and its optimizer's state no account."""
+    """The checkpoint's account has no id, and its optimizer's state no account."""
     history = {"history": [(1.0, 0.5, 4)], "mechanism": "prv"}
     module, optimizer, _ = private(noise=1.0, engine=(engine := PrivacyEngine()))
     document = {"module_state_dict": module.state_dict(), "privacy_accountant_state_dict": history}
@@ -382,7 +382,7 @@ def test_a_schedule_may_begin_in_the_middle_of_a_batch():
     plain = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = lr_scheduler.StepLR(plain, 1)
     plain.step(), schedule.step()
-    assert schedule.last_epoch == 1  # another's schedule counts as ever
+    assert schedule.last_epoch == 1  # a schedule of another optimizer counts as ever
 
 
 # ---- models that have to be changed first
@@ -421,7 +421,7 @@ def test_compatible_modules(fix):
     assert all(id(p) not in mine for p in fixed.parameters())
     assert all(torch.equal(p, before[name]) for name, p in fixed.named_parameters())
     x = torch.randn(5, 1, 6, 6)
-    assert fixed.head[:2](fixed.body(x).flatten(1)).std() > 0.1  # no norm of single numbers
+    assert fixed.head[:2](fixed.body(x).flatten(1)).std() > 0.1  # no layer normalises single numbers
     train(*private(fixed.double(), noise=1.0, bound=1.0))
 
 
@@ -474,7 +474,7 @@ def test_methods_of_the_wrapped_module_are_private():
     assert model.encode.__name__ == "encode" and model.encode(x[:0]).shape == (0, 4)
     assert all(p is q for p, q in zip(model.parts(x)["trained"], inner.parameters()))
     x, y = first_batch(loader)
-    model.loss(model(x), y).backward()  # a method may well take the module's outputs
+    model.loss(model(x), y).backward()  # a method may take the module's outputs
     optimizer.step()
     with pytest.raises(PrivacyError, match="weight_decay"):
         (model.loss(model(x), y) + model.penalty()).backward()
@@ -523,7 +523,7 @@ def test_clipping_gradients_that_are_not_there_yet():
     with pytest.warns(UserWarning, match="private gradients do not exist yet"):
         assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) == 0
     before = [p.clone() for p in model.state_dict().values()]
-    optimizer.step()  # the hook sees the noisy gradient, and what it does to it is done
+    optimizer.step()  # the hook sees the noisy gradient, and may change it
     assert seen[0] > 1e-3
     moved = torch.cat([(p - q).flatten() for p, q in zip(model.state_dict().values(), before)])
     assert moved.norm() == pytest.approx(1e-3, rel=1e-3)
@@ -594,7 +594,7 @@ def test_objects_that_the_module_keeps_stay_as_they_are():
 
 
 def gan_step(how):
-    """One step of each, as in Opacus's dcgan.py. -> the generator's gradient, and what it should be."""
+    """Train both networks for one step, as in Opacus's dcgan.py; return the generator's gradient, and what it should be."""
     torch.manual_seed(3)
     generator = nn.Sequential(nn.Linear(5, 36), nn.Tanh(), nn.Unflatten(1, (1, 6, 6))).double()
     inner = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64, 1)).double()
@@ -689,7 +689,7 @@ def test_passes_that_mean_nothing(epochs):
 
 
 def test_a_bound_for_each_parameter():
-    """https://github.com/pytorch/opacus/blob/main/opacus/optimizers/perlayeroptimizer.py, on both."""
+    """Compare with https://github.com/pytorch/opacus/blob/main/opacus/optimizers/perlayeroptimizer.py."""
     bounds = [0.5, 0.01, 0.2, 0.03]
     model, optimizer, loader = private(clipping="per_layer", bound=bounds)
     x, y = first_batch(loader)
@@ -801,11 +801,11 @@ def test_schedules_count_private_steps():
             optimizer.step()
             noise.step()
             if optimizer.accumulating:
-                optimizer.max_grad_norm = 1.0  # holds from the next batch on
+                optimizer.max_grad_norm = 1.0  # this holds from the next batch on
     assert [z for z, *_ in optimizer.accountant.history] == [8.0, 4.0] and optimizer.max_grad_norm == 1.0
 
 
-# ---- criterions, noise, gradients of one's own
+# ---- criterions, users' own noise, users' own gradients
 
 TARGETS = {
     "labels": ((8, 3), lambda: torch.randint(3, (8,))),
@@ -818,7 +818,7 @@ TARGETS = {
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_of_samples(kind, smoothing):
-    """It is PyTorch's of each sample alone, but for the weights in PyTorch's divisor; and no sample's share depends on others."""
+    """Each loss is PyTorch's of that sample alone, but for the weights in PyTorch's divisor; none depends on other samples."""
     shape, make = TARGETS[kind]
     out, target = torch.randn(shape), make()
     plain = nn.CrossEntropyLoss(label_smoothing=smoothing)
@@ -826,7 +826,7 @@ def test_cross_entropy_of_samples(kind, smoothing):
     weight = torch.tensor([0.5, 1.0, 3.0])
     ignored, labels = target.clone(), not target.is_floating_point()
     if labels:
-        ignored[::2] = 1  # half of the samples are ignored, or hold what is
+        ignored[::2] = 1  # all targets of every second sample are ignored
         ignored[1, ...] = 2
     criterion = CrossEntropyLoss(
         weight, ignore_index=1 if labels else -100, label_smoothing=smoothing, reduction="none"
@@ -838,7 +838,7 @@ def test_cross_entropy_of_samples(kind, smoothing):
         assert (losses[::2] == 0).all() and losses[1] > 0
         own = CrossEntropyLoss(ignore_index=1, label_smoothing=smoothing, reduction="none")(out, ignored)
         theirs = nn.CrossEntropyLoss(ignore_index=1, label_smoothing=smoothing)
-        for i in range(1, 8, 2):  # of one sample alone PyTorch's divisor is its own
+        for i in range(1, 8, 2):  # for one sample alone, PyTorch's divisor is that of the sample
             if (ignored[i] != 1).any():
                 torch.testing.assert_close(own[i], theirs(out[i : i + 1], ignored[i : i + 1]))
     for reduction in ("mean", "sum"):
@@ -860,7 +860,7 @@ def test_class_weights_and_ignored_targets_train(reduction):
 
 
 class Threes:
-    """Noise of one's own."""
+    """A user's own noise source."""
 
     def __init__(self, bad=None):
         self.bad, self.drawn = bad, 0
@@ -903,7 +903,7 @@ def test_gradients_of_single_samples():
     losses = F.cross_entropy(inner(x), y, reduction="none")
     found = fastloda.per_sample_grads(losses, inner)
     assert all(p.grad is None for p in inner.parameters())
-    torch.autograd.grad(losses.sum(), list(inner.parameters()))  # the graph is still there
+    torch.autograd.grad(losses.sum(), list(inner.parameters()))  # the graph still exists
     for name, grads in found.items():
         torch.testing.assert_close(grads, torch.stack([sample[name] for sample in wanted]))
     empty = fastloda.per_sample_grads(F.cross_entropy(inner(x), y, reduction="none")[:0], inner)
@@ -913,7 +913,7 @@ def test_gradients_of_single_samples():
 
 
 class Recurrent(nn.Module):
-    """Its inputs have the batch second; its outputs second, first, and second again, or as a cache nowhere."""
+    """A module whose inputs have the batch second; its outputs have it second, first, second again, or nowhere, as a cache."""
 
     def __init__(self):
         super().__init__()
@@ -938,7 +938,7 @@ def sequence_losses(model, x):
 
 
 def sequences(inner, count, **options):
-    """Six positions, for `count` records of which every batch has all; six is the number of positions and of logits too."""
+    """Make a loop over `count` records with six positions and six logits each; every batch has all the records."""
     x = torch.randn(count, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
     loader = DataLoader(
@@ -966,7 +966,7 @@ def test_the_batch_may_come_second(count, wrap_model):
         "steps": (6, 0, 3),
         "logits": (0, 6),
         "last": (1, 0, 4),
-        "count": (0,),  # as any output of the empty batch
+        "count": (0,),  # as every output of the empty batch is
     }
     with torch.no_grad():
         plain.load_state_dict(inner.state_dict())
@@ -984,7 +984,7 @@ def test_an_output_without_the_batch_is_named():
 
 
 def test_positions_are_not_taken_for_records():
-    """As many positions as records, and a layer that treats all alike: nothing but the layout can tell which are which."""
+    """There are as many positions as records, and a layer treats both alike: only the layout tells which are which."""
     inner = Recurrent().double()
     x, (model, optimizer, loader) = sequences(inner, 6)
     losses = lambda m, x: m.positions(x.transpose(0, 1)).square().sum((0, 2))  # noqa: E731

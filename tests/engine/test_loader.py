@@ -32,7 +32,7 @@ from fastloda.engine.loader import BatchMemoryManager, PoissonLoader
 
 
 class LazyFile(Dataset):
-    """Records of a file that is opened at the first read, as h5py wants it."""
+    """Records of a file that is opened at the first read, as h5py requires."""
 
     def __init__(self, path, count):
         self.path, self.count, self.file = path, count, None
@@ -43,12 +43,12 @@ class LazyFile(Dataset):
     def __getitem__(self, i):
         if self.file is None:
             self.file = open(self.path, "rb")
-        self.file.seek(8 * i)  # a handle that is shared with another process has one place for both
+        self.file.seek(8 * i)  # processes that share a handle share its position too
         return torch.frombuffer(bytearray(self.file.read(8)), dtype=torch.int64).clone(), torch.tensor(i)
 
 
 class OpenedByWorkers(LazyFile):
-    """Its file is opened by `worker_init_fn`, and by nobody else."""
+    """Records of a file that only `worker_init_fn` opens."""
 
     def __getitem__(self, i):
         if self.file is None:
@@ -94,7 +94,7 @@ def test_a_file_that_worker_init_fn_opens_is_read_after_that(kind, numbers):
     start = open_file if isinstance(dataset, OpenedByWorkers) else open_inner
     loader = DataLoader(dataset, batch_size=1, num_workers=2, worker_init_fn=start)
     seen = 0
-    for value, index in private_loader(loader)[2]:  # 40 batches, a third of them empty
+    for value, index in private_loader(loader)[2]:  # 40 batches, of which a third are empty
         assert value.shape == (len(index), 1) and torch.equal(value[:, 0], index)
         seen += len(index)
     assert seen
@@ -106,7 +106,7 @@ def open_inner(_worker):
 
 
 class Untouchable(Dataset):
-    """Fails where the test says that nobody may read yet."""
+    """A data set that fails while the test says that nobody may read yet."""
 
     ready = False
 
@@ -142,7 +142,7 @@ def test_values_that_cannot_be_made_empty_are_refused_with_the_first_batch():
 
 
 class AtOnce(Untouchable):
-    """Reads a batch at once, into a list or not."""
+    """A data set that reads a batch at once; `give` makes a list of it or something else."""
 
     def __init__(self, give):
         self.ready, self.give = True, give
@@ -163,7 +163,7 @@ def test_records_that_are_read_at_once_are_a_list():
 
 
 def drawn(make, **options):
-    """Two passes over what `make` gives, each seeded in every way that a user may."""
+    """Take two passes over the private loader of what `make` returns, each after setting all seeds that a user may set."""
     found = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -238,7 +238,7 @@ def stacked(rows):
 
 
 def of(change):
-    """A collate_fn that stacks images and labels and then changes the images."""
+    """Make a collate_fn that stacks images and labels and then changes the images."""
 
     def collate(rows):
         x, y = stacked(rows)
@@ -265,7 +265,7 @@ def class_weights(rows):
 
 
 def smoothed(rows):
-    """CutMix-like: a patch of the neighbour."""
+    """Insert a patch of the neighbour, as CutMix does."""
     x, y = stacked(rows)
     x[:, :2] = x.roll(1, 0)[:, :2]
     return {"x": x, "y": y}
@@ -308,14 +308,14 @@ def image_records(count, seed=0, width=5):
 @pytest.mark.parametrize("count", [2, 5, 16])
 def test_a_collate_fn_that_mixes_records_is_refused(kind, count):
     collate = CollateOrEmpty(MIXING[kind], None)
-    collate.empty = ()  # not every one of them could make it
+    collate.empty = ()  # some of them could not make an empty batch
     with pytest.raises(PrivacyError, match="collate_fn mixes records.*in the data set's __getitem__"):
-        for seed in range(64):  # one that mixes at times is seen within the first looks
+        for seed in range(64):  # one that mixes only at times is found within the first looks
             collate(image_records(count, seed))
 
 
 def padded(rows):
-    """Sorted by length, as for packing."""
+    """Sort by length, as for packing, and pad."""
     rows = sorted(rows, key=lambda row: -len(row[0]))
     x = pad_sequence([row[0] for row in rows], batch_first=True, padding_value=-9.0)
     lengths = torch.tensor([len(row[0]) for row in rows])
@@ -323,14 +323,14 @@ def padded(rows):
 
 
 def masked(rows, own=None):
-    """As for a masked language model: as many random numbers as the longest record asks for."""
+    """Mask entries as for a masked language model; the number of random numbers depends on the longest record."""
     batch = padded(rows)
     hidden = torch.rand(batch["x"].shape, generator=own) < 0.3
     return batch["x"].masked_fill(hidden, 0), hidden
 
 
 class OwnGenerators:
-    """Augments with generators of its own, of all kinds."""
+    """A collate_fn that augments with generators of its own, of all kinds."""
 
     def __init__(self):
         self.numpy, self.old = np.random.default_rng(0), np.random.RandomState(0)
@@ -343,7 +343,7 @@ class OwnGenerators:
 
 
 def popping(rows):
-    """Takes its records apart."""
+    """Take the records apart, which changes them."""
     return torch.stack([row.pop("x") for row in rows]), [row.pop("name") for row in rows]
 
 
@@ -392,10 +392,10 @@ def some_records(kind, count, seed):
 
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_batches_are_what_they_are_without_the_looks(name):
-    """Bit for bit: the looks take nothing from any generator, and change no record."""
+    """They are equal bit for bit: the looks take nothing from any generator, and change no record."""
     collate, kind = HONEST[name]
     looked = CollateOrEmpty(collate, None)
-    looked.empty = ()  # what it would be doesn't matter here
+    looked.empty = ()  # the empty batch does not matter here
 
     def run(function):
         torch.manual_seed(0)
@@ -410,7 +410,7 @@ def test_honest_batches_are_what_they_are_without_the_looks(name):
 
 
 def collate_generators(collate):
-    """What sets an honest example's own generators to their starts."""
+    """Yield the functions that reset an honest example's own generators."""
     if isinstance(collate, OwnGenerators):
         yield collate.__init__
     if isinstance(collate, functools.partial):
@@ -438,7 +438,7 @@ def assert_equal(one, two):
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_rows_that_are_mixed_linearly_are_found_and_no_others(data):
-    """x -> x + M x, for a matrix M that has entries off its diagonal, or none."""
+    """The change is x -> x + M x, for a matrix M that has entries off its diagonal, or none."""
     count, seed = data.draw(st.integers(2, 8)), data.draw(st.integers(0, 999))
     honest = data.draw(st.booleans())
     draw = torch.Generator().manual_seed(seed)
@@ -471,7 +471,7 @@ def test_random_numbers_that_cannot_be_drawn_again_are_refused_by_their_name():
     collate = CollateOrEmpty(of(lambda x: x + system.random()), None)
     with pytest.raises(PrivacyError, match="let it draw from the global generators of torch, numpy or random"):
         collate(image_records(4))
-    CollateOrEmpty(of(lambda x: x + random.random()), None)(image_records(4))  # the way out
+    CollateOrEmpty(of(lambda x: x + random.random()), None)(image_records(4))  # the remedy that the message names
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -490,7 +490,7 @@ def centred(rows):
 
 
 class ReadsAtOnce(Dataset):
-    """40 records, of which `change` makes what it likes, all of a batch together."""
+    """40 records; `change` may change those of a batch together."""
 
     def __init__(self, change):
         self.x, self.change, self.own = torch.randn(40, 5, generator=generator()), change, np.random.default_rng()
@@ -503,7 +503,7 @@ class ReadsAtOnce(Dataset):
 
 
 def cropped(dataset, x):
-    """Draws more or fewer random numbers for each record, by its content."""
+    """Draw more or fewer random numbers for each record, by its content."""
     return [torch.rand(1 + int(row[0] > 0)).sum() + row for row in x]
 
 
@@ -532,7 +532,7 @@ def test_a_data_set_that_mixes_what_it_reads_at_once_is_refused(name, subset):
 
 
 def test_looking_at_what_is_read_at_once_draws_nothing():
-    """The same batches with and without a look at the first one."""
+    """The batches are the same with and without a look at the first one."""
     made = []
     for batches in (0, 2):
         torch.manual_seed(0)

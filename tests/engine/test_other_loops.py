@@ -1,4 +1,4 @@
-"""Loops of other libraries run with `make_private`, and modules in place, which such libraries want."""
+"""Loops of other libraries run with `make_private`, and with modules that are made private in place, as such libraries need."""
 
 import copy
 import inspect
@@ -27,7 +27,7 @@ def test_a_module_in_place_steps_as_a_wrapped_one():
     x, y = first_batch(loader)
     wanted = oracle.clipped_sum(truth(small_net(), x, y), 0.1)
     assert type(inner) is Net and set(inner.state_dict()) == names
-    assert "x" in inspect.signature(inner.forward).parameters  # which Trainer reads
+    assert "x" in inspect.signature(inner.forward).parameters  # Trainer reads this signature
     F.cross_entropy(inner(x), y).backward()
     assert all(p.grad is None for p in inner.parameters())
     optimizer.step()
@@ -72,7 +72,7 @@ def test_what_a_module_in_place_must_not_do_is_refused():
 
 
 def test_a_module_in_place_with_a_layer_of_its_own():
-    """Its parameters make the fallback give it another forward at its first call, which must stay private."""
+    """Its own parameter makes the fallback replace its forward at the first call; the new one must stay private."""
 
     class Scaled(Net):
         def __init__(self):
@@ -100,7 +100,7 @@ def test_a_module_in_place_may_be_made_private_again(wrap_model):
     with pytest.raises(ValueError, match="max_grad_norm"):
         private(inner, bound=-1.0)
     F.cross_entropy(inner(records()[0]), records()[1]).backward()
-    assert all(p.grad is None for p in inner.parameters())  # a refused call changes nothing
+    assert all(p.grad is None for p in inner.parameters())  # the refused call changed nothing
     model, optimizer, loader = private(inner, bound=0.1, wrap_model=wrap_model)
     x, y = first_batch(loader)
     wanted = oracle.clipped_sum(truth(small_net(), x, y), 0.1)
@@ -150,7 +150,7 @@ def bert(head, labels):
     return make, labels
 
 
-LANGUAGE_MODELS = {  # name -> how to make it, and labels of tokens
+LANGUAGE_MODELS = {  # name -> how to make it, and labels from tokens
     "Llama": causal("Llama"),
     "GPT2": causal("GPT2"),
     "BERT, sequences": bert("SequenceClassification", lambda tokens: tokens[:, 0] % 3),
@@ -160,7 +160,7 @@ LANGUAGE_MODELS = {  # name -> how to make it, and labels of tokens
 
 
 def own_loss(model, both):
-    """The losses that the model itself computes of rows of tokens and labels."""
+    """Compute the losses that the model itself returns for rows of tokens and labels."""
     tokens, labels = both.split(5, 1)
     return model(input_ids=tokens, labels=labels if labels.shape[1] > 1 else labels[:, 0]).loss[None]
 
@@ -195,7 +195,7 @@ def test_unequally_many_targets_want_a_loss_of_ones_own():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     make, _ = LANGUAGE_MODELS["Llama"]
     inner, tokens = make(transformers), torch.randint(11, (12, 5))
-    loader = DataLoader(TensorDataset(tokens), batch_size=12)  # all: alone, a sample is the mean
+    loader = DataLoader(TensorDataset(tokens), batch_size=12)  # all records: one alone would be a mean
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
     model, optimizer, loader = make_private(inner, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0)
     (x,) = first_batch(loader)
@@ -259,7 +259,7 @@ def truth_of_rows(model, x, y):
 
 
 def test_trainer_trains_privately(tmp_path):
-    """With BERT's own loss, parts of batches, a schedule, and all of Trainer's defaults."""
+    """BERT computes its own loss, batches come in parts, a schedule counts steps, and Trainer keeps its other defaults."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     make, labels_of = LANGUAGE_MODELS["BERT, sequences"]

@@ -1,4 +1,4 @@
-"""A module may compute its loss itself, of rows that it returns; one that is no mean over the samples is refused."""
+"""A module may compute its loss itself, from rows that it returns too; a loss that is no mean over the samples is refused."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ BOUND = 0.05
 
 
 class WithLoss(nn.Module):
-    """nanoGPT's form, (logits, loss), and Hugging Face's; `of` is the loss of (logits, hidden features, labels)."""
+    """A model that returns (logits, loss), as nanoGPT does, or another `form`; `of` computes the loss of logits, h, labels."""
 
     def __init__(self, of=None, form=lambda logits, h, loss: (logits, loss)):
         super().__init__()
@@ -38,7 +38,7 @@ def with_labels_of_its_own(of=plain, **options):
 
 
 def expected(inner, x, y):
-    """The clipped sum of the gradients of the samples' cross entropies."""
+    """Compute the clipped sum of the gradients of the samples' cross entropies."""
     return oracle.clipped_sum(truth(inner, x, y), BOUND)
 
 
@@ -105,7 +105,7 @@ def test_a_sample_that_is_not_finite_stays_alone():
 
 
 def test_a_logit_of_minus_infinity_is_none_of_a_loss():
-    """As where choices are masked out."""
+    """Logits are minus infinity where choices are masked out."""
     mask = torch.tensor([0.0, -torch.inf, 0.0], dtype=torch.float64)
     form = lambda logits, h, loss: (logits + mask, loss)  # noqa: E731
     inner = WithLoss(plain, form).double()
@@ -153,9 +153,8 @@ def hooked(logits, h, y):
 
 
 def hooked_below(logits, h, y):
-    handles = [
-        logits.register_hook(lambda g: handles.pop().remove() or g / g.norm())
-    ]  # once: the step itself sees no hook
+    # Only once, so that the step itself sees no hook.
+    handles = [logits.register_hook(lambda g: handles.pop().remove() or g / g.norm())]
     return plain(logits, h, y)
 
 
@@ -182,7 +181,7 @@ def test_a_loss_that_is_no_mean_is_refused_by_its_backward(kind):
     unchanged(loss.backward, match, model)
     unchanged(lambda: (loss + logits.mean()).backward(), match, model)
     optimizer.zero_grad()
-    F.cross_entropy(logits, y).backward()  # the rows beside it train as ever
+    F.cross_entropy(logits, y).backward()  # the rows that were returned with it train as ever
     optimizer.step()
 
 
@@ -196,7 +195,7 @@ def test_rows_below_rows_are_not_counted_twice():
 
 def test_equally_many_ignored_targets_divide_by_a_constant():
     class Shifted(nn.Module):
-        """Causal language models, whose last position predicts nothing."""
+        """A causal language model, whose last position predicts nothing."""
 
         def __init__(self):
             super().__init__()
@@ -220,7 +219,7 @@ def test_equally_many_ignored_targets_divide_by_a_constant():
 
 
 def test_a_divisor_that_trainer_counts_is_left_out():
-    """transformers' Trainer hands the model the number of targets in the batch, which depends on all records."""
+    """transformers' Trainer gives the model the number of targets in the batch, which depends on all records."""
     seen = []
 
     class Dividing(WithLoss):

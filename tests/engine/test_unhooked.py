@@ -1,4 +1,4 @@
-"""Gradients that a hook changes between the loss and a private module's outputs are refused; hooks that look are not."""
+"""Hooks that change gradients between the loss and a private module's outputs are refused; hooks that only look are not."""
 
 import pytest
 import torch
@@ -140,7 +140,7 @@ def test_hooks_on_the_graph_stay_when_it_is_kept():
 
 @pytest.mark.parametrize("unpack", [lambda t: t / t.norm(), lambda t: t])
 def test_saved_values_that_hooks_hand_back(unpack):
-    """Whether they alter them can't be told: but the loss is easily left outside."""
+    """Nobody can tell whether such hooks alter the values; but computing the loss outside of them is easy."""
     out, tape = outputs(N, C)
     with saved_tensors_hooks(lambda t: t, unpack):
         loss = out.square().mean()

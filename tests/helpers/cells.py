@@ -1,4 +1,4 @@
-"""Folders of drawn blood cells, with what real folders have: mixed formats, several images a patient, a broken file."""
+"""Folders of drawn blood cells with what real folders have: mixed formats, several images of a patient, a broken file."""
 
 import math
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-CLASSES = ("basophil", "lymphocyte", "monocyte", "éosinophile")  # by name: the order of sorted folders
+CLASSES = ("basophil", "lymphocyte", "monocyte", "éosinophile")  # sorted by name, as folders are
 SIZE = (48, 40)  # width and height in pixels
-OF_A_PATIENT = 5  # number of images of one patient
-_LOBES = (3, 1, 1, 2)  # number of lobes of a class's nucleus
-_SCALE = 4  # factor by which cells are drawn larger and then reduced, for smooth edges
+OF_A_PATIENT = 5  # number of images of each patient
+_LOBES = (3, 1, 1, 2)  # number of lobes of the nucleus, for each class
+_SCALE = 4  # cells are drawn larger by this factor and then reduced, for smooth edges
 
 
 def write_cells(
@@ -57,7 +57,7 @@ def patient_of(path: Path) -> str:
 
 
 def _save(image: Image.Image, folder: Path, stem: str, i: int) -> None:
-    """Save image number i in the format that its number stands for, which its class does not decide."""
+    """Save image number i in the format that i determines; the class has no influence on it."""
     stem = f"{stem} größe µ" if i % 50 == 49 else stem
     match i // 4 % 4:
         case 1:

@@ -1,4 +1,4 @@
-"""What the property tests draw: layers, inputs and losses as awkward as PyTorch allows, all in float64.
+"""Layers, inputs and losses that the property tests draw, as awkward as PyTorch allows, all in float64.
 
 A drawn case is a model with random parameters, inputs [samples * views, ...] in some memory layout, and a readout
 that turns outputs into one loss per row. Every row's loss depends on that row alone, whatever the batch around it.
@@ -46,26 +46,26 @@ class Case:
         return len(self.x) // self.views
 
     def loss_of(self, model: nn.Module, x: Tensor) -> Tensor:
-        """One loss per row, in the dtype of x: autocast's bf16 ends at the model, as a loss should have it."""
+        """Compute one loss per row, in the dtype of x: autocast's bf16 ends at the model's output, as it should for a loss."""
         return READOUTS[self.readout](model(x).to(x.dtype))
 
     def losses(self) -> Tensor:
         return self.loss_of(self.model, self.x)
 
     def truth(self, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:
-        """Each sample's gradient by its own backward pass through plain PyTorch, of a contiguous input.
+        """Compute each sample's gradient by its own backward pass through plain PyTorch, from a contiguous input.
 
-        Contiguous because PyTorch 2.13 crashes in the backward of a GroupNorm whose channels_last input needs no
+        The input is contiguous because PyTorch 2.13 crashes in the backward of a GroupNorm whose channels_last input needs no
         gradient.
         """
         return oracle.sample_grads(composed(self.model), self.loss_of, self.x.contiguous(), self.views, dtype)
 
     def to(self, dtype: torch.dtype) -> "Case":
-        """The same case, rounded to `dtype`; the model is converted in place."""
+        """Round the case to `dtype`; the model is converted in place."""
         return Case(self.model.to(dtype), self.x.to(dtype), self.readout, self.views)
 
     def nudged(self, seed: int) -> "Case":
-        """The case with every parameter moved by up to half a unit of bf16: its roundings fall out anew."""
+        """Copy the case with every parameter moved by up to half a unit of bf16, so that its roundings are new ones."""
         model = copy.deepcopy(self.model)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -79,11 +79,11 @@ class Case:
         return f"{self.model}, {x}, readout {self.readout}, views {self.views}, trains {trains}"
 
 
-# ---- the same function from PyTorch's own layers
+# ---- the same function made of PyTorch's own layers
 
 
 class Composed(nn.Module):
-    """A LoDA layer as its definition says it, with the layer's parameters under their names."""
+    """A LoDA layer written out by its definition, with the layer's parameters under their names."""
 
     def __init__(self, layer: LoDAConv2d | LoDALinear):
         super().__init__()
@@ -107,7 +107,7 @@ class Composed(nn.Module):
 
 
 def composed(model: nn.Module) -> nn.Module:
-    """A copy of the model without LoDA layers: same function, same parameter names, same ties."""
+    """Copy the model with every LoDA layer written out in plain PyTorch: same function, same parameter names, same ties."""
     model = copy.deepcopy(model)
     adapted = [layer for layer in model.modules() if isinstance(layer, (LoDAConv2d, LoDALinear))]
     plain = {layer: Composed(layer) for layer in adapted}
@@ -132,7 +132,7 @@ def curved(y: Tensor) -> Tensor:
 
 READOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "curved": curved,
-    "expanded": lambda y: y.flatten(1).sum(1),  # a grad_output of strides 0
+    "expanded": lambda y: y.flatten(1).sum(1),  # a grad_output whose strides are 0
     "channels_last": lambda y: curved(y.movedim(1, -1)),
     "transposed": lambda y: curved(y.transpose(1, -1).clone()),
     "sliced": lambda y: curved(y[..., ::2]),
@@ -153,7 +153,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def draw_case(draw, model: nn.Module, shape: tuple[int, ...], samples=None, inputs=torch.randn) -> Case:
-    """A case around `model`, whose inputs have `shape` without the batch."""
+    """Draw a case around `model`, whose inputs have `shape` after the batch dimension."""
     views = draw(st.integers(1, 3))
     samples = draw(st.integers(1, 4)) if samples is None else samples
     torch.manual_seed(draw(st.integers(0, 1 << 16)))
@@ -164,7 +164,7 @@ def draw_case(draw, model: nn.Module, shape: tuple[int, ...], samples=None, inpu
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Random values everywhere, B included, of a size that keeps activations near 1."""
+    """Set all parameters, B included, to random values of a size that keeps activations near 1."""
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=1 / math.sqrt(max(1, p[:1].numel() if p.dim() else 1)))
@@ -172,7 +172,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def thaw_some(draw, model: nn.Module) -> nn.Module:
-    """Any parameters train, at least one of them."""
+    """Let a drawn set of the parameters train, at least one of them."""
     parameters = list(model.parameters())
     chosen = draw(st.sets(st.integers(0, len(parameters) - 1), min_size=1))
     for i, p in enumerate(parameters):
@@ -187,7 +187,7 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 @st.composite
 def conv_geometry(draw, dims: int = 2, largest_kernel: int = 5) -> tuple[dict, tuple[int, ...]]:
-    """(arguments of a convolution but its channels, an input size on which it has an output)."""
+    """Draw (a convolution's arguments except its channels, an input size for which it has an output)."""
     several = lambda low, high: draw(st.tuples(*[st.integers(low, high)] * dims))  # noqa: E731
     padding = draw(st.sampled_from(["int", "pair", "same", "valid"]))
     kernel, dilation = several(1, largest_kernel), several(1, 3)
@@ -206,7 +206,7 @@ def conv_geometry(draw, dims: int = 2, largest_kernel: int = 5) -> tuple[dict, t
 
 @st.composite
 def channels(draw) -> tuple[int, int, int]:
-    """(in, out, groups), ragged or grouped."""
+    """Draw (in_channels, out_channels, groups), often uneven numbers."""
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     width = st.sampled_from([1, 3, 5, 20] if groups == 1 else [1, 2, 3])
     return groups * draw(width), groups * draw(width), groups
@@ -221,7 +221,7 @@ def adapters(draw) -> dict:
 
 @st.composite
 def adapted_convs(draw, samples: int | None = None, base_trains: bool | None = None) -> Case:
-    """One LoDAConv2d of any geometry; its base may train too."""
+    """Draw one LoDAConv2d of any geometry; its base may train too."""
     (c_in, c_out, groups), (geometry, size) = draw(channels()), draw(conv_geometry())
     layer = LoDAConv2d(c_in, c_out, groups=groups, bias=draw(st.booleans()), **geometry, **draw(adapters()))
     if draw(st.booleans()) if base_trains is None else base_trains:
@@ -231,7 +231,7 @@ def adapted_convs(draw, samples: int | None = None, base_trains: bool | None = N
 
 @st.composite
 def adapted_linears(draw, samples: int | None = None) -> Case:
-    """One LoDALinear with one to three leading dimensions."""
+    """Draw one LoDALinear whose inputs have one to three leading dimensions."""
     c_in, c_out = draw(st.sampled_from([1, 3, 5, 20])), draw(st.sampled_from([1, 3, 5, 20]))
     layer = LoDALinear(c_in, c_out, draw(st.booleans()), **draw(adapters()))
     if draw(st.booleans()):
@@ -240,7 +240,7 @@ def adapted_linears(draw, samples: int | None = None) -> Case:
 
 
 def leading() -> st.SearchStrategy[tuple[int, ...]]:
-    """Dimensions between the batch and the features."""
+    """Draw the sizes of the dimensions between the batch and the features."""
     return st.lists(st.integers(1, 4), max_size=2).map(tuple)
 
 
@@ -248,7 +248,7 @@ def leading() -> st.SearchStrategy[tuple[int, ...]]:
 
 
 class UnwrittenMemory(TorchDispatchMode):
-    """What oneDNN does on processors with AMX: half-precision convolutions with stride and dilation may give anything."""
+    """A mode that imitates a fault of oneDNN with AMX: strided and dilated half-precision convolutions give any numbers."""
 
     CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
@@ -269,7 +269,7 @@ def strided_and_dilated(case: Case) -> bool:
 
 
 class Rows(nn.Embedding):
-    """An embedding of indices that come as floats, so that the oracle may convert its inputs."""
+    """An embedding whose indices come as floats, so that the oracle can convert its inputs to any dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.long())
@@ -315,7 +315,7 @@ def norms(draw) -> Case:
 
 @st.composite
 def transposed_convs(draw) -> Case:
-    """Strides, paddings, dilations and groups of nn.ConvTranspose1d/2d/3d, output_padding included."""
+    """Draw nn.ConvTranspose1d/2d/3d with strides, paddings, dilations, groups and output_padding."""
     dims = draw(st.integers(1, 3))
     make = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
     several = lambda low, high: draw(st.tuples(*[st.integers(low, high)] * dims))  # noqa: E731
@@ -330,7 +330,10 @@ def transposed_convs(draw) -> Case:
 
 
 class ContiguousGrad(nn.Module):
-    """PyTorch 2.13's own backward of InstanceNorm is wrong for a lone image whose output gradient is channels_last."""
+    """An identity that makes the output gradient contiguous.
+
+    PyTorch 2.13's own backward of InstanceNorm is wrong for a single image whose output gradient is channels_last.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten().view_as(x)
@@ -338,7 +341,7 @@ class ContiguousGrad(nn.Module):
 
 @st.composite
 def more_norms(draw) -> Case:
-    """RMSNorm, InstanceNorm1d/2d/3d with affine parameters, BatchNorm in eval with trainable ones."""
+    """Draw RMSNorm, InstanceNorm1d/2d/3d with affine parameters, or BatchNorm in eval mode with trainable parameters."""
     kind = draw(st.sampled_from(["rms", "instance", "batch"]))
     sizes = draw(st.lists(st.integers(2, 4), min_size=1, max_size=3))
     width = draw(st.integers(1, 3))
@@ -357,14 +360,14 @@ def more_norms(draw) -> Case:
 
 
 class Bags(nn.EmbeddingBag):
-    """Bags of equal length, of indices that come as floats."""
+    """An EmbeddingBag of bags of equal length, whose indices come as floats."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.long())
 
 
 class RaggedBags(nn.EmbeddingBag):
-    """Bags as long as the first number of a row says, perhaps empty, perhaps weighted."""
+    """An EmbeddingBag whose bags have the length that the first number of a row says, perhaps 0, and perhaps weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         lengths = x[:, 0].long() % x.shape[1]
@@ -390,7 +393,7 @@ class Pair(nn.Bilinear):
 
 @st.composite
 def slopes_and_pairs(draw) -> Case:
-    """PReLU of one slope or one for each channel, and nn.Bilinear."""
+    """Draw PReLU with one slope or one for each channel, or nn.Bilinear."""
     width, rest = draw(st.integers(2, 4)), draw(leading())
     if draw(st.booleans()):
         layer, shape = nn.PReLU(draw(st.sampled_from([1, width]))), (width, *rest)
@@ -404,7 +407,7 @@ def slopes_and_pairs(draw) -> Case:
 
 
 class Attention(nn.Module):
-    """nn.MultiheadAttention of x [N, L, E] to itself, to another sequence, or with keys and values of other widths."""
+    """nn.MultiheadAttention from x [N, L, E] to itself, to another sequence, or to keys and values of other widths."""
 
     def __init__(self, width: int, heads: int, keys: str, mask: str, need_weights: bool, batch_first: bool, **options):
         super().__init__()
@@ -419,7 +422,7 @@ class Attention(nn.Module):
         masks = {}
         if self.mask == "positions":
             masks["attn_mask"] = torch.ones(length, k.shape[1], dtype=torch.bool).triu(1)
-        if self.mask == "samples":  # depends on the sample, as padding does
+        if self.mask == "samples":  # the mask depends on the sample, as padding does
             masks["key_padding_mask"] = (torch.arange(k.shape[1]) > 0) & (x.sum((1, 2)) > 0)[:, None]
         q, k, v = (x, k, v) if self.batch_first else (t.transpose(0, 1) for t in (x, k, v))
         y, weights = self.inner(q, k, v, need_weights=self.need_weights, **masks)
@@ -443,7 +446,7 @@ def attentions(draw) -> Case:
 
 
 class SequenceFirst(nn.Module):
-    """x [N, L, C] -> y [N, L, C] by layers that see [L, N, C], or L N flattened rows, or channels and positions exchanged."""
+    """A map x [N, L, C] -> y [N, L, C] whose layers see [L, N, C], or L N flattened rows, or channels and positions exchanged."""
 
     def __init__(self, layers: nn.Module, order: str):
         super().__init__()
@@ -458,7 +461,7 @@ class SequenceFirst(nn.Module):
             return self.layers(x.transpose(0, 1)).mean(0)
         if self.order == "unbound":
             return sum(y.sin() for y in self.layers(x.movedim(1, 0)).unbind(0))
-        order = (1, 0, 2) if self.order == "permuted" else (1, 2, 0)  # back from [L, N, C], from [L, C, N] by a copy
+        order = (1, 0, 2) if self.order == "permuted" else (1, 2, 0)  # back from [L, N, C], or from [L, C, N] by a copy
         y = self.layers(x.permute(1, 0, 2).contiguous())
         return y.permute(order) if order == (1, 0, 2) else y.permute(0, 2, 1).contiguous().permute(2, 0, 1)
 
@@ -467,7 +470,7 @@ class SequenceFirst(nn.Module):
 
 
 class Table(nn.Module):
-    """Positions and a scale, for [L, N, C]."""
+    """A table of positions that is added, and a scale, for x [L, N, C]."""
 
     def __init__(self, length: int, width: int):
         super().__init__()
@@ -479,7 +482,7 @@ class Table(nn.Module):
 
 @st.composite
 def sequences_first(draw) -> Case:
-    """Layers that see the sequence first. "rows" has no dimension for a table of positions."""
+    """Draw layers that see the sequence dimension first. In the order "rows" no dimension is left for a table of positions."""
     width, length = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     order = draw(st.sampled_from(["rows", "stacked", "pooled", "unbound", "permuted", "copied"]))
     makes = {
@@ -495,7 +498,7 @@ def sequences_first(draw) -> Case:
 
 
 class Recurrent(nn.Module):
-    """In float64 on the CPU, PyTorch composes these of linear maps, sequence first."""
+    """An RNN, LSTM or GRU. In float64 on the CPU, PyTorch composes it of linear maps that see the sequence dimension first."""
 
     def __init__(self, inner: nn.RNNBase):
         super().__init__()
@@ -515,9 +518,10 @@ def recurrent(draw) -> Case:
     return draw_case(draw, Recurrent(thaw_some(draw, layer)), (draw(st.integers(1, 4)), width))
 
 
-# ---- parameters re-laid, combined and repeated
+# ---- parameters reshaped, combined and repeated
 
-FORMS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {  # of p with x [N, 3, 4]
+# name -> (shape of the parameter p, function of x [N, 3, 4] and p)
+FORMS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
     "x / p": ((4,), lambda x, p: x / p),
     "p / x": ((3, 1), lambda x, p: p / (x.square() + 1)),
     "x - p": ((4,), lambda x, p: x - p),
@@ -578,7 +582,7 @@ def forms(draw) -> Case:
 
 
 def turned(p: Tensor) -> Tensor:
-    """p transposed where that leaves its shape alone, else twice."""
+    """Transpose p once if that leaves its shape as it is, otherwise twice."""
     if p.dim() > 2:
         return p
     return p.t() if p.shape == p.shape[::-1] else p.t().t()
@@ -599,7 +603,7 @@ COMBINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Combined(nn.Module):
-    """Features and two parameters, of any shapes that broadcast, or the same parameter twice."""
+    """A combination of features with two parameters of any shapes that broadcast, or with the same parameter twice."""
 
     def __init__(self, first: str, second: str, p_shape: tuple[int, ...], q_shape: tuple[int, ...] | None):
         super().__init__()
@@ -617,7 +621,7 @@ class Combined(nn.Module):
 
 @st.composite
 def broadcasts(draw) -> Case:
-    """x [N, *size], and parameters [*size] or its end, or with a 1 for the batch; any dimension may be 1 instead."""
+    """Draw x [N, *size] and parameters of shape [1, *size] or the end of it; any dimension may be 1 instead."""
     size = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
     thinned = lambda sizes: tuple(draw(st.sampled_from([1, n])) for n in sizes)  # noqa: E731
     shape = lambda: thinned([1, *size][draw(st.integers(0, len(size) + 1)) :])  # noqa: E731
@@ -641,7 +645,7 @@ class Twice(nn.Module):
 
 
 class TiedBack(nn.Module):
-    """W^T sin(W x + b): one weight as it is and transposed."""
+    """W^T sin(W x + b): the same weight is used once as it is and once transposed."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -652,7 +656,7 @@ class TiedBack(nn.Module):
 
 
 class TiedTable(nn.Module):
-    """An embedding that also scores the outcome, as language models tie them."""
+    """An embedding whose table also computes the output scores, as in language models with tied weights."""
 
     def __init__(self, entries: int, width: int):
         super().__init__()
@@ -663,7 +667,7 @@ class TiedTable(nn.Module):
 
 
 def tied_adapters(width: int) -> nn.Module:
-    """Two adapted convolutions that share A, the second also the weight of a plain one."""
+    """Make two adapted convolutions that share A; the second also shares its weight with a plain convolution."""
     first, second = (LoDAConv2d(width, width, 3, padding=1, rank=2) for _ in range(2))
     plain = nn.Conv2d(width, width, 3, padding=1)
     second.loda_A, second.weight = first.loda_A, plain.weight
@@ -674,7 +678,7 @@ def _lora(width: int) -> nn.Module:
     return LoDAConv2d(width, width, 3, padding=1, rank=3, activation="identity", scale=0.5)
 
 
-BLOCKS: dict[str, Callable[[int], nn.Module]] = {  # each keeps [N, width, H, W]
+BLOCKS: dict[str, Callable[[int], nn.Module]] = {  # each maps [N, width, H, W] to that shape
     "loda": lambda width: LoDAConv2d(width, width, 3, padding=1, rank=2),
     "lora": _lora,
     "conv": lambda width: nn.Conv2d(width, width, 3, padding=1),
@@ -690,7 +694,7 @@ TRAINABLE_BLOCKS = sorted(name for name in BLOCKS if name not in ("in place", "s
 
 
 class Checkpointed(nn.Module):
-    """What it holds is computed again in backward."""
+    """A checkpoint around `inner`, which is computed again in backward."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -701,7 +705,7 @@ class Checkpointed(nn.Module):
 
 
 def checkpoint_some(draw, layers: list[nn.Module]) -> list[nn.Module]:
-    """Any of the layers checkpointed, and perhaps the first ones together once more."""
+    """Checkpoint a drawn set of the layers, and perhaps the first few once more as one."""
     layers = [Checkpointed(layer) if draw(st.booleans()) else layer for layer in layers]
     together = draw(st.integers(0, len(layers)))
     return [Checkpointed(nn.Sequential(*layers[:together])), *layers[together:]]
@@ -709,7 +713,7 @@ def checkpoint_some(draw, layers: list[nn.Module]) -> list[nn.Module]:
 
 @st.composite
 def stacks(draw, checkpointed: bool = False) -> Case:
-    """Blocks in a row, some called twice or tied, and perhaps a linear head; any of the parameters train."""
+    """Draw blocks in a row, some called twice or tied, and perhaps a linear head; any of the parameters train."""
     width, size = draw(st.sampled_from([2, 4, 6])), draw(st.tuples(st.integers(1, 5), st.integers(2, 6)))
     names = [draw(st.sampled_from(TRAINABLE_BLOCKS)), *draw(st.lists(st.sampled_from(sorted(BLOCKS)), max_size=3))]
     layers = [BLOCKS[name](width) for name in names]
@@ -722,7 +726,7 @@ def stacks(draw, checkpointed: bool = False) -> Case:
 
 @st.composite
 def reused_linears(draw) -> Case:
-    """Linear weights used twice, tied to an embedding, or transposed."""
+    """Draw linear weights that are used twice, tied to an embedding, or transposed."""
     width, inner = draw(st.integers(2, 5)), draw(st.integers(2, 5))
     kind = draw(st.sampled_from(["back", "table", "twice", "twice loda"]))
     shape, inputs = (draw(st.integers(1, 3)), width), torch.randn

@@ -39,7 +39,7 @@ def use_plan(monkeypatch, name):
 
 
 def clipped_sum(case, max_grad_norm):
-    """What FastLoDA makes of the case: {name: clipped sum}."""
+    """Compute {name: clipped sum} of the case by FastLoDA."""
     clipper = GhostClipper(case.model, max_grad_norm, case.views)
     clipper.accumulate(case.losses())
     clipper.privatize(0, 1)
@@ -47,7 +47,7 @@ def clipped_sum(case, max_grad_norm):
 
 
 def between(norms):
-    """A clipping norm that some samples exceed and some do not."""
+    """Choose a clipping norm that some samples exceed and some do not."""
     return float(norms.median()) * 0.9 + 1e-30
 
 
@@ -56,13 +56,14 @@ def distance(got, wanted):
 
 
 def check_exact(case, of_squares=0.0):
-    """Norms and clipped sums to 1e-10 of the largest gradient; the activations are near 1.
+    """Check norms and clipped sums to 1e-10 of the largest gradient; the activations are near 1.
 
-    of_squares: what the squared norms may be too large by.
+    Args:
+        of_squares: how much too large the squared norms may be.
     """
     truth = case.truth()
     norms = oracle.norms(truth)
-    tolerance = 1e-10 * norms.max().item() + 1e-12  # what a constant leaves after normalisation is rounding
+    tolerance = 1e-10 * norms.max().item() + 1e-12  # 1e-12 for what rounding leaves of a constant after normalisation
     tolerance += ((norms.square() + of_squares).sqrt() - norms).sum().item()
     assert (per_sample_grad_norms(case.losses(), case.model, views=case.views) - norms).abs().max() <= tolerance
     bound = between(norms)
@@ -70,18 +71,18 @@ def check_exact(case, of_squares=0.0):
 
 
 def own_error(case, truth):
-    """PyTorch's error in float32 on each sample: |gradient - the truth|, of one backward pass per sample."""
+    """Compute PyTorch's float32 error on each sample: |gradient - truth|, by one backward pass per sample."""
     found = case.truth(torch.float32)
     return torch.tensor([distance(f, t) for f, t in zip(found, truth)])
 
 
 def check_float32(case):
-    """At most twice PyTorch's own error, and where that is nothing, a few ulp."""
+    """Check that float32 errors are at most twice PyTorch's own error; where that is 0, at most a few ulp."""
     case = case.to(torch.float32)
     truth = case.truth()
     norms = oracle.norms(truth)
     allowed = 2 * own_error(case, truth) + 8 * torch.finfo(torch.float32).eps * norms
     error = (per_sample_grad_norms(case.losses(), case.model, views=case.views) - norms).abs()
     assert (error <= allowed.max()).all()
-    bound = float(norms.max()) + 1e-30  # no clipping: the sum's own error
+    bound = float(norms.max()) + 1e-30  # nothing is clipped, so that only the sum's own error counts
     assert distance(clipped_sum(case, bound), oracle.clipped_sum(truth, bound)) <= allowed.sum()

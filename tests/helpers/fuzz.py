@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from fastloda import GhostClipper, LoDAConv2d, LoDALinear
 
-SLACK = 1 + 1e-5  # what the promise allows for rounding
+SLACK = 1 + 1e-5  # the relative excess over max_grad_norm that the guarantee allows for rounding
 
 
 def clipped_sum(model, losses, max_grad_norm, mask=None, views=1):
-    """(the clipped sum of one micro-batch in float64, its statistics)."""
+    """Compute (the clipped sum of one micro-batch in float64, its statistics)."""
     clipper = GhostClipper(model, max_grad_norm, views)
     stats = clipper.accumulate(losses, mask)
     return flat(clipper), stats
@@ -25,7 +25,7 @@ def flat(clipper) -> Tensor:
 
 
 def cancelling(x: Tensor, size: float) -> Tensor:
-    """A checkerboard of +-size and a little noise: positions cancel where the output gradient is even."""
+    """Make a checkerboard of +-size with a little noise; its positions cancel in a sum where the output gradient is constant."""
     signs = 1 - 2 * (torch.arange(x[0, 0].numel()).view(x.shape[2:]) % 2)
     return size * signs + 1e-3 * x
 
@@ -115,7 +115,7 @@ class Fuzz:
         return PRECISIONS[self.precision]
 
     def build(self) -> tuple[nn.Module, Tensor]:
-        """The model, and three samples of which the second is hostile."""
+        """Build the model, and three samples of which the second is hostile."""
         torch.manual_seed(self.seed)
         model = drawn.randomise(MODELS[self.model]().double())
         x = torch.randn(3 * self.views, C, *SIZE, dtype=torch.float64)

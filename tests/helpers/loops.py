@@ -1,4 +1,4 @@
-"""A small data set, a network and a private training loop around them, with its truth."""
+"""A small data set, a network, a private training loop around them, and its true gradients."""
 
 import copy
 
@@ -19,7 +19,7 @@ HUGE = 1e9  # a clipping norm that nothing reaches
 
 
 class Net(nn.Module):
-    """A classifier that flattens in the way that fails on a batch of none."""
+    """A classifier whose flatten fails on an empty batch."""
 
     def __init__(self, width: int = 4):
         super().__init__()
@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 class Several(nn.Module):
-    """Two inputs, two outputs with gradients in a dict, and one without."""
+    """A network of two inputs whose output is a dict with two outputs that have gradients and one that has none."""
 
     def __init__(self):
         super().__init__()
@@ -56,26 +56,26 @@ def small_net(dtype=torch.float64):
 
 
 def private(model=None, *, count=24, batch_size=8, lr=1.0, noise=0.0, bound=HUGE, engine=None, **options):
-    """-> module, optimizer, loader, of batches that always are the same ones."""
+    """Make the private (module, optimizer, loader), whose batches are the same in every run."""
     model = small_net() if model is None else model
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     loader = DataLoader(
         TensorDataset(*records(count)), batch_size=batch_size, generator=torch.Generator().manual_seed(11)
     )
     engine = engine or PrivacyEngine()
-    if not engine.secure_mode:  # an experiment: the loader's generator draws the batches
+    if not engine.secure_mode:  # an experiment, in which the loader's generator draws the batches
         options.setdefault("noise_generator", torch.Generator().manual_seed(12))
     make = engine.make_private
     return make(model, optimizer, loader, noise_multiplier=noise, max_grad_norm=bound, **options)
 
 
 def first_batch(loader):
-    """The next batch that is not empty."""
+    """Return the loader's next batch that is not empty."""
     return next(batch for batch in loader if len(batch[0]))
 
 
 def loss_of(model, x):
-    """Losses of rows that carry their label in a corner, so that the oracle needs inputs only."""
+    """Compute losses of rows that carry their label in a corner, so that the oracle needs inputs only."""
     return F.cross_entropy(model(x[..., :-1]), x[:, 0, 0, -1].long(), reduction="none")
 
 

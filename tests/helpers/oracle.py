@@ -1,4 +1,4 @@
-"""The slow, obvious truth: one backward per sample, in float64, through ordinary PyTorch."""
+"""True per-sample gradients, computed in the slow and obvious way: one backward pass per sample, by plain PyTorch in float64."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ LossOf = Callable[[nn.Module, Tensor], Tensor]  # (model, inputs [n * views, ...
 def sample_grads(
     model: nn.Module, loss_of: LossOf, x: Tensor, views: int = 1, dtype=torch.float64
 ) -> list[dict[str, Tensor]]:
-    """For each sample, {name: gradient of the mean loss over its views}, by its own backward pass in `dtype`."""
+    """Compute for each sample {name: gradient of the mean loss over its views}, by its own backward pass in `dtype`."""
     model = copy.deepcopy(model).to(dtype)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = []

@@ -1,4 +1,4 @@
-"""Outputs of a private module that a test chooses, so that it can put any loss on them."""
+"""Private modules whose outputs a test chooses, so that it can compute any loss from them."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ Y = torch.tensor([0, 3, 1, 4, 2, 2])
 
 
 class Leaf(nn.Module):
-    """A model that gives back its parameter, so that a test chooses the outputs."""
+    """A model that returns its parameter, so that a test chooses the outputs."""
 
     def __init__(self, values):
         super().__init__()
@@ -29,7 +29,7 @@ def outputs(*shape, reduction="mean", seed=0):
 
 
 class Several(nn.Module):
-    """A model of several outputs."""
+    """A model with several outputs."""
 
     def __init__(self, *shapes):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checks of HTML pages and PNG images that reports consist of."""
+"""Checks of the HTML pages and PNG images that reports consist of."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ def png_pixels(content: bytes) -> np.ndarray:
 
 
 def source_pixels(image: dict) -> np.ndarray:
-    """Decode the pixels of an image of a page, given its attributes."""
+    """Decode the pixels of a page's image, given the image's attributes."""
     return png_pixels(base64.b64decode(image["src"].split(",")[1]))
 
 
@@ -39,7 +39,7 @@ class _Checker(HTMLParser):
 
 
 def without_images(html: str) -> str:
-    """Leave out the images' bytes, in which any short word may occur by chance."""
+    """Remove the images' bytes, in which any short word may occur by chance."""
     return re.sub(r'src="data:[^"]*"', "", html)
 
 

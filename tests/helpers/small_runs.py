@@ -1,4 +1,4 @@
-"""A small model, its data and losses, and a trainer of them, for tests of the trainer's parts."""
+"""A small model, its data and losses, and a trainer for them, for tests of the trainer's parts."""
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,12 @@ def losses(model, batch, generator):
 
 
 def trainer(settings=SETTINGS, model=None, **options) -> DPTrainer:
-    torch.manual_seed(5)  # dropout
+    torch.manual_seed(5)  # dropout draws from the global generator
     return DPTrainer(model or small_model(), small_data(), losses, settings, progress=False, **options)
 
 
 def assert_same_run(a: DPTrainer, b: DPTrainer) -> None:
-    """Assert that both have taken the same steps, to the last bit."""
+    """Assert that both trainers have taken the same steps, bit for bit."""
     assert a.step == b.step
     for name, p in a.parameters.items():
         assert torch.equal(p, b.parameters[name]), name

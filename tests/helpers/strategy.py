@@ -1,4 +1,4 @@
-"""Correlated noise as matrices: the strategy C, and a source whose numbers show which noise a step was given."""
+"""Correlated noise as matrices: the strategy matrix C, and a noise source whose numbers show which noise a step was given."""
 
 import torch
 
@@ -6,7 +6,7 @@ from fastloda.privacy.correlated import square_root
 
 
 def strategy(bands: int, steps: int) -> torch.Tensor:
-    """Make C [steps, steps], whose columns have norm 1 at most."""
+    """Make C [steps, steps], whose columns have norm at most 1."""
     c = torch.zeros(steps, steps, dtype=torch.float64)
     for k, value in enumerate(square_root(bands)[:steps]):
         c += value * torch.diag(torch.ones(steps - k, dtype=torch.float64), -k)
@@ -14,7 +14,7 @@ def strategy(bands: int, steps: int) -> torch.Tensor:
 
 
 class Given:
-    """A source of the numbers given, in turn for all copies."""
+    """A noise source that returns the given rows one after the other; its copies share the sequence."""
 
     def __init__(self, rows):
         self.rows = iter(rows)

@@ -1,6 +1,6 @@
-"""A tape in place of a CUDA graph: it repeats operations on the memory that they had, and nothing of Python.
+"""A tape that stands in for a CUDA graph: it repeats recorded operations in the memory that they used, and no Python code.
 
-As in a capture, no operation may hand a number to Python, and what was computed while recording is not there until a replay.
+As in a capture, no operation may return a number to Python, and results exist only after the first replay.
 """
 
 import torch
@@ -15,7 +15,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_sele
 
 
 class Tape(TorchDispatchMode):
-    """The operations of a run, in order, with their tensors."""
+    """The recorded operations of a run, in order, with their tensors."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def spoil(self) -> None:
-        """Overwrite all that was made, for a capture computes nothing."""
+        """Overwrite all results with NaN, because a capture computes nothing."""
         before = {t.untyped_storage()._cdata for t in _tensors(self._outside())}
         for _, _, _, out in self.calls:
             for t in _tensors(out):
@@ -58,10 +58,10 @@ def _tensors(tree) -> list[Tensor]:
 
 
 def record(run, generators, device):
-    """Stand in for `captured.record_cuda`."""
+    """Record `run` on a tape; this replaces `captured.record_cuda`."""
     first = run()
     with Tape() as tape:
-        outcome = run()._replace(looks=first.looks)  # beside a mode PyTorch makes other nodes of reshape
+        outcome = run()._replace(looks=first.looks)  # under a dispatch mode PyTorch makes other graph nodes for reshape
     tape.spoil()
 
     def replay():
@@ -72,7 +72,7 @@ def record(run, generators, device):
 
 
 def use(monkeypatch) -> None:
-    """Let steps on the CPU be captured, and computed as on a GPU, where no number is read."""
+    """Let steps on the CPU be captured, and computed as on a GPU, where no tensor's value is read by Python."""
     monkeypatch.setitem(captured.RECORDERS, "cpu", record)
     for module in (gradient, reductions):
         monkeypatch.setattr(module, "waits", lambda t: True)

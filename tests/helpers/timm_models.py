@@ -1,4 +1,4 @@
-"""timm where torchvision is missing, or built for another PyTorch: its models need none of it."""
+"""Import timm even where torchvision is missing or built for another PyTorch: timm's models do not need it."""
 
 import importlib.abc
 import importlib.machinery
@@ -11,7 +11,7 @@ import pytest
 
 
 class Anything(type):
-    """A class whose attributes are classes like it."""
+    """A class whose attributes are all classes of the same kind."""
 
     def __getattr__(cls, name):
         if name.startswith("__"):
@@ -20,7 +20,10 @@ class Anything(type):
 
 
 class Placeholder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """In torchvision's place while timm is imported: its image transforms, which models don't use, name classes of it."""
+    """An importer that replaces torchvision while timm is imported.
+
+    timm's image transforms, which models don't use, refer to classes of torchvision.
+    """
 
     def find_spec(self, name, path=None, target=None):
         ours = name.split(".")[0] == "torchvision"
@@ -44,7 +47,7 @@ if importlib.util.find_spec("timm") is None:
     pytest.skip("timm is not installed: pip install fastloda[timm]", allow_module_level=True)
 try:
     import torchvision  # noqa: F401
-except (ImportError, RuntimeError):  # built for another PyTorch: operator torchvision::nms does not exist
+except (ImportError, RuntimeError):  # built for another PyTorch: the operator torchvision::nms does not exist
     forget_torchvision()
     sys.meta_path.insert(0, placeholder := Placeholder())
     import timm

@@ -1,4 +1,4 @@
-"""Random pipelines of diffusers with a few thousand numbers each, made without downloads."""
+"""Random diffusers pipelines with a few thousand parameters each, made without downloads."""
 
 import string
 
@@ -23,7 +23,7 @@ UNET = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, a
 def pixels(
     pipeline=DDPMPipeline, scheduler=DDPMScheduler, kind="epsilon", classes=CLASSES, **unet
 ) -> DiffusionPipeline:
-    """Make a DDPM or DDIM of 8 x 8 grey images, with a table of classes, or None for an unconditional one."""
+    """Make a DDPM or DDIM pipeline of 8 x 8 grey images, with a table of classes, or None for an unconditional one."""
     torch.manual_seed(0)
     blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
     sizes = dict(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=classes)
@@ -31,14 +31,14 @@ def pixels(
 
 
 def autoencoder(**settings) -> AutoencoderKL:
-    """Make the VAE of 16 x 16 RGB images and latents of 4 x 8 x 8."""
+    """Make a VAE for 16 x 16 RGB images with latents of 4 x 8 x 8."""
     blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     sizes = dict(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16, scaling_factor=0.5)
     return AutoencoderKL(**blocks | sizes | settings)
 
 
 def dit(scheduler=DDIMScheduler, classes=CLASSES, learned_variance=True) -> DiTPipeline:
-    """Make a DiT of 16 x 16 RGB images, which predicts a variance too, as the published ones do."""
+    """Make a DiT pipeline of 16 x 16 RGB images, which predicts a variance too, as the published ones do."""
     torch.manual_seed(0)
     sizes = dict(num_attention_heads=2, attention_head_dim=4, num_layers=2, sample_size=8, num_embeds_ada_norm=classes)
     channels = dict(in_channels=4, out_channels=8 if learned_variance else 4)
@@ -47,7 +47,7 @@ def dit(scheduler=DDIMScheduler, classes=CLASSES, learned_variance=True) -> DiTP
 
 
 def stable_diffusion(scheduler=DDIMScheduler, kind="epsilon", **unet) -> StableDiffusionPipeline:
-    """Make a Stable Diffusion of 16 x 16 RGB images, whose tokens are single letters."""
+    """Make a Stable Diffusion pipeline of 16 x 16 RGB images, whose tokens are single letters."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)

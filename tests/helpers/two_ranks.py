@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU that run all cases of a test module, one after the other, and leave what they saw for the tests.
+"""Two gloo processes on the CPU that run all cases of a test module, one after the other, and store what each case returned.
 
 >>> CASES = {}
 >>> @case_of(CASES)
@@ -24,7 +24,7 @@ GROUP_TIMEOUT, LAUNCH_TIMEOUT = 40, 240  # seconds; a launch takes about ten
 
 
 def case_of(cases: dict):
-    """A decorator: the function runs on both ranks, in the order of definition, as (rank, folder) -> what the tests get."""
+    """Return a decorator that adds a function (rank, folder) -> result to `cases`; both ranks run them in this order."""
 
     def case(function):
         cases[function.__name__] = function
@@ -34,7 +34,7 @@ def case_of(cases: dict):
 
 
 def two_ranks_of(module: str):
-    """Make the fixture of a test module, in a folder of its own."""
+    """Make the fixture `two_ranks` of a test module, which runs its cases in a folder of their own."""
 
     @pytest.fixture(scope="module")
     def two_ranks(tmp_path_factory):
@@ -44,7 +44,7 @@ def two_ranks_of(module: str):
 
 
 def run_all_cases(module: str, folder: Path):
-    """Run a module's cases on both ranks, and return the function case name -> what it left on rank 0 and on rank 1."""
+    """Run a module's cases on both ranks; return a function that maps a case's name to its results on rank 0 and on rank 1."""
     context = torch.multiprocessing.get_context("spawn")
     processes = [context.Process(target=_run_cases, args=(module, rank, folder)) for rank in range(RANKS)]
     for process in processes:
@@ -58,7 +58,7 @@ def run_all_cases(module: str, folder: Path):
 
 def _run_cases(module: str, rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}  # as torchrun does
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}  # as torchrun sets them
     os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # not used
     rendezvous, timeout = f"file://{folder}/rendezvous", timedelta(seconds=GROUP_TIMEOUT)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS, timeout=timeout)

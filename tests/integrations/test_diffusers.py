@@ -1,4 +1,4 @@
-"""diffusers' U-Nets: private steps equal one backward per sample, and the adapted model stays what pipelines expect."""
+"""diffusers' U-Nets: private steps equal one backward pass per sample, and the adapted model stays what pipelines expect."""
 
 import copy
 import os
@@ -48,7 +48,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler  # noqa: E402
 
 diffusers.logging.set_verbosity_error()
-CLASSES, WIDTH, WORDS = 3, 6, 2  # labels; features and length of the text that attention crosses with
+CLASSES, WIDTH, WORDS = 3, 6, 2  # number of labels; features and length of the text that cross-attention reads
 SIZES = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4)
 
 
@@ -67,7 +67,7 @@ def conditional(**settings):
 
 
 def conditions(model, samples):
-    """What the model is conditioned on, for so many samples."""
+    """Make the conditions of the model for this number of samples."""
     given = {}
     if model.config.num_class_embeds is not None:
         given["class_labels"] = torch.arange(samples) % CLASSES
@@ -80,7 +80,7 @@ def conditions(model, samples):
 
 
 class Task:
-    """A denoising loss of fixed images, noise and timesteps, which can be had for some of the samples alone."""
+    """A denoising loss of fixed images, noise and timesteps, which can be computed for some of the rows alone."""
 
     def __init__(self, model, scheduler, samples, views, size):
         self.model, self.scheduler, self.views = model, scheduler, views
@@ -114,7 +114,7 @@ def train_attention(model):
 
 
 def train_some(model):
-    """Adapters on the attention, and some layers in full below, between and above them."""
+    """Adapt the attention, and train some layers in full below, between and above it."""
     attach_loda(model, rank=2, targets=ATTENTION)
     for name, module in model.named_modules():
         if name.endswith(("linear_2", "downsamplers.0.conv", "conv_norm_out", "norm1", "conv_out", "class_embedding")):
@@ -134,7 +134,7 @@ PROCESSORS = {"sdpa": AttnProcessor2_0, "products": AttnProcessor, "slices": par
 
 @st.composite
 def tasks(draw, make):
-    """Any kind of blocks, attention, time embedding and training, checkpointed or not."""
+    """Draw any kind of blocks, attention, time embedding and set of trained layers, checkpointed or not."""
     settings = dict(
         resnet_time_scale_shift=draw(st.sampled_from(["default", "scale_shift"])),
         act_fn=draw(st.sampled_from(["silu", "gelu"])),
@@ -162,7 +162,7 @@ def tasks(draw, make):
 
 
 def check_exact(task):
-    """Norms and the clipped sum, to float64's rounding of the largest gradient."""
+    """Check norms and the clipped sum, up to float64's rounding of the largest gradient."""
     truth = oracle.sample_grads(drawn.composed(task.model), task.losses, task.rows, task.views)
     norms = oracle.norms(truth)
     losses = task.losses(task.model, task.rows)
@@ -192,7 +192,7 @@ def test_each_way_to_train_is_exact(trained):
 
 
 def test_attention_in_slices_of_one_row_is_exact_or_refused():
-    """A slice of the batch may look as if it had the batch elsewhere."""
+    """A slice of the batch may look as if its batch were in another dimension."""
     model = unconditional(num_class_embeds=None).double()
     for module in model.modules():
         if isinstance(module, Attention):
@@ -215,7 +215,7 @@ def test_the_adapters_are_where_they_belong():
 
 
 def test_a_layer_whose_forward_is_overridden_is_left_alone():
-    """As offloading does it; the replacement would call the class's."""
+    """Offloading overrides forward so; the replacement would call the forward of the class."""
     model = unconditional()
     model.conv_in.forward = lambda x: nn.Conv2d.forward(model.conv_in, x)
     assert attach_loda(model, rank=1).skipped.keys() == {"conv_in"}
@@ -246,7 +246,7 @@ def test_the_loss_is_that_of_the_scheduler(kind, scheduler):
 
 
 class Recorder(nn.Module):
-    """In the U-Net's place: keeps what it was called with."""
+    """A stand-in for the U-Net that keeps the arguments of its last call."""
 
     def forward(self, x, t, **given):
         self.x, self.t, self.given = x, t, given
@@ -265,13 +265,13 @@ def test_views_are_sample_major_and_share_the_conditions():
     assert torch.equal(call(added_cond_kwargs=extra, generator=torch.Generator().manual_seed(5)), losses)
     assert torch.equal(model.given["added_cond_kwargs"]["text_embeds"], wanted)
     assert model.given["added_cond_kwargs"]["scale"] == 2
-    assert (model.t.view(4, 3) // 334).tolist() == [[0, 1, 2]] * 4  # each view its third of the timesteps
-    assert len(model.x.flatten(1).unique(dim=0)) == 12  # each its own noise
+    assert (model.t.view(4, 3) // 334).tolist() == [[0, 1, 2]] * 4  # each view has its own third of the timesteps
+    assert len(model.x.flatten(1).unique(dim=0)) == 12  # each view has its own noise
     assert not torch.equal(call(), losses)
 
 
 def rows_of(samples):
-    """Tensors with one row a sample, whose numbers tell whose it is."""
+    """Draw tensors with one row per sample, which holds the sample's number."""
     sizes = st.lists(st.integers(1, 3), max_size=2)
     return sizes.map(lambda size: torch.arange(samples).view(-1, *[1] * len(size)).expand(samples, *size).clone())
 
@@ -282,7 +282,7 @@ class Pair(NamedTuple):
 
 
 def nested(leaves):
-    """Any nesting that a U-Net may be given."""
+    """Draw any nesting that a U-Net may be given."""
 
     def deeper(inner):
         several = st.lists(inner, max_size=3)
@@ -312,7 +312,7 @@ def test_conditions_are_repeated_in_any_nesting(data, samples, views):
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_residuals_as_a_controlnet_gives_them(views):
-    """A tuple for the blocks on the way down, and a tensor for the middle: by views as by hand."""
+    """They are a tuple for the way down and a tensor for the middle; each sample's views equal a call of that sample alone."""
     model = conditional().double()
     x0, words = torch.randn(3, 2, 8, 8).double(), torch.randn(3, WORDS, WIDTH).double()
     shapes = [(8, 8, 8), (8, 8, 8), (8, 4, 4), (16, 4, 4)]
@@ -423,7 +423,7 @@ def test_adapters_go_onto_a_pretrained_model(tmp_path):
 
 
 def test_diffusers_loads_the_export(tmp_path):
-    """Without PeftModel: the scale comes from the metadata that diffusers reads."""
+    """diffusers loads it without PeftModel, and takes the scale from the metadata."""
     pytest.importorskip("peft", reason="peft is not installed: pip install fastloda[peft]")
     model = conditional()
     plain = copy.deepcopy(model)

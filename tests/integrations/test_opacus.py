@@ -35,7 +35,7 @@ WRAPPERS = {
 
 
 def backward(case, mode, reduction="mean"):
-    """Opacus's backward pass over the case, every row a sample. Returns the wrapped model's trainable parameters."""
+    """Run Opacus's backward pass over the case, with every row a sample; return the trainable parameters of its model."""
     wrapped = WRAPPERS[mode](case.model)
     wrapped.loss_reduction = reduction
     losses = case.loss_of(wrapped, case.x)
@@ -125,7 +125,7 @@ CANCELLING = {
 
 @pytest.mark.parametrize("kind", CANCELLING)
 def test_norms_do_not_underestimate_where_positions_cancel(kind, counts):
-    """The trap of Gram norms: huge activations, equal at all positions, under gradients that sum to almost nothing."""
+    """Gram norms fail on huge activations that are equal at all positions, with gradients that sum to almost nothing."""
     make, distinct, shape = CANCELLING[kind]
     for seed in range(counts(40, 1000)):
         torch.manual_seed(seed)
@@ -136,7 +136,7 @@ def test_norms_do_not_underestimate_where_positions_cancel(kind, counts):
         gy -= gy.mean(positions, keepdim=True)
         grads = loda_in_opacus.grad_samples(layer, [x], gy)
         norms = loda_in_opacus.norm_samples(layer, [x], gy)
-        assert set(grads) == set(norms) == {layer.loda_A, layer.loda_B}  # nothing for what is frozen
+        assert set(grads) == set(norms) == {layer.loda_A, layer.loda_B}  # no entry for frozen parameters
         for p, g in grads.items():
             assert (norms[p].double() >= g.double().flatten(1).norm(dim=1) * (1 - 1e-6)).all()
 
@@ -155,7 +155,7 @@ def test_norms_are_not_rounded_down_in_any_dtype(kind, dtype):
 
 
 def test_nothing_is_computed_where_memory_may_be_unwritten(counts):
-    """z is computed again, as the layer computed it."""
+    """z is computed again in the same way as in the layer."""
 
     def check(case):
         layer, x = case.model.to(torch.bfloat16), case.x.to(torch.bfloat16)
@@ -178,7 +178,7 @@ def data(records=24):
 
 
 def opacus_step(mode, x, y, bound, criterion=None):
-    """One step of Opacus's engine on the batch x, y, without noise. Returns name -> gradient x expected batch size."""
+    """Take one step of Opacus's engine on the batch x, y, without noise; return {name: gradient x expected batch size}."""
     model = small_model(x.dtype)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     made = opacus.PrivacyEngine().make_private(
@@ -204,7 +204,7 @@ def test_a_step_of_opacus_is_the_clipped_sum(mode):
     truth = oracle.sample_grads(drawn.composed(small_model()), loss_of, x)
     norms = oracle.norms(truth)
     bound = float(norms.median())
-    factors = (bound / (norms + 1e-6)).clamp(max=1)  # Opacus's
+    factors = (bound / (norms + 1e-6)).clamp(max=1)  # the factors of Opacus
     got = opacus_step(mode, x, y, bound)
     for name, grad in got.items():
         torch.testing.assert_close(grad, sum(c * grads[name] for c, grads in zip(factors, truth)))
@@ -213,7 +213,7 @@ def test_a_step_of_opacus_is_the_clipped_sum(mode):
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_in_a_lower_precision_clips_too(dtype, mode):
-    """To what Opacus's own arithmetic in that dtype allows."""
+    """The errors are at most what Opacus's own arithmetic in that dtype causes."""
     x, y = data(7)
     exact, got = (opacus_step(mode, t, y, bound := 0.1) for t in (x, x.to(dtype)))
     for name, grad in got.items():

@@ -1,4 +1,4 @@
-"""PEFT's LoRA: round trips through its files give the same outputs, other adapters are refused, live PEFT models train."""
+"""PEFT's LoRA: saving and loading gives the same outputs, other adapters are refused, and live PEFT models train."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ peft = pytest.importorskip("peft", reason="peft is not installed: pip install fa
 
 
 class Net(nn.Module):
-    """Names that are ends of each other, and every geometry that PEFT's convolutions take over."""
+    """A network with layer names that end in each other, and every geometry of convolution that PEFT adapts."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def randomise_adapters(model: nn.Module) -> None:
 def assert_same_outputs(model, other):
     x = torch.randn(3, 3, 4, 6, dtype=torch.float64)
     wanted = other.eval()(x)
-    rounding = 1e-14 * wanted.abs().max().item()  # some outputs are small differences of large ones
+    rounding = 1e-14 * wanted.abs().max().item()  # some outputs are small differences of large numbers
     torch.testing.assert_close(model.eval()(x), wanted, rtol=1e-12, atol=1e-12 + rounding)
 
 
@@ -70,7 +70,7 @@ def assert_same_outputs(model, other):
 
 @dataclass
 class Adapters:
-    """(rank, scale) of some of the layers."""
+    """The layers that get adapters, as {name: (rank, scale)}."""
 
     chosen: dict[str, tuple[int, float]]
     seed: int
@@ -110,7 +110,7 @@ def test_peft_gives_the_outputs_of_what_was_exported(counts, tmp_path):
 
 
 def test_a_scale_that_rounding_moves_goes_back_where_it_came_from(tmp_path):
-    """0.1 * 3 / 3 is not 0.1."""
+    """In floating point, 0.1 * 3 / 3 is not 0.1."""
     check_export(Adapters({"conv": (3, 0.1)}, 0), tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_a_name_that_others_end_in_means_that_layer_alone(ranks, tmp_path):
 @st.composite
 def lora_configs(draw) -> dict:
     names = draw(st.sets(st.sampled_from(LAYERS), min_size=1))
-    in_order = lambda patterns: dict(sorted(patterns.items()))  # PEFT saves them so, and the first that matches counts # noqa: E731
+    in_order = lambda patterns: dict(sorted(patterns.items()))  # PEFT's order; its first match counts # noqa: E731
     patterns = lambda values: st.dictionaries(st.sampled_from(PATTERNS), values, max_size=3).map(in_order)  # noqa: E731
     return dict(
         r=draw(st.integers(1, 4)),
@@ -156,7 +156,7 @@ def check_import(settings: dict, folder):
     assert_same_outputs(model, wrapped)
 
 
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")  # drawn so
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")  # some are drawn on purpose
 def test_what_peft_saved_gives_its_outputs(counts, tmp_path):
     drawn.hold_for(lora_configs(), counts(30, 500), lambda case: check_import(case, tmp_path / "adapter"))
 
@@ -166,7 +166,7 @@ def losses_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def assert_private_step_is_exact(model, plain, views=2):
-    """`plain`: the same function without LoDA layers."""
+    """Check a private step of `model` against `plain`, the same function without LoDA layers."""
     x = torch.randn(3 * views, 3, 4, 6, dtype=torch.float64)
     truth = oracle.sample_grads(plain, losses_of, x, views)
     norms = oracle.norms(truth)
@@ -295,7 +295,7 @@ def with_tensors(**changes):
 
 
 def pickled(folder):
-    """As an attacker would: loading it would run code."""
+    """Write a pickle as an attacker would: loading it would run code."""
 
     class Exploit:
         def __reduce__(self):
@@ -404,7 +404,7 @@ def test_a_private_step_on_a_peft_model_is_exact(name):
 
 
 def test_dora_is_refused_by_name():
-    """Its magnitude is divided by a norm of the weights."""
+    """DoRA divides its magnitude by a norm of the weights."""
     config = peft.LoraConfig(r=2, target_modules=["conv", "fc"], use_dora=True)
     model = peft.get_peft_model(Net(), config)
     with pytest.raises(PrivacyError, match="lora_magnitude_vector.* has no exact per-sample rule"):
@@ -412,7 +412,7 @@ def test_dora_is_refused_by_name():
 
 
 def test_a_peft_model_and_its_import_have_the_same_norms(tmp_path):
-    """The scale and the adapters are where PEFT has them, so the gradients are PEFT's."""
+    """Scale and adapters are where PEFT has them, so that the gradients are PEFT's too."""
     plain = Net().double()
     config = peft.LoraConfig(r=2, lora_alpha=7, target_modules=LAYERS)
     wrapped = peft.get_peft_model(copy.deepcopy(plain), config).double()

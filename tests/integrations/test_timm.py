@@ -1,4 +1,4 @@
-"""timm's models with GroupNorm: private steps equal one backward per sample; what has no rule is refused by name."""
+"""timm's models with GroupNorm: private steps equal one backward pass per sample; what has no rule is refused by name."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def resnet():
 
 
 def bit(conv=StdConv2d):
-    """A pre-activation ResNet with weight standardisation, as BiT."""
+    """Make a pre-activation ResNet with weight standardisation, as BiT."""
     norm = partial(GroupNormAct, num_groups=GROUPS)
     return ResNetV2([1, 1], channels=(16, 16), num_classes=5, stem_chs=8, norm_layer=norm, conv_layer=conv)
 
@@ -121,7 +121,7 @@ def test_what_has_no_exact_rule_is_refused_by_name(name):
 def test_folding_leaves_the_output_alone(conv):
     model = drawn.randomise(bit(conv).double())
     standardised = {name: module for name, module in model.named_modules() if isinstance(module, conv)}
-    skipped = attach_loda(bit(conv), rank=2).skipped  # next to the head, which is a plain convolution
+    skipped = attach_loda(bit(conv), rank=2).skipped  # the head is a plain convolution, and is adapted
     assert skipped.keys() == standardised.keys()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     before = model(x)

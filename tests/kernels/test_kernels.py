@@ -1,7 +1,7 @@
-"""The Triton kernels against float64: alone at corner shapes, and under a private step.
+"""The Triton kernels compared with float64: alone at corner-case shapes, and in a private step.
 
-Without a GPU they run in Triton's interpreter (conftest.py), which computes bfloat16 and float16 products in float32 and cuts
-bfloat16 off where a GPU rounds. With one they run there (`scripts/gpu_check`).
+Without a GPU they run in Triton's interpreter (conftest.py), which computes products of bfloat16 and float16 in float32, and
+truncates to bfloat16 where a GPU rounds. With a GPU they run there (`scripts/gpu_check`).
 """
 
 import copy
@@ -33,11 +33,11 @@ from fastloda.kernels import adapter_backward, adapter_forward, clip_sum, input_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOPE, SCALE = 0.1, 0.7
-torch.backends.cudnn.allow_tf32 = False  # PyTorch's own error is the measure: it should be float32's
+torch.backends.cudnn.allow_tf32 = False  # errors are compared with PyTorch's, which should be float32's
 
 
 class Shape(NamedTuple):
-    """samples, views of each, channels in and out, rank, size of the image."""
+    """The numbers of samples and views of each, channels in and out, rank, image size and convolution of a case."""
 
     samples: int
     views: int
@@ -76,7 +76,7 @@ every_case = pytest.mark.parametrize(
 
 
 class Tensors:
-    """Random tensors of a shape: x, gy and y in the layout, z and gz [N, r, OH, OW], A, B, factors with a zero."""
+    """Random tensors of a shape: x, gy and y in the layout, z and gz [N, r, OH, OW], A, B, and factors of which one is zero."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, layout: torch.memory_format):
         rows, out_size = shape.samples * shape.views, shape.conv.output_size(*shape.size)
@@ -100,22 +100,23 @@ class Tensors:
 
 @pytest.fixture
 def dirty_memory():
-    """torch.empty gives NaN, by which what a kernel leaves unwritten is seen."""
+    """Let torch.empty fill memory with NaN, so that numbers which a kernel leaves unwritten show."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def check(ours, reference, *inputs, through=()):
-    """ours is reference(*inputs) to twice the error that PyTorch makes of it in the same dtype.
+    """Check that `ours` is reference(*inputs), up to twice the error of PyTorch in the same dtype.
 
-    through: inputs of a reference of magnitudes, where the kernel rounds an intermediate to the inputs' dtype.
+    Args:
+        through: inputs whose magnitudes, put through the reference, set the tolerance where the kernel rounds an intermediate.
     """
     exact = reference(*(t.double() for t in inputs))
     own = (reference(*(t.to(ours.dtype) for t in inputs)).double() - exact).abs().max()
     size = reference(*(t.double().abs() for t in through)).max() if through else exact.abs().max()
     half_a_unit = torch.finfo(inputs[0].dtype if through else ours.dtype).eps / 2
-    truncated = 2 if DEVICE == "cpu" and ours.dtype == torch.bfloat16 else 1  # by the interpreter's stores
+    truncated = 2 if DEVICE == "cpu" and ours.dtype == torch.bfloat16 else 1  # the interpreter truncates when it stores
     assert ours.shape == exact.shape
     assert (ours.double() - exact).abs().max() <= 2 * own + truncated * half_a_unit * size
 
@@ -136,7 +137,7 @@ def test_adapter_forward(shape, dtype, layout, dirty_memory):
 
 
 POINTWISE = [s for s in SHAPES.values() if s.conv.kernel == (1, 1)] + [
-    Shape(2, 1, 64, 64, 4, (8, 8), Conv((1, 1))),  # fills its tiles
+    Shape(2, 1, 64, 64, 4, (8, 8), Conv((1, 1))),  # it fills its tiles
     Shape(3, 2, 130, 128, 4, (5, 7), Conv((1, 1))),
     Shape(1, 1, 16, 24, 3, (1, 9), Conv((1, 1))),
 ]
@@ -189,7 +190,7 @@ def test_pointwise_serves_only_what_it_computes():
     assert pointwise.serves(t.x, weight, t.A, conv)
     assert not pointwise.serves(t.x.contiguous(), weight, t.A, conv)
     assert not pointwise.serves(t.x.float(), weight, t.A, conv)
-    assert not pointwise.serves(t.x, weight[:, :20], t.A, conv)  # two groups
+    assert not pointwise.serves(t.x, weight[:, :20], t.A, conv)  # as with two groups
     assert not pointwise.serves(t.x, weight.expand(20, 40, 1, 1).repeat(10, 1, 1, 1), t.A, conv)
     assert not any(
         pointwise.serves(t.x, weight, t.A, conv._replace(**{k: (2, 2)})) for k in ("stride", "padding", "kernel")
@@ -223,7 +224,7 @@ def test_adapter_backward(shape, dtype, layout, dirty_memory):
 
 
 def check_squares(squares, grads):
-    """The norm is that of the very numbers."""
+    """Check that the squared norms are those of the very numbers in `grads`."""
     torch.testing.assert_close(squares.sum(1), grads.double().flatten(1).square().sum(1), rtol=1e-12, atol=1e-300)
 
 
@@ -244,7 +245,7 @@ def test_sample_grad(shape, dtype, layout, of, dirty_memory):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 def test_gz_among_zeros_has_the_same_gradients(shape):
-    """The convolution's own gradients of x and A are those of `conv.full()`."""
+    """The gradients of the convolution itself with respect to x and A are those of `conv.full()`."""
     x, A = torch.randn(2, 3, *shape.size).double().requires_grad_(), torch.randn(2, 3, *shape.conv.kernel).double()
     z, full = adapter_forward.project_reference(x, A.requires_grad_(), shape.conv), shape.conv.full()
     gz = torch.randn(z.shape).double()
@@ -270,7 +271,7 @@ def test_clip_sum(samples, numbers):
 
 
 def test_sums_in_parts_that_do_not_come_out_even(monkeypatch):
-    """Few programs: each adds up several samples, the last one fewer."""
+    """With few programs, each adds up several samples, and the last one fewer."""
     monkeypatch.setattr(tiles, "PROGRAMS", 2)
     t = Tensors(Shape(5, 1, 20, 6, 4, (6, 5), SAME), torch.float32, torch.channels_last)
     grads, _ = sample_grad.sample_grads(t.x, t.gz, SAME.full(), 5)
@@ -292,14 +293,14 @@ def test_a_refused_sample_adds_nothing_however_broken():
 
 
 def test_a_norm_neither_overflows_nor_vanishes():
-    """Squares of 1e25 and 1e-25 are no float32."""
+    """The squares of 1e25 and 1e-25 are beyond float32."""
     x = torch.tensor([1e25, 1e-25], device=DEVICE).view(2, 1, 1, 1)
     squares = sample_grad.sample_grad_squares(x, torch.ones_like(x), Conv((1, 1)), 2).sum(1)
     torch.testing.assert_close(squares.sqrt(), torch.tensor([1e25, 1e-25], device=DEVICE).double(), rtol=1e-6, atol=0)
 
 
 def test_positions_that_cancel_leave_no_more_than_the_norm_says(monkeypatch):
-    """A sample is finished before it is scaled and joins the others: 1e8 - 1e8 must not leave their rounding behind."""
+    """Each sample's sum is finished before it is scaled and added to others: 1e8 - 1e8 must not leave their rounding error."""
     monkeypatch.setattr(tiles, "PROGRAMS", 1)  # one program adds up both samples
     x = torch.ones(2, 1, 1, 200, device=DEVICE)
     g = torch.full_like(x, 5.0015)
@@ -313,7 +314,7 @@ def test_positions_that_cancel_leave_no_more_than_the_norm_says(monkeypatch):
 
 
 def test_rows_may_lie_beyond_what_32_bits_can_count():
-    """Two samples 2^31 numbers apart. On a CPU only the pages that are touched become memory."""
+    """Two samples are 2^31 numbers apart. On a CPU only the pages that are touched occupy memory."""
     apart = 2**31
     x, g = (
         torch.empty(apart + 36 * 4, dtype=torch.float16, device=DEVICE).as_strided((2, 4, 6, 6), (apart, 36, 6, 1))
@@ -376,7 +377,7 @@ def test_tiles_are_powers_of_2_whatever_the_shape(itemsize):
 
 @pytest.fixture
 def on_kernels(monkeypatch):
-    """The kernels compute for tensors that the test device holds."""
+    """Let the kernels compute for all tensors with numbers in the kernels' dtypes."""
     used = lambda t: t.dtype in KERNEL_DTYPES and t.numel() > 0  # noqa: E731
     for module in (arithmetic, gradient, products):
         monkeypatch.setattr(module, "on_triton", used)
@@ -398,12 +399,12 @@ def test_private_steps_are_exact(kind, chosen, counts, monkeypatch, on_kernels):
 @pytest.mark.skipif(DEVICE == "cuda", reason="scripts/gpu_step_check.py runs there")
 @pytest.mark.parametrize("views", [1, 2])
 def test_a_private_step_of_1_x_1_layers_in_16_bits(views, on_kernels, monkeypatch):
-    """Norms are those of the very gradients, which are the truth's to 16 bits; the clipped sum is theirs."""
+    """Norms are those of the very gradients, and these are the true ones up to 16-bit rounding."""
     called = []
     for name in ("forward", "backward"):
         original = getattr(pointwise, name)
         monkeypatch.setattr(pointwise, name, lambda *a, n=name, f=original: (called.append(n), f(*a))[1])
-    conv = functools.partial(drawn.LoDAConv2d, activation="identity")  # rounding changes no sign that phi' depends on
+    conv = functools.partial(drawn.LoDAConv2d, activation="identity")  # no sign can change by rounding
     model = torch.nn.Sequential(
         conv(5, 8, 3, padding=1, rank=2), conv(8, 16, 1, rank=3), torch.nn.SiLU(), conv(16, 12, 1, rank=2, bias=False)
     )
@@ -427,7 +428,7 @@ def test_a_private_step_of_1_x_1_layers_in_16_bits(views, on_kernels, monkeypatc
 
 
 def test_the_kernels_are_what_runs(on_kernels, monkeypatch):
-    """The step above would be exact without them too."""
+    """Without the kernels, the step above would be exact too."""
     called = []
     names = [(adapter_forward, "project"), (adapter_forward, "add_"), (adapter_backward, "adapter_backward")]
     names += [(adapter_backward, "add_parts"), (input_grad, "add_input_grad_"), (sample_grad, "sample_grads")]
@@ -443,7 +444,7 @@ def test_the_kernels_are_what_runs(on_kernels, monkeypatch):
 
 @pytest.mark.parametrize("first_kept", [True, False])
 def test_a_parameter_that_is_kept_in_part_is_summed_before_its_norm(first_kept, monkeypatch, on_kernels):
-    """Two calls of a layer, one's gradients kept, with the kernel's squares, the other's made again."""
+    """A layer is called twice; the gradients of one call are kept, with the kernel's squares, those of the other recomputed."""
     t = Tensors(SHAPES["3 x 3"], torch.float32, torch.channels_last)
     grad = PerSampleGrad(torch.Size([4, 20, 3, 3]), 3)
     full = SAME.full()
@@ -464,7 +465,7 @@ def test_a_parameter_that_is_kept_in_part_is_summed_before_its_norm(first_kept, 
 
 @pytest.mark.parametrize("triton", ["absent", "installed"])
 def test_import_needs_neither_triton_nor_a_driver(triton):
-    """A GPU's driver is asked for at the first launch, not before."""
+    """The GPU driver is needed only at the first launch."""
     program = f"""
 import sys
 if {triton == "absent"}:

@@ -1,4 +1,4 @@
-"""Adapters' names are those of the bare model, whatever it was wrapped in when it was trained, saved or loaded."""
+"""Adapters have the names of the bare model, however the model was wrapped when it was trained, saved or loaded."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ from fastloda.loda.wrappers import bare_modules
 
 
 class Net(nn.Module):
-    """Two convolutions, one of them in a block, and a head."""
+    """A network of two convolutions, one of them in a block, and a head."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ def randomise(model):
 
 
 def private(model):
-    for p in model.parameters():  # an unadapted one has to have something that trains
+    for p in model.parameters():  # an unadapted model needs something that trains
         p.requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(TensorDataset(torch.zeros(4, 2, 3, 3)), batch_size=2)
@@ -75,7 +75,7 @@ def private(model):
 
 
 def inside(wrap, *names):
-    """Wraps parts of the model."""
+    """Return a function that wraps the named parts of a model."""
 
     def wrapped(model):
         for name in names:
@@ -88,7 +88,7 @@ def inside(wrap, *names):
 
 
 def compiled(model):
-    """Twice would give a function, which is no module."""
+    """Compile the model once; compiling twice would give a function, which is no module."""
     return model if hasattr(model, "_orig_mod") else torch.compile(model, backend="eager")
 
 
@@ -178,7 +178,7 @@ def test_fastlodas_own_compile_and_targets_see_the_bare_names():
     "prefix", ["_module.", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module._module."]
 )
 def test_files_that_hold_wrappers_names_are_read(prefix, tmp_path):
-    """As earlier versions wrote them, or whoever wraps in a way that is not known here."""
+    """Earlier versions wrote such names, and so may wrappers that FastLoDA does not know."""
     model = adapted()
     save_loda(model, tmp_path / "good")
     names = {name: {"rank": 2, "activation": "identity", "negative_slope": 0.1, "scale": 1.0} for name in TARGETS}
@@ -198,7 +198,7 @@ def test_files_that_hold_wrappers_names_are_read(prefix, tmp_path):
 
 
 class Holder(nn.Module):
-    """A model of its own that calls a part `module`, beside another of the same names."""
+    """A model of its own class that has a part called `module`, and perhaps another with the same names inside."""
 
     def __init__(self, beside=True):
         super().__init__()
@@ -265,7 +265,7 @@ def test_adapters_in_several_places_are_saved_and_loaded(make, save, load, tmp_p
     model, base = make()
     randomise(model)
     assert len(set(loda_parameters(model))) == len(loda_parameters(model))
-    torch.optim.SGD(loda_parameters(model), lr=0.1)  # refuses a parameter that comes twice
+    torch.optim.SGD(loda_parameters(model), lr=0.1)  # it refuses a parameter that comes twice
     save(model, tmp_path / "a")
     load(base, tmp_path / "a")
     assert_same_outputs(base, model)
@@ -275,7 +275,7 @@ def test_adapters_in_several_places_are_saved_and_loaded(make, save, load, tmp_p
 
 
 def test_a_layer_that_stands_under_another_of_its_names_first():
-    """The file names the layer by one of its names, the model has another first."""
+    """The file has the layer under one of its names, while another one comes first in the model."""
     torch.manual_seed(0)
     shared = nn.Conv2d(2, 2, 1)
     one, two = nn.ModuleDict({"a": shared, "b": shared}), nn.ModuleDict({"b": shared, "a": shared})
@@ -304,7 +304,7 @@ def test_a_bare_layer_cannot_be_replaced_and_a_wrapped_one_can(layer, tmp_path):
     save_loda(private(trained), tmp_path / "a")
     with pytest.raises(ValueError, match="single layer.*from_"):
         load_loda(copy.deepcopy(layer), tmp_path / "a")
-    other = make(layer, rank=1)  # the way out
+    other = make(layer, rank=1)  # the remedy that the error names
     assert load_loda(other, tmp_path / "a") == [""]
     wrapped = nn.DataParallel(copy.deepcopy(layer))
     load_loda(wrapped, tmp_path / "a")

@@ -1,4 +1,4 @@
-"""`fastloda.compile`: a compiled model's private steps are those of the eager one; what cannot be exact is refused by name."""
+"""`fastloda.compile`: private steps of a compiled model equal those of the eager one; what can't be exact is refused by name."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ EXACT = dict(rtol=1e-10, atol=1e-13)
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    """Compiled code is shared between modules of equal code: each test starts without any."""
+    """Clear compiled code before each test, because modules with equal code share it."""
     torch._dynamo.reset()
 
 
@@ -55,7 +55,7 @@ def conv_stack():
 
 
 def linear_stack():
-    """[N, 3, 4, 5], of which all but the last are leading dimensions."""
+    """Make layers for [N, 3, 4, 5], of which all dimensions but the last are leading ones."""
     layer_norm = nn.LayerNorm(4).requires_grad_(False)
     return nn.Sequential(
         LoDALinear(5, 4, rank=2), layer_norm, nn.GELU(), LoDALinear(4, 6, rank=3, activation="identity", bias=False)
@@ -63,14 +63,14 @@ def linear_stack():
 
 
 def tied():
-    """Two layers share both parameters of their adapters, with padding of their own."""
+    """Make two layers that share both parameters of their adapters but pad in different ways."""
     first, second = conv(3, 3), conv(3, 3, padding_mode="circular")
     second.loda_A, second.loda_B = first.loda_A, first.loda_B
     return nn.Sequential(first, nn.SiLU(), second)
 
 
 class Recipes(nn.Module):
-    """Each sample is cut into two rows for one layer, and only its first row is seen by another."""
+    """Each sample is cut into two rows for one layer; the other layer sees only the sample's first row."""
 
     def __init__(self, first_of):
         super().__init__()
@@ -99,7 +99,7 @@ def case_of(name, dtype=torch.float64):
 
 
 def small(dtype=torch.float64):
-    """The smallest case with a convolution, something to fuse, and a linear layer."""
+    """Make the smallest case with a convolution, an operation to fuse, and a linear layer."""
     model = nn.Sequential(conv(3, 4, rank=1), nn.SiLU(), nn.Flatten(), LoDALinear(4 * 20, 2, rank=1))
     return drawn.Case(randomise(model.double()).to(dtype), torch.randn(4, 3, 4, 5, dtype=dtype))
 
@@ -112,7 +112,7 @@ def clipped_sum(case, bound=1e30):
 
 
 def check_exact(case, truth):
-    """Norms and clipped sum; with a clipping norm that some samples exceed and some do not."""
+    """Check norms and the clipped sum, with a clipping norm that some samples exceed and some do not."""
     norms = oracle.norms(truth)
     torch.testing.assert_close(per_sample_grad_norms(case.losses(), case.model, views=case.views), norms, **EXACT)
     bound = norms.median().item() * 0.9
@@ -133,7 +133,7 @@ def check_refused(case, message):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_private_steps_are_exact(name):
-    """And ordinary training is ordinary. The compiled backward runs once, later again and again over one graph."""
+    """Ordinary training is exact too. The compiled backward runs once at first, later several times over one graph."""
     case = case_of(name)
     truth = case.truth()
     compiled(case.model)
@@ -147,7 +147,7 @@ def test_private_steps_are_exact(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_operations_that_hide_the_arithmetic_are_as_exact(name, monkeypatch):
-    """Those for Triton's kernels, with PyTorch's products behind them."""
+    """These are the operations for Triton's kernels, here with PyTorch's products inside."""
     monkeypatch.setattr("fastloda.loda.rowwise._way", lambda t: opaque)
     test_private_steps_are_exact(name)
 
@@ -177,7 +177,7 @@ class OfOneInput(nn.Module):
 
 
 def test_the_unet_compiles_whole():
-    """Without a graph break: fullgraph=True would raise."""
+    """There is no graph break: fullgraph=True would raise an error."""
     shape = dict(
         image_size=4, in_channels=1, width=2, multipliers=(1,), blocks_per_level=1, num_classes=2, class_width=3
     )
@@ -208,7 +208,7 @@ def test_float32_is_as_good_as_eager():
 
 
 def test_inductor():
-    """The default backend, with code of its own around the layers, which relies on the memory layout of what they return."""
+    """The default backend generates code around the layers that relies on the memory layout of their outputs."""
     case = small(torch.float32)
     truth = case.truth()
     case.x = case.x.contiguous(memory_format=torch.channels_last)
@@ -219,7 +219,7 @@ def test_inductor():
     for name, got in sums.items():
         torch.testing.assert_close(got.double(), wanted[name], rtol=1e-5, atol=1e-6 * bound)
     losses = case.losses()
-    for _ in range(2):  # what it saved is there for a second backward pass
+    for _ in range(2):  # its saved tensors must last for a second backward pass
         torch.testing.assert_close(per_sample_grad_norms(losses, case.model), norms, rtol=1e-5, atol=0)
 
 
@@ -325,7 +325,7 @@ def test_copies_are_eager_and_apart(again):
 
 
 class Parts(nn.Module):
-    """A frozen stem, an adapted body and a head that trains."""
+    """A frozen stem, an adapted body, a frozen top, and a head that trains."""
 
     def __init__(self):
         super().__init__()
@@ -362,7 +362,7 @@ def test_a_compiled_part_of_a_compiled_model():
 
 
 def test_frozen_parts_may_be_compiled_by_torch():
-    """Above and below what trains."""
+    """The frozen parts are above and below what trains."""
     case = parts()
     truth = case.truth()
     case.model.stem = torch.compile(case.model.stem, backend="aot_eager")
@@ -371,7 +371,7 @@ def test_frozen_parts_may_be_compiled_by_torch():
 
 
 def test_a_part_that_runs_only_once_is_refused():
-    """torch.compile frees what a frozen part saved, if its backward is first compiled for a single pass."""
+    """torch.compile frees what a frozen part saved if its backward is first compiled for a single pass."""
     case = parts()
     case.model.top = torch.compile(case.model.top, backend="aot_eager")
     case.losses().sum().backward()
@@ -426,7 +426,7 @@ def test_autocast_accumulates_in_float32_and_clips_what_it_sums():
 @pytest.mark.parametrize("disable", [False, True], ids=["compiled", "as if it could not be compiled"])
 @pytest.mark.parametrize("around", ["forward", "forward and backward"])
 def test_autocast_may_reach_into_backward(around, disable):
-    """There it would compute the gradients' products in bfloat16."""
+    """Autocast in backward would compute the gradients' products in bfloat16."""
     case = small(torch.float32)
     compiled(case.model, disable=disable)
     sums = []
@@ -526,7 +526,7 @@ def test_an_adapter_that_trains_elsewhere_too_is_refused():
 
 
 def test_a_penalty_on_the_adapter_is_refused():
-    """It enters the graph by itself, beside what the layer was given."""
+    """The adapter enters the graph once more, outside of its layer's call."""
 
     class Penalised(nn.Sequential):
         def forward(self, x):
@@ -538,7 +538,7 @@ def test_a_penalty_on_the_adapter_is_refused():
 
 
 class Mixing(nn.Sequential):
-    """The samples mix if `mixes` is on: nothing but what the compiler makes of it tells."""
+    """Samples mix if `mixes` is on; only the compiled code shows it."""
 
     mixes = False
 
@@ -589,7 +589,7 @@ def only_region(losses):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("pick", PICKS)
 def test_rows_that_an_index_picks_inside_are_looked_at_every_time(pick, dynamic):
-    """The third batch is on no schedule."""
+    """The schedule does not look at the third batch."""
     model = compiled(randomise(Picking(PICKS[pick]).double()), dynamic=dynamic)
     x, in_order = torch.randn(7, 5, dtype=torch.float64), torch.arange(7)
     for _ in range(2):
@@ -600,7 +600,7 @@ def test_rows_that_an_index_picks_inside_are_looked_at_every_time(pick, dynamic)
 
 def test_the_probe_comes_back_until_each_adapter_has_shown_a_gradient():
     case = small()
-    nn.init.zeros_(case.model[0].loda_B)  # so that A of this layer has none
+    nn.init.zeros_(case.model[0].loda_B)  # so that A of this layer has no gradient
     compiled(case.model)
     parted = []
     for _ in range(2):
@@ -612,12 +612,12 @@ def test_the_probe_comes_back_until_each_adapter_has_shown_a_gradient():
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_what_picks_no_rows_is_looked_at_on_the_schedule_only(cached, monkeypatch):
-    """Resizing, pooling and padding index positions, and a gather along the features no rows."""
+    """Resizing, pooling and padding index positions, and so does a gather along the features: no rows."""
     body = [conv(1, 2), nn.Upsample(scale_factor=2), nn.MaxPool2d(2), conv(2, 2, padding_mode="reflect")]
     model = compiled(randomise(nn.Sequential(*body, nn.Upsample(scale_factor=1.5, mode="bilinear")).double()))
-    for size in (4, 5):  # one of which is that of the batch
+    for size in (4, 5):  # one is the size of the batch
         region = only_region(model(torch.randn(4, 1, size, size, dtype=torch.float64)).flatten(1).sum(1))
-        if cached:  # whose code has no shapes
+        if cached:  # cached code has no shapes
             monkeypatch.setattr(
                 "fastloda.per_sample.regions._value", lambda node: None if isinstance(node, fx.Node) else node
             )

@@ -1,4 +1,4 @@
-"""A LoDA layer is an ordinary PyTorch layer: same values, same gradients, same manners, with or without privacy."""
+"""A LoDA layer is an ordinary PyTorch layer: the same values, gradients and behaviour, with or without privacy."""
 
 import copy
 import io
@@ -53,7 +53,7 @@ def run(model, x):
 
 
 def check_equals_composed(case):
-    """Output, and the gradients of x and of every parameter that trains, by ordinary backward."""
+    """Check the output, and the gradients of x and of every parameter that trains, by an ordinary backward pass."""
     layer = case.model
     x = case.x.detach().requires_grad_()
     wanted = {"x": x} | {name: p for name, p in layer.named_parameters() if p.requires_grad}
@@ -192,7 +192,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_casts_are_of_the_forward_pass_in_which_they_were_made(edit):
-    """What is edited after it changes nothing in its backward pass, and all in the next forward pass."""
+    """An edit after the forward pass changes nothing in its backward pass, and takes full effect in the next forward pass."""
     layer = adapted_conv().float()
     x = images(dtype=torch.float32).requires_grad_()
     leaves = [x, layer.loda_A, layer.loda_B]
@@ -241,7 +241,7 @@ def attached(model, **settings):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("way", MADE)
 def test_adapters_of_a_half_precision_base_are_float32_and_train(way, dtype):
-    """Adam's epsilon and small moments vanish in float16, and a step of 1e-3 of a weight does in bfloat16."""
+    """Adam's epsilon and small moments vanish in float16, and a step of 1e-3 times a weight vanishes in bfloat16."""
     torch.manual_seed(0)
     model = MADE[way](dtype)
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
@@ -331,7 +331,7 @@ def test_a_deep_copy_of_a_used_model_trains_privately():
 
 
 def test_the_unadapted_models_state_loads():
-    """Strictly, and the adapters keep their values; a state with adapters loads them."""
+    """The state loads strictly, and the adapters keep their values; a state with adapters replaces them."""
     plain, model = small_model(), trained_model()
     before = {name: t.clone() for name, t in loda_state_dict(model).items()}
     assert not any(model.load_state_dict(plain.state_dict(), strict=True))
@@ -442,7 +442,7 @@ def test_vmap_of_grad_is_the_truth():
 
 @pytest.mark.parametrize("preserve", [True, False])
 def test_checkpointing_changes_nothing(preserve):
-    """use_reentrant=False, in a private step: the same norms and the same sums."""
+    """With use_reentrant=False, norms and sums of a private step are the same."""
     model = drawn.randomise(nn.Sequential(adapted_conv(), nn.SiLU(), LoDAConv2d(6, 2, 3, padding=1).double()))
     x = images().requires_grad_()
     checkpointed = checkpoint(model, x, use_reentrant=False, preserve_rng_state=preserve)
@@ -467,7 +467,7 @@ def test_saved_tensors_may_live_elsewhere():
 
 
 def test_a_compiled_model_computes_the_same():
-    """A private step too, where the graph keeps PyTorch's own operations (else it is refused)."""
+    """A private step does too if the graph keeps PyTorch's own operations (otherwise it is refused)."""
     model = drawn.randomise(nn.Sequential(adapted_conv(), nn.SiLU(), nn.Conv2d(6, 2, 1)).double())
     x = images()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -544,7 +544,7 @@ def test_what_is_left_is_told_in_one_line(caplog):
 
 
 class Conv1D(nn.Module):
-    """A linear map as transformers' GPT-2 has them: the weight is [in, out]."""
+    """A linear map as in transformers' GPT-2, where the weight is [in, out]."""
 
     def __init__(self, outputs, inputs):
         super().__init__()
@@ -639,7 +639,7 @@ def test_a_shared_module_stays_shared():
 
 
 def state_of(model):
-    """Everything that an error must leave alone."""
+    """Collect everything that an error must leave unchanged."""
     return (
         str(model),
         {name: (id(p), p.requires_grad, p.detach().clone(), p.grad) for name, p in model.named_parameters()},
@@ -703,7 +703,7 @@ def trained_model(**settings):
 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_adapters_round_trip(tmp_path, adapted):
-    """Into an adapted model, and into one without adapters, which gets them as the file says."""
+    """They load into an adapted model, and into one without adapters, which then gets those that the file describes."""
     model = trained_model()
     save_loda(model, tmp_path / "a.safetensors")
     other = trained_model() if adapted else small_model()
@@ -800,7 +800,7 @@ def test_what_is_no_adapter_file_changes_nothing(tmp_path, content, adapted):
 
 def assert_load_refused(model, path, message=""):
     for p in model["head"].parameters():
-        p.requires_grad_(True)  # a mark that a half-done load would lose
+        p.requires_grad_(True)  # a half-done load would undo this
     state = state_of(model)
     with pytest.raises(ValueError, match=f"a.safetensors.*{message}"):
         load_loda(model, path)
@@ -843,7 +843,7 @@ def test_a_foreign_file_says_what_it_is_and_what_loads_it(tmp_path, kind, adapte
 
 
 def test_a_file_may_begin_with_any_length_of_its_header(tmp_path):
-    """Those whose first byte is a pickle's are adapters, too."""
+    """Files whose first byte is that of a pickle are adapters too."""
     path, first = tmp_path / "adapter.safetensors", set()
     for length in range(1, 90):
         model = nn.ModuleDict({"n" * length: nn.Conv2d(4, 4, 1)})

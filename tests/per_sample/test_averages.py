@@ -1,4 +1,4 @@
-"""A penalty on gradients is exact where each sample's is its own, and refused where their mean's is taken."""
+"""A penalty on gradients is exact if it uses each sample's own gradient, and refused if it uses the gradient of their mean."""
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def test_the_gradient_of_a_sum_is_exact(name):
 
 
 def test_a_mean_of_each_samples_own_numbers():
-    """Of as many as there are samples."""
+    """Each mean is over as many numbers as there are samples."""
     net = model()
     x = features(C)
     found = per_sample_grads(sums_by_vmap(net, x), net)

@@ -1,7 +1,7 @@
 """Per-sample norms and clipped sums are exact: they equal one backward pass per sample, in float64.
 
-What the clip bounds is the true gradient of each sample only if these hold, for every geometry, memory layout and reuse
-of a layer, and under every plan that the planner may choose.
+The clip bounds the true gradient of each sample only if these are equal for every geometry, memory layout and reuse of a
+layer, and under every plan that the planner may choose.
 """
 
 import math
@@ -44,10 +44,10 @@ BF16 = {
 @pytest.mark.parametrize("chosen", ["kept", "made again"])
 @pytest.mark.parametrize("kind", BF16)
 def test_bf16_autocast_clips_what_it_sums(kind, chosen, counts, monkeypatch):
-    """The norm is that of the very gradient that is summed, to 1e-5, and it is near the true one.
+    """The norm is that of the very gradient that is summed, to 1e-5, and is near the true one.
 
-    Near: in each case within what PyTorch's bf16 itself makes of it, and over all samples no farther than PyTorch's, in
-    the geometric mean. Each bound sees what the other can't: a rare blunder, and one rounding too many everywhere.
+    The error in each case is comparable with that of PyTorch's bf16 itself, and over all samples no larger than PyTorch's in
+    the geometric mean. One bound shows a rare blunder, the other one rounding too many everywhere.
     """
     use_plan(monkeypatch, chosen)
     ratios = []
@@ -56,7 +56,7 @@ def test_bf16_autocast_clips_what_it_sums(kind, chosen, counts, monkeypatch):
 
 
 def check_bf16(case):
-    """-> for each sample, FastLoDA's error over PyTorch's."""
+    """Check a case; return for each sample FastLoDA's error divided by PyTorch's."""
     case = case.to(torch.float32)
     summed = []
     with torch.autocast("cpu", torch.bfloat16):
@@ -73,15 +73,14 @@ def check_bf16(case):
     ours, theirs = [distance(s, t) for s, t in zip(summed, truth)], bf16_errors(case)
     excess = max(ours) - 2**-7 * largest
     assert excess <= 2 * max(theirs) or any(excess <= 2 * max(bf16_errors(case.nudged(seed))) for seed in range(64))
-    floor = 2**-16 * largest + 1e-30  # far below a rounding of bf16: equal errors of nothing are equal
+    floor = 2**-16 * largest + 1e-30  # far below a rounding of bf16: two errors of nothing are equal
     return [(e + floor) / (t + floor) for e, t in zip(ours, theirs)]
 
 
 def bf16_errors(case):
-    """PyTorch's own error on each sample under autocast; where a kink of LeakyReLU is near, chance decides its size.
+    """Compute PyTorch's own error on each sample under autocast; near a kink of LeakyReLU its size is a matter of chance.
 
-    On processors with AMX oneDNN gets some convolutions wrong (`per_sample/amx.py`); PyTorch without oneDNN then stands in
-    for it.
+    On processors with AMX oneDNN computes some convolutions wrongly (`per_sample/amx.py`); then PyTorch without oneDNN is used.
     """
     truth = case.truth()
 
@@ -109,7 +108,7 @@ def test_an_empty_batch_adds_nothing(cases, counts):
 
 
 def check_plain_step(case):
-    """Without clipping and noise, the step is the one that PyTorch takes on the mean loss."""
+    """Check that without clipping and noise, the step is the one that PyTorch takes on the mean loss."""
     plain = drawn.composed(case.model)
     case.loss_of(plain, case.x.contiguous()).mean().backward()
     torch.optim.SGD(plain.parameters(), 0.1).step()
@@ -141,13 +140,13 @@ def test_a_grouped_1x1_kernel_takes_any_grad_output(readout):
 @pytest.mark.parametrize("padding", ["valid", "same"])
 @pytest.mark.parametrize("make, dims", [(nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3)])
 def test_padding_in_words(make, dims, padding):
-    """PyTorch then saves one number for all dimensions."""
+    """In this case PyTorch saves one number for all dimensions."""
     layer = drawn.randomise(make(2, 3, (1, 3, 2)[:dims], padding=padding).double())
     check_exact(drawn.Case(layer, torch.randn(3, 2, *(4, 5, 3)[:dims], dtype=torch.float64)))
 
 
 def test_micro_batches_and_masks_add_up():
-    """A batch in parts, in any order and with padding, has the same clipped sum."""
+    """A batch in parts, in any order and with padding, has the same clipped sum as the whole batch."""
     model = drawn.randomise(nn.Sequential(drawn.BLOCKS["tied"](4), nn.Flatten(), nn.Linear(64, 3)).double())
     x = torch.randn(7, 4, 4, 4, dtype=torch.float64)
     whole = clipped_sum(drawn.Case(model, x), 0.5)
@@ -179,7 +178,7 @@ def test_norms_leave_grad_and_graph_alone():
 
 
 class Conditioned(nn.Module):
-    """A convolution modulated by an embedding of the label: rows of the label come once per sample, not per view."""
+    """A convolution modulated by an embedding of the label, whose rows come once per sample, not once per view."""
 
     def __init__(self, views: int):
         super().__init__()
@@ -202,7 +201,7 @@ FORMS = ("x @ W", "addmm", "conv", "linear on views", "turned bias", "turned tab
 
 @pytest.mark.parametrize("form", FORMS)
 def test_functional_uses_with_a_rule_are_exact(form):
-    """What counts is the operation in the graph, not the module that holds the parameter."""
+    """The operation in the graph matters, not the module that holds the parameter."""
 
     class Functional(nn.Module):
         def __init__(self):
@@ -237,7 +236,7 @@ def test_a_parameter_broadcast_over_single_numbers(way):
     "below", [nn.Identity(), nn.Conv2d(2, 2, 1)], ids=["nothing trains below", "a layer trains below"]
 )
 def test_a_checkpointed_layer_is_recomputed_once(below, monkeypatch):
-    monkeypatch.setattr(coverage, "LOOK_AGAIN", 0)  # only on the schedule
+    monkeypatch.setattr(coverage, "LOOK_AGAIN", 0)  # never by chance
     computed = []
     inner = nn.Sequential(nn.GroupNorm(1, 2), nn.SiLU(), nn.Conv2d(2, 2, 3), nn.GroupNorm(2, 2))
     inner.register_forward_pre_hook(lambda *_: computed.append(1))
@@ -245,7 +244,7 @@ def test_a_checkpointed_layer_is_recomputed_once(below, monkeypatch):
     case = drawn.Case(model, torch.randn(3, 2, 4, 5, dtype=torch.float64))
     clipper = GhostClipper(case.model, 1.0)
     for _ in range(2):
-        clipper.accumulate(case.losses())  # probes too
+        clipper.accumulate(case.losses())  # these batches are probed too
     losses = case.losses()
     computed.clear()
     clipper.accumulate(losses)
@@ -253,7 +252,7 @@ def test_a_checkpointed_layer_is_recomputed_once(below, monkeypatch):
 
 
 def test_a_checkpointed_dropout_is_the_same_twice():
-    """Recomputation draws the same numbers."""
+    """The recomputation draws the same random numbers."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.GroupNorm(2, 4), nn.Linear(4, 4))
     model = drawn.randomise(nn.Sequential(nn.Linear(4, 4), model))
     x = torch.randn(5, 4)
@@ -267,7 +266,7 @@ def test_a_checkpointed_dropout_is_the_same_twice():
 
 
 def test_a_parameter_shared_by_an_adapter_and_an_unfused_one():
-    """The second layer's base trains, so that it is unfused; it shares A and B with the first, which is fused."""
+    """The second layer is not fused because its base trains; it shares A and B with the first layer, which is fused."""
     first, second = (drawn.randomise(LoDAConv2d(2, 2, 3, padding=1, rank=2)).double() for _ in range(2))
     second.loda_A, second.loda_B = first.loda_A, first.loda_B
     second.weight.requires_grad_(True)
@@ -276,14 +275,13 @@ def test_a_parameter_shared_by_an_adapter_and_an_unfused_one():
         losses = lambda m, x: m(x).square().sum((1, 2, 3))  # noqa: E731
         truth = oracle.norms(oracle.sample_grads(model, losses, x))
         torch.testing.assert_close(per_sample_grad_norms(losses(model, x), model), truth, rtol=1e-10, atol=0)
-        stats = GhostClipper(model, 1e-3).accumulate(
-            losses(model, x)
-        )  # frees the graph: what is read must be read before
+        # `accumulate` frees the graph: everything else must have been read before.
+        stats = GhostClipper(model, 1e-3).accumulate(losses(model, x))
         assert stats.clipped == 3
 
 
 class Affine(nn.Module):
-    """What a BatchNorm computes by its running statistics, in other words."""
+    """The affine map that a BatchNorm computes from its running statistics, written out."""
 
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
@@ -297,7 +295,7 @@ class Affine(nn.Module):
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_batch_norm_before_tokens_is_exact_for_a_batch_of_one(samples, trains):
-    """PyTorch 2.13's own backward is not, on the CPU: a record's gradient would hang on whether another is in the batch."""
+    """PyTorch 2.13's own backward on the CPU is not: a record's gradient depends on whether another record is in the batch."""
     norm = nn.BatchNorm2d(4).double().eval().requires_grad_(trains)
     with torch.no_grad():
         for t in (norm.weight, norm.bias, norm.running_var, norm.running_mean):

@@ -1,4 +1,4 @@
-"""`explain`: a row for each trainable layer, the planner's own choice and costs, refusals by name, and nothing changed."""
+"""`explain` lists each trainable layer with the planner's choice and costs, names refusals, and changes nothing."""
 
 import copy
 import re
@@ -25,7 +25,7 @@ class Rotated(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A layer for every way: kept, made again, ghost, functional."""
+    """A model with a layer for each way: kept, made again, ghost, functional."""
 
     def __init__(self):
         super().__init__()

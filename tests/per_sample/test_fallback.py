@@ -1,7 +1,8 @@
-"""Layers that no rule covers alone train exactly all the same, without a word from their user, or are refused for the true cause.
+"""Layers that no rule covers train exactly, without any call by their user, or are refused with the true cause.
 
-Values made of parameters alone (positions, prompts, normalised or masked weights, adapters of other packages), packed
-sequences, complex features, layers that torch.func can't vectorise: against one backward pass per sample, in float64.
+They are: values computed from parameters alone (positions, prompts, normalised or masked weights, adapters of other
+packages), packed sequences, complex features, and layers that torch.func can't vectorise. All are compared with one backward
+pass per sample, in float64.
 """
 
 import copy
@@ -35,7 +36,7 @@ def sequences() -> Tensor:
 
 
 def check_norms(model: nn.Module, x: Tensor) -> Covered:
-    """Of the covered model, against those of one backward pass per sample; `explain` says that a step would run."""
+    """Check the norms of the covered model against one backward pass per sample; `explain` must say that a step would run."""
     covered = cover(model.double())
     norms = per_sample_grad_norms(losses_of(model, x), model)
     assert not explain(model, x, loss=drawn.curved, show=False).refused
@@ -49,7 +50,7 @@ def check_norms(model: nn.Module, x: Tensor) -> Covered:
     return layers
 
 
-# ---- values made of parameters alone
+# ---- values computed from parameters alone
 
 
 def written(v: Tensor, q: Tensor, m: nn.Module) -> Tensor:
@@ -99,7 +100,7 @@ USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # x [N, T, C]
 
 
 class Composite(nn.Module):
-    """A value made of two parameters, a network and constants, and features that it is used with."""
+    """A value computed from two parameters, a network and constants, and features that it is combined with."""
 
     def __init__(self, steps: list[str], use: str):
         super().__init__()
@@ -136,7 +137,7 @@ def check_covered(case: drawn.Case) -> None:
     covered = cover(case.model)
     case.truth = lambda: drawn.Case(plain, case.x, case.readout, case.views).truth()
     check_exact(case)
-    lone = len(case.x) == 1  # nothing tells the prompts, of one row as well, from its features
+    lone = len(case.x) == 1  # with one sample, nothing distinguishes the one row of the prompts from features
     assert not covered.layers or lone, "through torch.func"
 
 
@@ -154,7 +155,7 @@ def test_every_use_of_what_is_made_is_exact(step, use):
 
 
 class Positions(nn.Module):
-    """As GPT-2 and BERT have them: a table looked up for `arange`, one row for all samples."""
+    """A table of positions as in GPT-2 and BERT, looked up for `arange`: the same rows for all samples."""
 
     def __init__(self, rows: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -180,7 +181,7 @@ def test_positions_are_looked_up_for_all_samples(rows, samples):
 
 
 class Scale(nn.Linear):
-    """A layer of its own class with a factor, no buffer, that is read when the layer is looked into."""
+    """A layer of its own class with a factor, not a buffer, that it reads while the fallback looks into the layer."""
 
     factor = torch.tensor(0.5, dtype=torch.float64)
 
@@ -195,7 +196,7 @@ def test_looking_into_a_layer_does_not_make_what_follows_private():
 
 
 def test_a_private_step_clips_and_sums_what_is_made():
-    """In `GhostClipper` nothing is called by hand, and dropout above and below does no harm."""
+    """`GhostClipper` needs no call of `cover`, and dropout above and below does no harm."""
     model = Positions(ROWS["a row"])
     model.drop = nn.Dropout(0.5)
     x = torch.randint(7, (N, 6))
@@ -207,7 +208,7 @@ def test_a_private_step_clips_and_sums_what_is_made():
 
 
 class Conditioned(nn.Module):
-    """A scale that a linear map makes of a constant, which ends in a view."""
+    """A scale that a linear map computes from a constant; its last operation is a view."""
 
     def __init__(self):
         super().__init__()
@@ -232,7 +233,7 @@ def test_models_that_are_scripted_or_traced(make):
     for call in range(4):
         try:
             assert GhostClipper(model, 1e-3).accumulate(model(x).square().sum(1)).clipped == 5
-        except PrivacyError as error:  # TorchScript fuses after some calls
+        except PrivacyError as error:  # TorchScript fuses operations after some calls
             assert call and "train the Python module" in str(error)
 
 
@@ -295,7 +296,7 @@ def test_lists_of_parameters_without_a_rule_belong_to_the_layer_around_them():
 
 
 def peft_models():
-    """The tuners that adapt a linear layer without anything else: their class, and arguments."""
+    """Yield PEFT's tuners that can adapt a linear layer: the name of each one's config, and an adapted model."""
     peft = pytest.importorskip("peft")
     tuners = {
         "LoraConfig": dict(r=2, use_dora=True),
@@ -346,11 +347,11 @@ def test_swin_transformers_are_exact_with_shifted_windows():
         check_norms(kind(**size, drop_path_rate=0.0), torch.randn(3, 3, 8, 8, dtype=torch.float64))
 
 
-# ---- what only looks as if it were made of parameters
+# ---- what only looks as if it were computed from parameters
 
 
 class Leaky(nn.Module):
-    """A value of a parameter and of the batch's statistics, in which samples mix although no gradient shows it."""
+    """A value computed from a parameter and the batch's statistics: samples mix, although no gradient shows it."""
 
     def __init__(self, statistics: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -372,7 +373,7 @@ def assigned(x: Tensor) -> Tensor:
 
 
 def chosen(x: Tensor) -> Tensor:
-    """A row that the batch chooses for all samples."""
+    """Return a row that the batch chooses, the same one for all samples."""
     return torch.arange(9 * C, dtype=x.dtype).view(9, C)[int((10 * x.mean()).abs()) % 9]
 
 
@@ -383,7 +384,7 @@ def through_a_view(x: Tensor) -> Tensor:
 
 
 def written_unseen(x: Tensor) -> Tensor:
-    """The mean, written by what is no operation of PyTorch's, as kernels of Triton or C++ do."""
+    """Return the mean, written by something other than an operation of PyTorch, as kernels in Triton or C++ do."""
     mean, out = x.mean(0), torch.empty(C, dtype=x.dtype)
     ctypes.memmove(out.data_ptr(), mean.data_ptr(), mean.nbytes)
     return out
@@ -437,7 +438,7 @@ def test_a_parameter_that_the_forward_pass_wrote_to_is_no_parameter_any_more():
 
 
 class Chosen(nn.Module):
-    """Experts that see the positions routed to them, however many these are."""
+    """Experts, each of which sees any number of positions, those that are routed to it."""
 
     def __init__(self):
         super().__init__()
@@ -454,7 +455,7 @@ class Chosen(nn.Module):
 
 
 class Opaque(torch.autograd.Function):
-    """Without a way to be vectorised."""
+    """A product that has no way to be vectorised."""
 
     @staticmethod
     def forward(ctx, x, p):
@@ -480,11 +481,11 @@ def test_a_layer_that_cannot_be_vectorised_goes_row_after_row():
     assert check_norms(nn.Sequential(nn.Linear(C, C), UsesOpaque()), sequences()) == ["1"]
 
 
-# ---- modules taken whole, of themselves
+# ---- modules that are taken whole without the user's asking
 
 
 class Windows(nn.Module):
-    """Rows are windows, two to a sample, and no window can be computed alone."""
+    """A module whose rows are windows, two to a sample; no window can be computed alone."""
 
     def __init__(self):
         super().__init__()
@@ -504,7 +505,7 @@ class Windowed(nn.Module):
 
 
 class Borrowing(nn.Module):
-    """A weight that its own layer uses soundly, and an operation without a rule once more."""
+    """A weight that its own layer uses soundly, and an operation without a rule uses again."""
 
     def __init__(self):
         super().__init__()
@@ -515,7 +516,7 @@ class Borrowing(nn.Module):
 
 
 class SharedRow(nn.Module):
-    """A table looked up for indices that are no buffer, so that nothing tells them from the batch."""
+    """A table looked up for indices that are no buffer, so that nothing distinguishes them from data of the batch."""
 
     def __init__(self):
         super().__init__()
@@ -526,7 +527,7 @@ class SharedRow(nn.Module):
 
 
 class Table(nn.Module):
-    """Called without a tensor; its operation has no rule, and its indices are told from the batch by nothing."""
+    """A table that is called without a tensor; its operation has no rule, and its indices might be data of the batch."""
 
     def __init__(self):
         super().__init__()
@@ -546,7 +547,7 @@ class Tabled(nn.Module):
 
 
 class WindowedFirst(Windowed):
-    """A layer of its own class, below which there are windows, is looked into before these are taken whole."""
+    """A layer of its own class after windows; it is looked into before the windows are taken whole."""
 
     def __init__(self):
         super().__init__()
@@ -573,7 +574,7 @@ def test_the_smallest_module_that_has_rows_is_taken_whole(make, by_name):
 
 
 class Experts(nn.Module):
-    """Each row goes through the expert that it chooses."""
+    """A layer of experts, in which each row goes through the expert that it chooses."""
 
     def __init__(self):
         super().__init__()
@@ -597,7 +598,7 @@ def test_experts_are_refused_with_a_way_out_that_is_exact():
 
 
 def test_a_gradient_that_is_zero_but_for_rounding_is_not_called_mixed():
-    """That of the bias of an attention's keys: it moves all scores alike."""
+    """This is the gradient of the bias of an attention's keys, which moves all scores alike."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -617,7 +618,7 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_not_called_mixed():
 @pytest.mark.parametrize("samples", [3, 4, 6, 12])
 @pytest.mark.parametrize("make", [SharedRow, Tabled])
 def test_a_row_for_all_samples_is_told_whatever_the_numbers(make, samples):
-    """[3, 4] numbers could be rows of 3, 4, 6 or 12 samples as well."""
+    """A tensor of shape [3, 4] could also have the rows of 3, 4, 6 or 12 samples."""
     model, x = drawn.randomise(nn.Sequential(make())).double(), torch.randn(samples, T, C, dtype=torch.float64)
     truth = oracle.norms(oracle.sample_grads(model, losses_of, x))
     assert cover(model).layers == []
@@ -648,7 +649,7 @@ def test_where_no_module_has_rows_the_use_is_refused_by_name():
 
 
 class Packed(nn.Module):
-    """A recurrent layer of sequences of several lengths, which the first feature tells."""
+    """A recurrent layer of packed sequences; the first feature determines each one's length."""
 
     def __init__(self, layer: nn.RNNBase, last: bool, in_order: bool, given: bool):
         super().__init__()
@@ -695,7 +696,7 @@ def test_packed_sequences_are_exact(counts):
 
 
 class Fourier(nn.Module):
-    """A product in Fourier space with weights whose two parts are real parameters."""
+    """A product in Fourier space with complex weights, whose two parts are real parameters."""
 
     def __init__(self, weight: nn.Parameter):
         super().__init__()
@@ -708,7 +709,7 @@ class Fourier(nn.Module):
 
 
 class Spectrum(nn.Module):
-    """A complex output."""
+    """A layer with a complex output."""
 
     def __init__(self, with_rule: bool):
         super().__init__()
@@ -731,7 +732,7 @@ def test_real_parameters_of_complex_features_are_exact():
 
 
 def test_complex_parameters_are_refused_by_name():
-    """Wherever they enter; that the advice works is seen above."""
+    """They are refused wherever they enter; the test above shows that the remedy works."""
     model = nn.Sequential(nn.Linear(C, C), Fourier(nn.Parameter(torch.randn(C, C, 2, dtype=torch.cfloat))))
     with pytest.raises(PrivacyError, match="'1.weight' is complex.*view_as_complex"):
         GhostClipper(model, 1.0)

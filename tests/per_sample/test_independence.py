@@ -1,4 +1,4 @@
-"""What was found independent is looked at again, rows that data picks are never guessed, and nothing changes unseen."""
+"""Independence that was found is checked again later, rows that data picks are never guessed, and no write goes unnoticed."""
 
 import math
 
@@ -24,7 +24,7 @@ def batch(*shape):
 
 
 class Between(nn.Module):
-    """Something between two layers, which may be changed from step to step."""
+    """A model with something between two layers, which may be changed from step to step."""
 
     def __init__(self, middle):
         super().__init__()
@@ -35,7 +35,7 @@ class Between(nn.Module):
 
 
 class Steps:
-    """Private steps with a clipper that is kept."""
+    """Private steps of a model, all with the same clipper."""
 
     def __init__(self, model):
         self.model, self.clipper = model, GhostClipper(model, 1.0)
@@ -49,7 +49,7 @@ class Steps:
 
 
 def clipped_sum(model, losses):
-    """The truth: one backward pass for each sample."""
+    """Compute the true clipped sum by one backward pass for each sample."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = [torch.autograd.grad(losses()[n], list(parameters.values()), allow_unused=True) for n in range(N)]
     by_sample = [
@@ -79,7 +79,7 @@ LATER = {  # name -> what lies between the layers as a function of a weight that
 
 @pytest.mark.parametrize("name", LATER)
 def test_what_begins_to_mix_is_refused_at_once(name, monkeypatch):
-    """At a step that the schedule would not look at by itself."""
+    """The step is one that the schedule alone would not look at."""
     monkeypatch.setattr(coverage, "LOOK_AGAIN", 0)
     model = Between(lambda x: LATER[name](x, model.weight).unflatten(0, (N, -1)).mean(1))
     model.weight = 0.0
@@ -87,9 +87,8 @@ def test_what_begins_to_mix_is_refused_at_once(name, monkeypatch):
     try:
         steps.take(5)
     except PrivacyError as error:
-        assert "hands a sample the rows of others" in str(
-            error
-        )  # an index along the batch needs no gradient to be seen
+        # An index along the batch shows in the graph, without any gradient.
+        assert "hands a sample the rows of others" in str(error)
         return
     model.weight = 0.3
     with pytest.raises(PrivacyError, match="samples mix|picks by data"):
@@ -104,7 +103,7 @@ def test_rows_of_others_need_no_gradient_to_be_seen(mix):
 
 
 def test_what_the_graph_does_not_show_is_found_on_the_schedule(monkeypatch):
-    """A weight that is a tensor: its value is not read."""
+    """The weight is a tensor, whose value the graph does not show."""
     monkeypatch.setattr(coverage, "LOOK_AGAIN", 0)
     model = Between(lambda x: x + model.weight[:, None] * x.mean(0))
     model.weight = torch.zeros(N)
@@ -120,7 +119,7 @@ def test_chance_looks_too(monkeypatch):
     model = Between(lambda x: x + model.weight[:, None] * x.mean(0))
     model.weight = torch.zeros(N)
     steps = Steps(model)
-    steps.take(6)  # the seventh batch is on no schedule
+    steps.take(6)  # the schedule does not look at the seventh batch
     model.weight = torch.full((N,), 0.3)
     with pytest.raises(PrivacyError, match="samples mix"):
         steps.take()
@@ -140,14 +139,14 @@ def test_few_choices_part_any_two_samples(samples, choices):
 
 
 def test_looking_again_costs_little(monkeypatch):
-    """Backward passes beside the steps' own, in a run of 512 steps: 1% of the forward and backward passes."""
+    """In a run of 512 steps, the backward passes for looking again are 1% of all forward and backward passes."""
     passes = []
     of = coverage.run_backward
     monkeypatch.setattr(coverage, "run_backward", lambda *args, **kw: passes.append(1) or of(*args, **kw))
     steps = Steps(Between(torch.tanh))
     steps.take(1)
     first = len(passes)
-    assert first == 5  # from all samples, and from four choices of them, which part any two of the six
+    assert first == 5  # one for all samples, and four for choices of samples that part any two of the six
     steps.take(511)
     # four scheduled looks and about 0.6 by chance, of two passes each; more than nine by chance come once in 10^9 runs
     assert 4 * 2 <= len(passes) - first <= (4 + 9) * 2
@@ -155,7 +154,7 @@ def test_looking_again_costs_little(monkeypatch):
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_first_batch_that_overflowed_has_not_been_seen(bad, monkeypatch):
-    """Two samples are told apart; a batch in which all are finite is looked at anew, on the schedule or not."""
+    """Two samples are told apart; the next batch with finite samples is looked at again, whatever the schedule says."""
     monkeypatch.setattr(coverage, "LOOK_AGAIN", 0)
     model = Between(lambda x: x + model.weight[:, None] * x.mean(0))
     model.weight = torch.zeros(N)
@@ -167,7 +166,7 @@ def test_a_first_batch_that_overflowed_has_not_been_seen(bad, monkeypatch):
 
 
 class Gate(torch.autograd.Function):
-    """The identity, whose backward does something to the gradients of all samples."""
+    """The identity, whose backward pass applies `change` to the gradients of all samples."""
 
     @staticmethod
     def forward(ctx, x, change):
@@ -234,7 +233,7 @@ def written(h, out, mask, head):
 
 
 class Unpadded(torch.autograd.Function):
-    """As libraries for sequences without padding lay their rows back."""
+    """A function that puts rows back in place, as libraries for sequences without padding do."""
 
     @staticmethod
     def forward(ctx, rows, index, size):
@@ -252,7 +251,7 @@ def unpadded(h, out, mask, head):
 
 
 def multiplied(h, out, mask, head):
-    """By a matrix of ones and zeros, as experts' dispatch."""
+    """Place rows by a matrix of ones and zeros, as dispatching to experts does."""
     places = F.one_hot(mask.flatten().nonzero().flatten(), mask.numel()).to(h.dtype)
     return (places.T @ head(places @ h.flatten(0, 1))).view_as(out)
 
@@ -314,7 +313,7 @@ class Marked(nn.Module):
     st.booleans(),
 )
 def test_a_layer_at_marked_positions_is_exact_or_refused(way, marks, frozen):
-    """First as many marks in each sample, which looks right, then as many in all, or other numbers."""
+    """First each sample has as many marks, which looks right, then all have as many together, or other numbers."""
     model = Marked(way, frozen).double()
     clipper = GhostClipper(model, 0.5)
     for counts in ([2] * N, *marks):
@@ -334,7 +333,7 @@ def test_a_layer_at_marked_positions_is_exact_or_refused(way, marks, frozen):
 @pytest.mark.filterwarnings("ignore:layer .* is taken through torch.func whole")
 @pytest.mark.parametrize("way", WAYS)
 def test_as_many_marks_as_samples(way, monkeypatch):
-    """One mark in each sample, then three in the first, off the schedule: nothing but the rows' owners differs."""
+    """There is one mark in each sample, then three in the first, off the schedule: only the rows' owners differ."""
     monkeypatch.setattr(coverage, "LOOK_AGAIN", 0)
     model = Marked(way, frozen=True).double()
     clipper, x = GhostClipper(model, 0.5), torch.randn(N, 5, D, dtype=torch.float64)
@@ -387,7 +386,7 @@ def test_each_sample_may_pick_its_own_rows(name):
 
 
 class Table(nn.Module):
-    """A plain parameter that a lookup shortens."""
+    """A plain parameter whose rows a lookup shortens."""
 
     writes = False
 
@@ -401,7 +400,7 @@ class Table(nn.Module):
 
 
 class Largest(nn.Module):
-    """Keeps the largest gradient, as FP8 scaling does."""
+    """A layer that keeps the largest gradient, as FP8 scaling does."""
 
     writes = False
 
@@ -424,7 +423,7 @@ class Largest(nn.Module):
 
 
 class Unseen(nn.Module):
-    """Writes that PyTorch does not count, to a buffer or a parameter that it may use or not."""
+    """A layer that writes to a buffer or a parameter in a way that PyTorch does not count."""
 
     writes = False
 
@@ -441,7 +440,7 @@ class Unseen(nn.Module):
 
 
 class Normalised(nn.Module):
-    """A weight that its forward pass rewrites."""
+    """A layer whose forward pass rewrites its weight."""
 
     writes = False
 
@@ -504,12 +503,12 @@ def test_a_pass_that_writes_is_refused(name, clean, loop):
         next(steps)
     model.writes = True
     with pytest.raises(PrivacyError, match="changed"):
-        for _ in range(2):  # a step by one call alone sees the second write
+        for _ in range(2):  # a step by one call alone notices the second write
             next(steps)
 
 
 def test_changes_that_no_record_has_to_do_with():
-    """An average that is swapped in and out, weights that are bounded after each update, a new start from other weights."""
+    """They are an average swapped in and out, weights bounded after each update, and a new start from other weights."""
     model = Between(torch.tanh)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     steps = Steps(model)
@@ -540,12 +539,12 @@ def test_changes_that_no_record_has_to_do_with():
 
 
 def in_turns(model, x):
-    """[samples * views] by one forward pass for each view, x [samples, views, 5]."""
+    """Compute the losses [samples * views] of x [samples, views, 5] by one forward pass for each view."""
     return torch.stack([model(view).square().sum(1) for view in x.unbind(1)], 1).flatten()
 
 
 def turned_over(model, x):
-    """By one pass in which the views come first."""
+    """Compute the same losses by one forward pass in which the views come first."""
     return model(x.transpose(0, 1).flatten(0, 1)).square().sum(1).view(x.shape[1], -1).T.flatten()
 
 
@@ -588,7 +587,7 @@ def test_views_of_several_passes_out_of_order_are_refused(kind):
         with pytest.raises(PrivacyError, match="samples mix|joins with others. Call that layer once"):
             look(losses, model, views=3)
     assert all(p.grad is None for p in model.parameters())
-    losses.sum().backward()  # nothing is left behind
+    losses.sum().backward()  # nothing of the refused call is left behind
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     OUT_OF_ORDER[kind](model, x).sum().backward()

@@ -1,4 +1,4 @@
-"""What the table of operations says of dimensions and indices is what PyTorch's own backward passes do."""
+"""The table of operations says about dimensions and indices what PyTorch's own backward passes do."""
 
 import re
 
@@ -72,7 +72,7 @@ def test_a_function_does_not_pass_for_the_operation_whose_name_it_has():
 
 
 def indices_reached(function, dim_out, entry):
-    """The indices along each dimension of the operation's input from which entry `entry` of the output's dimension is made."""
+    """Find the indices along each input dimension from which entry `entry` of the output's dimension `dim_out` is made."""
     x = torch.rand(SHAPE, requires_grad=True)
     y = function(x)
     node, number = y.grad_fn, y.output_nr
@@ -84,7 +84,7 @@ def indices_reached(function, dim_out, entry):
 
 
 def read(function):
-    """The node, the output's number, and the shapes of its input and output."""
+    """Return an operation's graph node, its output's number, and the shapes of its input and output."""
     y = function(torch.rand(SHAPE, requires_grad=True))
     below, number = y.grad_fn.next_functions[0]
     before = SHAPE if hasattr(below, "variable") else below._input_metadata[number].shape

@@ -1,4 +1,4 @@
-"""Mixed precision and activation checkpointing: the norm is that of the very sum, accumulated in float32."""
+"""Mixed precision and checkpointing: the norm is that of the very gradient that is summed, and no sum is in half precision."""
 
 import copy
 from contextlib import nullcontext
@@ -18,13 +18,13 @@ HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def image_model():
-    """Adapters, and layers that train in full."""
+    """Make a model of adapters, and of layers that train in full."""
     layers = [LoDAConv2d(3, 4, 3, padding=1, rank=2), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 1)]
     return nn.Sequential(*layers, nn.Flatten(), LoDALinear(4 * 20, 3, rank=2))
 
 
 def sequence_model():
-    """[N, 4, 5, 3]: LayerNorm, which autocast computes in float32, between linear layers, which it does not."""
+    """Make a model for [N, 4, 5, 3]: LayerNorm, which autocast computes in float32, and linear layers, which it does not."""
     return nn.Sequential(LoDALinear(3, 6, rank=2), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 4), nn.LayerNorm(4))
 
 
@@ -34,7 +34,7 @@ def case_of(make, dtype=torch.float32, shape=(3, 4, 5)):
 
 
 def clipped_sum(case, bound=1e30, mask=None):
-    """-> the sum in the precision that it is accumulated in, and the counts."""
+    """Compute the clipped sum, in the precision in which it is accumulated, and the step's statistics."""
     clipper = GhostClipper(case.model, bound, case.views)
     stats = clipper.accumulate(case.losses(), mask)
     return {name: total.clone() for name, total in clipper._sums.by_name.items()}, stats
@@ -45,7 +45,7 @@ def only(case, i):
 
 
 def errors(case, precision):
-    """|norm - truth| of each sample: FastLoDA's and PyTorch's own, in `precision`."""
+    """Compute |norm - truth| of each sample in `precision`, for FastLoDA and for PyTorch itself; and the true norms."""
     truth = oracle.norms(case.truth())
     with precision():
         found = per_sample_grad_norms(case.losses(), case.model)
@@ -59,7 +59,7 @@ def errors(case, precision):
 @pytest.mark.parametrize("make", [image_model, sequence_model])
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_autocast_clips_what_it_sums(make, dtype):
-    """To 1e-5, and as near to the truth as PyTorch's own gradient in that dtype."""
+    """The norm agrees with the sum to 1e-5, and both are as near to the truth as PyTorch's own gradient in that dtype."""
     case = case_of(make)
     autocast = lambda: torch.autocast("cpu", dtype)  # noqa: E731
     ours, theirs, truth = errors(case, autocast)
@@ -83,7 +83,7 @@ def test_autocast_may_end_before_the_step(around):
 
 
 def test_an_ordinary_backward_inside_autocast_loses_nothing():
-    """The adapters' gradients are those of a backward outside, as autocast's own documentation wants it."""
+    """The adapters' gradients are those of a backward pass outside of autocast, as PyTorch's documentation recommends."""
     case = case_of(lambda: nn.Sequential(LoDALinear(3, 6, rank=2), nn.GELU(), LoDALinear(6, 4, rank=2)))
     grads = []
     for enabled in (False, True):
@@ -96,7 +96,7 @@ def test_an_ordinary_backward_inside_autocast_loses_nothing():
 
 
 def test_a_weight_that_autocast_cast_once_for_two_calls():
-    """Its cache then shares one cast between them."""
+    """Autocast's cache lets both calls share one cast."""
     case = case_of(lambda: drawn.Twice(nn.Linear(3, 3)))
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
         cached = per_sample_grad_norms(case.losses(), case.model)
@@ -108,7 +108,7 @@ def test_a_weight_that_autocast_cast_once_for_two_calls():
 def test_a_sample_that_overflows_float16_contributes_nothing(way):
     dtype = torch.float16 if way == "model" else torch.float32
     case = case_of(image_model, dtype)
-    case.x[2] = 6e4  # finite in float16; what the first convolution makes of it is not
+    case.x[2] = 6e4  # finite in float16, but the first convolution's output is not
     with torch.autocast("cpu", torch.float16, enabled=way == "autocast"):
         total, stats = clipped_sum(case, 0.5)
         case.x[2] = 0.0
@@ -120,7 +120,7 @@ def test_a_sample_that_overflows_float16_contributes_nothing(way):
 
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_half_precision_weights_accumulate_in_float32(dtype):
-    """The sum is no half-precision number; only the private gradient of a half-precision weight is rounded, after the noise."""
+    """The sum is not in half precision; only the private gradient of a half-precision weight is rounded, after the noise."""
     case = case_of(image_model, dtype)
     bound = 0.1
     total, stats = clipped_sum(case, bound)
@@ -131,7 +131,7 @@ def test_half_precision_weights_accumulate_in_float32(dtype):
     clipper = GhostClipper(case.model, bound)
     clipper.accumulate(case.losses())
     clipper.privatize(0, 1)
-    for name, p in clipper.parameters.items():  # adapters stay float32
+    for name, p in clipper.parameters.items():  # the adapters are float32 in any case
         assert p.grad.dtype == p.dtype == (torch.float32 if "loda" in name else dtype)
 
 
@@ -167,7 +167,7 @@ def test_scaling_saves_what_float16_would_lose():
 
 
 def test_a_scaled_loss_alone_keeps_the_bound():
-    """What torch.amp.GradScaler would do: private all the same, but clipped as if the bound were smaller."""
+    """torch.amp.GradScaler would scale so: the step is still private, but clipped as if the bound were smaller."""
     case = case_of(image_model)
     clipper = GhostClipper(case.model, 0.3)
     stats = clipper.accumulate(case.losses() * 2**16, only(case, 1))
@@ -178,7 +178,7 @@ def test_a_scaled_loss_alone_keeps_the_bound():
 
 
 def checkpointed(model):
-    """The same layers, all of them checkpointed, in two segments."""
+    """Make the same layers in two segments, both checkpointed."""
     layers = list(model)
     half = len(layers) // 2
     return nn.Sequential(*(Checkpointed(nn.Sequential(*part)) for part in (layers[:half], layers[half:])))
@@ -187,7 +187,7 @@ def checkpointed(model):
 @pytest.mark.parametrize("make", [image_model, sequence_model])
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_checkpointing_under_autocast_changes_nothing(make, dtype):
-    """What is recomputed in backward is recomputed in the forward's precision, also where the step ran outside of autocast."""
+    """Backward recomputes in the forward's precision, even if the step runs outside of autocast."""
     case = case_of(make)
     norms = []
     for model in (case.model, checkpointed(case.model)):
@@ -218,7 +218,7 @@ def test_checkpoint_sequential_is_exact():
 
 @pytest.mark.parametrize("trains", ["adapters", "all"])
 def test_reentrant_checkpoint_sequential_is_refused(trains):
-    """Its first segment's input needs no gradient, so that PyTorch itself gives that segment none: the rest is refused."""
+    """The inputs need a gradient, for otherwise PyTorch itself computes none for the first segment."""
     case = case_of(image_model)
     case.model = InSegments(*case.model)
     case.model.reentrant = True
@@ -235,7 +235,7 @@ def test_reentrant_checkpoint_sequential_is_refused(trains):
 
 
 def gradients(case, dtype, way):
-    """Per-sample norms, and the ordinary gradients of the inputs and of what trains."""
+    """Compute losses, per-sample norms, and the ordinary gradients of the inputs and of all trained parameters."""
     x = case.x.detach().requires_grad_()
     parameters = [p for p in case.model.parameters() if p.requires_grad]
     with torch.autocast("cpu", dtype, enabled=way == "autocast"):
@@ -247,7 +247,7 @@ def gradients(case, dtype, way):
 @pytest.mark.parametrize("way", ["autocast", "model"])
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_no_adapted_convolution_is_computed_where_memory_may_be_unwritten(dtype, way, counts):
-    """Whatever trains: the same numbers with and without that fault of the processor, and near those of float64."""
+    """Whatever trains, the numbers are the same with and without that fault of the processor."""
 
     def check(case):
         case = case.to(torch.float32 if way == "autocast" else dtype)
@@ -259,7 +259,7 @@ def test_no_adapted_convolution_is_computed_where_memory_may_be_unwritten(dtype,
 
 
 def test_float32_that_may_be_computed_in_bfloat16_is_computed_in_float64():
-    """torch.backends.mkldnn.conv.fp32_precision lets oneDNN do so."""
+    """torch.backends.mkldnn.conv.fp32_precision lets oneDNN compute in bfloat16."""
     layer = randomise(LoDAConv2d(3, 4, 3, stride=2, dilation=2, rank=2))
     x = torch.randn(2, 3, 9, 9)
     plain = layer(x)
@@ -286,7 +286,7 @@ class Watching(TorchDispatchMode):
 
 
 class InFloat32(nn.Module):
-    """The way out that the refusal names."""
+    """The remedy that the refusal names: the layer in float32, without autocast."""
 
     def __init__(self, layer):
         super().__init__()
@@ -308,7 +308,7 @@ CONVOLUTIONS = {
 
 
 class Around(nn.Module):
-    """A plain convolution below or above what trains."""
+    """A plain convolution below or above the layers that train."""
 
     def __init__(self, layer, place, trains):
         super().__init__()
@@ -332,7 +332,7 @@ def private_step(model, x, autocast=True):
 
 @pytest.fixture
 def amx(monkeypatch):
-    """A processor that has it, as far as PyTorch says."""
+    """Let PyTorch say that the processor has AMX."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
 
 
@@ -343,7 +343,7 @@ def test_a_plain_convolution_of_that_kind_is_refused_by_name_and_the_way_out_wor
     dims = kind if isinstance(kind, int) else 2
     x = torch.randn(3, 4, *[9] * dims)
     before = [p.detach().clone() for p in model.parameters()]
-    for _ in range(2):  # before anything watched the layer, and then
+    for _ in range(2):  # the first time nothing has watched the layer yet
         with pytest.raises(PrivacyError, match=r"layer 'layer' \(Conv.*autocast disabled.*"):
             private_step(model, x)
     assert all(map(torch.equal, model.parameters(), before))
@@ -378,7 +378,7 @@ def test_a_function_of_that_kind_is_refused_by_its_geometry(amx):
 
 
 def test_what_is_right_is_not_refused(amx, monkeypatch):
-    """Other geometries, what ran without gradients, and every geometry on processors without AMX."""
+    """These are other geometries, calls without gradients, and every geometry on processors without AMX."""
     x = torch.randn(3, 4, 9, 9)
     for layer in (nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 1)):
         private_step(Around(layer, "below", False), x)
@@ -390,6 +390,6 @@ def test_what_is_right_is_not_refused(amx, monkeypatch):
     assert per_sample_grad_norms(losses, model).isfinite().all()
     kept_out = Around(InFloat32(CONVOLUTIONS["grouped"]()), "below", False)
     cover(kept_out)
-    private_step(kept_out, x)  # the first step too, for it was watched
+    private_step(kept_out, x)  # even the first step, because the call was watched
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     private_step(model, x)

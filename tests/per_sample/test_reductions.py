@@ -1,4 +1,4 @@
-"""Norms and weighted sums of rows, and the small parts that a private step goes through once instead of for each parameter."""
+"""Norms and weighted sums of rows, and the small parts that a private step does once for all parameters."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ LENGTHS = st.sampled_from([1, 5, LONG - 1, LONG, LONG + 1, LONG + RUN - 1, 3 * L
 def test_squares_are_those_of_float64_whatever_the_numbers_size(length, power, seed):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(3, length, generator=generator, dtype=torch.float64) * 10.0**power
-    rows[1] *= torch.rand(length, generator=generator, dtype=torch.float64) < 0.01  # nearly all zero
+    rows[1] *= torch.rand(length, generator=generator, dtype=torch.float64) < 0.01  # nearly all entries are zero
     rows = rows.float()
     truth = rows.double().square().sum(1)
     assert ((row_squares(rows) - truth).abs() <= 1e-6 * truth).all()
@@ -30,7 +30,7 @@ def test_squares_are_those_of_float64_whatever_the_numbers_size(length, power, s
 
 
 def test_gradients_side_by_side_are_summed_as_apart():
-    """Those of one row, too, and beside others that lie elsewhere or in another order."""
+    """So are the gradients of a single sample, and those that lie apart or in another order."""
     for samples in (1, 3):
         line, factors = torch.randn(samples, 30), torch.rand(samples)
         kept = [line[:, :10], line[:, 10:18], torch.randn(samples, 5), line[:, 18:29], line[:, :10], line[:, 29:]]
@@ -109,7 +109,7 @@ def test_noise_drawn_in_parts_is_of_one_piece(monkeypatch):
     clipper = GhostClipper(model, max_grad_norm=2.0)
     clipper.privatize(noise_multiplier=3.0, expected_batch_size=6.0)
     noise = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert len(noise.unique()) > 990  # in float32 two of 1001 may be alike by chance
+    assert len(noise.unique()) > 990  # in float32 two of 1001 may be equal by chance
     assert noise.std().item() == pytest.approx(1.0, abs=0.15)
 
 

@@ -1,8 +1,8 @@
 """Unsafe models are refused by name, before anything changes; safe ones are not.
 
-Each row of UNSAFE plants one way to break the per-sample bound, most of them found in real models. A refusal must be a
+Each entry of UNSAFE plants one way to break the per-sample bound; most were found in real models. A refusal must be a
 PrivacyError (or the ValueError of a wrong call), name the culprit, and leave parameters, buffers, `.grad` and the
-optimizer's state bit for bit as they were. What no check can see is in LIMITS.
+optimizer's state bit for bit as they were. What no check can find is in LIMITS and the tests after it.
 """
 
 import copy
@@ -38,7 +38,7 @@ def row_losses(y: Tensor) -> Tensor:
 
 
 def scene(model: nn.Module, x: Tensor, loss=row_losses, optimizer=None) -> Scene:
-    """One private step with an optimizer that has a past."""
+    """Prepare one private step with an optimizer that has already taken a step."""
     optimizer = optimizer or torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     give_a_past(model, optimizer)
     losses = loss(model(x))
@@ -46,7 +46,7 @@ def scene(model: nn.Module, x: Tensor, loss=row_losses, optimizer=None) -> Scene
 
 
 def give_a_past(model, optimizer):
-    """Optimizer state and `.grad`, so that a lost or changed one shows."""
+    """Make optimizer state and `.grad`, so that a test notices when they are lost or changed."""
     if not isinstance(optimizer, torch.optim.LBFGS):
         for p in model.parameters():
             p.grad = torch.rand_like(p) if p.requires_grad else None
@@ -54,7 +54,7 @@ def give_a_past(model, optimizer):
 
 
 class Hooked(nn.Module):
-    """A gradient hook that scales by all samples."""
+    """A gradient hook that scales each sample's gradient by those of all samples."""
 
     def forward(self, x):
         x.register_hook(lambda g: g / g.norm())
@@ -65,7 +65,7 @@ class Hooked(nn.Module):
 
 
 class Between(nn.Module):
-    """Something between two covered layers."""
+    """A model with something between two covered layers."""
 
     def __init__(self, middle, images=False):
         super().__init__()
@@ -89,22 +89,22 @@ def sequences():
 
 
 def layer(middle: nn.Module, x=features) -> Callable[[], Scene]:
-    """A module between two layers."""
+    """Plant a module between two layers."""
     return lambda: scene(Between(copy.deepcopy(middle), x is images), x())
 
 
 def function(middle: Callable[[Tensor], Tensor], x=features) -> Callable[[], Scene]:
-    """A function of the whole batch's features between two layers."""
+    """Plant a function of the whole batch's features between two layers."""
     return lambda: scene(Between(middle, x is images), x())
 
 
 def loss(of: Callable[[Tensor], Tensor]) -> Callable[[], Scene]:
-    """A loss computed from the outputs of a sound model."""
+    """Plant a loss that is computed from the outputs of a sound model."""
     return lambda: scene(Between(nn.SiLU()), features(), of)
 
 
 def penalty(of: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[], Scene]:
-    """A loss that reads the model itself."""
+    """Plant a loss that reads the model itself."""
 
     def build():
         model = Between(nn.SiLU())
@@ -114,7 +114,7 @@ def penalty(of: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[], Scene]:
 
 
 def optimizer(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Callable[[], Scene]:
-    """A sound model under an optimizer of its own."""
+    """Give a sound model the optimizer that `make` returns."""
 
     def build():
         model = Between(nn.SiLU())
@@ -124,7 +124,7 @@ def optimizer(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Callable[[]
 
 
 def between_steps(change: Callable[[nn.Module, Tensor], Tensor], middle: Callable[[], nn.Module] = nn.SiLU):
-    """What `change` does with the model after GhostClipper was made; it returns the outputs."""
+    """Let `change` do something with the model after GhostClipper was made; `change` returns the outputs."""
 
     def build():
         model = Between(middle())
@@ -141,7 +141,7 @@ def between_steps(change: Callable[[nn.Module, Tensor], Tensor], middle: Callabl
 
 
 class Bare(nn.Module):
-    """A parameter outside any layer, and what is made of it and the features."""
+    """A parameter outside any layer, and a function of it and the features."""
 
     def __init__(self, shape, use):
         super().__init__()
@@ -164,14 +164,14 @@ class HiddenScale(torch.autograd.Function):
 
 
 class Borrowed(nn.Linear):
-    """Its weight is used a second time, outside the layer."""
+    """A linear layer whose weight is used a second time, outside of the linear map."""
 
     def forward(self, x):
         return super().forward(x) * self.weight.mean()
 
 
 class First(nn.Module):
-    """The first output of a recurrent or attention layer."""
+    """A module that returns the first output of a recurrent or attention layer."""
 
     def __init__(self, inner, inputs=1):
         super().__init__()
@@ -182,14 +182,14 @@ class First(nn.Module):
 
 
 class TimeMajor(nn.Linear):
-    """Rows in the order of positions, then samples."""
+    """A linear layer whose rows are in the order of positions, then samples."""
 
     def forward(self, x):
         return super().forward(x.transpose(0, 1).reshape(-1, C)).view(5, -1, C).transpose(0, 1).contiguous()
 
 
 class Scattered(nn.Linear):
-    """Rows in an order that says nothing of samples."""
+    """A linear layer whose rows are in an order that does not follow the samples."""
 
     def forward(self, x):
         order = torch.randperm(x.shape[0] * x.shape[1])
@@ -211,7 +211,7 @@ class Doubled(nn.Module):
 
 
 class Counter(nn.Module):
-    """Keeps a running mean of its inputs, as old code writes batch statistics."""
+    """A layer that keeps a running mean of its inputs, as old code computes batch statistics."""
 
     def __init__(self, update):
         super().__init__()
@@ -272,7 +272,7 @@ def shuffled(x):
 
 
 def neighbours(x):
-    """Each sample trades places with the next."""
+    """Exchange each sample with its neighbour."""
     return x.view(-1, 2, C).flip(1).view_as(x)
 
 
@@ -287,13 +287,13 @@ def gradient_penalty(model, y):
 
 
 def stale(model):
-    """A frozen parameter in the optimizer, with the gradient of an earlier, non-private backward."""
+    """Give the optimizer a frozen parameter that has the gradient of an earlier, non-private backward pass."""
     model.first.requires_grad_(False)
     return StaleSGD(model)
 
 
 class StaleSGD(torch.optim.SGD):
-    """Its step leaves a `.grad` on the frozen layer."""
+    """SGD whose step leaves a `.grad` on the frozen layer."""
 
     def __init__(self, model):
         super().__init__(model.parameters(), 0.1)
@@ -437,7 +437,7 @@ UNSAFE = {
 
 
 def everything(s: Scene) -> list:
-    """Bytes of all that a refusal must leave alone."""
+    """Collect the bytes of all that a refusal must leave unchanged."""
     tensors = [*s.model.parameters(), *s.model.buffers(), *(p.grad for p in s.model.parameters())]
     leaves = tree_flatten([tensors, s.optimizer.state_dict()])[0]
     return [
@@ -446,7 +446,7 @@ def everything(s: Scene) -> list:
 
 
 def refusal(unsafe: Unsafe) -> tuple[str | None, bool]:
-    """-> (the message if it was refused by the right error, else None; whether nothing changed)."""
+    """Return (the message if the right error refused it, else None; whether nothing changed)."""
     torch.manual_seed(0)
     planted = unsafe.build()
     before = everything(planted)
@@ -475,7 +475,7 @@ def test_all_unsafe_models_are_refused(proof):
 @pytest.mark.parametrize("samples", [2, 3, 5, 8])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_one_pair_that_mixes_is_found(samples, seed):
-    """Also where only one sample reads only one other: the probe cuts every pair apart, both ways."""
+    """This includes one sample that reads only one other: the probe separates each pair, in both directions."""
     torch.manual_seed(seed)
     for i in range(samples):
         for j in range(samples):
@@ -562,7 +562,7 @@ def test_a_model_that_trains_nothing():
 
 
 def test_an_unsafe_model_is_refused_at_the_second_micro_batch_too():
-    """A first one of a single sample can't show that samples mix."""
+    """A first micro-batch of a single sample can't show that samples mix."""
     model = Between(lambda x: x - x.mean(0))
     clipper = GhostClipper(model, 1.0)
     clipper.accumulate(row_losses(model(features()[:1]) + 1))
@@ -571,7 +571,7 @@ def test_an_unsafe_model_is_refused_at_the_second_micro_batch_too():
 
 
 def test_a_checkpoint_that_lets_nothing_be_read_twice_is_refused(monkeypatch):
-    """Should PyTorch keep its handles elsewhere one day."""
+    """PyTorch may keep its handles elsewhere one day."""
     monkeypatch.setattr(records, "let_rule_read_first", lambda node: None)
     planted = layer(Hidden(C, C, use_reentrant=False))()
     before = everything(planted)
@@ -584,7 +584,7 @@ def test_a_checkpoint_that_lets_nothing_be_read_twice_is_refused(monkeypatch):
 
 
 class Positions(nn.Module):
-    """Mixes positions within each sample."""
+    """A layer that mixes positions within each sample."""
 
     def forward(self, x):
         return (x - x.mean(1, keepdim=True)).cumsum(1).roll(1, 1).softmax(1)

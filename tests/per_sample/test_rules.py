@@ -1,4 +1,4 @@
-"""The rules of every common layer, of layers of one's own, through torch.func, and the Gram's norm: exact, or refused by name."""
+"""The rules of common layers, users' own layers, layers through torch.func and Gram norms: exact, or refused by name."""
 
 import copy
 import math
@@ -63,7 +63,7 @@ def test_float32_is_as_good_as_pytorch(kind, counts):
 @pytest.mark.parametrize("keep", [0.0, math.inf])
 @pytest.mark.parametrize("cases", [drawn.plain_convs(), drawn.transposed_convs()], ids=["conv", "transposed conv"])
 def test_convolutions_by_pytorchs_kernel_for_each_sample(cases, keep, counts, monkeypatch):
-    """As large ones are computed: exact in float64, as good as PyTorch in float32, and there of the norm of what is summed."""
+    """Large convolutions are computed so: exact in float64, as good as PyTorch in float32, with the norm of what is summed."""
     monkeypatch.setattr(plan, "MANY_POSITIONS", 0)
     monkeypatch.setattr(plan, "KEEP_FACTOR", keep)
 
@@ -76,7 +76,7 @@ def test_convolutions_by_pytorchs_kernel_for_each_sample(cases, keep, counts, mo
 
 
 def check_clips_what_it_sums(case):
-    """To 1e-5, whatever the size of the numbers."""
+    """Check that the norm and the sum agree to 1e-5, whatever the size of the numbers."""
     case.x[..., 1:] *= 1e3
     norms = per_sample_grad_norms(case.losses(), case.model, views=case.views)
     for i, norm in enumerate(norms):
@@ -87,7 +87,7 @@ def check_clips_what_it_sums(case):
 
 @pytest.mark.parametrize("order", ["pooled", "unbound", "permuted", "copied", "rows", "stacked"])
 def test_an_adapter_on_sequences_of_one_position(order):
-    """[1, N, C]: what comes before the batch is 1, and yet the batch is not the first dimension."""
+    """In [1, N, C] the dimensions before the batch have size 1, and yet the batch is not the first dimension."""
     layers = nn.Sequential(LoDALinear(3, 3, rank=2), LoDALinear(3, 3, rank=2))
     model = drawn.randomise(drawn.SequenceFirst(layers, order).double())
     check_exact(drawn.Case(model, torch.randn(4, 1, 3, dtype=torch.float64)))
@@ -101,12 +101,12 @@ def test_output_padding_beyond_a_single_tap(make):
 
 
 def varies(case):
-    """Whether the inputs are not all alike: what is left of a constant after normalisation is float32's rounding alone."""
+    """Tell whether the inputs differ: normalising a constant leaves nothing but float32's rounding."""
     return case.x.std() > 0 if case.x.numel() > 1 else True
 
 
 def check_float32_with_fused_kernels_off(case):
-    cover(case.model)  # recurrent layers
+    cover(case.model)  # this turns off the fused kernels of recurrent layers
     check_float32(case)
 
 
@@ -118,7 +118,7 @@ def test_every_form_is_exact(form):
 
 
 def test_the_fused_rms_norm_of_gpus():
-    """Its node, as PyTorch's derivatives.yaml describes it: elsewhere RMSNorm is composed."""
+    """The node is made as PyTorch's derivatives.yaml describes it, for elsewhere RMSNorm is composed of other operations."""
     x, gy = torch.randn(4, 3, 5, dtype=torch.float64), torch.randn(4, 3, 5, dtype=torch.float64)
     rstd = x.square().mean(-1, keepdim=True).rsqrt()
     node = SimpleNamespace(_saved_normalized_shape=[5], _saved_input=x, _saved_result1=rstd)
@@ -130,7 +130,7 @@ def test_the_fused_rms_norm_of_gpus():
 
 
 def test_sequences_of_other_lengths_need_no_new_probe():
-    """Where the batch lies is read off each graph: what was probed for one length holds for another, and for one sample."""
+    """The batch dimension is read off each graph: a probe for one length holds for others, and for one sample."""
     model = drawn.randomise(drawn.SequenceFirst(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), "rows").double())
     for samples, length in ((3, 4), (4, 3), (2, 7), (1, 5), (5, 1), (6, 6)):
         check_exact(drawn.Case(model, torch.randn(samples, length, 3, dtype=torch.float64)))
@@ -150,23 +150,23 @@ def test_a_batch_in_the_last_dimension_is_exact_or_refused():
 
 @pytest.mark.parametrize("wrong", [1, 3, 5])
 def test_a_wrong_reading_of_the_layout_is_refused(wrong, monkeypatch):
-    """The probe, not the reading, is what keeps samples apart."""
+    """The probe keeps samples apart, not the reading."""
     model = nn.MultiheadAttention(4, 2, batch_first=True)
     x = torch.randn(3, 5, 4)
     losses = model(x, x, x)[0].sin().sum((1, 2))
     monkeypatch.setattr(graph, "follow_batch", lambda edges, rows: BatchPlaces(dict.fromkeys(edges, wrong), {}, []))
     if wrong == 5:
-        per_sample_grad_norms(losses, model)  # that is where it is
+        per_sample_grad_norms(losses, model)  # the batch is there
     else:
         with pytest.raises(PrivacyError, match="samples mix|multiple|batch"):
             per_sample_grad_norms(losses, model)
 
 
-# ---- the Gram's norm
+# ---- norms by the Gram matrix
 
 
 def ghosts(monkeypatch):
-    """Every linear map's norm by the Gram; returns how often it was taken."""
+    """Let every linear map's norm be computed by the Gram matrix; return a list with one entry for each time this was done."""
     taken = []
     monkeypatch.setattr(plan, "GHOST_FACTOR", math.inf)
     monkeypatch.setattr(gram, "_squares", lambda *a, of=gram._squares: taken.append(1) or of(*a))
@@ -186,7 +186,7 @@ def test_ghost_is_exact(kind, counts, monkeypatch):
 
 
 def test_a_map_called_twice_is_exact_without_a_gram(counts, monkeypatch):
-    """Two calls' gradients may cancel, which no sum of Grams shows: then they are made again."""
+    """The gradients of two calls may cancel, which no sum of Grams shows: then the gradients are made again."""
     taken = ghosts(monkeypatch)
     drawn.hold_for(drawn.reused_linears(), counts(25, 500), check_exact)
     assert not taken
@@ -199,7 +199,7 @@ def test_ghost_in_float32_is_as_good_as_pytorch(counts, monkeypatch):
 
 
 def cancelling(samples, positions, inputs, outputs, size, dtype):
-    """Positions whose products cancel to a rounding of their size, and a little that does not."""
+    """Draw positions whose products cancel up to rounding, plus small ones that do not."""
     signs = (1 - 2 * (torch.arange(positions) % 2)).view(-1, 1)
     x = size * torch.randn(samples, 1, inputs, dtype=torch.float64) * signs + 1e-3 * torch.randn(
         samples, positions, inputs
@@ -212,7 +212,7 @@ def cancelling(samples, positions, inputs, outputs, size, dtype):
 @pytest.mark.parametrize("size", [1.0, 100.0, 1e6])
 @pytest.mark.parametrize("positions", [2, 16, 64])
 def test_ghost_never_underestimates_what_it_sums(positions, size, dtype, counts):
-    """Each sample's own contribution against its norm, and the norm against the gradient, to float64's rounding."""
+    """Compare each sample's own contribution with its norm, and the norm with the gradient, up to float64's rounding."""
     for seed in range(counts(3, 100)):
         torch.manual_seed(seed)
         x, gy = cancelling(3, positions, 7, 5, size, dtype)
@@ -223,15 +223,14 @@ def test_ghost_never_underestimates_what_it_sums(positions, size, dtype, counts)
             assert gram.weighted_sum(x, gy, alone).double().norm() <= norm * (1 + 1e-5)
         rounding = (positions + 4) * 2.0**-53 * (x.double().norm(dim=2) * gy.double().norm(dim=2)).sum(1)
         assert (norms >= exact - rounding).all()
-        roundings = (
-            7 + 5 + positions**2 + 8
-        )  # and above it by no more than the bound says: sqrt of these, of what cancels
+        # The norm exceeds the truth by at most the square root of these roundings of what cancels.
+        roundings = 7 + 5 + positions**2 + 8
         above = math.sqrt(2 * roundings * 2.0**-53) * (x.double().norm(dim=2) * gy.double().norm(dim=2)).sum(1)
         assert (norms <= exact + above).all()
 
 
 def test_a_gram_in_float32_would_underestimate():
-    """That the case above is a hard one: the same without float64."""
+    """This shows that the case above is hard: it is the same without float64."""
     x, gy = cancelling(3, 16, 7, 5, 1e3, torch.float32)
     naive = ((x @ x.mT) * (gy @ gy.mT)).sum((1, 2)).clamp(min=0).sqrt().double()
     exact = torch.einsum("ntc,nto->nco", x.double(), gy.double()).flatten(1).norm(dim=1)
@@ -239,7 +238,7 @@ def test_a_gram_in_float32_would_underestimate():
 
 
 def test_ghost_keeps_bad_samples_out(monkeypatch):
-    """A sample that is not finite contributes zero, and harms no other."""
+    """A sample that is not finite contributes zero, and does not affect the others."""
     taken = ghosts(monkeypatch)
     layer = nn.Linear(5, 4)
     x = torch.randn(6, 5)
@@ -256,7 +255,7 @@ def test_ghost_keeps_bad_samples_out(monkeypatch):
 
 
 def test_the_planner_takes_the_cheapest_sound_way():
-    """Counts, not times: small against large maps, few against many positions."""
+    """It goes by counts of operations, not times: for small and large maps, few and many positions."""
 
     def sizes(n, t, c, o):
         product = ("tc,to->co", ((n * t, c), (n * t, o)))
@@ -276,7 +275,7 @@ def test_the_planner_takes_the_cheapest_sound_way():
 
 
 class Rotated(nn.Module):
-    """No rule: features raised to a norm of its parameter; a matrix exponential of it; a bias that has one."""
+    """A layer whose power by a norm of its parameter and matrix exponential have no rule, and whose bias has one."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -288,14 +287,14 @@ class Rotated(nn.Module):
 
 
 class Turned(Rotated):
-    """Operations on parameters alone, which need no torch.func."""
+    """A layer of operations on parameters alone, which need no torch.func."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ torch.linalg.matrix_exp(self.skew - self.skew.T) * (self.bias * self.bias)
 
 
 class Holder(nn.Module):
-    """A parameter of its own without a rule, and layers inside that have one."""
+    """A layer with a parameter that has no rule, and a linear layer inside that has one."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -306,7 +305,7 @@ class Holder(nn.Module):
 
 
 class Pairs(nn.Module):
-    """Several outputs, one of them whole numbers, and an input by name; the batch second in one output."""
+    """A layer with several outputs, one of them integers, one with the batch second; its input is passed by name."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -329,7 +328,7 @@ class TakesPairs(nn.Module):
 
 
 class SharedWithOutside(nn.Module):
-    """The odd layer's bias is also another layer's, and the odd layer is called twice."""
+    """An odd layer that is called twice, and whose bias is also that of another layer."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -395,7 +394,7 @@ def test_one_warning_names_the_layer_and_layers_with_rules_are_left_alone():
         for _ in range(2):
             cover(model)
             per_sample_grad_norms(losses_of(model, x), model)
-    assert len(ran) == 2  # it is not looked into again
+    assert len(ran) == 2  # the covered layer is not looked into again
     covered.remove()
     assert all("forward" not in layer.__dict__ for layer in model.modules())
     with pytest.raises(PrivacyError, match=r"'2.skew'.*fastloda.cover"):
@@ -450,7 +449,7 @@ def test_a_covered_layer_under_autocast_clips_what_it_sums():
 
 
 def test_a_whole_part_of_the_model_by_name():
-    """For a weight that its own layer uses soundly, and another one does not."""
+    """The weight is used soundly by its own layer, and once more by the layer around it."""
 
     class Borrows(nn.Module):
         def __init__(self):
@@ -472,7 +471,7 @@ def test_a_whole_part_of_the_model_by_name():
 
 
 def test_recurrent_layers_run_without_their_fused_kernels():
-    """In float32 the CPU's LSTM is one operation; covered, it is what it is composed of."""
+    """In float32 the CPU's LSTM is one operation; when covered, it is composed of several."""
     model = nn.LSTM(3, 4, 2, batch_first=True)
     plain, x = copy.deepcopy(model), torch.randn(5, 6, 3)
     losses = lambda model, x: model(x)[0].sin().sum((1, 2))  # noqa: E731
@@ -480,7 +479,7 @@ def test_recurrent_layers_run_without_their_fused_kernels():
         per_sample_grad_norms(losses(model, x), model)
     cover(model)
     losses(model, x)
-    cover(model).remove()  # and anew
+    cover(model).remove()  # cover it again
     cover(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -497,14 +496,14 @@ class Coupled(Rotated):
 
 
 class FaintlyCoupled(Rotated):
-    """By less than a rounding, which only the gradients show."""
+    """The coupling is smaller than a rounding, so that only the gradients show it."""
 
     def forward(self, x):
         return super().forward(x) + 1e-12 * x.sum(0)
 
 
 class Offset(Rotated):
-    """Mixes samples, but no gradient shows it."""
+    """The samples mix, but no gradient shows it."""
 
     def forward(self, x):
         return super().forward(x) + x.detach().mean(0)
@@ -521,7 +520,7 @@ class Branching(Rotated):
 
 
 class Stateful(Rotated):
-    """Another answer each time."""
+    """A layer that computes something else at each call."""
 
     def __init__(self, width):
         super().__init__(width)
@@ -533,7 +532,7 @@ class Stateful(Rotated):
 
 
 class Global(Rotated):
-    """Reads a parameter that is not its own."""
+    """A layer that reads a parameter that is not its own."""
 
     other = nn.Parameter(torch.ones(3))
 
@@ -599,7 +598,7 @@ def test_a_sample_that_is_not_finite_contributes_zero_through_torch_func():
 
 def make_scaled():
     class Scaled(nn.Module):
-        """y = x exp(scale) + inner(shift): a parameter for its rule, and a layer with a rule of its own."""
+        """y = x exp(scale) + inner(x + shift): `scale` needs a registered rule, `inner` has one."""
 
         def __init__(self, width: int):
             super().__init__()
@@ -705,7 +704,7 @@ def test_check_rule_takes_whole_models():
 
 
 def test_attention_reads_its_packed_weight_in_three_parts():
-    """So that what is exact above is the re-laid way, not one product."""
+    """This shows that the exact cases above split the weight, and do not use one product."""
     model = drawn.randomise(nn.MultiheadAttention(4, 2, batch_first=True).double())
     x, y = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
     found = trace(model(x, y, y.cos())[0].sum((1, 2)), dict(model.named_parameters()))

@@ -1,4 +1,4 @@
-"""No loss that couples samples makes a private step, however backward is called; honest losses of every usual kind do."""
+"""No loss that couples samples gets through a private backward pass, however it is called; usual honest losses do."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fastloda.engine.module import PrivateModule, Tape
 
 
 class Contrast(torch.autograd.Function):
-    """A contrastive loss that does its own backward."""
+    """A contrastive loss with a backward pass of its own."""
 
     @staticmethod
     def forward(ctx, z):
@@ -42,7 +42,7 @@ class RowSquares(torch.autograd.Function):
 
 
 class NormalisedBackward(RowSquares):
-    """A backward pass that scales each sample's gradient by all of them."""
+    """A backward pass that scales each sample's gradient by those of all samples."""
 
     @staticmethod
     def backward(ctx, g):
@@ -50,7 +50,7 @@ class NormalisedBackward(RowSquares):
 
 
 class Gelu(torch.autograd.Function):
-    """An operation with the name of one of PyTorch's, whose backward pass scales each sample's gradient by all of them."""
+    """An operation named like one of PyTorch's, whose backward pass scales each sample's gradient by those of all samples."""
 
     @staticmethod
     def forward(ctx, z):
@@ -63,7 +63,7 @@ class Gelu(torch.autograd.Function):
 
 
 class HookedCriterion(nn.Module):
-    """A criterion of two inputs, whose backward passes are watched: of the second it takes a softmax along `dim`."""
+    """A criterion of two inputs with a full backward hook; it takes a softmax of the second input along `dim`."""
 
     def __init__(self, dim):
         super().__init__()
@@ -75,7 +75,7 @@ class HookedCriterion(nn.Module):
 
 
 class ClippedBackward(RowSquares):
-    """A backward pass that clips the gradient of the batch where it is large, or keeps it from being small."""
+    """A backward pass that clips the gradient of the whole batch where it is large, and raises it where it is small."""
 
     @staticmethod
     def backward(ctx, g):
@@ -84,7 +84,7 @@ class ClippedBackward(RowSquares):
 
 
 class ClampedBackward(RowSquares):
-    """An honest one: each number apart."""
+    """An honest backward pass, which clamps each number by itself."""
 
     @staticmethod
     def backward(ctx, g):
@@ -118,7 +118,7 @@ LSTM = nn.LSTM(C, 3, batch_first=True).requires_grad_(False)
 
 
 def put(rows, index, shape):
-    """Rows in the places that an index says, of zeros."""
+    """Put rows into zeros of the given shape, at the places that an index names."""
     whole = torch.zeros(shape)
     whole[index] = rows
     return whole
@@ -244,7 +244,7 @@ def test_scripted_coupling_is_refused_at_every_call():
 
 
 def test_a_backward_pass_that_was_not_looked_at_is_refused(monkeypatch):
-    """Should another library replace the engine, or C++ start the pass."""
+    """Another library may replace the engine, or C++ may start the pass."""
     out, tape = outputs(N, C)
     loss = _contrast(out)
     monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", plain_engine())
@@ -267,7 +267,7 @@ def ctc(z):
 
 
 class Criterion(nn.Module):
-    """Several terms, some of them weighted."""
+    """A criterion of several terms, some of them weighted."""
 
     def forward(self, z):
         of_each = F.cross_entropy(z, Y, reduction="none") * torch.rand(N)
@@ -302,7 +302,7 @@ def spectrogram(z):
 
 
 def by_group(z):
-    """Each sample by the head of its group, put back into its own place."""
+    """Compute each sample's loss in its group, and put it back into the sample's own place."""
     losses = torch.zeros(N)
     for group, weight in ((Y > 1, 2.0), (Y == 1, 0.5), (Y == 0, 3.0), (Y > 9, 1.0)):  # two of one sample, one of none
         losses[group] = weight * F.cross_entropy(z[group], Y[group], reduction="none")
@@ -310,7 +310,7 @@ def by_group(z):
 
 
 def random_field(z):
-    """The forward algorithm of a linear-chain CRF."""
+    """Compute a linear-chain CRF's loss by its forward algorithm."""
     steps, score = torch.eye(C), z[:, 0]
     for t in range(1, T):
         score = torch.logsumexp(score[:, :, None] + steps + z[:, t, None], 1)
@@ -414,13 +414,13 @@ def test_honest_losses_pass(name):
 
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_losses_are_honest(name):
-    """What passes must be what the promise needs: the outputs of one sample change no other's gradient."""
+    """Losses that pass must have what the guarantee needs: one sample's outputs change no other sample's gradient."""
     shape, loss = HONEST[name]
     assert others_move(loss, shape) < 1e-4
 
 
-# Couplings that `others_move` does not see: through targets, through grad_output, or of pairs that the first sample is rarely in;
-# reentrant checkpointing can't be asked for gradients.
+# Couplings that `others_move` does not show, because they act through targets or grad_output, or in pairs that the first sample
+# is rarely in. Reentrant checkpointing can't be asked for gradients.
 UNSEEN = {name for name in MIXING if "mistake" in name} | {
     "contrastive, reentrant checkpoint",
     "backward that normalises",
@@ -436,13 +436,13 @@ UNSEEN |= {"frozen tower", "distances to targets", "outputs as scales of a group
 
 @pytest.mark.parametrize("name", sorted(set(MIXING) - UNSEEN))
 def test_mixing_losses_mix(name):
-    """What is refused is refused for a reason: other outputs of one sample change another's gradient."""
+    """Losses that are refused do mix: other outputs of one sample change another sample's gradient."""
     shape, loss = MIXING[name]
     assert others_move(loss, shape) > 1e-4
 
 
 def others_move(loss, shape):
-    """How far the gradients of the other samples move when the first one's outputs are other ones, of many tries."""
+    """Compute how far the other samples' gradients move if the first sample's outputs change, at most in several tries."""
     largest = 0.0
     for seed in range(12):
         z = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -480,7 +480,7 @@ def others_move(loss, shape):
     ],
 )
 def test_a_sum_over_another_number_than_the_samples(loss):
-    """For loss_reduction="mean" each gradient would be scaled by the number of samples."""
+    """With loss_reduction="mean" each gradient would be scaled by the number of samples."""
     out, tape = outputs(N, C)
     with pytest.raises(PrivacyError, match="no mean of these 6"):
         loss(out).backward()
@@ -528,7 +528,7 @@ def squares(z):
     ],
 )
 def test_a_factor_that_follows_the_number_of_samples(reduction, loss):
-    """The outputs' gradients would depend on it, whatever the reduction; a batch of another size shows it."""
+    """The outputs' gradients would depend on that number, whatever the reduction; a batch of another size shows it."""
     tape, refused = Tape(reduction), []
     for rows in (5, 5, 7):
         out = PrivateModule(Leaf(torch.randn(rows, C)), tape)(torch.zeros(1))
@@ -586,14 +586,14 @@ def test_losses_that_are_a_vector():
 
 
 def test_a_grid_that_happens_to_have_as_many_entries_as_there_are_samples():
-    """Told from targets of other samples by an earlier batch of another size."""
+    """An earlier batch of another size distinguishes it from the targets of other samples."""
     tape = Tape("mean")
     grid = torch.linspace(0, 1, 4)
     for rows in (5, 4, 7):
         out = PrivateModule(Leaf(torch.randn(rows, 1)), tape)(torch.zeros(1))
         (out - grid).abs().mean().backward()
         tape.clear()
-    for rows in (5, 4):  # while targets grow with the batch
+    for rows in (5, 4):  # but these targets grow with the batch
         out = PrivateModule(Leaf(torch.randn(rows, 1)), Tape("mean"))(torch.zeros(1))
         with pytest.raises(PrivacyError, match="broadcasts"):
             (out - torch.randn(rows)).abs().mean().backward()
@@ -601,7 +601,7 @@ def test_a_grid_that_happens_to_have_as_many_entries_as_there_are_samples():
 
 @pytest.mark.parametrize("shape", [(), (1, N, C), (T, N, C), (2 * N,)])
 def test_outputs_that_the_loss_leaves_out(shape):
-    """A recurrent layer's last state, or an auxiliary number: other rows than samples, which say nothing of the loss."""
+    """A recurrent layer's last state, or an auxiliary number: outputs with other rows, which say nothing about the loss."""
     for loss in (_contrast, torch.mean):
         module = PrivateModule(Several((N, C), shape), Tape("mean"))
         out, _ = module(torch.zeros(1))
@@ -641,7 +641,7 @@ def test_a_mask_over_samples_and_positions_is_no_index():
 
 
 def test_criterions_that_are_compiled():
-    """A compiled mean can't be looked into; losses of samples can."""
+    """A compiled mean can't be looked into; a compiled function that returns one loss per sample can."""
     mean = torch.compile(F.cross_entropy, backend="aot_eager")
     out, tape = outputs(N, C)
     with pytest.raises(PrivacyError, match="can't be seen: CompiledFunction is not known"):
@@ -652,7 +652,7 @@ def test_criterions_that_are_compiled():
 
 
 def test_ordinary_backward_passes_are_left_alone():
-    """What has nothing to do with a private module's outputs, or only looks at their gradients."""
+    """These have nothing to do with a private module's outputs, or only look at their gradients."""
     outputs(N, C)
     x = torch.randn(N, C, requires_grad=True)
     _contrast(x).backward()

@@ -1,4 +1,4 @@
-"""The taps of a convolution's gradient, against their definition, position by position."""
+"""The taps of a convolution's gradient, compared with their definition at each position."""
 
 import itertools
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def test_taps_are_what_their_definition_says(data, dims, batch, channels):
     kernel, stride, padding, dilation = sizes(1, 2, 3, 4), sizes(1, 2, 3), sizes(0, 1, 2, 3), sizes(1, 2)
     room = [q + 2 * p - d * (k - 1) - 1 for q, k, p, d in zip(in_size, kernel, padding, dilation)]
     assume(min(room) >= 0 and torch.Size(in_size).numel() <= 90)
-    missing = sizes(0, 0, 1)  # of the positions: a transposed convolution with output padding has fewer
+    missing = sizes(0, 0, 1)  # of the positions, as in a transposed convolution with output padding
     g = torch.randn(batch, channels, *(max(1, r // s + 1 - m) for r, s, m in zip(room, stride, missing)))
     geometry = in_size, kernel, stride, padding, dilation
     torch.testing.assert_close(gather_taps(g, *geometry), by_definition(g, *geometry), rtol=0, atol=0)

@@ -1,6 +1,6 @@
-"""A captured step is the clipper's own, bit for bit, over any data; what no graph can repeat is refused or not replayed.
+"""A captured step equals the clipper's own, bit for bit, on any data; what no graph can repeat is refused or not replayed.
 
-There is no GPU: a tape of operations (`tape.py`) stands in for a CUDA graph.
+No GPU is needed: a tape of operations (`tape.py`) stands in for a CUDA graph.
 """
 
 import copy
@@ -31,7 +31,7 @@ SAMPLES, BOUND = 5, 0.5
 @pytest.fixture(autouse=True)
 def _on_tape(monkeypatch):
     tape.use(monkeypatch)
-    monkeypatch.setattr(refusals, "LOOK_AGAIN", 0)  # only on the schedule
+    monkeypatch.setattr(refusals, "LOOK_AGAIN", 0)  # probe on the schedule only, never by chance
 
 
 def convolutional(rank: int | None = 2) -> nn.Module:
@@ -47,7 +47,7 @@ def convolutional(rank: int | None = 2) -> nn.Module:
     if rank is not None:
         attach_loda(model, rank=rank)
     for p in model.parameters():
-        nn.init.normal_(p, std=0.3)  # B = 0 would leave A without a gradient
+        nn.init.normal_(p, std=0.3)  # with B = 0, A would have no gradient
     return model
 
 
@@ -60,18 +60,18 @@ def loss_of(model: nn.Module):
 
 
 def captured_step(model=None, bound: float = BOUND, **options) -> tuple[GhostClipper, CapturedStep]:
-    """A step that replays from its next call on."""
+    """Make a step that replays from its next call on."""
     clipper = GhostClipper(model or convolutional(), bound, **options)
     step = CapturedStep(clipper, loss_of(clipper.model))
     x, y = batch(SAMPLES * clipper.views)
-    for _ in range(5):  # the first and the fourth are probed, those after them make the graph
+    for _ in range(5):  # calls 1 and 4 are probed; calls 2 and 5 capture
         step.accumulate(x, y)
     clipper.reset()
     return clipper, step
 
 
 def replays(step: CapturedStep, *args, **options) -> bool:
-    """Accumulate -> whether without calling losses."""
+    """Accumulate a batch; return whether this replayed the graph instead of calling losses."""
     called, losses = [], step._losses
     step._losses = lambda *inputs: called.append(1) or losses(*inputs)
     step.accumulate(*args, **options)
@@ -89,7 +89,7 @@ STYLES = ["flat", "automatic", "per_layer", AdaptiveClipping(count_noise=0.9)]
 @pytest.mark.parametrize("clipping", STYLES, ids=str)
 @pytest.mark.parametrize("rank, views", [(2, 1), (2, 3), (None, 1)])
 def test_steps_are_those_of_the_clipper_bit_for_bit(clipping, rank, views):
-    """Over micro-batches, padding, updates, and a bound that moves or is set."""
+    """They agree over micro-batches, padding, updates, and a bound that moves or is set."""
     models = [convolutional(rank)]
     models.append(copy.deepcopy(models[0]))
     clippers = [GhostClipper(model, BOUND, views, clipping=clipping) for model in models]
@@ -98,7 +98,7 @@ def test_steps_are_those_of_the_clipper_bit_for_bit(clipping, rank, views):
     for number in range(6):
         for used in (SAMPLES, SAMPLES, 2, 0):
             (x, y), mask = batch(SAMPLES * views), torch.arange(SAMPLES) < used
-            x[used * views :] = torch.nan  # padding may hold anything
+            x[used * views :] = torch.nan  # padding may hold any numbers
             stats = clippers[0].accumulate(loss_of(models[0])(x, y), mask)
             replayed += replays(step, x, y, mask=mask)
             assert torch.equal(sums(clippers[0]), sums(clippers[1]))
@@ -109,7 +109,7 @@ def test_steps_are_those_of_the_clipper_bit_for_bit(clipping, rank, views):
             if clipping == "flat":
                 clipper.max_grad_norm = BOUND / (number + 2)
         assert clippers[0].max_grad_norm == clippers[1].max_grad_norm
-    assert replayed == 24 - 6  # batches 1, 4 and 16 are probed, those after them make the graph
+    assert replayed == 24 - 6  # batches 1, 4 and 16 are probed; each following one captures
     for p, q in zip(models[0].parameters(), models[1].parameters()):
         assert torch.equal(p, q)
 
@@ -127,7 +127,7 @@ def test_the_sum_is_the_truth():
 
 @pytest.mark.parametrize("bad", [1e30, torch.inf, torch.nan], ids=str)
 def test_one_record_moves_the_sum_by_the_bound_at_most(bad):
-    """Whatever it is, and whatever the graph was captured over."""
+    """This holds for any record, and for any data over which the graph was captured."""
     clipper, step = captured_step()
     x, y = batch()
     found = []
@@ -152,7 +152,7 @@ def test_a_replay_adds_to_what_is_there_and_starts_at_zero():
     step.accumulate(x, y)
     assert torch.equal(sums(clipper), once)
     assert replays(step, x, y) and torch.equal(sums(clipper), 2 * once)
-    clipper.accumulate(loss_of(clipper.model)(x, y))  # the two may be mixed
+    clipper.accumulate(loss_of(clipper.model)(x, y))  # replays and the clipper's own calls may alternate
     assert torch.allclose(sums(clipper), 3 * once, rtol=1e-6)
 
 
@@ -172,7 +172,7 @@ def test_weights_are_those_of_each_call_and_so_are_the_counts():
 
 
 def test_a_graph_is_gone_before_its_memory_is_needed_again():
-    """Before a batch that is probed, and when it is asked for; then it is captured anew."""
+    """It is dropped before a batch that is probed, and on request; then it is captured again."""
     clipper, step = captured_step()
     while not step._looks.due():
         step.accumulate(*batch())
@@ -185,7 +185,7 @@ def test_a_graph_is_gone_before_its_memory_is_needed_again():
 
 
 def test_batches_that_are_due_are_probed():
-    """Samples that begin to mix unseen by Python are found where `GhostClipper.accumulate` finds them: at the fourth batch."""
+    """Samples that begin to mix without Python noticing are found at the fourth batch, as by `GhostClipper.accumulate`."""
     model = convolutional()
     share = torch.zeros(SAMPLES, 1)
     clipper = GhostClipper(model, BOUND)
@@ -193,7 +193,7 @@ def test_batches_that_are_due_are_probed():
     for _ in range(2):
         step.accumulate(*batch())
     assert replays(step, *batch())
-    share.fill_(0.3)  # the graph reads it
+    share.fill_(0.3)  # the graph reads this tensor
     with pytest.raises(PrivacyError, match="samples mix"):
         step.accumulate(*batch())
 
@@ -208,7 +208,7 @@ def test_chance_probes_too(monkeypatch):
 
 def test_nothing_is_replayed_before_the_probe_has_seen_every_gradient():
     model = convolutional()
-    for parameter in (model[4].weight, model[4].loda_B):  # nothing passes to the layers below
+    for parameter in (model[4].weight, model[4].loda_B):  # so that no gradient reaches the layers below
         nn.init.zeros_(parameter)
     clipper, step = captured_step(model)
     assert not any(replays(step, *batch()) for _ in range(3))
@@ -263,7 +263,7 @@ def test_a_model_that_moved_is_captured_anew(change):
     torch.manual_seed(1)
     clipper.accumulate(loss_of(model)(x, y))
     assert torch.equal(found, sums(clipper)) and not torch.equal(found, first)
-    for _ in range(3):  # the graph, and perhaps a probe before it
+    for _ in range(3):  # one captures, and another may be probed before it
         step.accumulate(x, y)
     clipper.reset()
     torch.manual_seed(1)
@@ -271,7 +271,7 @@ def test_a_model_that_moved_is_captured_anew(change):
 
 
 def test_what_the_graph_reads_stays_alive():
-    """Memory that was freed would hold what others compute."""
+    """Memory that was freed would hold other results."""
     model, held = convolutional(), {"scale": torch.ones(3)}
     clipper = GhostClipper(model, BOUND)
     step = CapturedStep(clipper, lambda x, y: F.cross_entropy(model(x) * held["scale"], y, reduction="none"))
@@ -279,7 +279,7 @@ def test_what_the_graph_reads_stays_alive():
         step.accumulate(*batch())
     address = held["scale"].data_ptr()
     assert any(t.data_ptr() == address for t in step._outside)
-    assert sum(t.numel() for t in step._outside) < 20_000  # and not what a run makes
+    assert sum(t.numel() for t in step._outside) < 20_000  # but not what a run itself computes
 
 
 def test_random_numbers_go_on_from_replay_to_replay():
@@ -293,7 +293,7 @@ def test_random_numbers_go_on_from_replay_to_replay():
 
 
 def test_the_diffusion_loss_is_captured():
-    """With its own draws; and the tables that it looks up are on the device already."""
+    """The loss draws its own random numbers, and the tables that it looks up are already on the device."""
     model = digits_unet(zero_init=False)
     diffusion = model.process
     attach_loda(model, rank=2)
@@ -302,7 +302,7 @@ def test_the_diffusion_loss_is_captured():
     clipper = GhostClipper(model, BOUND, views=2)
     step, x, y = CapturedStep(clipper, loss(generators[0]), generators[:1]), torch.randn(4, 1, 8, 8), torch.arange(4)
     found = [step.accumulate(x, y)[1] for _ in range(3)]
-    assert [replays(step, x, y) for _ in range(3)] == [False, False, True]  # the fourth is probed
+    assert [replays(step, x, y) for _ in range(3)] == [False, False, True]  # the fourth call is probed
     tables = noising._made[diffusion.alphas_cumprod]
     for losses in found:
         assert torch.equal(losses, loss(generators[1])(x, y))
@@ -389,7 +389,7 @@ LONG = dataclasses.replace(RUN, steps=40)
 
 
 def trained(monkeypatch, graph: bool, losses=small_runs.losses, settings=RUN, **options) -> tuple[DPTrainer, int]:
-    """Train, and count the replays."""
+    """Train with or without a graph; return the trainer and the number of replays."""
     counted, replayed = [], CapturedStep._replayed
     with monkeypatch.context() as patch:
         patch.setattr(CapturedStep, "_replayed", lambda *args: counted.append(1) or replayed(*args))
@@ -435,7 +435,7 @@ def test_a_run_resumes_bit_for_bit(monkeypatch, tmp_path):
 
 
 def test_losses_that_no_graph_repeats_are_computed_without(monkeypatch):
-    """A schedule that follows trainer.step: the run is warned of, and is what it was."""
+    """The loss follows trainer.step, as a schedule does: the run warns, and is the same as without graphs."""
     made = []
 
     def ramped(model, batch, generator):
@@ -457,7 +457,7 @@ def test_losses_that_no_graph_repeats_are_computed_without(monkeypatch):
 
 
 def test_a_graph_that_python_has_left_behind_is_given_up(monkeypatch):
-    """What changed in Python shows at the next batch that is probed."""
+    """A change in Python shows at the next batch that is probed."""
     factor = [1.25]
 
     def changing(model, batch, generator):

@@ -1,6 +1,6 @@
 """Every style of clipping keeps one promise: a sample contributes at most max_grad_norm, whatever it holds.
 
-The oracle is each style's definition, written out over one backward pass per sample.
+Results are compared with each style's definition, written out over one backward pass per sample.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def layers(model: nn.Module) -> list[str]:
 
 
 def uneven(model: nn.Module, max_grad_norm: float) -> PerLayer:
-    """Bounds for each layer, all different."""
+    """Make a bound for each layer, all of them different."""
     weights = {layer: 1.0 + i for i, layer in enumerate(layers(model))}
     total = math.hypot(*weights.values())
     return PerLayer({layer: max_grad_norm * weight / total for layer, weight in weights.items()})
@@ -60,7 +60,7 @@ MAKE = {
 
 
 def clip_by_definition(grads: dict[str, Tensor], style: Flat, bound: float) -> dict[str, Tensor]:
-    """One sample's contribution."""
+    """Compute one sample's contribution by the definition of the style."""
     if isinstance(style, PerLayer):
         names = dict.fromkeys(layer_of(name) for name in grads)
         bounds = style.bounds or {layer: bound / math.sqrt(len(names)) for layer in names}
@@ -95,7 +95,7 @@ def sums_of(model, losses, bound, clipping, mask=None, views=1):
 @pytest.mark.parametrize("way", MAKE)
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_sum_is_the_definition(way, kept, counts, monkeypatch):
-    """Any model, geometry and memory layout, with views and both ways to make the gradients."""
+    """This holds for any model, geometry and memory layout, with views, and for both ways to make the gradients."""
     monkeypatch.setattr(plan, "KEEP_FACTOR", math.inf if kept else 0.0)
 
     def check(case):
@@ -105,7 +105,7 @@ def test_the_sum_is_the_definition(way, kept, counts, monkeypatch):
         clipping = MAKE[way](case.model, bound)
         style = clipping_style(clipping)
         if isinstance(style, Automatic) and norms.min() == 0:
-            return  # rounding may be all that is left of a gradient of a constant
+            return  # a constant's gradient may be nothing but rounding
         got, stats = sums_of(case.model, case.losses(), bound, clipping, views=case.views)
         wanted = summed([clip_by_definition(grads, style, bound) for grads in truth])
         assert (flat(got) - flat(wanted)).norm() <= 1e-9 * bound + 1e-11
@@ -127,7 +127,7 @@ def test_flat_sums_are_the_former_ones_bit_for_bit(clipping):
 
 @pytest.mark.parametrize("way", MAKE)
 def test_stats_count_the_gradients_longer_than_their_bound(way):
-    """For a layer with weight gradient x and bias gradient 1, and another with gradient y."""
+    """One layer has weight gradient x and bias gradient 1, another one has gradient y."""
     model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1, bias=False)}).double()
     x, y = torch.tensor([[0.0, 0.0, 9.0, 0.5], [0.0, 9.0, 0.0, 9.0]], dtype=torch.float64)[..., None]
     mask = torch.tensor([True, True, True, False])
@@ -136,9 +136,8 @@ def test_stats_count_the_gradients_longer_than_their_bound(way):
     losses = (model["a"](x) + model["b"](y)).flatten()
     _, stats = sums_of(model, losses, bound, clipping, mask)
     assert (stats.samples, stats.clipped, stats.nonfinite) == (3, 2, 0)
-    exact = PerLayer(
-        {"a": math.sqrt(82.5), "b": math.sqrt(16.5)}
-    )  # the first is as long as its longest gradient allows
+    # The first layer's bound is exactly as long as its longest gradient.
+    exact = PerLayer({"a": math.sqrt(82.5), "b": math.sqrt(16.5)})
     losses = (model["a"](x) + model["b"](y)).flatten()
     assert sums_of(model, losses, math.sqrt(99), exact, mask)[1].clipped == 1
 
@@ -148,7 +147,7 @@ def test_stats_count_the_gradients_longer_than_their_bound(way):
 
 @pytest.mark.parametrize("way", ["automatic", "per_layer", "per_layer, uneven", "adaptive"])
 def test_no_record_contributes_more_than_the_bound(way, counts, proof, monkeypatch):
-    """The hostile records of test_sensitivity, in every style: alone, and as the difference that they make to the batch."""
+    """The fuzzed records of test_sensitivity, in every style: alone, and as the difference that they make to the batch."""
     largest = 0.0
 
     def check(case: Fuzz):
@@ -179,7 +178,7 @@ def test_no_record_contributes_more_than_the_bound(way, counts, proof, monkeypat
 
 
 class Greedy(Flat):
-    """A style that wants more than it may have."""
+    """A style that asks for larger factors than it may have."""
 
     def wanted(self, norms, bounds):
         return torch.full_like(norms, 1e3)
@@ -194,7 +193,7 @@ def test_no_style_gets_more_than_the_promise_allows():
 
 @pytest.mark.parametrize("way", MAKE)
 def test_a_sample_that_is_not_finite_in_one_layer_contributes_to_none(way):
-    """The first layer's gradient is finite, the second's is not."""
+    """The first layer's gradient is finite, but the second's is not."""
     model = nn.ModuleDict({"first": nn.Linear(2, 1), "second": nn.Linear(2, 1)})
     x = torch.ones(3, 2)
     y = torch.tensor([[1.0, 1.0], [math.inf, 1.0], [math.nan, 1.0]])
@@ -218,7 +217,7 @@ def test_automatic_clipping_brings_every_gradient_near_the_bound():
 
 
 def test_a_factor_too_large_for_float32_is_none():
-    """C / (|g| + gamma) beyond float32 would make inf of a gradient, and NaN of a zero."""
+    """With C / (|g| + gamma) beyond float32, a gradient would become inf, and a zero NaN."""
     layer = nn.Linear(3, 1, bias=False)
     for size in (0.0, 1e-30, 1.0):
         total, _ = sums_of(layer, layer(torch.full((1, 3), size)).flatten(), 1e38, Automatic(gamma=1e-3))
@@ -231,7 +230,7 @@ def test_a_factor_too_large_for_float32_is_none():
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("way", MAKE)
 def test_micro_batches_empty_ones_and_masks_do_not_change_the_step(way, views):
-    """1, 2, 4 micro-batches, one with an empty part and one padded: the same gradient, and the same next bound."""
+    """1, 2 or 4 micro-batches, an empty one and a padded one give the same gradient and the same next bound."""
     model = drawn.randomise(nn.Sequential(LoDALinear(5, 4, rank=2), nn.SiLU(), LoDALinear(4, 3, rank=1)).double())
     x = torch.randn(8, views, 5, dtype=torch.float64) * torch.logspace(-1, 1, 8, dtype=torch.float64)[:, None, None]
     clipping = MAKE[way](model, 0.7)
@@ -264,12 +263,12 @@ def test_an_empty_batch_makes_a_step_of_pure_noise(way):
 
 
 def rank_of_two(rank: int, store: str, sending: int) -> None:
-    """In a child: one step of two ranks, the first with five of eight samples; writes its gradient and its next bound."""
+    """In a child process: take one step of two ranks, five of eight samples on the first; write gradient and next bound."""
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
         os.write(sending, json.dumps(step_of(slice(0, 5) if rank == 0 else slice(5, 8))).encode())
     finally:
-        os._exit(0)  # never back into the tests
+        os._exit(0)  # the child must not return into the tests
 
 
 def step_of(rows: slice) -> list[float]:
@@ -283,7 +282,7 @@ def step_of(rows: slice) -> list[float]:
 
 
 def test_two_processes_move_one_bound(tmp_path):
-    """Counted over all ranks, noised once, and the same bits on each."""
+    """Samples are counted over all ranks, the count is noised once, and each rank has the same bits."""
     pipes = []
     for rank in range(2):
         receiving, sending = os.pipe()
@@ -304,7 +303,7 @@ def test_two_processes_move_one_bound(tmp_path):
 
 
 def test_a_record_moves_the_centred_count_by_one_half_at_most():
-    """Added or removed, short or long; masked, or without a finite gradient, by nothing."""
+    """Adding or removing a record changes it by one half, short or long; masked or not finite, by nothing."""
     norms = torch.rand(50, dtype=torch.float64) * 2
     norms[::7] = math.nan
     norms[3::7] = math.inf
@@ -319,7 +318,7 @@ def test_a_record_moves_the_centred_count_by_one_half_at_most():
 @pytest.mark.parametrize("z", [0.3, 1.0, 4.7])
 @pytest.mark.parametrize("count_noise", [2.5, 10.0, 1e6])
 def test_both_releases_together_cost_what_the_accountant_charges(z, count_noise):
-    """In units of each noise, one record adds a vector no longer than 1 / z."""
+    """Measured in units of each release's noise, one record adds a vector of length at most 1 / z."""
     adaptive = AdaptiveClipping(count_noise=count_noise)
     z_gradient = adaptive.gradient_noise(z, 100.0)
     assert z_gradient >= z
@@ -328,7 +327,7 @@ def test_both_releases_together_cost_what_the_accountant_charges(z, count_noise)
 
 
 def test_the_noise_of_both_releases_has_its_scale():
-    """40,000 gradient values and 3,000 counts; the count is read off the bound's move."""
+    """40,000 gradient values and 3,000 counts are drawn; each count is computed from the change of the bound."""
     z, expected, sigma, eta = 1.2, 10.0, 0.9, 0.2
     model = nn.Linear(200, 200, bias=False).double()
     adaptive = AdaptiveClipping(count_noise=sigma, learning_rate=eta)
@@ -348,7 +347,7 @@ def test_the_noise_of_both_releases_has_its_scale():
 
 
 def test_the_bound_moves_as_the_paper_says():
-    """Without noise: C exp(-eta (b - gamma)), b over the expected batch size and centred at 1/2, nonfinite ones left out."""
+    """Without noise it is C exp(-eta (b - gamma)); b is centred at 1/2, over the expected batch size, without nonfinite ones."""
     layer = nn.Linear(1, 1, bias=False).double()
     clipper = GhostClipper(layer, 1.0, clipping=AdaptiveClipping(quantile=0.7, learning_rate=0.3, initial=2.0))
     assert clipper.max_grad_norm == 2.0
@@ -358,7 +357,7 @@ def test_the_bound_moves_as_the_paper_says():
     clipper.privatize(0, 8.0)
     below = (2 - 4 / 2) / 8 + 0.5
     assert clipper.max_grad_norm == pytest.approx(2.0 * math.exp(-0.3 * (below - 0.7)))
-    clipper.privatize(0, 8.0)  # the count starts anew: an empty batch gives 1/2
+    clipper.privatize(0, 8.0)  # a new count begins: an empty batch gives 1/2
     assert clipper.max_grad_norm == pytest.approx(2.0 * math.exp(-0.3 * (below + 0.5 - 2 * 0.7)))
 
 
@@ -386,7 +385,7 @@ def test_the_bound_stays_a_number_whatever_the_noise():
 
 
 def test_the_count_is_nowhere_to_be_read():
-    """Not in the statistics, nor in the clipper after the step, nor in the noisy gradient's parts."""
+    """It is neither in the statistics nor in the clipper after the step."""
     layer = nn.Linear(1, 1, bias=False)
     clipper = GhostClipper(layer, 1.0, clipping="adaptive")
     stats = clipper.accumulate(layer(torch.tensor([[0.1], [9.0], [8.0]])).flatten())
@@ -490,7 +489,7 @@ def small_model() -> nn.Module:
 
 
 def jittered(model, batch, generator):
-    """Two noisy copies a record."""
+    """Compute losses of two noisy copies of each record."""
     x, y = (t.repeat_interleave(2, dim=0) for t in batch)
     return F.cross_entropy(model(x + 0.1 * torch.randn(x.shape, generator=generator)), y, reduction="none")
 
@@ -511,7 +510,7 @@ WITH = {
 
 @pytest.mark.parametrize("way", WITH)
 def test_a_run_resumes_bit_for_bit_in_every_style(way, tmp_path):
-    """The adaptive bound is part of the checkpoint, and so is the style."""
+    """The checkpoint contains the adaptive bound and the style."""
     settings = dataclasses.replace(SETTINGS, clipping=WITH[way])
     whole = trainer(settings).fit()
     path = tmp_path / "run.pt"
@@ -519,7 +518,7 @@ def test_a_run_resumes_bit_for_bit_in_every_style(way, tmp_path):
     for _ in range(3):
         first.train_step()
     first.save()
-    first.train_step()  # lost, and taken again below
+    first.train_step()  # this step is lost, and taken again below
     second = trainer(settings, checkpoint=path)
     assert (second.clipper.max_grad_norm != 0.5) == (way == "adaptive")
     second.fit()
@@ -569,7 +568,7 @@ def test_training_learns_in_every_style(way):
 
 
 class Sees(nn.Module):
-    """Keeps the images and timesteps that it is shown, and predicts zero."""
+    """A model that keeps the images and timesteps of its last call, and predicts zero."""
 
     null_class = 10
 
@@ -595,7 +594,7 @@ def test_each_view_has_a_noise_level_and_a_flip_of_its_own():
     assert losses.shape == (2000,) and (straight ^ mirrored).all()
     by_sample = mirrored.view(500, views).sum(1)
     assert abs(mirrored.double().mean() - 0.5) < 5 * 0.5 / math.sqrt(2000)
-    assert by_sample.double().var().item() == pytest.approx(views / 4, rel=0.3)  # independent within a sample
+    assert by_sample.double().var().item() == pytest.approx(views / 4, rel=0.3)  # flips are independent within a sample
     assert all(len(t.unique()) == views for t in model.t.view(500, views)[:50] // (1000 // views))
 
 
@@ -637,7 +636,7 @@ def test_the_command_line_chooses_style_flips_and_secure_noise():
 
 
 def test_the_bound_changes_between_steps_only():
-    """Within one, what was clipped to the old bound would get the noise of the new one."""
+    """Within a step, samples that were clipped to the old bound would get the noise of the new one."""
     model = nn.Linear(3, 1)
     clipper = GhostClipper(model, 1.0)
     clipper.max_grad_norm = 2.0
@@ -655,7 +654,7 @@ def test_the_bound_changes_between_steps_only():
 
 
 class FailsOnce:
-    """Noise whose source is gone when the second part is drawn, and back at the next try."""
+    """A noise source that fails when the second part is drawn, and works at the next try."""
 
     def __init__(self):
         self.draws = 0
@@ -669,7 +668,7 @@ class FailsOnce:
 
 @pytest.mark.filterwarnings("ignore")  # ones are no noise
 def test_a_draw_that_fails_leaves_no_noise_behind(monkeypatch):
-    """The next try adds its own noise, once."""
+    """The next try adds its own noise, and only once."""
     monkeypatch.setattr("fastloda.privacy.noise.AT_A_TIME", 2)
     model, source = nn.Linear(3, 1), FailsOnce()
     clipper = GhostClipper(model, 1.0)
@@ -681,7 +680,7 @@ def test_a_draw_that_fails_leaves_no_noise_behind(monkeypatch):
 
 
 def test_the_style_of_clipping_is_fixed():
-    """Adaptive clipping's count would go on being released, and flat clipping's noise would not pay for it."""
+    """Otherwise adaptive clipping's count would still be released, without flat clipping's noise paying for it."""
     clipper = GhostClipper(nn.Linear(3, 1), 1.0, clipping="adaptive")
     with pytest.raises(AttributeError):
         clipper.clipping = Flat()

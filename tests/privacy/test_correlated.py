@@ -1,4 +1,4 @@
-"""Correlated noise against its matrices: what is added, what one record moves, what is accounted, and how runs resume."""
+"""Correlated noise against its matrices: what is added, what one record changes, what is accounted, and how runs resume."""
 
 import copy
 import dataclasses
@@ -29,11 +29,11 @@ def small_model() -> nn.Module:
 
 
 def noise_added(bands: int, steps: int, forget_at: int | None = None) -> torch.Tensor:
-    """Read the matrix that turns independent noise into what a clipper adds: [steps, steps]."""
+    """Compute the matrix [steps, steps] that turns independent noise into what a clipper adds."""
     clipper = GhostClipper(nn.Linear(steps, 1, bias=False), max_grad_norm=2.0, bands=bands)
     rows, noise = [], Given(torch.eye(steps, dtype=torch.float64))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such noise looks wrong, and is meant to
+        warnings.simplefilter("ignore")  # such noise looks wrong on purpose
         for step in range(steps):
             if step == forget_at:
                 clipper.noise.forget()
@@ -62,7 +62,7 @@ def test_the_strategy_is_the_banded_square_root_of_prefix_sums():
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), bands=st.integers(1, 6), steps=st.integers(1, 20))
 def test_one_record_moves_the_released_sums_as_it_moves_independent_ones(data, bands, steps):
-    """Whatever it contributes, within the bound, at whichever of its steps, before and after a fresh start."""
+    """Its contributions are within the bound, at any of its steps, before and after the noise begins again."""
     forget_at = data.draw(st.none() | st.integers(0, steps - 1))
     added = noise_added(bands, steps, forget_at)
     first = data.draw(st.integers(0, bands - 1))
@@ -72,7 +72,7 @@ def test_one_record_moves_the_released_sums_as_it_moves_independent_ones(data, b
         size = data.draw(st.floats(0, 1))
         direction = torch.randn(4, dtype=torch.float64)
         gradients[step] = size * direction / direction.norm()
-    moved = torch.linalg.solve(added, gradients)  # what is released is added (C G + z)
+    moved = torch.linalg.solve(added, gradients)  # the released sums are added @ (C G + z)
     assert moved.norm() <= math.sqrt(len(mine)) * (1 + 1e-6)
     accountant = PrivacyAccountant(0.1, 1.0, bands=bands)
     assert len(mine) <= accountant.mechanism(steps).steps == math.ceil(steps / bands)
@@ -117,7 +117,7 @@ def sigma(epsilon: float, rate: float, steps: int) -> float:
 
 @pytest.mark.parametrize("rate, steps, bands", [(0.05, 1000, 4), (0.02, 2000, 8), (0.005, 4000, 16)])
 def test_prefix_sums_have_less_noise_at_equal_epsilon(rate, steps, bands):
-    """The root mean square of the noise in the sums of all steps so far, which plain SGD adds up."""
+    """The noise in the running sums of all steps, which plain SGD adds up, has a lower root mean square if correlated."""
     prefix = torch.ones(steps, steps, dtype=torch.float64).tril()
     independent = sigma(8.0, rate, steps) * (prefix.norm() / math.sqrt(steps))
     noise = torch.linalg.solve_triangular(strategy(bands, steps).mT, prefix.mT, upper=True).mT
@@ -140,7 +140,7 @@ def test_a_correlated_run_resumes_bit_for_bit(tmp_path):
 
 
 def test_a_resumed_run_goes_on_with_the_noise_of_its_last_steps(tmp_path):
-    """Without them the steps after a checkpoint would be made again under other noise."""
+    """Otherwise the steps after a checkpoint would be repeated with other noise."""
     first = trainer(dataclasses.replace(CORRELATED, seed=None), checkpoint=tmp_path / "run.pt")
     for _ in range(3):
         first.train_step()
@@ -179,10 +179,10 @@ def test_a_failed_step_leaves_the_noise_where_it_was():
     clipper = GhostClipper(small_model(), 1.0, bands=3)
     clipper.privatize(1.0, 4.0)
     before = clipper.noise.state(clipper.parameters)
-    clipper.noise.add(clipper._sums.buffers, 1.0, None)  # drawn, and not released
+    clipper.noise.add(clipper._sums.buffers, 1.0, None)  # drawn, but not released
     after = clipper.noise.state(clipper.parameters)
     assert len(after) == 1 and torch.equal(before[0]["weight"], after[0]["weight"])
-    clipper.privatize(0.0, 4.0)  # releases no noise, and so none of what was drawn
+    clipper.privatize(0.0, 4.0)  # it releases no noise, and so none of what was drawn
     assert clipper.noise.state(clipper.parameters) == []
 
 

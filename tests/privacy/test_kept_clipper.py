@@ -1,4 +1,4 @@
-"""What `ghost_dp_step` keeps from one step to the next: only what a new clipper would be, and no model."""
+"""What `ghost_dp_step` keeps from one step to the next: only what a new clipper would have too, and no model."""
 
 import copy
 import gc
@@ -16,7 +16,7 @@ from fastloda.privacy.watch import accept_changes
 
 
 class Net(nn.Module):
-    """Two layers, one of them frozen, and a buffer."""
+    """A network of two layers, one of them frozen, and a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ def made(seed: int = 0) -> Net:
 
 
 def step(model: nn.Module, x: Tensor, noise: float = 0.0, **options):
-    """One step; returns the gradients it made."""
+    """Take one step; return its gradients."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     settings = {"max_grad_norm": 0.3, "noise_multiplier": noise, "expected_batch_size": 4.0} | options
     ghost_dp_step(model(x), model, optimizer, **settings)
@@ -43,7 +43,7 @@ def step(model: nn.Module, x: Tensor, noise: float = 0.0, **options):
 
 @pytest.fixture
 def count(monkeypatch):
-    """The number of clippers made, in a list."""
+    """Count the clippers that are made, in a list of one number."""
     number, init = [0], step_module._KeptClipper.__init__
 
     def counted(*arguments, **options):
@@ -94,7 +94,7 @@ def test_another_setting_makes_another_clipper(name, count):
 
 
 def test_a_clipping_bound_holds_after_it_was_lowered():
-    """The bound of the second step, not of the first."""
+    """The bound is that of the second step, not of the first."""
     model = made()
     step(model, 100 * x_of(0), max_grad_norm=5.0)
     gradients = step(model, 100 * x_of(1), max_grad_norm=1e-3, expected_batch_size=1.0)
@@ -122,12 +122,12 @@ def test_every_write_between_two_steps_is_seen(name):
     with pytest.raises(PrivacyError, match=f"{name} changed" if name[0] == "'" else "changed outside the private step"):
         step(model, x_of(1))
     assert torch.equal(model.two.weight, before)
-    step(model, x_of(1))  # whoever was told may go on: the next step takes the model as it is
+    step(model, x_of(1))  # after the error the user may go on: the next step accepts the model as it is
 
 
 @pytest.mark.parametrize("name", ["an uncounted one to a buffer", "an uncounted one to a parameter"])
 def test_a_write_is_seen_if_the_next_step_has_other_settings(name):
-    """The clipper does not fit then, and must look for uncounted writes before it goes."""
+    """The clipper does not fit the new settings, and must check for uncounted writes before it is dropped."""
     model = made()
     step(model, x_of(0))
     WRITES[name](model)
@@ -174,7 +174,7 @@ def test_an_optimizer_that_pytorch_knows_nothing_of_ends_the_update_too():
         ghost_dp_step(
             model(x_of(number)), model, Own(model), max_grad_norm=0.3, noise_multiplier=1.0, expected_batch_size=4.0
         )
-    torch.optim.SGD(model.two.parameters(), 0.1).step()  # no private one
+    torch.optim.SGD(model.two.parameters(), 0.1).step()  # an optimizer that is not private
     with pytest.raises(PrivacyError, match="changed"):
         step(model, x_of(3))
 
@@ -200,7 +200,7 @@ class Failing:
 
 
 def test_nothing_of_a_failed_step_enters_the_next():
-    """The noise fails when the sum is complete: the next step must not release it."""
+    """The noise fails when the sum is complete; the next step must not release that sum."""
     model, other = made(), made()
     for one in (model, other):
         step(one, x_of(0))

@@ -1,4 +1,4 @@
-"""Noise from Philox and the ziggurat: its law, its tail, its threads, and that nobody repeats it."""
+"""Noise from Philox and the ziggurat: its distribution, its tail, its threads, and that nobody can repeat it."""
 
 import copy
 import math
@@ -24,11 +24,11 @@ def stream(key: bytes = KEY) -> NoiseStream:
     return NoiseStream(Secret(key))
 
 
-# ---- the law
+# ---- the distribution
 
 
 def test_noise_is_normal(counts):
-    """Mean, deviation, third and fourth moment, shape by Kolmogorov and Smirnov; no correlation, from block to block either."""
+    """Check four moments, the Kolmogorov-Smirnov test, and that numbers are not correlated, not even between blocks."""
     n = counts(500_001, 10_000_001)
     values = stream().normal(torch.Size([n]))
     assert values.dtype == torch.float64 and values.shape == (n,)
@@ -36,13 +36,13 @@ def test_noise_is_normal(counts):
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(values.pow(power).mean().item() - expected) <= 5 * math.sqrt(variance / n), power
     for lag in (1, 2, 4, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK):
-        for power in (1, 2):  # the squares too: uncorrelated numbers may still depend on each other
+        for power in (1, 2):  # squares too, for uncorrelated numbers may still depend on each other
             x = values if power == 1 else (values.square() - 1) / math.sqrt(2)
             assert abs((x[:-lag] * x[lag:]).mean().item()) <= 5 / math.sqrt(n - lag), (lag, power)
 
 
 def test_the_tail_has_its_weight(counts, proof):
-    """As many numbers lie beyond a bound, on each side, as the law wants; far out with --prove."""
+    """As many numbers lie beyond a bound on each side as a normal distribution has; the bound is far out with --prove."""
     n, bound = counts((1_000_000, 3.7), (100_000_000, 4.5))  # both beyond 3.65, where the ziggurat's tail begins
     above = below = 0
     drawn = stream()
@@ -58,7 +58,7 @@ START = 3.6541528853610088  # where the tail begins; the edges of the 255 layers
 
 
 def layer_edges() -> list[float]:
-    """Compute the right edges of layers 1 to 255; before them 0, after them the width of layer 0 with its tail as a box."""
+    """Compute the right edges of layers 1 to 255, after a 0 and before the width of layer 0 as a box with its tail."""
     height = math.exp(-(START**2) / 2)
     area = START * height + math.sqrt(math.pi / 2) * math.erfc(START / math.sqrt(2))
     edges = [area / height, START]
@@ -71,7 +71,7 @@ EDGES = layer_edges()
 
 
 def ziggurat(words) -> tuple[float, str]:
-    """Draw one normal number from an iterator of 64-bit words by Marsaglia and Tsang's ziggurat; say where it fell."""
+    """Draw a normal number from an iterator of 64-bit words by Marsaglia and Tsang's ziggurat; name the part it is from."""
     uniform = lambda: (next(words) >> 11) * 2.0**-53  # noqa: E731
     height = lambda x: math.exp(-x * x / 2)  # noqa: E731
     while True:
@@ -91,9 +91,9 @@ def ziggurat(words) -> tuple[float, str]:
 
 
 def test_numbers_are_the_ziggurats():
-    """By another road: each number is the algorithm's from the words of Philox, and so are those of the tail.
+    """Another program gets the same numbers from the words of Philox, those of the tail included.
 
-    Their uniforms have 53 bits, down to 2^-53: the largest pair that is accepted lies beyond 12 sigma.
+    The tail's uniforms have 53 bits and go down to 2^-53: the largest pair that is accepted lies beyond 12 sigma.
     """
     n = 60_000
     words = iter(stream()._stream(0, 0).bit_generator.random_raw(2 * n).tolist())
@@ -116,7 +116,7 @@ def test_any_shape(shape):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads, and puts it back."""
+    """Return a function that sets the number of threads; restore the number afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -133,7 +133,7 @@ def test_numbers_do_not_depend_on_the_threads(threads):
 
 
 def test_draws_and_their_blocks_lie_apart_in_one_sequence(monkeypatch):
-    """Block b of draw d starts at counter b 2^64 + d 2^128, with the secret's key and its highest word of the counter."""
+    """Block b of draw d starts at counter b 2^64 + d 2^128; the secret gives the key and the counter's highest word."""
     source, starts = stream(), []
     monkeypatch.setattr(noise_stream, "_fill", lambda made, _: starts.append(made.bit_generator.state["state"]))
     for blocks in (1, 3, 2):
@@ -195,7 +195,7 @@ def test_a_forked_child_and_a_copy_draw_other_numbers():
 
 
 def test_a_forked_child_draws_on_threads_of_its_own():
-    """A pool that a parent made has no threads in its child, which would wait for ever."""
+    """A pool that the parent made has no threads in the child, which would wait forever."""
     stream().normal(torch.Size([3 * BLOCK]))
     child = os.fork()
     if child == 0:
@@ -210,7 +210,7 @@ def test_each_device_has_one_source_in_a_process():
 
 
 def test_another_numpy_may_draw_other_numbers(monkeypatch):
-    """NumPy promises none of its streams to the next version: a release on record is not made again with that one."""
+    """NumPy does not promise the same streams in other versions: a recorded release is not repeated with another version."""
     here = draws_alike(CPU)
     monkeypatch.setattr(noise_stream.np, "__version__", "99.0")
     assert draws_alike(CPU) != here

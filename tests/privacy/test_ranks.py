@@ -1,7 +1,7 @@
-"""Two ranks are one process: the same sums, one noise, the same run; and where they can't be, all of them say so.
+"""Two ranks act as one process: the same sums, one noise, the same run; and where they can't, both raise an error.
 
-All cases of `two_ranks` run in one pair of gloo processes on the CPU, one after the other, and leave what they saw for the
-tests to judge. A case that raises on one rank, or hangs, ends in an error on both: the process group times out.
+All cases of `two_ranks` run in one pair of gloo processes on the CPU, one after the other, and store what they return for the
+tests to check. A case that raises on one rank, or hangs, ends in an error on both: the process group times out.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def trainer(settings=SETTINGS, *, model=None, data=None, losses=plain_losses, **
 
 
 def values(t: DPTrainer) -> dict[str, torch.Tensor]:
-    """Of the trained parameters, their average, and the clipping bound, which may adapt."""
+    """Collect the trained parameters, their average, and the clipping bound, which may adapt."""
     own = {name: p.detach().clone() for name, p in t.parameters.items()}
     own["bound"] = torch.tensor(t.clipper.max_grad_norm, dtype=torch.float64)
     return own | {f"average.{name}": value.clone() for name, value in t.average.values.items()}
@@ -100,7 +100,7 @@ def grads(clipper: GhostClipper) -> dict[str, torch.Tensor]:
 
 
 def error_of(function, *arguments) -> str:
-    """What a call raised, in words."""
+    """Return what a call raised, as text."""
     try:
         function(*arguments)
     except Exception as error:
@@ -125,7 +125,7 @@ def assert_same_bits(found, expected):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the test process leaves for the ranks, and they for it."""
+    """Make the folder in which the test process and the ranks leave files for each other."""
     path = tmp_path_factory.mktemp("ranks")
     begun = trainer(checkpoint=path / "from-one.pt")
     for _ in range(3):
@@ -146,12 +146,12 @@ SPLITS = [lambda n: list(range(n)), lambda n: [i // 2 for i in range(n)], lambda
 
 
 def drawn_step(number: int):
-    """-> model, samples, views, bound, and who has each sample: one rank, the other, or both of them some."""
+    """Draw a model, samples, views and bound, and the rank of each sample: all on one of the ranks, or some on each."""
     generator = torch.Generator().manual_seed(number)
     integer = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))  # noqa: E731
     views, samples = integer(1, 3), integer(0, 9)
     model, size = small_model(number), (6, 6)
-    if number % 2:  # other layers, of which the base trains too
+    if number % 2:  # other layers, whose base trains too
         model, size = (
             nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(32, 2)).double(),
             (6, 6),
@@ -227,7 +227,7 @@ def noise(rank, folder):
 
 
 def test_the_noise_is_added_once_and_is_the_same_on_all_ranks(two_ranks):
-    """20,100 values: their standard deviation is known to 0.5%. Noise on both ranks would make it 41% larger."""
+    """The standard deviation of 20,100 values is known to 0.5%. Noise on both ranks would make it 41% larger."""
     left = two_ranks("noise")
     for step in range(2):
         assert torch.equal(left[0][step], left[1][step])
@@ -237,7 +237,7 @@ def test_the_noise_is_added_once_and_is_the_same_on_all_ranks(two_ranks):
 
 @case
 def low_precision(rank, folder):
-    """Parameters of several dtypes in one buffer."""
+    """Noise is added to parameters of several dtypes."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).bfloat16(), nn.Linear(2, 2).double())
     replicate(model)
     clipper = GhostClipper(model, 1.0)
@@ -256,7 +256,7 @@ def test_parameters_of_several_dtypes_stay_bit_equal(two_ranks):
 def alone(rank, folder):
     model, (x, y) = small_model(), small_data(6)
     clipper = GhostClipper(model, 0.1, group="alone")
-    if rank == 0:  # a collective would wait for rank 1
+    if rank == 0:  # a collective operation would wait for rank 1
         clipper.accumulate(plain_losses(model, (x, y), None))
         clipper.privatize(0.0, 6.0)
         return grads(clipper)
@@ -271,7 +271,7 @@ def test_alone_opts_out(two_ranks):
 
 
 def disagreeing(what: str, rank: int):
-    """-> a clipper and the arguments of privatize, in which rank 1 differs."""
+    """Make a clipper and the arguments of privatize, in which rank 1 differs by `what`."""
     model, other = small_model(), float(rank)
     if what == "parameter":
         model[0].loda_A.requires_grad_(rank == 0)
@@ -314,7 +314,7 @@ def wrappers(rank, folder):
     wrapped = nn.parallel.DistributedDataParallel(small_model())
     inside = nn.Sequential(nn.parallel.DistributedDataParallel(small_model()))
     sharded, own = fully_shard(small_model()), sharded_base(small_model())
-    older = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor wants an accelerator
+    older = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor needs an accelerator
     nn.Module.__init__(older)
     errors = [error_of(GhostClipper, model, 1.0) for model in (wrapped, inside, sharded, older)]
     return [*errors, error_of(lambda: GhostClipper(own, 1.0, group="alone"))]
@@ -340,7 +340,7 @@ def test_torchrun_without_a_process_group_is_refused(monkeypatch):
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
-RUNS = {  # each as long as SETTINGS says, but for what is changed
+RUNS = {  # each as long as SETTINGS says, with these changes
     "usual": {},
     "varied shapes": {"fixed_shape": False, "micro_batch_size": 3},
     "all records": {"sample_rate": 1.0, "noise_multiplier": 0.0, "optimizer": "sgd", "momentum": 0.9},
@@ -363,7 +363,7 @@ def runs(rank, folder):
     left = {}
     for name in RUNS:
         model = small_model()
-        if rank == 1:  # as attach_loda would have drawn other adapters there
+        if rank == 1:  # here attach_loda would have drawn other adapters
             nn.init.normal_(model[0].loda_A)
         t = run_of(name, model=model)
         left[name] = [t.train_step().totals for _ in range(3)], values(t.fit()), t.step
@@ -442,7 +442,7 @@ def test_ranks_with_different_runs_are_refused_on_all_ranks(two_ranks):
 
 @case
 def failures(rank, folder):
-    """losses() fails on rank 1, in its second micro-batch, once."""
+    """losses() fails once, on rank 1, in its second micro-batch."""
     calls = []
 
     def failing(model, batch, generator):
@@ -460,7 +460,7 @@ def failures(rank, folder):
 
 
 def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_nothing_behind(two_ranks):
-    """All records enter each step without noise: what the failed step left in the sum would show in the next."""
+    """All records enter each step without noise, so that anything left by the failed step would show in the next one."""
     whole = trainer(dataclasses.replace(SETTINGS, sample_rate=1.0, noise_multiplier=0.0, optimizer="sgd")).fit()
     (told, *first), (own, *second) = two_ranks("failures")
     assert told == "RuntimeError: rank 1 failed: ZeroDivisionError: on purpose"
@@ -472,7 +472,7 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_nothing_behind(two_ra
 
 @case
 def callbacks(rank, folder):
-    """An optimizer of one's own, and callbacks: one that evaluates, and one that fails on rank 1 after the fourth step."""
+    """Train with a user's optimizer and two callbacks: one evaluates, one fails on rank 1 after the fourth step."""
     told = []
 
     def evaluate(t):
@@ -533,7 +533,7 @@ def test_the_example_on_two_ranks(two_ranks):
 
 @case
 def resumed(rank, folder):
-    """Random losses and dropout, seeded by the operating system: on as many ranks, to the bit."""
+    """Random losses and dropout, seeded by the operating system, resume bit for bit on the same number of ranks."""
     path = folder / "random.pt"
     settings = dataclasses.replace(SETTINGS, seed=None)
     torch.manual_seed(10 + rank)
@@ -562,7 +562,7 @@ def test_resume_on_as_many_ranks_is_bitwise_equal(two_ranks):
 
 @case
 def handed_over(rank, folder):
-    """From two ranks to one (by the test) and from one to two."""
+    """A run goes from two ranks to one (in the test), and from one to two."""
     saves, save = [], fastloda.training.run_state.save_checkpoint
     fastloda.training.run_state.save_checkpoint = lambda *arguments: (saves.append(1), save(*arguments))
     try:
@@ -641,7 +641,7 @@ def sharded_base(model: nn.Module, **options) -> nn.Module:
 
 
 def held_numbers(model: nn.Module) -> int:
-    """Frozen numbers in this rank's memory between steps."""
+    """Count the frozen numbers that this rank holds between steps."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     return sum(p.to_local().numel() for p in frozen)
 
@@ -653,7 +653,7 @@ def shards(rank, folder):
         model, (x, y) = sharded_base(small_model(), **options), small_data(7)
         rows = range(rank, 7, RANKS)
         x, y = x[rows], y[rows]
-        if rank == 1:  # nothing to probe here, while rank 0 probes
+        if rank == 1:  # rank 1 has nothing to probe, but rank 0 probes
             x = torch.full_like(x, math.nan)
         clipper = GhostClipper(model, 0.1)
         for _ in range(2):
@@ -709,7 +709,7 @@ def test_a_run_on_a_sharded_base_is_the_run_of_one_process(two_ranks, folder, na
 
 @case
 def a_rank_dies(rank, folder):
-    """The last case: rank 1 ends while rank 0 waits for it."""
+    """In the last case rank 1 ends while rank 0 waits for it."""
     clipper = GhostClipper(small_model(), 1.0)
     if rank == 1:
         raise SystemExit(1)
@@ -758,7 +758,7 @@ def test_shares_part_every_sample(ranks):
         assert torch.equal(torch.cat(shares).sort().values, indices)
         assert max(map(len, shares)) == largest_share(indices, ranks)
     whole = torch.arange(50)
-    for rank in range(ranks):  # a record's rank does not depend on who else was drawn
+    for rank in range(ranks):  # a record's rank does not depend on which others were drawn
         assert torch.equal(share(whole[7:], rank, ranks), whole[rank::ranks][whole[rank::ranks] >= 7])
 
 

@@ -1,4 +1,4 @@
-"""Noise from the secure generator: its distribution, that it can't be repeated, and runs that are never under-charged."""
+"""Noise from the secure generator: its distribution, that it can't be repeated, and that runs are never charged too little."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ from fastloda.training.trainer import DPTrainer
 
 @pytest.mark.parametrize("averaged", [1, 4])
 def test_noise_is_normal(averaged, counts):
-    """Mean, standard deviation, tail, shape by Kolmogorov and Smirnov, and no correlation, not within a pair either."""
+    """Check moments, tail, the Kolmogorov-Smirnov test, and that numbers are not correlated, not even within a pair."""
     n = counts(300_001, 10_000_001)
     values = gaussian(torch.Size([n]), 3.0, torch.device("cpu"), SecureGenerator(averaged)) / 3.0
     assert values.dtype == torch.float64 and values.shape == (n,)
@@ -53,7 +53,7 @@ def test_any_shape(shape, averaged):
 
 
 def test_the_transform_is_box_and_mullers():
-    """By another road: the angles and radii of the numbers give the uniforms back."""
+    """The angles and radii of the numbers give the uniforms back."""
     uniforms = uniform(20_000)
     x, y = box_muller(uniforms).view(2, -1)
     torch.testing.assert_close(torch.exp(-(x**2 + y**2) / 2), uniforms[:10_000], rtol=1e-12, atol=0)
@@ -62,7 +62,7 @@ def test_the_transform_is_box_and_mullers():
 
 
 def test_uniforms_are_never_zero_and_reach_the_tail(monkeypatch):
-    """Of all-zero bits the smallest, 2^-64: 9.4 sigma. Of all ones the largest, 1, which gives 0, not NaN."""
+    """All-zero bits give the smallest, 2^-64: 9.4 sigma. All ones give the largest, 1, which becomes 0, not NaN."""
     for byte, expected in ((b"\x00", 2.0**-64), (b"\xff", 1.0)):
         monkeypatch.setattr(os, "urandom", lambda n, byte=byte: byte * n)
         assert uniform(3).tolist() == [expected] * 3
@@ -81,7 +81,7 @@ def test_uniforms_are_never_zero_and_reach_the_tail(monkeypatch):
 
 
 def test_every_bit_of_the_system_counts(monkeypatch):
-    """Any of the 63 bits changes the uniform, unless float64 can't hold it."""
+    """Each of the 63 bits changes the uniform, unless float64 can't hold it."""
     for bit in range(63):
         monkeypatch.setattr(os, "urandom", lambda n, bit=bit: (1 << bit).to_bytes(8, "little") * (n // 8))
         assert uniform(1).item() == (2.0**bit + 0.5) * 2.0**-63
@@ -192,8 +192,8 @@ def test_noise_comes_from_it_in_training(monkeypatch):
     )
     t.train_step()
     moved = torch.cat([p.detach().flatten() for p in t.parameters.values()]) - before
-    assert len(drawn) == 4  # four numbers averaged, in one draw for all parameters
-    assert len((moved * 1e4).round().unique()) == 2  # u = v = 1/2: -r and 0 only
+    assert len(drawn) == 4  # four numbers are averaged, in one draw for all parameters
+    assert len((moved * 1e4).round().unique()) == 2  # u = v = 1/2 gives only -r and 0
     drawn.clear()
     trainer(dataclasses.replace(SETTINGS, secure_noise=False)).train_step()
     assert not drawn
@@ -216,7 +216,7 @@ def test_checkpoint_and_statement_say_where_the_noise_came_from(change, said, tm
     assert said in statement["randomness"]
     assert statement["seed_was_fixed"] == ("seed" in change) and statement["secure_noise"] == (not change)
     assert json.loads(json.dumps(statement)) == statement
-    assert ("secret" in state_of(t)) == bool(change)  # secure noise follows from nothing that could be stolen
+    assert ("secret" in state_of(t)) == bool(change)  # secure noise has no secret that could be stolen
     assert read_intent(t.checkpoint)["steps"] == 1
 
 
@@ -262,7 +262,7 @@ def test_steps_before_the_first_checkpoint_are_charged_too(tmp_path):
         first.train_step()
     with pytest.warns(UserWarning, match="2 steps"):
         assert trainer(checkpoint=tmp_path / "run.pt").step == 2
-    with pytest.warns(UserWarning, match="2 steps"):  # whatever the next run draws from
+    with pytest.warns(UserWarning, match="2 steps"):  # whichever noise the next run uses
         assert trainer(dataclasses.replace(SETTINGS, secure_noise=False), checkpoint=tmp_path / "run.pt").step == 2
 
 
@@ -297,7 +297,7 @@ def test_the_count_is_on_the_disk_before_the_release(tmp_path, monkeypatch, secu
 
 
 def test_no_step_without_a_count(tmp_path, monkeypatch):
-    """The disk is full: nothing is released, and nothing charged."""
+    """When the disk is full, nothing is released and nothing charged."""
     t = trainer(checkpoint=tmp_path / "run.pt")
     t.train_step()
     before = [p.detach().clone() for p in t.parameters.values()]
@@ -336,7 +336,7 @@ def test_a_missing_or_foreign_count_is_refused(tmp_path):
 
 
 def test_killed_runs_are_never_under_charged(tmp_path, counts, proof):
-    """A run is killed at random moments until it is done: every release that a child announced is in the final count."""
+    """A run is killed at random moments until it is done: the final count contains every release that a child announced."""
     path, chance = tmp_path / "run.pt", random.Random(1)
     settings = dataclasses.replace(SETTINGS, steps=counts(40, 1000))
     trainer(settings, checkpoint=path).save()
@@ -366,7 +366,7 @@ def trainer_steps(settings, path) -> int:
 
 
 def train_and_announce(settings, path, send) -> None:
-    """In a child: a byte after each release."""
+    """In a child process: train, and write a byte after each release."""
     warnings.simplefilter("ignore")
     privatize = GhostClipper.privatize
 
@@ -378,4 +378,4 @@ def train_and_announce(settings, path, send) -> None:
     try:
         trainer(settings, checkpoint=path, checkpoint_every=5).fit()
     finally:
-        os._exit(0)  # never back into the tests
+        os._exit(0)  # the child must not return into the tests

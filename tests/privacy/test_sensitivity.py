@@ -1,4 +1,4 @@
-"""One sample changes the clipped sum by at most max_grad_norm, whatever it holds; noise of the right size comes once.
+"""One sample changes the clipped sum by at most max_grad_norm, whatever it holds; noise of the right size is added once.
 
 Sums are read before they are rounded to the parameters' dtype, and compared in float64.
 """
@@ -23,7 +23,7 @@ from fastloda.privacy.noise import gaussian
 
 
 def check_contribution(case: Fuzz) -> float:
-    """The hostile record's contribution over max_grad_norm: by itself, and as the difference that it makes to the batch."""
+    """Compute the hostile record's contribution over max_grad_norm: alone, and as the difference that it makes to the batch."""
     model, x = case.build()
     views, bound, mine = case.views, case.max_grad_norm, slice(case.views, 2 * case.views)
     total, stats = clipped_sum(model, case.losses(model, x, mine), bound, None, views)
@@ -33,9 +33,9 @@ def check_contribution(case: Fuzz) -> float:
         parts.append(part)
     alone, without = parts
     assert total.isfinite().all() and stats.samples == 3
-    if stats.nonfinite:  # contributes nothing at all
+    if stats.nonfinite:  # then it contributes nothing at all
         assert stats.nonfinite == 1 and not alone.any() and torch.equal(total, without)
-    if case.dtype == torch.float64:  # the record is not there at all, rather than masked
+    if case.dtype == torch.float64:  # compare with a batch from which the record is missing, not masked
         others = torch.cat([x[: mine.start], x[mine.stop :]])
         absent, _ = clipped_sum(model, case.losses(model, others, slice(0)), bound, None, views)
         assert (absent - without).norm() <= 1e-9 * bound
@@ -45,7 +45,7 @@ def check_contribution(case: Fuzz) -> float:
 
 
 def test_no_record_contributes_more_than_the_bound(counts, proof, monkeypatch):
-    """Every kind of record, in every precision, under every plan."""
+    """This holds for every kind of record, in every precision, under every plan."""
     largest, cases = 0.0, 0
 
     def check(case):
@@ -62,13 +62,13 @@ def test_no_record_contributes_more_than_the_bound(counts, proof, monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("record", ["cancelling", "cancelling and large"])
 def test_cancelling_positions_do_not_hide_a_gradient(record, precision):
-    """Where a Gram norm let 14 C through: the norm is taken of the very sum that cancels."""
+    """A norm by the Gram matrix let 14 C through here: the norm must be that of the very sum that cancels."""
     for seed in range(20):
         assert check_contribution(Fuzz("adapters", precision, record, 1e3, "even", 1, 1e-3, 4.0, seed)) <= SLACK
 
 
 def test_a_factor_too_small_for_float32_is_not_rounded_up():
-    """max_grad_norm over the norm is 1e-44 here, where float32 has whole steps of 1.4e-45."""
+    """Here max_grad_norm / norm is 1e-44, where float32 has steps of 1.4e-45."""
     layer = nn.Linear(8, 1, bias=False)
     for size in torch.linspace(1, 3, 50):
         total, stats = clipped_sum(layer, layer(torch.full((1, 8), 1e19 * size)).flatten() * 1e19, 1e-6)
@@ -77,7 +77,7 @@ def test_a_factor_too_small_for_float32_is_not_rounded_up():
 
 @pytest.mark.parametrize("parts", [1, 64])
 def test_many_alike_records_do_not_round_up(parts):
-    """1,024 equal records, clipped to the bound: with one of them fewer, the float32 sum changes by no more than the bound."""
+    """Of 1,024 equal records clipped to the bound, one is removed: the float32 sum changes by at most the bound."""
     layer = drawn.randomise(LoDALinear(32, 32, rank=4))
     x = torch.randn(1, 32).expand(1024 // parts, 32)
     mask = torch.arange(len(x)) != 3
@@ -92,7 +92,7 @@ def test_many_alike_records_do_not_round_up(parts):
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_fast_matrix_products_do_not_stretch_the_bound(precision):
-    """tf32 may round the gradients, but the norm then counts what it rounded."""
+    """tf32 may round the gradients, but the norm is that of the rounded gradients."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -126,7 +126,7 @@ def test_opposite_views_cancel_before_the_clip():
 
 
 class Guided(nn.Module):
-    """An image model with a condition, so that a NaN has several ways in."""
+    """An image model with a condition, so that a NaN can enter in several places."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +151,7 @@ def batch(n=4, dtype=torch.float32):
 
 
 def test_a_nonfinite_sample_contributes_nothing_wherever_it_is(counts, proof):
-    """NaN or Inf in any input, target or loss weight: counted, zero, and the others' sum is the same to the bit."""
+    """A NaN or Inf in any input, target or loss weight is counted and adds zero; the others' sum is the same bit for bit."""
     model = drawn.randomise(Guided())
     cases = counts(100, 1000)
     for case in range(cases):
@@ -170,7 +170,7 @@ def test_a_nonfinite_sample_contributes_nothing_wherever_it_is(counts, proof):
 
 
 def test_a_gradient_that_is_nan_though_the_loss_is_not():
-    """sqrt at 0: the loss is 0, its gradient is not a number."""
+    """The loss sqrt(0) is 0, but its gradient is not a number."""
     layer = nn.Linear(3, 1, bias=False)
     x = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
     total, stats = clipped_sum(layer, layer(x).square().sum(1).sqrt(), 1.0)
@@ -215,7 +215,7 @@ class Wide(nn.Module):
 
 
 def noise_of(parts, x, noise_multiplier=0.7, max_grad_norm=2.0, expected_batch_size=5.0, generator=None):
-    """The noise in units of noise_multiplier * max_grad_norm, of a batch in `parts` micro-batches."""
+    """Compute the noise, in units of noise_multiplier * max_grad_norm, of a batch in `parts` micro-batches."""
     model = Wide(x.shape[1])
     clipper = GhostClipper(model, max_grad_norm)
     for part in x.chunk(parts):
@@ -234,7 +234,7 @@ def test_noise_comes_once_however_many_micro_batches(proof):
 
 
 def test_noise_has_the_promised_scale_and_shape(proof):
-    """1e7 values: standard deviation within 0.2%, mean 0, normal by Kolmogorov and Smirnov, no correlation."""
+    """Check 1e7 values: standard deviation within 0.2%, mean 0, normal by Kolmogorov-Smirnov, no correlation."""
     values = gaussian(torch.Size([10_000_000]), 3.0, torch.device("cpu"), Generator().manual_seed(1)) / 3.0
     proof("noise std over nominal, 1e7 values", round(values.std().item(), 6))
     assert abs(values.std().item() - 1) <= 0.002
@@ -246,7 +246,7 @@ def test_noise_has_the_promised_scale_and_shape(proof):
 
 
 def test_noise_reaches_beyond_eight_sigma():
-    """It is Box and Muller's transform of uniforms with 53 bits: the smallest, 2^-53, gives 8.57 sigma."""
+    """It is the Box-Muller transform of uniforms with 53 bits: the smallest, 2^-53, gives 8.57 sigma."""
     uniform = torch.rand(16, dtype=torch.float64, generator=Generator().manual_seed(3))
     radius = (-2 * torch.log1p(-uniform[:8])).sqrt()
     angle = 2 * math.pi * uniform[8:]
@@ -299,7 +299,7 @@ def test_a_private_step_leaves_pytorchs_generator_alone():
 
 
 def test_a_forked_child_has_noise_of_its_own():
-    gaussian(torch.Size([1]), 1.0, torch.device("cpu"))  # the parent has a generator
+    gaussian(torch.Size([1]), 1.0, torch.device("cpu"))  # so that the parent has a generator
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -313,7 +313,7 @@ def test_a_forked_child_has_noise_of_its_own():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_noise_is_added_before_rounding(dtype):
-    """In bf16 too the noise has its scale: it is added in float64 and rounded once."""
+    """In bf16 too the noise has its scale, because it is added in float64 and the sum rounded once."""
     model = nn.Linear(300, 300, bias=False).to(dtype)
     clipper = GhostClipper(model, 1.0)
     clipper.privatize(1.5, 2.0)
@@ -326,7 +326,7 @@ def test_noise_is_added_before_rounding(dtype):
 
 @pytest.mark.parametrize("samples", [1, 3, 7])
 def test_the_divisor_is_the_expected_batch_size(samples):
-    """Never the realised one: that would change with the record that is added or removed."""
+    """The actual batch size would change with the record that is added or removed."""
     layer = drawn.randomise(LoDALinear(3, 2, rank=1).double())
     x = torch.randn(samples, 3, dtype=torch.float64)
     total, _ = clipped_sum(layer, drawn.curved(layer(x)), 0.5)
@@ -345,8 +345,8 @@ def test_the_divisor_is_the_expected_batch_size(samples):
 
 
 def test_empty_batches_are_noised_and_counted(proof):
-    """Each of 200 empty Poisson batches moves every parameter, by noise of the usual size."""
-    model = Wide(30).double()  # float32 weights lose one move in some millions to rounding
+    """Each of 200 empty Poisson batches moves every parameter by noise of the usual size."""
+    model = Wide(30).double()  # rounding of float32 weights would lose a few moves in millions
     sgd = torch.optim.SGD(model.parameters(), 1.0)
     steps, scales = 0, []
     for _ in range(200):
@@ -377,7 +377,7 @@ def test_a_fully_masked_batch_adds_nothing():
     assert not total.any() and stats.samples == 0
 
 
-# ---- what the operator is told
+# ---- statistics
 
 
 def test_statistics_are_right():
@@ -394,7 +394,7 @@ def test_statistics_are_right():
 
 
 def test_factors_reach_their_own_sample():
-    """Samples of very different norms: each is scaled by its own factor."""
+    """The samples' norms are very different, and each sample is scaled by its own factor."""
     layer = drawn.randomise(LoDALinear(6, 5, rank=2).double())
     x = torch.randn(6, 6, dtype=torch.float64)
     scales = torch.tensor([1e-3, 1e3, 1.0, 1e2, 1e-2, 10.0], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Public images chosen by a noisy statistic: the weights are as stated, and point at images like the private ones."""
+"""Public images chosen by a noisy statistic: the weights are as stated, and larger on images like the private ones."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fastloda.synthesis.methods.public_choice import tilted
 
 @pytest.fixture(scope="module")
 def pool() -> LabelledImages:
-    """Every second image is a negative."""
+    """Make public images of which every second one is a negative."""
     digits = font_digits(600, seed=0)
     sign = torch.tensor([1.0, -1.0]).repeat(300)
     return LabelledImages(digits.images * sign[:, None, None, None], digits.labels, 10)
@@ -27,18 +27,18 @@ def features_and_target(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def of_means(means: torch.Tensor, noise: float) -> ClassEmbeddings:
-    """Of 8 x 8 images, one record a class."""
+    """Make class embeddings of 8 x 8 images that stand for one record per class."""
     frequencies = torch.randn(64, means.shape[1] // 2, generator=torch.Generator().manual_seed(0))
     return ClassEmbeddings(means, noise, len(means), frequencies)
 
 
 def effective_number(weights: torch.Tensor) -> float:
-    """Of how many images the weights make use: 1 / sum w^2, for weights of sum 1 (Kish)."""
+    """Compute how many images the weights effectively use: 1 / sum w^2, for weights of sum 1 (Kish)."""
     return float(1 / weights.square().sum())
 
 
 def objective(w: torch.Tensor, features: torch.Tensor, target: torch.Tensor, tau: float) -> float:
-    """Of the module's docstring."""
+    """Compute the objective that the tested module's docstring states."""
     divergence = torch.special.xlogy(w, w * len(w)).sum()
     return float(divergence + (features.T @ w - target).square().sum() / (2 * tau**2))
 
@@ -124,9 +124,9 @@ def mean_distance(images: LabelledImages, phi, means: torch.Tensor) -> float:
     "noise, reach, least, most", [(0.3, 0.25, 0.0, 0.5), (0.3, 1e-3, 0.99, 1.01), (1e4, 0.25, 0.99, 1.01)]
 )
 def test_images_move_as_far_as_the_release_is_known_and_no_further(noise, reach, least, most):
-    """most, least: of the distance from the private means that is left."""
+    """`least` and `most` bound the share of the distance from the private means that is left."""
     private, public = font_digits(500, seed=7), font_digits(400, seed=0)
-    public = LabelledImages((public.images + 0.5).clamp(-1, 1), public.labels, 10)  # as no private one is
+    public = LabelledImages((public.images + 0.5).clamp(-1, 1), public.labels, 10)  # brighter than any private image
     choice = PublicChoice(noise, features=200)
     released = choice.sums(private, public, 500, 0, noise_stream(0))
     exact = class_means(released.embed(private.images), private.labels, 10)

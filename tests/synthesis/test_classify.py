@@ -1,4 +1,4 @@
-"""The classifier: it learns digits, treats each sample alone, and leaves global random numbers alone."""
+"""The classifier: it learns digits, treats each sample by itself, and leaves global random numbers unchanged."""
 
 import math
 
@@ -114,9 +114,9 @@ def test_no_augmentation_sees_the_images_as_they_are(digits):
     with_identity = train_classifier(train, steps=4, batch_size=3, width=8, augment=look, progress=False)
     without = train_classifier(train, steps=4, batch_size=3, width=8, augment="none", progress=False)
     assert torch.equal(weights(with_identity), weights(without))
-    assert [len(batch) for batch in seen] == [3, 3, 3, 3]  # batches run across the end of an epoch
+    assert [len(batch) for batch in seen] == [3, 3, 3, 3]  # batches continue across the end of an epoch
     epoch = torch.cat(seen)[:7]
-    assert torch.equal(epoch.unique(dim=0), train.images.unique(dim=0))  # which has every image once
+    assert torch.equal(epoch.unique(dim=0), train.images.unique(dim=0))  # an epoch has every image once
     assert not torch.equal(epoch, train.images)
 
 
@@ -204,7 +204,7 @@ def test_every_network_learns_from_few_images(name):
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet9", 6.57e6), ("wrn-40-4", 8.9e6), ("wrn-16-4", 2.7e6)])
 def test_networks_have_the_published_sizes(name, parameters):
-    """For CIFAR-10: 6.57M (Page's network) and 8.9M, 2.7M (Zagoruyko & Komodakis, table 4)."""
+    """The sizes for CIFAR-10 are 6.57M (Page's network), and 8.9M and 2.7M (Zagoruyko & Komodakis, table 4)."""
     model = seeded_network(name, 0, in_channels=3, image_size=32)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.02)
 

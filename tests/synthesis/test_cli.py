@@ -45,7 +45,7 @@ SYNTHESIZE = ["synthesize", "--public", "{fonts}", "--private", "digits", "--eps
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run with a public model, made by the command."""
+    """Make a run with a public model by the command."""
     folder = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
@@ -54,7 +54,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def fails(capsys, arguments: list[str]) -> str:
-    """Run a command that must fail as a mistake of the user's; returns its one line."""
+    """Run a command that must fail because of a user's mistake; return its one line."""
     assert main(arguments) == 2
     shown = capsys.readouterr()
     lines = [
@@ -69,7 +69,7 @@ def fails(capsys, arguments: list[str]) -> str:
     return lines[0]
 
 
-# -- doing -----------------------------------------------------------------------------------------------------------
+# -- running stages ---------------------------------------------------------------------------------------------------
 
 
 def test_stages_from_the_command_line(run, capsys):
@@ -160,7 +160,7 @@ def test_help_lists_the_commands_and_explains_them(capsys):
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_every_option_has_a_help_text(command, capsys):
     parser = build_parser("fastloda", cli.command_function(command))
-    # UNetConfig's docstring and two of PublicTraining's fields are of another form.
+    # The docstrings of UNetConfig and of two fields of PublicTraining have another form.
     silent = [a.dest for a in parser._actions if not a.help and not a.dest.startswith(("unet.", "training."))]
     assert not silent
     with pytest.raises(SystemExit):
@@ -301,7 +301,7 @@ def test_a_checkpoint_of_another_model_is_refused(run, tmp_path, capsys, monkeyp
         patch.setattr(pipeline, "save_loda", _interrupted)
         assert main(command) == 130
     capsys.readouterr()
-    with monkeypatch.context() as patch:  # the public model is replaced in between
+    with monkeypatch.context() as patch:  # the public model is replaced in the meantime
         patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
         patch.chdir(tmp_path)
         assert main(["pretrain", "--run", "other", *PRETRAIN, "--training.seed", "7", *QUIET]) == 0
@@ -325,7 +325,7 @@ def test_a_full_disk_gives_one_line_and_leaves_no_half_file(tmp_path, capsys, mo
     assert "cannot write" in line and "No space left on device" in line
     assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
     monkeypatch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
-    assert main(["pretrain", "--run", str(tmp_path / "run"), *PRETRAIN, *QUIET]) == 0  # and goes on when there is room
+    assert main(["pretrain", "--run", str(tmp_path / "run"), *PRETRAIN, *QUIET]) == 0  # it goes on when there is room
 
 
 def replace_account(monkeypatch, function):
@@ -367,7 +367,7 @@ def test_ctrl_c_exits_130_and_the_same_command_continues(run, tmp_path):
     (tmp_path / "run" / "public").symlink_to(run / "public")
     options = [
         "--privacy.epochs",
-        "400",  # long enough that the signal always finds it at work
+        "400",  # long enough that it is still running when the signal comes
         "--privacy.batch_size",
         "48",
         *PROMISE,
@@ -378,9 +378,8 @@ def test_ctrl_c_exits_130_and_the_same_command_continues(run, tmp_path):
     ]
     command = [sys.executable, "-m", "fastloda", "finetune", "--run", str(tmp_path / "run"), *options]
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    heed = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # a suite run in the background ignores it, as its children
+    # A test suite that runs in the background ignores SIGINT, and so would its children.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heed
     )

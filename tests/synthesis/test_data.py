@@ -1,4 +1,4 @@
-"""Data: what is refused and in which words, npz files, the private split, and the font digits."""
+"""Data: which files are refused and with which words, npz files, the private split, and the font digits."""
 
 import hashlib
 import os
@@ -177,7 +177,7 @@ def test_bad_npz_is_refused_by_name(tmp_path, change, message):
     assert str(caught.value).startswith(f"{path}: ")
 
 
-# --- npz files that fit the type, and may not mean what it means
+# --- npz files that fit the format but may not mean what it means
 
 
 def saved(path, **arrays):
@@ -186,7 +186,7 @@ def saved(path, **arrays):
 
 
 def drawn_floats(seed, least, most):
-    """float [3, 1, 4, 4] that reaches both ends."""
+    """Draw floats [3, 1, 4, 4] whose smallest and largest numbers are `least` and `most`."""
     images = np.random.default_rng(seed).uniform(least, most, (3, 1, 4, 4))
     images[0, 0, 0, :2] = least, most
     return images
@@ -200,7 +200,7 @@ def drawn_floats(seed, least, most):
     dtype=st.sampled_from(["float32", "float64", "float16"]),
 )
 def test_floats_of_any_range_are_refused_or_read_as_the_file_says(tmp_path_factory, seed, black, width, dtype):
-    """Without a negative one, nothing tells 0 .. 1 from -1 .. 1; beyond -1 .. 1 it is another range for sure."""
+    """Without a negative number, 0 .. 1 can't be told from -1 .. 1; numbers beyond -1 .. 1 are certainly in another range."""
     path = tmp_path_factory.mktemp("npz") / "a.npz"
     images = drawn_floats(seed, black, black + width).astype(dtype)
     labels = [0, 1, 2]
@@ -213,7 +213,7 @@ def test_floats_of_any_range_are_refused_or_read_as_the_file_says(tmp_path_facto
     found = load_npz(saved(path, images=images, labels=labels, range=[black, black + width])).images
     wanted = 2 * (images.astype(np.float64) - black) / width - 1
     torch.testing.assert_close(found, torch.from_numpy(wanted).float(), rtol=0, atol=1e-6)
-    assert found.min() == -1 and found.max() == wanted.astype(np.float32).max()  # 1, but that float16 has no 1000.25
+    assert found.min() == -1 and found.max() == wanted.astype(np.float32).max()  # 1, but float16 has no 1000.25
 
 
 @pytest.mark.parametrize("white", [1, 2, 15, 127])
@@ -321,7 +321,7 @@ def test_digits_split_is_fixed_and_complete():
     counts = (torch.cat([private.images, test.images]) + 1) * 8
     assert torch.equal(counts, counts.round())
 
-    # Every image once: the two parts together are the data set, so nothing is in both and nothing is lost.
+    # Every image occurs once: the two parts together are the data set, so that none is in both and none is lost.
     def rows(images, labels):
         return sorted(map(tuple, np.column_stack([images.reshape(len(images), -1), labels]).tolist()))
 
@@ -377,7 +377,7 @@ def test_strokes_neither_break_nor_run_together():
     assert (pieces == 1).mean() > 0.96
     holes = np.array([label(~ink)[1] - 1 for ink in bits])
     for digit, count in {0: 1, 1: 0, 5: 0, 6: 1, 7: 0, 8: 2, 9: 1}.items():
-        assert (holes[data.labels == digit] == count).mean() > 0.85, digit  # a thick pen or a bend closes some
+        assert (holes[data.labels == digit] == count).mean() > 0.85, digit  # a thick pen or a bend may close some
 
 
 @settings(deadline=None)
@@ -392,7 +392,7 @@ def test_the_written_digit_fills_the_box_and_stays_in_it(seed):
     place = torch.cat([fill[:, None], shift], dim=1)
     to_glyph = _box_to_glyph(writing, hull, pen, place)
 
-    # The obvious way: a round pen at every point of the hull, each of its edge points taken to the box.
+    # The direct way: place a round pen at every point of the hull, and map each point of its edge to the box.
     turns = torch.linspace(0, 2 * torch.pi, 721)
     edge = hull[:, :, None] + pen[:, None, None, None] * torch.stack([turns.cos(), turns.sin()], dim=1)
     inverse = torch.linalg.inv(to_glyph[:, :, :2])
@@ -436,18 +436,18 @@ def test_no_glyph_is_blank_and_no_two_fonts_are_one():
     glyphs = _glyphs()
     ink = glyphs.field > 0
     assert len(ink) == len(FONTS) * len(DIGITS)
-    assert (ink.any(dim=3).sum(dim=(1, 2)) >= 63).all()  # every digit has its full height, but for a faint edge
+    assert (ink.any(dim=3).sum(dim=(1, 2)) >= 63).all()  # every digit has its full height, except for a faint edge
     assert len(ink.unique(dim=0)) == len(ink)
-    half_stroke = glyphs.stroke / 2  # in heights of the glyph
+    half_stroke = glyphs.stroke / 2  # in units of a glyph's height
     assert half_stroke.min() > 0.03
     assert half_stroke.max() < 0.12
 
 
 def test_the_signed_distance_counts_from_the_edge():
-    field = _glyphs().field * 32  # pixels: 64 in the height of a glyph, which is 2
+    field = _glyphs().field * 32  # pixels; a glyph is 64 pixels or 2 units high
     assert field.abs().min() == 0.5
     for axis in (2, 3):
-        assert 0.99 < field.diff(dim=axis).abs().max() < 1.01  # a step of one pixel, over the edge as elsewhere
+        assert 0.99 < field.diff(dim=axis).abs().max() < 1.01  # each step is one pixel, over the edge too
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Published data sets: each written in its real format, tiny, and read back; what is wrong with a file is said by name."""
+"""Published data sets: tiny files in each one's real format are read back; what is wrong with a file is named."""
 
 import gzip
 import importlib
@@ -71,7 +71,7 @@ RANDOM = np.random.default_rng(0)
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    """The published counts are those of the tiny files, whose checksums are not the published ones."""
+    """Set the published counts to those of the tiny files, whose checksums are not the published ones."""
     for module in (MNIST, SVHN):
         monkeypatch.setattr(module, "COUNTS", {"train": TRAIN, "test": TEST})
     monkeypatch.setattr(CIFAR10, "COUNT", TRAIN)
@@ -85,7 +85,7 @@ def some_bytes(*shape: int) -> np.ndarray:
 
 
 def as_bytes(images: torch.Tensor) -> np.ndarray:
-    """Back from floats; refuses what no byte stands for."""
+    """Convert floats back to bytes; refuse values that stand for no byte."""
     scaled = (images + 1) * 127.5
     assert images.dtype == torch.float32 and (scaled - scaled.round()).abs().max() < 1e-4
     return scaled.round().to(torch.uint8).numpy()
@@ -159,7 +159,7 @@ def test_what_is_wrong_with_an_idx_file_is_said(tmp_path, content, message):
     with refuses(message) as caught:
         mnist(tmp_path)
     assert str(caught.value).startswith(f"{path}: ")
-    mnist(tmp_path, "test")  # the other part is whole
+    mnist(tmp_path, "test")  # the other part is intact
 
 
 def test_mnist_refuses_other_labels(tmp_path):
@@ -199,7 +199,7 @@ def test_the_published_file_is_not_warned_of(tmp_path, monkeypatch):
 
 
 def python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
-    """As Python 2 and NumPy 1 wrote the published batches: texts where Python 3 has bytes."""
+    """Pickle a batch as Python 2 and NumPy 1 wrote the published ones: with texts where Python 3 has bytes."""
 
     def text(value: bytes) -> bytes:
         return b"T" + struct.pack("<I", len(value)) + value
@@ -256,7 +256,7 @@ def test_cifar10_comes_back(tmp_path, writer, inside):
 
 
 def test_the_pixels_are_red_rows_first():
-    """What "data" of CIFAR-10 means: 1024 red values, row by row, then green, then blue."""
+    """CIFAR-10's "data" has 1024 red values, row by row, then green, then blue."""
     batches = importlib.import_module("fastloda.synthesis.data.batches")
     image = np.arange(3072).reshape(batches.SHAPE)
     assert image[0, 0, 1] == 1 and image[0, 1, 0] == 32 and image[1, 0, 0] == 1024
@@ -307,7 +307,7 @@ def test_a_cut_binary_batch_is_refused(tmp_path):
 
 
 class Runs:
-    """Unpickled in the ordinary way, it writes a file."""
+    """An object that writes a file when it is unpickled in the ordinary way."""
 
     def __init__(self, function, *arguments):
         self.made = function, arguments
@@ -348,7 +348,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(tmp_path, protocol, fun
     content = pickle.dumps({"data": Runs(function, *arguments)}, protocol)
     reading_is_refused(tmp_path, content, f"refused, for unpickling it would run .*{named}")
     assert not proof.exists()
-    if function is eval:  # the same file read in the ordinary way: the test can fail
+    if function is eval:  # read in the ordinary way, the same file does run code
         pickle.loads(content)
         assert proof.exists()
 
@@ -358,7 +358,7 @@ def test_a_malicious_batch_stops_cifar10(tmp_path):
     (tmp_path / "test_batch").write_bytes(pickle.dumps(Runs(os.system, f"touch {tmp_path / 'proof'}")))
     with refuses("refused, for unpickling it would run posix.system: only plain data and arrays are read") as caught:
         cifar10(tmp_path, "test")
-    assert str(caught.value).startswith(f"{tmp_path / 'test_batch'}: refused")  # the path once
+    assert str(caught.value).startswith(f"{tmp_path / 'test_batch'}: refused")  # the path is named once
     assert not (tmp_path / "proof").exists()
 
 
@@ -369,7 +369,7 @@ DTYPE = b"cnumpy\ndtype\n"
     ("content", "message"),
     [
         (DTYPE + b"(N}X\x0c\x00\x00\x00__defaults__Nstb.", "refused, for it would change a function"),
-        (b"cnumpy\nndarray\n(K\x01tR.", "not callable"),  # the class itself would take any buffer and strides
+        (b"cnumpy\nndarray\n(K\x01tR.", "not callable"),  # the class itself would accept any buffer and strides
         (DTYPE + b"(X\x01\x00\x00\x00OtR.", "only arrays of numbers are read, not of object"),
         (DTYPE + b"(X\x02\x00\x00\x00V8tR.", "only arrays of numbers"),
         (b"c_codecs\nencode\n(X\x01\x00\x00\x00xX\x04\x00\x00\x00zlibtR.", "bytes written in 'zlib'"),
@@ -388,10 +388,10 @@ def test_no_way_around_the_names_that_are_allowed(tmp_path, content, message):
 
 
 def test_a_dtype_with_a_dangerous_state_is_read_as_plain_numbers(tmp_path):
-    """The flags of a dtype could tell NumPy that the numbers are pointers to objects; only the byte order is taken."""
+    """A dtype's flags could tell NumPy that the numbers are pointers to objects; only the byte order is used."""
     dtype = np.dtype("<u8")
     state = list(dtype.__reduce__()[2])
-    state[-1] = 0b111111  # among them: NPY_ITEM_REFCOUNT, NPY_ITEM_IS_POINTER
+    state[-1] = 0b111111  # NPY_ITEM_REFCOUNT and NPY_ITEM_IS_POINTER are among them
     array = np.arange(3, dtype=dtype)
 
     class Poisoned:
@@ -429,7 +429,7 @@ def test_a_damaged_batch_is_read_or_refused_but_never_fails_otherwise(tmp_path_f
     at = int(place * len(content))
     if cut:
         content = content[:at]
-    elif chr(content[at] ^ flip) not in "jr":  # the two that name a place in memory: up to 64 GiB, in Python itself
+    elif chr(content[at] ^ flip) not in "jr":  # memo opcodes: their index makes Python itself take up to 64 GiB
         content[at] ^= flip
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(content)
@@ -496,7 +496,7 @@ def test_a_mat_file_without_the_arrays_or_damaged_is_refused(tmp_path):
 
 
 def write_imagenet32(folder: Path, *, pickled: bool = False, labels=None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Labels of the ten matches and of others, in every file."""
+    """Write files that have labels of the ten matching classes and of others."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for name in [*IMAGENET32.FILES["train"], *IMAGENET32.FILES["test"]]:
@@ -550,7 +550,7 @@ def test_cifar10_gets_the_labels_of_the_matches():
 
 
 def map_file(changes: dict[str, str] = {}) -> str:  # noqa: B006
-    """Shaped like ILSVRC's map_clsloc.txt: real ids for the matches, made-up ones for the rest."""
+    """Make a file like ILSVRC's map_clsloc.txt: real ids for the matching classes, made-up ones for the others."""
     ids = {label: f"n9{label:07}" for label in range(1, 1001)} | {match.label: match.wordnet for match in MATCHES}
     text = "".join(f"{wordnet} {label} name_{label}\n" for label, wordnet in ids.items())
     for old, new in changes.items():
@@ -861,7 +861,7 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, files):
     first = sorted({name.split("/")[0] for name in files})[0]
     with refuses(f"are parts of a data set by their names, not classes: give one of them, as .*{first}"):
         image_folder(tmp_path)
-    if files[0].count("/") == 2:  # the way out
+    if files[0].count("/") == 2:  # the remedy
         assert image_folder(tmp_path / first).num_classes == len(
             {n.split("/")[1] for n in files if n.startswith(first)}
         )
@@ -940,7 +940,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_an_image_is_read_by_no_other_program(tmp_path, monkeypatch):
-    """PIL gives EPS to Ghostscript, whatever the file is called."""
+    """PIL would call Ghostscript for EPS, whatever the file is called."""
     (tmp_path / "a").mkdir()
     Image.fromarray(some_bytes(9, 9, 3)).save(tmp_path / "a" / "1.png", format="EPS")
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was called"))
@@ -970,7 +970,7 @@ def test_one_percent_of_cifar10_is_50_images_a_class():
 
 
 def numbered(labels: torch.Tensor, num_classes: int) -> LabelledImages:
-    """Each image is its own position."""
+    """Make images whose pixels hold the image's position."""
     return LabelledImages(torch.arange(len(labels)).float().view(-1, 1, 1, 1) / 1000, labels, num_classes)
 
 
@@ -1000,7 +1000,7 @@ def test_a_subset_is_random_and_its_seed_decides():
     data = numbered(torch.zeros(1000).long(), 1)
     first, second = (stratified_subset(data, count=100, seed=seed).images.flatten() for seed in (0, 1))
     assert not torch.equal(first, second)
-    assert 0.4 < first.mean() < 0.6  # from everywhere
+    assert 0.4 < first.mean() < 0.6  # from the whole set
 
 
 @pytest.mark.parametrize(
@@ -1034,7 +1034,7 @@ def test_the_colour_digits_are_the_digits_in_their_fixed_split():
             [x[on].mean() > x[off].mean() for x, on, off in zip(luma, written, ground, strict=True)]
         )
         assert 0.4 < light_ink.float().mean() < 0.6
-        # Where the ink is certain, every pixel of it is on the one side of the middle, and the ground on the other.
+        # Where the ink is certain, all its pixels are on one side of the middle, and those of the ground on the other.
         sides = torch.where(light_ink[:, None, None], luma, -luma)
         assert (sides[written] > 0).all() and (sides[ground] < 0).all()
     first, second = colour_digits_split()[0], colour_digits_split()[0]
@@ -1050,7 +1050,7 @@ def test_the_public_colours_are_made_the_same_way_and_determined_by_the_seed():
     private = colour_digits_split()[0].images
     for statistic in (lambda x: x.mean(dim=(0, 2, 3)), lambda x: x.std(dim=(0, 2, 3))):
         torch.testing.assert_close(statistic(data.images), statistic(private), atol=0.06, rtol=0)
-    assert len(data.images[:, :, 0, 0].unique(dim=0)) == 300  # grounds of their own
+    assert len(data.images[:, :, 0, 0].unique(dim=0)) == 300  # each has its own ground
 
 
 @pytest.mark.parametrize("seed", [0, 1, 77])
@@ -1060,11 +1060,11 @@ def test_the_colours_come_from_other_numbers_than_the_glyphs(monkeypatch, seed):
     monkeypatch.setattr(module, "_paint", lambda digits, seed: seeds.append(seed) or paint(digits, seed))
     colour_font_digits(3, seed)
     colours, glyphs = (torch.rand(9, generator=torch.Generator().manual_seed(s)) for s in (seeds[0], seed))
-    assert not torch.equal(colours, glyphs)  # a generator may heed but 32 bits of its seed
+    assert not torch.equal(colours, glyphs)  # a generator may use only 32 bits of its seed
 
 
 def test_the_colours_say_nothing_of_the_digit():
-    """A linear classifier of corner colours is at chance: labels and colours are drawn apart."""
+    """A linear classifier of corner colours is no better than chance, because colours are drawn independently of labels."""
     data = colour_font_digits(2000, seed=0)
     corners = data.images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].flatten(1)
     features = torch.cat([corners, torch.ones(2000, 1)], dim=1)
@@ -1083,7 +1083,7 @@ def write_everything(root: Path) -> None:
 
 
 def test_the_papers_table_runs_on_published_files(tmp_path):
-    """CIFAR-10's pickles and ImageNet32's npz batches, as they lie in one folder, to a finished table."""
+    """CIFAR-10's pickles and ImageNet32's npz batches, in one folder, give a finished table."""
     root = tmp_path / "data"
     write_cifar10(root / "cifar-10-batches-py"), write_imagenet32(root / "Imagenet32_train_npz")
     (root / "cifar-10-batches-py" / "data_batch_5").unlink()
@@ -1134,7 +1134,7 @@ def test_mnist5k_is_4000_private_and_1000_test_digits_of_mnist():
     assert len(rows.unique(dim=0)) == 5000 and rows.min() == -1 and rows.max() == 1
     border = torch.ones(28, 28, dtype=torch.bool)
     border[2:-2, 2:-2] = False
-    assert (private.images[..., border] == -1).float().mean() > 0.99  # 20 x 20 in the middle, by the centre of mass
+    assert (private.images[..., border] == -1).float().mean() > 0.99  # 20 x 20 pixels, centred by the centre of mass
 
 
 def test_font_digits_are_placed_as_mnist_s_are():
@@ -1310,7 +1310,7 @@ def test_a_u_net_of_colour_images_takes_grey_ones_and_not_the_other_way(tmp_path
 
 
 def test_reading_never_imports_what_a_pickle_names(tmp_path):
-    """Even a lookup may run code: importing a module runs it."""
+    """A mere lookup may run code, because importing a module runs it."""
     assert "antigravity" not in sys.modules
     reading_is_refused(tmp_path, b"cantigravity\nfly_genesis\n.", "would run antigravity.fly_genesis")
     assert "antigravity" not in sys.modules

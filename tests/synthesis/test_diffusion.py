@@ -1,4 +1,4 @@
-"""The diffusion package against slow or exact answers: the paper's layers, explicit formulas, known data."""
+"""The diffusion package compared with slow or exact answers: the paper's layers, explicit formulas, known data."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ from fastloda.synthesis.diffusion.edm import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, c
 from fastloda.synthesis.diffusion.sampler import guided
 from fastloda.synthesis.diffusion.unet import PROCESSES, Attention, ResBlock
 
-# (c_in, c_out, k, stride, pad, h_out, w_out): how many of the paper's 149 convolutions are so at 32 x 32.
+# (c_in, c_out, k, stride, pad, h_out, w_out): how many of the paper's 149 convolutions have this shape on 32 x 32 images.
 PAPER_CONVOLUTIONS = {
     (3, 64, 3, 1, 1, 32, 32): 1,
     (64, 64, 3, 1, 1, 32, 32): 7,
@@ -60,7 +60,7 @@ PAPER_CONVOLUTIONS = {
     (128, 64, 1, 1, 0, 32, 32): 2,
     (64, 3, 3, 1, 1, 32, 32): 1,
 }
-# How the paper's modules are called; `attach_loda` and pretrained files refer to these.
+# Names of modules in the paper's code, which `attach_loda` and pretrained files refer to.
 PAPER_NAMES = """
 downblocks.0.0 downblocks.1.0.block_1.2 downblocks.1.1.proj_q downblocks.3.0.layer downblocks.4.0.residual
 middleblocks.0.block_2.3 middleblocks.1.proj middleblocks.2.block_1.2 upblocks.0.0.residual upblocks.2.2.layer
@@ -69,7 +69,7 @@ upblocks.11.1.proj_v out.2
 
 
 class Predictor(nn.Module):
-    """A model in three lines: what it predicts is a function of (x, t, y); it remembers its calls."""
+    """A minimal model whose prediction is a given function of (x, t, y); it remembers its calls."""
 
     def __init__(self, predict, image_shape=(1, 4, 4), null_class=10, process=None):
         super().__init__()
@@ -84,7 +84,7 @@ class Predictor(nn.Module):
 
 
 def tiny_unet(**overrides) -> UNet:
-    """Two levels, attention in one, no zero weights: gradients reach everything."""
+    """Make a U-Net with two levels, attention in one, and no zero weights, so that gradients reach everything."""
     preset = dict(image_size=4, width=8, num_classes=3, class_width=4, zero_init=False)
     return digits_unet(**preset | overrides).eval()
 
@@ -95,7 +95,7 @@ def batch(model: UNet, n: int, dtype=torch.float32):
 
 
 def convolutions(model: UNet) -> dict[str, tuple[int, ...]]:
-    """Name -> (c_in, c_out, k, stride, pad, h_out, w_out) of every convolution; a forward calls it once."""
+    """Find name -> (c_in, c_out, k, stride, pad, h_out, w_out) of every convolution; a forward pass must call it once."""
     found = {}
 
     def note(name):
@@ -362,7 +362,7 @@ def test_labels_are_dropped_with_probability_p(p):
     dropped = seen == 10
     assert abs(dropped.float().mean().item() - p) <= 5 * math.sqrt(p * (1 - p) / (2 * n))
     assert torch.equal(seen[~dropped], (torch.arange(n) % 10).repeat_interleave(2)[~dropped])
-    if p == 0.1:  # views are dropped one by one: a sample loses both with probability p^2
+    if p == 0.1:  # views are dropped independently: a sample loses both with p^2
         both = dropped.view(n, 2).all(1).float().mean().item()
         assert abs(both - p**2) < 5 * math.sqrt(p**2 / n)
 
@@ -411,7 +411,7 @@ def test_timesteps_land_where_they_are_wanted():
 
 
 def test_the_loss_of_edm_is_the_weighted_error_of_its_denoiser():
-    """By table 1 of Karras et al. 2022: lambda(sigma) |D(x; sigma) - x0|^2, D = c_skip x + c_out F(c_in x)."""
+    """By table 1 of Karras et al. 2022 it is lambda(sigma) |D(x; sigma) - x0|^2, with D = c_skip x + c_out F(c_in x)."""
     x0, y = 0.5 * torch.randn(5, 1, 4, 4), torch.zeros(5).long()
     sigma, noise = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]), torch.randn(5, 1, 4, 4)
     model = Predictor(lambda x, t, y: 0.3 * x + t.view(-1, 1, 1, 1) / 1000)
@@ -440,7 +440,7 @@ def test_noise_levels_of_edm_are_lognormal_and_stratified(views):
     assert t.dtype == torch.float32 and t.isfinite().all()
     assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.03 and abs(z.pow(3).mean()) < 0.15
     view = (torch.special.ndtr(z).view(5000, views) * views).long()
-    assert (view == torch.arange(views)).all(1).float().mean() > 0.999  # but for rounding at the ends
+    assert (view == torch.arange(views)).all(1).float().mean() > 0.999  # not all, because of rounding at the ends
 
 
 def test_levels_of_edm_are_favoured_by_their_quantiles():
@@ -458,7 +458,7 @@ def test_levels_of_the_sampler_are_karras_et_als():
 
 
 def test_heun_is_of_second_order():
-    """The error at the end falls by about four when the steps double."""
+    """The error at the end falls to about a quarter when the steps double."""
     mean, std = 0.4, 0.3
     model = exact(EDM(), lambda x, sigma: mean + std**2 / (std**2 + sigma**2) * (x - mean))((1, 4, 4))
     truth, *errors = (
@@ -473,7 +473,7 @@ def test_heun_is_of_second_order():
 
 
 def exact(process, denoise):
-    """Make a model of the process that is right for data whose best estimate is denoise(x / signal, noise / signal)."""
+    """Make a model of the process that is exact for data whose best estimate is denoise(x / signal, noise / signal)."""
 
     def noise(x, t, y):
         abar = process.alphas_cumprod[t].float().view(-1, 1, 1, 1)
@@ -494,7 +494,7 @@ def exact(process, denoise):
 )
 @pytest.mark.parametrize("steps", [1, 7, 1000])
 def test_a_perfect_predictor_is_inverted(process, stochasticity, steps):
-    """Data that is one image: the best estimate is that image, so every sampler must end at it."""
+    """The data is one image: the best estimate is that image, so that every sampler must end at it."""
     image = torch.rand(1, 4, 4) * 2 - 1
     model = exact(process, lambda x, sigma: image.expand(len(x), -1, -1, -1))((1, 4, 4))
     options = {"steps": steps, "stochasticity": stochasticity, "clip_denoised": False}
@@ -507,7 +507,7 @@ def test_a_perfect_predictor_is_inverted(process, stochasticity, steps):
     [(DDPM(), 0.0, 200), (DDPM(), 0.5, 200), (DDPM(), 1.0, 1000), (EDM(), 0.0, 40), (EDM(), 40.0, 200)],
 )
 def test_gaussian_data_is_reproduced(process, stochasticity, steps):
-    """For N(mean, std^2) data the best estimate is linear in x; its samples must have that mean and std."""
+    """For N(mean, std^2) data the best estimate is linear in x; the samples must have that mean and std."""
     mean, std = 0.4, 0.3
     model = exact(process, lambda x, sigma: mean + std**2 / (std**2 + sigma**2) * (x - mean))((1, 64, 64))
     options = {"steps": steps, "stochasticity": stochasticity, "clip_denoised": False}
@@ -519,7 +519,7 @@ def test_gaussian_data_is_reproduced(process, stochasticity, steps):
 
 @pytest.mark.parametrize("process", [DDPM(), EDM()])
 def test_varied_images_stay_in_the_data_and_lose_what_the_noise_covers(process):
-    """N(mean, std^2) data again: variations are such data, the less like their origins the further up the noise goes."""
+    """Variations of N(mean, std^2) data are such data too; the more noise is added, the less they are like their origins."""
     mean, std, steps = 0.4, 0.3, 100
     model = exact(process, lambda x, sigma: mean + std**2 / (std**2 + sigma**2) * (x - mean))((1, 64, 64))
     images = mean + std * torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -691,7 +691,7 @@ def test_class_balanced_labels():
 
 
 def test_the_papers_adapters():
-    """r = 4 on every convolution but the first and the last: 147 adapters, 366,592 trained parameters."""
+    """Rank 4 is on every convolution except the first and the last: 147 adapters with 366,592 trained parameters."""
     model = paper_unet()
     adapted = attach_loda(model, rank=4)
     assert len(adapted) == 147
@@ -701,7 +701,7 @@ def test_the_papers_adapters():
 
 
 def test_a_private_step_of_the_papers_unet_is_exact():
-    """At a quarter of its width, on 16 x 16: norms against one backward per sample."""
+    """At a quarter of its width, on 16 x 16 images, the norms equal those of one backward pass per sample."""
     model = paper_unet(width=32, image_size=16, zero_init=False).double()
     attach_loda(model, rank=2)
     for parameter in loda_parameters(model):

@@ -1,4 +1,4 @@
-"""Whose each image is: every file has one owner, read in one of three ways, or the folder is refused; and what finetune says."""
+"""Owners of images: every file has one, read in one of three ways, or the folder is refused; and what finetune states."""
 
 import json
 import re
@@ -27,7 +27,7 @@ FILES = ("benign/p1_0.png", "benign/p2_0.png", "benign/p2_1.png", "malign/p1_1.p
 
 
 def write(root: Path, files=FILES) -> Path:
-    """Images of one brightness each, in the order of files."""
+    """Write images of one brightness each, in the order of `files`."""
     for i, name in enumerate(files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8), 255 - i, np.uint8)).save(root / name)
@@ -117,7 +117,7 @@ TABLES = {
     "other", ["jose\N{COMBINING ACUTE ACCENT} diaz", "José  Diaz", "JOSÉ DIAZ", "José\N{NO-BREAK SPACE}Diaz"]
 )
 def test_two_spellings_of_one_name_are_no_two_owners(root, tmp_path, other):
-    """As they are typed on two machines: each would be promised less than an owner is."""
+    """Two machines may write a name so: as two owners, each would be promised less than an owner is."""
     rows = "".join(f"{name},{('José Diaz', other)[i % 2]}\n" for i, name in enumerate(FILES))
     with pytest.raises(ValueError, match="give one owner one name"):
         owners_of(root, write_table(tmp_path / "owners.csv", "file,owner\n" + rows))
@@ -160,7 +160,7 @@ def public(tmp_path_factory) -> Path:
 
 
 def many(root: Path) -> Path:
-    """48 images of 12 people, who have one to seven of both classes."""
+    """Write 43 images of 12 people, who have one to seven each, of both classes."""
     owners = [owner for owner in range(12) for _ in range(1 + owner % 7)][:48]
     return write(root, [f"{i % 2}/p{owner:02d}_{i:02d}.png" for i, owner in enumerate(owners)])
 
@@ -238,7 +238,7 @@ def test_the_command_takes_owners_and_refuses_a_number_without_them(public, tmp_
 
 
 def test_owners_are_those_of_the_images_that_could_be_read(public, tmp_path):
-    """A file that is left out takes no other's owner."""
+    """A file that is left out does not shift the others' owners."""
     data = many(tmp_path / "images")
     first, second, *_ = sorted((data / "0").iterdir())
     first.write_bytes(b"nothing")
@@ -251,4 +251,4 @@ def test_owners_are_those_of_the_images_that_could_be_read(public, tmp_path):
     with pytest.warns(UserWarning, match="left out 1 of 43"):
         statement = finetune(tmp_path / "run", privacy, data=str(data), **options, **QUIET)
     assert statement["owners"] == len(set(owners)) == 11
-    assert "(p" not in (tmp_path / "run" / "private" / "config.yaml").read_text()  # nor where a table of owners lies
+    assert "(p" not in (tmp_path / "run" / "private" / "config.yaml").read_text()  # nor would a table's path be there

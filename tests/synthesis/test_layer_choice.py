@@ -54,7 +54,7 @@ def public(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(public, tmp_path) -> Path:
-    """A run with the public model only."""
+    """Make a run with only the public model."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "public").symlink_to(public)
     return tmp_path / "run"
@@ -62,7 +62,7 @@ def run(public, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(public, tmp_path_factory) -> Path:
-    """Tests leave it as it is."""
+    """Make a fine-tuned run, which the tests leave unchanged."""
     run = tmp_path_factory.mktemp("finished") / "run"
     run.mkdir()
     (run / "public").symlink_to(public)
@@ -115,7 +115,7 @@ def test_samples_and_the_report_follow(finished, tmp_path):
 
 @pytest.mark.parametrize("at", ["once", "release_statement", "private_trainer", "fit_average"])
 def test_an_interrupted_release_is_never_made_again(run, monkeypatch, at):
-    """Without a seed, so that a second one would differ."""
+    """There is no seed, so that a second release would differ."""
     path = run / "layers" / "privacy.json"
     with monkeypatch.context() as patch:
         patch.setattr(stages, at, dies)
@@ -129,7 +129,7 @@ def test_an_interrupted_release_is_never_made_again(run, monkeypatch, at):
 
 
 def test_a_release_serves_again_and_counts_once(finished, tmp_path):
-    """For another share, another optimization, and for none."""
+    """It serves another share, another optimization, and a run that chooses no layers."""
     for number, (layers, adapted_layers) in enumerate([(LayerChoice(0.1, 20.0), 4), (LayerChoice(), 39)]):
         run = tmp_path / str(number)
         shutil.copytree(finished, run)
@@ -140,7 +140,7 @@ def test_a_release_serves_again_and_counts_once(finished, tmp_path):
 
 
 def test_a_lost_release_is_refused(run, monkeypatch):
-    """Fine-tuning began with it."""
+    """Fine-tuning began with the release."""
     with monkeypatch.context() as patch:
         patch.setattr(stages, "fit_average", dies)
         with pytest.raises(KeyboardInterrupt):
@@ -201,7 +201,7 @@ def trained(fitted) -> int:
 
 
 def test_the_variants_to_compare_are_settings(tmp_path):
-    """All layers, attention alone, chosen ones, as many at random; and with chosen data."""
+    """They are all layers, attention alone, chosen layers, as many at random, and chosen layers with chosen data."""
     everywhere = fit(LODA, tmp_path / "all")
     attention = fit(dataclasses.replace(LODA, adapter=Adapter(targets="attention")), tmp_path / "attention")
     chosen = fit(dataclasses.replace(LODA, layers=CHOSEN), tmp_path / "chosen")

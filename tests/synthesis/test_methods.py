@@ -1,4 +1,4 @@
-"""The compared methods: what each releases, that it stays within its budget, and that its result is of the right kind."""
+"""The compared methods: what each releases, that it stays within its budget, and that its result is of the stated kind."""
 
 import math
 from dataclasses import replace
@@ -109,7 +109,7 @@ def private() -> LabelledImages:
 
 
 def as_bytes(data: LabelledImages) -> LabelledImages:
-    """As the published sets of photographs are kept."""
+    """Convert images to bytes, as which the published sets of photographs are kept."""
     return LabelledImages(
         ByteImages(((data.images + 1) * 127.5).round().to(torch.uint8)), data.labels, data.num_classes
     )
@@ -141,7 +141,7 @@ def test_each_method_keeps_its_budget_and_gives_what_it_says(name, public, priva
 
 @pytest.mark.parametrize("name", ["merf", "mepf", "loda", "chosen", "in turn", "evolution"])
 def test_only_the_release_carries_private_records(name, public, private, tmp_path, monkeypatch):
-    """With the released sums, or gradients, replaced by constants, two private sets give the same samples."""
+    """With the released sums or gradients replaced by constants, two private sets give the same samples."""
     sums = lambda what, features, labels, classes, noise, stream: (  # noqa: E731
         torch.ones(classes, features.shape[1], dtype=torch.float64),
         Release(what, 1.0, noise, 1),
@@ -194,10 +194,10 @@ def test_warm_ups_in_turn_and_rounds_are_all_counted(public, private, tmp_path):
 
 
 def test_evolution_makes_more_of_what_private_images_vote_for(tmp_path, monkeypatch):
-    """Of two kinds of samples in each class, private images are like one; what is drawn is like it too."""
+    """Each class has two kinds of samples; private images are like one kind, and so is what is drawn."""
     digits = font_digits(200, seed=0)
     kinds = torch.arange(200) // 10 % 2
-    drawn = digits.images * (1 - 2 * kinds.float())[:, None, None, None]  # negatives
+    drawn = digits.images * (1 - 2 * kinds.float())[:, None, None, None]  # every second kind is a negative
 
     def samples(model, labels, *, varied=None, **_):
         return drawn[: len(labels)] if varied is None else varied
@@ -225,12 +225,12 @@ def test_the_choice_moves_the_samples_too(public, private, tmp_path):
 def test_methods_share_the_public_model(public, private, tmp_path):
     first = MODEL.fit(public, work_in(tmp_path))
     models = lambda: list((tmp_path / "public").glob("*.safetensors"))  # noqa: E731
-    assert len(models()) == 1 and not list((tmp_path / "public").glob("*.pt"))  # no checkpoint stays
+    assert len(models()) == 1 and not list((tmp_path / "public").glob("*.pt"))  # no checkpoint is left
     again = MODEL.fit(public, work_in(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
     MODEL.fit(public, work_in(tmp_path, seed=1))
     MODEL.fit(private, work_in(tmp_path))
-    assert len(models()) == 3  # another seed, other images: other models
+    assert len(models()) == 3  # another seed or other images make other models
 
 
 def test_pretraining_in_two_steps_starts_without_labels(public, tmp_path, monkeypatch):
@@ -246,7 +246,7 @@ def test_pretraining_in_two_steps_starts_without_labels(public, tmp_path, monkey
     two = replace(MODEL, unconditional=PublicTraining(steps=3, batch_size=4, warmup=1), everything=everything)
     two.fit(as_bytes(public), work_in(tmp_path))
     assert seen == [(4, 1.0)] * 3 + [(8, 0.1)] * 2
-    replace(two, everything=None).fit(as_bytes(public), work_in(tmp_path))  # other images: another model
+    replace(two, everything=None).fit(as_bytes(public), work_in(tmp_path))  # other images make another model
     assert len(seen) == 10
 
 
@@ -311,7 +311,7 @@ def test_features_have_norm_one_whatever_the_image(public):
     torch.testing.assert_close(phi.norm(dim=1), torch.ones(5))
     kernel = torch.exp(-(extreme[0] - extreme[1]).square().sum() / 2 / 9)
     wide = fourier_features(extreme, torch.randn(64, 20_000, generator=torch.Generator().manual_seed(0)) / 3)
-    assert (wide[0] @ wide[1]).item() == pytest.approx(kernel.item(), abs=0.03)  # they are a Gaussian kernel's
+    assert (wide[0] @ wide[1]).item() == pytest.approx(kernel.item(), abs=0.03)  # a Gaussian kernel's features
     encoder = Perceptual(train_classifier(public, steps=2, width=8, progress=False).features)
     for moment in encoder(extreme):
         assert (moment.norm(dim=1) <= 1 + 1e-6).all()
@@ -325,7 +325,7 @@ def test_class_means_are_means_of_classes():
 
 
 def test_a_matched_mean_embedding_gives_images_of_the_right_classes(tmp_path):
-    """Without much noise DP-MERF's samples teach a classifier more than chance does."""
+    """With little noise, DP-MERF's samples teach a classifier more than chance would."""
     data = font_digits(600, seed=0)
     fitted = DPMERF(features=400, steps=120).fit(data, data, Budget(1e5, 1e-5, 600), work_in(tmp_path))
     judge = train_classifier(data, steps=120, progress=False)

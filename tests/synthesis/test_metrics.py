@@ -1,4 +1,4 @@
-"""FID, KID, precision and recall: exact on Gaussians whose distance is known, and in agreement with the slow definitions."""
+"""FID, KID, precision and recall: exact on Gaussians of known distance, and equal to slow definitions."""
 
 import numpy as np
 import pytest
@@ -97,7 +97,7 @@ def test_classifier_features_are_what_its_head_reads():
 
 
 class Inception(torch.nn.Module):
-    """A stand-in with the call of StyleGAN's file."""
+    """A stand-in that is called like StyleGAN's file."""
 
     def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         return x.float().mean((2, 3)) if return_features else x.float()

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as the public model: stages adapt them and draw from them as from our own U-Net."""
+"""diffusers' pipelines as the public model: stages adapt them and draw from them as they do with our own U-Net."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def saved(make, folder: Path, **options) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A pipeline of each kind, saved by diffusers; tests leave them as they are."""
+    """Save a pipeline of each kind by diffusers; the tests leave them unchanged."""
     root = tmp_path_factory.mktemp("pipelines")
     return {kind: saved(make, root / kind) for kind, make in MAKE.items()}
 
@@ -97,7 +97,7 @@ def test_a_pipeline_goes_from_private_images_to_samples(kind, folders, tmp_path)
     assert statement.get("prompts") == (
         ["a photo of a cat", "a photo of a dog", "a photo of a owl"] if PROMPTS[kind] else None
     )
-    assert finetune(run, PRIVACY, **options, **QUIET) == statement  # it is there already
+    assert finetune(run, PRIVACY, **options, **QUIET) == statement  # the result exists already
     drawn = {}
     for public in (False, True):
         result = sample(run, count=4, steps=2, public=public, model=model, **QUIET)
@@ -189,7 +189,7 @@ def test_an_interrupted_fine_tuning_on_latents_continues_bit_for_bit(folders, tm
 
 
 def seen(base, training, views=2, seed=5):
-    """Compute the losses of three records, and what the network was called with."""
+    """Compute the losses of three records; return them with what the network was called with and its output."""
     data = images_for(
         {"DDPMPipeline": "pixels", "DDIMPipeline": "pixels", "DiTPipeline": "dit"}.get(base.name, "text"), 3
     )
@@ -297,7 +297,7 @@ def test_latents_are_the_vaes_means_whatever_else_is_encoded(kind, folders):
     assert torch.equal(labels, data.labels) and not latents.requires_grad
     some = torch.tensor([19, 2, 17, 0, 5])
     fewer, _ = base.records(data[some])
-    assert torch.equal(fewer, latents[some])  # not even rounding depends on how many there are, and in which place
+    assert torch.equal(fewer, latents[some])  # not even rounding depends on their number and places
 
 
 STOCHASTIC = {
@@ -356,7 +356,7 @@ def test_half_precision_folders_are_read_as_float32_and_frozen(tmp_path, recwarn
         assert not any(p.requires_grad for p in part.parameters())
 
 
-# ---- what is no pipeline that is covered
+# ---- what is not a supported pipeline
 
 
 def edited(name: str, **changes):

@@ -1,4 +1,4 @@
-"""`fastloda report`: the promise first, right numbers, no path and no private image, and a refusal of what isn't finished."""
+"""`fastloda report`: the promise first, right numbers, no path and no private image, and a refusal of unfinished runs."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ QUIET = {"progress": False, "device": "cpu"}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Two runs on images in a file of a telling name: one as it should be, one with a fixed seed and a choice before it."""
+    """Make two runs on files with a telling name: one as it should be, one with a fixed seed and a choice before it."""
     folder = tmp_path_factory.mktemp("clinic")
     private, test = (folder / f"{part}-of-john-doe.npz" for part in ("images", "tests"))
     for path, images in zip((private, test), digits_split(), strict=True):
@@ -62,7 +62,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def run(runs, tmp_path) -> Path:
-    """A copy of the run as it should be, to be changed."""
+    """Copy the run that is as it should be, so that a test can change it."""
     return Path(shutil.copytree(runs["run"], tmp_path / "run", ignore=shutil.ignore_patterns("report.html")))
 
 
@@ -147,12 +147,12 @@ def test_a_choice_is_counted_and_its_files_are_listed(runs, tmp_path):
     run = Path(shutil.copytree(runs["seeded"], tmp_path / "run"))
     statement, path = statement_of(run), run / "private" / "privacy.json"
     change(path, seed_was_fixed=False)
-    assert 'class="alarm"' in page_of(run)  # for each release says by itself how its noise was drawn
+    assert 'class="alarm"' in page_of(run)  # each release has its own statement of how its noise was drawn
     change(path, releases=[release | {"seed_was_fixed": False} for release in statement["releases"]])
     html = page_of(run)
     assert 'class="alarm"' not in html
     assert len(statement["earlier"]) == 1 and f"{statement['earlier'][0][1]:.4g}" in html
-    assert html.count("chosen/sums.safetensors") == 2  # may be published, and its hash
+    assert html.count("chosen/sums.safetensors") == 2  # once as a file to publish, once with its hash
     earlier = [[*statement["earlier"][0][:2], 200]]
     change(run / "chosen" / "privacy.json", steps=200)
     with pytest.raises(RunError, match="does not count what chosen/ has released"):

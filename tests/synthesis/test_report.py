@@ -1,4 +1,4 @@
-"""Tables, figures and the page: right numbers, self-contained, escaped, and no private image."""
+"""Tables, figures and the page: right numbers, self-contained, escaped, and without private images."""
 
 import inspect
 import io
@@ -77,7 +77,7 @@ def test_grid_has_a_row_for_each_class_and_exact_pixels():
     assert pixels.shape[0] == 2 * 64 + 2 and pixels.shape[1] > 2 * 64 + 2
     grid = pixels[:, -(2 * 64 + 2) :]
     corners = grid[[0, 0, -1, -1], [0, -1, 0, -1]]
-    assert corners.tolist() == [[128] * 3, [255] * 3, [0] * 3, [255] * 3]  # class 0 has one image: a place stays empty
+    assert corners.tolist() == [[128] * 3, [255] * 3, [0] * 3, [255] * 3]  # class 0 has only one image
     assert (grid[64:66] == 255).all() and (grid[:64, :64] == 128).all()
 
 
@@ -100,7 +100,7 @@ def test_each_row_of_a_grid_has_its_class_name_and_nothing_is_cut_off():
         )
     )
     width = 2 * 64 + 2
-    assert named.shape[0] > short.shape[0] == 2 * 64 + 2 and named.shape[1] > short.shape[1]  # lines go on below
+    assert named.shape[0] > short.shape[0] == 2 * 64 + 2 and named.shape[1] > short.shape[1]  # text goes on below
     for pixels in (short, named):
         labels = pixels[:, :-width]
         for row in (labels[:64], labels[66:]):
@@ -112,7 +112,7 @@ def test_figures_leave_matplotlib_as_it_was():
     before, backend = dict(matplotlib.rcParams), matplotlib.rcParams._get("backend")
     curves = accuracy_curves({"DP": [(1.0, [50.0, 60.0]), (10.0, [90.0])]}, {"No privacy": 99.0})
     for png in (accuracy_plot(RESULTS), epsilon_plot([0, 5, 10], [0.0, 1.0, 2.0], target=2.0, delta=1e-5), curves):
-        assert (png_pixels(png)[0] == 255).all()  # opaque: dark on light wherever it is shown
+        assert (png_pixels(png)[0] == 255).all()  # opaque, so that it is dark on light on any page
         assert len(np.unique(png_pixels(png)[..., :3].reshape(-1, 3), axis=0)) > 10  # something is drawn
     assert dict(matplotlib.rcParams) == before and matplotlib.rcParams._get("backend") == backend
     import fastloda.synthesis.report.plots as plots
@@ -157,7 +157,7 @@ def test_the_page_escapes_what_it_is_given():
     assert "<script" not in html and html.count("&lt;script&gt;") == 14
 
 
-# -- the demo, on steps so few that nothing is learned ---------------------------------------------------------------
+# -- the demo, with so few steps that nothing is learned --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_every_setting_says_how_it_was_chosen(demo_run):
 
 
 def test_the_demos_settings_are_those_of_any_images():
-    """As they were tuned; the recipe is the one of `fastloda synthesize`."""
+    """The settings are those that were tuned; the recipe is that of `fastloda synthesize`."""
     from fastloda.synthesis.demo import SHORT, DemoSettings
 
     relaxed, strict = (DemoSettings().recipe(epsilon, seed=0) for epsilon in (3.0, 2.9))

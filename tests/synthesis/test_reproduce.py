@@ -1,4 +1,4 @@
-"""`fastloda reproduce`: cells are done once, measured and published values stay apart, every table's recipe holds together."""
+"""`fastloda reproduce`: cells are done once, measured and published values stay apart, every table's recipe is consistent."""
 
 import json
 import re
@@ -28,7 +28,7 @@ FITS: list[tuple] = []
 
 
 class Redraw:
-    """Stands for a method that draws: fonts again, spending what it is given."""
+    """A stand-in for a method that draws: it returns fonts again and spends the budget that it is given."""
 
     name, trained_on, has_budget = "DP-LoDA", "its samples", True
 
@@ -81,7 +81,7 @@ def table(monkeypatch):
 
 
 def reproduce(run: Path, *options: str) -> int:
-    """In this process, where a test can change the table."""
+    """Run the command in this process, where a test can change the table."""
     options = ["--device", "cpu", "--progress", "false", "--jobs", "1", *options]
     return main(["reproduce", "digits", "--run", str(run), *options])
 
@@ -147,10 +147,10 @@ def test_cells_side_by_side_give_what_they_give_alone(tmp_path):
 def test_a_killed_run_leaves_no_process_behind(tmp_path):
     command = ["reproduce", "digits", "--run", str(tmp_path), "--jobs", "2", "--methods", "DP-LoDA", "--device", "cpu"]
     run = subprocess.Popen([sys.executable, "-m", "fastloda", *command], stderr=subprocess.PIPE)
-    while run.poll() is None and not list(tmp_path.rglob("*.lock")):  # of a cell's public model, which takes minutes
+    while run.poll() is None and not list(tmp_path.rglob("*.lock")):  # of the public model, which takes minutes
         time.sleep(0.2)
     run.kill()
-    run.communicate(timeout=30)  # its processes hold the pipe as long as they live
+    run.communicate(timeout=30)  # the pipe is open as long as any process of the run lives
 
 
 def test_a_cell_that_fails_in_its_process_is_told_in_a_line(tmp_path, capsys):
@@ -184,7 +184,7 @@ from fastloda.synthesis.methods import Release, Sampler, Spent
 
 
 def test_a_method_of_ones_own_is_a_row(table, tmp_path, monkeypatch, capsys):
-    """The one in the docstring of `methods`."""
+    """The example is that of the docstring of `methods`."""
     code = textwrap.dedent("\n".join(methods.__doc__.splitlines()[4:]))
     (tmp_path / "my_module.py").write_text(IMPORTS + code + "\n\nclass Named:\n    name = 'x'\n")
     monkeypatch.chdir(tmp_path)
@@ -218,7 +218,7 @@ def test_the_unet_can_be_chosen(tmp_path, capsys):
     methods = recipe("digits", Variant(quick=True, unet=UNetShape(width=24))).methods
     unet = methods[1].public.unet
     assert (unet.width, unet.image_size, unet.in_channels, unet.multipliers) == (24, 8, 1, (1, 2))
-    assert methods[4].public.unet.image_size == 4 and methods[4].public.unet.width == 24  # of DP-LDM's latents
+    assert methods[4].public.unet.image_size == 4 and methods[4].public.unet.width == 24  # for DP-LDM's latents
     assert reproduce(tmp_path, "--quick", "--unet.multipliers", "[1,2,2,2,2]") == 2
     assert "divisible by 16" in capsys.readouterr().err
 
@@ -274,7 +274,7 @@ def test_published_values_are_those_of_the_paper():
 
 
 def test_paper_tables_take_their_files(monkeypatch, tmp_path):
-    """The recipes of the paper's tables, on images that stand for their files."""
+    """Check the recipes of the paper's tables, on images that replace their files."""
     opened = []
 
     def stand_in(name, root, split, *, size, channels, partial):
@@ -297,7 +297,7 @@ def test_paper_tables_take_their_files(monkeypatch, tmp_path):
 
 
 def test_a_quick_cell_of_mnist5k(tmp_path):
-    """Real images of 28 x 28 pixels, from the public model to a classifier of synthetic images."""
+    """Real images of 28 x 28 pixels are used, from the public model to a classifier of synthetic images."""
     options = ["--quick", "--seeds", "1", "--epsilons", "1", "--methods", "DP-LoDA,DP-MERF", "--progress", "false"]
     assert main(["reproduce", "mnist5k", "--run", str(tmp_path), "--jobs", "1", "--device", "cpu", *options]) == 0
     measured = json.loads((tmp_path / "results.json").read_text())["measured"]

@@ -1,4 +1,4 @@
-"""The stages: what they write, that they continue, and that what they refuse changes nothing."""
+"""The stages: what they write, that they continue, and that a refusal changes nothing."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def _few_previews():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run with every stage done; tests leave it as it is."""
+    """Make a run with every stage done; the tests leave it unchanged."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     pretrain(folder, data="font-digits", count=64, unet=SHAPE, training=PUBLIC, **QUIET)
     finetune(folder, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
@@ -67,7 +67,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def public_run(run, tmp_path) -> Path:
-    """A run with the public model only."""
+    """Make a run with only the public model."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "public").symlink_to(run / "public")
     return tmp_path / "run"
@@ -112,7 +112,7 @@ def test_finetune_states_what_was_spent(run):
 
 
 def test_nothing_that_depends_on_private_records_is_released(run, public_run, tmp_path):
-    """Other records, of the same number, give the same files but for the adapter; only its values differ."""
+    """As many other records give the same files except for the adapter, of which only the values differ."""
     records, _ = digits_split()
     swapped = public_run / "private.npz"
     LabelledImages(-records.images, records.labels.flip(0), 10).save_npz(swapped)
@@ -201,7 +201,7 @@ def test_evaluate_judges_files_anew_and_does_not_hash_them(public_run, monkeypat
     options = {"train": source, "test": target, "classifier": Classifier(steps=1, width=8), **QUIET}
     evaluate(public_run, **options)
     written = (public_run / "evaluation.json").read_text()
-    assert "sha256" not in written and str(public_run) not in written  # nor named
+    assert "sha256" not in written and str(public_run) not in written  # nor are the files named
     font_digits(21, seed=2).save_npz(target)
     assert evaluate(public_run, **options)["test_images"] == 21
 
@@ -237,7 +237,7 @@ def test_only_classes_that_the_adapter_saw_are_sampled(public_run, tmp_path):
     drawn = load_npz(Path(sample(public_run, count=7, steps=2, **QUIET)["samples"]))
     assert drawn.labels.tolist() == [0, 1, 0, 1, 0, 1, 0] and drawn.num_classes == 2
     public = load_npz(Path(sample(public_run, count=12, steps=2, public=True, **QUIET)["samples"]))
-    assert public.labels.max() == 9  # the public model saw them all
+    assert public.labels.max() == 9  # the public model saw all classes
     found = evaluate(public_run, test=few, classifier=Classifier(steps=1, width=8), **QUIET)
     assert found["test_images"] == 60
 
@@ -247,19 +247,19 @@ def test_a_public_model_is_trained_on_all_its_classes(tmp_path, caplog):
     pretrain(tmp_path / "r", data=few, unet=SHAPE, training=PUBLIC, **QUIET)
     assert load_unet(tmp_path / "r" / "public" / "model.safetensors").config.num_classes == 2
     assert not caplog.records or "no image of" not in caplog.text
-    counted = two_classes(tmp_path / "counted.npz", num_classes=10)  # who says so, has ten, and is told
+    counted = two_classes(tmp_path / "counted.npz", num_classes=10)  # the file states ten classes: a warning
     with caplog.at_level("WARNING", logger="fastloda"):
         pretrain(tmp_path / "s", data=counted, unet=SHAPE, training=PUBLIC, **QUIET)
     assert "says that it has 10 classes, but has no image of 2, 3, 4, 5, 6, 7, 8, 9" in caplog.text
 
 
 def test_classes_go_by_name_from_the_public_model_to_the_tests(tmp_path):
-    """Whatever their numbers; only those that are private are sampled."""
+    """The numbers of classes do not matter; only the private classes are sampled."""
     digits = digits_split()[0]
     few = digits[digits.labels < 3][:90]
 
     def named(path: Path, order: str, keep: str) -> str:
-        """Write digits 0, 1, 2 called a, b, c, with labels by `order`, those in `keep` only."""
+        """Write digits 0, 1, 2 with names a, b, c and labels by `order`, only those in `keep`."""
         known = dataclasses.replace(few, num_classes=3, class_names=tuple("abc"))
         only(relabelled(known, order), [name for name in order if name in keep]).save_npz(path)
         return str(path)
@@ -288,7 +288,7 @@ def test_classes_go_by_name_from_the_public_model_to_the_tests(tmp_path):
     load_loda(model, run / "private" / "adapter.safetensors")
     of_classes_0_and_2 = draw_samples(model, torch.tensor([0, 2, 0, 2, 0]), steps=2, seed=0, progress=False)
     assert torch.equal(drawn.images, LabelledImages(of_classes_0_and_2.clamp(-1, 1), drawn.labels, 2).images) or (
-        (drawn.images - of_classes_0_and_2).abs().max() < 0.01  # bytes
+        (drawn.images - of_classes_0_and_2).abs().max() < 0.01  # rounded to bytes
     )
     with pytest.raises(
         ValueError, match="b of the classes a, b, c are not among those of the training images, a, c: .*--class-map b="
@@ -299,7 +299,7 @@ def test_classes_go_by_name_from_the_public_model_to_the_tests(tmp_path):
 
 
 def test_a_model_of_edm_goes_through_all_stages(tmp_path):
-    """The process is the model's own: it is named once, to `pretrain`."""
+    """The process belongs to the model: it is named once, to `pretrain`."""
     run, shape = tmp_path / "run", UNetShape(width=8, norm_groups=4, process="edm")
     pretrain(run, data="font-digits", count=64, unet=shape, training=PUBLIC, **QUIET)
     finetune(run, PRIVACY, data="digits", training=FineTuning(seed=1, timesteps=(100, 800)), **QUIET)
@@ -308,7 +308,7 @@ def test_a_model_of_edm_goes_through_all_stages(tmp_path):
     load_loda(model, run / "private" / "adapter.safetensors")
     expected = draw_samples(model, torch.arange(5), steps=3, guidance=0.5, seed=0, progress=False).clamp(-1, 1)
     assert isinstance(model.process, EDM)
-    assert (load_npz(run / "samples" / "samples.npz").images - expected).abs().max() < 0.01  # bytes
+    assert (load_npz(run / "samples" / "samples.npz").images - expected).abs().max() < 0.01  # rounded to bytes
 
 
 @pytest.mark.parametrize("pairs", [("a",), ("a=",), ("=b",), ("a=b", "a=c")])
@@ -473,7 +473,7 @@ def test_an_interrupted_evaluation_says_that_it_begins_anew(run, capsys, monkeyp
 
 
 def _interrupt(patch, name: str, call: int) -> None:
-    """Ctrl-C in that call, counted from 1."""
+    """Raise KeyboardInterrupt in call number `call` of the function `name`, counted from 1."""
     calls = iter(range(1, 1000))
     *place, attribute = name.split(".")
     owner = functools.reduce(getattr, place[2:], __import__(".".join(place[:2]), fromlist=["x"]))
@@ -488,7 +488,7 @@ def _interrupt(patch, name: str, call: int) -> None:
 
 
 def test_a_pretraining_that_goes_on_with_other_images_is_refused(tmp_path, monkeypatch):
-    """Of the same number, in the same file."""
+    """The other images are as many, in the same file."""
     data, settings = tmp_path / "data.npz", {"unet": SHAPE, "training": PUBLIC} | QUIET
     font_digits(30, 0, 8).save_npz(data)
     with monkeypatch.context() as patch:
@@ -509,9 +509,8 @@ CHOOSING = {"delta": 1e-5, "data": "digits", "public": "font-digits", "choice": 
 def test_what_the_choice_released_counts_with_the_run(public_run):
     found = choose(public_run, seed=3, **CHOOSING)
     assert found["epsilon"] == compose_epsilon([(1.0, 20.0, 1)], 1e-5) and found["records"] == 1437
-    statement = finetune(
-        public_run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET
-    )  # of the chosen model
+    # It adapts the chosen model.
+    statement = finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
     own = (statement["sample_rate"], statement["noise_multiplier"], statement["steps"])
     assert statement["earlier"] == [[1.0, 20.0, 1]]
     assert statement["epsilon"] == compose_epsilon([(1.0, 20.0, 1), own], 1e-5) <= 10
@@ -522,7 +521,7 @@ def test_what_the_choice_released_counts_with_the_run(public_run):
 
 
 def test_the_sum_is_released_once(public_run, monkeypatch):
-    """Without a seed, so that a second release would differ."""
+    """There is no seed, so that a second release would differ."""
     with monkeypatch.context() as patch:
         _interrupt(patch, "fastloda.synthesis.diffusion.pretrain._Run.train_step", 1)
         with pytest.raises(KeyboardInterrupt):
@@ -544,7 +543,7 @@ IN_TURN = {
 
 
 def test_warm_ups_in_turn_are_released_once_and_counted_together(public_run, monkeypatch):
-    """Killed between the trainings, without a seed."""
+    """The run has no seed, and is killed between the trainings."""
     turns, train = [], pretraining._Run.train_step
 
     def killed(self):
@@ -571,7 +570,7 @@ def test_warm_ups_in_turn_are_released_once_and_counted_together(public_run, mon
     tuned = finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=1), **QUIET)
     assert tuned["earlier"] == [list(one) for one in each] and len(tuned["releases"]) == 4
     assert account(1e-5, composition=(str(public_run),))["epsilon"] == tuned["epsilon"] <= 10
-    choose(public_run, **(CHOOSING | IN_TURN))  # releases nothing more
+    choose(public_run, **(CHOOSING | IN_TURN))  # this releases nothing more
     parts = IN_TURN["queries"], IN_TURN["means"], CHOICE
     assert set(load_released(public_run / "chosen" / "sums.safetensors", parts)) == {"queries", "means", "choice"}
 
@@ -597,7 +596,7 @@ def test_samples_are_not_moved_toward_what_says_no_features(public_run):
 
 
 def die_at(patch, target: str) -> None:
-    """A kill when that is called."""
+    """Raise KeyboardInterrupt when the function `target` is called."""
     owner, _, name = target.rpartition(".")
 
     def dies(*_, **__):
@@ -631,7 +630,7 @@ def test_a_choice_killed_anywhere_is_stated_as_it_was_released(public_run, monke
 
 
 def test_what_an_unfinished_choice_released_is_not_forgotten(public_run, monkeypatch):
-    """Nor what a finished one did, where another model is adapted."""
+    """What a finished choice released is not forgotten either, where another model is adapted."""
     with monkeypatch.context() as patch:
         die_at(patch, "fastloda.synthesis.diffusion.pretrain._Run.train_step")
         with pytest.raises(KeyboardInterrupt):
@@ -648,12 +647,12 @@ def test_what_an_unfinished_choice_released_is_not_forgotten(public_run, monkeyp
     statement = finetune(public_run, PRIVACY, data="digits", model=public_run / "public", **QUIET)
     assert statement["earlier"] == [[1.0, 20.0, 1]] and len(statement["releases"]) == 2
     assert statement["epsilon"] == account(1e-5, composition=(str(public_run),))["epsilon"] <= 10
-    choose(public_run, **CHOOSING)  # releases nothing more
+    choose(public_run, **CHOOSING)  # this releases nothing more
     assert finetune(public_run, PRIVACY, data="digits", model=public_run / "public", **QUIET) == statement
 
 
 def test_two_choices_count_both(public_run, tmp_path):
-    """A run that chose for itself, and adapts another run's chosen model."""
+    """The run has a choice of its own, and adapts another run's chosen model."""
     other = tmp_path / "other"
     choose(other, model=public_run / "public", **CHOOSING)
     choose(public_run, **(CHOOSING | {"choice": dataclasses.replace(CHOICE, noise_multiplier=30.0)}))
@@ -670,7 +669,7 @@ def test_a_choice_after_the_fine_tuning_is_refused_before_it_releases(run, publi
 
 @pytest.mark.parametrize("kept", [(), ("config.yaml",), ("config.yaml", "source.yaml", "checkpoint.pt.spent")])
 def test_a_fine_tuning_of_which_only_the_results_are_left_does_not_begin_anew(run, public_run, kept):
-    """Its statement would be replaced by one that leaves out what was spent before."""
+    """A new run would replace its statement by one that leaves out what was spent before."""
     private = public_run / "private"
     private.mkdir()
     for name in ("adapter.safetensors", "privacy.json", *kept):
@@ -753,7 +752,7 @@ def test_samples_are_moved_toward_the_release(public_run):
 
 
 def test_samples_without_a_release_are_not_moved(run, public_run):
-    """Nor with one that no model's budget covers."""
+    """Nor are they moved toward a release that no model's budget covers."""
     before = snapshot(run)
     with pytest.raises(ValueError, match="no model of `fastloda choose`"):
         sample(run, count=25, steps=2, reach=0.1, **QUIET)
@@ -781,7 +780,7 @@ def test_a_chosen_model_without_its_statement_is_refused(public_run):
 
 
 def test_a_chosen_model_is_known_wherever_it_goes(public_run, tmp_path):
-    """Its file alone, without the folder that says what it released."""
+    """Its file alone says so, without the folder that says what was released."""
     choose(public_run, seed=3, **CHOOSING)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -965,7 +964,7 @@ def test_account_refuses_half_a_question(tmp_path):
 
 @pytest.mark.parametrize(("chosen", "tuned"), [(0, None), (None, 0), (None, None)])
 def test_each_release_says_how_its_noise_was_drawn(public_run, chosen, tuned):
-    """The adapters of a model that a foreseeable release has moved are no private release."""
+    """If one release can be foreseen and has moved the model, the adapters are no private release either."""
     choose(public_run, seed=chosen, **CHOOSING)
     statement = finetune(public_run, PRIVACY, data="digits", training=FineTuning(seed=tuned), **QUIET)
     first, own = statement["releases"]
@@ -980,7 +979,7 @@ def test_each_release_says_how_its_noise_was_drawn(public_run, chosen, tuned):
     together = account(1e-5, composition=(str(public_run),))
     assert together["randomness"] == statement["randomness"]
     assert together["epsilon"] == compose_epsilon(releases(statement), 1e-5)
-    # A choice made before statements said so of each release, and what it does not say, is not taken for unforeseeable.
+    # An old statement does not say this of each release; what it does not say is not taken for unforeseeable.
     (public_run / "old").mkdir()
     old = {key: value for key, value in statement.items() if key != "releases"}
     (public_run / "old" / "privacy.json").write_text(json.dumps(old))
@@ -1001,7 +1000,7 @@ def test_dpsgd_trains_privately_and_resumes(tmp_path, monkeypatch):
     assert statement["epsilon"] <= 10 and statement["steps"] == 4 and statement["views"] == 2
     start = seeded_network("cnn", 0, width=8)
     assert not torch.equal(model.head.weight, start.head.weight)
-    monkeypatch.setattr("fastloda.synthesis.stages.train_dpsgd", None)  # a finished one is loaded
+    monkeypatch.setattr("fastloda.synthesis.stages.train_dpsgd", None)  # a finished classifier is loaded
     again = pipeline.train_classifier_privately(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
     images = data.images[:5]
     assert torch.equal(model(images), again(images))

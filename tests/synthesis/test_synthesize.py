@@ -1,4 +1,4 @@
-"""`fastloda synthesize`: from two folders of images to private synthetic images by one command."""
+"""`fastloda synthesize`: one command makes private synthetic images from two folders of images."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ TINY = "--unet.preset small --unet.width 8 --unet.norm-groups 4".split()
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory) -> Path:
-    """A folder of 600 private cells, with a broken file, one of public cells, and one of tests."""
+    """Write a folder of 600 private cells with a broken file, one of public cells, and one of tests."""
     root = tmp_path_factory.mktemp("cells")
     write_cells(root / "private", 600, seed=0)
     write_cells(root / "public", 60, seed=1, mixed=False, broken=0)
@@ -48,7 +48,7 @@ _costs_by_shape: dict[UNetConfig, plan.Cost] = {}
 
 
 def _measured_once(config: UNetConfig, *others) -> plan.Cost:
-    """Measure the cost of a shape of U-Net, which takes seconds, at its first use alone."""
+    """Measure the cost of each shape of U-Net only once, because this takes seconds."""
     if config not in _costs_by_shape:
         _costs_by_shape[config] = plan.measure(config, *others)
     return _costs_by_shape[config]
@@ -61,7 +61,7 @@ def arguments(cells: Path, out: Path, *options: str) -> list[str]:
 
 def test_two_folders_become_private_synthetic_images(cells, tmp_path, capfd):
     out = tmp_path / "out"
-    assert main(arguments(cells, out)) == 2  # the broken file
+    assert main(arguments(cells, out)) == 2  # because of the broken file
     first, second = capfd.readouterr().err.splitlines()[-2:]
     assert "private: 1 of 601 images can't be read" in first and "--skip-unreadable" in first
     assert second.startswith(str(cells / "private" / "basophil" / "p900_0.jpg")) and not out.exists()
@@ -102,7 +102,7 @@ def test_two_folders_become_private_synthetic_images(cells, tmp_path, capfd):
     assert not [path for path in published if str(cells).encode() in path.read_bytes()]
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "evaluation.json"}
-    assert main(skipping) == 0  # the same command shows what is there
+    assert main(skipping) == 0  # the same command shows the existing results
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert capfd.readouterr().err.count("already there, with these settings") == 3
 
@@ -113,13 +113,13 @@ def test_the_cells_are_what_they_are_said_to_be(cells):
     assert len(files) == 600 and {len(images) for images in by_patient} == {OF_A_PATIENT}
     assert {len({path.parent for path in images}) for images in by_patient} == {4}
     assert {path.suffix for path in files} == {".png", ".jpg"} and any("größe µ" in path.name for path in files)
-    for label in CLASSES:  # a class can't be told by the file's form
+    for label in CLASSES:  # a file's form does not show its class
         modes = {Image.open(path).mode for path in files if path.parent.name == label}
         assert modes == {"RGB", "L", "RGBA"}
 
 
 def test_patients_of_several_images_are_the_unit_of_privacy(cells, tmp_path, capsys):
-    """From two folders to the page that is signed, which names the unit."""
+    """The unit is named from the two folders to the page that is signed."""
     out, owned = tmp_path / "out", ("--owner", r"(p\d+)_", "--per-owner", "3", "--skip-unreadable")
     assert main(arguments(cells, out, *owned)) == 0
     shown = capsys.readouterr()
@@ -154,7 +154,7 @@ def test_a_dry_run_writes_nothing(cells, tmp_path, capsys):
 
 
 def test_nothing_follows_a_single_private_image(cells, tmp_path, capsys):
-    """Neither the size nor the channels, which one small or coloured image could change."""
+    """Size and channels do not, which one small or coloured image could change."""
     private = write_cells(tmp_path / "private", 40, broken=0)
     tiny = private / NAMES[0] / "tiny.png"
     Image.fromarray(np.full((9, 9, 3), 200, np.uint8)).save(tiny)
@@ -259,7 +259,7 @@ def test_the_plan_measures_public_images_alone():
 
 
 class _Operations(TorchDispatchMode):
-    """A count of the operations that are computed."""
+    """A mode that counts the operations that are computed."""
 
     count = 0
 
@@ -269,7 +269,7 @@ class _Operations(TorchDispatchMode):
 
 
 def test_the_private_step_that_is_timed_looks_at_no_record_again(monkeypatch):
-    """A new U-Net's gradients are zero where its weights are, and would be looked at in every step."""
+    """A new U-Net's gradients are zero where its weights are, and therefore would be looked at in every step."""
     counts = []
 
     def count(step, _):
@@ -287,12 +287,12 @@ def test_the_private_step_that_is_timed_looks_at_no_record_again(monkeypatch):
     assert second == third < first / 2
 
 
-SLOW = plan.Cost(1000, 100, 5e-3, 3e-2, 2e-3, 1e6, 2e6)  # about what two cores take for 32 x 32 pixels
+SLOW = plan.Cost(1000, 100, 5e-3, 3e-2, 2e-3, 1e6, 2e6)  # about what two cores need for 32 x 32 pixels
 FAST = plan.Cost(4000, 200, 1e-4, 3e-4, 2e-5, 1e6, 2e6)
 
 
 def _costs(of_half: plan.Cost, of_all: plan.Cost):
-    """Make a function that measures nothing: costs of a U-Net of half the width, and of the whole one."""
+    """Make a function that returns given costs: of a U-Net of half the width, and of one of full width."""
     return lambda config, *_: of_half if config.width < 32 else of_all
 
 

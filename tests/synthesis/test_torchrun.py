@@ -1,4 +1,4 @@
-"""`torchrun -m -- fastloda finetune` is one run: the statement is that of one process, and of the same losses the adapter."""
+"""`torchrun -m -- fastloda finetune` is one run: its statement is that of one process, and with the same losses its adapter."""
 
 import json
 import os
@@ -43,7 +43,7 @@ sys.exit(main())
 
 @pytest.fixture(scope="module")
 def public(tmp_path_factory) -> Path:
-    """The public model of all runs."""
+    """Make the public model of all runs."""
     folder = tmp_path_factory.mktemp("torchrun")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
@@ -54,7 +54,7 @@ def public(tmp_path_factory) -> Path:
 
 
 def torchrun(*command: str, ranks: int = 2) -> subprocess.CompletedProcess:
-    """Run a script, or ("fastloda", ...), on ranks; `--` keeps torchrun from taking --run for a prefix of its --run-path."""
+    """Run a script, or ("fastloda", ...), on ranks; `--` keeps torchrun from reading --run as a prefix of its --run-path."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return _run([*launcher, *["-m"] * (command[0] == "fastloda"), "--", *command])
 
@@ -65,7 +65,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def own_lines(done: subprocess.CompletedProcess) -> list[str]:
-    """The command's lines on stderr, without those of torchrun."""
+    """Return the command's own lines on stderr, without those of torchrun."""
     own = ("fastloda finetune", "fastloda pretrain", "note:", "calibrating", "noise multiplier", "warning:")
     return [line for line in done.stderr.splitlines() if line.startswith(own)]
 
@@ -88,7 +88,7 @@ def test_two_ranks_are_one_run(public, tmp_path):
     assert json.loads((two / "privacy.json").read_text())["steps"] == 3
     found, wanted = load_file(two / "adapter.safetensors"), load_file(one / "adapter.safetensors")
     assert found.keys() == wanted.keys()
-    for name, value in wanted.items():  # Adam turns rounding of gradients near 0 into more
+    for name, value in wanted.items():  # Adam enlarges the rounding of gradients near 0
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     before = {path: path.stat().st_mtime_ns for path in two.iterdir()}
     again = torchrun(script, *both)
@@ -114,7 +114,7 @@ def test_a_stage_of_one_process_is_refused_in_one_line(tmp_path):
 
 @pytest.fixture
 def two_gpus(monkeypatch) -> list[int]:
-    """A machine with two GPUs; the list gets those that are made the current one."""
+    """Imitate a machine with two GPUs; the list gets each index that is made the current device."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -1,4 +1,4 @@
-"""`scripts/trials.py`: settings are changed by path, tried in pairs on stand-ins alone, and the worse half stops."""
+"""`scripts/trials.py`: settings are changed by path and tried in pairs on stand-ins only, and the worse half stops."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ import trials
 
 @dataclass(frozen=True)
 class Blurred:
-    """Draws fonts under noise: the more, the worse."""
+    """A method that draws fonts with noise: the more noise, the worse."""
 
-    tunings: ByEpsilon[Classifier]  # anything that has a field `lr`
+    tunings: ByEpsilon[Classifier]  # any class that has a field `lr`
     name: str = "Blurred"
     trained_on: str = "its samples"
     has_budget: bool = True
@@ -63,7 +63,7 @@ def search(monkeypatch, tmp_path) -> trials.Search:
 
 
 class _Here:
-    """A pool of this process, in which the table is replaced."""
+    """A process pool that works in this process, in which the table is replaced."""
 
     def __init__(self, *_):
         pass

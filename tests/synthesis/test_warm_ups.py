@@ -1,4 +1,4 @@
-"""Releases before private training: no record moves one by more than stated, and what follows is made of it alone."""
+"""Releases before private training: no record changes one by more than stated, and the rest is computed from it alone."""
 
 import math
 from functools import partial
@@ -32,7 +32,7 @@ CANDIDATES = torch.randn(10, 7, 64, generator=torch.Generator().manual_seed(0))
 
 
 def evolution(private, noise) -> torch.Tensor:
-    """A round's votes, by features that are the pixels."""
+    """Release a round's votes, by features that are the pixels."""
     embedded = alone(lambda images: images.flatten(1), private.images)
     votes = nearest(embedded, private.labels, CANDIDATES)
     return release_class_sums("votes", votes, private.labels, 10, 3.0, noise)[0]
@@ -40,7 +40,7 @@ def evolution(private, noise) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def releases():
-    """Functions from records to the noisy sums of each release; the classifier of public images is trained once."""
+    """Make functions from records to the noisy sums of each release; the classifier of public images is trained once."""
     trained = train_classifier(POOL, steps=3, augment="none", seed=0, progress=False)
 
     def release(warm_up, pool, private, noise):
@@ -57,7 +57,7 @@ BROKEN = [math.nan, math.inf, -math.inf]
 
 @st.composite
 def hostile(draw) -> tuple[torch.Tensor, bool]:
-    """An image that no data set would hold, and whether all of it is finite."""
+    """Draw an image that no data set would hold, and whether all of it is finite."""
     kind = draw(st.sampled_from(["constant", "one pixel", "random", "extremes"]))
     broken = draw(st.booleans())
     value = draw(st.sampled_from(BROKEN if broken else SOUND))
@@ -78,7 +78,7 @@ def hostile(draw) -> tuple[torch.Tensor, bool]:
 @settings(deadline=None, max_examples=60)
 @given(hostile(), st.integers(0, 9), st.integers(0, 3), st.integers(0, 1000))
 def test_a_record_moves_a_release_by_at_most_one(releases, name, image, label, others, seed):
-    """Whatever it holds, and wherever it stands among the others; one that is not finite moves nothing."""
+    """This holds for any content and any place among the others; a record that is not finite changes nothing."""
     (record, finite), rest = image, font_digits(others + 1, seed)
     place = seed % (others + 2)
     images = torch.cat([rest.images[:place], record[None], rest.images[place:]])
@@ -87,14 +87,14 @@ def test_a_record_moves_a_release_by_at_most_one(releases, name, image, label, o
     with_all = release(SimpleNamespace(images=images, labels=labels, num_classes=10), noise_stream(0))
     without = release(rest, noise_stream(0))
     moved = (with_all - without).norm()
-    rounding = 1e-5  # of float32 features in batches of other sizes; votes have none
+    rounding = 1e-5  # rounding of float32 features in batches of other sizes; votes have none
     assert with_all.isfinite().all() and moved <= 1 + rounding
     if not finite:
         assert moved <= rounding
 
 
 def test_a_record_is_embedded_by_itself():
-    """In a batch the number of the others could turn the last bit of a tie, and with it another record's vote."""
+    """In a batch, the number of other records could flip a tie's last bit, and with it another record's vote."""
     images = torch.rand(5, 1, 2, 2)
     bytes_of = ByteImages((images * 255).to(torch.uint8))
     for kept in (images, bytes_of):
@@ -120,12 +120,12 @@ def test_what_was_released_comes_back_bit_for_bit(name, tmp_path):
 
 
 def centred(numbers: int) -> CentredSums:
-    """Sums of nothing, around grey."""
+    """Make sums of no records, whose public means are grey."""
     return CentredSums(torch.zeros(10, numbers, dtype=torch.float64), 1.0, 50, torch.zeros(numbers), 1.0)
 
 
 def test_the_divisor_is_the_nominal_count():
-    """Of twice as many records the distance from the public mean is twice as long: the true count is private."""
+    """Twice as many records give twice the distance from the public mean, since their true number is private."""
     private = font_digits(200, seed=3)
     bright = LabelledImages((private.images + 0.3).clamp(-1, 1), private.labels, 10)
     twice = LabelledImages(bright.images.repeat(2, 1, 1, 1), bright.labels.repeat(2), 10)
@@ -134,7 +134,7 @@ def test_the_divisor_is_the_nominal_count():
 
 
 def test_central_images_are_the_private_means_at_half_the_resolution():
-    """Of records that are as near to the public means as public ones are, so that few are shortened."""
+    """The records are as near to the public means as public ones, so that few are shortened."""
     private = font_digits(2000, seed=3, size=16)
     pool = font_digits(500, seed=0, size=16)
     means = CentralImages(1e-6, sharpening=0.0)
@@ -171,7 +171,7 @@ def of_styles(count: int, seed: int, wanted) -> LabelledImages:
 
 
 def test_votes_find_the_public_classes_that_are_like_the_private_ones():
-    """Private digits of one family and style; each private class keeps classes of its digit, and the right one among them."""
+    """Private digits have one family and style; each class keeps public classes of its digit, with the right one among them."""
     pool = font_styles(6000, seed=0)
     private = of_styles(8000, 1, lambda name: "STIXGeneral leaning narrow" in name)
     digit = torch.tensor([int(name[0]) for name in private.class_names])

@@ -1,4 +1,4 @@
-"""Callbacks see each step, and neither they nor an evaluation change, lose or repeat one."""
+"""Callbacks see each step; neither they nor an evaluation change, lose or repeat a step."""
 
 import dataclasses
 import random
@@ -35,7 +35,7 @@ def test_steps_left_count_to_the_budget():
 
 
 def careless(trainer, report=None):
-    """Draws from every generator, trains nothing, and leaves modes and gradients behind."""
+    """Draw from every generator, train nothing, and leave modes and gradients behind."""
     torch.randn(3), np.random.rand(), random.random()
     torch.randn(3, generator=trainer.run.generators["losses"])
     losses(trainer.model, small_data(), trainer.run.generators["losses"]).mean().backward()
@@ -51,7 +51,7 @@ def modes(trainer, report=None):
 @pytest.mark.parametrize("callback", [careless, evaluate_every(3, careless), evaluate_every(1, modes)])
 def test_the_run_is_the_same_bit_for_bit(tmp_path, callback, seed):
     settings, path = dataclasses.replace(SETTINGS, seed=seed), tmp_path / "run.pt"
-    trainer(settings, checkpoint=path).save()  # both go on from one secret
+    trainer(settings, checkpoint=path).save()  # so that both runs resume with one secret
     runs = []
     for callbacks in ([], [callback]):
         made = trainer(settings, checkpoint=path, callbacks=callbacks)
@@ -103,7 +103,7 @@ def test_a_callback_that_raises_loses_and_repeats_no_step(tmp_path, evaluating, 
     assert second.step == 3
     assert_same_run(first, second)
     assert second.fit().step == 8 and second.accountant.steps == 8
-    assert not recwarn.list  # nothing was charged for nothing
+    assert not recwarn.list  # no step was charged without need
 
 
 ACTS = {

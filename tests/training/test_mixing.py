@@ -1,4 +1,4 @@
-"""DPTrainer looks whether records change each other's losses without a gradient, and trains on as if it had not looked."""
+"""DPTrainer looks whether records change each other's losses or gradients, and trains as if it had not looked."""
 
 import dataclasses
 import random
@@ -62,7 +62,7 @@ def cross_entropy(out, y):
 
 
 def views_first(model, batch, generator):
-    """The views' losses one after the other, where each record's belong together."""
+    """Return the views' losses one view after the other; each record's should be adjacent."""
     return torch.cat([cross_entropy(model(batch[0] + i), batch[1]) for i in range(2)])
 
 
@@ -132,7 +132,7 @@ def test_records_that_change_each_others_losses_are_refused(kind, fixed):
 
 @pytest.mark.parametrize("kind", ["batch statistic", "targets", "scaled"])
 def test_a_mixing_that_begins_later_is_refused_at_a_later_look(kind):
-    """A term whose weight is zero at first. Steps 4, 16 and 64 are looked at, and some between them."""
+    """The weight of a term is zero at first. Steps 4, 16 and 64 are looked at, and some between them."""
     losses, _ = MIXING[kind]
 
     def begins(model, batch, generator):
@@ -153,7 +153,7 @@ def behind_a_constant(model, batch, generator):
 
 
 def surrogate(model, batch, generator):
-    """A weight of the batch, on what adds nothing to the loss's value."""
+    """Weight the losses by a batch statistic, in a term that does not change their value."""
     losses = cross_entropy(model(batch[0]), batch[1])
     return losses + (losses - losses.detach()) * losses.detach().mean()
 
@@ -218,14 +218,14 @@ def by_place(model, batch, generator):
 
 
 def half_turned(model, batch, generator):
-    """The usual augmentation, of the first half of each batch."""
+    """Apply the usual augmentation to the first half of each batch."""
     x = batch[0].clone()
     x[: len(x) // 2] = x[: len(x) // 2].flip(1)
     return cross_entropy(model(x), batch[1])
 
 
 def every_other_turned(model, batch, generator):
-    """A record less turns all after it: 6.9 times the bound."""
+    """Turn every other record: removing one record turns all after it, 6.9 times the bound."""
     x = batch[0].clone()
     x[::2] = x[::2].flip(1)
     return cross_entropy(model(x), batch[1])
@@ -237,7 +237,7 @@ def divided(model, batch, generator):
 
 @pytest.mark.parametrize("losses", [by_place, half_turned, every_other_turned, divided])
 def test_losses_that_follow_the_place_or_the_number_of_records_are_refused(losses):
-    """One record more moves those after it."""
+    """Adding one record changes those after it."""
     t = trainer(losses, {"fixed_shape": False, "micro_batch_size": 40})
     with pytest.raises(PrivacyError, match="places in the batch, or on its size"):
         t.train_step()
@@ -252,11 +252,11 @@ def divided_and_drawn(model, batch, generator):
 
 @pytest.mark.parametrize("micro_batch_size", [40, 3])
 def test_a_division_by_the_batchs_size_is_refused_where_random_numbers_are_drawn_too(micro_batch_size):
-    """One record more makes all others' gradients smaller: 1.9 times the bound."""
+    """Adding one record makes all others' gradients smaller: 1.9 times the bound."""
     t = trainer(divided_and_drawn, {"fixed_shape": False, "micro_batch_size": micro_batch_size})
     with pytest.raises(PrivacyError, match="follows how many there"):
         t.fit()
-    assert t.step <= 3  # as soon as the size has changed
+    assert t.step <= 3  # it is refused as soon as the size has changed
 
 
 def test_a_schedule_of_weights_is_no_division_by_the_batchs_size():
@@ -288,14 +288,14 @@ def capped(model, batch, generator):
 
 
 def hiding(model, batch, generator):
-    """A record that is not finite makes the others' smaller, and stays in sight."""
+    """Halve the losses if one of them is not finite, without hiding that one."""
     losses = cross_entropy(model(batch[0]), batch[1])
     return losses * (0.5 if losses.isnan().any() else 1.0)
 
 
 @pytest.mark.parametrize("losses", [skipping, capped, hiding])
 def test_a_batch_that_one_bad_record_changes_is_looked_at_when_it_comes(losses, monkeypatch):
-    """At step 6, between the looks; record 5 is in no batch before."""
+    """This is at step 6, between two scheduled looks; record 5 is in no earlier batch."""
     x, y = small_data()
     x[5] = torch.nan if losses is not capped else 1e4
     batches = iter([[1, 2, 3, 4, 6]] * 5 + [[1, 2, 3, 4, 5, 6]] * 9)
@@ -320,12 +320,12 @@ def test_a_batch_of_one_record_is_looked_at_with_a_partner(monkeypatch):
     )
     with pytest.raises(PrivacyError, match="depend on other records"):
         t.train_step()
-    alone = trainer(batch_statistic, {"micro_batch_size": 1})  # where no record is ever beside another
+    alone = trainer(batch_statistic, {"micro_batch_size": 1})  # no record is ever beside another
     assert alone.fit().step == SETTINGS.steps
 
 
 def looked_at(losses, samples, leaf=None, seed=0):
-    """The losses of records 0, 1, ..., by both halves and another order; leaf: what trains in them."""
+    """Look at the losses of records 0, 1, ..., by both halves and another order; `leaf` is the parameter that trains."""
     secret = Secret.of_seed(seed)
     parts = mixing.halves(samples, True, secret, "look")
     others = (20 + torch.randperm(20, generator=secret.generator("others"))).tolist()
@@ -362,7 +362,7 @@ def test_looks_see_any_such_dependence(samples, views, strength, source, number)
         return looked_at(lambda read: losses(values[read]).flatten(), samples, seed=seed)
 
     with pytest.raises(PrivacyError, match="depend on other records"):
-        for seed in range(10):  # one look may replace records by others of the same order
+        for seed in range(10):  # a single look may replace records by others in the same order
             look(lambda v: v + strength * others(v), seed)
     assert torch.equal(
         look(lambda v: v + strength * v.square()), (values + strength * values.square())[:samples].flatten()
@@ -386,7 +386,7 @@ def test_what_cannot_be_looked_at_is_refused_with_a_way_out():
             t.train_step()
         assert t.step == 0
 
-    def differs_in_training(model, batch, generator):  # call 1 when it is made, four for a look, then the step's own
+    def differs_in_training(model, batch, generator):  # 1 call at the start, 4 for a look, then the step's
         called.append(None)
         return cross_entropy(model(batch[0]), batch[1]) * (2.0 if len(called) == 6 else 1.0)
 
@@ -407,7 +407,7 @@ def test_what_cannot_be_looked_at_is_refused_with_a_way_out():
 
 
 def drawing(model, batch, generator):
-    """From every generator that may be drawn from."""
+    """Draw from every generator that losses may use."""
     x = batch[0] + 0.1 * torch.randn(batch[0].shape, generator=generator) + 0.1 * torch.rand(len(batch[0]), 1)
     return cross_entropy(model(x + float(np.random.rand()) + random.random()), batch[1])
 
@@ -418,7 +418,7 @@ def in_views(model, batch, generator):
 
 
 def view_by_view(model, batch, generator):
-    """A forward pass for each view."""
+    """Run a forward pass for each view."""
     noisy = [batch[0] + torch.randn(batch[0].shape, generator=generator) for _ in range(3)]
     return torch.stack([cross_entropy(model(x), batch[1]) for x in noisy], 1).flatten()
 
@@ -484,7 +484,7 @@ def test_adapters_and_a_compiled_model_train(monkeypatch):
     x, y = torch.randn(RECORDS, 1, 6, 6), small_data()[1]
     t = trainer(lambda m, b, g: cross_entropy(m(b[0]), b[1]), {"steps": 2}, model=model, data=(x, y))
     assert t.fit().step == 2
-    assert fastloda.compile  # compiled ones: tests/loda/test_compile.py trains them
+    assert fastloda.compile  # tests/loda/test_compile.py trains compiled ones
 
 
 def test_the_schedule_is_public_and_thin():
@@ -501,12 +501,12 @@ def test_the_schedule_is_public_and_thin():
     t = trainer(counted, {"steps": 64, "micro_batch_size": 40, "sample_rate": 0.9, "expected_batch_size": 36})
     t.fit()
     looks = sum(mixing.is_due(step, t.run.secret) for step in range(1, 65))
-    # at the start; training; looks at one half, at the other too at 1, 4 and 64; other places at 1 and 16
+    # one call at the start; one for each step; at looks one half, at 1, 4 and 64 the other one too; other places at 1 and 16
     assert len(calls) == 1 + 64 + 2 * looks + 3 + 2
 
 
 def test_kernels_that_add_up_in_varying_order_are_not_refused():
-    """Rounding that differs from call to call, as atomic additions on a GPU leave it."""
+    """The rounding differs from call to call, as with atomic additions on a GPU."""
     torch.manual_seed(0)
     values = torch.rand(40, dtype=torch.float64) + 1
 

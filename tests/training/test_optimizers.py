@@ -1,4 +1,4 @@
-"""Optimizers and schedulers of one's own: they train, resume bit for bit, and can't go around the private step."""
+"""Users' own optimizers and schedulers: they train, resume bit for bit, and can't bypass the private step."""
 
 import dataclasses
 import warnings
@@ -80,7 +80,7 @@ def test_the_settings_schedule_applies_to_ones_own_optimizer():
 
 
 def test_charged_steps_move_the_scheduler_too(tmp_path):
-    """With secure noise the steps after the checkpoint are charged: their learning rates are past as well."""
+    """With secure noise the steps after the checkpoint are charged, so that their learning rates have passed as well."""
     settings = dataclasses.replace(SETTINGS, seed=None, secure_noise=True)
     make = partial(trainer, settings, optimizer=partial(SGD, lr=1.0), checkpoint=tmp_path / "run.pt")
     make = partial(make, scheduler=partial(schedulers.MultiplicativeLR, lr_lambda=halve))
@@ -151,7 +151,7 @@ def test_what_cannot_serve_is_refused_before_anything_changes(slip):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(error, match=said):
         trainer(model=model, **options)
-    if slip != "steps taken":  # it moves the model itself
+    if slip != "steps taken":  # this slip moves the model itself
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -1,6 +1,6 @@
 """Owners of several records as the unit of privacy: one owner moves the clipped sum by at most max_grad_norm.
 
-The truth is one float64 backward pass per owner, of the mean loss over the records that the step used.
+Results are compared with one float64 backward pass per owner, of the mean loss over the records that the step used.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def small_model() -> nn.Module:
 
 
 def small_data(records: int, sizes=(1.0,)) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and classes."""
+    """Make features and classes."""
     generator = Generator().manual_seed(7)
     y = torch.randint(3, (records,), generator=generator)
     x = torch.randn(records, FEATURES, generator=generator, dtype=torch.float64)
@@ -55,7 +55,7 @@ def small_data(records: int, sizes=(1.0,)) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def owners_of(counts) -> list[str]:
-    """Owners with so many records each, whose records lie apart."""
+    """Make owners with these numbers of records, which are not adjacent."""
     ids = [f"p{owner}" for owner, count in enumerate(counts) for _ in range(count)]
     order = torch.randperm(len(ids), generator=Generator().manual_seed(1)).tolist()
     return [ids[i] for i in order]
@@ -83,7 +83,7 @@ def trainer(settings=SETTINGS, losses=plain, owners=OWNERS, data=None, **options
 
 
 def sum_of_step(t: DPTrainer) -> dict[str, torch.Tensor]:
-    """Take a step without noise -> the clipped sum."""
+    """Take a step without noise; return its clipped sum."""
     t.train_step()
     return {name: p.grad * t.settings.expected_batch_size for name, p in t.parameters.items()}
 
@@ -94,7 +94,7 @@ def vector(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def noted():
-    """The records of each owner in each micro-batch that enters a sum."""
+    """Collect the records of each owner in each micro-batch that enters a sum."""
     used, weights = [], OwnerBatches.weights
 
     def noting(self, read):
@@ -106,7 +106,7 @@ def noted():
 
 
 def truth(data, used: list[list[int]]) -> list[dict[str, torch.Tensor]]:
-    """Of each owner, the clipped gradient of the mean loss over the records used, by a backward pass of its own."""
+    """Compute each owner's clipped gradient of the mean loss over the records used, by a backward pass of its own."""
     grads = []
     for records in used:
         of_them = oracle.sample_grads(
@@ -120,7 +120,7 @@ def truth(data, used: list[list[int]]) -> list[dict[str, torch.Tensor]]:
 
 
 def by_owner(used: list[list[int]], owners) -> dict[str, list[int]]:
-    """The different records of each owner, whose rows must be that owner's alone."""
+    """Find the distinct records of each owner; all records of a row's list must belong to the same owner."""
     found = {}
     for rows in used:
         (owner,) = {owners[record] for record in rows}
@@ -129,7 +129,7 @@ def by_owner(used: list[list[int]], owners) -> dict[str, list[int]]:
     return found
 
 
-# ---- the promise
+# ---- the sensitivity
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,7 +168,7 @@ def test_an_owner_moves_the_sum_by_its_clipped_mean_gradient(
 
 
 def test_a_repeated_record_counts_once_in_the_mean_however_its_rows_are_drawn():
-    """Two records in three rows: a mean over rows would count one of them twice."""
+    """There are two records in three rows: a mean over rows would count one of them twice."""
     values = torch.tensor([1.0, 4.0], dtype=torch.float64)
     model = nn.Linear(1, 1, bias=False).double()
     t = DPTrainer(
@@ -185,7 +185,7 @@ def test_a_repeated_record_counts_once_in_the_mean_however_its_rows_are_drawn():
 @pytest.mark.parametrize("spoiled", [0, 4])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_record_that_is_not_finite_takes_out_its_owner_alone(spoiled, value):
-    """The first owner's records also fill the last micro-batch, whose rows count for nothing."""
+    """The first owner's records also fill the last micro-batch, where their rows have no weight."""
     owners = owners_of([2, 1, 3, 2, 1])
     data = small_data(len(owners))
     record = next(i for i, owner in enumerate(owners) if owner == (owners[0] if spoiled == 0 else f"p{spoiled}"))
@@ -200,7 +200,7 @@ def test_a_record_that_is_not_finite_takes_out_its_owner_alone(spoiled, value):
 
 
 def test_rows_that_fill_a_micro_batch_do_not_spoil_it():
-    """No owner but the one that is not finite fills it, and that one was not drawn."""
+    """The owner that is not finite fills the micro-batch, but was not drawn."""
     data = small_data(len(OWNERS))
     data[0][[i for i, owner in enumerate(OWNERS) if owner == OWNERS[0]]] = torch.nan
     t = trainer(dataclasses.replace(EXACT, sample_rate=0.5), data=data)
@@ -227,7 +227,7 @@ def test_owners_are_drawn_at_the_rate_and_their_records_evenly_anew_each_step():
     assert binomtest(drawn, steps * 10, SETTINGS.sample_rate).pvalue > 1e-3
     of_largest = [times[i] for i, owner in enumerate(OWNERS) if owner == "p4"]
     assert len(of_largest) == 7 and chisquare(of_largest).pvalue > 1e-3
-    assert len(choices) == 21  # every pair of seven
+    assert len(choices) == 21  # every pair of the seven
 
 
 def test_an_owners_choice_depends_on_no_other_owner():
@@ -263,7 +263,7 @@ def test_empty_batches_are_noised_and_counted():
 
 
 def test_the_bound_follows_owners_not_records():
-    """All owners' gradients are longer than the bound, so that it grows by as much as if each had one record."""
+    """All owners' gradients exceed the bound, so that it grows as much as if each owner had one record."""
     bounds = []
     for owners in (OWNERS, sorted(set(OWNERS))):
         style = AdaptiveClipping(initial=1e-6, learning_rate=0.5)
@@ -352,7 +352,7 @@ def mixing_of_an_owner(model, batch, generator):
 
 
 def test_looks_replace_whole_owners():
-    """What mixes owners is refused; what mixes an owner's own records is within the bound."""
+    """A loss that mixes owners is refused; one that mixes an owner's own records is within the bound."""
     with pytest.raises(PrivacyError, match="depend on other records in the batch"):
         trainer(losses=mixing_of_all).train_step()
     assert trainer(dataclasses.replace(SETTINGS, steps=20), mixing_of_an_owner).fit().step == 20

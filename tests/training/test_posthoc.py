@@ -1,4 +1,4 @@
-"""Averages made after training against those tracked all the way, and runs that resume with their snapshots."""
+"""Averages made after training, compared with those tracked from the start, and runs that resume with their snapshots."""
 
 import math
 
@@ -18,7 +18,7 @@ STEPS = 640
 
 
 def tracked(length, walk):
-    """Average [steps, numbers] as training would, step by step."""
+    """Compute the average [steps, numbers] of a walk as training would, step by step."""
     average = walk[0]
     for step in range(1, len(walk) + 1):
         average = torch.lerp(average, walk[step - 1], 1 - ((step - 1) / step) ** power(length))
@@ -74,7 +74,7 @@ def test_what_cannot_be_averaged_is_refused():
     with pytest.raises(UserError, match="off by .*%: 4 snapshots are too few"):
         followed(walk, 4).average(0.02)
     with pytest.raises(UserError, match="off by .*%: 32 snapshots are too few"):
-        followed(walk, 32).average(LONGEST)  # the first steps of all are in one copy
+        followed(walk, 32).average(LONGEST)  # one copy holds all of the first steps
     for count in (-1, 1.5, True):
         with pytest.raises(UserError, match="snapshots must be an integer >= 0"):
             followed(walk, count)

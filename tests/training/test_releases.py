@@ -1,4 +1,4 @@
-"""No two sums under one noise, no release that is not counted, and sums of nobody but those who were there at the start."""
+"""No two sums get the same noise, no release is uncounted, and only those that were there at the start take part in sums."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ RECORDS = 40
 
 
 def losses(model, batch, generator):
-    torch.randn(batch[1].shape, generator=generator)  # so that another shape gives each record other noise
+    torch.randn(batch[1].shape, generator=generator)  # so that with another shape each record gets other noise
     noise = torch.randn(batch[0].shape, generator=generator)
     return F.cross_entropy(model(batch[0] + 0.1 * noise), batch[1], reduction="none")
 
@@ -56,7 +56,7 @@ def small_data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class NumpyAugmented(torch.utils.data.Dataset):
-    """Records with noise from numpy's and Python's global states."""
+    """Records with noise from the global generators of NumPy and Python."""
 
     def __init__(self):
         self.x, self.y = small_data()
@@ -78,7 +78,7 @@ def vector(t: DPTrainer) -> torch.Tensor:
 
 @pytest.fixture
 def released(monkeypatch):
-    """(clipped sum, noise) of each release."""
+    """Collect (clipped sum, noise) of each release."""
     pairs, add_noise, gaussian = [], correlated.add_noise, noise_module.gaussian
 
     def sum_seen(total, *arguments):
@@ -139,11 +139,11 @@ def test_a_step_over_another_sum_has_other_noise_and_stays_charged(tmp_path, rel
     second.fit()
     assert second.step == SETTINGS.steps
     assert_noise_never_repeats(released)
-    assert len(released) == 8  # as many as are charged
+    assert len(released) == 8  # as many as were charged
 
 
 def test_only_what_differs_is_charged_and_its_batches_are_not_taken_again(tmp_path, monkeypatch):
-    """The losses change from a step on: those before it are repeated to the bit, and nothing is sampled twice."""
+    """The losses change from a certain step on: earlier steps are repeated bit for bit, and no batch is sampled twice."""
     path, batches, sample = tmp_path / "run.pt", [], fastloda.training.run_state.cyclic_sample
     monkeypatch.setattr(
         fastloda.training.run_state, "cyclic_sample", lambda *a: batches.append(sample(*a)) or batches[-1]
@@ -167,7 +167,7 @@ def test_only_what_differs_is_charged_and_its_batches_are_not_taken_again(tmp_pa
 
 @pytest.mark.parametrize("change", ["bound", "device"])
 def test_a_step_over_the_same_sum_with_other_noise_is_another_release(tmp_path, released, monkeypatch, change):
-    """The bound scales the noise, and each kind of device draws other numbers from a stream: S + z and S + 2z tell S."""
+    """The bound scales the noise, and each kind of device draws other numbers: S + z and S + 2z together reveal S."""
     path = tmp_path / "run.pt"
     first = trainer(checkpoint=path, losses=lambda *a: 1e-6 * losses(*a))  # far below the bound
     first.save()
@@ -219,7 +219,7 @@ def test_an_unchanged_run_resumes_bit_for_bit_with_its_data_sets_random_states(t
 
 
 def test_two_runs_from_one_checkpoint_share_no_noise(tmp_path, released):
-    """Copies of both files: neither run can know of the other, but their noises differ with their sums."""
+    """Both files are copied: neither run knows of the other, but their noises differ because their sums do."""
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
     trainer(checkpoint=paths[0]).save()
     paths[1].write_bytes(paths[0].read_bytes())
@@ -292,7 +292,7 @@ def test_two_processes_on_one_checkpoint_are_refused(tmp_path):
 
 @pytest.mark.parametrize("before", [0, 3])
 def test_of_many_processes_at_one_moment_one_writes(tmp_path, monkeypatch, before):
-    """Each has read the same list; the next line, or the first, is one process's, however long another thinks before its own."""
+    """All have read the same list; one process writes the next line, or the first, however slow the others are."""
     path, at, processes = tmp_path / "run.pt", multiprocessing.get_context("fork"), 4
     start = Releases(path)
     for number in range(1, before + 1):
@@ -360,7 +360,7 @@ def test_a_failed_step_can_be_taken_again_as_if_it_had_not_been(error):
 
     def fail_once(*arguments):
         calls.append(None)
-        made = losses(*arguments)  # draws from the generator first
+        made = losses(*arguments)  # which draws from the generator first
         if failing and len(calls) >= failing[-1]:
             failing.clear()
             raise error("on purpose")
@@ -368,7 +368,7 @@ def test_a_failed_step_can_be_taken_again_as_if_it_had_not_been(error):
 
     t = trainer(settings, losses=fail_once)
     t.train_step()
-    failing.append(len(calls) + 2)  # the second micro-batch, for this step has no look
+    failing.append(len(calls) + 2)  # the second micro-batch; this step has no look
     with pytest.raises(error, match="on purpose"):
         t.train_step()
     assert torch.equal(vector(t.fit()), vector(whole))
@@ -378,14 +378,14 @@ def test_a_failed_step_can_be_taken_again_as_if_it_had_not_been(error):
 
 
 def in_child(compute) -> torch.Tensor:
-    """What compute() gives in a forked child."""
+    """Compute compute() in a forked child, and return its result."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.write(writing, compute().double().numpy().tobytes())
         finally:
-            os._exit(0)  # never back into the tests
+            os._exit(0)  # the child must not return into the tests
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         content = pipe.read()
@@ -418,7 +418,7 @@ def test_a_forked_child_begins_correlated_noise_anew():
     assert in_child(lambda: torch.tensor([clipper.noise.steps])) == 0 < clipper.noise.steps
     theirs, again = (in_child(lambda: noise_of(clipper, Generator().manual_seed(1))) for _ in range(2))
     own = noise_of(clipper, Generator().manual_seed(1)).double()
-    assert torch.equal(theirs, again) and not torch.equal(theirs, own)  # without the noise of the step before
+    assert torch.equal(theirs, again) and not torch.equal(theirs, own)  # theirs lacks the noise of the step before
     assert torch.equal(theirs, noise_of(GhostClipper(small_model(), 1.0, bands=3), Generator().manual_seed(1)).double())
 
 
@@ -451,16 +451,15 @@ def test_forked_children_of_a_loop_draw_their_own_noise(given, used):
     theirs = [in_child(lambda: loop_step(made, model)) for _ in range(2)]
     own = loop_step(made, model).double()
     for a, b in ((theirs[0], theirs[1]), (theirs[0], own), (theirs[1], own)):
-        assert (
-            a - b
-        ).norm() > 8  # of independent noise: about 23; the clipped sums of 40 records at most, over 20, differ by 4
+        # For independent noise this is about 23; the clipped sums of at most 40 records, over 20, differ by at most 4.
+        assert (a - b).norm() > 8
 
 
 module_generator = np.random.default_rng()
 
 
 class OwnNoise:
-    """Noise of one's own, from a generator of any kind, in the object or beside it."""
+    """A user's noise source, with a generator of any kind, inside the object or outside of it."""
 
     def __init__(self, kind):
         self.draw = {
@@ -480,7 +479,7 @@ class OwnNoise:
 
 
 class Attribute:
-    """The same with a generator that a copy copies."""
+    """A noise source whose generator is an attribute, which a copy copies."""
 
     def __init__(self, generator):
         self.generator = generator
@@ -506,7 +505,7 @@ def test_copies_repeat_no_noise_of_ones_own(make, again):
     assert not torch.isclose(copied.generator.normal(shape), optimizer.generator.normal(shape)).all()
 
 
-@pytest.mark.filterwarnings("ignore:OwnNoise.normal gave noise that it, or another")  # as well
+@pytest.mark.filterwarnings("ignore:OwnNoise.normal gave noise that it, or another")  # these warnings come too
 @pytest.mark.parametrize("kind", ["same", "zeros", "wide"])
 def test_what_is_hardly_noise_is_said(kind):
     with pytest.warns(UserWarning, match="given before" if kind == "same" else "not 1"):
@@ -530,7 +529,7 @@ def test_a_bare_numpy_generator_is_no_source_of_noise(given):
 
 def test_a_step_that_a_fork_falls_into_is_the_parents_alone():
     def forked() -> torch.Tensor:
-        """What a child gives that is forked while losses are computed, and the parent's own step."""
+        """Fork while losses are computed; tell whether the child was refused and the parent took its step."""
         t, within = trainer(), []
         t.train_step()
 
@@ -553,7 +552,7 @@ def test_a_step_that_a_fork_falls_into_is_the_parents_alone():
         os.waitpid(child, 0)
         return torch.tensor([not refused and t.step == 2 and os.read(reading, 1) == b"\x01"])
 
-    assert in_child(forked) == 1  # in a process of its own, for no fork may come back into the tests
+    assert in_child(forked) == 1  # in a process of its own, because no fork may return into the tests
 
 
 @pytest.mark.parametrize("noise", [torch.tensor(2.0), "1", True, -1.0, float("nan"), None])
@@ -567,7 +566,7 @@ def test_noise_that_cannot_be_counted_releases_nothing(noise):
         optimizer.step()
     assert all(p.grad is b or torch.equal(p.grad, b) for p, b in zip(model.parameters(), before))
     optimizer.noise_multiplier = 1.0
-    optimizer.step()  # the batch is still there
+    optimizer.step()  # the batch still exists
     assert optimizer.accountant.history == [(1.0, 0.5, 1)]
 
 
@@ -603,7 +602,7 @@ def test_a_batch_drawn_before_a_fork_is_the_parents_alone(split):
     batches = iter(loader.split(5) if split else loader)
 
     def finish() -> torch.Tensor:
-        """Steps to the end of the batch that was begun."""
+        """Take steps to the end of the batch that was begun; tell whether they were refused."""
         x, y = next(batches) if split else first
         while True:
             optimizer.zero_grad()
@@ -617,7 +616,7 @@ def test_a_batch_drawn_before_a_fork_is_the_parents_alone(split):
             x, y = next(batches)
 
     first = next(batches)
-    if split:  # one part is added up, others are still to come
+    if split:  # one part is added, others follow
         x, y = first
         F.cross_entropy(private(x), y).backward()
         optimizer.step()
@@ -648,7 +647,7 @@ def test_a_copied_secret_is_another():
 
 @pytest.fixture
 def group(tmp_path):
-    """Initialises a group that claims so many ranks; nothing is sent through it."""
+    """Return a function that initialises a group of this many ranks, through which nothing is sent."""
 
     def initialise(ranks: int) -> None:
         store = dist.HashStore()
@@ -692,7 +691,7 @@ def test_a_group_that_is_initialised_later_is_refused(group, made):
         step()
     assert "first" in str(refusal.value) and all(map(torch.equal, before, parameters.values()))
     dist.destroy_process_group()
-    step()  # the way out that needs no new trainer: without the group it goes on
+    step()  # without the group the step continues, without a new trainer
 
 
 @pytest.mark.parametrize("ranks", [None, 2, 3])
@@ -751,7 +750,7 @@ def test_a_gone_subgroup_is_refused(group):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_does_not_add_up_over_micro_batches(dtype):
-    """A large sum that nearly all its parts round up in float32."""
+    """Rounded to float32, nearly all parts would round this large sum up."""
     model = nn.Linear(64, 1, bias=False).to(dtype)
     clipper = GhostClipper(model, 1.0)
     torch.manual_seed(0)

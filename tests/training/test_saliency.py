@@ -1,6 +1,6 @@
-"""The saliency release: a record moves its sum by at most 1, whatever it holds, and it finds the layers that matter.
+"""The saliency release: a record changes its sum by at most 1, whatever it holds, and it finds the layers that matter.
 
-The truth is one float64 backward pass a record.
+Results are compared with one float64 backward pass per record.
 """
 
 import math
@@ -36,14 +36,14 @@ def plain_losses(model, batch, generator=None):
 
 
 def sums(model, data, *, losses=plain_losses, **options) -> torch.Tensor:
-    """The sum over the records, without noise."""
+    """Compute the sum over the records, without noise."""
     options = {"records": 1, "noise_multiplier": 0.0, "micro_batch_size": 4, "seed": 0} | options
     found = release_saliency(model, data, losses, **options)
     return options["records"] * torch.tensor(list(found.shares.values()), dtype=torch.float64)
 
 
 def true_vector(model, record) -> torch.Tensor:
-    """Of one record, by one backward pass."""
+    """Compute the vector of one record by one backward pass."""
     grads = oracle.sample_grads(model, lambda model, x: plain_losses(model, (x, *record[1:])), record[0])[0]
     squares = {}
     for name, grad in grads.items():
@@ -67,7 +67,7 @@ def table(records) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @settings(deadline=None, max_examples=20)
 @given(RECORDS, st.integers(0, 100), st.data())
 def test_no_record_moves_the_sum_by_more_than_1(records, seed, data):
-    """Added or removed, hostile or not, in any micro-batch; and the sum is that of the records' true vectors."""
+    """Each is added or removed, hostile or not, in any micro-batch; the sum is that of the records' true vectors."""
     model, everything = model_of(seed), table(records)
     removed = data.draw(st.integers(0, len(records) - 1))
     rest = [i for i in range(len(records)) if i != removed]
@@ -84,7 +84,7 @@ def test_no_record_moves_the_sum_by_more_than_1(records, seed, data):
 @settings(deadline=None, max_examples=10)
 @given(RECORDS, st.data())
 def test_no_owner_moves_the_sum_by_more_than_1(records, data):
-    """With all records."""
+    """The owner has all of its records removed."""
     owners = [data.draw(st.integers(0, 2)) for _ in records]
     gone = owners[0]
     rest = [i for i, owner in enumerate(owners) if owner != gone]
@@ -118,7 +118,7 @@ def test_vectors_have_norm_1_or_are_zero(norms):
 
 @pytest.mark.parametrize("views", [1, 3])
 def test_views_are_one_record(views):
-    """Their mean gradient has one vector; opposite ones cancel."""
+    """Their mean gradient gives one vector; opposite views cancel."""
     model, (x, y, weights) = model_of(), table([((1.0, 2.0, 3.0), 0, 1.0)] * 4)
     sign = torch.tensor([1.0, -1.0, 1.0])[:views].repeat(4)
 
@@ -133,10 +133,10 @@ def test_views_are_one_record(views):
 
 
 def test_it_finds_the_layer_that_matters():
-    """Through much noise; the model stays as it is."""
+    """It does so in spite of much noise, and leaves the model unchanged."""
     model = model_of()
     with torch.no_grad():
-        model[4].weight.mul_(1e-3)  # little comes down to the layers below
+        model[4].weight.mul_(1e-3)  # little gradient reaches the layers below
     before = {name: t.clone() for name, t in model.state_dict().items()}
     data = (torch.randn(300, 3).double(), torch.randint(2, (300,)), torch.ones(300, 1).double())
     found = release_saliency(
@@ -168,7 +168,7 @@ def test_the_noise_is_of_the_stated_size_and_not_that_of_the_run_that_follows():
 
 
 def test_records_that_mix_are_refused():
-    """Through values without a gradient, which no vector shows."""
+    """They mix through values without a gradient, which no vector shows."""
 
     def mixed(model, batch, generator):
         x = batch[0] - batch[0].mean(0)
@@ -180,7 +180,7 @@ def test_records_that_mix_are_refused():
 
 
 class Remembers(nn.Module):
-    """A model that keeps a statistic of what it sees."""
+    """A model that keeps a statistic of its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -199,12 +199,12 @@ def test_a_model_that_records_would_change_is_refused():
 
 
 def test_few_records_can_stand_for_all():
-    """The sum is over a Poisson sample, and its mean over the expected number."""
+    """The sum is over a Poisson sample, and the mean is that sum over the expected number."""
     model, data = small_model(), small_data(60)
     options = {"records": 60, "noise_multiplier": 1e-6, "micro_batch_size": 5, "seed": 2}
     full, part = (release_saliency(model, data, losses, sample_rate=q, **options) for q in (1.0, 0.5))
     assert part.release == (0.5, 1e-6, 1)
-    with pytest.warns(PrivacyAccountingWarning, match="no tight bound"):  # as there is next to no noise
+    with pytest.warns(PrivacyAccountingWarning, match="no tight bound"):  # because there is next to no noise
         assert math.isfinite(compose_epsilon([part.release], 1e-5))
     assert 0.4 < sum(part.shares.values()) / sum(full.shares.values()) < 1.7
 
@@ -217,7 +217,7 @@ def test_impossible_shares_are_refused(share):
 
 @case
 def noisy(rank, folder):
-    torch.manual_seed(rank)  # other adapters, until rank 0's are copied
+    torch.manual_seed(rank)  # the adapters differ until rank 0's are copied
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     data = table([((1.0, 2.0, 3.0), 0, 1.0), ((2.0, 0.5, 3.0), 1, 1.0), ((1.0, -2.0, 0.3), 1, 1.0)] * 4)
     return [sums(model, data, noise_multiplier=noise, seed=None) for noise in (0.0, 3.0)], model.state_dict()

@@ -1,4 +1,4 @@
-"""The trainer's promises: Poisson sampling, the budget, one noise a step, and runs that survive a kill bit for bit."""
+"""The trainer's promises: Poisson sampling, the budget, one noise per step, and runs that survive a kill bit for bit."""
 
 import dataclasses
 import os
@@ -82,11 +82,11 @@ def test_inclusion_has_the_stated_rate_and_is_pairwise_independent():
     expected = draws * rate**2
     statistic = float(((pairs - expected) ** 2 / (expected * (1 - rate**2))).sum())
     assert chi2.sf(statistic, len(pairs)) > 1e-3
-    assert len({int(n) for n in included.sum(1)}) > 5  # batch sizes vary: no shuffled epochs
+    assert len({int(n) for n in included.sum(1)}) > 5  # batch sizes vary, unlike those of shuffled epochs
 
 
 def test_tiny_rates_are_not_inflated_by_float32():
-    """A float32 uniform is a multiple of 2^-24: below 2^-24 it would be 0 always, so every draw there would count."""
+    """A float32 uniform is a multiple of 2^-24, and 0 if it is smaller: 0 would be below any rate, and count as a draw."""
     generator = torch.Generator().manual_seed(0)
     assert sum(len(poisson_sample(1_000_000, 1e-9, generator)) for _ in range(20)) <= 2
 
@@ -139,7 +139,7 @@ def test_training_stops_before_the_budget_is_exceeded():
 
 
 def test_the_divisor_is_the_expected_batch_size():
-    """Without noise, a batch of all records moves SGD by lr * clipped sum / expected, whatever came."""
+    """Without noise, SGD moves by lr * clipped sum / expected_batch_size, whatever the actual batch size."""
     settings = dataclasses.replace(
         SETTINGS,
         sample_rate=1.0,
@@ -154,7 +154,7 @@ def test_the_divisor_is_the_expected_batch_size():
     for expected in (30.0, 60.0):
         t = trainer(dataclasses.replace(settings, expected_batch_size=expected))
         before = torch.cat([p.detach().flatten().clone() for p in t.parameters.values()])
-        torch.manual_seed(0)  # dropout
+        torch.manual_seed(0)  # dropout draws from the global generator
         t.fit()
         moves.append(torch.cat([p.detach().flatten() for p in t.parameters.values()]) - before)
     torch.testing.assert_close(moves[0], 2 * moves[1], rtol=1e-3, atol=1e-9)
@@ -218,7 +218,7 @@ def test_bad_data_and_models_are_refused():
 
 
 def test_a_model_on_an_apple_gpu_is_refused_by_name():
-    """Float64 tensors can't be made there: the error would be one of PyTorch's."""
+    """float64 tensors can't be made there, which would otherwise give one of PyTorch's errors."""
 
     class OnAppleGPU(nn.Module):
         def parameters(self, recurse=True):
@@ -229,7 +229,7 @@ def test_a_model_on_an_apple_gpu_is_refused_by_name():
 
 
 class Records(torch.utils.data.Dataset):
-    """Of small_data, each made by `form`."""
+    """A data set of small_data, whose records have the form that `form` makes."""
 
     def __init__(self, form):
         self.x, self.y = small_data()
@@ -359,7 +359,7 @@ def test_a_run_whose_samples_all_overflow_warns_and_stops(tmp_path):
 
 @pytest.mark.parametrize(("share", "rate"), [(0.5, 0.2), (1.0, 1 / 60)])
 def test_a_run_with_some_finite_samples_or_hardly_any_goes_on(share, rate):
-    """Half of the samples overflow; or all, but one at a time, of which a few say little."""
+    """Half of the samples overflow; or all, but batches have about one sample, and few samples prove little."""
     settings = dataclasses.replace(SETTINGS, sample_rate=rate, expected_batch_size=60 * rate)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if share == 1 else "error")
@@ -384,7 +384,7 @@ def test_loops_are_warned_of_a_wasted_step_too():
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             clipper.privatize(1.0, 20.0)
-            clipper.privatize(1.0, 20.0)  # an empty batch is no waste
+            clipper.privatize(1.0, 20.0)  # an empty batch wastes nothing
         assert [("20 of 20" in str(w.message)) for w in told] == [True] * wasted
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=10)
     made = make_private(
@@ -430,7 +430,7 @@ def test_an_interrupted_run_continues_where_it_was(tmp_path, how, seed):
     act, raised = INTERRUPTIONS[how]
     path, settings = tmp_path / "run.pt", dataclasses.replace(SETTINGS, seed=seed)
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores this signal
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     try:
@@ -464,7 +464,7 @@ def test_an_interrupted_run_continues_where_it_was(tmp_path, how, seed):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_ignored_signal_ends_no_run(number):
-    """nohup, and a background job of a shell's script, ignore SIGINT."""
+    """nohup ignores SIGINT, and so does a background job of a shell script."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         run = trainer()
@@ -482,7 +482,7 @@ def test_a_handler_that_python_does_not_know_is_left_alone(monkeypatch):
 
 
 def test_a_killed_run_continues_from_its_first_step_on(tmp_path):
-    """kill -9 in the second step: the first checkpoint is there, and the same run comes out."""
+    """After kill -9 in the second step, the first checkpoint exists, and the run can be completed."""
     settings, path = dataclasses.replace(SETTINGS, seed=None), tmp_path / "run.pt"
     child = os.fork()
     if child == 0:
@@ -511,7 +511,7 @@ def test_fit_works_outside_of_the_main_thread():
 
 @pytest.mark.parametrize(("seconds", "saves"), [(0.0, SETTINGS.steps - 1), (300.0, 0)])
 def test_long_steps_are_saved_by_time(tmp_path, monkeypatch, seconds, saves):
-    """The first save comes before the first step, the last one after the last."""
+    """The first save comes before the first step, the last one after the last step."""
     monkeypatch.setattr("fastloda.training.trainer.SAVE_SECONDS", seconds)
     path, seen = tmp_path / "c.pt", []
     t = trainer(checkpoint=path, checkpoint_every=1000, callbacks=[lambda *_: seen.append(path.stat().st_mtime_ns)])
@@ -563,7 +563,7 @@ def test_resume_is_bitwise_equal(tmp_path, counts, proof):
 
 
 def test_kill_during_save_leaves_a_whole_checkpoint_that_never_under_counts(tmp_path, counts, proof):
-    """A child saves again and again and is killed at a random moment; what it announced as saved must be on disk."""
+    """A child saves repeatedly and is killed at a random moment; what it announced as saved must be on disk."""
     kills, path, chance = counts(40, 1000), tmp_path / "run.pt", random.Random(0)
     model = small_model()
     mark = fingerprint(model)

@@ -1,4 +1,4 @@
-"""Classifiers, which measure generated images by what can be learned from them about real ones."""
+"""Classifiers, which measure generated images by how well real images can be classified after training on them."""
 
 from .augment import AUGMENTS, AugmentName, augmentation, flip_crop, jitter
 from .cnn import SmallCNN

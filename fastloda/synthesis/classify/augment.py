@@ -19,11 +19,11 @@ _MAX_SHIFT = 0.125  # of the image's side: one pixel of 8
 def jitter(images: Tensor, generator: Generator) -> Tensor:
     """Turn each image [n, C, H, W] by up to 0.15 rad and shift it by up to an eighth of its side.
 
-    The edge fills what moves in. `generator` is a CPU generator, so that a seed augments alike on any device.
+    The edge pixels fill the gaps. `generator` is a CPU generator, so that a seed gives the same augmentation on any device.
     """
     unit = 2 * torch.rand(len(images), 3, generator=generator).to(images.device) - 1
     angle = _MAX_ANGLE * unit[:, 0]
-    shift = 2 * _MAX_SHIFT * unit[:, 1:]  # 2: grid_sample counts in half sides
+    shift = 2 * _MAX_SHIFT * unit[:, 1:]  # 2: grid_sample measures in half sides
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
     grid = F.affine_grid(torch.cat([turn, shift[:, :, None]], dim=2), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

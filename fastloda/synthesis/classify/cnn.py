@@ -1,4 +1,4 @@
-"""A small CNN that treats every sample alone (GroupNorm), so that it can also be trained by DP-SGD."""
+"""A small CNN that treats each sample by itself (GroupNorm), so that it can also be trained by DP-SGD."""
 
 from torch import Tensor, nn
 
@@ -11,8 +11,8 @@ _GROUPS = 8
 class SmallCNN(nn.Module):
     """A small CNN from images [n, C, S, S] to logits [n, num_classes]: 3 x 3 convolutions, S halved down to 4, one Linear.
 
-    Only Conv2d and Linear have parameters. GroupNorm has none of its own: the next layer has a scale already,
-    and under DP-SGD every parameter costs noise.
+    Only Conv2d and Linear have parameters. GroupNorm has no affine ones, because the next layer has a scale already, and under
+    DP-SGD every parameter costs noise.
 
     Args:
         in_channels: number of channels C.

@@ -1,4 +1,4 @@
-"""The classifiers by name, with weights that a seed fixes."""
+"""The classifiers by name, and weights that are determined by a seed."""
 
 from collections.abc import Callable
 from functools import partial
@@ -49,10 +49,10 @@ def make_network(
 ) -> nn.Module:
     """Make a network with weights from PyTorch's global generator.
 
-    `width` is counted as the network does; None is its usual one. `norm` is "group", or "batch" where no privacy is wanted.
+    `width` has the network's own meaning; None is its usual one. `norm` is "group", or "batch" if no privacy is needed.
 
     Raises:
-        ValueError: the name is unknown, or the network can't have an argument.
+        ValueError: the name is unknown, or the network does not support an argument's value.
     """
     if name not in NETWORKS:
         raise UserError(f"the classifier must be one of {', '.join(get_args(NetworkName))}, got {name!r}")
@@ -62,6 +62,6 @@ def make_network(
 
 
 def seeded_network(name: NetworkName, seed: int, **config) -> nn.Module:
-    """Make a network as `make_network` does, with the weights that `seed` gives, on the CPU; global generators are restored."""
+    """Make a network on the CPU as `make_network` does, with weights determined by `seed`; global generators are restored."""
     with seeded(seed):
         return make_network(name, **config)

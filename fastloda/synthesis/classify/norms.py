@@ -1,4 +1,4 @@
-"""The normalisation of a classifier: over a batch as usual, or within each sample, as privacy demands."""
+"""The normalisation of a classifier: over the batch as usual, or within each sample, as privacy requires."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ NORMS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def norm_layer(norm: Norm, groups: int) -> Callable[[int], nn.Module]:
-    """Make a function channels -> layer. "group" treats every sample alone; "batch" mixes them, which a private step refuses.
+    """Make a function channels -> layer. "group" treats samples separately; "batch" mixes them, which a private step refuses.
 
     Raises:
         ValueError: the norm is unknown.

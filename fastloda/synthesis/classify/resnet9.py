@@ -1,4 +1,4 @@
-"""ResNet-9, the nine-layer residual network of quick CIFAR-10 training (Page 2018, "How to train your ResNet")."""
+"""ResNet-9, the nine-layer residual network of fast CIFAR-10 training (Page 2018, "How to train your ResNet")."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

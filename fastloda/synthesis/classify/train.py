@@ -1,4 +1,4 @@
-"""Training of classifiers without privacy, in a fixed number of steps whatever the size of the set, and their scores."""
+"""Training of classifiers without privacy, for a fixed number of steps whatever the size of the set, and their accuracy."""
 
 from collections.abc import Callable
 from functools import partial
@@ -43,8 +43,8 @@ def train_classifier(
 ) -> nn.Module:
     """Train a network of `NETWORKS` on `train` with a cosine schedule, without privacy, and return it in eval mode.
 
-    `steps` counts batches, not epochs, so that sets of different sizes get the same training. All randomness
-    comes from `seed`; global generators stay as they were.
+    `steps` counts batches, not epochs, so that sets of different sizes get the same training. All randomness comes from `seed`;
+    global generators are not changed.
 
     Raises:
         ValueError: `train` is empty or not square, `steps` or `batch_size` is less than 1, or there is no such network.

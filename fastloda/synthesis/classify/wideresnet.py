@@ -36,7 +36,7 @@ class WideResNet(nn.Module):
         in_channels: number of channels C.
         num_classes: number of logits.
         width: widening factor, 4 in WRN-40-4.
-        image_size: side S of the images; any, for features are averaged over it.
+        image_size: side S of the images; any size, because features are averaged over positions.
         depth: number of convolutions along the main path, 40 in WRN-40-4; depth - 4 is a multiple of 6.
         norm: normalisation, "group" or "batch".
 

@@ -1,4 +1,4 @@
-"""Data sets of one type: built in, read from local folders in their published formats, or the user's own."""
+"""Data sets, all of one type: built-in ones, published ones read from local folders, and the user's own."""
 
 from .byte_images import ByteImages
 from .catalogue import NAMES, PUBLIC_PARTNERS, describe, open_dataset

@@ -1,4 +1,4 @@
-"""The dict that CIFAR-10 and ImageNet32 are published in: `data`, a row of 3 x 32 x 32 bytes an image, and `labels`."""
+"""The dict in which CIFAR-10 and ImageNet32 are published: `data`, one row of 3 x 32 x 32 bytes per image, and `labels`."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ Batch = tuple[np.ndarray, Tensor]  # uint8 [n, PIXELS], int64 [n]
 
 
 def read_batch(path: Path) -> Batch:
-    """Read a batch from a pickle, or from an npz if the name ends so; nothing in either is run.
+    """Read a batch from a pickle, or from an npz if its name ends so; no code in either is run.
 
     Raises:
         ValueError: the file holds something else.

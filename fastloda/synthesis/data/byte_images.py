@@ -1,4 +1,4 @@
-"""Images kept as bytes, in a quarter of the memory, and read as floats."""
+"""Images stored as bytes, in a quarter of the memory, and read as floats."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ def to_floats(pixels: Tensor) -> Tensor:
 class ByteImages:
     """A uint8 array [n, C, H, W] that reads like the float32 tensor in [-1, 1] that it stands for.
 
-    All of ImageNet32 takes 3.9 GB this way, and 15.7 GB as floats. `images[index]` converts only what it picks; `len`,
-    `shape`, `ndim`, `dtype`, `split` and `to` are those of the tensor. Any other use raises an error, for it is no tensor.
+    All of ImageNet32 takes 3.9 GB in this form, and 15.7 GB as floats. `images[index]` converts only what it picks; `len`,
+    `shape`, `ndim`, `dtype`, `split` and `to` work as for the tensor. Other uses raise an error, because it is no tensor.
 
     Args:
         pixels: the bytes, uint8 [n, C, H, W]; not copied.

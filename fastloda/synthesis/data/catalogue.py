@@ -1,4 +1,4 @@
-"""The catalogue of data sets by name: built-in ones, those read from a local folder, and the user's own files."""
+"""The catalogue of data sets by name: built-in ones, published ones in a local folder, and the user's own files."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A data set read from a folder by a function (root, split, size, whether a part of it is enough) -> images."""
+    """A data set read from a folder by a function (root, split, size, partial) -> images."""
 
     open: Callable[[Path, Split, int | None, bool], LabelledImages]
     about: str
@@ -94,7 +94,7 @@ FROM_FOLDER = {
     ),
 }
 NAMES = (*ALWAYS_THERE, *FROM_FOLDER)
-PUBLIC_PARTNERS = {  # private data set -> public one, as the paper pairs them; the digits in the same way
+PUBLIC_PARTNERS = {  # private data set -> public one, paired as in the paper; the digits likewise
     "cifar10": "imagenet32",
     "mnist": "svhn",
     "digits": "font-digits",
@@ -129,20 +129,20 @@ def open_dataset(
     Args:
         name: one of `NAMES`, or the path of a folder of images or of an npz file, which are one split.
         root: folder of a published data set; `describe(name)` says which files it must hold.
-        split: part of the data set, "train" or "test".
-        size: wanted side of the images, where possible: font-digits are drawn at it, MNIST is padded to it, images of a
-            folder are cut and resized to it; the others stay as they are.
+        split: which part of the data set, "train" or "test".
+        size: wanted side of the images, where possible: font-digits are drawn at it, MNIST is padded to it, images of a folder
+            are cut and resized to it; other images keep their size.
         channels: number of channels: 1 makes colours grey (their luma), 3 repeats grey.
         num_classes: largest allowed number of classes.
         count: number of images of the digits of fonts.
         seed: seed of the digits of fonts.
-        partial: whether a part of a published data set is enough: some of its files, or files of fewer images.
+        partial: whether a part of a published data set is enough: some of its files, or files with fewer images.
         skip_unreadable: whether to leave out the images of a folder that can't be read, instead of refusing the folder.
 
     Raises:
         FileNotFoundError: a file is not there; the message says which files to put where.
-        ValueError: a file is not what it should be, there is no such name or split, no root is given for a name that
-            needs one, there are no images, or more classes than num_classes.
+        ValueError: a file is not what it should be, the name or split does not exist, a name that needs a root has none, there
+            are no images, or there are more classes than num_classes.
     """
     check_split(split)
     if size is not None and size < 1:
@@ -161,7 +161,7 @@ def open_dataset(
 
 
 def describe(name: str | None = None) -> str:
-    """Describe a data set, and which files belong where; without a name, all data sets, a line each."""
+    """Describe a data set and which files belong where; without a name, describe each data set in one line."""
     if name is None:
         return "\n".join(
             [*(f"{each}: {describe(each)}" for each in NAMES), f"FOLDER: {FOLDER_FILES}", f"FILE.npz: {NPZ_FILES}"]
@@ -200,7 +200,7 @@ def _with_channels(data: LabelledImages, channels: int) -> LabelledImages:
     images = data.images
     if channels == 1:
         images = images[:] if isinstance(images, ByteImages) else images
-        # clamp: rounding may leave the range
+        # rounding may leave the range
         grey = torch.einsum("nchw,c->nhw", images, torch.tensor(_LUMA))[:, None].clamp(-1, 1)
         return replace(data, images=grey)
     return replace(data, images=images.repeat(1, 3, 1, 1))

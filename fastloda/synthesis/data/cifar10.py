@@ -32,9 +32,9 @@ COUNT = 10_000  # number of images in each file
 
 
 def cifar10(root: str | Path, split: Split = "train", *, partial: bool = False) -> LabelledImages:
-    """Read small photographs of `CLASSES`, [n, 3, 32, 32]; 50,000 to train and 10,000 to test. 614 MB of floats.
+    """Read small photographs of `CLASSES`, [n, 3, 32, 32]: 50,000 for training and 10,000 for tests, 614 MB as floats.
 
-    The pickles are read as data: nothing in them is run (see `safe_pickle`). `partial` takes those of the files that are there.
+    The pickles are read as data: no code in them is run (see `safe_pickle`). With `partial`, missing files are left out.
 
     Raises:
         FileNotFoundError: a file is not there; the message says which files to put where.

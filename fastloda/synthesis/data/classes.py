@@ -1,4 +1,4 @@
-"""Classes of two sets of images, matched by their names."""
+"""Classes of two sets of images, matched by name."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,22 +10,22 @@ from fastloda.errors import UserError
 
 from .images import LabelledImages
 
-_SHOWN = 20  # number of names that a message shows of a list
+_SHOWN = 20  # number of names of a list that a message shows
 
 
 def relabelled(
     images: LabelledImages, names: Sequence[str], class_map: Mapping[str, str] | None = None, *, of: str = "the model"
 ) -> LabelledImages:
-    """Number the images' classes as `names` does, by their own names.
+    """Renumber the images' classes by name, so that their numbers are the positions in `names`.
 
     Args:
-        images: labelled images; what number a class had makes no difference.
+        images: labelled images; the old numbers of their classes make no difference.
         names: names of all classes, in the wanted order.
-        class_map: for classes that are called otherwise, their name among `names`.
-        of: owner of `names`, for the message.
+        class_map: for classes that have another name, their name in `names`.
+        of: what `names` belong to, for the message.
 
     Raises:
-        UserError: a class of the images has no namesake among `names`; the message has both lists.
+        UserError: a class of the images is not among `names`; the message has both lists.
     """
     called = mapped_names(images, class_map)
     if strange := [name for name in called if name not in names]:
@@ -39,15 +39,15 @@ def relabelled(
 
 
 def mapped_names(images: LabelledImages, class_map: Mapping[str, str] | None = None) -> list[str]:
-    """List the name of each of the images' classes after `class_map`, which may give several classes one name."""
+    """List the names of the images' classes after `class_map`, which may map several classes to one name."""
     return [(class_map or {}).get(name, name) for name in images.class_names]
 
 
 def named_classes(table: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Read a table of classes that may have several names each, as "tench, Tinca tinca" -> names, and the name of each synonym.
+    """Read a table of classes with perhaps several names each, as "tench, Tinca tinca"; return names, and {synonym: name}.
 
-    A class is called by its first name; or by its whole entry, if another class has that name too; or also by its number, if the
-    entries are the same. What could mean two classes is no synonym.
+    A class is called by its first name; by its whole entry if another class has that name too; or by its entry and its number
+    if the entries are the same. What could mean two classes is not a synonym.
     """
     spellings = [[entry, *(part.strip() for part in entry.split(","))] for entry in table]
     meant = defaultdict(set)
@@ -63,7 +63,7 @@ def named_classes(table: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]
 
 
 def only(images: LabelledImages, names: Sequence[str]) -> LabelledImages:
-    """Keep the images of these classes, each of which the images have, numbered as `names` does."""
+    """Keep only the images of the classes `names`, all of which must exist, and number the classes as `names` does."""
     number = torch.full((images.num_classes,), -1)
     for i, name in enumerate(names):
         number[images.class_names.index(name)] = i
@@ -72,5 +72,5 @@ def only(images: LabelledImages, names: Sequence[str]) -> LabelledImages:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Write names as a list, of which the message shows the first twenty."""
+    """Write names as a list, which is cut after the first twenty."""
     return ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > _SHOWN else "")

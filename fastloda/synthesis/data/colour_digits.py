@@ -1,7 +1,7 @@
-"""Two colour data sets at 32 x 32, for the paper's U-Net, without a download: digits on shaded grounds.
+"""Two colour data sets at 32 x 32 for the paper's U-Net, which need no download: digits on shaded grounds.
 
-Both are made by one recipe from digits of 8 x 8, so that they differ in nothing but the writing: real handwriting is the
-private information, fonts are public.
+Both are made in the same way from 8 x 8 digits, so that they differ only in the writing: real handwriting is the private
+information, fonts are public.
 """
 
 import torch
@@ -17,9 +17,8 @@ SIZE = 32
 _DARK = 0.4  # largest brightness of a dark colour; light colours are as far from white
 _SHARPNESS = 2.5  # sharpness of the ink's edge, which the enlargement blurs
 _PRIVATE_SEED, _TEST_SEED = 1, 2  # seeds of the colours
-_COLOURS = (
-    0x5EED_C010  # added to the glyphs' seed, for colours drawn from the same numbers would tell which glyph it is
-)
+# Added to the glyphs' seed: colours drawn from the same numbers would tell which glyph it is.
+_COLOURS = 0x5EED_C010
 
 
 def colour_digits_split() -> tuple[LabelledImages, LabelledImages]:
@@ -40,7 +39,7 @@ def colour_font_digits(count: int, seed: int) -> LabelledImages:
 
 
 def _paint(digits: LabelledImages, seed: int) -> LabelledImages:
-    """Paint each digit in its own ink on a ground that runs from one colour to another; one is dark, the other light."""
+    """Paint each digit in its own ink on a ground that changes from one colour to another; one is dark, the other light."""
     generator = Generator().manual_seed(seed)
     ink = _enlarge(digits.images)
     first, second, pen = torch.rand(3, len(digits), 3, 1, 1, generator=generator)

@@ -14,7 +14,7 @@ def digits_split() -> tuple[LabelledImages, LabelledImages]:
     The counts 0 .. 16 become -1 .. 1. Source: `sklearn.datasets.load_digits`, the test part of UCI's "Optical
     Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998), shipped inside scikit-learn: no download.
     """
-    from sklearn.datasets import load_digits  # here, for it would add half a second to every import of the package
+    from sklearn.datasets import load_digits  # not at the top, where it would add half a second to every import
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()

@@ -26,12 +26,12 @@ _GREY = frozenset(("1", "L", "LA"))
 _COLOUR = frozenset(("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr"))
 _SEE_THROUGH = frozenset(("LA", "RGBA", "PA"))
 _SHOWN = 3
-_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of Exif
+_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # an Exif tag, and its values for quarter turns
 _SPLIT = re.compile(
     r"(train|training|test|testing|val|valid|validation|dev|eval)([ _-]?(set|data|split|part|images?|imgs?|[0-9]+))?",
     re.IGNORECASE,
 )
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # only these: for others PIL runs programs
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # only these, since for others PIL runs programs
 
 
 def class_names(root: str | Path) -> list[str]:
@@ -39,7 +39,7 @@ def class_names(root: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no subfolders; the message says what to put where.
-        ValueError: the subfolders are the parts of a data set, or the only one holds the classes' folders.
+        ValueError: the subfolders are the parts of a data set, or the only subfolder contains those of the classes.
     """
     root = Path(root)
     if not root.is_dir():
@@ -62,7 +62,7 @@ def class_names(root: str | Path) -> list[str]:
 
 
 def _classes_in(folder: Path) -> list[str]:
-    """List the folders in `folder`, or none if it holds images itself."""
+    """List the folders in `folder`, or none if `folder` holds images itself."""
     held = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     if any(path.suffix.lower() in ENDINGS for path in held if not path.is_dir()):
         return []
@@ -75,7 +75,7 @@ def _some(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """What a folder of images holds, by the headers of its files alone.
+    """What a folder of images holds, according to the headers of its files.
 
     Attributes:
         class_names: names of the classes.
@@ -96,7 +96,7 @@ class FolderFacts:
 
 
 def look_at(root: str | Path) -> FolderFacts:
-    """Read the headers of the images of `class_names(root)`, which takes a moment; what can't be read is left out.
+    """Read the headers of the images of `class_names(root)`, which is quick; files that can't be read are left out.
 
     Raises:
         FileNotFoundError, ValueError: `class_names` refuses the folder, a class has no images, or none can be read.
@@ -108,7 +108,7 @@ def look_at(root: str | Path) -> FolderFacts:
                 turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
                 sizes[image.size[::-1] if turned else image.size] += 1
                 modes.add(image.mode)
-        except Exception:  # noqa: S112, image_folder names it
+        except Exception:  # image_folder names it
             continue
     if not sizes:
         raise UserError(f"{root}: none of the {sum(map(len, files))} images can be read. {WHERE}")
@@ -119,8 +119,8 @@ def look_at(root: str | Path) -> FolderFacts:
 def image_folder(root: str | Path, *, size: int | None = None, skip_unreadable: bool = False) -> LabelledImages:
     """Read the images of `class_names(root)` as floats [n, C, H, W]; C is 1 if all of them are grey, else 3.
 
-    Images in subfolders of a class belong to it, linked folders too; hidden files are left out. What is transparent becomes
-    white, rotated photographs are turned upright, an animation gives its first image. PIL's limit on image sizes holds.
+    Images in subfolders of a class belong to the class, in linked folders too; hidden files are left out. Transparent areas
+    become white, rotated photographs are turned upright, an animation gives its first image. PIL's limit on image sizes holds.
 
     Args:
         root: the folder of the classes' folders.
@@ -129,8 +129,8 @@ def image_folder(root: str | Path, *, size: int | None = None, skip_unreadable: 
 
     Raises:
         FileNotFoundError: there are no classes, or one has no images; the message says what to put where.
-        ValueError: some images can't be read, and the message has a line for each; one has another size than the first, or is
-            there twice by a link. Or `class_names` refuses the folder; or all images are so dark that white may not be 255.
+        ValueError: some images can't be read, and the message has a line for each; an image has another size than the first, or
+            is there twice by a link; `class_names` refuses the folder; or all images are so dark that 255 may not mean white.
     """
     root = Path(root)
     if size is not None and size < 1:
@@ -165,7 +165,7 @@ def _files_by_class(root: Path) -> list[list[Path]]:
 
 
 def _open_all(paths: Sequence[Path], size: int | None) -> tuple[dict[Path, Image.Image], dict[Path, str]]:
-    """Open images -> those that can be read, and for the others the reason."""
+    """Open the images that can be read; for each of the others return the reason."""
     images, unreadable = {}, {}
     for path in Progress(f"reading {paths[0].parents[1].name}", len(paths), "image").over(paths):
         try:
@@ -176,7 +176,7 @@ def _open_all(paths: Sequence[Path], size: int | None) -> tuple[dict[Path, Image
 
 
 def _refuse_or_skip(root: Path, unreadable: Mapping[Path, str], readable: int, skip: bool) -> None:
-    """Name all files that can't be read, in a warning or, unless they are to be skipped, in an error."""
+    """Name all files that can't be read, in a warning if they are to be skipped, otherwise in an error."""
     count, reasons = f"{len(unreadable)} of {len(unreadable) + readable} images", "\n".join(unreadable.values())
     if not skip:
         way_out = "mend or remove them, or leave them out by --skip-unreadable (skip_unreadable=True)"
@@ -195,7 +195,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _files_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield all files that are not hidden, those in linked folders as well."""
+    """Yield all files that are not hidden, including those in linked folders."""
     if (place := folder.resolve()) in above:
         raise UserError(f"{folder} is a link to a folder that it is in: remove it")
     for path in folder.iterdir():
@@ -204,7 +204,7 @@ def _files_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 
 def _check_once(paths: list[Path]) -> None:
-    """Refuse two links, also hard ones, to one file: as two records it would contribute twice the bound."""
+    """Refuse two links to one file, including hard links: as two records it would contribute twice the bound."""
     first: dict[tuple[int, int], Path] = {}
     for path in paths:
         found = path.stat()
@@ -220,7 +220,7 @@ def _warn_of_left_out(folder: Path, names: list[str], what: str) -> None:
 
 def _open(path: Path, size: int | None) -> Image.Image:
     """Open an image in mode L or RGB, cut and resized to `size` if given."""
-    with naming(path, Exception):  # PIL's decoders raise nearly anything for a damaged file
+    with naming(path, Exception):  # damaged files make PIL raise nearly any error
         with _opened(path) as file:
             image = _plain(ImageOps.exif_transpose(file))
             return image if size is None else _square(image).resize((size, size), Image.Resampling.LANCZOS)

@@ -1,7 +1,7 @@
-"""The public data: digits from fonts, drawn as signed distance fields, so that a threshold sets the pen's width.
+"""The public data: digits from fonts, drawn from signed distance fields, so that a threshold sets the pen's width.
 
-No private image is read. The published description of the digits data set is imitated: the digit fills a 32 x 32 bitmap,
-which is cut into 4 x 4 blocks, and the on-pixels of each block are counted.
+No private image is read. The published description of the digits data set is followed: a digit fills a 32 x 32 bitmap, which
+is cut into 4 x 4 blocks, and the on-pixels of each block are counted.
 """
 
 from functools import cache
@@ -20,8 +20,8 @@ from fastloda.errors import UserError
 
 from .images import LabelledImages
 
-# Matplotlib's text fonts, but not its symbol fonts (their "0" is blank, a bracket or a prime), not its Display
-# fonts (no digits), and not DejaVu Sans Mono, whose zero has a dot, so that it reads as an 8.
+# Matplotlib's text fonts. Not its symbol fonts (their "0" is blank, a bracket or a prime), its Display fonts (no digits), or
+# DejaVu Sans Mono, whose zero has a dot, so that it looks like an 8.
 FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
@@ -29,7 +29,7 @@ FONTS = (
     *("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10", "cmmi10"),
 )
 DIGITS = "0123456789"
-FAMILIES = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cm")  # with which the fonts' names begin
+FAMILIES = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cm")  # each font's name begins with one of these
 STYLES = ("upright narrow", "upright wide", "leaning narrow", "leaning wide")  # halves of the ranges of slant and width
 
 BLOCK = 4  # a pixel of the image is the mean of BLOCK x BLOCK bits
@@ -43,18 +43,18 @@ Range = tuple[float, float]
 
 
 class Hands(NamedTuple):
-    """The ranges within which digits differ uniformly, besides their font.
+    """The ranges from which the properties of each digit, except its font, are drawn uniformly.
 
-    The defaults are wider than any one hand, so that an unknown one lies within. They were widened after a look at the published
-    picture of the real digits, and fitted to none of them.
+    The defaults are wider than for the handwriting of any one person, so that unknown handwriting is within them. They were
+    widened after a look at the published picture of the real digits, but fitted to none of them.
     """
 
     angle: Range = (-0.2, 0.2)  # rad
-    slant: Range = (-0.35, 0.35)  # x per unit of y, on top of the font's own: half of them are italic
+    slant: Range = (-0.35, 0.35)  # x per unit of y, added to the font's own slant: half of the fonts are italic
     stretch: Range = (0.65, 1.3)  # width
-    pen: Range = (0.05, 0.1)  # half the stroke, in heights of the glyph
+    pen: Range = (0.05, 0.1)  # half of the stroke's width, in heights of the glyph
     fill: Range = (0.9, 1.0)  # share of the box that the digit fills from top to bottom, or from left to right
-    shift: Range = (-0.15, 0.15)  # both ways, in half sides of the box, as far as there is room
+    shift: Range = (-0.15, 0.15)  # in both directions, in half sides of the box, as far as there is space
     bend: float = 0.1  # standard deviation of an elastic distortion (Simard et al. 2003), in half sides of the box
 
 
@@ -62,7 +62,7 @@ MANY_HANDS = Hands()
 
 
 class _Glyphs(NamedTuple):
-    """The glyphs, a row per font and digit. Unit: half the height of the glyph. Origin: its centre; y points down."""
+    """The glyphs, one row per font and digit. The unit is half a glyph's height, the origin its centre; y points down."""
 
     field: Tensor  # [g, 1, CANVAS, CANVAS], distance to the outline, positive in the ink
     hull: Tensor  # [g, k, 2], (x, y) of the extreme ink in k directions
@@ -70,10 +70,10 @@ class _Glyphs(NamedTuple):
 
 
 def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS) -> LabelledImages:
-    """Draw `count` digits from `FONTS`, [count, 1, size, size], ink 1 on -1, classes balanced to within one image.
+    """Draw `count` digits from `FONTS`, [count, 1, size, size], ink 1 and background -1, classes balanced to within one image.
 
     Every image has its own font, slant, rotation, width, pen, size, position and bend. The same arguments give the
-    same images (on one machine: rounding decides a bit now and then). 10,000 images of size 8 take about 1 s
+    same images (on one machine; on others rounding may change single bits). 10,000 images of size 8 take about 1 s
     on one core; the time grows with size^2.
 
     Args:
@@ -87,9 +87,9 @@ def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS)
 
 
 def font_styles(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS) -> LabelledImages:
-    """Draw the images of `font_digits`, in a class for each digit, family of fonts, slant and width: "3 cm leaning wide", say.
+    """Draw the images of `font_digits`, with a class for each digit, font family, slant and width, such as "3 cm leaning wide".
 
-    The ranges of slant and width are halved each, which makes 160 classes.
+    The ranges of slant and width are divided into halves, which makes 160 classes.
     """
     images, glyph, unit = _drawn(count, seed, size, hands)
     family_of = [next(i for i, family in enumerate(FAMILIES) if font.startswith(family)) for font in FONTS]
@@ -101,7 +101,7 @@ def font_styles(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS)
 
 
 def _drawn(count: int, seed: int, size: int, hands: Hands) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw images, their glyphs, and where each hand lies in its ranges, [count, 7] in [0, 1)."""
+    """Draw images; return them with their glyphs, and with the place of each in the ranges of `hands`, [count, 7] in [0, 1)."""
     if count < 1 or size < 1:
         raise UserError(f"count and size must be at least 1, not {count} and {size}")
     generator = torch.Generator().manual_seed(seed)
@@ -122,12 +122,12 @@ def _draw(glyph: Tensor, hand: Tensor, bend: Tensor, size: int) -> Tensor:
     """
     glyphs = _glyphs()
     angle, slant, stretch, pen = hand[:, :4].unbind(1)
-    grow = (2 * pen - glyphs.stroke[glyph]).clamp(min=-2 * _MAX_EROSION)  # 2: half heights in a height
+    grow = (2 * pen - glyphs.stroke[glyph]).clamp(min=-2 * _MAX_EROSION)  # 2: a height has two units
     to_glyph = _box_to_glyph(_writing(angle, slant, stretch), glyphs.hull[glyph], grow, hand[:, 4:])
     side = size * BLOCK
     box = F.affine_grid(torch.eye(2, 3).expand(len(glyph), 2, 3), [len(glyph), 1, side, side], align_corners=False)
     box = box + F.interpolate(bend, size=(side, side), mode="bicubic", align_corners=True).movedim(1, -1)
-    to_field = to_glyph * (_GLYPH / _CANVAS)  # grid_sample counts in half canvases
+    to_field = to_glyph * (_GLYPH / _CANVAS)  # grid_sample measures in half canvases
     grid = torch.einsum("nij,nyxj->nyxi", to_field[:, :, :2], box) + to_field[:, None, None, :, 2]
     field = F.grid_sample(glyphs.field[glyph], grid, padding_mode="border", align_corners=False)
     bits = (field + grow.view(-1, 1, 1, 1) > 0).float()

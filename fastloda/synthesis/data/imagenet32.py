@@ -1,7 +1,7 @@
-"""ImageNet at 32 x 32 pixels (Chrabaszcz, Loshchilov and Hutter, 2017), all of it or the classes that are wanted.
+"""ImageNet at 32 x 32 pixels (Chrabaszcz, Loshchilov and Hutter, 2017): all of it, or the classes that are wanted.
 
-Its labels 1 .. 1000 are those of ILSVRC's map_clsloc.txt (1 is kit fox), not the order of the sorted WordNet ids (where the
-first is tench) that most networks of ImageNet use.
+Its labels 1 .. 1000 are those of ILSVRC's map_clsloc.txt (1 is kit fox). They do not follow the sorted WordNet ids (where tench
+is the first), which most networks of ImageNet use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,10 +40,10 @@ class Match(NamedTuple):
     label: int
 
 
-# In CIFAR-10's order. This stands for Table I of "Efficient Differentially Private Fine-Tuning of Diffusion Models" (Liu et
-# al., 2024), which could not be looked up: it is our own choice, by WordNet's names, and another can be given as `classes`.
-# ImageNet's 1,000 classes have no deer; the impala is the brown, antlered one of its antelopes. CIFAR-10's trucks are big
-# trucks only, no pickups.
+# In CIFAR-10's order. It stands for Table I of "Efficient Differentially Private Fine-Tuning of Diffusion Models" (Liu et al.,
+# 2024), which we could not look up: it is our own choice, by WordNet's names, and other classes can be given as `classes`.
+# ImageNet's 1,000 classes have no deer; the impala is the brown, antlered one among its antelopes. CIFAR-10's trucks are only
+# big trucks, no pickups.
 MATCHES = (
     Match("airplane", "airliner", "n02690373", 230),
     Match("automobile", "sports_car", "n04285008", 274),
@@ -68,7 +68,7 @@ def imagenet32(
         split: part of the data set, "train", or "test" for the validation set.
         classes: classes to keep, as labels 1 .. 1000 or WordNet ids; the first becomes label 0. An id that is not in
             `MATCHES` needs map_clsloc.txt in the folder. Default: all, in the published order; label 1 becomes 0.
-        partial: whether to take those of the files that are there.
+        partial: whether missing files are left out, and files may have fewer images.
 
     Raises:
         FileNotFoundError: a file is not there; the message says which files to put where.
@@ -77,7 +77,7 @@ def imagenet32(
     """
     check_split(split)
     number = _numbers(Path(root), range(1, CLASSES + 1) if classes is None else classes)
-    pixels = np.empty((COUNTS[split], PIXELS), np.uint8)  # one array: ImageNet twice would be 8 GB
+    pixels = np.empty((COUNTS[split], PIXELS), np.uint8)  # one array, for two copies of ImageNet would take 8 GB
     labels, seen, kept = [], 0, 0
     for batch_pixels, batch_labels in _batches(root, split, partial):
         seen += len(batch_labels)
@@ -102,7 +102,7 @@ def imagenet10(root: str | Path, split: Split = "train", *, partial: bool = Fals
 
 
 def as_imagenet32(cifar10: LabelledImages) -> LabelledImages:
-    """Relabel CIFAR-10 with the matching classes' labels in `imagenet32`, of 1,000, for a model of all of ImageNet's classes.
+    """Relabel CIFAR-10 by the labels of the matching classes in `imagenet32`, for a model of all 1,000 classes of ImageNet.
 
     Raises:
         ValueError: the images do not have ten classes.
@@ -114,7 +114,7 @@ def as_imagenet32(cifar10: LabelledImages) -> LabelledImages:
 
 
 def _batches(root: str | Path, split: Split, partial: bool) -> Iterator[Batch]:
-    """Yield the batches file by file; all files are found before the first is read."""
+    """Yield the batches file by file, after checking that all files exist."""
     for path in find_files(root, [(f"{name}.npz", name) for name in FILES[split]], FOLDERS, WHERE, partial):
         with naming(path):
             pixels, labels = read_batch(path)
@@ -140,7 +140,7 @@ def _numbers(root: Path, classes: Sequence[int | str]) -> torch.Tensor:
 
 
 def _read_map(root: Path) -> dict[str, int]:
-    """Read WordNet id -> label from ILSVRC's map, lines like "n02119789 1 kit_fox"; empty without the file."""
+    """Read WordNet id -> label from ILSVRC's map, with lines like "n02119789 1 kit_fox"; without the file the map is empty."""
     path = root / MAP
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""Labelled images as one checked, immutable value, so that no later step has to check range, layout or dtype."""
+"""Labelled images as a checked, immutable value, so that no later step has to check range, layout or dtype."""
 
 import hashlib
 import unicodedata
@@ -18,7 +18,7 @@ from fastloda.files import write_atomically
 from .byte_images import WHITE, ByteImages, to_floats
 
 CHANNELS = (1, 3)  # grey or RGB, so that an npz file's shape shows its layout
-MOST_CLASSES = 100_000  # more are no classes, and their names would fill the memory
+MOST_CLASSES = 100_000  # more could not be classes, and their names would fill the memory
 # Errors that NumPy and zipfile raise for a damaged file (found by damaging one).
 _UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -83,10 +83,10 @@ class LabelledImages:
         return digest.hexdigest()
 
     def save_npz(self, path: str | Path, *, uint8: bool = False) -> None:
-        """Write `images` (NCHW), `range`, `labels`, `num_classes` and `class_names` to exactly `path`: all or nothing.
+        """Write `images` (NCHW), `range`, `labels`, `num_classes` and `class_names` to exactly `path`, all or nothing.
 
-        float32 comes back bit for bit from `load_npz`; `uint8` takes a quarter of the space: 256 levels. `ByteImages` are
-        written as they are.
+        `load_npz` returns float32 bit for bit; `uint8` takes a quarter of the space, with 256 levels. `ByteImages` are written
+        as bytes.
         """
         images = _to_array(self.images, uint8)
         labels = self.labels.cpu().numpy()
@@ -96,7 +96,7 @@ class LabelledImages:
 
 
 def _checked_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
-    """Return the classes' names in Unicode's composed form, in which equal names are equal strings; numbers if there are none."""
+    """Return the classes' names in Unicode's composed form, so that equal names are equal strings; numbers if there are none."""
     if not names:
         return tuple(map(str, range(num_classes)))
     names = tuple(unicodedata.normalize("NFC", name) for name in names)
@@ -152,7 +152,7 @@ def _one_integer(array: np.ndarray) -> int:
 
 
 def _in_range(images: Tensor, black_and_white: np.ndarray | None) -> Tensor:
-    """Convert images, uint8 or floats, to float32 in [-1, 1], by the values of black and white if given."""
+    """Convert uint8 or float images to float32 in [-1, 1], by the values of black and white if given."""
     if black_and_white is None:
         _refuse_other_ranges(images)
         return to_floats(images) if images.dtype == torch.uint8 else images.float()
@@ -195,7 +195,7 @@ def check_not_dark(most: int, way_out: str) -> None:
 
 
 def _classes_of(labels: Tensor) -> int:
-    """Count the classes of labels for which num_classes is not given."""
+    """Count the classes from the labels, if num_classes is not given."""
     if not labels.numel():
         return 1
     if (least := int(labels.min())) < 0:
@@ -211,7 +211,7 @@ def _classes_of(labels: Tensor) -> int:
 
 
 def check_labels(labels: Tensor, first: int, last: int) -> None:
-    """Refuse labels outside first .. last with a ValueError that has the offending values."""
+    """Refuse labels outside first .. last with a ValueError that shows them."""
     _refuse(labels, lambda y: (y < first) | (y > last), f"labels must lie in {first} .. {last}")
 
 
@@ -223,7 +223,7 @@ def _refuse(values: Tensor, is_bad: Callable[[Tensor], Tensor], rule: str) -> No
 
 
 def read_npz(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Read arrays of an npz file by name, those of `optional` if they are there; nothing is unpickled.
+    """Read arrays of an npz file by name, those of `optional` only if they exist; nothing is unpickled.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -271,7 +271,7 @@ def to_labels(array: np.ndarray) -> Tensor:
     """Convert an array of any integers to int64 labels.
 
     Raises:
-        ValueError: the array does not hold one integer an image.
+        ValueError: the array does not hold one integer per image.
     """
     if not np.issubdtype(array.dtype, np.integer):
         raise UserError(f"labels must be integers, not {array.dtype}: number the classes from 0")
@@ -282,7 +282,7 @@ def to_labels(array: np.ndarray) -> Tensor:
 
 def _write_npz(path: Path, **arrays: np.ndarray | int) -> None:
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a path, savez would append .npz to it
+        with temporary.open("wb") as file:  # given a path, np.savez would append .npz to it
             np.savez(file, **arrays)
 
     write_atomically(path, write)

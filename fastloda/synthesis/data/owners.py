@@ -1,4 +1,4 @@
-"""Whose each image of a folder is, where people have several: read from subfolders, file names or a table."""
+"""Owners of a folder's images, where people have several: they are read from subfolders, file names or a table."""
 
 import csv
 import os
@@ -31,8 +31,8 @@ def read_owners(root: str | Path, files: Sequence[Path], how: str) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such table.
-        UserError: root is no folder of images, images have no owner (the message names some), two owners differ in case, spaces
-            or Unicode's form only, or `how` is none of the three.
+        UserError: root is no folder of images, images have no owner (the message names some), two owners differ only in case,
+            spaces or Unicode form, or `how` is none of the three.
     """
     root = Path(root)
     if not files:
@@ -56,7 +56,7 @@ def read_owners(root: str | Path, files: Sequence[Path], how: str) -> list[str]:
 
 
 def _read_table(path: Path) -> Mapping[str, str]:
-    """Read a table from file to owner; files are normal relative paths."""
+    """Read a table as {file: owner}; files are normalised relative paths."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table of owners. {WAYS}")
     owners: dict[str, str] = {}
@@ -82,7 +82,7 @@ def _pattern(how: str) -> re.Pattern:
 
 
 def _check_names(owners: list[str]) -> None:
-    """Refuse names that are one owner's in two spellings, who would count as two; warn where nobody has two images."""
+    """Refuse two spellings of one owner's name, which would count as two owners; warn if nobody has two images."""
     spelt: dict[str, str] = {}
     for owner in owners:
         if (other := spelt.setdefault(_plain(owner), owner)) != owner:
@@ -98,5 +98,5 @@ def _check_names(owners: list[str]) -> None:
 
 
 def _plain(name: str) -> str:
-    """Write a name in the form in which equal names are equal: without case, spaces, or Unicode's other forms of a character."""
+    """Write a name in a form in which equal names are equal strings: without case, spaces, or other Unicode forms."""
     return unicodedata.normalize("NFKC", "".join(unicodedata.normalize("NFKC", name).casefold().split()))

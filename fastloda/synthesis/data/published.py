@@ -11,14 +11,14 @@ from fastloda.errors import UserError
 
 Split = Literal["train", "test"]
 
-_SHOWN = 6  # number of names shown of what a folder holds instead
+_SHOWN = 6  # number of names that a message shows of what the folder holds instead
 
 
 def find_file(root: str | Path, names: Sequence[str], folders: Sequence[str], where: str) -> Path:
     """Find the first of `names` in `root` or in one of its `folders`.
 
     Raises:
-        FileNotFoundError: none is there; the message names it, what the folder holds instead, and `where` the files belong.
+        FileNotFoundError: none is there; the message has its name, what the folder holds instead, and `where` files belong.
     """
     root = Path(root)
     if not root.is_dir():
@@ -33,7 +33,7 @@ def find_file(root: str | Path, names: Sequence[str], folders: Sequence[str], wh
 
 
 def warn_if_changed(path: Path, published: str | None) -> None:
-    """Warn unless the file's MD5 is the published one; None: no checksum is published."""
+    """Warn unless the file's MD5 is `published`; None means that no checksum is published."""
     if published is None:
         return
     with path.open("rb") as file:
@@ -53,10 +53,10 @@ def check_split(split: str) -> None:
 def find_files(
     root: str | Path, files: Sequence[Sequence[str]], folders: Sequence[str], where: str, partial: bool
 ) -> list[Path]:
-    """Find each of `files` (its possible names) by `find_file`; if a part of them is enough, those that are there.
+    """Find each of `files` (a tuple of its possible names) by `find_file`; with `partial`, leave out those that are missing.
 
     Raises:
-        FileNotFoundError: one is not there; or none is, if a part is enough.
+        FileNotFoundError: a file is not there; with `partial`, none is.
     """
     found, missing = [], []
     for names in files:
@@ -74,7 +74,7 @@ def find_files(
 
 
 def check_count(found: int, published: int, partial: bool = False) -> None:
-    """Refuse another number of images than was published with a ValueError; warn of fewer, if a part is enough."""
+    """Refuse a number of images other than the published one with a ValueError; with `partial`, warn if it is smaller."""
     if partial and 0 < found < published:
         warnings.warn(f"{found} of the {published} published images", stacklevel=3)
     elif found != published:
@@ -83,7 +83,7 @@ def check_count(found: int, published: int, partial: bool = False) -> None:
 
 @contextmanager
 def naming(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Turn a ValueError inside the context, or one of `errors`, into a ValueError that begins with the path."""
+    """Turn a ValueError inside the context, or one of `errors`, into a ValueError whose message begins with the path."""
     try:
         yield
     except (ValueError, *errors) as error:

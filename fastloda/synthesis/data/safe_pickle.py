@@ -1,8 +1,8 @@
-"""A reader of pickles of plain data that runs nothing in them.
+"""A reader of pickles of plain data, which runs no code in them.
 
 A pickle is a program that may call any function of any module. The batches of CIFAR-10 and ImageNet32 need dicts, lists,
-numbers, bytes and NumPy arrays. For those a few names are enough, and even these names stand for functions of this file, which
-make arrays of numbers and nothing else; every other name is refused before it is looked up.
+numbers, bytes and NumPy arrays. For these a few names are enough, and even these names are bound to functions of this file,
+which only make arrays of numbers; every other name is refused before it is looked up.
 """
 
 import pickle
@@ -29,10 +29,10 @@ _DAMAGED = (
 
 
 def load_plain_pickle(path: str | Path) -> object:
-    """Read the dicts, lists, numbers, texts, bytes and arrays of numbers in a pickle; texts of Python 2 come as bytes.
+    """Read a pickle of dicts, lists, numbers, texts, bytes and arrays of numbers; texts of Python 2 become bytes.
 
     Raises:
-        ValueError: the pickle needs anything else, which is named, or is damaged; the message begins with the path.
+        ValueError: the pickle needs anything else, which the message names, or is damaged; the message begins with the path.
     """
     with Path(path).open("rb") as file:
         try:
@@ -66,7 +66,7 @@ class _Allowed:
 
 
 class _DType:
-    """A dtype as a pickle describes it. NumPy's own class takes a state by which an array's numbers are read as pointers."""
+    """A dtype as a pickle describes it. NumPy's own class accepts a state that makes it read an array's numbers as pointers."""
 
     def __init__(self, code: str | bytes, *_: object) -> None:
         self.dtype = np.dtype(_text(code))
@@ -78,7 +78,7 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """An array whose state a pickle sets, with one of the dtypes above."""
+    """An array whose state a pickle sets, with a dtype from `_DType`."""
 
     def __setstate__(self, state: tuple) -> None:
         version, shape, dtype, fortran, content = state
@@ -94,7 +94,7 @@ def _frombuffer(buffer: bytes, dtype: _DType, shape: tuple, order: str) -> np.nd
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Encode text to bytes, as pickles need that Python 3 wrote by Python 2's protocol."""
+    """Encode text to bytes, for pickles that Python 3 wrote in Python 2's protocol."""
     if encoding != "latin1":
         raise UserError(f"bytes written in {encoding!r}")
     return text.encode("latin1")
@@ -109,7 +109,7 @@ def _text(value: str | bytes) -> str:
 
 
 _ALLOWED = {
-    ("numpy", "ndarray"): "numpy.ndarray",  # only passed to _reconstruct; a text cannot be called
+    ("numpy", "ndarray"): "numpy.ndarray",  # only passed to _reconstruct; a text can't be called
     ("numpy", "dtype"): _Allowed(_DType),
     ("numpy.core.multiarray", "_reconstruct"): _Allowed(_reconstruct),
     ("numpy.core.numeric", "_frombuffer"): _Allowed(_frombuffer),

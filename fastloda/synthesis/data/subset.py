@@ -11,9 +11,9 @@ from .images import LabelledImages
 def stratified_subset(
     data: LabelledImages, *, count: int | None = None, fraction: float | None = None, seed: int = 0
 ) -> LabelledImages:
-    """Draw a random part of the images, in their order; each class has its share of them, to within one image.
+    """Draw a random part of the images, in their order, with each class's share of them to within one image.
 
-    1% of CIFAR-10 is 500 images, 50 of each class. A promise of privacy made by training on the subset covers its records.
+    1% of CIFAR-10 is 500 images, 50 of each class. A model trained privately on the subset promises privacy to its records.
 
     Args:
         data: images to draw from, at least one.
@@ -37,7 +37,7 @@ def stratified_subset(
 
 
 def _shares(sizes: Tensor, chosen: int) -> list[int]:
-    """Divide `chosen` in proportion to sizes; what rounding leaves goes to the largest remainders, the first of equal ones."""
+    """Divide `chosen` in proportion to sizes; the rest from rounding goes to the largest remainders, the first of equal ones."""
     total = int(sizes.sum())
     whole, left = sizes * chosen // total, sizes * chosen % total
     most = left.argsort(descending=True, stable=True)[: chosen - int(whole.sum())]
@@ -46,6 +46,6 @@ def _shares(sizes: Tensor, chosen: int) -> list[int]:
 
 
 def _draw(mask: Tensor, share: int, generator: Generator) -> Tensor:
-    """Draw the positions of `share` images of the mask."""
+    """Draw the positions of `share` images from those that the mask selects."""
     positions = mask.nonzero()[:, 0]
     return positions[torch.randperm(len(positions), generator=generator)[:share]]

@@ -27,15 +27,15 @@ MD5 = {
 }
 COUNTS = {"train": 73_257, "test": 26_032}
 
-_ZERO = 10  # the label of the digit 0, for MATLAB counts from 1
+_ZERO = 10  # the label of the digit 0, because MATLAB counts from 1
 # Errors that SciPy raises for a damaged file, besides ValueError (found by damaging one).
 _DAMAGED = (MatReadError, NotImplementedError, TypeError, LookupError, EOFError, OSError, struct.error, zlib.error)
 
 
 def svhn(root: str | Path, split: Split = "train", *, partial: bool = False) -> LabelledImages:
-    """Read house numbers, digit by digit, [n, 3, 32, 32]; 73,257 to train and 26,032 to test. 900 MB of floats.
+    """Read house numbers, digit by digit, [n, 3, 32, 32]; 73,257 for training and 26,032 for tests, 900 MB as floats.
 
-    `partial` takes a file of fewer images as well.
+    With `partial`, the file may have fewer images.
 
     Raises:
         FileNotFoundError: the file is not there; the message says which to put where.

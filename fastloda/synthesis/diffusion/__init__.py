@@ -1,4 +1,4 @@
-"""Diffusion with classifier-free guidance: the U-Net, the processes that it learns to undo, and the sampler."""
+"""Diffusion with classifier-free guidance: the U-Net, the noising processes that it learns to reverse, and the sampler."""
 
 from fastloda.synthesis.diffusion.ddpm import DDPM
 from fastloda.synthesis.diffusion.edm import EDM

@@ -1,4 +1,4 @@
-"""The process of Ho et al. (2020), whose model predicts the noise, with the samplers DDIM and DDPM."""
+"""The process of Ho et al. (2020), whose model predicts the noise, and the samplers DDIM and DDPM."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +15,9 @@ class DDPM(Process):
     """A diffusion process of T steps: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, linear betas (Ho et al. 2020).
 
     timesteps: T. beta_start, beta_end: in (0, 1), the variance added by the first and the last step.
-    time_distribution: [T] relative frequencies of the timesteps in training, uniform by default; the loss is not reweighted.
+    time_distribution: [T] relative frequencies of the timesteps in training, uniform by default; the loss has no weights.
 
-    `alphas_cumprod`, abar [T], is float64 on the CPU; it is cast where it is used.
+    `alphas_cumprod`, abar [T], is float64 on the CPU, and is cast where it is used.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DDPM(Process):
         images: Tensor | None = None,
         skipped: int = 0,
     ) -> Iterator[Tensor]:
-        """Follow DDIM (Song et al. 2021) on evenly spaced timesteps; stochasticity is its eta in [0, 1], and 1 is DDPM."""
+        """Run DDIM (Song et al. 2021) on evenly spaced timesteps; stochasticity is its eta in [0, 1], where 1 gives DDPM."""
         if not 0 <= stochasticity <= 1:
             raise UserError(f"stochasticity, DDIM's eta, must lie in [0, 1], got {stochasticity}")
         schedule = list(ddim_schedule(self, steps, stochasticity))[skipped:]
@@ -96,5 +96,5 @@ def ddim_step(x: Tensor, noise: Tensor, abar: float, abar_next: float, sigma: fl
     if clip:
         x0 = x0.clamp(-1, 1)
         noise = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
-    # sigma^2 <= 1 - abar_next holds exactly, but rounding may break it.
+    # sigma^2 <= 1 - abar_next in exact arithmetic, but rounding may break it.
     return math.sqrt(abar_next) * x0 + math.sqrt(max(0.0, 1 - abar_next - sigma**2)) * noise

@@ -10,18 +10,18 @@ from fastloda.errors import UserError
 from fastloda.synthesis.diffusion.process import TIMESTEPS, Device, Fresh, Predict, Process, cumulated, per_image
 from fastloda.training.noising import draw_levels
 
-SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1], as all of EDM's models have it
-P_MEAN, P_STD = -1.2, 1.2  # of ln(sigma) in training
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # in sampling
-RHO = 7.0  # how much denser the sampler's levels are near the image
+SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1], as in all of EDM's models
+P_MEAN, P_STD = -1.2, 1.2  # mean and standard deviation of ln(sigma) in training
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # range of sigma in sampling
+RHO = 7.0  # the larger, the denser the sampler's levels near the image
 CHURN_MOST = math.sqrt(2) - 1
 
 
 class EDM(Process):
     """The process x = x_0 + sigma noise, whose denoiser is D(x) = c_skip x + c_out F(c_in x, t, y) (table 1, Karras et al. 2022).
 
-    F is the model. It is told ln(sigma), from SIGMA_MIN to SIGMA_MAX, as a time from 0 to 1,000, the range that its embedding
-    of time is made for. The error of D is weighted by 1 / c_out^2, so that at first all levels count alike.
+    F is the model. ln(sigma), from SIGMA_MIN to SIGMA_MAX, is passed to F as a time t from 0 to 1,000, the range for which its
+    time embedding is made. The error of D is weighted by 1 / c_out^2, so that all levels count equally at first.
     """
 
     def __init__(self):
@@ -50,7 +50,7 @@ class EDM(Process):
         images: Tensor | None = None,
         skipped: int = 0,
     ) -> Iterator[Tensor]:
-        """Follow Heun's method (algorithm 2 of Karras et al. 2022); stochasticity is S_churn, at all levels alike."""
+        """Run Heun's method (algorithm 2 of Karras et al. 2022); stochasticity is S_churn, the same at all levels."""
         if not 0 <= stochasticity < math.inf:
             raise UserError(f"stochasticity, EDM's S_churn, must be finite and not negative, got {stochasticity}")
         sigmas = noise_levels(steps)[skipped:]
@@ -93,7 +93,7 @@ def _output(predict: Predict, x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _denoised(predict: Predict, x: Tensor, sigma: float, clip: bool) -> Tensor:
-    """Compute D at noisy images x [n, C, H, W] of one level; the mean of images in [-1, 1] lies there too, hence `clip`."""
+    """Compute D at noisy images x [n, C, H, W] of one level; `clip` clips to [-1, 1], where means of images must be."""
     levels = torch.full((len(x),), sigma, device=x.device)
     c_skip, c_out, _ = (per_image(c, x) for c in coefficients(levels))
     denoised = c_skip * x + c_out * _output(predict, x, levels)

@@ -62,17 +62,17 @@ def pretrain(
     snapshots: int = 0,
     length: float | None = None,
 ) -> UNet:
-    """Train all of `model` on public images, and leave the averaged weights in it; resumes from `checkpoint` if it exists.
+    """Train all of `model` on public images, and leave the averaged weights in it; resume from `checkpoint` if it exists.
 
     It saves every `checkpoint_every` steps, after `checkpoint_seconds` without a save, at the end, and at SIGINT (Ctrl-C) or
-    SIGTERM, which take effect after the current step. `process` restricts the model's own to some noise levels.
+    SIGTERM, which take effect after the current step. `process` replaces the model's own process, to train at some levels only.
 
-    With `snapshots` (32, say) the average may be one of any relative `length`, in place of ema_decay's (`training/posthoc.py`);
-    another call with the same checkpoint makes it of another length, without training.
+    With `snapshots` (32, say) the average can have any relative `length`, instead of being ema_decay's (`training/posthoc.py`);
+    another call with the same checkpoint computes an average of another length, without training.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to another model, other settings or other data.
-        UserError: it was begun with another number of snapshots, or there is no average of that length.
+        UserError: training began with another number of snapshots, or an average of that length can't be computed.
     """
     checkpoint_path = None if checkpoint is None else Path(checkpoint)
     run = _Run(model, process or model.process, data, settings, checkpoint_path, snapshots)

@@ -1,4 +1,4 @@
-"""What diffusion processes share: the choice of noise levels, and the loss per sample of a model that undoes the noise."""
+"""What diffusion processes have in common: the choice of noise levels, and the loss per sample of a model that removes noise."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -19,10 +19,10 @@ Fresh = Callable[[], Tensor]  # () -> standard normal noise [n, C, H, W], other 
 
 
 class Process(ABC):
-    """A process that turns images to noise at one of many levels, and the way back by a model's predictions.
+    """A process that turns images into noise at one of many levels, and its reversal by a model's predictions.
 
-    Levels are ordered from the least to the most noise, and counted in thousandths of what training draws if nothing is
-    favoured: level k of `between` and `mixture` is the k-th of 1,000 equally likely ranges.
+    Levels are ordered from the least to the most noise. They are counted in thousandths of the distribution that training draws
+    by default: level k of `between` and `mixture` is the k-th of 1,000 equally likely ranges.
     """
 
     steps_at_most = TIMESTEPS
@@ -31,11 +31,11 @@ class Process(ABC):
         self.level_cdf = level_cdf
 
     def between(self, first: int, end: int) -> Self:
-        """Make the same process, trained only on the levels first .. end - 1."""
+        """Copy the process, to be trained only on the levels first .. end - 1."""
         return self.mixture([(first, end, 1.0)])
 
     def mixture(self, parts: Sequence[tuple[int, int, float]]) -> Self:
-        """Make the same process, trained on a mixture of uniform distributions of levels, (first, end, share) each.
+        """Copy the process, to be trained on a mixture of uniform distributions of levels, each (first, end, share).
 
         The source is Ghalebikesabi et al. 2023, section 3.2.
         """
@@ -63,15 +63,16 @@ class Process(ABC):
     ) -> Tensor:
         """Compute the weighted mean squared error of the model's output, one number per sample and view: [n * views].
 
-        Rows i * views .. (i + 1) * views - 1 belong to sample i, as `ghost_dp_step(..., views=views)` takes
-        them; each view has its own level, noise, label drop and flip.
+        Rows i * views .. (i + 1) * views - 1 belong to sample i, as in `ghost_dp_step(..., views=views)`; each view has its own
+        level, noise, label drop and flip.
 
         x0: [n, C, H, W] in [-1, 1]. y: [n] integer labels.
         label_dropout: probability that a view's label becomes `model.null_class`, which teaches the model the
             unconditional output that guidance needs (Ho & Salimans 2022).
         flips: whether to mirror each view left to right with probability 1/2 (augmentation multiplicity, De et al. 2022).
-        generator: the only source of randomness; PyTorch's global one if None. t [n * views], as `draw_times` makes them, and
-        noise [n * views, C, H, W]: used instead of drawn ones. Raises ValueError where shapes or ranges do not fit.
+        generator: the only source of randomness; PyTorch's global one if None.
+        t, noise: times [n * views], as `draw_times` makes them, and noise [n * views, C, H, W] to use instead of drawn ones.
+        Raises ValueError if shapes or ranges do not fit.
         """
         n = x0.shape[0]
         if views < 1 or not 0 <= label_dropout <= 1:
@@ -106,11 +107,11 @@ class Process(ABC):
 
     @abstractmethod
     def _draw_times(self, n: int, views: int, generator: Generator | None, device: Device) -> Tensor:
-        """Do the work of `draw_times`."""
+        """Draw the times for `draw_times`."""
 
     @abstractmethod
     def _errors(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Compute the squared errors, shaped as x0, of what is predicted of x0 under `noise` at times t."""
+        """Compute the squared errors, shaped as x0, of the model's predictions for x0 under `noise` at times t."""
 
     @abstractmethod
     def solve(
@@ -124,12 +125,12 @@ class Process(ABC):
         images: Tensor | None = None,
         skipped: int = 0,
     ) -> Iterator[Tensor]:
-        """Follow the way back from standard normal noise x [n, C, H, W]: yield x after each step, the image after the last.
+        """Reverse the process from standard normal noise x [n, C, H, W]: yield x after each step; the last x is the image.
 
-        With `images`, shaped as x, the way begins at them under that noise, at the level that `skipped` steps lead to.
+        With `images`, shaped as x, it begins at the images with this noise added, at the level that `skipped` steps lead to.
 
         Raises:
-            UserError: at once, if stochasticity is out of range.
+            UserError: stochasticity is out of range; it is raised by the call, before the first step.
         """
 
 
@@ -137,7 +138,7 @@ def cumulated(frequencies: Tensor | Sequence[float]) -> Tensor:
     """Compute the distribution function, float64, of relative frequencies.
 
     Raises:
-        UserError: they are not finite numbers, none negative and not all 0.
+        UserError: the frequencies are not finite numbers >= 0, or all are 0.
     """
     p = torch.as_tensor(frequencies, dtype=torch.float64, device="cpu")
     if p.dim() != 1 or not p.numel() or not p.isfinite().all() or p.min() < 0 or p.max() == 0:
@@ -147,7 +148,7 @@ def cumulated(frequencies: Tensor | Sequence[float]) -> Tensor:
 
 
 def drop_labels(y: Tensor, null: int, share: float, generator: Generator | None) -> Tensor:
-    """Replace each label in y [n] by `null` with probability `share`; without a draw if that is 0."""
+    """Replace each label in y [n] by `null` with probability `share`; nothing is drawn if `share` is 0."""
     if share == 0:
         return y
     return torch.where(draw(torch.rand, y.shape, generator, y.device) < share, null, y)
@@ -160,5 +161,5 @@ def mirror_some(x0: Tensor, generator: Generator | None) -> Tensor:
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """Shape values [n] so that they multiply the images like [n, C, H, W], in their dtype."""
+    """Reshape values [n] so that they multiply the images `like` [n, C, H, W], in the images' dtype."""
     return values.to(like).view(-1, *[1] * (like.dim() - 1))

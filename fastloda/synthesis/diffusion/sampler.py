@@ -1,4 +1,4 @@
-"""Samplers from noise to images; each image is fixed by its own seed, in whatever batch it is computed."""
+"""The sampler from noise to images; each image is determined by its own seed, whatever batch it is computed in."""
 
 import math
 from functools import partial
@@ -27,22 +27,22 @@ def sample(
     varied: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """Sample one image per label by the way back of the model's process: float32 [n, C, H, W] on the CPU.
+    """Sample one image per label by reversing the model's process: float32 [n, C, H, W] on the CPU.
 
     labels: [n] integers in 0 .. model.null_class; the null class gives unconditional images.
     steps: number of noise levels that are visited.
     guidance: weight w of classifier-free guidance, see `guided`; w = 0 saves the unconditional pass.
-    stochasticity: how much fresh noise each step adds. 0: none, DDIM's or Heun's method. For a "ddpm" it is the eta of Song et
-        al. 2021, at most 1, which is DDPM; for an "edm" the S_churn of Karras et al. 2022.
-    generator or seed: image i depends on the seed, i and its label, not on `batch_size` or the device of the
-        model. Without either, PyTorch's global generator is used.
-    skip: number of images before these that the same seed has made: their numbers i go on from there.
+    stochasticity: how much fresh noise each step adds. 0: none, which is DDIM or Heun's method. For a "ddpm" it is the eta of
+        Song et al. 2021, at most 1, which is DDPM; for an "edm" it is the S_churn of Karras et al. 2022.
+    generator or seed: image i depends on the seed, i and its label, not on `batch_size` or the model's device. Without either,
+        PyTorch's global generator is used.
+    skip: number of images that the same seed has made before; the numbers i continue after them.
     clip_denoised: whether to clip each step's estimate of x_0 to [-1, 1].
-    varied, strength: images [n, C, H, W] to vary instead of drawing anew: noise is added to them as far up as the last
-        `strength` of the steps, in (0, 1], lead down again (Meng et al. 2022, "SDEdit").
+    varied, strength: images [n, C, H, W] to vary instead of starting from noise: noise is added to them up to the level from
+        which the last `strength` of the steps, in (0, 1], lead back (Meng et al. 2022, "SDEdit").
 
-    `model(x, t, y)` predicts; `model` has `process`, `image_shape` and `null_class`, as `UNet`. It runs in
-    eval mode and returns to the mode it was in. Raises ValueError for arguments that do not fit.
+    `model(x, t, y)` predicts; `model` has `process`, `image_shape` and `null_class`, as `UNet` has. It runs in eval mode and
+    then returns to its former mode. Raises ValueError for arguments that do not fit.
     """
     if not 1 <= steps <= model.process.steps_at_most:
         raise UserError(f"steps must lie in 1..{model.process.steps_at_most}, got {steps}")

@@ -1,8 +1,8 @@
-"""The U-Net: residual and attention blocks that get the time and the class, and never mix samples.
+"""The U-Net: residual and attention blocks that are given the time and the class, and never mix samples.
 
-Layer for layer it is the classifier-free-guidance U-Net of "Efficient Differentially Private Fine-Tuning of
-Diffusion Models", down to the module names (`downblocks.1.0.block_1.2`, `upblocks.2.2.layer`), so that
-`fastloda.attach_loda` can name its convolutions.
+Layer for layer it is the classifier-free-guidance U-Net of "Efficient Differentially Private Fine-Tuning of Diffusion Models",
+with the same module names (`downblocks.1.0.block_1.2`, `upblocks.2.2.layer`), so that `fastloda.attach_loda` can name its
+convolutions.
 """
 
 import math
@@ -24,10 +24,10 @@ PROCESSES: dict[str, type[DDPM] | type[EDM]] = {"ddpm": DDPM, "edm": EDM}
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The configuration of a U-Net's shape; the defaults are the paper's. Bad values raise ValueError.
+    """The configuration of a U-Net's shape; the defaults are the paper's. Invalid values raise ValueError.
 
     Attributes:
-        image_size: side of the square images; divisible by 2^(levels - 1), with one level per multiplier.
+        image_size: side of the square images; divisible by 2^(levels - 1); there is one level per multiplier.
         in_channels: number of channels of the image, and of the predicted noise.
         width: number of channels of the first level, before its multiplier.
         multipliers: factors of the levels' channels: level i computes with `width * multipliers[i]` channels.
@@ -36,12 +36,12 @@ class UNetConfig:
             guidance.
         class_width: length of the class code, at least num_classes + 1 (see `UNet`).
         dropout: probability of dropout in the residual blocks. It draws from PyTorch's global generator.
-        norm_groups: number of groups of every GroupNorm, or of channels where these are fewer; must divide the channels.
-        attention: whether attention follows the residual blocks of every level (True), of none (False), or of the given
-            levels. The middle of the U-Net counts as the last level.
+        norm_groups: number of groups of every GroupNorm, or the number of channels if that is smaller; must divide the channels.
+        attention: whether attention follows the residual blocks: of every level (True), of none (False), or of the given levels.
+            The middle of the U-Net counts as the last level.
         zero_init: whether the output and each block's last convolution start at zero, as Ho et al. (2020) nearly do.
-            The first gradient is then zero in all but the output: turn it off to probe an untrained model.
-        process: name of the process that the model undoes: ddpm (Ho et al. 2020) or edm (Karras et al. 2022).
+            The first gradient is then zero except in the output: turn it off to probe an untrained model.
+        process: name of the process that the model reverses: ddpm (Ho et al. 2020) or edm (Karras et al. 2022).
     """
 
     image_size: int = 32
@@ -123,7 +123,7 @@ class UNetConfig:
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """Embed timesteps [n] -> float32 [n, width]: cosines and sines of frequencies 1 down to 1e-4 (Vaswani 2017)."""
+    """Embed timesteps [n] as float32 [n, width]: cosines and sines of frequencies 1 down to 1e-4 (Vaswani 2017)."""
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
     angles = t[:, None].float() * frequencies
@@ -207,12 +207,12 @@ class Stack(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """A U-Net that predicts, for images of class y, the noise in x at time t, or what else its process asks of a model.
+    """A U-Net that predicts, for images of class y, the noise in x at time t, or whatever else its process requires.
 
     A class enters as a one-hot code of length class_width, scaled to mean square 1 (as in EDM's `map_label`):
     column y of `cemb_layer[0].weight` is the learned embedding of class y, column num_classes that of the
-    null class. So the parameter count does not depend on the number of classes, and a private step needs no
-    rule for embedding tables.
+    null class. Thus the parameter count does not depend on the number of classes, and a private step needs no rule for embedding
+    tables.
     """
 
     def __init__(self, config: UNetConfig):
@@ -264,7 +264,7 @@ class UNet(nn.Module):
 
     @cached_property
     def process(self) -> Process:
-        """The process that the model undoes."""
+        """The process that the model reverses."""
         return PROCESSES[self.config.process]()
 
     @property
@@ -296,7 +296,7 @@ class UNet(nn.Module):
         return self.out(x)
 
 
-PRESETS = {  # shapes by name: what they set of a UNetConfig beside size, channels and classes
+PRESETS = {  # name -> the fields of UNetConfig that the preset sets, without size, channels and classes
     "digits": {"width": 16, "multipliers": (1, 2), "blocks_per_level": 1, "norm_groups": 8, "attention": (1,)},
     "small": {"width": 32, "multipliers": (1, 2, 2), "blocks_per_level": 1, "norm_groups": 8, "attention": (2,)},
     "medium": {"width": 32, "multipliers": (1, 2, 2, 2), "blocks_per_level": 1, "norm_groups": 8, "attention": (3,)},

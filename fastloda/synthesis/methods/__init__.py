@@ -1,6 +1,6 @@
-"""The methods that the paper compares, each `fit(private, public, budget, work)`; see `base.py`.
+"""The methods that the paper compares; each has `fit(private, public, budget, work)`, see `base.py`.
 
-A method of your own is a row of a table by `fastloda reproduce digits --methods DP-LoDA,my_module:Prototypes`:
+A method of your own becomes a row of a table by `fastloda reproduce digits --methods DP-LoDA,my_module:Prototypes`:
 
     @dataclass(frozen=True)
     class Prototypes:

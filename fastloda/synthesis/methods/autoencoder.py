@@ -34,12 +34,12 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Compute the latents of images, on the CPU, each from its own image."""
+        """Encode images to latents on the CPU, each from its own image."""
         return self._by_parts(self.encoder, images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Compute the images of latents, on the CPU, each from its own latent."""
+        """Decode latents to images on the CPU, each from its own latent."""
         return self._by_parts(self.decoder, latents)
 
     def _by_parts(self, network: nn.Module, images: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _conv(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class AutoencoderTraining:
-    """The training: halvings of the side; width, a multiple of 8; steps, batch_size and learning_rate of Adam."""
+    """The settings of training: halvings of the side; width, a multiple of 8; steps, batch_size and learning_rate of Adam."""
 
     halvings: int = 1
     width: int = 32
@@ -62,7 +62,7 @@ class AutoencoderTraining:
     learning_rate: float = 2e-3
 
     def fit(self, public: LabelledImages, work: Work) -> Autoencoder:
-        """Train an autoencoder on public images by mean squared error, or load it if work.public_folder has it."""
+        """Train an autoencoder on public images by mean squared error, or load it from work.public_folder if it is there."""
         about = [asdict(self), work.public_seed, public.digest()]
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         path = work.public_folder / f"autoencoder-{key}.safetensors"

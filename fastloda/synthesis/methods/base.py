@@ -1,7 +1,7 @@
-"""The types that all compared methods share: a budget to keep, a place to work in, and a result that states what it spent.
+"""Types that all compared methods share: a budget to keep, a place to work in, and a result that states what was spent.
 
-A method is `fit(private, public, budget, work) -> Sampler or PrivateClassifier`. Nothing that a result can do depends on the
-private records other than through the releases that its `spent` lists.
+A method has `fit(private, public, budget, work) -> Sampler or PrivateClassifier`. Nothing that a result can do depends on the
+private records except through the releases that its `spent` lists.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,14 +45,14 @@ class Budget:
         check_delta("delta", self.delta, self.records)
 
     def in_steps(self, steps: int, batch_size: int, **promise) -> Privacy:
-        """Make the promise of a run of DP-SGD that spends all of the budget; `promise` are further fields of `Privacy`."""
+        """Make the promise of a DP-SGD run that spends all of the budget; `promise` are further fields of `Privacy`."""
         return Privacy.for_steps(
             steps, batch_size, self.records, target_epsilon=self.epsilon, delta=self.delta, **promise
         )
 
 
 class Release(NamedTuple):
-    """A series of `steps` Gaussian releases on Poisson samples; noise_multiplier: standard deviation over sensitivity."""
+    """A series of `steps` Gaussian releases on Poisson samples; noise_multiplier is standard deviation / sensitivity."""
 
     what: str
     sample_rate: float
@@ -61,13 +61,13 @@ class Release(NamedTuple):
 
     @classmethod
     def of(cls, trainer: DPTrainer) -> Self:
-        """Describe what a private run has released."""
+        """Describe what a private run released."""
         return cls("clipped gradients", *trainer.accountant.mechanism(trainer.step))
 
 
 @dataclass(frozen=True)
 class Spent:
-    """All releases about the private records. Without a release epsilon is 0; with one without noise, infinity."""
+    """All releases about the private records. Epsilon is 0 without a release, and infinite with a release without noise."""
 
     delta: float
     releases: tuple[Release, ...] = ()
@@ -78,22 +78,22 @@ class Spent:
         return compose_epsilon([release[1:] for release in self.releases], self.delta) if self.releases else 0.0
 
     def to_dict(self) -> dict:
-        """Convert to JSON values; epsilon is null without privacy."""
+        """Convert to JSON values; an infinite epsilon becomes null."""
         epsilon = self.epsilon if self.epsilon < float("inf") else None
         return {"epsilon": epsilon, "delta": self.delta, "releases": [release._asdict() for release in self.releases]}
 
 
 @dataclass(frozen=True)
 class Work:
-    """The place and the way in which a method works.
+    """Where and how a method works.
 
     Attributes:
-        folder: folder of this method alone, for checkpoints: an interrupted fit continues from there. It must stay private.
+        folder: folder of this method alone, for checkpoints, from which an interrupted fit resumes. It must stay private.
         public_folder: folder for models of public data, which several methods share.
-        seed: seed of everything random; a number can be foreseen, and makes the run an experiment.
+        seed: seed of everything random; since a number can be foreseen, it makes the run an experiment.
         device: device to compute on.
         progress: whether to show progress: bars on a terminal, elsewhere a line now and then.
-        public_seed: seed of the models of public data; default: `seed`. With one of its own, all seeds share these models.
+        public_seed: seed of the models of public data; default: `seed`. If it is given, all seeds share these models.
     """
 
     folder: Path
@@ -110,7 +110,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: draw(labels, seed) -> float32 images [n, C, H, W] in [-1, 1] on the CPU; cost of a private step, if any."""
+    """A sampler draw(labels, seed) -> float32 images [n, C, H, W] in [-1, 1] on the CPU, and a private step's cost, if any."""
 
     draw: Callable[[Tensor, int], Tensor]
     num_classes: int
@@ -134,7 +134,7 @@ class PrivateClassifier:
 
 @dataclass(frozen=True)
 class ByEpsilon(Generic[T]):
-    """Settings by budget: those of the largest epsilon not above the budget's, or else of the smallest epsilon."""
+    """Settings by budget: `at` takes those of the largest known epsilon that is not above the budget's, or else the smallest."""
 
     settings: Mapping[float, T]
 
@@ -144,7 +144,7 @@ class ByEpsilon(Generic[T]):
 
 
 class Method(Protocol):
-    """A method, which is one row of a table."""
+    """A compared method, which is one row of a table."""
 
     name: str
     trained_on: str  # training data of the classifier that is tested

@@ -1,11 +1,11 @@
-"""Central images: each class's mean at half the resolution, from one noisy release, from which a model learns where classes lie.
+"""Central images: the mean of each class at half the resolution, from one noisy release, which teach a model where classes are.
 
-The idea is DP-FETA's (Li et al. 2025, https://arxiv.org/abs/2504.01395). What a record adds is its distance from the mean public
-image, in units of a public length, and shortened to norm 1: so the noise does not fall on what all images share. The divisor is
-the nominal number of records of a class, for the true one is private.
+The idea is DP-FETA's (Li et al. 2025, https://arxiv.org/abs/2504.01395). A record adds its difference from the mean public image,
+in units of a public length and shortened to norm 1: this way the noise does not cover what all images have in common. The
+divisor is the nominal number of records per class, because the true number is private.
 
-A denoiser can say no more of a very noisy image than its class's mean. So the model learns central images at the noisiest levels
-alone, and keeps what it knows of details.
+From a very noisy image a denoiser can predict little more than the mean of its class. Therefore the model learns central images
+only at the noisiest levels, and keeps what it knows about details.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from .gaussian_release import ClassSums, release_class_sums
 from .warm_up import OneRelease
 
-_BLUR = 3  # side of the median's and of the sharpening's window, in pixels
+_BLUR = 3  # side of the median's and the sharpening's window, in pixels
 
 
 @dataclass(frozen=True)
 class CentredSums(ClassSums):
-    """The released sums of images, as distances from a public image, `centre` [numbers], in units of a public `length`."""
+    """The released sums of images, as differences from a public image `centre` [numbers], in units of a public `length`."""
 
     centre: Tensor
     length: float
@@ -43,9 +43,9 @@ class CentralImages(OneRelease):
     Attributes:
         noise_multiplier: standard deviation of the released sums' noise; their sensitivity is 1.
         training: settings of the further training.
-        drawn: number of slightly turned and shifted copies of the central images, for further training of the public model.
-        sharpening: how much of a central image's difference from its blurred self is added to it.
-        levels: range of noise levels, in thousandths and without its end, at which the model learns them.
+        drawn: number of copies of the central images, turned and shifted a little, for further training of the public model.
+        sharpening: factor of the difference between a central image and its blurred copy, which is added to it.
+        levels: range of noise levels, in thousandths and without its end, at which the model learns the central images.
     """
 
     noise_multiplier: float = 10.0
@@ -69,7 +69,7 @@ class CentralImages(OneRelease):
     def sums(
         self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: Generator
     ) -> CentredSums:
-        """Release the noisy sum of each class's images, as distances from the public mean that are shortened to norm 1.
+        """Release the noisy sum of each class's images, as differences from the public mean that are shortened to norm 1.
 
         A record changes one class's sum by at most 1.
         """
@@ -107,11 +107,11 @@ def _half(height: int, width: int) -> tuple[int, int]:
 
 
 def _halved(images: Tensor) -> Tensor:
-    """Shrink images [n, C, H, W] to half of their sides, each by itself: [n, numbers]."""
+    """Shrink images [n, C, H, W] to half of their sides, each separately: [n, numbers]."""
     return F.adaptive_avg_pool2d(images, _half(*images.shape[2:])).flatten(1)
 
 
 def _windows(images: Tensor) -> Tensor:
-    """Collect the pixels around each pixel, edges repeated: [n, C, H, W] -> [n, C, H, W, _BLUR^2]."""
+    """Collect the pixels around each pixel, with edges repeated: [n, C, H, W] -> [n, C, H, W, _BLUR^2]."""
     padded = F.pad(images, (_BLUR // 2,) * 4, mode="replicate")
     return padded.unfold(2, _BLUR, 1).unfold(3, _BLUR, 1).flatten(-2)

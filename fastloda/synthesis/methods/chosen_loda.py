@@ -1,6 +1,6 @@
-"""DP-LoDA from a public model that a release about the private images made better first; see `warm_up`.
+"""DP-LoDA from a public model that was first improved by a release about the private images; see `warm_up`.
 
-The release of a `PublicChoice` can serve again: the private model's images can be moved until their means agree with it.
+The release of a `PublicChoice` can be used again: the private model's images can be moved until their means agree with it.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from .warm_up import WarmUp
 
 @dataclass(frozen=True)
 class ChosenLoDA:
-    """The method DP-LoDA after a warm-up, which the budget pays first: a choice of public images, say, or several in turn.
+    """The method DP-LoDA after a warm-up, for which the budget pays too: a choice of public images, say, or several in turn.
 
     `pool` returns the public images of the warm-up; None: those that the public model was trained on.
-    `samples_reach` is how far a pixel of the private model's images may easily move by the release of a `PublicChoice`, as its
-    `reach`; 0: not at all.
+    `samples_reach` is the `reach` by which the private model's images are moved to agree with the release of a `PublicChoice`;
+    0: not at all.
     """
 
     loda: DPLoDA

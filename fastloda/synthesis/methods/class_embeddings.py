@@ -1,9 +1,9 @@
-"""Each class's mean embedding of the private images, from one noisy release.
+"""The mean embedding of each class of private images, from one noisy release.
 
-DP-MERF's generator is trained to match it, public images are chosen by it, and images are moved toward it.
+DP-MERF trains a generator to match it, a `PublicChoice` chooses public images by it, and images are moved toward it.
 
-An image has random Fourier features phi(x) of norm 1 (Rahimi & Recht 2007), and with its label the joint embedding
-phi(x) (x) onehot(y). The sum of the records' embeddings changes by at most 1 when a record comes or goes: that is the release's
+An image has random Fourier features phi(x) of norm 1 (Rahimi & Recht 2007), and together with its label the joint embedding
+phi(x) (x) onehot(y). Adding or removing a record changes the sum of the records' embeddings by at most 1, which is the release's
 sensitivity.
 """
 
@@ -24,23 +24,23 @@ WHAT = "sum of joint embeddings"
 
 @dataclass(frozen=True)
 class ClassEmbeddings(ClassSums):
-    """The released sums of phi, with its frequencies [pixels, D / 2] float32, which are made from public images and a seed."""
+    """The released sums of phi, and phi's frequencies [pixels, D / 2] float32, made from public images and a seed."""
 
     frequencies: Tensor
 
     def embed(self, images: Tensor) -> Tensor:
-        """Compute phi of images: [n, C, H, W] -> [n, D], of norm 1, differentiable."""
+        """Compute phi of images, differentiably: [n, C, H, W] -> [n, D], of norm 1."""
         return fourier_features(images, self.frequencies)
 
     def to(self, device: torch.device) -> "ClassEmbeddings":
-        """Copy the embeddings with their tensors on the device."""
+        """Copy the embeddings, with their tensors moved to the device."""
         return replace(self, frequencies=self.frequencies.to(device), sums=self.sums.to(device))
 
 
 def release_class_embeddings(
     private: LabelledImages, frequencies: Tensor, noise_multiplier: float, records: int, generator: Generator
 ) -> tuple[ClassEmbeddings, Release]:
-    """Release noisy sums, of sensitivity 1, and describe the release; noise_multiplier is the noise's standard deviation."""
+    """Release noisy sums of sensitivity 1, and describe the release; noise_multiplier is the noise's standard deviation."""
     embeddings = fourier_features(private.images[:], frequencies)
     what = (WHAT, embeddings, private.labels, private.num_classes)
     sums, release = release_class_sums(*what, noise_multiplier, generator)
@@ -48,7 +48,7 @@ def release_class_embeddings(
 
 
 def random_frequencies(public: LabelledImages, features: int, scale: float, seed: int) -> Tensor:
-    """Draw a Gaussian kernel's frequencies [pixels, features / 2]; its length is `scale` median distances of public images.
+    """Draw the frequencies [pixels, features / 2] of a Gaussian kernel; its length is `scale` median distances of public images.
 
     Raises:
         ValueError: half of the distances are zero, so that there is no such length.

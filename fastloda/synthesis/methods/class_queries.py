@@ -1,8 +1,8 @@
 """Class queries: which of many public classes resemble each private class, from one noisy release of votes.
 
-The idea is PrivImage's (Li et al. 2024, https://arxiv.org/abs/2311.12850). A classifier of the public images names the few
-classes that a private image is most like; the image votes for them in the histogram of its own class. Public images of the
-classes with the most votes then go by the private class's name.
+The idea is PrivImage's (Li et al. 2024, https://arxiv.org/abs/2311.12850). A classifier of the public images finds the few
+classes that a private image resembles most; the image votes for them in the histogram of its own class. Public images of the
+classes with the most votes then get the private class's name.
 """
 
 import math
@@ -28,12 +28,12 @@ class ClassQueries(OneRelease):
     """The settings of class queries.
 
     Attributes:
-        noise_multiplier: standard deviation of the released votes' noise, where an image's votes have norm 1 together.
+        noise_multiplier: standard deviation of the released votes' noise; all votes of an image together have norm 1.
         training: settings of the further training.
         votes: number of public classes that an image votes for.
-        kept: number of public classes that are kept for each private class. Beyond those whose votes stand out from the noise
-            they are any.
-        drawn: number of images drawn evenly of these, for further training of the public model and for the next warm-up.
+        kept: number of public classes that are kept for each private class. If fewer have votes that stand out from the noise,
+            the others are arbitrary.
+        drawn: number of images drawn evenly from these, for further training of the public model and for the next warm-up.
         classifier_steps: number of steps of the classifier's training.
     """
 
@@ -53,7 +53,7 @@ class ClassQueries(OneRelease):
             raise UserError(f"queries needs votes, kept, drawn and classifier_steps >= 1; got {self}")
 
     def pool(self, public: LabelledImages, names: Sequence[str]) -> LabelledImages:
-        """Take all public images, whatever their classes are called."""
+        """Take all public images, whatever the names of their classes."""
         present = len(public.labels.unique())
         if present <= max(self.votes, self.kept):
             raise UserError(
@@ -67,14 +67,14 @@ class ClassQueries(OneRelease):
     ) -> ClassSums:
         """Release the noisy votes of each class, [private classes, public classes].
 
-        The votes of an image are 1 / sqrt(votes) each, of norm 1 together, and go to its own class's histogram: the
-        sensitivity is 1.
+        Each vote of an image is 1 / sqrt(votes), so that all of them together have norm 1, and goes to the histogram of its own
+        class: the sensitivity is 1.
         """
         train = {"steps": self.classifier_steps, "augment": "none", "seed": seed, "progress": False}
         classifier = train_classifier(pool, **train)
         logits = alone(classifier, private.images)
         votes = torch.zeros_like(logits).scatter_(1, logits.topk(self.votes).indices, 1 / math.sqrt(self.votes))
-        votes[~logits.isfinite().all(1)] = 0.0  # of an image that is not finite
+        votes[~logits.isfinite().all(1)] = 0.0  # an image with numbers that are not finite has no votes
         what = (self.what, votes, private.labels, private.num_classes)
         released, _ = release_class_sums(*what, self.noise_multiplier, noise)
         return ClassSums(released, self.noise_multiplier, records)
@@ -82,7 +82,7 @@ class ClassQueries(OneRelease):
     def training_images(
         self, pool: LabelledImages, released: ClassSums, seed: int, progress: bool = True
     ) -> LabelledImages:
-        """Draw `drawn` images, with replacement: as many for each private class, evenly from the public ones that it keeps."""
+        """Draw `drawn` images with replacement, equally many for each private class, evenly from the public classes it keeps."""
         generator, classes = torch.Generator().manual_seed(seed), len(released.sums)
         present = pool.labels.bincount(minlength=pool.num_classes) > 0
         kept = released.sums.where(present, -math.inf).topk(self.kept).indices
@@ -92,5 +92,5 @@ class ClassQueries(OneRelease):
         return LabelledImages(pool[rows].images, torch.arange(classes).repeat_interleave(count), classes)
 
     def next_pool(self, pool: LabelledImages, images: LabelledImages) -> LabelledImages:
-        """Say what the next warm-up starts from: the images drawn, which have the private classes."""
+        """Let the next warm-up start from the images drawn, which have the private classes."""
         return images

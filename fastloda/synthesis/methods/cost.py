@@ -1,4 +1,4 @@
-"""The cost of a private step: the time and memory of one micro-batch, measured without releasing anything."""
+"""The cost of a private step: time and memory of one micro-batch, measured without a release."""
 
 import statistics
 import time
@@ -18,15 +18,15 @@ class StepCost(NamedTuple):
     """The cost of clipping and summing the gradients of `samples` records: forward, backward, norms, clipped sum."""
 
     seconds: float
-    peak_bytes: int  # peak of the allocation, beyond model and optimizer
+    peak_bytes: int  # peak of the allocation, without model and optimizer
     trained: int  # number of trained parameters
     samples: int
 
 
 def step_cost(trainer: DPTrainer, records: Sequence[Tensor]) -> StepCost:
-    """Measure the cost of a finished trainer's micro-batch; the sum is dropped, so that nothing is released.
+    """Measure the cost of a micro-batch of a finished trainer; the sum is dropped, so that nothing is released.
 
-    `records` are tensors with a record per row, of which as many are used as a micro-batch has.
+    `records` are tensors with one record per row, of which as many are used as a micro-batch has.
     """
     samples = min(trainer.settings.micro_batch_size, len(records[0]))
     device = next(iter(trainer.parameters.values())).device
@@ -38,7 +38,7 @@ def step_cost(trainer: DPTrainer, records: Sequence[Tensor]) -> StepCost:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    trainer.clipper.watch()  # the parameters may hold the average by now
+    trainer.clipper.watch()  # the parameters may hold the average now
     accumulate()
     seconds = statistics.median(_seconds(accumulate) for _ in range(REPEATS))
     peak = peak_allocation(accumulate, device)

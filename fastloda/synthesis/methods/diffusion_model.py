@@ -1,4 +1,4 @@
-"""Parts that the diffusion methods share: the public model, private tuning of its trainable parameters, and sampling."""
+"""Parts that the diffusion methods share: the public model, private training of its trainable parameters, and sampling."""
 
 import hashlib
 import json
@@ -28,14 +28,14 @@ from .shared_file import only_one
 
 @dataclass(frozen=True)
 class PublicModel:
-    """A diffusion model's training on public images: with classes at once, or first without labels.
+    """A diffusion model's training on public images: with classes from the start, or first without labels.
 
     Attributes:
         unet: shape of the U-Net.
-        conditional: settings of the training on labelled images.
-        unconditional: settings of the training without labels before it; None leaves it out.
-        everything: function that returns the images of the unconditional training, of any classes; None: those of the
-            conditional training. A model in work.public_folder is taken whatever images the function returns now.
+        conditional: settings of the training with labels.
+        unconditional: settings of the training without labels that comes first; None leaves it out.
+        everything: function that returns the images of the unconditional training, with any classes; None: those of the
+            conditional training. A model that is in work.public_folder is loaded whatever images the function returns now.
     """
 
     unet: UNetConfig
@@ -44,7 +44,7 @@ class PublicModel:
     everything: Callable[[], LabelledImages] | None = field(default=None, repr=False)
 
     def fit(self, public: LabelledImages, work: Work) -> UNet:
-        """Train the model on images of the private classes, or load it from work.public_folder; interrupted, it continues."""
+        """Train the model on images of the private classes, or load it from work.public_folder; resume if interrupted."""
         path = work.public_folder / f"unet-{self._key(public, work.public_seed)}.safetensors"
         checkpoint = path.with_suffix(".pt")
         with only_one(path):
@@ -57,7 +57,7 @@ class PublicModel:
     def train(
         self, public: LabelledImages, seed: int, device: torch.device, checkpoint: Path, progress: bool = True
     ) -> UNet:
-        """Train the model; interrupted, it continues from `checkpoint` and the one beside it, which the caller deletes."""
+        """Train the model; resume from `checkpoint` and the one beside it, both of which the caller deletes."""
         with seeded(seed):
             model = UNet(self.unet).to(device, memory_format=torch.channels_last)
         options = {"progress": progress}
@@ -76,17 +76,17 @@ class PublicModel:
             self.everything is not None,
             seed,
             public.digest(),
-        ]  # to hash all of ImageNet would be to load it
+        ]  # without the images of `everything`: hashing all of ImageNet would load it
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _before(checkpoint: Path) -> Path:
-    """Return the path of the unconditional training's checkpoint."""
+    """Return the path of the checkpoint of the unconditional training."""
     return checkpoint.with_suffix(".unconditional.pt")
 
 
 def _unlabelled(data: LabelledImages) -> LabelledImages:
-    """Replace all labels by 0, which any model has: all are dropped in training."""
+    """Replace all labels by 0, which any model has: training drops all labels anyway."""
     return LabelledImages(data.images, torch.zeros_like(data.labels), 1)
 
 
@@ -101,8 +101,8 @@ class PrivateTuning:
         bands: number of steps over which the noise is correlated; 1: independent noise.
         training: settings of optimizer, schedule, timesteps and averaging.
         guidance, sampler_steps: weight of guidance, and number of steps, in sampling.
-        time_weights: ranges of timesteps (first, end, share), instead of training.timesteps: a mixture of uniform
-            distributions (Ghalebikesabi et al. 2023, section 3.2).
+        time_weights: ranges of timesteps (first, end, share) that replace training.timesteps: a mixture of uniform distributions
+            (Ghalebikesabi et al. 2023, section 3.2).
     """
 
     steps: int = 400
@@ -126,7 +126,7 @@ class PrivateTuning:
 
 @dataclass(frozen=True)
 class Coder:
-    """A pair of public maps, image by image, between images and the space in which the diffusion model works."""
+    """Two public maps, applied to each image separately, between images and the space in which the diffusion model works."""
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
@@ -146,9 +146,9 @@ def tune(
     earlier: tuple[Release, ...] = (),
     layers: LayerChoice = ALL_LAYERS,
 ) -> Sampler:
-    """Train the trainable parameters of `model` by DP-SGD on the diffusion loss; the averaged parameters sample.
+    """Train the trainable parameters of `model` by DP-SGD on the diffusion loss; the sampler uses their average.
 
-    `earlier` are releases about the same records, which the budget covers too, as it does that of a choice among adapted layers.
+    `earlier` are releases about the same records. The budget covers them too, and that of a choice of `layers` to adapt.
     """
     options = replace(tuning.training, seed=work.seed).optimization()
     losses = tuning.training.losses(tuning.trained(model.process), tuning.views)
@@ -177,7 +177,7 @@ def tune(
 def sampler(
     model: UNet, tuning: PrivateTuning, num_classes: int, spent: Spent, work: Work, coder: Coder = IDENTITY
 ) -> Sampler:
-    """Make a sampler of the model as it is."""
+    """Make a sampler from the model as it is now."""
 
     def draw(labels: Tensor, seed: int) -> Tensor:
         options = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "progress": work.progress}

@@ -1,7 +1,7 @@
 """DP-Diffusion (Ghalebikesabi et al. 2023, https://arxiv.org/abs/2302.13861): all of a public diffusion model, tuned privately.
 
-Several noise draws an image are averaged before clipping, timesteps come from a mixture that favours the middle, and the
-average of the weights over the steps samples. DP-LoDA's savings are measured against it.
+The gradients of several noise draws per image are averaged before clipping, timesteps come from a mixture that favours the
+middle, and the weights averaged over the steps draw the samples. DP-LoDA's savings are measured against this method.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ TIME_WEIGHTS = ((0, 30, 0.015), (30, 600, 0.785), (600, 1000, 0.2))
 
 @dataclass(frozen=True)
 class DPDiffusion:
-    """The method DP-Diffusion, with the public model and the settings of private training for each budget."""
+    """The method DP-Diffusion, with the public model, and the settings of private training for each budget."""
 
     public: PublicModel
     tunings: ByEpsilon[PrivateTuning]

@@ -1,7 +1,7 @@
 """DP-LDM (Lyu et al. 2023, https://arxiv.org/abs/2305.15759): a latent diffusion model with privately tuned attention.
 
-Autoencoder and latent U-Net are trained on public images. The attention blocks and the class embedding, and nothing else, then
-train on the latents of the private ones. With adapters instead, it is LoDA on a latent diffusion model: the paper's future work.
+Autoencoder and latent U-Net are trained on public images. Then only the attention blocks and the class embedding train, on the
+latents of the private images. With adapters instead, it is LoDA on a latent diffusion model: the paper's future work.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ from .diffusion_model import Coder, PrivateTuning, PublicModel, tune
 class DPLDM:
     """The method DP-LDM.
 
-    `autoencoder` and `public` are the settings of both models' training on public images; `public` is a model of latents.
-    `tunings` are the settings of private training for each budget. `adapter` is LoDA in place of tuning attention and class
-    embedding.
+    `autoencoder` and `public` are the settings of training both models on public images; `public` is a model of latents.
+    `tunings` are the settings of private training for each budget. `adapter`, if given, is LoDA's, which trains in place of
+    attention and class embedding.
     """
 
     autoencoder: AutoencoderTraining
@@ -45,7 +45,7 @@ class DPLDM:
         return tune(model, private, budget, tuning, work, Coder(coder.encode, coder.decode))
 
     def _latent_model(self, coder: Autoencoder) -> PublicModel:
-        """Make the public model's settings, whose unconditional part learns latents too."""
+        """Make the settings of the public model, whose unconditional training learns latents too."""
         everything = self.public.everything
         return replace(self.public, everything=everything and (lambda: _encoded(everything(), coder)))
 
@@ -55,7 +55,7 @@ def _encoded(data: LabelledImages, coder: Autoencoder) -> LabelledImages:
 
 
 def tune_attention_alone(model: UNet) -> None:
-    """Freeze all but the attention blocks and the class embedding."""
+    """Freeze all parameters except those of the attention blocks and the class embedding."""
     model.requires_grad_(False)
     model.cemb_layer.requires_grad_(True)
     for module in model.modules():

@@ -1,7 +1,7 @@
-"""DP-LoDA: low-dimensional adapters of a public diffusion model, trained privately; the method that this package is for.
+"""DP-LoDA: low-dimensional adapters of a public diffusion model, trained privately; the method for which this package is made.
 
-Settings make the variants to compare: adapters everywhere; of attention alone, by the adapter's targets; and of chosen layers, or
-as many at random, by `LayerChoice`.
+The variants to compare are settings: adapters on all layers; on attention alone, by the adapter's targets; and on chosen layers,
+or as many random ones, by `LayerChoice`.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class DPLoDA:
         self, model: UNet, private: LabelledImages, budget: Budget, work: Work, earlier: tuple[Release, ...] = ()
     ) -> Sampler:
         """Attach adapters to a public model and train them; `earlier` are releases that the budget covers too."""
-        with seeded(work.seed):  # the seed of A's initial values, which is public and independent of the noise
+        with seeded(work.seed):  # seeds A's initial values, which are public and independent of the noise
             self.adapter.attach(model)
         options = {"earlier": earlier, "layers": self.layers.at(budget.epsilon)}
         return tune(model, private, budget, self.tunings.at(budget.epsilon), work, **options)

@@ -1,8 +1,8 @@
 """DP-MEPF (Harder et al. 2023, https://arxiv.org/abs/2205.12900): noisy moments of an encoder's features, matched by a generator.
 
 Three sums over the records of each class are released: of the features, of their squares, and of ones. Each record's features
-are scaled to norm 1, and so are their squares, for squares of a vector of norm 1 only have a norm of at most 1: each sum's
-sensitivity is 1, and no range is wasted. Class means are noisy sums over noisy counts, so that no private count is used.
+are scaled to norm 1, and so are their squares, which otherwise would have a norm of at most 1: each sum's sensitivity is 1, and
+it is used fully. Class means are noisy sums divided by noisy counts, so that no private count is used.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from .generator import class_means, fit_generator
 class DPMEPF:
     """The method DP-MEPF.
 
-    `shares` divide the budget among the sums of features, of their squares, and the counts.
-    `encoder_steps` are those of the encoder, a small classifier of public images; all its layers' outputs are the features.
+    `shares` divide the budget among the sums of features, the sums of their squares, and the counts.
+    `encoder_steps` trains the encoder, a small classifier of public images; the outputs of all its layers are the features.
     `steps` and `learning_rate` are the generator's.
     """
 
@@ -60,7 +60,7 @@ class DPMEPF:
 
 
 class Perceptual(nn.Module):
-    """A frozen network's layers' outputs, joined: images [n, C, H, W] to both moments' features [n, d], of norm 1."""
+    """The outputs of a frozen network's layers, joined: images [n, C, H, W] to both moments' features [n, d], of norm 1."""
 
     def __init__(self, layers: nn.Sequential):
         super().__init__()

@@ -1,4 +1,4 @@
-"""DP-MERF (Harder et al. 2021, https://arxiv.org/abs/2002.11603): one noisy mean embedding, and a generator that matches it.
+"""DP-MERF (Harder et al. 2021, https://arxiv.org/abs/2002.11603): one noisy mean embedding, which a generator learns to match.
 
 The release and its sensitivity are those of `class_embeddings`.
 """

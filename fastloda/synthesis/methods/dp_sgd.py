@@ -1,7 +1,7 @@
 """DP-SGD without synthetic images: the classifier itself is trained privately, on the private images (De et al. 2022).
 
-Each record enters a step as several jittered copies, whose gradients are averaged before clipping (augmentation multiplicity):
-they lower the gradient's variance and cost no privacy.
+Each record enters a step as several augmented copies, whose gradients are averaged before clipping (augmentation multiplicity):
+this lowers the gradient's variance and costs no privacy.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +50,7 @@ class DPSGD:
         if not self.learning_rate > 0 or not 0 <= self.ema_decay < 1 or self.momentum < 0:
             raise UserError(f"DP-SGD needs learning_rate > 0, 0 <= ema_decay < 1 and momentum >= 0, got {self}")
         augmentation(self.augment)
-        with torch.device("meta"):  # to refuse a width that the network cannot have, without making the network
+        with torch.device("meta"):  # refuses a width that the network can't have, without making the network
             make_network(self.network, image_size=32, width=self.width)
 
     def optimization(self) -> dict:
@@ -68,7 +68,7 @@ def train_dpsgd(
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, DPTrainer]:
-    """Train a network privately on `privacy.views` augmented copies per record; its averaged weights, in eval mode.
+    """Train a network privately on `privacy.views` augmented copies per record; return its averaged weights, in eval mode.
 
     Also returns the trainer, which knows what was spent. Resumes from `checkpoint`.
 
@@ -104,7 +104,7 @@ def augmented_losses(views: int, augment: AugmentName):
     change = augmentation(augment)
 
     def losses(model: nn.Module, batch: tuple[Tensor, Tensor], generator: Generator) -> Tensor:
-        """Compute the cross-entropy [n * views], sample-major."""
+        """Compute the cross-entropy [n * views], with the views of a sample adjacent."""
         images, labels = (t.repeat_interleave(views, dim=0) for t in batch)
         if change is not None:  # augmentations draw on the CPU, whatever the trainer's device
             seed = torch.randint(2**62, (1,), generator=generator, device=generator.device).item()

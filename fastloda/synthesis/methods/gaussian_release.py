@@ -1,4 +1,4 @@
-"""Sums over all records, released once with Gaussian noise: no sampling, no iterations."""
+"""Sums over all records, released once with Gaussian noise: without sampling and without iterations."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from .base import Budget, Release
 def noise_multipliers(budget: Budget, shares: Sequence[float]) -> list[float]:
     """Compute the noise of several Gaussian releases that spend the budget together, in the given shares (which sum to 1).
 
-    Gaussian mechanisms compose to one whose noise_multiplier^-2 is the sum of theirs.
+    Gaussian mechanisms compose to one mechanism whose noise_multiplier^-2 is the sum of theirs.
     """
     if any(share <= 0 for share in shares) or not math.isclose(sum(shares), 1):
         raise UserError(f"shares of a budget must be positive and sum to 1, got {shares}")
@@ -29,7 +29,7 @@ def noise_multipliers(budget: Budget, shares: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class ClassSums:
-    """The released sum of an embedding over each class's records: all that later work may know of the private images.
+    """The released sum of an embedding over the records of each class: all that later work may know about the private images.
 
     Attributes:
         sums: noisy sums, [classes, d] float64; one record changes them by at most 1.
@@ -43,7 +43,7 @@ class ClassSums:
 
     @property
     def means(self) -> Tensor:
-        """The mean embedding of each class, [classes, d] float64; the divisor is the nominal count, never the records' own."""
+        """The mean embedding of each class, [classes, d] float64; the divisor is the nominal count, never the true one."""
         return self.sums / self._of_each
 
     @property
@@ -80,9 +80,9 @@ def release_class_sums(
 
 @torch.no_grad()
 def alone(function: Callable[[Tensor], Tensor], images: Tensor | ByteImages) -> Tensor:
-    """Compute a function of each image by itself: [n, ...].
+    """Compute a function of each image separately: [n, ...].
 
-    In a batch an image's result is rounded in a way that can depend on how many others there are, and one that is nearly a tie
-    would turn another record's vote by it.
+    In a batch, the rounding of an image's result can depend on the number of other images. Where two results are nearly equal,
+    this would change the vote of another record.
     """
     return torch.cat([function(image[:]) for image in images.split(1)])

@@ -15,7 +15,7 @@ _NOISE, _BATCH = 16, 200
 
 
 class SmallGenerator(nn.Module):
-    """A generator from noise [n, 16] and labels [n] to images [n, C, S, S] in [-1, 1]; it may have BatchNorm, on no records."""
+    """A generator from noise [n, 16] and labels [n] to images [n, C, S, S] in [-1, 1]; BatchNorm is safe: it sees no records."""
 
     def __init__(self, channels: int, size: int, num_classes: int, width: int = 64):
         super().__init__()
@@ -58,7 +58,7 @@ def fit_generator(
     steps: int,
     learning_rate: float,
 ) -> Sampler:
-    """Train a `SmallGenerator` to lessen loss_of(images, labels) on class-balanced batches of 200, by Adam with a cosine.
+    """Train a `SmallGenerator` to reduce loss_of(images, labels) on class-balanced batches of 200, by Adam with a cosine.
 
     All randomness comes from work.seed.
     """

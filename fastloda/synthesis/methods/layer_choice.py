@@ -1,7 +1,7 @@
-"""A private choice of the layers that are adapted, by one noisy release of where the records' gradients are.
+"""A private choice of the layers to adapt, by one noisy release of how the records' gradients are distributed over layers.
 
-Each adapter gets its share of the noise, whether or not it learns anything: at a small budget fewer of them may learn more. That
-is what DP-SAPF found for attention. The release is that of `training.saliency`; the choice follows from it, and costs no more.
+Each adapter gets its share of the noise, whether or not it learns anything: with a small budget, fewer adapters may learn more.
+DP-SAPF found this for attention. The release is that of `training.saliency`; the choice follows from it and costs no more.
 """
 
 import math
@@ -29,9 +29,9 @@ class LayerChoice:
     """The settings of a choice of layers.
 
     Attributes:
-        share: share of the layers that are adapted, of those that the adapter's targets name; 1: all, and nothing is released.
-        noise_multiplier: standard deviation of the released sum's noise; its sensitivity is 1. inf chooses at random, which
-            costs nothing: to compare with.
+        share: share of the layers to adapt, among those that the adapter's targets name; 1: all of them, and nothing is released.
+        noise_multiplier: standard deviation of the released sum's noise; its sensitivity is 1. With inf the choice is random and
+            costs nothing, for comparison.
     """
 
     share: float = 1.0
@@ -45,19 +45,19 @@ class LayerChoice:
 
     @property
     def releases(self) -> tuple[Release, ...]:
-        """What the choice releases about the private records: once, or nothing."""
+        """What the choice releases about the private records: one sum, or nothing."""
         is_free = self.share == 1 or math.isinf(self.noise_multiplier)
         return () if is_free else (Release(WHAT, 1.0, self.noise_multiplier, 1),)
 
     def keep_best(self, network: nn.Module, release: Callable[[], Saliency], seed: int) -> None:
-        """Take the adapters off all but the chosen layers; release() is called if the choice needs it, else `seed` chooses."""
+        """Remove the adapters from layers that are not chosen, by release() if the choice needs a release, else by `seed`."""
         if self.share < 1:
             found = release() if self.releases else at_random(network, seed)
             detach_loda(network, keep=found.best(self.share))
 
 
 def at_random(network: nn.Module, seed: int) -> Saliency:
-    """Draw a saliency of the adapted layers that no record has a part in."""
+    """Draw a random saliency of the adapted layers, which depends on no record."""
     names = [name for name, _ in loda_layers(network)]
     drawn = torch.rand(len(names), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return Saliency(dict(zip(names, drawn.tolist())), (1.0, math.inf, 0))
@@ -66,9 +66,9 @@ def at_random(network: nn.Module, seed: int) -> Saliency:
 def once(
     path: Path, release: Callable[[], Saliency], world: World = ALONE, about: Callable[[], dict] = dict
 ) -> Saliency:
-    """Release a saliency, saved in `path` before anything is made of it, so that no interruption makes another; or load it.
+    """Release a saliency, saved in `path` before it is used, so that no interruption causes a second release; or load it.
 
-    about() are further facts for the same file, which is written at once: whoever has the release has them.
+    about() are further facts for the same file, which is written at once, so that the release is never without them.
     """
     if not world.from_first(path.exists):
         found = release()

@@ -1,4 +1,4 @@
-"""No DP: the classifier trained on the private images without privacy, against which its cost is measured."""
+"""No DP: the classifier trained on the private images without privacy, against which the cost of privacy is measured."""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -11,7 +11,7 @@ from .base import Budget, PrivateClassifier, Release, Spent, Work
 
 @dataclass(frozen=True)
 class NoDP:
-    """The method without privacy, with the same classifier's settings as on synthetic images."""
+    """The method without privacy, with the same classifier settings as for synthetic images."""
 
     classifier: Classifier
     name: str = "No privacy"

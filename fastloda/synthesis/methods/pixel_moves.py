@@ -1,11 +1,11 @@
-"""Moves of images, pixel by pixel, until each class's mean features agree with released ones, as far as these are known.
+"""Moves of images, pixel by pixel, until the mean features of each class agree with released ones, as far as these are known.
 
 For a class with images x_i, its released mean m, whose noise has standard deviation tau, and the features phi:
 
     minimise over x'  mean_i |x'_i - x_i|^2 / (2 reach^2) + |mean_i phi(x'_i) - m|^2 / (2 tau^2)
 
-This is a gradient flow of the maximum mean discrepancy (Arbel et al. 2019, https://arxiv.org/abs/1906.04370), kept near its
-start. It follows a release, and reads no private image: it costs nothing.
+This is a gradient flow of the maximum mean discrepancy (Arbel et al. 2019, https://arxiv.org/abs/1906.04370) that stays near its
+start. It uses a release, but reads no private image: it costs no privacy.
 """
 
 from dataclasses import replace
@@ -20,14 +20,14 @@ from .class_embeddings import ClassEmbeddings
 from .generator import class_means
 
 _STEPS, _LEARNING_RATE = 40, 0.06  # settings of Adam, for pixels in [-1, 1]
-# Number of images whose means are matched at once, so large that their own scatter is small beside the release's noise.
+# Number of images whose means are matched together, so large that their own scatter is small compared with the noise.
 _TOGETHER = 4000
 
 
 def moved(images: LabelledImages, released: ClassEmbeddings, reach: float, progress: bool = True) -> LabelledImages:
-    """Move images, public or synthetic, to where the sum above is small, within [-1, 1].
+    """Move public or synthetic images within [-1, 1] to where the sum above is small.
 
-    `reach` is how far a pixel may easily move, in the units of [-1, 1]; 0: not at all.
+    `reach` is the distance, for pixels in [-1, 1], by which a pixel is moved easily; 0: not at all.
     """
     if not reach:
         return images

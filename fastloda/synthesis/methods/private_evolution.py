@@ -1,12 +1,12 @@
 """Private Evolution (Lin et al. 2024, https://arxiv.org/abs/2305.15560): public samples that private images vote for.
 
 Nothing is trained on the private images. In each round every private image votes for the nearest sample of its own class, by
-the features of a classifier of public images; the votes are released with noise. Samples are then drawn by their votes and varied
-by the public model, image to image: noise is added up to a part of the way, and taken away again; mostly a smaller part in each
-round.
+the features of a classifier of public images; the votes are released with noise. Then samples are drawn according to their votes,
+and the public model varies them, image to image: noise is added up to some level and removed again. The level is usually lower
+in each round.
 
-The votes of all classes are one histogram, of which a record changes one count by 1: a round is a Gaussian mechanism of
-sensitivity 1, and the rounds compose. A record that is not finite votes for nothing.
+The votes of all classes form one histogram, in which a record changes one count by 1: a round is a Gaussian mechanism of
+sensitivity 1, and the rounds compose. A record that is not finite has no vote.
 """
 
 from collections.abc import Callable
@@ -35,12 +35,12 @@ class Evolution:
     """The settings of one evolution.
 
     Attributes:
-        samples: number of samples in the population, equally many of each class. Votes spread over them, so that fewer of them
-            stand out from more noise.
+        samples: number of samples in the population, equally many of each class. With fewer samples, each has more votes, which
+            stand out from stronger noise.
         strengths: share of the sampler's steps by which the winners of each round are varied; there are as many rounds.
         threshold: number of standard deviations of the noise below which votes count as none.
         sampler_steps: number of steps of the sampler.
-        encoder_steps: number of steps of the training of the classifier whose features say what is near.
+        encoder_steps: number of training steps of the classifier whose features define what is near.
     """
 
     samples: int = 2000
@@ -133,9 +133,9 @@ def _embedding(public: LabelledImages, steps: int, work: Work) -> Callable[[Tens
 
 
 def nearest(records: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
-    """Let each record [n, d] vote for the nearest candidate [classes, each, d] of its class: [n, each], one 1 in each row.
+    """Let each record [n, d] vote for the nearest candidate [classes, each, d] of its class: [n, each], with one 1 in each row.
 
-    Each record's distances are computed by themselves (see `alone`). A record that is not finite votes for none.
+    Each record's distances are computed separately (see `alone`). A record that is not finite has no vote.
     """
     votes = torch.zeros(len(records), candidates.shape[1])
     for record, label, vote in zip(records, labels.tolist(), votes):
@@ -145,6 +145,6 @@ def nearest(records: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
 
 
 def winners(noisy: Tensor, threshold: float) -> Tensor:
-    """Turn noisy votes [classes, each] to weights: zero below the threshold; even where all of a class's are."""
+    """Turn noisy votes [classes, each] into weights: 0 below the threshold, and equal if a class has no votes above it."""
     weights = noisy.where(noisy >= threshold, 0.0).clamp(min=0.0)
     return weights.where(weights.sum(1, keepdim=True) > 0, 1.0)

@@ -1,18 +1,18 @@
 """A private choice of public images: those that resemble the private ones, class by class, by one noisy release.
 
-The release is that of DP-MERF: each class's sum of the records' embeddings phi(x), plus noise (`class_embeddings`). Each public
-image of the class then has a weight, such that the weighted mean of phi agrees with the released one as far as its noise lets it
-be known, and the weights are otherwise as even as can be:
+The release is that of DP-MERF: for each class the sum of the records' embeddings phi(x), plus noise (`class_embeddings`). Each
+public image of the class then gets a weight, so that the weighted mean of phi agrees with the released mean m as far as the noise
+allows, and the weights are otherwise as even as possible:
 
     minimise over w  KL(w || even) + |sum_i w_i phi(x_i) - m|^2 / (2 tau^2)
 
-which is convex, and solved in its dual, w_i = exp(theta . phi(x_i)) / Z (maximum entropy with relaxed constraints: Dudik et al.
-2007, https://jmlr.org/papers/v8/dudik07a.html).  Images drawn by their weights are then moved a little, pixel by pixel, to where
-their means agree better (`moved`): what no public image has, no weight can give.  A public model that is trained further on them
-starts private fine-tuning nearer to the private images.  To spend a part of the budget on choosing public data is the idea of
-PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which asks for classes of public images instead (`class_queries`).
+This is convex, and solved in its dual, w_i = exp(theta . phi(x_i)) / Z (maximum entropy with relaxed constraints: Dudik et al.
+2007, https://jmlr.org/papers/v8/dudik07a.html). Images drawn by their weights are then moved a little, pixel by pixel, so that
+their means agree better (`moved`): no weights can produce what no public image has. A public model that is trained further on
+them starts private fine-tuning nearer to the private images. Spending a part of the budget on choosing public data is the idea
+of PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which chooses classes of public images (`class_queries`).
 
-All that follows the release is computed from it and from public data, and costs no more privacy.
+Everything after the release is computed from it and from public data, and costs no more privacy.
 """
 
 from collections.abc import Sequence
@@ -43,10 +43,9 @@ class PublicChoice(OneRelease):
         training: settings of the further training.
         features: number of random Fourier features, half of them cosines, half sines.
         scale: length scale of the kernel in median distances between public images.
-        tolerance: tau, in standard deviations of the released means' noise. A larger value keeps more different images.
+        tolerance: tau, in standard deviations of the released means' noise. A larger value makes the weights more even.
         drawn: number of images drawn by their weights, with replacement, for further training of the public model.
-        reach: distance, for pixels in [-1, 1], by which a pixel of these images may easily be moved; 0 leaves them as they
-            are.
+        reach: distance, for pixels in [-1, 1], by which a pixel of these images is moved easily; 0 leaves them unchanged.
     """
 
     noise_multiplier: float = 5.0
@@ -70,7 +69,7 @@ class PublicChoice(OneRelease):
 
     def pool(self, public: LabelledImages, names: Sequence[str]) -> LabelledImages:
         pool = super().pool(public, names)
-        self._frequencies(pool, seed=0)  # refuses them
+        self._frequencies(pool, seed=0)  # this refuses them
         return pool
 
     def _frequencies(self, pool: LabelledImages, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Locks for a file that several processes need and one makes."""
+"""A lock for a file that several processes need and one of them makes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from filelock import FileLock
 
 @contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Let one process at a time into the context for `path`, whose folder is made; the lock of a killed process is freed."""
+    """Admit one process at a time to the context for `path`, whose folder is made; the lock of a killed process is freed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         yield

@@ -1,8 +1,8 @@
-"""What is bought before private training begins: a noisy release, by which public images and a public model are made better.
+"""Warm-ups before private training: a noisy release, by which the public images and the public model are improved.
 
-Each warm-up releases one sum over each class's records, of an embedding whose norm is at most 1: its sensitivity is 1, and a
-record that is not finite contributes zero. All that follows is computed from the sums and from public data, and costs no more
-privacy. Several in a row release all their sums first, so that an interruption can't make a part of them be drawn again.
+Each warm-up releases one sum over the records of each class, of an embedding whose norm is at most 1: its sensitivity is 1, and a
+record that is not finite contributes zero. Everything later is computed from the sums and from public data, and costs no more
+privacy. Several warm-ups in a row release all their sums first, so that no interruption makes some of them be drawn again.
 """
 
 from abc import ABCMeta, abstractmethod
@@ -31,17 +31,17 @@ Released = Mapping[str, ClassSums]  # kind of a warm-up -> what it released
 
 
 class WarmUp(Protocol):
-    """A release about the private images, and a public model's further training by it."""
+    """A release about the private images, and the further training of a public model that uses it."""
 
     @property
     def releases(self) -> tuple[Release, ...]:
-        """What is released, with its cost in privacy; known from the settings alone."""
+        """What is released, with its cost in privacy; both follow from the settings alone."""
 
     def pool(self, public: LabelledImages, names: Sequence[str]) -> LabelledImages:
-        """Take the public images that it works with, for private classes of these names.
+        """Select the public images that it works with, for private classes of these names.
 
         Raises:
-            UserError: nothing can be made of them; this is known before anything is released.
+            UserError: these images can't be used; this is known before anything is released.
         """
 
     def release(
@@ -49,7 +49,7 @@ class WarmUp(Protocol):
     ) -> Released:
         """Release the noisy sums.
 
-        `records` is the public, nominal number of private ones; `seed` makes the embeddings, together with the pool only.
+        `records` is the public, nominal number of private records; the embeddings depend only on `seed` and the pool.
         """
 
     def train_further(
@@ -63,15 +63,15 @@ class WarmUp(Protocol):
         checkpoint: Path | None = None,
         progress: bool = True,
     ) -> LabelledImages:
-        """Train the public model in place; it continues from the checkpoint. Returns the pool of the next warm-up in a row.
+        """Train the public model in place, and resume from the checkpoint; return the pool for the next warm-up in a row.
 
         `numbers` [private classes] are the model's labels of the private classes; None: the same.
         """
 
 
 @dataclass(frozen=True)
-class OneRelease(metaclass=ABCMeta):  # no ABC, for the command line takes apart what is made of dataclasses alone
-    """A warm-up of one release; it says what is summed, and which images the model is trained on afterwards.
+class OneRelease(metaclass=ABCMeta):  # not the base ABC: it is no dataclass, and the command line would not expand it
+    """A warm-up with one release; subclasses define what is summed, and on which images the model is trained afterwards.
 
     Attributes:
         noise_multiplier: standard deviation of the released sums' noise; their sensitivity is 1.
@@ -81,7 +81,7 @@ class OneRelease(metaclass=ABCMeta):  # no ABC, for the command line takes apart
     noise_multiplier: float
     training: PublicTraining
 
-    kind: ClassVar[str]  # its name among several, and that of its option
+    kind: ClassVar[str]  # its name among several warm-ups, and that of its option
     what: ClassVar[str]  # what is summed, for statements
     released_as: ClassVar[type[ClassSums]] = ClassSums
 
@@ -94,7 +94,7 @@ class OneRelease(metaclass=ABCMeta):  # no ABC, for the command line takes apart
         return (Release(self.what, 1.0, self.noise_multiplier, 1),)
 
     def pool(self, public: LabelledImages, names: Sequence[str]) -> LabelledImages:
-        """Take the public images of the private classes."""
+        """Select the public images of the private classes."""
         present = {public.class_names[label] for label in public.labels.unique().tolist()}
         if missing := [name for name in names if name not in present]:
             raise UserError(f"there is no public image of class {listed(missing)} to choose")
@@ -133,20 +133,20 @@ class OneRelease(metaclass=ABCMeta):  # no ABC, for the command line takes apart
     def training_images(
         self, pool: LabelledImages, released: ClassSums, seed: int, progress: bool = True
     ) -> LabelledImages:
-        """Make the images that the model is trained on, of the private classes."""
+        """Make the images of the private classes on which the model is trained."""
 
     def process(self, model: UNet) -> Process:
-        """Choose the noise levels at which the model is trained: all of its own."""
+        """Choose the noise levels at which the model is trained: all levels of its own process."""
         return model.process
 
     def next_pool(self, pool: LabelledImages, images: LabelledImages) -> LabelledImages:
-        """Choose the public images that the next warm-up starts from: the pool that this one had."""
+        """Choose the public images with which the next warm-up starts: the same pool."""
         return pool
 
 
 @dataclass(frozen=True)
 class InTurn:
-    """Several warm-ups in a row, which are one: each trains the model further, on the public images that the last one left."""
+    """Several warm-ups in a row, used as one: each trains the model further, on the public images that the previous one left."""
 
     parts: tuple[OneRelease, ...]
 
@@ -187,7 +187,7 @@ class InTurn:
 
 
 def save_released(path: Path, released: Released) -> None:
-    """Write what was released to `path` as safetensors, atomically."""
+    """Write releases to `path` as safetensors, atomically."""
     tensors = {
         f"{kind}.{name}": torch.as_tensor(np.asarray(value))
         for kind, sums in released.items()
@@ -197,7 +197,7 @@ def save_released(path: Path, released: Released) -> None:
 
 
 def load_released(path: Path, parts: Iterable[OneRelease]) -> Released:
-    """Load what warm-ups released and `save_released` wrote; those that it does not hold are left out.
+    """Load the releases of warm-ups that `save_released` wrote; warm-ups that the file does not contain are left out.
 
     Raises:
         FileNotFoundError: there is no such file.

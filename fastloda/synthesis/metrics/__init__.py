@@ -1,6 +1,6 @@
 """Scores of how close generated images are to real ones: FID, KID, precision and recall, on features of your choice.
 
-They are computed from real images without noise: on private images they are for the operator only.
+They are computed from real images without noise: those of private images are only for the operator.
 """
 
 from .distances import Scores, fid, kid, precision_recall, scores

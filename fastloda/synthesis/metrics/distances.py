@@ -22,13 +22,13 @@ KID_SUBSET, KID_SUBSETS = 1000, 20
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of generated images against real ones. fid, kid: less is closer, 0 is the same; precision, recall: 0 to 1."""
+    """The scores of generated images. fid, kid: smaller is closer, 0 for equal distributions; precision, recall: 0 to 1."""
 
     fid: float
     kid: float
     precision: float
     recall: float
-    features: str  # the extractor's name: scores on other features can't be compared
+    features: str  # the extractor's name, because scores on different features can't be compared
 
 
 def scores(real: Tensor, generated: Tensor, extractor: Extractor, seed: int = 0) -> Scores:
@@ -40,8 +40,8 @@ def scores(real: Tensor, generated: Tensor, extractor: Extractor, seed: int = 0)
 def fid(real: np.ndarray, generated: np.ndarray) -> float:
     """Compute |m_r - m_g|^2 + tr(S_r + S_g - 2 (S_r S_g)^(1/2)), m and S being mean and covariance.
 
-    tr (S_r S_g)^(1/2) is the sum of the singular values of X_r X_g^T, X being the centred rows over (n - 1)^(1/2).
-    So no matrix root is taken, which rounding could make complex.
+    tr (S_r S_g)^(1/2) is the sum of the singular values of X_r X_g^T, where X has the centred rows divided by (n - 1)^(1/2).
+    Thus no matrix root is taken, which rounding could make complex.
     """
     _check(real, generated)
     centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (real, generated)]
@@ -71,7 +71,7 @@ def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def precision_recall(real: np.ndarray, generated: np.ndarray, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Compute the share of generated vectors in the real manifold, and of real ones in the generated manifold.
 
-    A set's manifold is the union of balls around its members that reach their `neighbours`-th nearest one.
+    A set's manifold is the union of balls around its members, each of which reaches to the member's `neighbours`-th nearest one.
     """
     _check(real, generated, least=neighbours + 1)
     return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
@@ -79,7 +79,7 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, neighbours: int = 
 
 def _covered(points: np.ndarray, members: np.ndarray, neighbours: int) -> float:
     index = NearestNeighbors(algorithm="brute").fit(members)
-    radii = index.kneighbors(members, neighbours + 1)[0][:, -1]  # the nearest is the member itself
+    radii = index.kneighbors(members, neighbours + 1)[0][:, -1]  # the nearest one is the member itself
     inside = 0
     for part in np.array_split(points, max(1, len(points) * len(members) // 2**24)):
         distances = np.sqrt(

@@ -1,7 +1,7 @@
-"""Feature extractors: images to the vectors on which distances between sets of images are taken.
+"""Feature extractors: functions from images to the vectors between whose distributions distances are computed.
 
-Scores on different features can't be compared. The usual features are Inception's, which are no part of this package: give a
-file. The default is a classifier trained on public images, whose features fit the task and hold nothing of private images.
+Scores on different features can't be compared. The usual features are Inception's, which this package does not contain: give a
+file. The default is a classifier trained on public images, whose features fit the task and contain nothing of private images.
 """
 
 import os
@@ -18,7 +18,7 @@ from fastloda.synthesis.data.images import LabelledImages
 
 
 class Extractor(Protocol):
-    """A function from images [n, C, H, W] in [-1, 1] to features, float64 [n, d]; `name` is shown beside every score."""
+    """A function from images [n, C, H, W] in [-1, 1] to features, float64 [n, d]; `name` is shown next to every score."""
 
     name: str
 
@@ -38,7 +38,7 @@ class _Batched:
 def classifier_features(
     model: nn.Module, name: str = "classifier", *, batch_size: int = 512, device: torch.device | str = "cpu"
 ) -> Extractor:
-    """Make an extractor of the input of a classifier's last layer, `model.head`.
+    """Make an extractor that returns the input of a classifier's last layer, `model.head`.
 
     Raises:
         ValueError: the model has no `head`.
@@ -68,7 +68,7 @@ def public_extractor(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Extractor:
-    """Make an extractor of the features of a small CNN trained on public images."""
+    """Make an extractor of the features of a small CNN that is trained on public images."""
     model = train_classifier(public, steps=steps, seed=seed, device=device, progress=progress)
     return classifier_features(model, f"a small CNN trained on {len(public)} public images", device=device)
 
@@ -78,11 +78,11 @@ def torchscript_features(
 ) -> Extractor:
     """Load a user's Inception in TorchScript, such as StyleGAN's `inception-2015-12-05.pt`: uint8 RGB images to features.
 
-    It is called with `return_features=True` and scales images itself. TorchScript is a program: use only files that you trust.
+    It is called with `return_features=True`, and scales images itself. TorchScript is a program: use only files that you trust.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no TorchScript.
+        ValueError: the file is not TorchScript.
     """
     path = Path(path)
     if not path.is_file():

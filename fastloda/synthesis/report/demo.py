@@ -1,4 +1,4 @@
-"""The demo's outcome as JSON, Markdown and a page."""
+"""The outcome of the demo as JSON, Markdown and a page."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Outcome:
         reasons: name -> how the hyper-parameter was chosen.
         environment: machine and versions.
         grids, curves: caption -> PNG file of seed 0.
-        form: a sentence on how much was computed, and what would be more or less.
+        form: a sentence on how much was computed, and which options compute more or less.
     """
 
     accuracies: Mapping[tuple[str, float], list[float]]
@@ -70,16 +70,16 @@ class Outcome:
 
     @cached_property
     def runs(self) -> list[dict]:
-        """The private runs' statements; those of choices are left out, for the runs that follow them count them too."""
+        """The statements of the private runs, without those of choices, which the runs after them count too."""
         return [statement for (method, _, _), statement in self.statements.items() if method != CHOSEN_ONLY]
 
     @cached_property
     def all_together(self) -> float:
-        """The epsilon of all private runs, if all of them were released."""
+        """The epsilon of all private runs together, as if all of them were released."""
         return compose_epsilon([release for run in self.runs for release in releases(run)], self.settings["delta"])
 
     def to_dict(self) -> dict:
-        """Convert to JSON values; epsilon is null without privacy."""
+        """Convert to JSON values; epsilon is null for runs without privacy."""
         rows = [
             {
                 "method": result.method,
@@ -111,7 +111,7 @@ class Outcome:
         )
 
     def to_page(self) -> Page:
-        fonts = font_digits(400, seed=0)  # of real images only public ones are shown
+        fonts = font_digits(400, seed=0)  # the only real images that are shown are public ones
         shown = Figure("Public training images: digits drawn from fonts", sample_grid(fonts.images, fonts.labels))
         grids = [Figure(caption, path.read_bytes()) for caption, path in self.grids.items()]
         curves = [Figure(caption, path.read_bytes()) for caption, path in self.curves.items()]

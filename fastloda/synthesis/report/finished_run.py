@@ -1,4 +1,4 @@
-"""A finished run as the page about it needs it: read from the run's folder, checked, without any path or private image."""
+"""A finished run, read from its folder and checked, for the page about it: without any path or private image."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from fastloda.synthesis.inputs import OWN_IMAGES, public_name
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, digest, read_json
 from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, LAYERS, PRIVATE, SAMPLES
 
-SHOWN_SETTINGS = ("privacy", "adapter", "layers", "training")  # the others can hold paths
+SHOWN_SETTINGS = ("privacy", "adapter", "layers", "training")  # the others may contain paths
 SAMPLING_SETTINGS = ("count", "steps", "guidance", "reach")
-HIDDEN_SETTINGS = ("seed",)  # whoever knows it can foresee what was drawn
+HIDDEN_SETTINGS = ("seed",)  # anyone who knows a seed can foresee what was drawn
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """A folder of samples that were drawn from the run's adapter, and the settings of drawing them."""
+    """A folder of samples drawn from the run's adapter, and the settings of the drawing."""
 
     folder: Path
     settings: Mapping
@@ -39,13 +39,13 @@ class SampleSet:
 
     @property
     def class_names(self) -> Sequence[str]:
-        """The name of each class; its number where the file has no names."""
+        """The names of the classes; numbers if the file has no names."""
         return self.images.class_names
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run whose fine-tuning, and whatever else was begun in it, has finished.
+    """A run in which fine-tuning is finished, and so is everything else that was begun.
 
     Attributes:
         folder: folder of the run.
@@ -60,7 +60,7 @@ class FinishedRun:
         """Read and check a run.
 
         Raises:
-            RunError: it isn't finished, or its files don't belong together; the message says what to do.
+            RunError: it is not finished, or its files do not belong together; the message says what to do.
         """
         _check_finished(folder)
         run = cls(folder, _confirmed(read_statement(folder / PRIVATE), folder / PRIVATE / STATEMENT))
@@ -69,7 +69,7 @@ class FinishedRun:
 
     @property
     def private_name(self) -> str:
-        """The name of the private images; never a path."""
+        """The name of the private images, never a path."""
         return self.statement.get("name") or public_name(str(self._config(PRIVATE).get("data", "")), "private images")
 
     @property
@@ -99,7 +99,7 @@ class FinishedRun:
 
     @property
     def noise_is_correlated(self) -> bool:
-        """Whether the noise of several steps was drawn together, so that no bound holds here for several images of a person."""
+        """Whether the noise of several steps was drawn together; the page then has no bound for several images of one person."""
         return self.statement.get("bands", 1) > 1
 
     @property
@@ -109,13 +109,13 @@ class FinishedRun:
 
     @property
     def noise_is_foreseeable(self) -> bool:
-        """Whether the noise of any release followed from a fixed seed, or may have done so."""
+        """Whether the noise of any release followed from a fixed seed, or may have followed from one."""
         each = [self.statement, *known_releases(dict(self.statement))]
         return any(release.get("seed_was_fixed") is not False for release in each)
 
     @property
     def choices(self) -> list[str]:
-        """The folders of choices, of public images and of layers, that released something too, which the statement covers."""
+        """The folders of choices (of public images, of layers) that released something, which the statement must cover."""
         return [name for name in (CHOSEN, LAYERS) if (self.folder / name / STATEMENT).is_file()]
 
     @cached_property
@@ -127,7 +127,7 @@ class FinishedRun:
         return MembershipBound.of_releases(self.releases, self.statement["delta"])
 
     def settings(self) -> dict[str, object]:
-        """Collect the settings of fine-tuning and sampling, without those that hold paths or seeds."""
+        """Collect the settings of fine-tuning and sampling, without any that contain paths or seeds."""
         config = self._config(PRIVATE)
         fine_tuning = {
             f"{group}.{name}": value
@@ -140,10 +140,10 @@ class FinishedRun:
 
     @cached_property
     def sample_sets(self) -> list[SampleSet]:
-        """List the folders of samples from the adapter.
+        """List the folders of samples drawn from the adapter.
 
         Raises:
-            RunError: one of them isn't finished, or was drawn from another adapter.
+            RunError: one of them is not finished, or was drawn from another adapter.
         """
         return list(self._sample_sets())
 
@@ -162,10 +162,10 @@ class FinishedRun:
             yield SampleSet(folder, settings)
 
     def evaluations(self) -> list[dict]:
-        """List what `fastloda evaluate` found: name of the training images, of the test images, counts, and accuracy.
+        """List the results of `fastloda evaluate`: name of the training images, name of the test images, counts, and accuracy.
 
         Raises:
-            RunError: a classifier was trained on samples that are no longer there.
+            RunError: a classifier was trained on samples that no longer exist.
         """
         record = self.folder / EVALUATION
         found = read_json(record) if record.exists() else {}
@@ -184,7 +184,7 @@ class FinishedRun:
         return {"train": train, "test": public_name(settings["test"], OWN_IMAGES), **numbers}
 
     def _check_choices(self) -> None:
-        """Refuse a run whose statement leaves out what one of its choices has released."""
+        """Refuse a run whose statement leaves out a release of one of its choices."""
         for name in self.choices:
             if not set(releases(read_statement(self.folder / name))) <= set(self.releases):
                 raise RunError(
@@ -210,9 +210,9 @@ def _check_finished(folder: Path) -> None:
 
 
 def _confirmed(statement: Mapping, path: Path) -> Mapping:
-    """Compute the statement's epsilon again from its releases, and refuse one that is too low."""
+    """Compute the statement's epsilon again from its releases, and refuse a statement whose epsilon is too low."""
     epsilon, delta = compose_epsilon(releases(dict(statement)), statement["delta"]), statement["delta"]
-    if epsilon > statement["epsilon"] * 1.001:  # other versions of the accountants' libraries may differ a little
+    if epsilon > statement["epsilon"] * 1.001:  # other versions of the libraries may differ a little
         raise UserError(
             f"{path} states epsilon {statement['epsilon']:.4g}, but what it lists costs {epsilon:.4g} at delta {delta:g}: it was "
             "changed after training; restore the file that `fastloda finetune` wrote"

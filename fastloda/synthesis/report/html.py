@@ -1,6 +1,6 @@
-"""A self-contained HTML page of sections: text, tables and figures inside it. Everything that is filled in is escaped.
+"""A self-contained HTML page of sections: text, tables and figures are in the file itself. Everything filled in is escaped.
 
-It reads well on a phone (360 px), on a desktop, and printed; it is dark on light everywhere, for it may be signed.
+It can be read on a phone (360 px), on a desktop, and in print; it is always dark on light, because it may have to be signed.
 """
 
 import base64
@@ -15,7 +15,7 @@ from fastloda.synthesis.report.tables import Table
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG image, and a caption that also says what it shows to those who can't see it."""
+    """A PNG image, and a caption that also describes it to readers who cannot see it."""
 
     caption: str
     png: bytes
@@ -27,7 +27,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs: plain, in a box that sets them off, or in a red one that warns."""
+    """Paragraphs: plain, in a box, or in a red box that warns."""
 
     paragraphs: Sequence[str]
     look: Literal["plain", "notice", "alarm"] = "plain"
@@ -42,7 +42,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """A table of names and values; if it is `folded`, only the title is shown until it is clicked."""
+    """A table of names and values; if `folded`, only its title is shown until it is clicked."""
 
     values: Mapping[str, object]
     title: str = ""
@@ -58,7 +58,7 @@ class Blanks:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page under a title ("" for none)."""
+    """A part of a page under a title ("" for no title)."""
 
     title: str
     blocks: Sequence[Figure | Text | Bullets | Facts | Blanks | Table]
@@ -81,7 +81,7 @@ def render(page: Page) -> str:
     return environment.from_string(TEMPLATE).render(page=page)
 
 
-# The template is in the module, so that it needs no packaging.
+# The template is in this module, so that it needs no package data.
 STYLE = """\
 :root { --ink: #1c2026; --soft: #535a65; --line: #d5d9de; --band: #f1f4f7; --accent: #1f5fa8; --alarm: #b3141d }
 * { box-sizing: border-box }

@@ -1,4 +1,4 @@
-"""Figures as PNG bytes: Matplotlib's objects on the Agg canvas; no backend is chosen, no global state touched."""
+"""Figures as PNG bytes, made with Matplotlib's objects on the Agg canvas: no backend is chosen, and no global state changed."""
 
 import io
 import itertools
@@ -22,20 +22,20 @@ from fastloda.errors import UserError
 from fastloda.synthesis.report.tables import Result, rounded_up
 
 INK, LINE, DOT = "#1c2026", "#2f74c4", "#c9601a"
-WIDTH = 4.6  # inches: ten points are then read without zooming on a phone, which shows the figure 320 pixels wide
-CELL = 64  # side in pixels to which small images are enlarged
+WIDTH = 4.6  # inches; text of ten points is then readable on a phone, where the figure is 320 pixels wide
+CELL = 64  # side in pixels, to which small images are enlarged
 GAP = 2  # pixels between images
-NAME_WIDTH = 16  # characters after which a class name goes on in a new line
+NAME_WIDTH = 16  # length in characters above which a class name is wrapped
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
 def sample_grid(
     images: Tensor, labels: Tensor, names: Sequence[str] = (), *, columns: int = 10, max_rows: int = 10
 ) -> bytes:
-    """Draw images [n, C, H, W] in [-1, 1], a labelled row per class (labels [n]), enlarged by whole factors, with thin gaps.
+    """Draw images [n, C, H, W] in [-1, 1]: a labelled row per class (labels [n]), scaled by a whole factor, with thin gaps.
 
-    `names` are those of all classes, in their order; without them a class is called by its number. Classes without an image
-    have no row; the first `max_rows` classes are shown.
+    `names` are the names of all classes, by label; without them, classes are shown by number. Classes without images have no
+    row, and only the first `max_rows` classes are shown.
     """
     classes = labels.unique()[:max_rows].tolist()
     if not classes:
@@ -62,7 +62,7 @@ def sample_grid(
 
 
 def epsilon_plot(steps: Sequence[int], epsilons: Sequence[float], *, target: float | None, delta: float) -> bytes:
-    """Plot epsilon spent by optimizer steps, and the target that it may not exceed."""
+    """Plot the epsilon spent against optimizer steps, and the target that it must not exceed."""
     with drawing(WIDTH, 3.0, "Privacy spent during training") as (axes, png):
         axes.plot(steps, epsilons, color=LINE, linewidth=2)
         if target is not None:
@@ -74,7 +74,7 @@ def epsilon_plot(steps: Sequence[int], epsilons: Sequence[float], *, target: flo
 
 
 def accuracy_plot(results: Sequence[Result]) -> bytes:
-    """Plot the mean test accuracy by method: a bar each, and a dot for each seed if there are several."""
+    """Plot the mean test accuracy of each method as a bar, with a dot for each seed if there are several."""
     title = "Accuracy of classifiers on real test images"
     with drawing(WIDTH, 0.9 + 0.52 * len(results), title) as (axes, png):
         places = range(len(results))
@@ -93,9 +93,9 @@ def accuracy_plot(results: Sequence[Result]) -> bytes:
 def accuracy_curves(
     curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]], levels: Mapping[str, float]
 ) -> bytes:
-    """Plot accuracy in percent by epsilon: a curve per method, with a band of one standard deviation over its seeds.
+    """Plot accuracy in percent against epsilon: a curve per method, with a band of one standard deviation over its seeds.
 
-    `curves` maps a name to (epsilon, accuracies) pairs; `levels` a name to the accuracy of what has no epsilon, dashed.
+    `curves` maps a name to (epsilon, accuracies) pairs; `levels` maps a name to an accuracy without epsilon, drawn dashed.
     """
     lines = len(curves) + len(levels)
     with drawing(WIDTH, 3.4 + 0.12 * lines, "Accuracy of classifiers on real test images") as (axes, png):
@@ -108,7 +108,7 @@ def accuracy_curves(
             axes.axhline(value, color=INK, linestyle=dashes, linewidth=1.2, label=name)
         epsilons = sorted({epsilon for points in curves.values() for epsilon, _ in points})
         lowest = min([*levels.values(), *(min(values) for points in curves.values() for _, values in points)])
-        bottom = 10 * math.floor(lowest / 10 - 0.2)  # so that curves near the top can be told apart
+        bottom = 10 * math.floor(lowest / 10 - 0.2)  # so that curves near the top can be distinguished
         axes.set(xlabel="epsilon", ylabel="accuracy, %", ylim=(max(0, bottom), 100), xscale="log")
         axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
         axes.minorticks_off()
@@ -123,7 +123,7 @@ def _label(result: Result) -> str:
 
 @contextmanager
 def drawing(width: float, height: float, title: str = "") -> Iterator[tuple[Axes, io.BytesIO]]:
-    """Make axes of a figure of width x height inches, and a buffer that holds its PNG after the context."""
+    """Make the axes of a figure of width x height inches, and a buffer that holds its PNG once the context is left."""
     figure, png = Figure((width, height), dpi=200, layout="constrained"), io.BytesIO()
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

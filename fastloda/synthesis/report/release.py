@@ -1,4 +1,4 @@
-"""The page to sign before anything of a run is published: what is promised, to whom, and which files it is about."""
+"""The page to sign before anything of a run is published: what is promised to whom, and which files it applies to."""
 
 import datetime
 import logging
@@ -32,17 +32,17 @@ LIBRARIES = ("torch", "dp-accounting", "prv-accountant")
 
 
 def report(run: Path, *, evaluation: bool = True) -> dict:
-    """Write one page about a finished run, to be signed before anything of it is published: report.html.
+    """Write report.html, a page about a finished run, to be signed before anything of the run is published.
 
-    It says what is promised and to whom, which files may be published and which may not, what any attack on the promise can
-    reach at most, and shows samples, settings and the evaluation. Every number about privacy is computed from privacy.json by
-    the accountant. The page needs no other file: a browser shows it on any screen, prints it, or saves it as PDF. It holds no
-    private image and no path, and may be published with the rest.
+    It says what is promised and to whom, which files may be published and which must not, and how much any attack on the
+    promise can achieve at most; and it shows samples, settings and the evaluation. The accountant computes every number about
+    privacy from privacy.json. The page needs no other file: a browser can show it on any screen, print it, or save it as PDF.
+    It contains no private image and no path, and may be published with the rest.
 
     Args:
-        run: folder of the run. `fastloda finetune` must have finished in it; samples and evaluations are shown if there are any.
-        evaluation: whether to show what `fastloda evaluate` has found. Its accuracies are computed from the test images without
-            noise: leave them out where these are confidential.
+        run: folder of the run, in which `fastloda finetune` has finished. Samples and evaluations are shown if there are any.
+        evaluation: whether to show the results of `fastloda evaluate`. Its accuracies are computed from the test images without
+            noise: leave them out if these images are confidential.
     """
     finished = FinishedRun.read(Path(run))
     logger.info("computing what attacks can reach at most")
@@ -118,7 +118,7 @@ def _may_be_published(run: FinishedRun, evaluations: Sequence[dict]) -> Text | F
 
 
 def _publishable(run: FinishedRun, evaluations: Sequence[dict]) -> dict[str, str]:
-    """Say for each file that may be published why it may."""
+    """Say why each file that may be published may be published."""
     files = {
         f"{PRIVATE}/{ADAPTER}": "the promise covers it",
         f"{PRIVATE}/{STATEMENT}": "the promise itself, with the numbers to check it",
@@ -130,7 +130,7 @@ def _publishable(run: FinishedRun, evaluations: Sequence[dict]) -> dict[str, str
 
 
 def _confidential() -> dict[str, str]:
-    """Say for all else why it must not be published."""
+    """Say why everything else must not be published."""
     return {
         f"{PRIVATE}/{CHECKPOINT}": "it holds the secret from which the noise follows",
         f"{PRIVATE}/{intent_path(Path(CHECKPOINT)).name}": "it belongs to the checkpoint",
@@ -144,7 +144,7 @@ def _confidential() -> dict[str, str]:
 
 
 def _chosen(run: FinishedRun) -> list[Path]:
-    """List the publishable files of the choices before fine-tuning."""
+    """List the files of the choices before fine-tuning that may be published."""
     return sorted(
         Path(choice, path.name)
         for choice in run.choices
@@ -291,6 +291,6 @@ def _versions() -> Facts:
 
 
 def percent(share: float) -> str:
-    """Write a share, 0 to 1, in percent, rounded up so that an upper bound stays one: with one decimal, two below 10%."""
+    """Write a share, 0 to 1, in percent, rounded up so that an upper bound remains one; two decimals below 10%, else one."""
     digits = 1 if share >= 0.1 else 2
     return f"{min(100.0, math.ceil(100 * share * 10**digits - 1e-6) / 10**digits):.{digits}f}%"

@@ -13,7 +13,7 @@ from fastloda.errors import UserError
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text under column names; the first `left` columns are words, the others numbers; notes stand below."""
+    """A table of text under column names; the first `left` columns are words, the others numbers. Notes follow below it."""
 
     title: str
     columns: Sequence[str]
@@ -40,11 +40,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """One method's test accuracy.
+    """The test accuracy of one method.
 
     Attributes:
         method: name of the method.
-        epsilon: upper bound on epsilon spent; 0 if it saw no private record, infinity without privacy.
+        epsilon: upper bound on the epsilon spent; 0 if it saw no private record, infinity without privacy.
         trained_on: training data of its classifier.
         accuracies: accuracy for each seed, 0 .. 1.
     """
@@ -74,7 +74,7 @@ class Result:
 
 
 def rounded_up(epsilon: float) -> str:
-    """Write epsilon with two decimals, rounded up so that an upper bound stays one."""
+    """Write epsilon with two decimals, rounded up, so that an upper bound remains one."""
     if epsilon == 0:
         return "0"
     return "∞" if math.isinf(epsilon) else f"{math.ceil(100 * epsilon - 1e-6) / 100:.2f}"

@@ -1,4 +1,4 @@
-"""The cells of a table: a method fitted at a budget with a seed, and tested. The result is a file, computed once."""
+"""The cells of a table: each fits a method at a budget with a seed, and tests it. The result is a file, computed once."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,13 +21,13 @@ RESULT, GRID = "result.json", "grid.png"
 
 @dataclass(frozen=True)
 class Problem:
-    """The data that a table's methods work on, and the way in which they are tested.
+    """The data of a table's methods, and how the methods are tested.
 
     Attributes:
         private, public: images to train on.
         test: real images that nothing is trained on.
         delta: delta of every budget.
-        classifiers: name -> settings, each trained on the synthetic images.
+        classifiers: name -> settings; each classifier is trained on the synthetic images.
         synthetic_images: number of images drawn.
         public_seed: seed of the public models, if all seeds share them.
         extractor: function that returns the extractor of features for FID and the other scores, taken against `test`.
@@ -45,7 +45,7 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A cell: a method at a budget with a seed; epsilon is None if the method has no budget."""
+    """A cell: a method at a budget with a seed. Epsilon is None if the method has no budget."""
 
     method: Method
     epsilon: float | None
@@ -71,10 +71,10 @@ class Cell:
         return Stage(self.folder(run), settings, outputs=(RESULT,), private=True)
 
     def result(self, run: Path, problem: Problem, device: torch.device) -> dict:
-        """Return the cell's result as JSON values; compute it if it is not there, from where an interrupted fit can continue.
+        """Return the cell's result as JSON values; if it is not there, compute it, continuing an interrupted fit where possible.
 
         Raises:
-            RunError: the folder holds a cell of other settings.
+            RunError: the folder contains a cell with other settings.
         """
         stage = self.stage(run, problem, device)
         if not stage.is_done():
@@ -108,7 +108,7 @@ class Cell:
 
 
 def judge(images: LabelledImages, problem: Problem, seed: int, device: torch.device) -> dict[str, float]:
-    """Compute the test accuracy, 0 to 1, of each classifier trained on the images alone."""
+    """Compute the test accuracy, 0 to 1, of each classifier when it is trained on the images only."""
     found = {}
     for name, classifier in problem.classifiers.items():
         settings = asdict(replace(classifier, seed=seed))
@@ -117,13 +117,13 @@ def judge(images: LabelledImages, problem: Problem, seed: int, device: torch.dev
 
 
 def all_cells(methods: Sequence[Method], epsilons: Sequence[float], seeds: int) -> list[Cell]:
-    """List all cells in the table's order, a method's budgets and seeds together; methods without a budget once per seed."""
+    """List all cells in the table's order: for each method, all seeds at each budget, or one per seed if it has no budget."""
     budgets = {method.name: epsilons if method.has_budget else (None,) for method in methods}
     return [Cell(m, epsilon, seed) for m in methods for epsilon in budgets[m.name] for seed in range(seeds)]
 
 
 class _Laps:
-    """A clock of the seconds since the last lap."""
+    """A clock that measures the seconds since the last lap."""
 
     def __init__(self):
         self._last = time.monotonic()

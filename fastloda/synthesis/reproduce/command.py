@@ -1,4 +1,4 @@
-"""The command `fastloda reproduce`: every cell of a table, and the report."""
+"""The command `fastloda reproduce`: computes every cell of a table, and writes the report."""
 
 import logging
 from pathlib import Path
@@ -35,32 +35,32 @@ def reproduce(
     device: Device = "auto",
     progress: bool = True,
 ) -> None:
-    """Compare all methods as the paper's tables do: fit each at each epsilon, test its images, write a report.
+    """Compare all methods as in the paper's tables: fit each at each epsilon, test its images, and write a report.
 
-    digits and mnist5k, real digits of 8 x 8 and 28 x 28 pixels, need no files. table2 (CIFAR-10, public ImageNet32),
+    digits and mnist5k (real digits of 8 x 8 and 28 x 28 pixels) need no files. table2 (CIFAR-10, public ImageNet32),
     table3 (1% of CIFAR-10) and table4 (MNIST, public SVHN) read the published files from --data. Each cell, a method at an
-    epsilon with a seed, is done once: interrupted, the same command continues. Writes results.json, results.md and
-    report.html, with the published value, marked as such, beside the measured one. Seeds are fixed, so that it can be
-    repeated: an experiment, not a private release.
+    epsilon with a seed, is computed once: after an interruption, the same command continues. It writes results.json,
+    results.md and report.html, in which the published values are shown beside the measured ones, and marked as such. Seeds
+    are fixed, so that a table can be repeated: this is an experiment, not a private release.
 
     Args:
         table: name of the table: digits, mnist5k, table2, table3 or table4.
-        data: folder with the published files; an error says which files must lie where.
-        allow_partial: whether some of the published files, or files of fewer images, are enough.
-        run: folder for all results; default: runs/ and the table's name.
-        seeds: number of repetitions of each cell; the table has their mean and standard deviation.
-        epsilons: columns of the table, separated by commas. Default: the paper's. Settings are those of the largest tuned
-            epsilon that is not above.
-        methods: names of the only rows to compute, separated by commas, as in DP-LoDA,DP-SGD. Default: all. A method of your
-            own is named by its module and class, as in my_module:MyMethod (`fastloda.synthesis.methods` says what it needs).
+        data: folder with the published files; if files are missing, an error says which must be where.
+        allow_partial: whether some of the published files, or files with fewer images, are enough.
+        run: folder for all results. Default: runs/ and the table's name.
+        seeds: number of repetitions of each cell; the table shows their mean and standard deviation.
+        epsilons: columns of the table, separated by commas. Default: the paper's. The settings at an epsilon are those of the
+            largest tuned epsilon that is not above it.
+        methods: names of the rows to compute, separated by commas, as in DP-LoDA,DP-SGD. Default: all. A method of your own is
+            named by its module and class, as in my_module:MyMethod (`fastloda.synthesis.methods` says what it needs).
         unet: shape of the U-Net in place of the table's.
-        features: TorchScript file of an Inception network for FID and the other scores; default: a small classifier trained on
+        features: TorchScript file of an Inception network for FID and the other scores. Default: a small classifier trained on
             the public images.
         quick: whether to take minutes instead of hours, with too few steps and images for good results; the report says so.
-        jobs: number of cells at a time, each in a process with its share of the cores. Default: one on a GPU, on a CPU one
-            per core.
+        jobs: number of cells to compute at a time, each in a process with its share of the cores. Default: one on a GPU; on a
+            CPU, one per core.
         device: device to compute on.
-        progress: whether to show how many cells are done and which ones run.
+        progress: whether to show how many cells are done, and which are running.
     """
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")

@@ -1,4 +1,4 @@
-"""The table of small digits: real ones of 8 x 8 pixels are private, digits drawn from fonts public."""
+"""The table of small digits: real digits of 8 x 8 pixels are private, digits drawn from fonts are public."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -32,15 +32,15 @@ from .recipe import Recipe, Variant, by_epsilon
 with torch.device("meta"):  # only the configurations are needed
     DIGITS_UNET = digits_unet().config
     LATENT_DIGITS = digits_unet(image_size=4, in_channels=LATENT_CHANNELS, attention=True).config
-# Noise of the release that images are moved toward; set on stand-ins (docs/results/demo-tuning.md).
+# Noise of the release toward which images are moved; set on stand-ins (docs/results/demo-tuning.md).
 MOVING_NOISE = ByEpsilon({1.0: 4.2, 5.0: 1.3, 10.0: 1.0})
-FULL_STEPS = 150  # largest number of steps for all weights, each of which takes twice the time of an adapters' step
+FULL_STEPS = 150  # largest number of steps for all weights; such a step takes twice as long as one of adapters
 PRE_TRAINED = "the public model's training as in the demo, set on public images"
 ON_THE_STAND_IN = (
     "as in the demo: by trials on public images that stand in for the private ones (docs/results/demo-tuning.md)"
 )
-QUICK = DemoSettings(1000, 30, 1000, 10, 10, 200, 10, 100)  # all works, and the images do not resemble digits yet
-IMAGES = 4000  # number of synthetic images of each cell
+QUICK = DemoSettings(1000, 30, 1000, 10, 10, 200, 10, 100)  # everything runs, but the images do not resemble digits yet
+IMAGES = 4000  # number of synthetic images per cell
 
 
 def digits(variant: Variant) -> Recipe:
@@ -103,14 +103,14 @@ def digits(variant: Variant) -> Recipe:
 
 
 def _moving(demo: DemoSettings, epsilon: float) -> PublicChoice:
-    """Make the choice of images for this table: more of a large budget than in the demo, and moves at each budget."""
+    """Return this table's choice of images: it takes more of a large budget than the demo's, and moves images at each budget."""
     return replace(
         demo.recipe(epsilon, seed=0).choice, noise_multiplier=MOVING_NOISE.at(epsilon), tolerance=4.0, reach=0.3
     )
 
 
 def _full(tuning: PrivateTuning, mixture: bool = True) -> PrivateTuning:
-    """Adapt settings from adapters to all weights: smaller steps, and perhaps the timesteps of DP-Diffusion's paper."""
+    """Convert settings for adapters to settings for all weights: smaller steps, and optionally DP-Diffusion's timesteps."""
     steps = min(tuning.steps, FULL_STEPS)
     learning_rate = tuning.training.learning_rate / 10 * tuning.steps / steps
     training = replace(tuning.training, learning_rate=learning_rate)

@@ -1,4 +1,4 @@
-"""The table of 5,000 of MNIST's digits: the paper's resolution on two cores."""
+"""The table of 5,000 digits of MNIST, at the paper's resolution, for two cores."""
 
 import math
 from collections.abc import Callable
@@ -53,7 +53,7 @@ AS_FOR_DIGITS = "as for the small digits, and beforehand where they say nothing;
 
 
 def mnist5k(variant: Variant) -> Recipe:
-    """Make the recipe: the private set, the U-Net and its settings at 28 x 28 pixels, in hours of two cores."""
+    """Make the recipe: the private images, the U-Net and its settings at 28 x 28 pixels, for some hours on two cores."""
     quick = variant.quick
     settings = {epsilon: _Settings(epsilon, quick) for epsilon in WARM_UP_NOISE}
 
@@ -102,7 +102,7 @@ def mnist5k(variant: Variant) -> Recipe:
             "the others": BEFOREHAND,
         },
         extractor_steps=10 if quick else 500,
-        public_seed=0,  # to train the public model takes half an hour
+        public_seed=0,  # training the public model takes half an hour
     )
 
 

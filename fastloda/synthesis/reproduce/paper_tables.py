@@ -1,4 +1,4 @@
-"""The paper's own tables, at its sizes, with steps for a GPU."""
+"""The paper's own tables, in their full size, with step counts for a GPU."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -42,7 +42,7 @@ IMAGENET10 = (
 
 @dataclass(frozen=True)
 class _Scale:
-    """The size of a run of the paper's tables: for a GPU, or, quick, only to show that it runs."""
+    """The size of a run of the paper's tables: for a GPU, or (quick) just large enough to show that it runs."""
 
     unet: UNetConfig
     public_steps: int
@@ -140,7 +140,7 @@ def paper(
 
 
 def _latent(scale: _Scale, model: PublicModel, tunings: ByEpsilon[PrivateTuning], quick: bool) -> list[Method]:
-    """Make DP-LDM, and LoDA on the same latent model (the paper's future work), with latents of 3 x 8 x 8."""
+    """Make DP-LDM, and LoDA on the same latent model (future work in the paper), with latents of 3 x 8 x 8."""
     autoencoder = AutoencoderTraining(halvings=2, width=8 if quick else 128, steps=2 if quick else 50_000)
     latent_model = replace(model, unet=replace(scale.unet, image_size=8))
     loda = DPLDM(autoencoder, latent_model, tunings, Adapter(), name="DP-LoDA on latents")

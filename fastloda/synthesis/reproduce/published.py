@@ -1,4 +1,4 @@
-"""The paper's published values, shown beside measured ones: percent accuracy by (method, epsilon); None: no privacy.
+"""The paper's published values, shown beside measured ones: accuracy in percent by (method, epsilon); None: without privacy.
 
 "Efficient Differentially Private Fine-Tuning of Diffusion Models", Tables II to IV; accuracy on real test images of a classifier
 trained on synthetic images only (DP-SGD: on the private images themselves).

@@ -23,11 +23,11 @@ BEFOREHAND = "set beforehand, after the method's paper; not tuned"
 
 @dataclass(frozen=True)
 class Variant:
-    """The way in which a table is wanted.
+    """How a table is to be computed.
 
     Attributes:
         data: folder of the published files; None for a table that needs none.
-        quick: whether to take few steps and images, to show that it runs.
+        quick: whether few steps and images are enough, to show that it runs.
         partial: whether a part of a published data set is enough.
         unet: shape of the U-Net in place of the table's.
     """
@@ -38,7 +38,7 @@ class Variant:
     unet: UNetShape | None = None
 
     def shape(self, default: UNetConfig) -> UNetConfig:
-        """Make the U-Net's shape that is asked for, for images like the table's."""
+        """Return the shape of the U-Net that was asked for, or the default; it fits the table's images."""
         if self.unet is None:
             return default
         return self.unet.sized(default.image_size, default.in_channels, default.num_classes)
@@ -49,16 +49,16 @@ class Recipe:
     """The recipe of one table.
 
     Attributes:
-        name, title, lead: name, headline and a paragraph on the table.
+        name, title, lead: name, headline, and a paragraph about the table.
         private, test, public: functions that read or draw the images.
-        methods, epsilons: rows and columns, in the paper's order.
-        classifiers: name -> settings of each classifier that tests images.
-        synthetic_images: number of images drawn by each method that draws any.
+        methods, epsilons: rows and columns, in the order of the paper.
+        classifiers: name -> settings of each classifier that tests the images.
+        synthetic_images: number of images that a method draws, if it draws any.
         how_chosen: part of the recipe -> how its hyper-parameters were chosen.
         published: published values, if the paper has this table.
         extractor_steps: number of training steps of the default feature extractor, on public images.
-        public_seed: seed of the public models, which all seeds of the table then share; None: each seed has its own.
-        blind: whether all settings were chosen without a look at how well they do on the private or the test images.
+        public_seed: seed of the public models, shared by all seeds of the table; None: a public model for each seed.
+        blind: whether all settings were chosen without knowing the results on the private or the test images.
     """
 
     name: TableName
@@ -79,10 +79,10 @@ class Recipe:
     blind: bool = True
 
     def only(self, names: Sequence[str]) -> "Recipe":
-        """Keep only the rows of these names, and add methods of the user's own, as "module:name"; all rows if there are no names.
+        """Keep only the named rows, and add the user's own methods ("module:name"). Without names, all rows are kept.
 
         Raises:
-            ValueError: the table has no such row, or a module no such method.
+            ValueError: the table has no such row, or a module has no such method.
         """
         known = {method.name: method for method in self.methods}
         own = {name: own_method(name) for name in names if ":" in name}
@@ -98,14 +98,14 @@ class Recipe:
 
 
 def own_method(place: str) -> Method:
-    """Import a method of the user's own from "module:name", a class without arguments or an object, as `Method` says.
+    """Import a method of the user's own from "module:name": a class that needs no arguments, or an object, as `Method` describes.
 
     Raises:
-        ValueError: there is no such module or name, or it is no method.
+        ValueError: there is no such module or name, or it is not a method.
     """
     module, _, name = place.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # which an installed command does not search
+        sys.path.append(str(Path.cwd()))  # an installed command does not search the current folder
     try:
         found = getattr(import_module(module), name)
         method = found() if isinstance(found, type) else found
@@ -121,5 +121,5 @@ def own_method(place: str) -> Method:
 
 
 def by_epsilon(make: Callable[[float], T]) -> ByEpsilon[T]:
-    """Make settings for each of a table's usual budgets."""
+    """Make settings for each usual budget of a table."""
     return ByEpsilon({epsilon: make(epsilon) for epsilon in EPSILONS})

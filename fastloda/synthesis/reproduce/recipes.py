@@ -50,10 +50,10 @@ RECIPES: dict[TableName, Callable[[Variant], Recipe]] = {
 
 
 def recipe(name: TableName, variant: Variant) -> Recipe:
-    """Make the recipe of a table. A quick one says so, and claims nothing of how its settings were chosen.
+    """Make the recipe of a table. A quick recipe says that it is quick, and says nothing on how its settings were chosen.
 
     Raises:
-        ValueError: the name is unknown, or the table needs files and no folder is given.
+        ValueError: the name is unknown, or the table needs files and no folder was given.
     """
     if name not in RECIPES:
         raise UserError(f"the table must be one of {', '.join(RECIPES)}, got {name!r}")

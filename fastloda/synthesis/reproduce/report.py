@@ -1,4 +1,4 @@
-"""The report of a table as JSON, Markdown and a page: measured values in the paper's order, beside published ones."""
+"""The report of a table as JSON, Markdown and a page: measured values in the paper's order, beside the published ones."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Findings:
-    """The results of a table: `results` maps each cell to its `Cell.result`; `environment` says on what they were measured."""
+    """The results of a table: `results` maps each cell to its `Cell.result`; `environment` lists the machine and the versions."""
 
     recipe: Recipe
     results: Mapping[Cell, dict]
@@ -33,7 +33,7 @@ class Findings:
     environment: Mapping[str, object]
 
     def write(self) -> None:
-        """Write results.json, results.md with its pictures, and report.html into the run's folder."""
+        """Write results.json, results.md with its pictures, and report.html to the run's folder."""
         write_json(self.run / "results.json", self.to_dict())
         for figure in self._pictures():
             write_atomically(self.run / self._file(figure), figure.png)
@@ -42,7 +42,7 @@ class Findings:
 
     @cached_property
     def accuracy_table(self) -> Table:
-        """The table of percent accuracy, methods by epsilon: mean and standard deviation over the seeds, and published values."""
+        """Percent accuracy, methods by epsilon: mean and standard deviation over the seeds, and published values."""
         budgets = [f"epsilon {epsilon:g}" for epsilon in self.recipe.epsilons]
         cells = lambda method: [self._cell(method, epsilon) for epsilon in self.recipe.epsilons]  # noqa: E731
         rows = [[method.name, method.trained_on, *cells(method)] for method in self.recipe.methods]
@@ -73,7 +73,7 @@ class Findings:
 
     @cached_property
     def cost_table(self) -> Table:
-        """The table of time and memory of a private step, and of the time of each stage."""
+        """The table of time and memory per private step, and of the time per stage."""
         columns = [
             "Method",
             "trained numbers",
@@ -140,12 +140,12 @@ class Findings:
         return len({cell.seed for cell in self.results})
 
     def of(self, method: Method, epsilon: float) -> list[dict]:
-        """List a method's results at a budget, one per seed; those of a method without a budget are the same at each."""
+        """List a method's results at a budget, one per seed; a method without a budget has the same results at each."""
         wanted = epsilon if method.has_budget else None
         return [result for cell, result in self.results.items() if (cell.method, cell.epsilon) == (method, wanted)]
 
     def accuracies(self, method: Method, epsilon: float) -> list[float]:
-        """Compute a method's accuracies in percent, one per seed: the mean over the classifiers."""
+        """Compute a method's accuracies in percent, one per seed, each the mean over the classifiers."""
         return [100 * fmean(result["accuracy"].values()) for result in self.of(method, epsilon)]
 
     def _cell(self, method: Method, epsilon: float) -> str:
@@ -185,7 +185,7 @@ class Findings:
 
     @cached_property
     def all_together(self) -> float | None:
-        """The epsilon of all private cells, if all of them were released; None if there is none."""
+        """The epsilon of all private cells together, as if all of them were released; None if there is none."""
         spent = [result["spent"] for result in self.results.values() if result["spent"]["epsilon"]]
         releases = [release for facts in spent for release in facts["releases"]]
         runs = [(r["sample_rate"], r["noise_multiplier"], r["steps"]) for r in releases]
@@ -211,12 +211,12 @@ class Findings:
         return Figure("Accuracy on real test images by epsilon", accuracy_curves(self._curves(), self._levels()))
 
     def _pictures(self) -> list[Figure]:
-        """Collect the plot of accuracies, and samples of each method at the largest epsilon."""
+        """Collect the plot of accuracies, and samples of each method at the table's largest epsilon."""
         largest = {None, max(self.recipe.epsilons)}
         return [self._chart, *(figure for cell, figure in self._samples() if cell.epsilon in largest)]
 
     def _samples(self) -> Iterator[tuple[Cell, Figure]]:
-        """Yield the first seed's cells that draw images, each with a figure of its samples."""
+        """Yield the cells of the first seed that draw images, each with a figure of its samples."""
         for cell in self.results:
             grid = cell.folder(self.run) / GRID
             if cell.seed == 0 and grid.exists():

@@ -1,6 +1,6 @@
-"""Workers that compute cells in parallel, each in a process with its share of the cores.
+"""Workers that compute cells in parallel: each is a process with its share of the cores.
 
-Small convolutions don't fill several cores: cells on one core each are done sooner than one after another on all of them.
+Small convolutions cannot keep several cores busy: cells on one core each finish sooner than cells one by one on all cores.
 """
 
 import logging
@@ -28,7 +28,7 @@ from .recipes import recipe
 
 @dataclass(frozen=True)
 class Order:
-    """The request for a table. A worker makes the table from it again: a recipe holds functions, which can't be sent."""
+    """The request for a table. Each worker makes the table from it again, since a recipe's functions cannot be sent to it."""
 
     table: TableName
     variant: Variant
@@ -41,7 +41,7 @@ class Order:
 
 
 class Experiment:
-    """A table to fill: its recipe, the data that its methods work on, and its cells.
+    """A table to compute: its recipe, its data, and its cells.
 
     Raises:
         ValueError, OSError: files are missing or damaged.
@@ -56,26 +56,26 @@ class Experiment:
         self.cells = all_cells(chosen.methods, self.recipe.epsilons, order.seeds)
 
     def result(self, cell: Cell) -> dict:
-        """Return a cell's result; compute it if it is not there."""
+        """Return the result of a cell; it is computed if it is not there."""
         return cell.result(self.order.run, self.problem, self.order.device)
 
     def to_do(self) -> list[int]:
         """List the numbers of the cells that have no result yet.
 
         Raises:
-            RunError: a folder holds the cell of other settings.
+            RunError: a folder contains a cell with other settings.
         """
         stages = [cell.stage(self.order.run, self.problem, self.order.device) for cell in self.cells]
         return [index for index, stage in enumerate(stages) if not stage.is_done()]
 
     def compute(self, index: int) -> str:
-        """Compute cell number `index`, and return a line on its result."""
+        """Compute cell number `index`, and return a line that describes its result."""
         result = self.result(self.cells[index])
         accuracies = ", ".join(f"{100 * value:.1f}%" for value in result["accuracy"].values())
         return f"{self.cells[index].name}: {accuracies}, {sum(result['seconds'].values()):.0f} s"
 
     def _extractor(self) -> Callable[[], Extractor]:
-        """Make the function that returns the extractor: a user's file is read at once, to refuse it before the work."""
+        """Return the function that gives the extractor. A file is read now, so that a bad one is refused before any cell."""
         device = self.order.device
         if self.order.features is not None:
             found = torchscript_features(self.order.features, device=device)
@@ -85,11 +85,11 @@ class Experiment:
 
 
 def compute_cells(table: Experiment, jobs: int, progress: bool) -> None:
-    """Compute all cells that are not done yet, `jobs` at a time; each leaves its result in its folder.
+    """Compute all cells that are not done, `jobs` at a time; each writes its result to its folder.
 
     Raises:
-        RunError: a folder holds the cell of other settings; before anything is computed.
-        Whatever a cell raises; those that run beside it are stopped, and continue next time where their method can.
+        RunError: a folder contains a cell with other settings; raised before anything is computed.
+        Any error of a cell; the cells running beside it are stopped, and continue in the next run if their method can.
     """
     to_do = table.to_do()
     done = len(table.cells) - len(to_do)
@@ -112,24 +112,24 @@ def compute_cells(table: Experiment, jobs: int, progress: bool) -> None:
 
 
 def default_jobs(device: torch.device) -> int:
-    """Choose the number of cells at a time: one on a GPU, which is shared badly; on a CPU one per thread of PyTorch's."""
+    """Return the number of cells to compute at a time: one on a GPU, which is hard to share; on a CPU, one per PyTorch thread."""
     return 1 if device.type == "cuda" else torch.get_num_threads()
 
 
 @contextmanager
 def _executor(table: Experiment, jobs: int) -> Iterator[Callable[[int], Future]]:
-    """Make a function that begins a cell: in this process, or in one of `jobs` processes."""
+    """Yield a function that starts a cell: in this process, or in one of `jobs` processes."""
     if jobs == 1:
         yield partial(_now, table.compute)
         return
     threads = max(1, torch.get_num_threads() // jobs)
-    spawn = multiprocessing.get_context("spawn")  # forked copies of PyTorch's threads don't work
+    spawn = multiprocessing.get_context("spawn")  # PyTorch's threads do not work in a forked process
     workers = {"mp_context": spawn, "initializer": _start_worker, "initargs": (table.order, threads)}
     with ProcessPoolExecutor(jobs, **workers) as pool:
         try:
             yield partial(pool.submit, _in_worker)
         except BaseException:
-            for process in multiprocessing.active_children():  # or else the pool would wait for the running cells
+            for process in multiprocessing.active_children():  # else the pool would wait for the running cells
                 process.terminate()
             raise
 
@@ -147,20 +147,20 @@ def _start_worker(order: Order, threads: int) -> None:
     global _workers_order
     _workers_order = order
     torch.set_num_threads(threads)
-    logging.getLogger("fastloda").setLevel(logging.ERROR)  # the display is the parent's
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    logging.getLogger("fastloda").setLevel(logging.ERROR)  # the parent shows the progress
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End this worker with its parent: a killed parent ends none, and the next run would compute the same cell beside it."""
+    """End this worker when its parent ends: a killed parent stops none, and the next run would compute the same cell twice."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 @cache
 def _workers_experiment() -> Experiment:
-    """Make the worker's table at its first cell: an error at the start would be shown as a broken pool."""
+    """Make the worker's table at its first cell: an error at the worker's start would be reported as a broken pool."""
     return Experiment(_workers_order)
 
 
