@@ -393,7 +393,7 @@ PLANS["made again"] = dict.fromkeys(PLANS["kept"], 0.0)
 def test_private_steps_are_exact(kind, chosen, counts, monkeypatch, on_kernels):
     for name, value in PLANS[chosen].items():
         monkeypatch.setattr(plan, name, value)
-    drawn.hold_for(KINDS[kind][0], counts(5, 40), check_float32)
+    drawn.hold_for(KINDS[kind][0], counts(3, 40), check_float32)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="scripts/gpu_step_check.py runs there")
