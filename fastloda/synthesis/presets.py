@@ -7,6 +7,7 @@ from fastloda.synthesis.diffusion import TIMESTEPS
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods.base import ByEpsilon
 from fastloda.synthesis.methods.diffusion_model import PrivateTuning
+from fastloda.synthesis.methods.moves import UNMOVED
 from fastloda.synthesis.methods.public_choice import PublicChoice
 from fastloda.synthesis.settings import Classifier, FineTuning
 
@@ -28,7 +29,7 @@ TUNINGS = ByEpsilon(
         ),
     }
 )
-CHOICES = ByEpsilon({STRICT: PublicChoice(4.2), RELAXED: PublicChoice(4.0, tolerance=2.0, reach=0.0)})
+CHOICES = ByEpsilon({STRICT: PublicChoice(4.2), RELAXED: PublicChoice(4.0, tolerance=2.0, reach=UNMOVED)})
 
 
 def default_delta(records: int) -> float:

@@ -71,7 +71,7 @@ from fastloda.synthesis.methods.diffusion_model import PublicModel
 from fastloda.synthesis.methods.dp_sgd import DPSGD, make_classifier, train_dpsgd
 from fastloda.synthesis.methods.gaussian_release import noise_stream
 from fastloda.synthesis.methods.layer_choice import LayerChoice, once
-from fastloda.synthesis.methods.pixel_moves import moved
+from fastloda.synthesis.methods.moves import UNMOVED, Reach, moved
 from fastloda.synthesis.methods.public_choice import PublicChoice
 from fastloda.synthesis.methods.warm_up import InTurn, Released, load_released, save_released
 from fastloda.synthesis.models import save_unet
@@ -453,7 +453,7 @@ def sample(
     guidance: float = 0.0,
     seed: int = 0,
     name: str | None = None,
-    reach: float = 0.0,
+    reach: Reach = UNMOVED,
     public: bool = False,
     model: Path | None = None,
     batch_size: int = 256,
@@ -472,15 +472,15 @@ def sample(
         guidance: weight of classifier-free guidance; above 0 it doubles the time.
         seed: seed of the images; it is independent of training, and does not have to be secret.
         name: name of another set of samples, which goes to samples-NAME/; give it another seed.
-        reach: distance, for pixels in [-1, 1], by which a pixel can be moved at little cost, to make the images agree better with
-            the release of `fastloda choose`; 0.1 helps a little on digits. It costs no budget. 0: no moves.
+        reach: how far the images are moved easily, to agree better with the release of `fastloda choose`; 0.1 for pixels helps a
+            little on digits. It costs no budget.
         public: whether to draw from the model without the adapter, into samples-public/; chosen/ has its own privacy.json.
         model: folder of the public model, as in `fastloda finetune`. Default: chosen/ in the run's folder, or else public/.
         batch_size: number of images at a time; the result does not depend on it.
         device: device to compute on.
         progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
-    check_sampling(count, steps, guidance, batch_size, reach)
+    check_sampling(count, steps, guidance, batch_size)
     place, folder = resolve_device(device), Path(run) / samples_folder(public, name)
     base = open_base(_public_folder(run, model), place)
     released = _released_with(base) if reach else None
@@ -494,7 +494,14 @@ def sample(
     names = tuple((statement or {}).get("classes") or base.class_names or trained_on.get("classes") or numbers)
     if released and names != tuple(read_statement(base.file.parent)["classes"]):
         raise UserError("--reach needs the classes of `fastloda choose`, but the adapters were trained on others")
-    settings = {"count": count, "steps": steps, "guidance": guidance, "seed": seed, "reach": reach, "public": public}
+    settings = {
+        "count": count,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "reach": asdict(reach),
+        "public": public,
+    }
     settings |= {"device": place.type}
     outputs = (SAMPLES, GRID, README, *((STATEMENT,) if statement else ()))
     stage = Stage(folder, settings, inputs, outputs)
@@ -523,14 +530,12 @@ def samples_folder(public: bool, name: str | None) -> str:
     return "-".join(["samples", *(["public"] if public else []), *([name] if name else [])])
 
 
-def check_sampling(count: int, steps: int, guidance: float, batch_size: int = 1, reach: float = 0.0) -> None:
+def check_sampling(count: int, steps: int, guidance: float, batch_size: int = 1) -> None:
     """Refuse with a ValueError what `sample` cannot do."""
     if count < 1 or batch_size < 1:
         raise UserError(f"count and batch_size must be at least 1, got {count} and {batch_size}")
     if not 1 <= steps <= TIMESTEPS or not 0 <= guidance < float("inf"):
         raise UserError(f"need 1 <= steps <= {TIMESTEPS} and guidance >= 0, got {steps} and {guidance}")
-    if not 0 <= reach < float("inf"):
-        raise UserError(f"reach must be finite and not negative, got {reach}")
 
 
 def evaluate(

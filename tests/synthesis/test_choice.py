@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from fastloda.synthesis.data import LabelledImages, font_digits
-from fastloda.synthesis.methods import PublicChoice
+from fastloda.synthesis.data.font_digits import MANY_HANDS
+from fastloda.synthesis.methods import PublicChoice, Reach
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
 from fastloda.synthesis.methods.gaussian_release import noise_stream
 from fastloda.synthesis.methods.generator import class_means
-from fastloda.synthesis.methods.pixel_moves import moved
+from fastloda.synthesis.methods.moves import moved
 from fastloda.synthesis.methods.public_choice import tilted
 
 
@@ -107,8 +108,6 @@ def test_a_class_without_public_images_is_named(pool):
         {"features": 1},
         {"tolerance": 0.0},
         {"drawn": 0},
-        {"reach": -0.1},
-        {"reach": float("inf")},
     ],
 )
 def test_impossible_choices_are_refused(bad):
@@ -116,17 +115,34 @@ def test_impossible_choices_are_refused(bad):
         PublicChoice(**bad)
 
 
+@pytest.mark.parametrize("bad", [{"pixels": -0.1}, {"points": float("inf")}, {"pixels": float("nan")}])
+def test_impossible_reaches_are_refused(bad):
+    with pytest.raises(ValueError, match="reach.*must be finite and not negative"):
+        Reach(**bad)
+
+
 def mean_distance(images: LabelledImages, phi, means: torch.Tensor) -> float:
     return float((class_means(phi(images.images), images.labels, 10) - means).norm())
 
 
 @pytest.mark.parametrize(
-    "noise, reach, least, most", [(0.3, 0.25, 0.0, 0.5), (0.3, 1e-3, 0.99, 1.01), (1e4, 0.25, 0.99, 1.01)]
+    "noise, reach, least, most",
+    [
+        (0.3, Reach(0.25), 0.0, 0.5),
+        (0.3, Reach(1e-3), 0.99, 1.01),
+        (1e4, Reach(0.25, 0.1), 0.99, 1.01),
+        (0.3, Reach(points=0.1), 0.0, 0.8),
+        (0.3, Reach(points=1e-3), 0.95, 1.01),
+        (0.3, Reach(0.25, 0.1), 0.0, 0.5),
+    ],
 )
 def test_images_move_as_far_as_the_release_is_known_and_no_further(noise, reach, least, most):
     """`least` and `most` bound the share of the distance from the private means that is left."""
-    private, public = font_digits(500, seed=7), font_digits(400, seed=0)
-    public = LabelledImages((public.images + 0.5).clamp(-1, 1), public.labels, 10)  # brighter than any private image
+    narrow = MANY_HANDS._replace(stretch=(0.4, 0.6), slant=(-0.1, 0.1))
+    private, public = font_digits(500, seed=7, hands=narrow), font_digits(400, seed=0)
+    public = LabelledImages(
+        (public.images + 0.5).clamp(-1, 1), public.labels, 10
+    )  # brighter and wider than private images
     choice = PublicChoice(noise, features=200)
     released = choice.sums(private, public, 500, 0, noise_stream(0))
     exact = class_means(released.embed(private.images), private.labels, 10)
@@ -139,7 +155,7 @@ def test_images_move_as_far_as_the_release_is_known_and_no_further(noise, reach,
 def test_a_choice_trains_on_moved_images_or_on_public_ones(pool):
     private = font_digits(500, seed=7)
     for reach in (0.25, 0.0):
-        choice = PublicChoice(0.5, features=200, drawn=300, reach=reach)
+        choice = PublicChoice(0.5, features=200, drawn=300, reach=Reach(reach))
         released = choice.sums(private, pool, 500, 0, noise_stream(0))
         images = choice.training_images(pool, released, seed=0, progress=False)
         known = {image.numpy().tobytes() for image in pool.images}
@@ -150,6 +166,6 @@ def test_a_choice_trains_on_moved_images_or_on_public_ones(pool):
 def test_images_are_moved_part_by_part(monkeypatch):
     images = font_digits(60, seed=0)
     released = of_means(torch.zeros(10, 20), noise=0.1)
-    monkeypatch.setattr("fastloda.synthesis.methods.pixel_moves._TOGETHER", 30)
-    halves = [moved(images[part], released, 0.25, progress=False).images for part in (slice(30), slice(30, 60))]
-    assert torch.equal(moved(images, released, 0.25, progress=False).images, torch.cat(halves))
+    monkeypatch.setattr("fastloda.synthesis.methods.moves._TOGETHER", 30)
+    halves = [moved(images[part], released, Reach(0.25), progress=False).images for part in (slice(30), slice(30, 60))]
+    assert torch.equal(moved(images, released, Reach(0.25), progress=False).images, torch.cat(halves))

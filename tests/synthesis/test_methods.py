@@ -34,6 +34,7 @@ from fastloda.synthesis.methods import (
     PublicChoice,
     PublicModel,
     PublicOnly,
+    Reach,
     Release,
     Sampler,
     Spent,
@@ -61,7 +62,7 @@ METHODS = {
     "chosen": ChosenLoDA(
         DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
         ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, training=MODEL.conditional)}),
-        samples_reach=0.2,
+        samples_reach=Reach(0.2),
     ),
     "in turn": ChosenLoDA(
         DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
@@ -215,7 +216,7 @@ def test_evolution_makes_more_of_what_private_images_vote_for(tmp_path, monkeypa
 
 def test_the_choice_moves_the_samples_too(public, private, tmp_path):
     method, budget = METHODS["chosen"], Budget(2.0, 1e-5, len(private))
-    resting = replace(method, samples_reach=0.0)
+    resting = replace(method, samples_reach=Reach())
     fits = [each.fit(private, public, budget, work_in(tmp_path / str(i))) for i, each in enumerate((method, resting))]
     moved, rest = (fitted.images(100, seed=0) for fitted in fits)
     distance = (moved.images - rest.images).square().mean().sqrt()

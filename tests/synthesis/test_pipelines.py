@@ -29,6 +29,7 @@ from fastloda.synthesis.bases import class_prompts, open_base  # noqa: E402
 from fastloda.synthesis.budget import Privacy  # noqa: E402
 from fastloda.synthesis.cli import main  # noqa: E402
 from fastloda.synthesis.data import LabelledImages, load_npz  # noqa: E402
+from fastloda.synthesis.methods import Reach  # noqa: E402
 from fastloda.synthesis.pipelines import open_pipeline  # noqa: E402
 from fastloda.synthesis.runs import RunError, digest  # noqa: E402
 from fastloda.synthesis.settings import Adapter, FineTuning  # noqa: E402
@@ -141,7 +142,7 @@ def test_what_no_pipeline_of_the_run_was_trained_for_is_refused(folders, tmp_pat
     with pytest.raises(ValueError, match="draws by prompts"):
         sample(tmp_path, public=True, model=folders["text"], **QUIET)
     with pytest.raises(ValueError, match="no model of `fastloda choose`"):
-        sample(tmp_path, public=True, reach=0.1, model=folders["pixels"], **QUIET)
+        sample(tmp_path, public=True, reach=Reach(0.1), model=folders["pixels"], **QUIET)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fastloda.synthesis.budget import CYCLIC, Privacy
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import digits_split
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
-from fastloda.synthesis.methods import PublicChoice
+from fastloda.synthesis.methods import PublicChoice, Reach
 from fastloda.synthesis.report.release import percent, report
 from fastloda.synthesis.report.tables import rounded_up
 from fastloda.synthesis.runs import RunError
@@ -42,7 +42,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         made = {name: folder / name for name in ("run", "seeded")}
         stages.pretrain(made["run"], data="font-digits", count=64, unet=UNET, training=public, **QUIET)
         shutil.copytree(made["run"], made["seeded"])
-        choice = PublicChoice(20.0, features=20, drawn=16, reach=0.0, training=public)
+        choice = PublicChoice(20.0, features=20, drawn=16, reach=Reach(), training=public)
         stages.choose(
             made["seeded"],
             delta=1e-5,

@@ -28,7 +28,7 @@ from fastloda.synthesis.diffusion import EDM, digits_unet
 from fastloda.synthesis.diffusion import pretrain as pretraining
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
-from fastloda.synthesis.methods import CentralImages, ClassQueries, PublicChoice, diffusion_model
+from fastloda.synthesis.methods import CentralImages, ClassQueries, PublicChoice, Reach, diffusion_model
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
 from fastloda.synthesis.methods.dp_sgd import DPSGD, augmented_losses, train_dpsgd
 from fastloda.synthesis.methods.generator import class_means
@@ -592,7 +592,7 @@ def test_strange_warm_ups_are_refused(public_run, by, message):
 def test_samples_are_not_moved_toward_what_says_no_features(public_run):
     choose(public_run, **(CHOOSING | IN_TURN | {"by": ["means"], "public": "font-digits"}))
     with pytest.raises(ValueError, match="no model of `fastloda choose` by choice"):
-        sample(public_run, count=10, steps=2, public=True, reach=0.1, **QUIET)
+        sample(public_run, count=10, steps=2, public=True, reach=Reach(0.1), **QUIET)
 
 
 def die_at(patch, target: str) -> None:
@@ -741,7 +741,7 @@ def test_samples_are_moved_toward_the_release(public_run):
     options = {"count": 200, "steps": 2, "public": True} | QUIET
     drawn = []
     for reach in (0.0, 0.3):
-        drawn.append(load_npz(Path(sample(public_run, reach=reach, **options)["samples"])))
+        drawn.append(load_npz(Path(sample(public_run, reach=Reach(reach), **options)["samples"])))
         (public_run / "samples-public").rename(public_run / f"reach-{reach}")
     released = load_released(public_run / "chosen" / "sums.safetensors", [CHOICE])["choice"]
     means = [class_means(released.embed(images.images), images.labels, 10) for images in drawn]
@@ -755,19 +755,17 @@ def test_samples_without_a_release_are_not_moved(run, public_run):
     """Nor are they moved toward a release that no model's budget covers."""
     before = snapshot(run)
     with pytest.raises(ValueError, match="no model of `fastloda choose`"):
-        sample(run, count=25, steps=2, reach=0.1, **QUIET)
+        sample(run, count=25, steps=2, reach=Reach(0.1), **QUIET)
     choose(public_run, seed=3, **CHOOSING)
     strange = public_run / "strange"
     strange.mkdir()
     for folder, name in (("public", "model.safetensors"), ("chosen", "sums.safetensors")):
         (strange / name).symlink_to(public_run / folder / name)
     with pytest.raises(ValueError, match="no model of `fastloda choose`"):
-        sample(public_run, count=10, steps=2, public=True, reach=0.1, model=strange, **QUIET)
-    with pytest.raises(ValueError, match="reach must be finite and not negative"):
-        sample(public_run, count=10, steps=2, public=True, reach=-0.1, **QUIET)
+        sample(public_run, count=10, steps=2, public=True, reach=Reach(0.1), model=strange, **QUIET)
     (public_run / "chosen" / "sums.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no release of `fastloda choose`, or is damaged"):
-        sample(public_run, count=10, steps=2, public=True, reach=0.1, **QUIET)
+        sample(public_run, count=10, steps=2, public=True, reach=Reach(0.1), **QUIET)
     assert snapshot(run) == before and not (public_run / "samples-public").exists()
 
 

@@ -30,6 +30,7 @@ from .dp_mepf import DPMEPF
 from .dp_merf import DPMERF
 from .dp_sgd import Direct, DirectDPSGD
 from .layer_choice import LayerChoice
+from .moves import Reach
 from .no_dp import NoDP
 from .private_evolution import Evolution, PrivateEvolution
 from .public_choice import PublicChoice
@@ -61,6 +62,7 @@ __all__ = [
     "PublicChoice",
     "PublicModel",
     "PublicOnly",
+    "Reach",
     "Release",
     "Sampler",
     "Spent",

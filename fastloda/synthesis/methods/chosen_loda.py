@@ -13,7 +13,7 @@ from fastloda.synthesis.data import LabelledImages
 from .base import Budget, ByEpsilon, Sampler, Work
 from .dp_loda import DPLoDA
 from .gaussian_release import noise_stream
-from .pixel_moves import moved
+from .moves import UNMOVED, Reach, moved
 from .public_choice import PublicChoice
 from .warm_up import WarmUp
 
@@ -23,14 +23,13 @@ class ChosenLoDA:
     """The method DP-LoDA after a warm-up, for which the budget pays too: a choice of public images, say, or several in turn.
 
     `pool` returns the public images of the warm-up; None: those that the public model was trained on.
-    `samples_reach` is the `reach` by which the private model's images are moved to agree with the release of a `PublicChoice`;
-    0: not at all.
+    `samples_reach` says how far the private model's images are moved easily, to agree with the release of a `PublicChoice`.
     """
 
     loda: DPLoDA
     choice: ByEpsilon[WarmUp]
     pool: Callable[[], LabelledImages] | None = field(default=None, repr=False)
-    samples_reach: float = 0.0
+    samples_reach: Reach = UNMOVED
     name: str = "DP-LoDA on chosen data"
     trained_on: str = "its samples"
     has_budget: bool = True

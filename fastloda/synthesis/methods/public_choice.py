@@ -28,7 +28,7 @@ from fastloda.synthesis.diffusion.pretrain import PublicTraining
 
 from .class_embeddings import WHAT, ClassEmbeddings, random_frequencies, release_class_embeddings
 from .gaussian_release import ClassSums
-from .pixel_moves import moved
+from .moves import Reach, moved
 from .warm_up import OneRelease
 
 FURTHER = PublicTraining(steps=600, learning_rate=1e-3, ema_decay=0.99)
@@ -45,7 +45,7 @@ class PublicChoice(OneRelease):
         scale: length scale of the kernel in median distances between public images.
         tolerance: tau, in standard deviations of the released means' noise. A larger value makes the weights more even.
         drawn: number of images drawn by their weights, with replacement, for further training of the public model.
-        reach: distance, for pixels in [-1, 1], by which a pixel of these images is moved easily; 0 leaves them unchanged.
+        reach: how far these images are moved easily, toward where their means agree with the released ones.
     """
 
     noise_multiplier: float = 5.0
@@ -54,7 +54,7 @@ class PublicChoice(OneRelease):
     scale: float = 0.5
     tolerance: float = 4.0
     drawn: int = 20_000
-    reach: float = 0.3
+    reach: Reach = Reach(0.3)
 
     kind: ClassVar[str] = "choice"
     what: ClassVar[str] = WHAT
@@ -64,8 +64,6 @@ class PublicChoice(OneRelease):
         super().__post_init__()
         if self.features < 2 or self.drawn < 1 or not self.scale > 0 or not self.tolerance > 0:
             raise UserError(f"choice needs features >= 2, drawn >= 1, scale > 0 and tolerance > 0; got {self}")
-        if not 0 <= self.reach < float("inf"):
-            raise UserError(f"choice.reach must be finite and not negative, got {self.reach}")
 
     def pool(self, public: LabelledImages, names: Sequence[str]) -> LabelledImages:
         pool = super().pool(public, names)
@@ -101,7 +99,8 @@ class PublicChoice(OneRelease):
         self, pool: LabelledImages, released: ClassEmbeddings, seed: int, progress: bool = True
     ) -> LabelledImages:
         """Choose `drawn` public images, and move them."""
-        return moved(self.draw(pool, self.weights(pool, released), seed), released, self.reach, progress)
+        drawn = self.draw(pool, self.weights(pool, released), seed)
+        return moved(drawn, released, self.reach, progress)
 
 
 def tilted(features: Tensor, target: Tensor, tau: float) -> Tensor:

@@ -23,6 +23,7 @@ from fastloda.synthesis.methods import (
     PublicChoice,
     PublicModel,
     PublicOnly,
+    Reach,
 )
 from fastloda.synthesis.methods.autoencoder import LATENT_CHANNELS
 from fastloda.synthesis.methods.dp_diffusion import TIME_WEIGHTS
@@ -65,7 +66,9 @@ def digits(variant: Variant) -> Recipe:
         methods=[
             PublicOnly(model, tunings.at(10.0)),
             loda,
-            ChosenLoDA(loda, choices, cache(partial(font_digits, demo.choice_images, seed=0)), samples_reach=0.1),
+            ChosenLoDA(
+                loda, choices, cache(partial(font_digits, demo.choice_images, seed=0)), samples_reach=Reach(0.1)
+            ),
             DPDiffusion(model, by_epsilon(lambda epsilon: _full(tunings.at(epsilon)))),
             DPLDM(
                 AutoencoderTraining(steps=10 if quick else 1000),
@@ -105,7 +108,7 @@ def digits(variant: Variant) -> Recipe:
 def _moving(demo: DemoSettings, epsilon: float) -> PublicChoice:
     """Return this table's choice of images: it takes more of a large budget than the demo's, and moves images at each budget."""
     return replace(
-        demo.recipe(epsilon, seed=0).choice, noise_multiplier=MOVING_NOISE.at(epsilon), tolerance=4.0, reach=0.3
+        demo.recipe(epsilon, seed=0).choice, noise_multiplier=MOVING_NOISE.at(epsilon), tolerance=4.0, reach=Reach(0.3)
     )
 
 
