@@ -253,7 +253,7 @@ def test_the_command_writes_the_page_and_its_help_says_what_for(run, capsys):
     with pytest.raises(SystemExit):
         main(["report", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "to be signed before anything of it is published" in text and "--evaluation" in text
+    assert "to be signed before anything of the run is published" in text and "--evaluation" in text
 
 
 @pytest.mark.parametrize(
