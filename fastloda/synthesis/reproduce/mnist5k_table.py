@@ -32,6 +32,7 @@ from fastloda.synthesis.methods import (
     PublicChoice,
     PublicModel,
     PublicOnly,
+    Reach,
 )
 from fastloda.synthesis.methods.autoencoder import LATENT_CHANNELS
 from fastloda.synthesis.methods.dp_sgd import DPSGD
@@ -48,6 +49,7 @@ LATENT_UNET = UNetConfig(
 )
 IMAGES, PUBLIC_IMAGES = 4000, 40_000
 WARM_UP_NOISE = {1.0: 4.2, 5.0: 1.3, 10.0: 1.0}
+BENT = Reach(points=0.15)  # how far images, public and synthetic, are moved easily
 SHARE, BANDS = 0.5, 4  # of the layers, where they are chosen; of steps, where noise is correlated
 AS_FOR_DIGITS = "as for the small digits, and beforehand where they say nothing; no trial was made at this size"
 
@@ -81,10 +83,12 @@ def mnist5k(variant: Variant) -> Recipe:
             replace(loda, name="DP-LoDA of chosen layers", layers=each(lambda s: LayerChoice(SHARE))),
             replace(loda, name="DP-LoDA of layers at random", layers=each(lambda s: LayerChoice(SHARE, math.inf))),
             replace(loda, name="DP-LoDA of attention", adapter=Adapter(targets="attention")),
-            ChosenLoDA(loda, each(lambda s: s.choice(1)), samples_reach=0.1),
+            ChosenLoDA(loda, each(lambda s: s.choice(1)), samples_reach=BENT),
             ChosenLoDA(loda, each(lambda s: s.means(1)), name="DP-LoDA on central images"),
             ChosenLoDA(loda, each(lambda s: s.queries(1)), styles, name="DP-LoDA on queried classes"),
-            ChosenLoDA(loda, each(lambda s: s.in_turn), styles, samples_reach=0.1, name="DP-LoDA after three warm-ups"),
+            ChosenLoDA(
+                loda, each(lambda s: s.in_turn), styles, samples_reach=BENT, name="DP-LoDA after three warm-ups"
+            ),
             PrivateEvolution(model, each(lambda s: s.evolution)),
             DPDiffusion(model, all_weights),
             DPLDM(AutoencoderTraining(halvings=2, steps=10 if quick else 1000), latent_model, all_weights),
@@ -137,7 +141,8 @@ class _Settings:
         return replace(self.tuning, training=replace(training, learning_rate=training.learning_rate / 10))
 
     def choice(self, together: int) -> PublicChoice:
-        return PublicChoice(self._noise(together), drawn=50 if self.quick else 8000, training=self._further)
+        drawn = 50 if self.quick else 8000
+        return PublicChoice(self._noise(together), drawn=drawn, reach=BENT, training=self._further)
 
     def means(self, together: int) -> CentralImages:
         return CentralImages(self._noise(together), drawn=50 if self.quick else 2000, training=self._further)
