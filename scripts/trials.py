@@ -25,8 +25,10 @@ import torch
 from stand_ins import STAND_INS
 
 from fastloda.synthesis.classify import accuracy, train_classifier
-from fastloda.synthesis.methods import Budget, Method, Work
+from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.methods import Budget, Method, PublicChoice, Work
 from fastloda.synthesis.methods.base import ByEpsilon
+from fastloda.synthesis.methods.gaussian_release import noise_stream
 from fastloda.synthesis.report.tables import Table
 from fastloda.synthesis.reproduce.recipe import Recipe, Variant
 from fastloda.synthesis.reproduce.recipes import RECIPES, recipe
@@ -47,6 +49,8 @@ class Search:
         run: folder of the results.
         records: number of records to train on, the nominal number of private ones.
         quick: whether to use the table's quick form, which only shows that everything runs.
+        chosen_only: whether a classifier is trained on the public images that a method chooses, in place of its samples: a trial
+            of minutes, for no model is trained.
     """
 
     table: str
@@ -57,6 +61,7 @@ class Search:
     run: Path
     records: int
     quick: bool = False
+    chosen_only: bool = False
 
     def recipe(self) -> Recipe:
         return recipe(self.table, Variant(quick=self.quick)).only([self.method])
@@ -65,7 +70,8 @@ class Search:
         """Return the accuracy on a stand-in's test images, 0 to 1; a trial that was finished is not repeated."""
         made = self.recipe()
         method = changed(made.methods[0], setting, self.epsilon)
-        key = hashlib.sha256(repr((method, self.epsilon, stand_in, seed)).encode()).hexdigest()[:16]
+        facts = (method, self.epsilon, stand_in, seed, *(["chosen only"] if self.chosen_only else []))
+        key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         path = self.run / f"{key}.json"
         if not path.exists():
             began = time.monotonic()
@@ -77,10 +83,13 @@ class Search:
     def _accuracy(self, made: Recipe, method: Method, stand_in: str, seed: int, folder: Path) -> float:
         public = made.public()
         private, test = STAND_INS[stand_in](public.images.shape[-1], self.records, seed)
-        options = {"progress": False, "public_seed": 0}  # one public model for all
-        work = Work(folder, self.run / "public", seed, torch.device("cpu"), **options)
-        sampler = method.fit(private, public, Budget(self.epsilon, made.delta, len(private)), work)
-        synthetic = sampler.images(min(SYNTHETIC_IMAGES, made.synthetic_images), seed)
+        if self.chosen_only:
+            synthetic = chosen_images(method.choice.at(self.epsilon), private, public, seed)
+        else:
+            options = {"progress": False, "public_seed": 0}  # one public model for all
+            work = Work(folder, self.run / "public", seed, torch.device("cpu"), **options)
+            sampler = method.fit(private, public, Budget(self.epsilon, made.delta, len(private)), work)
+            synthetic = sampler.images(min(SYNTHETIC_IMAGES, made.synthetic_images), seed)
         (judge,) = made.classifiers.values()
         return accuracy(train_classifier(synthetic, **asdict(replace(judge, seed=seed)), progress=False), test)
 
@@ -101,6 +110,13 @@ class Search:
                     {0, *ranked[: math.ceil(len(ranked) / 2)]}
                 )  # the first is what the others are compared with
         return found
+
+
+def chosen_images(choice: PublicChoice, private: LabelledImages, public: LabelledImages, seed: int) -> LabelledImages:
+    """Choose public images by a noisy release about `private`, and move them."""
+    pool = choice.pool(public, private.class_names)
+    released = choice.release(private, pool, len(private), seed, noise_stream(seed))
+    return choice.training_images(pool, released[choice.kind], seed, progress=False)
 
 
 def changed(method: Any, setting: Setting, epsilon: float) -> Any:
@@ -157,6 +173,9 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=4000)
     parser.add_argument("--jobs", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="take the table's quick form, to see that everything runs")
+    parser.add_argument(
+        "--chosen-only", action="store_true", help="judge the public images that the method chooses, not its samples"
+    )
     given = parser.parse_intermixed_args()
     settings = [given.base, *({**given.base, **setting} for setting in given.settings)]
     search = Search(
@@ -168,6 +187,7 @@ def main() -> None:
         given.run,
         given.records,
         given.quick,
+        given.chosen_only,
     )
     for setting in settings:  # refused before the work begins
         changed(search.recipe().methods[0], setting, given.epsilon)

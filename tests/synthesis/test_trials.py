@@ -90,6 +90,13 @@ def test_the_worse_half_stops_and_the_first_goes_on(search, monkeypatch):
     assert search.results(settings, jobs=1) == found  # a finished trial is not repeated
 
 
+def test_the_chosen_public_images_alone_can_be_judged(tmp_path):
+    options = {"rounds": 1, "run": tmp_path, "records": 50, "quick": True}
+    search = trials.Search("mnist5k", "DP-LoDA on chosen data", 1.0, ("handwritten",), **options, chosen_only=True)
+    assert 0 <= search.trial({"choice.drawn": 60}, "handwritten", 0) <= 1
+    assert len(list(tmp_path.glob("*.json"))) == 1 and not (tmp_path / "public").exists()  # no model was trained
+
+
 def test_settings_are_changed_by_path():
     made = recipe("mnist5k", Variant(quick=True)).only(["DP-LoDA"]).methods[0]
     changed = trials.changed(made, {"tunings.training.timesteps": [100, 800], "public.conditional.steps": 7}, 1.0)
