@@ -68,7 +68,7 @@ class StepStats:
         if self.wasted:
             warnings.warn(
                 f"{self.nonfinite} of {self.samples} samples had a gradient that is not finite and contributed zero: this step "
-                "released noise alone, and was paid for. Look for an overflow in the model or the loss (float16?), and for "
+                "released little but noise, and was paid for. Look for an overflow in the model or the loss (float16?), and for "
                 "parameters that are not finite",
                 stacklevel=stacklevel + 1,
             )
