@@ -83,7 +83,7 @@ def mnist5k(variant: Variant) -> Recipe:
         methods=[
             PublicOnly(model, loda.tunings.at(10.0)),
             loda,
-            replace(loda, name="DP-LoDA, correlated noise", tunings=each(lambda s: replace(s.tuning, bands=BANDS))),
+            replace(loda, name="DP-LoDA with correlated noise", tunings=each(lambda s: replace(s.tuning, bands=BANDS))),
             replace(loda, name="DP-LoDA of chosen layers", layers=each(lambda s: LayerChoice(SHARE))),
             replace(loda, name="DP-LoDA of layers at random", layers=each(lambda s: LayerChoice(SHARE, math.inf))),
             replace(loda, name="DP-LoDA of attention", adapter=Adapter(targets="attention")),
