@@ -218,7 +218,8 @@ def test_the_unet_can_be_chosen(tmp_path, capsys):
     methods = recipe("digits", Variant(quick=True, unet=UNetShape(width=24))).methods
     unet = methods[1].public.unet
     assert (unet.width, unet.image_size, unet.in_channels, unet.multipliers) == (24, 8, 1, (1, 2))
-    assert methods[4].public.unet.image_size == 4 and methods[4].public.unet.width == 24  # for DP-LDM's latents
+    of_latents = next(method for method in methods if method.name == "DP-LDM").public.unet
+    assert of_latents.image_size == 4 and of_latents.width == 24
     assert reproduce(tmp_path, "--quick", "--unet.multipliers", "[1,2,2,2,2]") == 2
     assert "divisible by 16" in capsys.readouterr().err
 
