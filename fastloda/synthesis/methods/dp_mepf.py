@@ -25,13 +25,14 @@ class DPMEPF:
 
     `shares` divide the budget among the sums of features, the sums of their squares, and the counts.
     `encoder_steps` trains the encoder, a small classifier of public images; the outputs of all its layers are the features.
-    `steps` and `learning_rate` are the generator's.
+    `steps`, `learning_rate` and `width` are the generator's.
     """
 
     shares: tuple[float, float, float] = (0.6, 0.3, 0.1)
     encoder_steps: int = 800
     steps: int = 2000
     learning_rate: float = 2e-3
+    width: int = 64
     name: str = "DP-MEPF"
     trained_on: str = "its samples"
     has_budget: bool = True
@@ -53,7 +54,7 @@ class DPMEPF:
             found = [class_means(moment, labels, classes) for moment in encoder(images)]
             return sum((a - b).square().sum() for a, b in zip(found, targets, strict=True))
 
-        options = {"steps": self.steps, "learning_rate": self.learning_rate}
+        options = {"steps": self.steps, "learning_rate": self.learning_rate, "width": self.width}
         return fit_generator(
             loss_of, tuple(private.images.shape[1:]), classes, Spent(budget.delta, tuple(releases)), work, **options
         )

@@ -20,13 +20,14 @@ class DPMERF:
     """The method DP-MERF.
 
     `features` is the number of random Fourier features, half of them cosines, half sines. `scale` is the kernel's length
-    scale in median distances between public images. `steps` and `learning_rate` are the generator's.
+    scale in median distances between public images. `steps`, `learning_rate` and `width` are the generator's.
     """
 
     features: int = 2000
     scale: float = 0.5
     steps: int = 2000
     learning_rate: float = 2e-3
+    width: int = 64
     name: str = "DP-MERF"
     trained_on: str = "its samples"
     has_budget: bool = True
@@ -44,6 +45,6 @@ class DPMERF:
             means = class_means(released.embed(images), labels, private.num_classes)
             return (means - target).square().sum()
 
-        options = {"steps": self.steps, "learning_rate": self.learning_rate}
+        options = {"steps": self.steps, "learning_rate": self.learning_rate, "width": self.width}
         shape = tuple(private.images.shape[1:])
         return fit_generator(loss_of, shape, private.num_classes, Spent(budget.delta, (release,)), work, **options)

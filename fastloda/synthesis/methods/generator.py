@@ -17,7 +17,7 @@ _NOISE, _BATCH = 16, 200
 class SmallGenerator(nn.Module):
     """A generator from noise [n, 16] and labels [n] to images [n, C, S, S] in [-1, 1]; BatchNorm is safe: it sees no records."""
 
-    def __init__(self, channels: int, size: int, num_classes: int, width: int = 64):
+    def __init__(self, channels: int, size: int, num_classes: int, width: int):
         super().__init__()
         if size % 4:
             raise UserError(f"the generator makes images whose side is a multiple of 4, not {size}")
@@ -57,6 +57,7 @@ def fit_generator(
     *,
     steps: int,
     learning_rate: float,
+    width: int,
 ) -> Sampler:
     """Train a `SmallGenerator` to reduce loss_of(images, labels) on class-balanced batches of 200, by Adam with a cosine.
 
@@ -65,7 +66,7 @@ def fit_generator(
     generator = torch.Generator().manual_seed(work.seed)
     with seeded(work.seed):
         network = (
-            SmallGenerator(image_shape[0], image_shape[1], num_classes)
+            SmallGenerator(image_shape[0], image_shape[1], num_classes, width)
             .to(work.device, memory_format=torch.channels_last)
             .train()
         )
