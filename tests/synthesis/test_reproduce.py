@@ -253,6 +253,7 @@ def test_built_in_tables_have_the_papers_rows():
     assert [m.name for m in made.methods] == [
         "Public only",
         "DP-LoDA",
+        "DP-LoDA with correlated noise",
         "DP-LoDA on chosen data",
         "DP-Diffusion",
         "DP-LDM",
