@@ -111,13 +111,13 @@ class DemoSettings:
         return {name: how + "; here another, for the time it takes" * (name in own) for name, how in HOW_CHOSEN.items()}
 
 
-# The short demo is a quarter of the thorough one, so that it takes minutes, even on cores that also do other work.
-THOROUGH, SHORT, EPSILONS = DemoSettings(), DemoSettings(20_000, 500, 25_000, 150, 100, 2000, 20, 200), Floats([10.0])
+# The short demo is about a fifth of the thorough one, so that it takes minutes, even on cores that also do other work.
+THOROUGH, SHORT, EPSILONS = DemoSettings(), DemoSettings(20_000, 400, 25_000, 150, 100, 2000, 20, 200), Floats([10.0])
 FORMS = {
-    SHORT: "This is the short demo. `fastloda demo --thorough`, the form of the project's published table, takes about four "
-    "times as long, for four times the steps and images, and clearer digits.",
+    SHORT: "This is the short demo. `fastloda demo --thorough`, the form of the project's published table, takes about five "
+    "times as long, for four to six times the steps and images, and clearer digits.",
     THOROUGH: "This is the thorough demo, the form of the project's published table. `fastloda demo` alone takes about a "
-    "quarter of the time, for a quarter of the steps and images.",
+    "fifth of the time, for a fifth of the steps and images.",
 }
 OTHER_FORM = "This is neither the short demo nor the thorough one: it has settings of its own."
 # "The stand-in" is public data: font digits bent and slanted like another person's, or 5,000 of MNIST's digits (the trials are
@@ -172,7 +172,7 @@ def demo(
         run: folder for all results. Default: runs/demo, or runs/demo-thorough.
         epsilon: privacy budgets, separated by commas.
         seeds: number of repetitions of all stages; the table has their mean and standard deviation.
-        thorough: whether to take about four times as long, with the settings of the project's published table.
+        thorough: whether to take about five times as long, with the settings of the project's published table.
         settings: how much is computed. Default: that of the short demo, a few minutes on two cores.
         device: device to compute on.
         progress: whether to show progress: bars on a terminal, elsewhere a line now and then.
