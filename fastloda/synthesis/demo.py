@@ -112,7 +112,7 @@ class DemoSettings:
 
 
 # The short demo is about a fifth of the thorough one, so that it takes minutes, even on cores that also do other work.
-THOROUGH, SHORT, EPSILONS = DemoSettings(), DemoSettings(20_000, 400, 25_000, 150, 100, 2000, 20, 200), Floats([10.0])
+THOROUGH, SHORT, EPSILONS = DemoSettings(), DemoSettings(20_000, 500, 25_000, 150, 100, 2000, 20, 200), Floats([10.0])
 FORMS = {
     SHORT: "This is the short demo. `fastloda demo --thorough`, the form of the project's published table, takes about five "
     "times as long, for four to six times the steps and images, and clearer digits.",
