@@ -84,7 +84,8 @@ class Search:
         public = made.public()
         private, test = STAND_INS[stand_in](public.images.shape[-1], self.records, seed)
         if self.chosen_only:
-            synthetic = chosen_images(method.choice.at(self.epsilon), private, public, seed)
+            pool = method.pool() if method.pool else public
+            synthetic = chosen_images(method.choice.at(self.epsilon), private, pool, seed)
         else:
             options = {"progress": False, "public_seed": 0}  # one public model for all
             work = Work(folder, self.run / "public", seed, torch.device("cpu"), **options)
