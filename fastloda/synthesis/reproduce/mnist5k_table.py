@@ -52,7 +52,7 @@ WARM_UP_NOISE = {1.0: 4.2, 5.0: 1.3, 10.0: 1.0}
 BENT = Reach(points=0.1)  # how far synthetic images are moved easily
 SHARE, BANDS = 0.5, 4  # of the layers, where they are chosen; of steps, where noise is correlated
 AS_FOR_DIGITS = (
-    "as for the small digits; those settings were chosen by trials in which these digits of MNIST, reduced to 8 x 8 pixels, stood "
+    "as for the small digits; those settings were chosen by trials in which these digits of MNIST, reduced to 8 x 8, stood "
     "in for private ones (docs/results/demo-tuning.md), so that they are not blind to them. No trial was made at this size"
 )
 CHOSEN = (
