@@ -59,6 +59,7 @@ LDM = DPLDM(AutoencoderTraining(width=8, steps=2, batch_size=8), replace(MODEL, 
 METHODS = {
     "public only": PublicOnly(MODEL, TUNING),
     "loda": DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
+    "correlated": DPLoDA(MODEL, ByEpsilon({1.0: replace(TUNING, steps=5, bands=2)})),
     "chosen": ChosenLoDA(
         DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
         ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, training=MODEL.conditional)}),
@@ -212,6 +213,13 @@ def test_evolution_makes_more_of_what_private_images_vote_for(tmp_path, monkeypa
         sampler = method.fit(data, digits, Budget(50.0, 1e-5, 2000), work_in(tmp_path))
         shares.append(float((sampler.images(500, seed=0).images.mean((1, 2, 3)) < 0).float().mean()))
     assert shares[0] > 0.9 and shares[1] < 0.1
+
+
+def test_correlated_noise_is_accounted_by_rounds(public, private, tmp_path):
+    """A record may enter one of two steps, twice as often; five steps are three rounds."""
+    spent = METHODS["correlated"].fit(private, public, Budget(2.0, 1e-5, len(private)), work_in(tmp_path)).spent
+    ((_, rate, noise, rounds),) = spent.releases
+    assert (rate, rounds) == (2 * 10 / len(private), 3) and 1.9 < spent.epsilon <= 2
 
 
 def test_the_choice_moves_the_samples_too(public, private, tmp_path):
