@@ -64,6 +64,7 @@ class Sizes:
         return Case(self.model, batch or self.samples, layout=layout, dtype="bfloat16")
 
 
+ABOUT_KERNELS = {"right", "one", "kernels", "once", "ieee", "tf32x3"}  # items
 SIZES = Sizes(4, 2, "digits_unet", 16) if REHEARSAL else Sizes()
 
 
@@ -128,11 +129,7 @@ def rehearse(item: str) -> None:
     """Use a tape in place of CUDA graphs, and the interpreter for items about kernels (which a tape does not see)."""
     patch = pytest.MonkeyPatch()
     tape.use(patch)
-    for module in (
-        (arithmetic, gradient, products, operations)
-        if item in ("right", "one", "kernels", "once", "ieee", "tf32x3")
-        else ()
-    ):
+    for module in (arithmetic, gradient, products, operations) if item in ABOUT_KERNELS else ():
         patch.setattr(module, "on_triton", lambda t: t.dtype in KERNEL_DTYPES and t.numel() > 0)
 
 

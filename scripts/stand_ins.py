@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloda.synthesis.data import Hands, LabelledImages, digits_split, font_digits
+from fastloda.synthesis.data.elastic import read_at, smooth_shifts
 
 Split = tuple[LabelledImages, LabelledImages]
 TEST_COUNT = 2000
@@ -67,7 +68,7 @@ def _copies(digits: LabelledImages, count: int, seed: int) -> LabelledImages:
 def _bends(count: int, points: int, side: int, amount: float, generator: torch.Generator) -> Tensor:
     """Draw smooth random shifts [count, side, side, 2] (elastic distortions: Simard et al. 2003)."""
     coarse = amount * torch.randn(count, 2, points, points, generator=generator)
-    return F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=True).movedim(1, -1)
+    return smooth_shifts(coarse, side, side)
 
 
 def _slanted(slant: Tensor, side: int) -> Tensor:
@@ -78,4 +79,4 @@ def _slanted(slant: Tensor, side: int) -> Tensor:
 
 def _read(images: Tensor, grid: Tensor) -> Tensor:
     """Read images in [-1, 1] at the points of the grid; outside there is no ink."""
-    return (2 * F.grid_sample((images + 1) / 2, grid, align_corners=False) - 1).clamp(-1, 1)
+    return read_at(images, grid).clamp(-1, 1)

@@ -24,11 +24,13 @@ from typing import Any
 import torch
 from stand_ins import STAND_INS
 
+from fastloda.errors import UserError
 from fastloda.synthesis.classify import accuracy, train_classifier
 from fastloda.synthesis.data import LabelledImages
-from fastloda.synthesis.methods import Budget, Method, PublicChoice, Work
+from fastloda.synthesis.methods import Budget, ChosenLoDA, Method, WarmUp, Work
 from fastloda.synthesis.methods.base import ByEpsilon
 from fastloda.synthesis.methods.gaussian_release import noise_stream
+from fastloda.synthesis.methods.warm_up import OneRelease
 from fastloda.synthesis.report.tables import Table
 from fastloda.synthesis.reproduce.recipe import Recipe, Variant
 from fastloda.synthesis.reproduce.recipes import RECIPES, recipe
@@ -63,6 +65,10 @@ class Search:
     quick: bool = False
     chosen_only: bool = False
 
+    def __post_init__(self):
+        if self.chosen_only and not isinstance(self._choice(self.recipe().methods[0]), OneRelease):
+            raise UserError(f"--chosen-only needs a method with one warm-up, which {self.method} does not have")
+
     def recipe(self) -> Recipe:
         return recipe(self.table, Variant(quick=self.quick)).only([self.method])
 
@@ -85,7 +91,7 @@ class Search:
         private, test = STAND_INS[stand_in](public.images.shape[-1], self.records, seed)
         if self.chosen_only:
             pool = method.pool() if method.pool else public
-            synthetic = chosen_images(method.choice.at(self.epsilon), private, pool, seed)
+            synthetic = chosen_images(self._choice(method), private, pool, seed)
         else:
             options = {"progress": False, "public_seed": 0}  # one public model for all
             work = Work(folder, self.run / "public", seed, torch.device("cpu"), **options)
@@ -93,6 +99,9 @@ class Search:
             synthetic = sampler.images(min(SYNTHETIC_IMAGES, made.synthetic_images), seed)
         (judge,) = made.classifiers.values()
         return accuracy(train_classifier(synthetic, **asdict(replace(judge, seed=seed)), progress=False), test)
+
+    def _choice(self, method: Method) -> WarmUp | None:
+        return method.choice.at(self.epsilon) if isinstance(method, ChosenLoDA) else None
 
     def results(self, settings: Sequence[Setting], jobs: int) -> list[list[list[float]]]:
         """Run the rounds, and return each setting's accuracies, [round][stand-in]; a stopped one has fewer rounds."""
@@ -113,7 +122,7 @@ class Search:
         return found
 
 
-def chosen_images(choice: PublicChoice, private: LabelledImages, public: LabelledImages, seed: int) -> LabelledImages:
+def chosen_images(choice: OneRelease, private: LabelledImages, public: LabelledImages, seed: int) -> LabelledImages:
     """Choose public images by a noisy release about `private`, and move them."""
     pool = choice.pool(public, private.class_names)
     released = choice.release(private, pool, len(private), seed, noise_stream(seed))

@@ -215,6 +215,13 @@ def test_evolution_makes_more_of_what_private_images_vote_for(tmp_path, monkeypa
     assert shares[0] > 0.9 and shares[1] < 0.1
 
 
+def test_samples_are_moved_toward_a_choice_alone():
+    """Otherwise the fault would show when the budget is spent and samples are drawn."""
+    means = ByEpsilon({1.0: CentralImages(20.0, MODEL.conditional)})
+    with pytest.raises(ValueError, match="samples_reach needs a warm-up by choice"):
+        ChosenLoDA(METHODS["loda"], means, samples_reach=Reach(0.1))
+
+
 def test_correlated_noise_is_accounted_by_rounds(public, private, tmp_path):
     """A record may enter one of two steps, twice as often; five steps are three rounds."""
     spent = METHODS["correlated"].fit(private, public, Budget(2.0, 1e-5, len(private)), work_in(tmp_path)).spent

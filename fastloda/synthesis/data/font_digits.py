@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastloda.errors import UserError
 
+from .elastic import smooth_shifts
 from .images import LabelledImages
 
 # Matplotlib's text fonts. Not its symbol fonts (their "0" is blank, a bracket or a prime), its Display fonts (no digits), or
@@ -126,7 +127,7 @@ def _draw(glyph: Tensor, hand: Tensor, bend: Tensor, size: int) -> Tensor:
     to_glyph = _box_to_glyph(_writing(angle, slant, stretch), glyphs.hull[glyph], grow, hand[:, 4:])
     side = size * BLOCK
     box = F.affine_grid(torch.eye(2, 3).expand(len(glyph), 2, 3), [len(glyph), 1, side, side], align_corners=False)
-    box = box + F.interpolate(bend, size=(side, side), mode="bicubic", align_corners=True).movedim(1, -1)
+    box = box + smooth_shifts(bend, side, side)
     to_field = to_glyph * (_GLYPH / _CANVAS)  # grid_sample measures in half canvases
     grid = torch.einsum("nij,nyxj->nyxi", to_field[:, :, :2], box) + to_field[:, None, None, :, 2]
     field = F.grid_sample(glyphs.field[glyph], grid, padding_mode="border", align_corners=False)

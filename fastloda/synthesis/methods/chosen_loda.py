@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from fastloda.errors import UserError
 from fastloda.synthesis.data import LabelledImages
 
 from .base import Budget, ByEpsilon, Sampler, Work
@@ -24,6 +25,9 @@ class ChosenLoDA:
 
     `pool` returns the public images of the warm-up; None: those that the public model was trained on.
     `samples_reach` says how far the private model's images are moved easily, to agree with the release of a `PublicChoice`.
+
+    Raises:
+        UserError: samples are to be moved, and no warm-up releases what they could be moved toward.
     """
 
     loda: DPLoDA
@@ -33,6 +37,13 @@ class ChosenLoDA:
     name: str = "DP-LoDA on chosen data"
     trained_on: str = "its samples"
     has_budget: bool = True
+
+    def __post_init__(self):
+        kinds = [{release.what for release in choice.releases} for choice in self.choice.settings.values()]
+        if self.samples_reach and not all(PublicChoice.what in what for what in kinds):
+            raise UserError(
+                f"{self.name}: samples_reach needs a warm-up by choice, whose release samples are moved toward"
+            )
 
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
         model, choice = self.loda.public.fit(public, work), self.choice.at(budget.epsilon)

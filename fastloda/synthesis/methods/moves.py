@@ -21,11 +21,12 @@ from torch import Tensor
 from fastloda.errors import UserError
 from fastloda.progress import Progress
 from fastloda.synthesis.data import LabelledImages
+from fastloda.synthesis.data.elastic import read_at, smooth_shifts
 
 from .class_embeddings import ClassEmbeddings
 from .generator import class_means
 
-_STEPS, _LEARNING_RATE = 40, 0.06  # settings of Adam; the rate of pixels, and of points that reach 0.1
+_STEPS, _LEARNING_RATE = 40, 0.06  # settings of Adam; the rate is that of pixels, that of points grows with their reach
 _POINTS = 5  # side of the grid of points
 # Number of images whose means are matched together, so large that their own scatter is small compared with the noise.
 _TOGETHER = 4000
@@ -33,7 +34,7 @@ _TOGETHER = 4000
 
 @dataclass(frozen=True)
 class Reach:
-    """How far images are moved easily, to make them agree better with a release.
+    """The distances by which images are moved easily, to make them agree better with a release.
 
     Attributes:
         pixels: distance, for pixels in [-1, 1], by which a pixel changes easily; 0: not at all.
@@ -89,8 +90,7 @@ def _moved(images: LabelledImages, released: ClassEmbeddings, reach: Reach, bar:
 
 
 def _bent(images: Tensor, points: Tensor) -> Tensor:
-    """Read images [n, C, H, W] in [-1, 1] at places shifted smoothly by points [n, 2, k, k]; outside the image lies -1."""
+    """Read images [n, C, H, W] at their own places, shifted smoothly by points [n, 2, k, k]."""
     height, width = images.shape[2:]
-    shifts = F.interpolate(points, size=(height, width), mode="bicubic", align_corners=True).movedim(1, -1)
-    places = F.affine_grid(torch.eye(2, 3)[None], [1, 1, height, width], align_corners=False) + shifts
-    return 2 * F.grid_sample((images + 1) / 2, places, align_corners=False) - 1
+    own = F.affine_grid(torch.eye(2, 3)[None], [1, 1, height, width], align_corners=False)
+    return read_at(images, own + smooth_shifts(points, height, width))

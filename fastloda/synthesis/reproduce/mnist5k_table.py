@@ -36,6 +36,7 @@ from fastloda.synthesis.methods import (
 )
 from fastloda.synthesis.methods.autoencoder import LATENT_CHANNELS
 from fastloda.synthesis.methods.dp_sgd import DPSGD
+from fastloda.synthesis.presets import public_training
 from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
 
 from .recipe import BEFOREHAND, Recipe, Variant, by_epsilon
@@ -58,7 +59,7 @@ AS_FOR_DIGITS = (
 CHOSEN = (
     "that images are moved in shape and not pixel by pixel, and how far, and the scale of the features: by trials of the moved "
     "public images alone, on scikit-learn's handwritten digits (docs/results/mnist5k-tuning.md); the noise and all else "
-    "as in DP-LoDA"
+    "as for the small digits"
 )
 
 
@@ -125,14 +126,12 @@ def _some(part: int, quick: bool) -> LabelledImages:
 
 
 def _public(steps: int) -> PublicTraining:
-    return PublicTraining(
-        steps=steps, batch_size=min(128, 8 * steps), warmup=min(50, steps), ema_decay=1 - 1 / max(2, steps / 4)
-    )
+    return public_training(steps, min(128, 8 * steps), seed=0)
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """The settings of the private rows at one budget; of warm-ups, of which `together` share what one alone would spend."""
+    """The settings of the private rows at one budget. `together` is the number of warm-ups that share the budget of one."""
 
     epsilon: float
     quick: bool
