@@ -146,16 +146,18 @@ def test_digits_unet_is_small():
     blocks=st.integers(1, 2),
     attention=st.one_of(st.booleans(), st.just((0,))),
     channels=st.integers(1, 3),
+    patch=st.integers(1, 2),
 )
-def test_any_valid_config_builds_runs_and_survives_json(width, multipliers, blocks, attention, channels):
+def test_any_valid_config_builds_runs_and_survives_json(width, multipliers, blocks, attention, channels, patch):
     config = UNetConfig(
-        image_size=8,
+        image_size=8 * patch,
         in_channels=channels,
         width=width,
         multipliers=tuple(multipliers),
         blocks_per_level=blocks,
         attention=attention,
         norm_groups=8,
+        patch=patch,
     )
     assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     model = UNet(config)
@@ -168,6 +170,8 @@ def test_any_valid_config_builds_runs_and_survives_json(width, multipliers, bloc
     "bad, values",
     [
         (dict(image_size=30), "30"),
+        (dict(image_size=28, multipliers=(1, 1), patch=4), "8 for 2 levels of patches of 4 pixels, got 28"),
+        (dict(patch=0), "0"),
         (dict(width=0), "0"),
         (dict(width=33, norm_groups=1), "33"),
         (dict(multipliers=()), r"\(\)"),
@@ -205,6 +209,18 @@ def test_forward_refuses_wrong_shapes():
     for wrong in ((x[:, :, :2], t, y), (x, t[:1], y), (x, t, y[:, None])):
         with pytest.raises(ValueError, match="expected x"):
             model(*wrong)
+
+
+def test_patches_are_the_first_levels_channels():
+    model = tiny_unet(image_size=8, patch=2)
+    x, t, y = batch(model, 3)
+    found = convolutions(model)
+    assert found["downblocks.0.0"] == (4, 8, 3, 1, 1, 4, 4) and found["out.2"] == (8, 4, 3, 1, 1, 4, 4)
+    of_patches = tiny_unet(in_channels=4)
+    of_patches.load_state_dict(model.state_dict())
+    patches = x.unflatten(2, (4, 2)).unflatten(4, (4, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    made = of_patches(patches, t, y).unflatten(1, (1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    torch.testing.assert_close(model(x, t, y), made)
 
 
 def test_zero_init_starts_at_zero():

@@ -22,6 +22,7 @@ from fastloda.synthesis.reproduce.cells import all_cells
 from fastloda.synthesis.reproduce.published import CIFAR10, CIFAR10_1PCT, MNIST
 from fastloda.synthesis.reproduce.recipe import Recipe, Variant
 from fastloda.synthesis.reproduce.recipes import RECIPES, recipe
+from fastloda.synthesis.runs import CONFIG
 from fastloda.synthesis.settings import Classifier, UNetShape
 
 FITS: list[tuple] = []
@@ -35,7 +36,8 @@ class Redraw:
     def fit(self, private, public, budget: Budget, work) -> Sampler:
         FITS.append((self.name, budget.epsilon, work.seed))
         draw = lambda labels, seed: font_digits(len(labels), seed).images  # noqa: E731
-        return Sampler(draw, 10, Spent(budget.delta, (Release("sum", 1.0, 5.0 / budget.epsilon, 1),)))
+        spent = Spent(budget.delta, (Release("sum", 1.0, 5.0 / budget.epsilon, 1),))
+        return Sampler(draw, 10, spent, loss=lambda images: len(images) / budget.epsilon + work.seed)
 
     def __repr__(self) -> str:
         return "Redraw()"
@@ -120,6 +122,26 @@ def test_measured_and_published_never_mix(table, tmp_path):
     spent = [cell["spent"]["releases"] for cell in found["measured"] if cell["spent"]["epsilon"]]
     assert found["epsilon_of_all_releases_together"] > max(cell["spent"]["epsilon"] or 0 for cell in cells.values())
     assert len(spent) == 4
+
+
+def test_a_report_has_all_cells_of_the_run(table, tmp_path, capsys):
+    """Parts of a table, with different numbers of seeds, make one report; a cell of other settings is left out and named."""
+    reproduce(tmp_path, "--seeds", "1", "--methods", "DP-SGD,No privacy")
+    assert "over 1 seed, " in (tmp_path / "results.md").read_text()
+    reproduce(tmp_path, "--seeds", "2", "--methods", "DP-LoDA", "--epsilons", "10,0.5")
+    text = (tmp_path / "results.md").read_text()
+    assert "| Method | Classifier trained on | epsilon 0.5 | epsilon 1 | epsilon 10 |" in text
+    assert re.search(r"\| DP-LoDA \| its samples \| .* ± .* \| – \(60\.2\) \| .* ± .* \|", text)
+    assert "over 1 to 2 seeds, " in text and text.index("| DP-LoDA |") < text.index("| DP-SGD |")
+    losses = text.partition("## Diffusion loss on the real test images")[2].partition("## ")[0]
+    assert "| DP-LoDA | 80.5000 ± 0.7071 | – | 4.5000 ± 0.7071 |" in losses and "DP-SGD" not in losses
+
+    other = tmp_path / "cells" / "dp-sgd" / "epsilon-1" / "seed-0" / CONFIG
+    other.write_text(other.read_text().replace("Direct()", "Direct(2)"))
+    reproduce(tmp_path, "--seeds", "1", "--methods", "No privacy")
+    assert "made with other settings: DP-SGD, epsilon 1, seed 0" in capsys.readouterr().err
+    cells = json.loads((tmp_path / "results.json").read_text())["measured"]
+    assert [cell["epsilon"] for cell in cells if cell["method"] == "DP-SGD"] == [10.0]
 
 
 def test_an_interrupted_table_keeps_its_finished_cells(table, tmp_path, monkeypatch):

@@ -42,6 +42,8 @@ class UNetConfig:
         zero_init: whether the output and each block's last convolution start at zero, as Ho et al. (2020) nearly do.
             The first gradient is then zero except in the output: turn it off to probe an untrained model.
         process: name of the process that the model reverses: ddpm (Ho et al. 2020) or edm (Karras et al. 2022).
+        patch: side of the patches whose pixels are the channels that the first level sees (Hoogeboom et al. 2023, section 2.4);
+            1: pixels themselves. With 2, a level of the largest maps is saved, and most of the time of a small model.
     """
 
     image_size: int = 32
@@ -56,6 +58,7 @@ class UNetConfig:
     attention: bool | tuple[int, ...] = True
     zero_init: bool = True
     process: str = "ddpm"
+    patch: int = 1
 
     def __post_init__(self):
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -65,7 +68,7 @@ class UNetConfig:
         self._check_shapes()
 
     def _check_counts(self):
-        for name in ("image_size", "in_channels", "width", "blocks_per_level", "num_classes", "norm_groups"):
+        for name in ("image_size", "in_channels", "width", "blocks_per_level", "num_classes", "norm_groups", "patch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.process not in PROCESSES:
@@ -76,9 +79,12 @@ class UNetConfig:
             raise UserError(f"dropout must lie in [0, 1), got {self.dropout}")
 
     def _check_shapes(self):
-        levels, factor = len(self.multipliers), 2 ** (len(self.multipliers) - 1)
+        levels, factor = len(self.multipliers), self.patch * 2 ** (len(self.multipliers) - 1)
         if self.image_size % factor:
-            raise UserError(f"image_size must be divisible by {factor} for {levels} levels, got {self.image_size}")
+            patches = f" of patches of {self.patch} pixels" if self.patch > 1 else ""
+            raise UserError(
+                f"image_size must be divisible by {factor} for {levels} levels{patches}, got {self.image_size}"
+            )
         if self.width % 2:
             raise UserError(f"width must be even, half sines and half cosines of the time, got {self.width}")
         if self.class_width <= self.num_classes:
@@ -224,13 +230,17 @@ class UNet(nn.Module):
         def attention(channels: int, level: int) -> list[nn.Module]:
             return [Attention(channels, config.norm_groups)] if config.attends(level) else []
 
+        self.to_patches, self.to_pixels = nn.PixelUnshuffle(config.patch), nn.PixelShuffle(config.patch)
+        if config.patch == 1:
+            self.to_patches = self.to_pixels = nn.Identity()
         self.temb_layer = _mlp(config.width, embed)
         self.cemb_layer = _mlp(config.class_width, embed)
         code = math.sqrt(config.class_width) * torch.eye(config.num_classes + 1, config.class_width)
         self.register_buffer("class_code", code, persistent=False)
 
         c, last = config.width, len(config.widths) - 1
-        self.downblocks = nn.ModuleList([Stack(nn.Conv2d(config.in_channels, c, 3, padding=1))])
+        channels = config.in_channels * config.patch**2
+        self.downblocks = nn.ModuleList([Stack(nn.Conv2d(channels, c, 3, padding=1))])
         skips = [c]
         for level, width in enumerate(config.widths):
             for _ in range(config.blocks_per_level):
@@ -250,7 +260,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.upblocks[-1].append(Upsample(c))
 
-        conv_out = nn.Conv2d(c, config.in_channels, 3, padding=1)
+        conv_out = nn.Conv2d(c, channels, 3, padding=1)
         self.out = nn.Sequential(_norm(c, config.norm_groups), nn.SiLU(), conv_out)
         if config.zero_init:
             self._zero_last_convolutions()
@@ -286,6 +296,7 @@ class UNet(nn.Module):
             )
         temb = self.temb_layer(sinusoid(t, self.config.width).to(self.class_code.dtype))
         cemb = self.cemb_layer(F.embedding(y, self.class_code))
+        x = self.to_patches(x)
         skips = []
         for block in self.downblocks:
             x = block(x, temb, cemb)
@@ -293,7 +304,7 @@ class UNet(nn.Module):
         x = self.middleblocks(x, temb, cemb)
         for block in self.upblocks:
             x = block(torch.cat([x, skips.pop()], dim=1), temb, cemb)
-        return self.out(x)
+        return self.to_pixels(self.out(x))
 
 
 PRESETS = {  # name -> the fields of UNetConfig that the preset sets, without size, channels and classes

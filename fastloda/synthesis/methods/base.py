@@ -110,12 +110,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler draw(labels, seed) -> float32 images [n, C, H, W] in [-1, 1] on the CPU, and a private step's cost, if any."""
+    """A sampler of synthetic images.
+
+    Attributes:
+        draw: function draw(labels, seed) that returns float32 images [n, C, H, W] in [-1, 1] on the CPU.
+        num_classes: number of classes, labels 0 .. num_classes - 1.
+        spent: what was released about the private records.
+        cost: a private step's time and memory, if there were such steps.
+        loss: function that returns the mean diffusion loss on images, for a diffusion model of pixels.
+    """
 
     draw: Callable[[Tensor, int], Tensor]
     num_classes: int
     spent: Spent
     cost: StepCost | None = None
+    loss: Callable[[LabelledImages], float] | None = None
 
     def images(self, count: int, seed: int) -> LabelledImages:
         """Draw `count` synthetic images, with equal numbers of each class to within one."""

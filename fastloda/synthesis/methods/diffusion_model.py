@@ -18,6 +18,7 @@ from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.synthesis.models import load_unet, save_unet
 from fastloda.synthesis.settings import FineTuning
+from fastloda.training.average import in_eval_mode
 from fastloda.training.saliency import release_saliency
 
 from .base import Budget, Release, Sampler, Spent, Work
@@ -183,4 +184,17 @@ def sampler(
         options = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "progress": work.progress}
         return coder.decode(draw_samples(model, labels, seed=seed, **options))
 
-    return Sampler(draw, num_classes, spent)
+    return Sampler(draw, num_classes, spent, loss=partial(mean_loss, model) if coder is IDENTITY else None)
+
+
+@torch.no_grad()
+def mean_loss(model: UNet, data: LabelledImages, views: int = 8, batch_size: int = 250) -> float:
+    """Compute the mean diffusion loss on images with their labels; noise levels and noise are the same for all models."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    with in_eval_mode(model):
+        for part in torch.arange(len(data)).split(batch_size):
+            batch = data.images[part].to(device), data.labels[part].to(device)
+            losses.append(model.process.losses(model, *batch, views=views, generator=generator))
+    return torch.cat(losses).mean().item()

@@ -95,12 +95,14 @@ class Cell:
             write_atomically(work.folder.parent / GRID, sample_grid(images.images, images.labels))
             accuracies = judge(images, problem, self.seed, work.device)
             image_scores = asdict(scores(problem.test.images, images.images, problem.extractor()))
+            loss = fitted.loss and fitted.loss(problem.test)
         else:
-            accuracies, image_scores = {"itself": accuracy(fitted.network, problem.test)}, None
+            accuracies, image_scores, loss = {"itself": accuracy(fitted.network, problem.test)}, None, None
         seconds["judge"] = clock.lap()
         return {
             "accuracy": accuracies,
             "scores": image_scores,
+            "loss": loss,
             "spent": fitted.spent.to_dict(),
             "step": None if fitted.cost is None else fitted.cost._asdict(),
             "seconds": seconds,

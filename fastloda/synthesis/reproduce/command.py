@@ -40,8 +40,8 @@ def reproduce(
     digits and mnist5k (real digits of 8 x 8 and 28 x 28 pixels) need no files. table2 (CIFAR-10, public ImageNet32),
     table3 (1% of CIFAR-10) and table4 (MNIST, public SVHN) read the published files from --data. Each cell, a method at an
     epsilon with a seed, is computed once: after an interruption, the same command continues. It writes results.json,
-    results.md and report.html, in which the published values are shown beside the measured ones, and marked as such. Seeds
-    are fixed, so that a table can be repeated: this is an experiment, not a private release.
+    results.md and report.html with all cells that the run has by then, so that a table can be computed in parts, and some rows
+    with more seeds than others. The published values are shown beside the measured ones, and marked as such. Seeds are fixed, so that a table can be repeated: this is an experiment, not a private release.
 
     Args:
         table: name of the table: digits, mnist5k, table2, table3 or table4.
@@ -75,8 +75,7 @@ def reproduce(
         Order(table, variant, folder, seeds, tuple(sorted(set(epsilons))), tuple(methods), features, place)
     )
     compute_cells(made, jobs, progress)
-    results = {cell: made.result(cell) for cell in made.cells}
-    findings = Findings(made.recipe, results, folder, environment(place) | {"cells at a time": jobs})
+    findings = Findings(*made.finished(), folder, environment(place) | {"cells at a time": jobs})
     findings.write()
     rich.print(findings.accuracy_table.for_terminal())
     logger.info("report: %s", folder / "report.html")

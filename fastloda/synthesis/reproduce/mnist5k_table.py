@@ -44,7 +44,7 @@ from .recipe import BEFOREHAND, Recipe, Variant, by_epsilon
 T = TypeVar("T")
 
 SHAPE = {"in_channels": 1, "norm_groups": 8, "blocks_per_level": 1, "process": "edm"}
-UNET = UNetConfig(image_size=28, width=16, multipliers=(1, 2, 2), attention=(2,), **SHAPE)
+UNET = UNetConfig(image_size=28, width=32, multipliers=(1, 1), attention=(1,), patch=2, **SHAPE)
 LATENT_UNET = UNetConfig(
     image_size=7, width=32, multipliers=(1,), attention=True, **SHAPE | {"in_channels": LATENT_CHANNELS}
 )
@@ -71,7 +71,7 @@ def mnist5k(variant: Variant) -> Recipe:
     def each(pick: Callable[[_Settings], T]) -> ByEpsilon[T]:
         return by_epsilon(lambda epsilon: pick(settings[epsilon]))
 
-    model = PublicModel(variant.shape(UNET), _public(2 if quick else 3000))
+    model = PublicModel(variant.shape(UNET), _public(2 if quick else 4000))
     loda, all_weights = DPLoDA(model, each(lambda s: s.tuning)), each(lambda s: s.tuning_of_all_weights)
     latent_model = replace(model, unet=variant.shape(LATENT_UNET))
     judge = Classifier(steps=10 if quick else 1000)

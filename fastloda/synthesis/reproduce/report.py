@@ -43,11 +43,11 @@ class Findings:
     @cached_property
     def accuracy_table(self) -> Table:
         """Percent accuracy, methods by epsilon: mean and standard deviation over the seeds, and published values."""
-        budgets = [f"epsilon {epsilon:g}" for epsilon in self.recipe.epsilons]
+        budgets = list(map(_budget, self.recipe.epsilons))
         cells = lambda method: [self._cell(method, epsilon) for epsilon in self.recipe.epsilons]  # noqa: E731
         rows = [[method.name, method.trained_on, *cells(method)] for method in self.recipe.methods]
         judges = ", ".join(self.recipe.classifiers)
-        notes = [f"Classifiers: {judges}; the mean over them and over {self._seeds} seeds, ± over seeds."]
+        notes = [f"Classifiers: {judges}; the mean over them and over {self._seeds}, ± over seeds."]
         if self.recipe.published:
             notes.append("In brackets: what the paper published, on its own machines; quoted, not measured.")
         return Table(self.recipe.title, ["Method", "Classifier trained on", *budgets], rows, left=2, notes=notes)
@@ -57,7 +57,7 @@ class Findings:
         """The table of image scores: the FID at each epsilon, the others at the largest, of the methods that draw images."""
         budgets, largest = self.recipe.epsilons, max(self.recipe.epsilons)
         others = {"KID": ".4f", "precision": ".2f", "recall": ".2f"}
-        columns = ["Method", *(f"FID, epsilon {epsilon:g}" for epsilon in budgets), *others]
+        columns = ["Method", *(f"FID, {_budget(epsilon)}" for epsilon in budgets), *others]
         drawing = [
             method for method in self.recipe.methods if any(self._scores(method, epsilon) for epsilon in budgets)
         ]
@@ -70,6 +70,24 @@ class Findings:
             for method in drawing
         ]
         return Table("Images, against the real test images", columns, rows, notes=self._score_notes())
+
+    def _other_tables(self) -> list[Table]:
+        return [table for table in (self.score_table, self.loss_table, self.cost_table) if table.rows]
+
+    @cached_property
+    def loss_table(self) -> Table:
+        """The table of the diffusion models' losses on the test images: methods by epsilon, mean and deviation over the seeds."""
+        budgets = self.recipe.epsilons
+        rows = [
+            [method.name, *(_spread(self._losses(method, epsilon), ".4f") for epsilon in budgets)]
+            for method in self.recipe.methods
+            if any(self._losses(method, epsilon) for epsilon in budgets)
+        ]
+        notes = ["Levels and noise are the same for all: differences mean more than those of accuracies."]
+        return Table("Diffusion loss on the real test images", ["Method", *map(_budget, budgets)], rows, notes=notes)
+
+    def _losses(self, method: Method, epsilon: float) -> list[float]:
+        return [result["loss"] for result in self.of(method, epsilon) if result["loss"] is not None]
 
     @cached_property
     def cost_table(self) -> Table:
@@ -105,7 +123,7 @@ class Findings:
         }
 
     def to_markdown(self) -> str:
-        tables = (self.accuracy_table, self.score_table, self.cost_table)
+        tables = [self.accuracy_table, *self._other_tables()]
         parts = [f"# {self.recipe.title}", self.recipe.lead]
         parts += [
             f"## {table.title}\n\n{table.to_markdown()}" if i else table.to_markdown() for i, table in enumerate(tables)
@@ -126,7 +144,7 @@ class Findings:
             self.recipe.title,
             self.recipe.lead,
             [
-                Section("", [replace(self.accuracy_table, title=""), self._chart, self.score_table, self.cost_table]),
+                Section("", [replace(self.accuracy_table, title=""), self._chart, *self._other_tables()]),
                 Section("Images", list(self._grids())),
                 Section("Privacy", [Text(self._statement(), "notice"), *spent]),
                 Section("How hyper-parameters were chosen", [Facts(self.recipe.how_chosen)]),
@@ -136,8 +154,11 @@ class Findings:
         )
 
     @property
-    def _seeds(self) -> int:
-        return len({cell.seed for cell in self.results})
+    def _seeds(self) -> str:
+        """The number of seeds, as words; rows may have different numbers of them."""
+        counts = {len(self.of(cell.method, cell.epsilon or self.recipe.epsilons[0])) for cell in self.results}
+        few, many = min(counts, default=0), max(counts, default=0)
+        return f"{many} seed{'s' * (many != 1)}" if few == many else f"{few} to {many} seeds"
 
     def of(self, method: Method, epsilon: float) -> list[dict]:
         """List a method's results at a budget, one per seed; a method without a budget has the same results at each."""
@@ -150,7 +171,7 @@ class Findings:
 
     def _cell(self, method: Method, epsilon: float) -> str:
         values = self.accuracies(method, epsilon)
-        text = f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else ABSENT
+        text = _spread(values, ".1f")
         quoted = _published(self.recipe.published, method, epsilon)
         return text if quoted is None else f"{text} ({quoted:.1f})"
 
@@ -244,6 +265,17 @@ class Findings:
             name: {"epsilon": facts["epsilon"]} | {r["what"]: _mechanism(r) for r in facts["releases"]}
             for name, facts in spent.items()
         }
+
+
+def _budget(epsilon: float) -> str:
+    return f"epsilon {epsilon:g}"
+
+
+def _spread(values: Sequence[float], spec: str) -> str:
+    """Format the mean of values, with their standard deviation if there are several."""
+    if not values:
+        return ABSENT
+    return format(fmean(values), spec) + (f" ± {format(stdev(values), spec)}" if len(values) > 1 else "")
 
 
 def _mean_of(name: str, scores: Sequence[dict], spec: str) -> str:

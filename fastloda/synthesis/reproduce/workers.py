@@ -20,10 +20,13 @@ import torch
 
 from fastloda.progress import EVERY, Progress
 from fastloda.synthesis.metrics import Extractor, public_extractor, torchscript_features
+from fastloda.synthesis.runs import RunError
 
 from .cells import Cell, Problem, all_cells
-from .recipe import TableName, Variant
+from .recipe import Recipe, TableName, Variant
 from .recipes import recipe
+
+logger = logging.getLogger("fastloda")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,11 @@ class Experiment:
     """
 
     def __init__(self, order: Order):
-        chosen = recipe(order.table, order.variant).only(order.methods)
+        table = recipe(order.table, order.variant)
+        chosen = table.only(order.methods)
         self.order, self.recipe = order, replace(chosen, epsilons=order.epsilons or chosen.epsilons)
+        self._epsilons = sorted({*table.epsilons, *order.epsilons})
+        self._methods = [*table.methods, *(method for method in chosen.methods if method not in table.methods)]
         images = {"private": chosen.private(), "public": chosen.public(), "test": chosen.test()}
         judging = {name: getattr(chosen, name) for name in ("delta", "classifiers", "synthetic_images", "public_seed")}
         self.problem = Problem(**images, **judging, extractor=self._extractor())
@@ -67,6 +73,25 @@ class Experiment:
         """
         stages = [cell.stage(self.order.run, self.problem, self.order.device) for cell in self.cells]
         return [index for index, stage in enumerate(stages) if not stage.is_done()]
+
+    def finished(self) -> tuple[Recipe, dict[Cell, dict]]:
+        """Collect the results of all finished cells of the table in the run's folder, whoever asked for them.
+
+        The recipe that is returned with them has their rows and columns. Cells with other settings are left out.
+        """
+        seeds = [int(folder.name.removeprefix("seed-")) for folder in self.order.run.glob("cells/*/*/seed-*")]
+        results, stale = {}, []
+        for cell in all_cells(self._methods, self._epsilons, max(seeds, default=0) + 1):
+            try:
+                if cell.stage(self.order.run, self.problem, self.order.device).is_done():
+                    results[cell] = self.result(cell)
+            except RunError:
+                stale.append(cell.name)
+        if stale:
+            logger.warning("left out of the report, for they were made with other settings: %s", "; ".join(stale))
+        methods = [method for method in self._methods if any(cell.method is method for cell in results)]
+        epsilons = tuple(e for e in self._epsilons if any(cell.epsilon == e for cell in results))
+        return replace(self.recipe, methods=methods, epsilons=epsilons or self.recipe.epsilons), results
 
     def compute(self, index: int) -> str:
         """Compute cell number `index`, and return a line that describes its result."""
