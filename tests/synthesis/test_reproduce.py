@@ -276,6 +276,7 @@ def test_built_in_tables_have_the_papers_rows():
         "Public only",
         "DP-LoDA",
         "DP-LoDA with correlated noise",
+        "DP-LoDA of chosen layers",
         "DP-LoDA on chosen data",
         "DP-Diffusion",
         "DP-LDM",
@@ -286,7 +287,7 @@ def test_built_in_tables_have_the_papers_rows():
     ]
     assert made.epsilons == (1.0, 5.0, 10.0) and made.delta == 1e-5
     cells = all_cells(recipe("digits", Variant()).methods, (1.0, 5.0, 10.0), seeds=3)
-    assert len(cells) == 3 * (8 * 3 + 2)
+    assert len(cells) == 3 * (9 * 3 + 2)
 
 
 def test_published_values_are_those_of_the_paper():

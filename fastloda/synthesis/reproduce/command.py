@@ -40,8 +40,9 @@ def reproduce(
     digits and mnist5k (real digits of 8 x 8 and 28 x 28 pixels) need no files. table2 (CIFAR-10, public ImageNet32),
     table3 (1% of CIFAR-10) and table4 (MNIST, public SVHN) read the published files from --data. Each cell, a method at an
     epsilon with a seed, is computed once: after an interruption, the same command continues. It writes results.json,
-    results.md and report.html with all cells that the run has by then, so that a table can be computed in parts, and some rows
-    with more seeds than others. The published values are shown beside the measured ones, and marked as such. Seeds are fixed, so that a table can be repeated: this is an experiment, not a private release.
+    results.md and report.html with all cells that the run has by then: a table can be computed in parts, and some rows with
+    more seeds than others. The published values are shown beside the measured ones, and marked as such. Seeds are fixed, so
+    that a table can be repeated: this is an experiment, not a private release.
 
     Args:
         table: name of the table: digits, mnist5k, table2, table3 or table4.

@@ -18,6 +18,7 @@ from fastloda.synthesis.methods import (
     DirectDPSGD,
     DPDiffusion,
     DPLoDA,
+    LayerChoice,
     NoDP,
     PrivateTuning,
     PublicChoice,
@@ -35,7 +36,7 @@ with torch.device("meta"):  # only the configurations are needed
     LATENT_DIGITS = digits_unet(image_size=4, in_channels=LATENT_CHANNELS, attention=True).config
 # Noise of the release toward which images are moved; set on stand-ins (docs/results/demo-tuning.md).
 MOVING_NOISE = ByEpsilon({1.0: 4.2, 5.0: 1.3, 10.0: 1.0})
-BANDS = 4  # number of steps over which noise is correlated, where it is
+BANDS, SHARE = 4, 0.5  # steps over which noise is correlated, and share of the layers, where they are chosen
 FULL_STEPS = 150  # largest number of steps for all weights; such a step takes twice as long as one of adapters
 PRE_TRAINED = "the public model's training as in the demo, set on public images"
 ON_THE_STAND_IN = (
@@ -69,6 +70,7 @@ def digits(variant: Variant) -> Recipe:
             PublicOnly(model, tunings.at(10.0)),
             loda,
             replace(loda, name="DP-LoDA with correlated noise", tunings=correlated),
+            replace(loda, name="DP-LoDA of chosen layers", layers=ByEpsilon({1.0: LayerChoice(SHARE)})),
             ChosenLoDA(
                 loda, choices, cache(partial(font_digits, demo.choice_images, seed=0)), samples_reach=Reach(0.1)
             ),
@@ -91,6 +93,7 @@ def digits(variant: Variant) -> Recipe:
             "public model": PRE_TRAINED,
             "DP-LoDA": ON_THE_STAND_IN,
             "DP-LoDA with correlated noise": f"as DP-LoDA, over {BANDS} steps; set beforehand, not tuned",
+            "DP-LoDA of chosen layers": "as DP-LoDA, with half of the layers; set beforehand, not tuned",
             "DP-LoDA on chosen data": "private training as in the demo. That public images are chosen privately at all, and then "
             "moved, was decided after the other rows of this table, and this one without moves, were known; so was that MNIST's "
             "digits stand in for the private ones, as a hand on which public digits and DP-MERF do about as well as here. The "
