@@ -230,9 +230,8 @@ class UNet(nn.Module):
         def attention(channels: int, level: int) -> list[nn.Module]:
             return [Attention(channels, config.norm_groups)] if config.attends(level) else []
 
-        self.to_patches, self.to_pixels = nn.PixelUnshuffle(config.patch), nn.PixelShuffle(config.patch)
-        if config.patch == 1:
-            self.to_patches = self.to_pixels = nn.Identity()
+        self.to_patches = nn.PixelUnshuffle(config.patch) if config.patch > 1 else nn.Identity()
+        self.to_pixels = nn.PixelShuffle(config.patch) if config.patch > 1 else nn.Identity()
         self.temb_layer = _mlp(config.width, embed)
         self.cemb_layer = _mlp(config.class_width, embed)
         code = math.sqrt(config.class_width) * torch.eye(config.num_classes + 1, config.class_width)
