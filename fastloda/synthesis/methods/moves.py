@@ -27,7 +27,7 @@ from .class_embeddings import ClassEmbeddings
 from .generator import class_means
 
 _STEPS, _LEARNING_RATE = 40, 0.06  # settings of Adam; the rate is that of pixels, that of points grows with their reach
-_POINTS = 5  # side of the grid of points
+_POINTS = 4  # side of the grid of points; finer grids bend images out of shape
 # Number of images whose means are matched together, so large that their own scatter is small compared with the noise.
 _TOGETHER = 4000
 
