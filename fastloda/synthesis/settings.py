@@ -45,7 +45,7 @@ class UNetShape:
         norm_groups: number of groups of each GroupNorm.
         dropout: probability of dropout in the residual blocks.
         process: noise process that the model reverses: ddpm (Ho et al. 2020; the default) or edm (Karras et al. 2022).
-        patch: side of the patches whose pixels are the channels of the first level; 2 makes a small model several times cheaper.
+        patch: side of the patches whose pixels are the channels of the first level; 2 makes a small model twice as fast or more.
     """
 
     preset: Literal["auto", "digits", "small", "medium", "paper"] = "auto"
