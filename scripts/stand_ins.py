@@ -4,6 +4,7 @@ Each function takes a side in pixels, a number of records and a seed, and return
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ ONE_HAND = Hands(
 )
 SWIRL, SLANT, WOBBLE = 0.33, -0.45, 0.07  # of another hand; a classifier of plain font digits is right in two thirds
 BEND, SHIFT, LEAN = 0.05, 0.06, 0.1  # standard deviations, in half sides, of the changes to each copy of a digit
+VARIED = 2.0  # factor of these changes where many hands write
 
 
 def swirled(side: int, records: int, seed: int) -> Split:
@@ -26,13 +28,20 @@ def swirled(side: int, records: int, seed: int) -> Split:
     return _swirled(side, records, 2 * seed), _swirled(side, TEST_COUNT, 2 * seed + 1)
 
 
-def handwritten(side: int, records: int, seed: int) -> Split:
-    """Enlarge scikit-learn's digits, real handwriting of 8 x 8 pixels; each copy of a digit is bent and moved a little."""
+def handwritten(side: int, records: int, seed: int, variety: float = 1.0) -> Split:
+    """Enlarge scikit-learn's digits, real handwriting of 8 x 8 pixels; each copy of a digit is bent and moved a little.
+
+    `variety` is a factor of how far copies are bent and slanted.
+    """
     private, test = (_enlarged(part, side) for part in digits_split())
-    return _copies(private, records, 2 * seed), _copies(test, TEST_COUNT, 2 * seed + 1)
+    return _copies(private, records, 2 * seed, variety), _copies(test, TEST_COUNT, 2 * seed + 1, variety)
 
 
-STAND_INS: dict[str, Callable[[int, int, int], Split]] = {"swirled": swirled, "handwritten": handwritten}
+STAND_INS: dict[str, Callable[[int, int, int], Split]] = {
+    "swirled": swirled,
+    "handwritten": handwritten,
+    "varied": partial(handwritten, variety=VARIED),
+}
 
 
 def _swirled(side: int, count: int, seed: int) -> LabelledImages:
@@ -56,12 +65,13 @@ def _enlarged(digits: LabelledImages, side: int) -> LabelledImages:
     return LabelledImages(2 * ink - 1, digits.labels, 10)
 
 
-def _copies(digits: LabelledImages, count: int, seed: int) -> LabelledImages:
+def _copies(digits: LabelledImages, count: int, seed: int, variety: float) -> LabelledImages:
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(max(count, len(digits)), generator=generator)[:count] % len(digits)
     side = digits.images.shape[-1]
-    grid = _slanted(LEAN * torch.randn(count, generator=generator), side)
-    grid = grid + SHIFT * torch.randn(count, 1, 1, 2, generator=generator) + _bends(count, 4, side, BEND, generator)
+    grid = _slanted(variety * LEAN * torch.randn(count, generator=generator), side)
+    grid = grid + SHIFT * torch.randn(count, 1, 1, 2, generator=generator)
+    grid = grid + _bends(count, 4, side, variety * BEND, generator)
     return LabelledImages(_read(digits.images[:][index], grid), digits.labels[index], 10)
 
 
