@@ -145,8 +145,7 @@ class _Settings:
         steps, views = (3, 1) if self.quick else (60 if self.strict else 120, 2)
         training = FineTuning(learning_rate=1e-2, schedule="cosine", micro_batch_size=128 // views)
         batch_size, sampler_steps = (50, 2) if self.quick else (500, 10)
-        sampling = {"guidance": 2.0 if self.strict else 0.5, "sampler_steps": sampler_steps}
-        return PrivateTuning(steps, batch_size, views, training=training, **sampling)
+        return PrivateTuning(steps, batch_size, views, training=training, guidance=0.5, sampler_steps=sampler_steps)
 
     @property
     def tuning_of_all_weights(self) -> PrivateTuning:
