@@ -20,7 +20,7 @@ ONE_HAND = Hands(
 )
 SWIRL, SLANT, WOBBLE = 0.33, -0.45, 0.07  # of another hand; a classifier of plain font digits is right in two thirds
 BEND, SHIFT, LEAN = 0.05, 0.06, 0.1  # standard deviations, in half sides, of the changes to each copy of a digit
-VARIED = 2.0  # factor of these changes where many hands write
+VARIED = 2.0  # factor of BEND and LEAN where many hands write
 
 
 def swirled(side: int, records: int, seed: int) -> Split:
