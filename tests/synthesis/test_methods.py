@@ -41,6 +41,7 @@ from fastloda.synthesis.methods import (
     Work,
 )
 from fastloda.synthesis.methods.autoencoder import LATENT_CHANNELS
+from fastloda.synthesis.methods.base import at_budget
 from fastloda.synthesis.methods.class_embeddings import fourier_features
 from fastloda.synthesis.methods.dp_diffusion import TIME_WEIGHTS
 from fastloda.synthesis.methods.dp_ldm import tune_attention_alone
@@ -48,6 +49,7 @@ from fastloda.synthesis.methods.dp_mepf import Perceptual
 from fastloda.synthesis.methods.dp_sgd import DPSGD
 from fastloda.synthesis.methods.gaussian_release import noise_multipliers, noise_stream, release_class_sums
 from fastloda.synthesis.methods.generator import class_means
+from fastloda.synthesis.methods.public_classifier import public_features
 from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
 
 with torch.device("meta"):
@@ -249,6 +251,27 @@ def test_methods_share_the_public_model(public, private, tmp_path):
     assert len(models()) == 3  # another seed or other images make other models
 
 
+@pytest.mark.parametrize("name", ["mepf", "evolution", "ldm"])
+def test_methods_share_what_is_trained_on_public_images(name, public, private, tmp_path):
+    """Two seeds of a table that share public models train each of them once; without a shared seed each trains its own."""
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    for seed in (1, 2):
+        for folder, public_seed in ((shared, 0), (own, None)):
+            work = replace(work_in(folder, seed), folder=folder / str(seed), public_seed=public_seed)
+            METHODS[name].fit(private, public, Budget(2.0, 1e-5, len(private)), work)
+    once, twice = (sorted((folder / "public").glob("*.safetensors")) for folder in (shared, own))
+    assert once and len(twice) == 2 * len(once)
+
+
+def test_a_loaded_classifier_has_the_features_of_the_trained_one(public, tmp_path):
+    work = work_in(tmp_path, seed=3)
+    trained = train_classifier(public, steps=2, seed=3, progress=False).features
+    for _ in range(2):  # the second one is loaded
+        found = public_features(public, 2, work)
+        assert torch.equal(found(some := public.images[:5]), trained(some))
+        assert not any(parameter.requires_grad for parameter in found.parameters())
+
+
 def test_pretraining_in_two_steps_starts_without_labels(public, tmp_path, monkeypatch):
     seen = []
     losses = DDPM.losses
@@ -368,6 +391,17 @@ def test_impossible_budgets_are_refused(bad):
 def test_settings_are_those_of_the_largest_smaller_budget():
     settings = ByEpsilon({1.0: "strict", 5.0: "usual"})
     assert [settings.at(e) for e in (0.5, 1.0, 4.9, 5.0, 10.0)] == ["strict", "strict", "strict", "usual", "usual"]
+
+
+def test_the_settings_of_a_budget_are_those_that_it_uses():
+    """What another budget uses does not matter; what this one uses does, however deeply it is nested."""
+    method = ChosenLoDA(METHODS["loda"], ByEpsilon({1.0: PublicChoice(4.0), 10.0: PublicChoice(1.0)}))
+    other = replace(method, choice=ByEpsilon({1.0: PublicChoice(4.0), 10.0: PublicChoice(2.0)}))
+    assert at_budget(method, 1.0) == at_budget(other, 1.0)
+    assert at_budget(method, 10.0) != at_budget(other, 10.0)
+    deeper = replace(method, loda=DPLoDA(MODEL, ByEpsilon({1.0: replace(TUNING, steps=9)})))
+    assert at_budget(method, 1.0) != at_budget(deeper, 1.0)
+    assert at_budget(METHODS["no dp"], 1.0) is METHODS["no dp"]
 
 
 def test_timesteps_follow_the_mixture():

@@ -16,7 +16,21 @@ from fastloda.synthesis import methods
 from fastloda.synthesis.classify import SmallCNN
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import LabelledImages, font_digits
-from fastloda.synthesis.methods import Budget, Method, NoDP, PrivateClassifier, Release, Sampler, Spent
+from fastloda.synthesis.methods import (
+    Budget,
+    ByEpsilon,
+    DirectDPSGD,
+    Method,
+    NoDP,
+    PrivateClassifier,
+    Release,
+    Sampler,
+    Spent,
+)
+from fastloda.synthesis.methods import (
+    Direct as Settings,
+)
+from fastloda.synthesis.methods.dp_sgd import DPSGD
 from fastloda.synthesis.reproduce import paper_tables
 from fastloda.synthesis.reproduce.cells import all_cells
 from fastloda.synthesis.reproduce.published import CIFAR10, CIFAR10_1PCT, MNIST
@@ -251,6 +265,16 @@ def test_a_cell_of_other_settings_is_not_taken(table, tmp_path, monkeypatch, cap
     monkeypatch.setitem(RECIPES, "digits", lambda *_: small(synthetic_images=30))
     assert reproduce(tmp_path, "--seeds", "1") == 2
     assert "made with other settings: synthetic_images is 20 there and 30 here" in capsys.readouterr().err
+
+
+def test_a_change_at_one_budget_leaves_the_cells_of_others(table, tmp_path, monkeypatch, capsys):
+    made = small()
+    for steps in (1, 2):
+        runs = ByEpsilon({1.0: Settings(DPSGD(width=8), 1, 8), 10.0: Settings(DPSGD(width=8), steps, 8)})
+        monkeypatch.setitem(RECIPES, "digits", lambda *_, runs=runs: replace(made, methods=[DirectDPSGD(runs)]))
+        assert reproduce(tmp_path, "--seeds", "1", "--epsilons", "1") == 0
+        assert reproduce(tmp_path, "--seeds", "1", "--epsilons", "10") == (0 if steps == 1 else 2)
+    assert "DP-SGD, epsilon 10, seed 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,17 @@
 """A small autoencoder of public images, in whose latent space a diffusion model can work (Rombach et al. 2022)."""
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastloda.files import write_atomically
 from fastloda.progress import Progress
 from fastloda.randomness import seeded
 from fastloda.synthesis.data import LabelledImages
 
 from .base import Work
-from .shared_file import only_one
+from .shared_file import public_weights
 
 LATENT_CHANNELS = 3  # as many as images have, so that latents can be handled as images
 
@@ -63,18 +59,12 @@ class AutoencoderTraining:
 
     def fit(self, public: LabelledImages, work: Work) -> Autoencoder:
         """Train an autoencoder on public images by mean squared error, or load it from work.public_folder if it is there."""
-        about = [asdict(self), work.public_seed, public.digest()]
-        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-        path = work.public_folder / f"autoencoder-{key}.safetensors"
         network = self._network(public.images.shape[1], work)
-        with only_one(path):
-            if not path.exists():
-                self._train(network, public, work)
-                write_atomically(path, lambda temporary: save_file(network.state_dict(), temporary))
-        network.load_state_dict(load_file(path))
+        weights = public_weights("autoencoder", asdict(self), public, work, lambda: self._train(network, public, work))
+        network.load_state_dict(weights)
         return network
 
-    def _train(self, network: Autoencoder, public: LabelledImages, work: Work) -> None:
+    def _train(self, network: Autoencoder, public: LabelledImages, work: Work) -> Autoencoder:
         optimizer = torch.optim.Adam(network.parameters(), self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         generator = torch.Generator().manual_seed(work.public_seed)
@@ -85,6 +75,7 @@ class AutoencoderTraining:
             F.mse_loss(network.decoder(network.encoder(images)), images).backward()
             optimizer.step()
             schedule.step()
+        return network
 
     def _network(self, channels: int, work: Work) -> Autoencoder:
         with seeded(work.public_seed):

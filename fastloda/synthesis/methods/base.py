@@ -5,7 +5,7 @@ private records except through the releases that its `spent` lists.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
@@ -150,6 +150,18 @@ class ByEpsilon(Generic[T]):
     def at(self, epsilon: float) -> T:
         fitting = [known for known in self.settings if known <= epsilon]
         return self.settings[max(fitting) if fitting else min(self.settings)]
+
+
+def at_budget(settings: T, epsilon: float) -> T:
+    """Keep only the settings of this budget in each `ByEpsilon` that a dataclass, or one nested in it, contains."""
+    if isinstance(settings, ByEpsilon):
+        return ByEpsilon({epsilon: at_budget(settings.at(epsilon), epsilon)})
+    if not is_dataclass(settings) or isinstance(settings, type):
+        return settings
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    kept = {name: at_budget(value, epsilon) for name, value in values.items()}
+    changed = {name: value for name, value in kept.items() if value is not values[name]}
+    return replace(settings, **changed) if changed else settings
 
 
 class Method(Protocol):

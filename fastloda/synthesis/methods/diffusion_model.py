@@ -1,7 +1,5 @@
 """Parts that the diffusion methods share: the public model, private training of its trainable parameters, and sampling."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,7 +22,7 @@ from fastloda.training.saliency import release_saliency
 from .base import Budget, Release, Sampler, Spent, Work
 from .cost import step_cost
 from .layer_choice import LayerChoice, once
-from .shared_file import only_one
+from .shared_file import only_one, public_path
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class PublicModel:
 
     def fit(self, public: LabelledImages, work: Work) -> UNet:
         """Train the model on images of the private classes, or load it from work.public_folder; resume if interrupted."""
-        path = work.public_folder / f"unet-{self._key(public, work.public_seed)}.safetensors"
+        path = public_path("unet", self._about(), public, work)
         checkpoint = path.with_suffix(".pt")
         with only_one(path):
             if not path.exists():
@@ -70,15 +68,9 @@ class PublicModel:
         pretrain(model, public, replace(self.conditional, seed=seed), checkpoint=checkpoint, **options)
         return model
 
-    def _key(self, public: LabelledImages, seed: int) -> str:
-        plain = asdict(replace(self, everything=None))
-        about = [
-            plain,
-            self.everything is not None,
-            seed,
-            public.digest(),
-        ]  # without the images of `everything`: hashing all of ImageNet would load it
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    def _about(self) -> list:
+        """Describe the settings, without the images of `everything`: hashing all of ImageNet would load it."""
+        return [asdict(replace(self, everything=None)), self.everything is not None]
 
 
 def _before(checkpoint: Path) -> Path:

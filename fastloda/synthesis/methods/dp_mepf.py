@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastloda.synthesis.classify import train_classifier
 from fastloda.synthesis.data import LabelledImages
 
 from .base import Budget, Sampler, Spent, Work
 from .gaussian_release import noise_multipliers, noise_stream, release_class_sums
 from .generator import class_means, fit_generator
+from .public_classifier import public_features
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,7 @@ class DPMEPF:
     has_budget: bool = True
 
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
-        classifier = train_classifier(
-            public, steps=self.encoder_steps, seed=work.seed, device=work.device, progress=False
-        )
-        encoder = Perceptual(classifier.features)
+        encoder = Perceptual(public_features(public, self.encoder_steps, work))
         first, second, ones = _batched_moments(encoder, private.images, work.device)
         noises = noise_multipliers(budget, self.shares)
         stream, classes = noise_stream(work.seed), private.num_classes

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.errors import UserError
-from fastloda.synthesis.classify import train_classifier
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import UNet
 from fastloda.synthesis.diffusion import sample as draw_samples
@@ -26,6 +25,7 @@ from fastloda.synthesis.diffusion import sample as draw_samples
 from .base import Budget, ByEpsilon, Release, Sampler, Spent, Work
 from .diffusion_model import PublicModel
 from .gaussian_release import alone, noise_stream, release_class_sums
+from .public_classifier import public_features
 
 WHAT = "votes for samples"
 
@@ -121,9 +121,8 @@ class _Generator:
 
 
 def _embedding(public: LabelledImages, steps: int, work: Work) -> Callable[[Tensor], Tensor]:
-    """Train a classifier of public images; return the function from images to the input of its last layer, [n, d]."""
-    options = {"steps": steps, "seed": work.seed, "device": work.device, "progress": False}
-    features = train_classifier(public, **options).get_submodule("features")
+    """Return the function from images to the input of a classifier's last layer, [n, d]."""
+    features = public_features(public, steps, work)
 
     @torch.no_grad()
     def embed(images: Tensor) -> Tensor:

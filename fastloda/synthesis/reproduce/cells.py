@@ -11,6 +11,7 @@ from fastloda.files import write_atomically
 from fastloda.synthesis.classify import accuracy, train_classifier
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.methods import Budget, Method, Sampler, Work
+from fastloda.synthesis.methods.base import at_budget
 from fastloda.synthesis.metrics import Extractor, scores
 from fastloda.synthesis.report.plots import sample_grid
 from fastloda.synthesis.runs import Stage, read_json, write_json
@@ -65,7 +66,8 @@ class Cell:
 
     def stage(self, run: Path, problem: Problem, device: torch.device) -> Stage:
         """Describe the stage of this cell: the folder of its result, and all settings that the result depends on."""
-        settings = {"method": repr(self.method), "epsilon": self.epsilon, "seed": self.seed, "device": device.type}
+        method = self.method if self.epsilon is None else at_budget(self.method, self.epsilon)
+        settings = {"method": repr(method), "epsilon": self.epsilon, "seed": self.seed, "device": device.type}
         settings |= {"classifiers": repr(problem.classifiers), "synthetic_images": problem.synthetic_images}
         settings |= {"records": len(problem.private), "delta": problem.delta}
         return Stage(self.folder(run), settings, outputs=(RESULT,), private=True)
