@@ -4,8 +4,9 @@ Each function takes a side in pixels, a number of records and a seed, and return
 """
 
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +21,7 @@ ONE_HAND = Hands(
 )
 SWIRL, SLANT, WOBBLE = 0.33, -0.45, 0.07  # of another hand; a classifier of plain font digits is right in two thirds
 BEND, SHIFT, LEAN = 0.05, 0.06, 0.1  # standard deviations, in half sides, of the changes to each copy of a digit
-VARIED = 2.0  # factor of BEND and LEAN where many hands write
+USPS = Path("runs/usps")  # folder of the files zip.train.gz and zip.test.gz
 
 
 def swirled(side: int, records: int, seed: int) -> Split:
@@ -28,19 +29,32 @@ def swirled(side: int, records: int, seed: int) -> Split:
     return _swirled(side, records, 2 * seed), _swirled(side, TEST_COUNT, 2 * seed + 1)
 
 
-def handwritten(side: int, records: int, seed: int, variety: float = 1.0) -> Split:
-    """Enlarge scikit-learn's digits, real handwriting of 8 x 8 pixels; each copy of a digit is bent and moved a little.
-
-    `variety` is a factor of how far copies are bent and slanted.
-    """
+def handwritten(side: int, records: int, seed: int) -> Split:
+    """Enlarge scikit-learn's digits, real handwriting of 8 x 8 pixels; each copy of a digit is bent and moved a little."""
     private, test = (_enlarged(part, side) for part in digits_split())
-    return _copies(private, records, 2 * seed, variety), _copies(test, TEST_COUNT, 2 * seed + 1, variety)
+    return _copies(private, records, 2 * seed), _copies(test, TEST_COUNT, 2 * seed + 1)
+
+
+def usps(side: int, records: int, seed: int) -> Split:
+    """Enlarge USPS's digits, real handwriting of 16 x 16 pixels and many hands; equally many of each class are taken.
+
+    The files are those of "The Elements of Statistical Learning", https://hastie.su.domains/ElemStatLearn/data.html ("ZIP code"),
+    whose lines are a label and 256 pixels in [-1, 1]. Digits are centred by their ink, as MNIST's are.
+    """
+    paths = [USPS / f"zip.{part}.gz" for part in ("train", "test")]
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise SystemExit(f"the stand-in usps needs {' and '.join(missing)}: see `usps` in scripts/stand_ins.py")
+    rows = torch.from_numpy(np.concatenate([np.loadtxt(path, dtype=np.float32) for path in paths]))
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    counts = [records // 10, TEST_COUNT // 10]
+    parts = zip(*((rows[rows[:, 0] == label][: sum(counts)]).split(counts) for label in range(10)))
+    return tuple(_usps_images(torch.cat(part), side) for part in parts)
 
 
 STAND_INS: dict[str, Callable[[int, int, int], Split]] = {
     "swirled": swirled,
     "handwritten": handwritten,
-    "varied": partial(handwritten, variety=VARIED),
+    "usps": usps,
 }
 
 
@@ -55,23 +69,39 @@ def _swirled(side: int, count: int, seed: int) -> LabelledImages:
 
 
 def _enlarged(digits: LabelledImages, side: int) -> LabelledImages:
-    """Fit digits into the middle 5/7 of images, as MNIST's are, with edges as sharp as a pen's."""
-    inner = 5 * side // 7
-    ink = F.interpolate((digits.images[:] + 1) / 2, size=(inner, inner), mode="bicubic", align_corners=False)
-    ink = torch.sigmoid(10 * (ink - 0.45))
-    before = (side - inner) // 2
-    after = side - inner - before
-    ink = F.pad(ink.where(ink > 0.03, 0.0), (before, after, before, after))
-    return LabelledImages(2 * ink - 1, digits.labels, 10)
+    """Fit digits into the middle of images, with edges as sharp as a pen's."""
+    ink = torch.sigmoid(10 * (_resized((digits.images[:] + 1) / 2, side) - 0.45))
+    return LabelledImages(2 * _framed(ink.where(ink > 0.03, 0.0), side) - 1, digits.labels, 10)
 
 
-def _copies(digits: LabelledImages, count: int, seed: int, variety: float) -> LabelledImages:
+def _usps_images(rows: Tensor, side: int) -> LabelledImages:
+    """Make images of rows of the files; each is shifted by whole pixels until its ink's centre is the image's."""
+    ink = _framed(_resized((rows[:, 1:].unflatten(1, (1, 16, 16)) + 1) / 2, side).clamp(0, 1), side)
+    places = torch.arange(side) - (side - 1) / 2
+    total = ink.sum((1, 2, 3))
+    down, right = ((ink.sum((1, axis)) * places).sum(1).div(total).round().long() for axis in (3, 2))
+    centred = [torch.roll(image, (-y, -x), (1, 2)) for image, y, x in zip(ink, down.tolist(), right.tolist())]
+    return LabelledImages(2 * torch.stack(centred) - 1, rows[:, 0].long(), 10)
+
+
+def _resized(ink: Tensor, side: int) -> Tensor:
+    """Resize digits to the middle 5/7 of images of this side, as MNIST's are."""
+    return F.interpolate(ink, size=(5 * side // 7,) * 2, mode="bicubic", align_corners=False)
+
+
+def _framed(ink: Tensor, side: int) -> Tensor:
+    before = (side - ink.shape[-1]) // 2
+    after = side - ink.shape[-1] - before
+    return F.pad(ink, (before, after, before, after))
+
+
+def _copies(digits: LabelledImages, count: int, seed: int) -> LabelledImages:
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(max(count, len(digits)), generator=generator)[:count] % len(digits)
     side = digits.images.shape[-1]
-    grid = _slanted(variety * LEAN * torch.randn(count, generator=generator), side)
+    grid = _slanted(LEAN * torch.randn(count, generator=generator), side)
     grid = grid + SHIFT * torch.randn(count, 1, 1, 2, generator=generator)
-    grid = grid + _bends(count, 4, side, variety * BEND, generator)
+    grid = grid + _bends(count, 4, side, BEND, generator)
     return LabelledImages(_read(digits.images[:][index], grid), digits.labels[index], 10)
 
 

@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--base", type=json.loads, default={}, help="what differs in all settings, the first one too")
     parser.add_argument("--epsilon", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--stand-ins", nargs="+", choices=STAND_INS, default=tuple(STAND_INS))
+    parser.add_argument("--stand-ins", nargs="+", choices=STAND_INS, default=("swirled", "handwritten"))
     parser.add_argument("--run", type=Path, default=Path("runs/trials"))
     parser.add_argument("--records", type=int, default=4000)
     parser.add_argument("--jobs", type=int, default=torch.get_num_threads())

@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -112,12 +113,30 @@ def test_settings_are_changed_by_path():
         trials.changed(made, {"tunings.training.rate": 1}, 1.0)
 
 
+@pytest.fixture(scope="module")
+def usps_files(tmp_path_factory):
+    """Write files in the form of USPS's, with font digits: the real ones are not shipped by any package."""
+    folder = tmp_path_factory.mktemp("usps")
+    for part, seed in (("train", 0), ("test", 1)):
+        digits = font_digits(1300, seed, size=16)
+        rows = torch.cat([digits.labels[:, None].float(), digits.images.flatten(1)], 1)
+        np.savetxt(folder / f"zip.{part}.gz", rows.numpy(), fmt="%.3f")
+    return folder
+
+
 @pytest.mark.parametrize("name", stand_ins.STAND_INS)
 @pytest.mark.parametrize("side", [8, 28])
-def test_stand_ins_are_images_of_all_classes_that_a_seed_repeats(name, side):
+def test_stand_ins_are_images_of_all_classes_that_a_seed_repeats(name, side, usps_files, monkeypatch):
+    monkeypatch.setattr(stand_ins, "USPS", usps_files)
     private, test = stand_ins.STAND_INS[name](side, 60, 3)
     assert private.images.shape == (60, 1, side, side) and len(test) == stand_ins.TEST_COUNT
     assert private.images.abs().max() <= 1 and len(private.labels.unique()) == 10
     again, _ = stand_ins.STAND_INS[name](side, 60, 3)
     assert torch.equal(private.images, again.images)
     assert not torch.equal(private.images, stand_ins.STAND_INS[name](side, 60, 4)[0].images)
+
+
+def test_missing_files_of_a_stand_in_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(stand_ins, "USPS", tmp_path)
+    with pytest.raises(SystemExit, match="zip.train.gz and .*zip.test.gz"):
+        stand_ins.usps(28, 60, 0)
