@@ -513,7 +513,7 @@ def sample(
         with stage.work():
             drawn = draw_resumably(draw, labels, folder / PART, batch_size, progress)
             images = LabelledImages(drawn, labels, len(names), names)
-            images = moved(images, released, reach, progress) if released else images
+            images = moved(images, released, reach, seed, progress) if released else images
             write_samples(folder, images, statement)
         (folder / PART).unlink(missing_ok=True)
     return {"samples": str(folder / SAMPLES), "images": str(folder / IMAGES), "grid": str(folder / GRID)}

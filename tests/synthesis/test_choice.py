@@ -1,5 +1,7 @@
 """Public images chosen by a noisy statistic: the weights are as stated, and larger on images like the private ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -130,7 +132,7 @@ def mean_distance(images: LabelledImages, phi, means: torch.Tensor) -> float:
     [
         (0.3, Reach(0.25), 0.0, 0.5),
         (0.3, Reach(1e-3), 0.99, 1.01),
-        (1e4, Reach(0.25, 0.1), 0.99, 1.01),
+        (1e4, Reach(0.25), 0.99, 1.01),
         (0.3, Reach(points=0.1), 0.0, 0.8),
         (0.3, Reach(points=1e-3), 0.95, 1.01),
         (0.3, Reach(0.25, 0.1), 0.0, 0.5),
@@ -146,10 +148,25 @@ def test_images_move_as_far_as_the_release_is_known_and_no_further(noise, reach,
     choice = PublicChoice(noise, features=200)
     released = choice.sums(private, public, 500, 0, noise_stream(0))
     exact = class_means(released.embed(private.images), private.labels, 10)
-    found = moved(public, released, reach, progress=False)
+    found = moved(public, released, reach, 0, progress=False)
     left = mean_distance(found, released.embed, exact) / mean_distance(public, released.embed, exact)
     assert least <= left <= most
     assert found.images.abs().max() <= 1 and torch.equal(found.labels, public.labels)
+
+
+def test_images_bend_smoothly_and_each_in_its_own_way():
+    """Without information in the release, an image has its own bend: a draw of the process, with the stated deviation."""
+    public = font_digits(400, seed=0)
+    ramps = torch.linspace(-0.875, 0.875, 8).expand(400, 1, 8, 8)  # read at a shifted place, it tells the shift
+    released = of_means(torch.zeros(10, 20), noise=1e6)
+    shifts = moved(replace(public, images=ramps), released, Reach(points=0.02), 0, progress=False).images - ramps
+    inner = shifts[:, 0, 2:-2, 2:-2]
+    assert inner.std().item() == pytest.approx(0.02, rel=0.15)
+    neighbours, across = (torch.corrcoef(torch.stack([inner[:, 0, 0], inner[:, 0, i]]))[0, 1] for i in (1, 3))
+    assert neighbours > 0.85 and across < 0.65
+    again, other = (moved(public, released, Reach(points=0.1), seed, progress=False).images for seed in (0, 1))
+    assert torch.equal(again, moved(public, released, Reach(points=0.1), 0, progress=False).images)
+    assert not torch.equal(again, other)
 
 
 def test_a_choice_trains_on_moved_images_or_on_public_ones(pool):
@@ -167,5 +184,7 @@ def test_images_are_moved_part_by_part(monkeypatch):
     images = font_digits(60, seed=0)
     released = of_means(torch.zeros(10, 20), noise=0.1)
     monkeypatch.setattr("fastloda.synthesis.methods.moves._TOGETHER", 30)
-    halves = [moved(images[part], released, Reach(0.25), progress=False).images for part in (slice(30), slice(30, 60))]
-    assert torch.equal(moved(images, released, Reach(0.25), progress=False).images, torch.cat(halves))
+    halves = [
+        moved(images[part], released, Reach(0.25), 0, progress=False).images for part in (slice(30), slice(30, 60))
+    ]
+    assert torch.equal(moved(images, released, Reach(0.25), 0, progress=False).images, torch.cat(halves))

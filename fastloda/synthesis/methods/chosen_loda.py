@@ -58,6 +58,6 @@ class ChosenLoDA:
 
         def draw(labels: Tensor, seed: int) -> Tensor:
             images = LabelledImages(sampler.draw(labels, seed).clamp(-1, 1), labels, private.num_classes)
-            return moved(images, released[PublicChoice.kind], self.samples_reach, work.progress).images
+            return moved(images, released[PublicChoice.kind], self.samples_reach, seed, work.progress).images
 
         return replace(sampler, draw=draw)

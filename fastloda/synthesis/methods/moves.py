@@ -1,12 +1,15 @@
 """Moves of images until the mean features of each class agree with released ones, as far as these are known.
 
-An image is bent, by shifts u of a grid of points (an elastic distortion: Simard et al. 2003), and its pixels change by d. For a
-class with images x_i, its released mean m, whose noise has standard deviation tau, and the features phi:
+An image is bent, by smooth shifts u (an elastic distortion: Simard et al. 2003), and its pixels change by d. For a class with
+images x_i, its released mean m, whose noise has standard deviation tau, and the features phi:
 
-    x'_i = bent(x_i, u_i) + d_i
-    minimise over u, d  mean_i (|u_i|^2 / (2 points^2) + |d_i|^2 / (2 pixels^2)) + |mean_i phi(x'_i) - m|^2 / (2 tau^2)
+    x'_i = bent(x_i, u_i) + d_i,  u_i = points L z_i,  d_i = pixels w_i
+    minimise over z, w  mean_i (|z_i - r_i|^2 + |w_i|^2) / 2 + |mean_i phi(x'_i) - m|^2 / (2 tau^2)
 
-where `points` and `pixels` say how far these move easily.
+`points` and `pixels` say how far these move easily. The shifts are a Gaussian process on a grid of points, and L is its kernel's
+Cholesky factor: points near each other shift alike, so that strokes bend and do not tear. Each image begins and likes to stay at
+a bend of its own, r_i, drawn from the process (perturb-and-MAP: Papandreou & Yuille 2011): without it images would keep the
+little variety that they have, for the release tells nothing about single ones.
 
 This is a gradient flow of the maximum mean discrepancy (Arbel et al. 2019, https://arxiv.org/abs/1906.04370) that stays near its
 start. It uses a release, but reads no private image: it costs no privacy.
@@ -26,8 +29,8 @@ from fastloda.synthesis.data.elastic import read_at, smooth_shifts
 from .class_embeddings import ClassEmbeddings
 from .generator import class_means
 
-_STEPS, _LEARNING_RATE = 40, 0.06  # settings of Adam; the rate is that of pixels, that of points grows with their reach
-_POINTS = 4  # side of the grid of points; finer grids bend images out of shape
+_STEPS, _AT_ONCE = 200, 10  # steps of L-BFGS: at most so many, and between two displays of progress
+_POINTS, _NEAR = 5, 0.6  # side of the grid of points, and the kernel's length in half sides of the image
 # Number of images whose means are matched together, so large that their own scatter is small compared with the noise.
 _TOGETHER = 4000
 
@@ -38,8 +41,8 @@ class Reach:
 
     Attributes:
         pixels: distance, for pixels in [-1, 1], by which a pixel changes easily; 0: not at all.
-        points: distance, in half sides of the image, by which the points of a coarse grid shift easily, so that the image bends;
-            0: not at all.
+        points: distance, in half sides of the image, by which its points shift easily, those near each other alike, so that the
+            image bends; 0: not at all.
     """
 
     pixels: float = 0.0
@@ -57,40 +60,58 @@ class Reach:
 UNMOVED = Reach()
 
 
-def moved(images: LabelledImages, released: ClassEmbeddings, reach: Reach, progress: bool = True) -> LabelledImages:
-    """Move public or synthetic images within [-1, 1] to where the sum above is small."""
+def moved(
+    images: LabelledImages, released: ClassEmbeddings, reach: Reach, seed: int, progress: bool = True
+) -> LabelledImages:
+    """Move public or synthetic images within [-1, 1] to where the sum above is small; `seed` draws their own bends."""
     if not reach:
         return images
+    generator = torch.Generator().manual_seed(seed)
+    bends = torch.randn(len(images), 2, _POINTS**2, generator=generator)
     parts = torch.arange(len(images)).split(_TOGETHER)
-    with Progress("moving", len(parts) * _STEPS, shown=progress) as bar:
-        found = [_moved(images[part], released, reach, bar) for part in parts]
+    with Progress("moving", len(parts) * (_STEPS // _AT_ONCE), shown=progress) as bar:
+        found = [_moved(images[part], bends[part], released, reach, bar) for part in parts]
     return replace(images, images=torch.cat(found))
 
 
-def _moved(images: LabelledImages, released: ClassEmbeddings, reach: Reach, bar: Progress) -> Tensor:
-    start, labels, means = images.images[:], images.labels, released.means.float()
-    pixels, points = torch.zeros_like(start), torch.zeros(len(start), 2, _POINTS, _POINTS)
-    moves = [(pixels, reach.pixels, _LEARNING_RATE), (points, reach.points, _LEARNING_RATE * reach.points / 0.1)]
-    moves = [(move.requires_grad_(), deviation, rate) for move, deviation, rate in moves if deviation]
-    optimizer = torch.optim.Adam([{"params": [move], "lr": rate} for move, _, rate in moves])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
-    current = lambda: ((_bent(start, points) if reach.points else start) + pixels).clamp(-1, 1)  # noqa: E731
-    for _ in range(_STEPS):
+def _moved(images: LabelledImages, bends: Tensor, released: ClassEmbeddings, reach: Reach, bar: Progress) -> Tensor:
+    start, labels, classes = images.images[:], images.labels, images.num_classes
+    means, nearby = released.means.float(), _nearby_alike().to(start)
+    home = {"points": bends.to(start), "pixels": torch.zeros_like(start)}
+    moves = {name: place.clone().requires_grad_() for name, place in home.items() if getattr(reach, name)}
+    optimizer = torch.optim.LBFGS(
+        list(moves.values()), max_iter=_AT_ONCE, history_size=8, line_search_fn="strong_wolfe"
+    )
+
+    def current() -> Tensor:
+        found = _bent(start, reach.points * moves["points"] @ nearby) if "points" in moves else start
+        return (found + reach.pixels * moves["pixels"] if "pixels" in moves else found).clamp(-1, 1)
+
+    def objective() -> Tensor:
         optimizer.zero_grad()
-        misfit = (class_means(released.embed(current()), labels, images.num_classes) - means).square().sum()
-        loss = misfit / (2 * released.noise**2)
-        for move, deviation, _ in moves:
-            distance = class_means(move.square().flatten(1), labels, images.num_classes).sum()
-            loss = loss + distance / (2 * deviation**2)
+        misfit = (class_means(released.embed(current()), labels, classes) - means).square().sum()
+        ways = [(move - home[name]).square().flatten(1) for name, move in moves.items()]
+        distance = sum(class_means(way, labels, classes).sum() for way in ways)
+        loss = distance / 2 + misfit / (2 * released.noise**2)
         loss.backward()
-        optimizer.step()
-        schedule.step()
+        return loss
+
+    for _ in range(_STEPS // _AT_ONCE):
+        optimizer.step(objective)
         bar.update()
     return current().detach()
 
 
+def _nearby_alike() -> Tensor:
+    """Return L^T, [points, points], which makes white noise on the grid a draw of the Gaussian process."""
+    line = torch.linspace(-1, 1, _POINTS)
+    grid = torch.cartesian_prod(line, line)
+    kernel = (torch.cdist(grid, grid).square() / (-2 * _NEAR**2)).exp() + 1e-4 * torch.eye(len(grid))
+    return torch.linalg.cholesky(kernel).T
+
+
 def _bent(images: Tensor, points: Tensor) -> Tensor:
-    """Read images [n, C, H, W] at their own places, shifted smoothly by points [n, 2, k, k]."""
+    """Read images [n, C, H, W] at their own places, shifted smoothly by points [n, 2, k * k]."""
     height, width = images.shape[2:]
     own = F.affine_grid(torch.eye(2, 3)[None], [1, 1, height, width], align_corners=False)
-    return read_at(images, own + smooth_shifts(points, height, width))
+    return read_at(images, own + smooth_shifts(points.unflatten(2, (_POINTS, _POINTS)), height, width))

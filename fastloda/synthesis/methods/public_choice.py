@@ -7,7 +7,7 @@ allows, and the weights are otherwise as even as possible:
     minimise over w  KL(w || even) + |sum_i w_i phi(x_i) - m|^2 / (2 tau^2)
 
 This is convex, and solved in its dual, w_i = exp(theta . phi(x_i)) / Z (maximum entropy with relaxed constraints: Dudik et al.
-2007, https://jmlr.org/papers/v8/dudik07a.html). Images drawn by their weights are then moved a little, pixel by pixel, so that
+2007, https://jmlr.org/papers/v8/dudik07a.html). Images drawn by their weights are then bent, or moved pixel by pixel, so that
 their means agree better (`moved`): no weights can produce what no public image has. A public model that is trained further on
 them starts private fine-tuning nearer to the private images. Spending a part of the budget on choosing public data is the idea
 of PrivImage (Li et al. 2024, https://arxiv.org/abs/2311.12850), which chooses classes of public images (`class_queries`).
@@ -100,7 +100,7 @@ class PublicChoice(OneRelease):
     ) -> LabelledImages:
         """Choose `drawn` public images, and move them."""
         drawn = self.draw(pool, self.weights(pool, released), seed)
-        return moved(drawn, released, self.reach, progress)
+        return moved(drawn, released, self.reach, seed, progress)
 
 
 def tilted(features: Tensor, target: Tensor, tau: float) -> Tensor:

@@ -153,7 +153,7 @@ class _Settings:
         return replace(self.tuning, training=replace(training, learning_rate=training.learning_rate / 10))
 
     def choice(self, together: int) -> PublicChoice:
-        scale, points = (0.5, 0.15) if self.strict else (0.35, 0.2)
+        scale, points = (0.5, 0.2) if self.strict else (0.35, 0.1)
         options = {"scale": scale, "reach": Reach(points=points), "drawn": 50 if self.quick else 8000}
         return PublicChoice(self._noise(together), training=self._further, **options)
 
