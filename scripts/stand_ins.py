@@ -47,6 +47,9 @@ def usps(side: int, records: int, seed: int) -> Split:
     rows = torch.from_numpy(np.concatenate([np.loadtxt(path, dtype=np.float32) for path in paths]))
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     counts = [records // 10, TEST_COUNT // 10]
+    most = 10 * (int(rows[:, 0].long().bincount().min()) - counts[1])
+    if not 10 <= records <= most:
+        raise SystemExit(f"the stand-in usps has from 10 to {most} records, not {records}")
     parts = zip(*((rows[rows[:, 0] == label][: sum(counts)]).split(counts) for label in range(10)))
     return tuple(_usps_images(torch.cat(part), side) for part in parts)
 

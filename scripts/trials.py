@@ -28,7 +28,7 @@ from fastloda.errors import UserError
 from fastloda.synthesis.classify import accuracy, train_classifier
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.methods import Budget, ChosenLoDA, Method, WarmUp, Work
-from fastloda.synthesis.methods.base import ByEpsilon
+from fastloda.synthesis.methods.base import ByEpsilon, at_budget
 from fastloda.synthesis.methods.gaussian_release import noise_stream
 from fastloda.synthesis.methods.warm_up import OneRelease
 from fastloda.synthesis.report.tables import Table
@@ -135,19 +135,20 @@ def changed(method: Any, setting: Setting, epsilon: float) -> Any:
     Raises:
         ValueError: there is no such field.
     """
+    method = at_budget(method, epsilon)
     for path, value in setting.items():
-        method = _with(method, path.split("."), value, epsilon)
+        method = _with(method, path.split("."), value)
     return method
 
 
-def _with(settings: Any, path: list[str], value: Any, epsilon: float) -> Any:
+def _with(settings: Any, path: list[str], value: Any) -> Any:
     if isinstance(settings, ByEpsilon):
-        return ByEpsilon({epsilon: _with(settings.at(epsilon), path, value, epsilon)})
+        return ByEpsilon({epsilon: _with(own, path, value) for epsilon, own in settings.settings.items()})
     if not path:
         return tuple(value) if isinstance(value, list) else value
     if not is_dataclass(settings) or not hasattr(settings, path[0]):
         raise ValueError(f"{type(settings).__name__} has no field {path[0]!r}")
-    return replace(settings, **{path[0]: _with(getattr(settings, path[0]), path[1:], value, epsilon)})
+    return replace(settings, **{path[0]: _with(getattr(settings, path[0]), path[1:], value)})
 
 
 def as_table(search: Search, settings: Sequence[Setting], found: list[list[list[float]]]) -> Table:
@@ -178,7 +179,9 @@ def main() -> None:
     parser.add_argument("--base", type=json.loads, default={}, help="what differs in all settings, the first one too")
     parser.add_argument("--epsilon", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--stand-ins", nargs="+", choices=STAND_INS, default=("swirled", "handwritten"))
+    parser.add_argument(
+        "--stand-ins", nargs="+", choices=STAND_INS, default=("swirled", "handwritten"), help="usps needs its files"
+    )
     parser.add_argument("--run", type=Path, default=Path("runs/trials"))
     parser.add_argument("--records", type=int, default=4000)
     parser.add_argument("--jobs", type=int, default=torch.get_num_threads())

@@ -265,10 +265,10 @@ def test_methods_share_what_is_trained_on_public_images(name, public, private, t
 
 def test_a_loaded_classifier_has_the_features_of_the_trained_one(public, tmp_path):
     work = work_in(tmp_path, seed=3)
-    trained = train_classifier(public, steps=2, seed=3, progress=False).features
+    trained, some = train_classifier(public, steps=2, seed=3, progress=False).features, public.images[:5]
     for _ in range(2):  # the second one is loaded
         found = public_features(public, 2, work)
-        assert torch.equal(found(some := public.images[:5]), trained(some))
+        assert torch.equal(found(some), trained(some))
         assert not any(parameter.requires_grad for parameter in found.parameters())
 
 

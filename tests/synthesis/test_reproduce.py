@@ -27,9 +27,6 @@ from fastloda.synthesis.methods import (
     Sampler,
     Spent,
 )
-from fastloda.synthesis.methods import (
-    Direct as Settings,
-)
 from fastloda.synthesis.methods.dp_sgd import DPSGD
 from fastloda.synthesis.reproduce import paper_tables
 from fastloda.synthesis.reproduce.cells import all_cells
@@ -270,7 +267,7 @@ def test_a_cell_of_other_settings_is_not_taken(table, tmp_path, monkeypatch, cap
 def test_a_change_at_one_budget_leaves_the_cells_of_others(table, tmp_path, monkeypatch, capsys):
     made = small()
     for steps in (1, 2):
-        runs = ByEpsilon({1.0: Settings(DPSGD(width=8), 1, 8), 10.0: Settings(DPSGD(width=8), steps, 8)})
+        runs = ByEpsilon({1.0: methods.Direct(DPSGD(width=8), 1, 8), 10.0: methods.Direct(DPSGD(width=8), steps, 8)})
         monkeypatch.setitem(RECIPES, "digits", lambda *_, runs=runs: replace(made, methods=[DirectDPSGD(runs)]))
         assert reproduce(tmp_path, "--seeds", "1", "--epsilons", "1") == 0
         assert reproduce(tmp_path, "--seeds", "1", "--epsilons", "10") == (0 if steps == 1 else 2)

@@ -140,3 +140,19 @@ def test_missing_files_of_a_stand_in_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(stand_ins, "USPS", tmp_path)
     with pytest.raises(SystemExit, match="zip.train.gz and .*zip.test.gz"):
         stand_ins.usps(28, 60, 0)
+
+
+@pytest.mark.parametrize("records", [0, 9, 10_000])
+def test_impossible_numbers_of_records_are_refused(records, usps_files, monkeypatch):
+    monkeypatch.setattr(stand_ins, "USPS", usps_files)
+    with pytest.raises(SystemExit, match=f"from 10 to 600 records, not {records}"):
+        stand_ins.usps(28, records, 0)
+
+
+def test_a_trial_does_not_depend_on_the_settings_of_other_budgets():
+    """Else a change at one budget would make finished trials at another be run again."""
+    made = recipe("mnist5k", Variant(quick=True)).only(["DP-LoDA"]).methods[0]
+    other = replace(made, tunings=ByEpsilon(made.tunings.settings | {10.0: replace(made.tunings.at(10.0), steps=9)}))
+    setting = {"tunings.views": 3}
+    assert repr(trials.changed(made, setting, 1.0)) == repr(trials.changed(other, setting, 1.0))
+    assert repr(trials.changed(made, setting, 10.0)) != repr(trials.changed(other, setting, 10.0))

@@ -30,8 +30,8 @@ from fastloda.synthesis.data.elastic import read_at, smooth_shifts
 from .class_embeddings import ClassEmbeddings
 from .generator import class_means
 
-_STEPS, _AT_ONCE = 200, 10  # steps of L-BFGS: at most so many, and between two displays of progress
-_GAIN = 0.02  # it ends earlier when `_AT_ONCE` steps reduce the sum by less than this share
+_ROUNDS, _STEPS = 20, 10  # largest number of rounds, and steps of L-BFGS in each
+_GAIN = 0.02  # share of the sum below which the gain of a round ends the moves
 _POINTS, _NEAR = 5, 0.6  # side of the grid of points, and the kernel's length in half sides of the image
 # Number of images whose means are matched together, so large that their own scatter is small compared with the noise.
 _TOGETHER = 4000
@@ -71,7 +71,7 @@ def moved(
     generator = torch.Generator().manual_seed(seed)
     bends = torch.randn(len(images), 2, _POINTS**2, generator=generator)
     parts = torch.arange(len(images)).split(_TOGETHER)
-    with Progress("moving", len(parts) * (_STEPS // _AT_ONCE), shown=progress) as bar:
+    with Progress("moving", len(parts) * _ROUNDS, "round", shown=progress) as bar:
         found = [_moved(images[part], bends[part], released, reach, bar) for part in parts]
     return replace(images, images=torch.cat(found))
 
@@ -81,9 +81,7 @@ def _moved(images: LabelledImages, bends: Tensor, released: ClassEmbeddings, rea
     means, nearby = released.means.float(), _nearby_alike().to(start)
     home = {"points": bends.to(start), "pixels": torch.zeros_like(start)}
     moves = {name: place.clone().requires_grad_() for name, place in home.items() if getattr(reach, name)}
-    optimizer = torch.optim.LBFGS(
-        list(moves.values()), max_iter=_AT_ONCE, history_size=8, line_search_fn="strong_wolfe"
-    )
+    optimizer = torch.optim.LBFGS(list(moves.values()), max_iter=_STEPS, history_size=8, line_search_fn="strong_wolfe")
 
     def current() -> Tensor:
         found = _bent(start, reach.points * moves["points"] @ nearby) if "points" in moves else start
@@ -98,9 +96,9 @@ def _moved(images: LabelledImages, bends: Tensor, released: ClassEmbeddings, rea
         loss.backward()
         return loss
 
-    value, left = math.inf, _STEPS // _AT_ONCE
+    value, left = math.inf, _ROUNDS
     while left:
-        before, value = value, optimizer.step(objective).item()  # the sum where these steps began
+        before, value = value, optimizer.step(objective).item()  # the sum where this round began
         left -= 1
         bar.update()
         if value > (1 - _GAIN) * before:
