@@ -264,6 +264,43 @@ def test_a_cell_of_other_settings_is_not_taken(table, tmp_path, monkeypatch, cap
     assert "made with other settings: synthetic_images is 20 there and 30 here" in capsys.readouterr().err
 
 
+def test_known_cells_are_taken_over_where_the_settings_are_the_same(table, tmp_path, monkeypatch, capsys):
+    reproduce(tmp_path / "there", "--seeds", "2")
+    there = tmp_path / "there" / "results.json"
+    FITS.clear()
+
+    def direct_of_other_settings(_):
+        return "Direct(2)"
+
+    monkeypatch.setattr(Direct, "__repr__", direct_of_other_settings)
+    assert reproduce(tmp_path / "here", "--seeds", "1", "--methods", "DP-SGD", "--known", str(there)) == 0
+    assert FITS == [("DP-SGD", 1.0, 0), ("DP-SGD", 10.0, 0)]
+    assert "with the same settings: DP-LoDA, epsilon 1, seed 0; DP-LoDA, epsilon 1, seed 1" in capsys.readouterr().err
+    first, second = (json.loads((tmp_path / run / "results.json").read_text())["measured"] for run in ("there", "here"))
+    of_loda = [[cell for cell in cells if cell["method"] == "DP-LoDA"] for cells in (first, second)]
+    assert of_loda[0] == of_loda[1] and len(of_loda[0]) == 4
+    picture = "digits-samples-of-dp-loda-epsilon-10-seed-0.png"
+    assert (tmp_path / "here" / picture).read_bytes() == (tmp_path / "there" / picture).read_bytes()
+
+    assert reproduce(tmp_path / "here", "--seeds", "2", "--known", str(there)) == 0  # a cell of one's own is kept
+    assert FITS[2:] == [("DP-SGD", 1.0, 1), ("DP-SGD", 10.0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"table": "mnist5k", "measured": []}', "has the results of mnist5k: give those of another run of digits"),
+        ('{"table": "digits"}', "is not the results.json of a run of digits, or is damaged: KeyError('measured')"),
+        ('{"table": "digits", "measured": [1]}', "or is damaged: TypeError"),
+        ("[]", "holds no JSON object"),
+    ],
+)
+def test_known_results_of_another_kind_are_refused(content, message, table, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(content)
+    assert reproduce(tmp_path / "run", "--known", str(tmp_path / "results.json")) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_change_at_one_budget_leaves_the_cells_of_others(table, tmp_path, monkeypatch, capsys):
     made = small()
     for steps in (1, 2):

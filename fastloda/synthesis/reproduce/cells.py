@@ -1,5 +1,8 @@
 """The cells of a table: each fits a method at a budget with a seed, and tests it. The result is a file, computed once."""
 
+import hashlib
+import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +17,7 @@ from fastloda.synthesis.methods import Budget, Method, Sampler, Work
 from fastloda.synthesis.methods.base import at_budget
 from fastloda.synthesis.metrics import Extractor, scores
 from fastloda.synthesis.report.plots import sample_grid
-from fastloda.synthesis.runs import Stage, read_json, write_json
+from fastloda.synthesis.runs import Stage, plain, read_json, write_json
 from fastloda.synthesis.settings import Classifier
 
 RESULT, GRID = "result.json", "grid.png"
@@ -57,6 +60,10 @@ class Cell:
         budget = "" if self.epsilon is None else f", epsilon {self.epsilon:g}"
         return f"{self.method.name}{budget}, seed {self.seed}"
 
+    @property
+    def caption(self) -> str:
+        return f"Samples of {self.name}"
+
     def folder(self, run: Path) -> Path:
         parts = [
             self.method.name.lower().replace(" ", "-"),
@@ -75,6 +82,8 @@ class Cell:
     def result(self, run: Path, problem: Problem, device: torch.device) -> dict:
         """Return the cell's result as JSON values; if it is not there, compute it, continuing an interrupted fit where possible.
 
+        `settings_digest` in it tells whether another run's cell was made with the same settings.
+
         Raises:
             RunError: the folder contains a cell with other settings.
         """
@@ -84,7 +93,7 @@ class Cell:
                 where = stage.folder / "fit", run / "public"
                 work = Work(*where, self.seed, device, progress=False, public_seed=problem.public_seed)
                 write_json(stage.folder / RESULT, self._compute(problem, work))
-        return read_json(stage.folder / RESULT)
+        return read_json(stage.folder / RESULT) | {"settings_digest": settings_digest(stage)}
 
     def _compute(self, problem: Problem, work: Work) -> dict:
         clock = _Laps()
@@ -124,6 +133,16 @@ def all_cells(methods: Sequence[Method], epsilons: Sequence[float], seeds: int) 
     """List all cells in the table's order: for each method, all seeds at each budget, or one per seed if it has no budget."""
     budgets = {method.name: epsilons if method.has_budget else (None,) for method in methods}
     return [Cell(m, epsilon, seed) for m in methods for epsilon in budgets[m.name] for seed in range(seeds)]
+
+
+def settings_digest(stage: Stage) -> str:
+    """Compute a short hash of all settings of a cell's stage."""
+    return hashlib.sha256(json.dumps(plain(stage.settings), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def picture_file(table: str, caption: str) -> str:
+    """Name the file beside a table's results that has the picture of this caption."""
+    return f"{table}-{re.sub('[^a-z0-9]+', '-', caption.lower())}.png"
 
 
 class _Laps:

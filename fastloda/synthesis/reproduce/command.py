@@ -30,6 +30,7 @@ def reproduce(
     methods: Names = NO_NAMES,
     unet: UNetShape | None = None,
     features: Path | None = None,
+    known: Path | None = None,
     quick: bool = False,
     jobs: int | None = None,
     device: Device = "auto",
@@ -57,6 +58,8 @@ def reproduce(
         unet: shape of the U-Net in place of the table's.
         features: TorchScript file of an Inception network for FID and the other scores. Default: a small classifier trained on
             the public images.
+        known: results.json of another run of the table, such as docs/results/mnist5k.json: its cells are taken over, not computed
+            again, where all settings are the same.
         quick: whether to take minutes instead of hours, with too few steps and images for good results; the report says so.
         jobs: number of cells to compute at a time, each in a process with its share of the cores. Default: one on a GPU; on a
             CPU, one per core.
@@ -75,6 +78,8 @@ def reproduce(
     made = Experiment(
         Order(table, variant, folder, seeds, tuple(sorted(set(epsilons))), tuple(methods), features, place)
     )
+    if known is not None:
+        made.take_over(known)
     compute_cells(made, jobs, progress)
     findings = Findings(*made.finished(), folder, environment(place) | {"cells at a time": jobs})
     findings.write()

@@ -1,6 +1,5 @@
 """The report of a table as JSON, Markdown and a page: measured values in the paper's order, beside the published ones."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +14,7 @@ from fastloda.synthesis.report.plots import accuracy_curves, sample_grid
 from fastloda.synthesis.report.tables import Table, rounded_up, times_table
 from fastloda.synthesis.runs import write_json
 
-from .cells import GRID, Cell
+from .cells import GRID, Cell, picture_file
 from .published import Accuracies
 from .recipe import Recipe
 
@@ -241,10 +240,10 @@ class Findings:
         for cell in self.results:
             grid = cell.folder(self.run) / GRID
             if cell.seed == 0 and grid.exists():
-                yield cell, Figure(f"Samples of {cell.name}", grid.read_bytes())
+                yield cell, Figure(cell.caption, grid.read_bytes())
 
     def _file(self, figure: Figure) -> str:
-        return f"{self.recipe.name}-{re.sub('[^a-z0-9]+', '-', figure.caption.lower())}.png"
+        return picture_file(self.recipe.name, figure.caption)
 
     def _curves(self) -> dict[str, list[tuple[float, list[float]]]]:
         private = [method for method in self.recipe.methods if method.has_budget]

@@ -23,6 +23,7 @@ from fastloda.synthesis.metrics import Extractor, public_extractor, torchscript_
 from fastloda.synthesis.runs import RunError
 
 from .cells import Cell, Problem, all_cells
+from .known import known_cells, take_over
 from .recipe import Recipe, TableName, Variant
 from .recipes import recipe
 
@@ -81,7 +82,7 @@ class Experiment:
         """
         seeds = [int(folder.name.removeprefix("seed-")) for folder in self.order.run.glob("cells/*/*/seed-*")]
         results, stale = {}, []
-        for cell in all_cells(self._methods, self._epsilons, max(seeds, default=0) + 1):
+        for cell in self._all_cells(max(seeds, default=0) + 1):
             try:
                 if cell.stage(self.order.run, self.problem, self.order.device).is_done():
                     results[cell] = self.result(cell)
@@ -92,6 +93,23 @@ class Experiment:
         methods = [method for method in self._methods if any(cell.method is method for cell in results)]
         epsilons = tuple(e for e in self._epsilons if any(cell.epsilon == e for cell in results))
         return replace(self.recipe, methods=methods, epsilons=epsilons or self.recipe.epsilons), results
+
+    def take_over(self, path: Path) -> None:
+        """Take cells from the results.json of another run of the table, where they have the same settings; say which.
+
+        Raises:
+            OSError, ValueError: the file can't be read, or is not such a file.
+        """
+        known = known_cells(path, self.order.table)
+        cells = self._all_cells(1 + max((seed for *_, seed in known), default=0))
+        stages = {cell: cell.stage(self.order.run, self.problem, self.order.device) for cell in cells}
+        taken = take_over(known, stages, path.parent, self.order.table)
+        names = "; ".join(cell.name for cell in taken) or "none"
+        logger.info("taken over from %s, for they were made with the same settings: %s", path, names)
+
+    def _all_cells(self, seeds: int) -> list[Cell]:
+        """List the cells of all rows and columns of the table, and of the user's own."""
+        return all_cells(self._methods, self._epsilons, seeds)
 
     def compute(self, index: int) -> str:
         """Compute cell number `index`, and return a line that describes its result."""
