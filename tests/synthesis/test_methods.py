@@ -231,6 +231,16 @@ def test_correlated_noise_is_accounted_by_rounds(public, private, tmp_path):
     assert (rate, rounds) == (2 * 10 / len(private), 3) and 1.9 < spent.epsilon <= 2
 
 
+@pytest.mark.parametrize("change", [{"guidance": 0.5}, {"sampler_steps": 3}, {"stochasticity": 0.5}])
+def test_the_tuning_says_how_images_are_sampled(change, public, private, tmp_path):
+    method, budget, work = METHODS["public only"], Budget(1.0, 1e-4, len(private)), work_in(tmp_path)
+    changed = replace(method, sampling=replace(TUNING, **change))
+    usual, other, again = (
+        m.fit(private, public, budget, work).images(4, 0).images[:] for m in (method, changed, changed)
+    )
+    assert not torch.equal(usual, other) and torch.equal(other, again)
+
+
 def test_the_choice_moves_the_samples_too(public, private, tmp_path):
     method, budget = METHODS["chosen"], Budget(2.0, 1e-5, len(private))
     resting = replace(method, samples_reach=Reach())

@@ -93,7 +93,7 @@ class PrivateTuning:
         max_grad_norm: the clipping bound.
         bands: number of steps over which the noise is correlated; 1: independent noise.
         training: settings of optimizer, schedule, timesteps and averaging.
-        guidance, sampler_steps: weight of guidance, and number of steps, in sampling.
+        guidance, sampler_steps, stochasticity: weight of guidance, number of steps, and fresh noise of each, in sampling.
         time_weights: ranges of timesteps (first, end, share) that replace training.timesteps: a mixture of uniform distributions
             (Ghalebikesabi et al. 2023, section 3.2).
     """
@@ -106,6 +106,7 @@ class PrivateTuning:
     training: FineTuning = field(default_factory=FineTuning)
     guidance: float = 0.0
     sampler_steps: int = 50
+    stochasticity: float = 0.0
     time_weights: tuple[tuple[int, int, float], ...] = ()
 
     def privacy(self, budget: Budget) -> Privacy:
@@ -173,7 +174,8 @@ def sampler(
     """Make a sampler from the model as it is now."""
 
     def draw(labels: Tensor, seed: int) -> Tensor:
-        options = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "progress": work.progress}
+        options = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "stochasticity": tuning.stochasticity}
+        options["progress"] = work.progress
         return coder.decode(draw_samples(model, labels, seed=seed, **options))
 
     return Sampler(draw, num_classes, spent, loss=partial(mean_loss, model) if coder is IDENTITY else None)
