@@ -267,6 +267,7 @@ def test_a_cell_of_other_settings_is_not_taken(table, tmp_path, monkeypatch, cap
 def test_known_cells_are_taken_over_where_the_settings_are_the_same(table, tmp_path, monkeypatch, capsys):
     reproduce(tmp_path / "there", "--seeds", "2")
     there = tmp_path / "there" / "results.json"
+    there.write_text(there.read_text().replace('"cells at a time": 1', '"cells at a time": 7'))
     FITS.clear()
 
     def direct_of_other_settings(_):
@@ -278,7 +279,10 @@ def test_known_cells_are_taken_over_where_the_settings_are_the_same(table, tmp_p
     assert "with the same settings: DP-LoDA, epsilon 1, seed 0; DP-LoDA, epsilon 1, seed 1" in capsys.readouterr().err
     first, second = (json.loads((tmp_path / run / "results.json").read_text())["measured"] for run in ("there", "here"))
     of_loda = [[cell for cell in cells if cell["method"] == "DP-LoDA"] for cells in (first, second)]
+    environments = [cell.pop("environment") for cell in of_loda[1]]
     assert of_loda[0] == of_loda[1] and len(of_loda[0]) == 4
+    assert all(each["cells at a time"] == 7 for each in environments)
+    assert "6 of the cells: on device" in (tmp_path / "here" / "results.md").read_text()
     picture = "digits-samples-of-dp-loda-epsilon-10-seed-0.png"
     assert (tmp_path / "here" / picture).read_bytes() == (tmp_path / "there" / picture).read_bytes()
 
@@ -289,9 +293,9 @@ def test_known_cells_are_taken_over_where_the_settings_are_the_same(table, tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"table": "mnist5k", "measured": []}', "has the results of mnist5k: give those of another run of digits"),
-        ('{"table": "digits"}', "is not the results.json of a run of digits, or is damaged: KeyError('measured')"),
-        ('{"table": "digits", "measured": [1]}', "or is damaged: TypeError"),
+        ('{"table": "mnist5k"}', "has the results of mnist5k: give those of another run of digits"),
+        ('{"table": "digits"}', "is not the results.json of a run of digits, or is damaged: KeyError"),
+        ('{"table": "digits", "environment": {}, "measured": [1]}', "or is damaged: TypeError"),
         ("[]", "holds no JSON object"),
     ],
 )

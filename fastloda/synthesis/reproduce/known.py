@@ -13,7 +13,7 @@ WHICH = ("method", "epsilon", "seed")  # in results.json, beside the cell's own 
 
 
 def known_cells(path: Path, table: str) -> dict[tuple, dict]:
-    """Read the results.json of a run of the table: (method, epsilon, seed) -> the cell's result.
+    """Read the results.json of a run of the table: (method, epsilon, seed) -> the cell's result, and where it was measured.
 
     Raises:
         OSError: the file can't be read.
@@ -23,7 +23,8 @@ def known_cells(path: Path, table: str) -> dict[tuple, dict]:
     try:
         if found["table"] != table:
             raise UserError(f"{path} has the results of {found['table']}: give those of another run of {table}")
-        return {tuple(cell[name] for name in WHICH): cell for cell in found["measured"]}
+        there = {"environment": found["environment"]}
+        return {tuple(cell[name] for name in WHICH): there | cell for cell in found["measured"]}
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not the results.json of a run of {table}, or is damaged: {error!r}") from error
 

@@ -1,5 +1,6 @@
 """The report of a table as JSON, Markdown and a page: measured values in the paper's order, beside the published ones."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -133,7 +134,7 @@ class Findings:
         parts += [f"## {chart[0]}\n\n{chart[1]}", "## Samples", *_gallery(samples)]
         chosen = "\n".join(f"- {name}: {how}" for name, how in self.recipe.how_chosen.items())
         parts += ["## Privacy", *self._statement(), "## How hyper-parameters were chosen", chosen]
-        parts += ["Measured on " + "; ".join(f"{name} {value}" for name, value in self.environment.items()) + "."]
+        parts += [f"Measured on {_listed(self.environment)}.", *self._elsewhere()]
         return "\n\n".join(parts) + "\n"
 
     def _page(self) -> Page:
@@ -148,7 +149,7 @@ class Findings:
                 Section("Privacy", [Text(self._statement(), "notice"), *spent]),
                 Section("How hyper-parameters were chosen", [Facts(self.recipe.how_chosen)]),
                 Section("Time", [times_table(seconds)]),
-                Section("Machine and versions", [Facts(self.environment)]),
+                Section("Machine and versions", [Facts(self.environment), Text(self._elsewhere())]),
             ],
         )
 
@@ -226,6 +227,12 @@ class Findings:
             lines.append("No setting was chosen by how well it does on the private or the test images.")
         return lines
 
+    def _elsewhere(self) -> list[str]:
+        """Describe the machines on which cells were measured that were taken over from other runs."""
+        here = _listed(self.environment)
+        found = Counter(_listed(result["environment"]) for result in self.results.values() if "environment" in result)
+        return [f"{count} of the cells: on {there}." for there, count in found.items() if there != here]
+
     @cached_property
     def _chart(self) -> Figure:
         return Figure("Accuracy on real test images by epsilon", accuracy_curves(self._curves(), self._levels()))
@@ -264,6 +271,10 @@ class Findings:
             name: {"epsilon": facts["epsilon"]} | {r["what"]: _mechanism(r) for r in facts["releases"]}
             for name, facts in spent.items()
         }
+
+
+def _listed(environment: Mapping[str, object]) -> str:
+    return "; ".join(f"{name} {value}" for name, value in environment.items())
 
 
 def _budget(epsilon: float) -> str:
