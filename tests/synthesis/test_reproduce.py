@@ -296,6 +296,10 @@ def test_known_cells_are_taken_over_where_the_settings_are_the_same(table, tmp_p
         ('{"table": "mnist5k"}', "has the results of mnist5k: give those of another run of digits"),
         ('{"table": "digits"}', "is not the results.json of a run of digits, or is damaged: KeyError"),
         ('{"table": "digits", "environment": {}, "measured": [1]}', "or is damaged: TypeError"),
+        (
+            '{"table": "digits", "environment": {}, "measured": [{"method": "DP-SGD", "epsilon": 1.0, "seed": "../x"}]}',
+            "or is damaged: TypeError('an epsilon or a seed is no number')",
+        ),
         ("[]", "holds no JSON object"),
     ],
 )

@@ -174,9 +174,8 @@ def sampler(
     """Make a sampler from the model as it is now."""
 
     def draw(labels: Tensor, seed: int) -> Tensor:
-        options = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "stochasticity": tuning.stochasticity}
-        options["progress"] = work.progress
-        return coder.decode(draw_samples(model, labels, seed=seed, **options))
+        how = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "stochasticity": tuning.stochasticity}
+        return coder.decode(draw_samples(model, labels, seed=seed, progress=work.progress, **how))
 
     return Sampler(draw, num_classes, spent, loss=partial(mean_loss, model) if coder is IDENTITY else None)
 

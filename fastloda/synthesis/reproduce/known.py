@@ -24,13 +24,16 @@ def known_cells(path: Path, table: str) -> dict[tuple, dict]:
         if found["table"] != table:
             raise UserError(f"{path} has the results of {found['table']}: give those of another run of {table}")
         there = {"environment": found["environment"]}
-        return {tuple(cell[name] for name in WHICH): there | cell for cell in found["measured"]}
+        known = {tuple(cell[name] for name in WHICH): there | cell for cell in found["measured"]}
+        if not all(isinstance(epsilon, float | None) and isinstance(seed, int) for _, epsilon, seed in known):
+            raise TypeError("an epsilon or a seed is no number")  # a cell's folder is named after them
+        return known
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not the results.json of a run of {table}, or is damaged: {error!r}") from error
 
 
 def take_over(known: Mapping[tuple, dict], stages: Mapping[Cell, Stage], pictures: Path, table: str) -> list[Cell]:
-    """Make known cells with the same settings those of this run, with their samples' pictures from a folder; list them.
+    """Make known cells with the same settings those of this run, with their samples' pictures from a folder; return them.
 
     A cell that this run has begun or finished is left as it is.
     """

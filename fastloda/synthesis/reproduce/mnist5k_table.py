@@ -58,7 +58,7 @@ AS_FOR_DIGITS = (
 )
 TRIED = (
     "on scikit-learn's handwritten digits and USPS's (docs/results/mnist5k-tuning.md): how images are moved, the scale of the "
-    "features, the sampler and guidance, and that twice the learning rate is no better. That USPS's stand in was decided after "
+    "features, the sampler and guidance, the length of public training, and that twice the learning rate is no better. That USPS's stand in was decided after "
     "accuracies of earlier versions here were known. The noise, and where trials began, as for the small digits"
 )
 
@@ -115,7 +115,7 @@ def mnist5k(variant: Variant) -> Recipe:
             "the others": BEFOREHAND,
         },
         extractor_steps=10 if quick else 500,
-        public_seed=0,  # training the public model takes an hour of one core
+        public_seed=0,  # training the public model takes most of an hour on one core
         blind=False,  # see AS_FOR_DIGITS
     )
 

@@ -82,7 +82,7 @@ class Experiment:
         """
         seeds = [int(folder.name.removeprefix("seed-")) for folder in self.order.run.glob("cells/*/*/seed-*")]
         results, stale = {}, []
-        for cell in self._all_cells(max(seeds, default=0) + 1):
+        for cell in all_cells(self._methods, self._epsilons, max(seeds, default=0) + 1):
             try:
                 if cell.stage(self.order.run, self.problem, self.order.device).is_done():
                     results[cell] = self.result(cell)
@@ -101,15 +101,12 @@ class Experiment:
             OSError, ValueError: the file can't be read, or is not such a file.
         """
         known = known_cells(path, self.order.table)
-        cells = self._all_cells(1 + max((seed for *_, seed in known), default=0))
+        rows = {method.name: method for method in self._methods}
+        cells = [Cell(rows[name], epsilon, seed) for name, epsilon, seed in known if name in rows]
         stages = {cell: cell.stage(self.order.run, self.problem, self.order.device) for cell in cells}
         taken = take_over(known, stages, path.parent, self.order.table)
         names = "; ".join(cell.name for cell in taken) or "none"
         logger.info("taken over from %s, for they were made with the same settings: %s", path, names)
-
-    def _all_cells(self, seeds: int) -> list[Cell]:
-        """List the cells of all rows and columns of the table, and of the user's own."""
-        return all_cells(self._methods, self._epsilons, seeds)
 
     def compute(self, index: int) -> str:
         """Compute cell number `index`, and return a line that describes its result."""
