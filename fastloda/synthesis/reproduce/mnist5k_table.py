@@ -58,7 +58,8 @@ AS_FOR_DIGITS = (
 )
 TRIED = (
     "on scikit-learn's handwritten digits and USPS's (docs/results/mnist5k-tuning.md): how images are moved, the scale of the "
-    "features, the sampler and guidance, the length of public training, and that twice the learning rate is no better. That USPS's stand in was decided after "
+    "features, the sampler and guidance, the length of public training, and that twice the learning rate is no better. "
+    "That USPS's stand in was decided after "
     "accuracies of earlier versions here were known. The noise, and where trials began, as for the small digits"
 )
 
