@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["fastloda", "fastloda.*"]), "fastloda.kernels"],
     package_dir={"fastloda.kernels": "kernels"},
-    package_data={"fastloda": ["py.typed", "*.pyi"]},
+    package_data={"fastloda": ["py.typed", "*.pyi", "synthesis/data/*.png"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

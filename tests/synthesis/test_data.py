@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from scipy.ndimage import label
 from sklearn.datasets import load_digits
 
-from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, load_npz, named_classes
-from fastloda.synthesis.data.font_digits import DIGITS, FONTS, _box_to_glyph, _glyphs
+from fastloda.synthesis.data import LabelledImages, digits_split, font_digits, font_styles, load_npz, named_classes
+from fastloda.synthesis.data.font_digits import _box_to_glyph
+from fastloda.synthesis.data.glyphs import CANVAS, DIGITS, FAMILIES, GLYPH, PRINTED, glyphs, handwritten
 from fastloda.synthesis.data.images import MOST_CLASSES
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -429,22 +430,22 @@ def test_the_fonts_are_those_whose_digits_are_digits():
         for font in folder.glob("*.ttf")
         if all(name.startswith(word) for name, word in zip(names_of_digits(font), WORDS, strict=True))
     }
-    assert {font for font in named if not font.startswith("DejaVuSansMono")} == set(FONTS)
+    assert {font for font in named if not font.startswith("DejaVuSansMono")} == set(PRINTED)
 
 
 def test_no_glyph_is_blank_and_no_two_fonts_are_one():
-    glyphs = _glyphs()
-    ink = glyphs.field > 0
-    assert len(ink) == len(FONTS) * len(DIGITS)
+    shapes = glyphs(PRINTED)
+    ink = shapes.field > 0
+    assert len(ink) == len(PRINTED) * len(DIGITS)
     assert (ink.any(dim=3).sum(dim=(1, 2)) >= 63).all()  # every digit has its full height, except for a faint edge
     assert len(ink.unique(dim=0)) == len(ink)
-    half_stroke = glyphs.stroke / 2  # in units of a glyph's height
+    half_stroke = shapes.stroke / 2  # in units of a glyph's height
     assert half_stroke.min() > 0.03
     assert half_stroke.max() < 0.12
 
 
 def test_the_signed_distance_counts_from_the_edge():
-    field = _glyphs().field * 32  # pixels; a glyph is 64 pixels or 2 units high
+    field = glyphs(PRINTED).field * 32  # pixels; a glyph is 64 pixels or 2 units high
     assert field.abs().min() == 0.5
     for axis in (2, 3):
         assert 0.99 < field.diff(dim=axis).abs().max() < 1.01  # each step is one pixel, over the edge too
@@ -464,3 +465,26 @@ def test_the_signed_distance_counts_from_the_edge():
 def test_a_table_of_classes_with_several_names_gives_each_one(table, names, synonyms):
     assert named_classes(table) == (names, synonyms)
     assert len(set(names)) == len(table) and set(synonyms.values()) <= set(names)
+
+
+def test_handwritten_digits_are_whole():
+    fonts = handwritten()
+    assert len(set(fonts)) == len(fonts) > 100 and not set(fonts) & set(PRINTED)
+    ink = glyphs(fonts).field[:, 0] > 0
+    assert (ink.any(2).sum(1) >= GLYPH - 3).all()  # each has its full height, except for faint edges
+    assert not ink[:, :, [0, -1]].any()  # and lies within its strip
+    assert max(label(drawing)[1] for drawing in ink.numpy()) <= 2
+    middle = slice(CANVAS // 2 - 4, CANVAS // 2 + 4)
+    assert not ink[:: len(DIGITS), middle, middle].any()  # no stroke crosses a zero
+    assert len(ink.unique(dim=0)) == len(ink)
+
+
+def test_a_font_digit_has_one_of_the_fonts_asked_for():
+    printed, written = font_digits(200, 3, 28), font_digits(200, 3, 28, fonts=handwritten())
+    assert torch.equal(printed.labels, written.labels) and not torch.equal(printed.images, written.images)
+    assert torch.equal(printed.images, font_digits(200, 3, 28, fonts=PRINTED).images)
+    styles = font_styles(200, 3, 28, fonts=(*PRINTED, *handwritten()))
+    assert styles.num_classes == 200
+    assert {name.split()[1] for name in styles.class_names} == {*FAMILIES, "handwriting"}
+    share = sum("handwriting" in styles.class_names[label] for label in styles.labels.tolist()) / 200
+    assert 0.7 < share < 0.95  # 109 of 131 fonts

@@ -63,11 +63,12 @@ ALWAYS_THERE = {
     ),
     "font-digits-28": Drawn(
         {"train": lambda count, seed, _: font_digits_as_mnist(count, seed)},
-        "Digits of Matplotlib's fonts, 1 x 28 x 28, placed as MNIST's are, as many as are asked for; no files needed",
+        "Digits of Matplotlib's fonts and of handwriting, 1 x 28 x 28, placed as MNIST's are, as many as are asked for; "
+        "no files needed",
     ),
     "font-styles-28": Drawn(
         {"train": lambda count, seed, _: font_styles_as_mnist(count, seed)},
-        "The images of font-digits-28, in a class for each digit, family of fonts, slant and width: 160 classes; no files needed",
+        "The images of font-digits-28, in a class for each digit, family of fonts, slant and width: 200 classes; no files needed",
     ),
     "colour-digits": Drawn(
         {"train": lambda *_: colour_digits_split()[0], "test": lambda *_: colour_digits_split()[1]},

@@ -1,40 +1,24 @@
-"""The public data: digits from fonts, drawn from signed distance fields, so that a threshold sets the pen's width.
+"""The public data: digits of fonts, each in its own hand.
 
 No private image is read. The published description of the digits data set is followed: a digit fills a 32 x 32 bitmap, which
 is cut into 4 x 4 blocks, and the on-pixels of each block are counted.
 """
 
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFont
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from fastloda.errors import UserError
 
 from .elastic import smooth_shifts
+from .glyphs import CANVAS, DIGITS, GLYPH, PRINTED, Glyphs, family_of, glyphs
 from .images import LabelledImages
 
-# Matplotlib's text fonts. Not its symbol fonts (their "0" is blank, a bracket or a prime), its Display fonts (no digits), or
-# DejaVu Sans Mono, whose zero has a dot, so that it looks like an 8.
-FONTS = (
-    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
-    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
-    *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
-    *("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10", "cmmi10"),
-)
-DIGITS = "0123456789"
-FAMILIES = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cm")  # each font's name begins with one of these
 STYLES = ("upright narrow", "upright wide", "leaning narrow", "leaning wide")  # halves of the ranges of slant and width
 
 BLOCK = 4  # a pixel of the image is the mean of BLOCK x BLOCK bits
-_GLYPH, _CANVAS = 64, 128  # pixels: height of the glyph's ink, side of the field around it
 _BATCH = 512
 
 _BEND_POINTS = 4  # side of the grid of points that the bend moves
@@ -62,16 +46,10 @@ class Hands(NamedTuple):
 MANY_HANDS = Hands()
 
 
-class _Glyphs(NamedTuple):
-    """The glyphs, one row per font and digit. The unit is half a glyph's height, the origin its centre; y points down."""
-
-    field: Tensor  # [g, 1, CANVAS, CANVAS], distance to the outline, positive in the ink
-    hull: Tensor  # [g, k, 2], (x, y) of the extreme ink in k directions
-    stroke: Tensor  # [g], half the typical stroke
-
-
-def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS) -> LabelledImages:
-    """Draw `count` digits from `FONTS`, [count, 1, size, size], ink 1 and background -1, classes balanced to within one image.
+def font_digits(
+    count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS, fonts: tuple[str, ...] = PRINTED
+) -> LabelledImages:
+    """Draw `count` digits of fonts, [count, 1, size, size], ink 1 and background -1, classes balanced to within one image.
 
     Every image has its own font, slant, rotation, width, pen, size, position and bend. The same arguments give the
     same images (on one machine; on others rounding may change single bits). 10,000 images of size 8 take about 1 s
@@ -79,58 +57,61 @@ def font_digits(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS)
 
     Args:
         hands: ranges of slant, rotation, width, pen, size, position and bend.
+        fonts: names of the fonts, of which each image has one, all equally often: of `PRINTED` and `handwritten()`.
 
     Raises:
         ValueError: count or size is less than 1.
     """
-    images, glyph, _ = _drawn(count, seed, size, hands)
+    images, glyph, _ = _drawn(count, seed, size, hands, fonts)
     return LabelledImages(images, glyph % len(DIGITS), num_classes=len(DIGITS))
 
 
-def font_styles(count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS) -> LabelledImages:
+def font_styles(
+    count: int, seed: int, size: int = 8, hands: Hands = MANY_HANDS, fonts: tuple[str, ...] = PRINTED
+) -> LabelledImages:
     """Draw the images of `font_digits`, with a class for each digit, font family, slant and width, such as "3 cm leaning wide".
 
-    The ranges of slant and width are divided into halves, which makes 160 classes.
+    The ranges of slant and width are divided into halves, which makes 160 classes of printed fonts and 40 of handwriting.
     """
-    images, glyph, unit = _drawn(count, seed, size, hands)
-    family_of = [next(i for i, family in enumerate(FAMILIES) if font.startswith(family)) for font in FONTS]
-    family, digit = torch.tensor(family_of)[glyph // len(DIGITS)], glyph % len(DIGITS)
+    images, glyph, unit = _drawn(count, seed, size, hands, fonts)
+    families = tuple(dict.fromkeys(map(family_of, fonts)))
+    numbers = torch.tensor([families.index(family_of(font)) for font in fonts])
+    family, digit = numbers[glyph // len(DIGITS)], glyph % len(DIGITS)
     style = 2 * (unit[:, 1] >= 0.5) + (unit[:, 2] >= 0.5)
-    labels = (digit * len(FAMILIES) + family) * len(STYLES) + style
-    names = tuple(f"{digit} {family} {style}" for digit in DIGITS for family in FAMILIES for style in STYLES)
+    labels = (digit * len(families) + family) * len(STYLES) + style
+    names = tuple(f"{digit} {family} {style}" for digit in DIGITS for family in families for style in STYLES)
     return LabelledImages(images, labels, len(names), names)
 
 
-def _drawn(count: int, seed: int, size: int, hands: Hands) -> tuple[Tensor, Tensor, Tensor]:
+def _drawn(count: int, seed: int, size: int, hands: Hands, fonts: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Draw images; return them with their glyphs, and with the place of each in the ranges of `hands`, [count, 7] in [0, 1)."""
     if count < 1 or size < 1:
         raise UserError(f"count and size must be at least 1, not {count} and {size}")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count)[torch.randperm(count, generator=generator)] % len(DIGITS)
-    glyph = torch.randint(len(FONTS), (count,), generator=generator) * len(DIGITS) + labels
+    glyph = torch.randint(len(fonts), (count,), generator=generator) * len(DIGITS) + labels
     unit = torch.rand(count, 7, generator=generator)
     varied = [_spread(column, bounds) for column, bounds in zip(unit.T, (*hands[:5], hands.shift, hands.shift))]
     hand = torch.stack(varied, dim=1)
     bend = hands.bend * torch.randn(count, 2, _BEND_POINTS, _BEND_POINTS, generator=generator)
     parts = zip(glyph.split(_BATCH), hand.split(_BATCH), bend.split(_BATCH), strict=True)
-    return torch.cat([_draw(*part, size) for part in parts]), glyph, unit
+    return torch.cat([_draw(glyphs(fonts), *part, size) for part in parts]), glyph, unit
 
 
-def _draw(glyph: Tensor, hand: Tensor, bend: Tensor, size: int) -> Tensor:
-    """Draw images [n, 1, size, size] of the glyphs [n], bent by bend [n, 2, k, k].
+def _draw(shapes: Glyphs, glyph: Tensor, hand: Tensor, bend: Tensor, size: int) -> Tensor:
+    """Draw images [n, 1, size, size] of the glyphs [n], rows of `shapes`, bent by bend [n, 2, k, k].
 
     `hand` [n, 7] holds angle, slant, stretch, pen, share of the box, and shift in x and y.
     """
-    glyphs = _glyphs()
     angle, slant, stretch, pen = hand[:, :4].unbind(1)
-    grow = (2 * pen - glyphs.stroke[glyph]).clamp(min=-2 * _MAX_EROSION)  # 2: a height has two units
-    to_glyph = _box_to_glyph(_writing(angle, slant, stretch), glyphs.hull[glyph], grow, hand[:, 4:])
+    grow = (2 * pen - shapes.stroke[glyph]).clamp(min=-2 * _MAX_EROSION)  # 2: a height has two units
+    to_glyph = _box_to_glyph(_writing(angle, slant, stretch), shapes.hull[glyph], grow, hand[:, 4:])
     side = size * BLOCK
     box = F.affine_grid(torch.eye(2, 3).expand(len(glyph), 2, 3), [len(glyph), 1, side, side], align_corners=False)
     box = box + smooth_shifts(bend, side, side)
-    to_field = to_glyph * (_GLYPH / _CANVAS)  # grid_sample measures in half canvases
+    to_field = to_glyph * (GLYPH / CANVAS)  # grid_sample measures in half canvases
     grid = torch.einsum("nij,nyxj->nyxi", to_field[:, :, :2], box) + to_field[:, None, None, :, 2]
-    field = F.grid_sample(glyphs.field[glyph], grid, padding_mode="border", align_corners=False)
+    field = F.grid_sample(shapes.field[glyph], grid, padding_mode="border", align_corners=False)
     bits = (field + grow.view(-1, 1, 1, 1) > 0).float()
     return 2 * F.avg_pool2d(bits, BLOCK) - 1
 
@@ -161,32 +142,3 @@ def _box_to_glyph(writing: Tensor, hull: Tensor, grow: Tensor, place: Tensor) ->
     matrix = inverse / scale[:, None, None]
     offset = inverse @ ((low + high) / 2)[:, :, None] - matrix @ shift[:, :, None]
     return torch.cat([matrix, offset], dim=2)
-
-
-@cache
-def _glyphs() -> _Glyphs:
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    each = [_glyph(fonts / f"{font}.ttf", digit) for font in FONTS for digit in DIGITS]
-    return _Glyphs(*(torch.stack(column) for column in zip(*each, strict=True)))
-
-
-def _glyph(font: Path, digit: str) -> _Glyphs:
-    ink = _ink(font, digit)
-    to_edge = distance_transform_edt(ink) + distance_transform_edt(~ink) - 0.5  # it lies between two pixels
-    distance = np.where(ink, to_edge, -to_edge) / (_GLYPH / 2)
-    points = (np.argwhere(ink)[:, ::-1] + 0.5 - _CANVAS / 2) / (_GLYPH / 2)
-    turns = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-    hull = points[np.argmax(points @ np.stack([np.cos(turns), np.sin(turns)]), axis=0)]
-    stroke = 2 * distance[ink].mean()  # in a stroke of half width w the mean distance to its edge is w / 2
-    return _Glyphs(*(torch.tensor(part, dtype=torch.float32) for part in (distance[None], hull, stroke)))
-
-
-def _ink(font: Path, digit: str) -> np.ndarray:
-    """Draw the digit, centred, its ink GLYPH pixels high: bool [CANVAS, CANVAS]."""
-    mask = ImageFont.truetype(str(font), 2 * _GLYPH).getmask(digit, mode="L")
-    drawn = Image.frombytes("L", mask.size, bytes(mask))
-    drawn = drawn.crop(drawn.getbbox())
-    width = round(drawn.width * _GLYPH / drawn.height)
-    canvas = Image.new("L", (_CANVAS, _CANVAS))
-    canvas.paste(drawn.resize((width, _GLYPH)), ((_CANVAS - width) // 2, (_CANVAS - _GLYPH) // 2))
-    return np.asarray(canvas) > 127

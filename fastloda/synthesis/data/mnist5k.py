@@ -10,6 +10,7 @@ import torch
 from fastloda.errors import UserError
 
 from .font_digits import Hands, font_digits, font_styles
+from .glyphs import PRINTED, handwritten
 from .images import LabelledImages
 
 SIDE = 28
@@ -30,13 +31,16 @@ def mnist5k_split() -> tuple[LabelledImages, LabelledImages]:
 
 
 def font_digits_as_mnist(count: int, seed: int) -> LabelledImages:
-    """Draw digits of fonts, [count, 1, 28, 28], at the size and place that the published description of MNIST gives."""
-    return font_digits(count, seed, SIDE, PLACED)
+    """Draw digits of fonts, [count, 1, 28, 28], at the size and place that the published description of MNIST gives.
+
+    The fonts are printed ones and handwriting.
+    """
+    return font_digits(count, seed, SIDE, PLACED, (*PRINTED, *handwritten()))
 
 
 def font_styles_as_mnist(count: int, seed: int) -> LabelledImages:
     """Draw the images of `font_digits_as_mnist`, in the classes of `font_styles`."""
-    return font_styles(count, seed, SIDE, PLACED)
+    return font_styles(count, seed, SIDE, PLACED, (*PRINTED, *handwritten()))
 
 
 @cache

@@ -72,7 +72,7 @@ def mnist5k(variant: Variant) -> Recipe:
     def each(pick: Callable[[_Settings], T]) -> ByEpsilon[T]:
         return by_epsilon(lambda epsilon: pick(settings[epsilon]))
 
-    model = PublicModel(variant.shape(UNET), _public(2 if quick else 8000))
+    model = PublicModel(variant.shape(UNET), _public(2 if quick else 4000))
     loda, all_weights = DPLoDA(model, each(lambda s: s.tuning)), each(lambda s: s.tuning_of_all_weights)
     latent_model = replace(model, unet=variant.shape(LATENT_UNET))
     judge = Classifier(steps=10 if quick else 1000)
