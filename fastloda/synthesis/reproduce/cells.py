@@ -47,6 +47,12 @@ class Problem:
     extractor: Callable[[], Extractor]
 
 
+def _described(data: LabelledImages) -> str:
+    """Describe images by what differs between sets, but not by the rounding with which another machine draws them."""
+    some = data.images[:1000]
+    return f"{len(data)} images of {data.num_classes} classes, mean {some.mean():.3f}, deviation {some.std():.3f}"
+
+
 @dataclass(frozen=True, eq=False)
 class Cell:
     """A cell: a method at a budget with a seed. Epsilon is None if the method has no budget."""
@@ -76,7 +82,8 @@ class Cell:
         method = self.method if self.epsilon is None else at_budget(self.method, self.epsilon)
         settings = {"method": repr(method), "epsilon": self.epsilon, "seed": self.seed, "device": device.type}
         settings |= {"classifiers": repr(problem.classifiers), "synthetic_images": problem.synthetic_images}
-        settings |= {"records": len(problem.private), "delta": problem.delta}
+        settings |= {name: _described(getattr(problem, name)) for name in ("private", "public", "test")}
+        settings["delta"] = problem.delta
         return Stage(self.folder(run), settings, outputs=(RESULT,), private=True)
 
     def result(self, run: Path, problem: Problem, device: torch.device) -> dict:
