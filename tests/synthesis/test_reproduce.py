@@ -16,6 +16,7 @@ from fastloda.synthesis import methods
 from fastloda.synthesis.classify import SmallCNN
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import LabelledImages, font_digits
+from fastloda.synthesis.data.glyphs import handwritten
 from fastloda.synthesis.methods import (
     Budget,
     ByEpsilon,
@@ -257,11 +258,18 @@ def test_the_unet_can_be_chosen(tmp_path, capsys):
     assert "divisible by 16" in capsys.readouterr().err
 
 
-def test_a_cell_of_other_settings_is_not_taken(table, tmp_path, monkeypatch, capsys):
-    reproduce(tmp_path, "--seeds", "1")
-    monkeypatch.setitem(RECIPES, "digits", lambda *_: small(synthetic_images=30))
-    assert reproduce(tmp_path, "--seeds", "1") == 2
-    assert "made with other settings: synthetic_images is 20 there and 30 here" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"synthetic_images": 30}, "synthetic_images is 20 there and 30 here"),
+        ({"public": lambda: font_digits(40, 2, fonts=handwritten())}, "public is '40 images of 10 classes, mean "),
+    ],
+)
+def test_a_cell_of_other_settings_is_not_taken(other, message, table, tmp_path, monkeypatch, capsys):
+    reproduce(tmp_path, "--seeds", "1", "--methods", "No privacy")
+    monkeypatch.setitem(RECIPES, "digits", lambda *_: small(**other))
+    assert reproduce(tmp_path, "--seeds", "1", "--methods", "No privacy") == 2
+    assert f"made with other settings: {message}" in capsys.readouterr().err
 
 
 def test_known_cells_are_taken_over_where_the_settings_are_the_same(table, tmp_path, monkeypatch, capsys):

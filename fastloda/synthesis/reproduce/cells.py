@@ -48,7 +48,7 @@ class Problem:
 
 
 def _described(data: LabelledImages) -> str:
-    """Describe images by what differs between sets, but not by the rounding with which another machine draws them."""
+    """Describe public images by what differs between sets, but not by the rounding with which another machine draws them."""
     some = data.images[:1000]
     return f"{len(data)} images of {data.num_classes} classes, mean {some.mean():.3f}, deviation {some.std():.3f}"
 
@@ -82,8 +82,7 @@ class Cell:
         method = self.method if self.epsilon is None else at_budget(self.method, self.epsilon)
         settings = {"method": repr(method), "epsilon": self.epsilon, "seed": self.seed, "device": device.type}
         settings |= {"classifiers": repr(problem.classifiers), "synthetic_images": problem.synthetic_images}
-        settings |= {name: _described(getattr(problem, name)) for name in ("private", "public", "test")}
-        settings["delta"] = problem.delta
+        settings |= {"records": len(problem.private), "public": _described(problem.public), "delta": problem.delta}
         return Stage(self.folder(run), settings, outputs=(RESULT,), private=True)
 
     def result(self, run: Path, problem: Problem, device: torch.device) -> dict:
