@@ -59,8 +59,9 @@ AS_FOR_DIGITS = (
 TRIED = (
     "on scikit-learn's handwritten digits and USPS's (docs/results/mnist5k-tuning.md): how images are moved, the scale of the "
     "features, the sampler and guidance, the length of public training, and that twice the learning rate is no better. "
-    "That USPS's stand in was decided after "
-    "accuracies of earlier versions here were known. The noise, and where trials began, as for the small digits"
+    "That USPS's stand in, and that public digits are of handwriting too, was decided after accuracies of earlier versions "
+    "here were known; which fonts these are follows a rule (scripts/handwriting.py). The noise, and where trials began, as for "
+    "the small digits"
 )
 
 
@@ -82,7 +83,7 @@ def mnist5k(variant: Variant) -> Recipe:
     return Recipe(
         name="mnist5k",
         title="Private MNIST digits, public font digits, at 28 x 28 pixels",
-        lead="4,000 of MNIST's digits are private, digits drawn from fonts public; tested on 1,000 others of MNIST's.",
+        lead="4,000 of MNIST's digits are private, digits of printed and of handwriting fonts public; tested on 1,000 others.",
         private=lambda: _some(0, quick),
         test=lambda: _some(1, quick),
         public=public,
