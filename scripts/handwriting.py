@@ -3,8 +3,8 @@
     npm pack @expo-google-fonts/caveat @expo-google-fonts/kalam ...    # each unpacked into a folder of its own
     python scripts/handwriting.py FOLDER
 
-The fonts are those of the categories "handwriting" and "script" of Google Fonts, in their regular weight, under the SIL Open Font
-License or the Apache License. Fonts are left out if the zero has a stroke or a curl inside, or hairlines break at this size.
+The fonts are families of handwriting and script of Google Fonts, in their regular weight, under the SIL Open Font License or the
+Apache License. A font is left out if its zero has a stroke or a curl inside, or if its hairlines break at this size.
 """
 
 import argparse

@@ -34,7 +34,6 @@ class Glyphs(NamedTuple):
     stroke: Tensor  # [g], half the typical stroke
 
 
-@cache
 def handwritten() -> tuple[str, ...]:
     """Return the names of the fonts of handwriting that the package has a picture of."""
     return tuple(_handwriting())
@@ -64,7 +63,7 @@ def drawn(font: Path, digit: str) -> np.ndarray:
 
 
 def _drawings(font: str) -> list[np.ndarray]:
-    if font in handwritten():
+    if font in _handwriting():
         return np.split(_handwriting()[font], len(DIGITS), axis=1)
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
     return [drawn(path, digit) for digit in DIGITS]

@@ -60,8 +60,8 @@ TRIED = (
     "on scikit-learn's handwritten digits and USPS's (docs/results/mnist5k-tuning.md): how images are moved, the scale of the "
     "features, the sampler and guidance, the length of public training, and that twice the learning rate is no better. "
     "That USPS's stand in, and that public digits are of handwriting too, was decided after accuracies of earlier versions "
-    "here were known; which fonts these are follows a rule (scripts/handwriting.py). The noise, and where trials began, as for "
-    "the small digits"
+    "here were known; none of these fonts was chosen by a trial. The noise, and where trials began, as for the "
+    "small digits"
 )
 
 
