@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloda.synthesis.data import Hands, LabelledImages, digits_split, font_digits
+from fastloda.synthesis.data.centring import centred_by_ink
 from fastloda.synthesis.data.elastic import read_at, smooth_shifts
 
 Split = tuple[LabelledImages, LabelledImages]
@@ -78,13 +79,9 @@ def _enlarged(digits: LabelledImages, side: int) -> LabelledImages:
 
 
 def _usps_images(rows: Tensor, side: int) -> LabelledImages:
-    """Make images of rows of the files; each is shifted by whole pixels until its ink's centre is the image's."""
+    """Make images of rows of the files, with the ink's centre in the middle."""
     ink = _framed(_resized((rows[:, 1:].unflatten(1, (1, 16, 16)) + 1) / 2, side).clamp(0, 1), side)
-    places = torch.arange(side) - (side - 1) / 2
-    total = ink.sum((1, 2, 3))
-    down, right = ((ink.sum((1, axis)) * places).sum(1).div(total).round().long() for axis in (3, 2))
-    centred = [torch.roll(image, (-y, -x), (1, 2)) for image, y, x in zip(ink, down.tolist(), right.tolist())]
-    return LabelledImages(2 * torch.stack(centred) - 1, rows[:, 0].long(), 10)
+    return LabelledImages(centred_by_ink(2 * ink - 1), rows[:, 0].long(), 10)
 
 
 def _resized(ink: Tensor, side: int) -> Tensor:

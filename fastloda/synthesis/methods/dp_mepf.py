@@ -16,7 +16,7 @@ from fastloda.synthesis.data import LabelledImages
 from .base import Budget, Sampler, Spent, Work
 from .gaussian_release import noise_multipliers, noise_stream, release_class_sums
 from .generator import class_means, fit_generator
-from .public_classifier import public_features
+from .public_classifier import public_classifier
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DPMEPF:
     has_budget: bool = True
 
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
-        encoder = Perceptual(public_features(public, self.encoder_steps, work))
+        encoder = Perceptual(public_classifier(public, self.encoder_steps, work).features)
         first, second, ones = _batched_moments(encoder, private.images, work.device)
         noises = noise_multipliers(budget, self.shares)
         stream, classes = noise_stream(work.seed), private.num_classes

@@ -25,7 +25,7 @@ from fastloda.synthesis.diffusion import sample as draw_samples
 from .base import Budget, ByEpsilon, Release, Sampler, Spent, Work
 from .diffusion_model import PublicModel
 from .gaussian_release import alone, noise_stream, release_class_sums
-from .public_classifier import public_features
+from .public_classifier import public_classifier
 
 WHAT = "votes for samples"
 
@@ -122,7 +122,7 @@ class _Generator:
 
 def _embedding(public: LabelledImages, steps: int, work: Work) -> Callable[[Tensor], Tensor]:
     """Return the function from images to the input of a classifier's last layer, [n, d]."""
-    features = public_features(public, steps, work)
+    features = public_classifier(public, steps, work).features
 
     @torch.no_grad()
     def embed(images: Tensor) -> Tensor:

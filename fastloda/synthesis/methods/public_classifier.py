@@ -1,4 +1,4 @@
-"""A classifier of public images, by whose features methods tell images apart; methods and seeds of a table share it."""
+"""A classifier of public images, by whose features methods and image scores tell images apart; a table's cells share it."""
 
 from torch import nn
 
@@ -9,8 +9,8 @@ from .base import Work
 from .shared_file import public_weights
 
 
-def public_features(public: LabelledImages, steps: int, work: Work) -> nn.Sequential:
-    """Return the layers below the head of a small CNN, trained for `steps` to classify public images; frozen, in eval mode."""
+def public_classifier(public: LabelledImages, steps: int, work: Work) -> nn.Module:
+    """Train a small CNN for `steps` to classify public images, or load it from work.public_folder; frozen, in eval mode."""
 
     def train() -> nn.Module:
         options = {"seed": work.public_seed, "device": work.device, "progress": False}
@@ -19,4 +19,4 @@ def public_features(public: LabelledImages, steps: int, work: Work) -> nn.Sequen
     channels, side = public.images.shape[1:3]
     network = seeded_network("cnn", 0, in_channels=channels, num_classes=public.num_classes, image_size=side)
     network.load_state_dict(public_weights("classifier", {"steps": steps}, public, work, train))
-    return network.features.to(work.device).eval().requires_grad_(False)
+    return network.to(work.device).eval().requires_grad_(False)

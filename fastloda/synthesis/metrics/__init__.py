@@ -4,7 +4,7 @@ They are computed from real images without noise: those of private images are on
 """
 
 from .distances import Scores, fid, kid, precision_recall, scores
-from .features import Extractor, classifier_features, public_extractor, torchscript_features
+from .features import Extractor, classifier_features, torchscript_features
 
 __all__ = [
     "Extractor",
@@ -13,7 +13,6 @@ __all__ = [
     "fid",
     "kid",
     "precision_recall",
-    "public_extractor",
     "scores",
     "torchscript_features",
 ]

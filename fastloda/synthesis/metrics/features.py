@@ -1,7 +1,7 @@
 """Feature extractors: functions from images to the vectors between whose distributions distances are computed.
 
 Scores on different features can't be compared. The usual features are Inception's, which this package does not contain: give a
-file. The default is a classifier trained on public images, whose features fit the task and contain nothing of private images.
+file. A table's default is a classifier of public images, whose features fit the task and contain nothing of private images.
 """
 
 import os
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fastloda.errors import UserError
-from fastloda.synthesis.classify import train_classifier
-from fastloda.synthesis.data.images import LabelledImages
 
 
 class Extractor(Protocol):
@@ -58,19 +56,6 @@ def classifier_features(
         return read[0]
 
     return _Batched(name, features, batch_size, device)
-
-
-def public_extractor(
-    public: LabelledImages,
-    *,
-    steps: int = 500,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
-) -> Extractor:
-    """Make an extractor of the features of a small CNN that is trained on public images."""
-    model = train_classifier(public, steps=steps, seed=seed, device=device, progress=progress)
-    return classifier_features(model, f"a small CNN trained on {len(public)} public images", device=device)
 
 
 def torchscript_features(

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 from fastloda.progress import EVERY, Progress
-from fastloda.synthesis.metrics import Extractor, public_extractor, torchscript_features
+from fastloda.synthesis.methods import Work
+from fastloda.synthesis.methods.public_classifier import public_classifier
+from fastloda.synthesis.metrics import Extractor, classifier_features, torchscript_features
 from fastloda.synthesis.runs import RunError
 
 from .cells import Cell, Problem, all_cells
@@ -120,8 +122,14 @@ class Experiment:
         if self.order.features is not None:
             found = torchscript_features(self.order.features, device=device)
             return lambda: found
-        options = {"steps": self.recipe.extractor_steps, "device": device, "progress": False}
-        return cache(lambda: public_extractor(self.recipe.public(), **options))
+        public, run = self.recipe.public(), self.order.run
+        work = Work(run, run / "public", seed=0, device=device)
+        name = f"a small CNN trained on {len(public)} public images"
+        return cache(
+            lambda: classifier_features(
+                public_classifier(public, self.recipe.extractor_steps, work), name, device=device
+            )
+        )
 
 
 def compute_cells(table: Experiment, jobs: int, progress: bool) -> None:
