@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastloda.accounting.compose import compose_epsilon
-from fastloda.synthesis.classify import train_classifier
-from fastloda.synthesis.data import ByteImages, LabelledImages, font_digits, font_styles
+from fastloda.synthesis.classify import accuracy, train_classifier
+from fastloda.synthesis.data import ByteImages, LabelledImages, digits_split, font_digits, font_styles
 from fastloda.synthesis.diffusion import DDPM, digits_unet
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.methods import (
@@ -30,6 +30,7 @@ from fastloda.synthesis.methods import (
     NoDP,
     PrivateClassifier,
     PrivateEvolution,
+    PrivateLabels,
     PrivateTuning,
     PublicChoice,
     PublicModel,
@@ -51,6 +52,7 @@ from fastloda.synthesis.methods.gaussian_release import noise_multipliers, noise
 from fastloda.synthesis.methods.generator import class_means
 from fastloda.synthesis.methods.public_classifier import public_classifier
 from fastloda.synthesis.settings import Adapter, Classifier, FineTuning
+from fastloda.training.trainer import DPTrainer
 
 with torch.device("meta"):
     UNET = digits_unet(width=8, norm_groups=4).config
@@ -66,6 +68,11 @@ METHODS = {
         DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
         ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, training=MODEL.conditional)}),
         samples_reach=Reach(0.2),
+    ),
+    "labelled": ChosenLoDA(
+        DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
+        ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, training=MODEL.conditional)}),
+        labels=ByEpsilon({1.0: PrivateLabels(30.0, steps=2, batch_size=10, public_steps=2)}),
     ),
     "in turn": ChosenLoDA(
         DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
@@ -134,7 +141,8 @@ def test_each_method_keeps_its_budget_and_gives_what_it_says(name, public, priva
         assert 1.9 < spent["epsilon"] <= 2.0 and spent["releases"]
     if isinstance(fitted, Sampler):
         images = fitted.images(20, seed=3)
-        assert images.images.shape == (20, 1, 8, 8) and images.labels.bincount(minlength=10).tolist() == [2] * 10
+        assert images.images.shape == (20, 1, 8, 8) and len(images.labels) == 20
+        assert fitted.label or images.labels.bincount(minlength=10).tolist() == [2] * 10
         assert torch.equal(images.images, fitted.images(20, seed=3).images)
         assert not torch.equal(images.images, fitted.images(20, seed=4).images)
     else:
@@ -143,7 +151,7 @@ def test_each_method_keeps_its_budget_and_gives_what_it_says(name, public, priva
         assert fitted.cost.seconds > 0 and fitted.cost.peak_bytes > 0 and fitted.cost.samples <= 40
 
 
-@pytest.mark.parametrize("name", ["merf", "mepf", "loda", "chosen", "in turn", "evolution"])
+@pytest.mark.parametrize("name", ["merf", "mepf", "loda", "chosen", "labelled", "in turn", "evolution"])
 def test_only_the_release_carries_private_records(name, public, private, tmp_path, monkeypatch):
     """With the released sums or gradients replaced by constants, two private sets give the same samples."""
     sums = lambda what, features, labels, classes, noise, stream: (  # noqa: E731
@@ -156,10 +164,10 @@ def test_only_the_release_carries_private_records(name, public, private, tmp_pat
     other = LabelledImages(-private.images, private.labels.flip(0), 10)
     budget = Budget(2.0, 1e-5, 40)
     drawn = [
-        METHODS[name].fit(data, public, budget, work_in(tmp_path / str(i))).images(10, seed=0).images
+        METHODS[name].fit(data, public, budget, work_in(tmp_path / str(i))).images(10, seed=0)
         for i, data in enumerate((private, other))
     ]
-    assert torch.equal(*drawn)
+    assert torch.equal(drawn[0].images, drawn[1].images) and torch.equal(drawn[0].labels, drawn[1].labels)
 
 
 def test_the_choice_is_paid_from_the_same_budget(public, private, tmp_path):
@@ -176,6 +184,52 @@ def test_the_choice_is_paid_from_the_same_budget(public, private, tmp_path):
         <= 2.0
         < compose_epsilon([choice[1:], plain[1:]], 1e-5)
     )
+
+
+def test_the_teacher_of_labels_is_paid_from_the_same_budget_too(public, private, tmp_path, monkeypatch):
+    runs = []
+    init = DPTrainer.__init__
+    monkeypatch.setattr(
+        DPTrainer, "__init__", lambda self, *args, **kw: (init(self, *args, **kw), runs.append(self))[0]
+    )
+    spent = METHODS["labelled"].fit(private, public, Budget(2.0, 1e-5, len(private)), work_in(tmp_path)).spent
+    choice, teacher, tuning = spent.releases
+    assert choice.what == "sum of joint embeddings" and tuning.what == "clipped gradients"
+    assert teacher == Release("clipped gradients of a classifier", 10 / len(private), 30.0, 2)
+    assert compose_epsilon([release[1:] for release in spent.releases], 1e-5) == spent.epsilon <= 2.0
+    assert [Release.of(run)[1:] for run in runs] == [teacher[1:], tuning[1:]]  # what both really did
+    assert runs[0].settings.seed != runs[1].settings.seed  # no noise is used twice
+
+
+def test_a_teacher_learns_from_private_images_and_is_resumed(tmp_path):
+    fonts, (digits, test) = font_digits(1000, seed=0), digits_split()
+    budget, work = Budget(2.0, 1e-5, len(digits)), work_in(tmp_path)
+    found = []
+    for noise in (0.01, 100.0):
+        labels = PrivateLabels(noise, steps=40, batch_size=200, public_steps=100)
+        found.append(accuracy(labels.teacher(digits, fonts, budget, replace(work, folder=tmp_path / str(noise))), test))
+    before = accuracy(train_classifier(fonts, steps=100, seed=work.seed, progress=False), test)
+    assert found[0] > before + 0.1 and found[1] < before
+    others = replace(digits, images=-digits.images[:])
+    where = replace(work, folder=tmp_path / "0.01")
+    network = PrivateLabels(0.01, steps=40, batch_size=200, public_steps=100).teacher(others, fonts, budget, where)
+    assert accuracy(network, test) == found[0]  # it was loaded, and nothing was left to train
+
+
+def test_a_sampler_s_images_have_the_labels_that_it_gives_them():
+    draw = lambda labels, seed: labels[:, None, None, None] / 10.0 + torch.zeros(len(labels), 1, 2, 2)  # noqa: E731
+    plain = Sampler(draw, 3, Spent(1e-5, ()))
+    turned = replace(plain, label=lambda images: (images[:, 0, 0, 0] * 10).round().long().add(1) % 3)
+    assert plain.images(4, 0).labels.tolist() == [0, 1, 2, 0] and turned.images(4, 0).labels.tolist() == [1, 2, 0, 1]
+    assert torch.equal(plain.images(4, 0).images, turned.images(4, 0).images)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"noise_multiplier": 0.0}, {"noise_multiplier": math.nan}, {"steps": 0}, {"learning_rate": 0.0}]
+)
+def test_labels_refuse_settings_without_sense(bad):
+    with pytest.raises(ValueError, match="labels"):
+        PrivateLabels(**{"noise_multiplier": 1.0} | bad)
 
 
 def test_warm_ups_in_turn_and_rounds_are_all_counted(public, private, tmp_path):

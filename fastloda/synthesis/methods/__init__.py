@@ -33,6 +33,7 @@ from .layer_choice import LayerChoice
 from .moves import Reach
 from .no_dp import NoDP
 from .private_evolution import Evolution, PrivateEvolution
+from .private_labels import PrivateLabels
 from .public_choice import PublicChoice
 from .public_only import PublicOnly
 from .warm_up import InTurn, WarmUp
@@ -58,6 +59,7 @@ __all__ = [
     "NoDP",
     "PrivateClassifier",
     "PrivateEvolution",
+    "PrivateLabels",
     "PrivateTuning",
     "PublicChoice",
     "PublicModel",

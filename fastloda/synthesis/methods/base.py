@@ -118,6 +118,7 @@ class Sampler:
         spent: what was released about the private records.
         cost: a private step's time and memory, if there were such steps.
         loss: function that returns the mean diffusion loss on images, for a diffusion model of pixels.
+        label: function that labels drawn images; None: their labels are those for which they were drawn.
     """
 
     draw: Callable[[Tensor, int], Tensor]
@@ -125,11 +126,13 @@ class Sampler:
     spent: Spent
     cost: StepCost | None = None
     loss: Callable[[LabelledImages], float] | None = None
+    label: Callable[[Tensor], Tensor] | None = None
 
     def images(self, count: int, seed: int) -> LabelledImages:
-        """Draw `count` synthetic images, with equal numbers of each class to within one."""
+        """Draw `count` synthetic images, for equal numbers of each class to within one."""
         labels = class_balanced_labels(count, self.num_classes)
-        return LabelledImages(self.draw(labels, seed).clamp(-1, 1), labels, self.num_classes)
+        images = self.draw(labels, seed).clamp(-1, 1)
+        return LabelledImages(images, self.label(images) if self.label else labels, self.num_classes)
 
 
 @dataclass(frozen=True)

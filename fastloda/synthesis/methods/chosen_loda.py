@@ -1,20 +1,24 @@
 """DP-LoDA from a public model that was first improved by a release about the private images; see `warm_up`.
 
-The release of a `PublicChoice` can be used again: the private model's images can be moved until their means agree with it.
+The release of a `PublicChoice` can be used again: the private model's images can be moved until their means agree with it. And
+another part of the budget can train a classifier that labels them (`private_labels`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor
 
 from fastloda.errors import UserError
+from fastloda.synthesis.classify import predict
 from fastloda.synthesis.data import LabelledImages
 
 from .base import Budget, ByEpsilon, Sampler, Work
 from .dp_loda import DPLoDA
 from .gaussian_release import noise_stream
 from .moves import UNMOVED, Reach, moved
+from .private_labels import PrivateLabels
 from .public_choice import PublicChoice
 from .warm_up import WarmUp
 
@@ -25,6 +29,7 @@ class ChosenLoDA:
 
     `pool` returns the public images of the warm-up; None: those that the public model was trained on.
     `samples_reach` says how far the private model's images are moved easily, to agree with the release of a `PublicChoice`.
+    `labels` trains a classifier that labels them; None: they keep the labels for which they were drawn.
 
     Raises:
         UserError: samples are to be moved, and no warm-up releases what they could be moved toward.
@@ -34,6 +39,7 @@ class ChosenLoDA:
     choice: ByEpsilon[WarmUp]
     pool: Callable[[], LabelledImages] | None = field(default=None, repr=False)
     samples_reach: Reach = UNMOVED
+    labels: ByEpsilon[PrivateLabels] | None = None
     name: str = "DP-LoDA on chosen data"
     trained_on: str = "its samples"
     has_budget: bool = True
@@ -51,8 +57,13 @@ class ChosenLoDA:
         released = choice.release(private, pool, budget.records, work.seed, noise_stream(work.seed))
         work.folder.mkdir(parents=True, exist_ok=True)
         options = {"checkpoint": work.folder / "further.pt", "progress": work.progress}
-        choice.train_further(model, pool, released, work.seed, **options)
-        sampler = self.loda.adapt(model, private, budget, work, earlier=choice.releases)
+        images = choice.train_further(model, pool, released, work.seed, **options)
+        earlier, label = choice.releases, None
+        if self.labels is not None:
+            labels = self.labels.at(budget.epsilon)
+            earlier = (*earlier, *labels.releases(budget.records))
+            label = partial(predict, labels.teacher(private, images, budget, work))
+        sampler = replace(self.loda.adapt(model, private, budget, work, earlier=earlier), label=label)
         if not self.samples_reach:
             return sampler
 

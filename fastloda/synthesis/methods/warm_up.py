@@ -63,7 +63,7 @@ class WarmUp(Protocol):
         checkpoint: Path | None = None,
         progress: bool = True,
     ) -> LabelledImages:
-        """Train the public model in place, and resume from the checkpoint; return the pool for the next warm-up in a row.
+        """Train the public model in place, and resume from the checkpoint; return the images of private classes that it saw.
 
         `numbers` [private classes] are the model's labels of the private classes; None: the same.
         """
@@ -121,7 +121,7 @@ class OneRelease(metaclass=ABCMeta):  # not the base ABC: it is no dataclass, an
         ours = LabelledImages(images.images, labels, model.config.num_classes)
         options = {"process": self.process(model), "checkpoint": checkpoint, "progress": progress}
         pretrain(model, ours, replace(self.training, seed=seed), **options)
-        return self.next_pool(pool, images)
+        return images
 
     @abstractmethod
     def sums(
@@ -182,8 +182,9 @@ class InTurn:
         for part in self.parts:
             own = checkpoint and checkpoint.with_name(f"{part.kind}-{checkpoint.name}")
             options = {"numbers": numbers, "checkpoint": own, "progress": progress}
-            pool = part.train_further(model, pool, released, seed, **options)
-        return pool
+            images = part.train_further(model, pool, released, seed, **options)
+            pool = part.next_pool(pool, images)
+        return images
 
 
 def save_released(path: Path, released: Released) -> None:

@@ -28,6 +28,7 @@ from fastloda.synthesis.methods import (
     LayerChoice,
     NoDP,
     PrivateEvolution,
+    PrivateLabels,
     PrivateTuning,
     PublicChoice,
     PublicModel,
@@ -50,6 +51,7 @@ LATENT_UNET = UNetConfig(
 )
 IMAGES, PUBLIC_IMAGES = 4000, 40_000
 WARM_UP_NOISE = {1.0: 4.2, 5.0: 1.3, 10.0: 1.0}
+TEACHER_NOISE = {1.0: 25.0, 5.0: 2.0, 10.0: 1.2}
 BENT = Reach(points=0.1)  # how far synthetic images are moved easily
 SHARE, BANDS = 0.5, 4  # of the layers, where they are chosen; of steps, where noise is correlated
 AS_FOR_DIGITS = (
@@ -75,6 +77,7 @@ def mnist5k(variant: Variant) -> Recipe:
 
     model = PublicModel(variant.shape(UNET), _public(2 if quick else 4000))
     loda, all_weights = DPLoDA(model, each(lambda s: s.tuning)), each(lambda s: s.tuning_of_all_weights)
+    chosen = ChosenLoDA(loda, each(lambda s: s.choice(1)), samples_reach=BENT)
     latent_model = replace(model, unet=variant.shape(LATENT_UNET))
     judge = Classifier(steps=10 if quick else 1000)
     generator, encoder_steps = {"steps": 10 if quick else 700, "width": 32}, 10 if quick else 800
@@ -94,7 +97,8 @@ def mnist5k(variant: Variant) -> Recipe:
             replace(loda, name="DP-LoDA of chosen layers", layers=each(lambda s: LayerChoice(SHARE))),
             replace(loda, name="DP-LoDA of layers at random", layers=each(lambda s: LayerChoice(SHARE, math.inf))),
             replace(loda, name="DP-LoDA of attention", adapter=Adapter(targets="attention")),
-            ChosenLoDA(loda, each(lambda s: s.choice(1)), samples_reach=BENT),
+            chosen,
+            replace(chosen, name="DP-LoDA with private labels", labels=each(lambda s: s.labels)),
             ChosenLoDA(loda, each(lambda s: s.means(1)), name="DP-LoDA on central images"),
             ChosenLoDA(loda, each(lambda s: s.queries(1)), styles, name="DP-LoDA on queried classes"),
             ChosenLoDA(
@@ -146,8 +150,9 @@ class _Settings:
     def tuning(self) -> PrivateTuning:
         steps, views = (3, 1) if self.quick else (60 if self.strict else 120, 2)
         training = FineTuning(learning_rate=1e-2, schedule="cosine", micro_batch_size=128 // views)
-        batch_size, sampler_steps = (50, 2) if self.quick else (500, 10)
-        return PrivateTuning(steps, batch_size, views, training=training, guidance=0.5, sampler_steps=sampler_steps)
+        batch_size, sampler_steps = (50, 2) if self.quick else (500, 20)
+        sampling = {"sampler_steps": sampler_steps, "stochasticity": 8.0}
+        return PrivateTuning(steps, batch_size, views, training=training, **sampling)
 
     @property
     def tuning_of_all_weights(self) -> PrivateTuning:
@@ -158,6 +163,13 @@ class _Settings:
         scale, points = (0.5, 0.2) if self.strict else (0.35, 0.1)
         options = {"scale": scale, "reach": Reach(points=points), "drawn": 50 if self.quick else 8000}
         return PublicChoice(self._noise(together), training=self._further, **options)
+
+    @property
+    def labels(self) -> PrivateLabels:
+        noise = TEACHER_NOISE[self.epsilon]
+        if self.quick:
+            return PrivateLabels(10 * noise, steps=3, batch_size=50, public_steps=5)
+        return PrivateLabels(noise, 20, 2000, learning_rate=0.03) if self.strict else PrivateLabels(noise)
 
     def means(self, together: int) -> CentralImages:
         return CentralImages(self._noise(together), drawn=50 if self.quick else 2000, training=self._further)

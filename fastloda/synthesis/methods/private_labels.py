@@ -1,0 +1,81 @@
+"""Labels for synthetic images from a classifier that is trained privately, in place of those for which they were drawn.
+
+A private diffusion model is asked for a 4 and now and then draws what people would call a 9, and whoever learns from its samples
+learns that too. Where two classes part is a small question beside how images look, and private training answers it better: the
+teacher, a classifier of the public images that a warm-up chose, is trained further on the private images by DP-SGD. Students of
+images that private teachers label are an idea of Papernot et al. (2017, https://arxiv.org/abs/1610.05755).
+
+The labels are computed from the released weights and from samples: they cost no more privacy than the teacher's steps.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastloda.errors import UserError
+from fastloda.synthesis.budget import fit_average
+from fastloda.synthesis.classify import train_classifier
+from fastloda.synthesis.data import LabelledImages
+from fastloda.training.settings import PrivateTraining
+from fastloda.training.trainer import DPTrainer
+
+from .base import Budget, Release, Work
+from .dp_sgd import augmented_losses
+
+WHAT = "clipped gradients of a classifier"
+_OTHER_NOISE = 2**32  # added to the seed: the diffusion model's private steps have noise of their own
+
+
+@dataclass(frozen=True)
+class PrivateLabels:
+    """The settings of the teacher.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise on a step's sum of clipped gradients, in clipping bounds.
+        steps, batch_size: number of private steps, and expected number of records in each.
+        learning_rate: learning rate of SGD with momentum.
+        public_steps: number of steps of training on public images, before.
+    """
+
+    noise_multiplier: float
+    steps: int = 60
+    batch_size: int = 500
+    learning_rate: float = 0.1
+    public_steps: int = 1000
+
+    def __post_init__(self):
+        if not 0 < self.noise_multiplier < float("inf"):
+            raise UserError(f"labels.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
+        if min(self.steps, self.batch_size, self.public_steps) < 1 or not self.learning_rate > 0:
+            raise UserError(f"labels need positive steps, batch_size, public_steps and learning_rate, got {self}")
+
+    def releases(self, records: int) -> tuple[Release, ...]:
+        """Describe what the teacher's training releases about `records` private images, by their nominal number."""
+        return (Release(WHAT, self.batch_size / records, self.noise_multiplier, self.steps),)
+
+    def teacher(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> nn.Module:
+        """Train the classifier on public images of the private classes, then on the private ones; resume from the work's folder.
+
+        Its weights, averaged over the private steps, are what `releases` accounts for. It is returned in eval mode.
+        """
+        options = {"steps": self.public_steps, "seed": work.seed, "device": work.device, "progress": work.progress}
+        network = train_classifier(public, **options).train()
+        ((_, sample_rate, noise_multiplier, steps),) = self.releases(budget.records)
+        settings = PrivateTraining(
+            sample_rate=sample_rate,
+            expected_batch_size=self.batch_size,
+            steps=steps,
+            delta=budget.delta,
+            noise_multiplier=noise_multiplier,
+            optimizer="sgd",
+            learning_rate=self.learning_rate,
+            momentum=0.9,
+            ema_decay=0.9,
+            fixed_shape=work.device.type != "cpu",
+            seed=_OTHER_NOISE + work.seed,
+        )
+        work.folder.mkdir(parents=True, exist_ok=True)
+        records, losses = (private.images[:], private.labels), augmented_losses(1, "jitter")
+        where = {"checkpoint": work.folder / "teacher.pt", "progress": work.progress}
+        fit_average(DPTrainer(network, records, losses, settings, **where))
+        return network.eval()
