@@ -232,6 +232,13 @@ def test_labels_refuse_settings_without_sense(bad):
         PrivateLabels(**{"noise_multiplier": 1.0} | bad)
 
 
+def test_a_step_of_more_records_than_there_are_is_refused_before_anything_is_released(public, private, tmp_path):
+    method = replace(METHODS["labelled"], labels=ByEpsilon({1.0: PrivateLabels(30.0, batch_size=41)}))
+    with pytest.raises(ValueError, match="labels.batch_size 41 exceeds the 40 records"):
+        method.fit(private, public, Budget(2.0, 1e-5, len(private)), work_in(tmp_path))
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_warm_ups_in_turn_and_rounds_are_all_counted(public, private, tmp_path):
     budget = Budget(2.0, 1e-5, len(private))
     spent = {

@@ -52,17 +52,15 @@ class ChosenLoDA:
             )
 
     def fit(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> Sampler:
-        model, choice = self.loda.public.fit(public, work), self.choice.at(budget.epsilon)
+        choice, labels = self.choice.at(budget.epsilon), self.labels and self.labels.at(budget.epsilon)
+        earlier = (*choice.releases, *(labels.releases(budget.records) if labels else ()))
+        model = self.loda.public.fit(public, work)
         pool = choice.pool(self.pool() if self.pool else public, private.class_names)
         released = choice.release(private, pool, budget.records, work.seed, noise_stream(work.seed))
         work.folder.mkdir(parents=True, exist_ok=True)
         options = {"checkpoint": work.folder / "further.pt", "progress": work.progress}
         images = choice.train_further(model, pool, released, work.seed, **options)
-        earlier, label = choice.releases, None
-        if self.labels is not None:
-            labels = self.labels.at(budget.epsilon)
-            earlier = (*earlier, *labels.releases(budget.records))
-            label = partial(predict, labels.teacher(private, images, budget, work))
+        label = partial(predict, labels.teacher(private, images, budget, work)) if labels else None
         sampler = replace(self.loda.adapt(model, private, budget, work, earlier=earlier), label=label)
         if not self.samples_reach:
             return sampler

@@ -50,7 +50,13 @@ class PrivateLabels:
             raise UserError(f"labels need positive steps, batch_size, public_steps and learning_rate, got {self}")
 
     def releases(self, records: int) -> tuple[Release, ...]:
-        """Describe what the teacher's training releases about `records` private images, by their nominal number."""
+        """Describe what the teacher's training releases about `records` private images, by their nominal number.
+
+        Raises:
+            UserError: a step takes more records than there are.
+        """
+        if self.batch_size > records:
+            raise UserError(f"labels.batch_size {self.batch_size} exceeds the {records} records")
         return (Release(WHAT, self.batch_size / records, self.noise_multiplier, self.steps),)
 
     def teacher(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> nn.Module:
