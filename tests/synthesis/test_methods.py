@@ -43,6 +43,7 @@ from fastloda.synthesis.methods import (
 )
 from fastloda.synthesis.methods.autoencoder import LATENT_CHANNELS
 from fastloda.synthesis.methods.base import at_budget
+from fastloda.synthesis.methods.chosen_loda import of_classes
 from fastloda.synthesis.methods.class_embeddings import fourier_features
 from fastloda.synthesis.methods.dp_diffusion import TIME_WEIGHTS
 from fastloda.synthesis.methods.dp_ldm import tune_attention_alone
@@ -309,6 +310,45 @@ def test_the_choice_moves_the_samples_too(public, private, tmp_path):
     moved, rest = (fitted.images(100, seed=0) for fitted in fits)
     distance = (moved.images - rest.images).square().mean().sqrt()
     assert 1e-3 < distance < 0.3 and fits[0].spent == fits[1].spent
+
+
+def test_samples_may_begin_at_the_images_of_the_warm_up(public, private, tmp_path):
+    """The fewer steps lead back from the noise, the nearer samples are to these images, each to one of its own class."""
+    method, budget = replace(METHODS["chosen"], samples_reach=Reach()), Budget(2.0, 1e-5, len(private))
+    seen = []
+    tuning = replace(TUNING, sampler_steps=20)
+    method = replace(method, loda=replace(method.loda, tunings=ByEpsilon({1.0: tuning})))
+    further = method.choice.at(2.0)
+    steady = lambda self, pool, *rest: (seen.append(pool[torch.arange(30)]), seen[-1])[1]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(further), "training_images", steady)
+        fits = [
+            replace(method, strength=strength).fit(private, public, budget, work_in(tmp_path / str(strength)))
+            for strength in (0.05, 0.3, 1.0)
+        ]
+    own = seen[0]
+    distances = []
+    for fitted in fits:
+        drawn = fitted.images(30, seed=0)
+        apart = torch.cdist(drawn.images.flatten(1), own.images[:].flatten(1))
+        distances.append(apart.masked_fill(drawn.labels[:, None] != own.labels, math.inf).amin(1).mean())
+    assert distances[0] < 0.5 * distances[1] and distances[1] < distances[2]
+
+
+def test_images_of_given_classes_are_taken_without_repetition_where_there_are_enough():
+    images = font_digits(50, seed=0)
+    marked = replace(images, images=(torch.arange(50.0) / 50)[:, None, None, None].expand(50, 1, 2, 2))
+    labels = torch.tensor([3, 3, 3, 3, 3, 3, 7, 3])
+    taken, other = ((of_classes(marked, labels, seed)[:, 0, 0, 0] * 50).round().long() for seed in (1, 2))
+    assert torch.equal(images.labels[taken], labels) and len(set(taken[[0, 1, 2, 3, 4]].tolist())) == 5
+    assert taken[5] == taken[0] and taken[7] == taken[1]
+    assert not torch.equal(taken, other)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.1, math.nan])
+def test_a_strength_outside_its_range_is_refused(strength):
+    with pytest.raises(ValueError, match="strength must lie in"):
+        replace(METHODS["chosen"], strength=strength)
 
 
 def test_methods_share_the_public_model(public, private, tmp_path):

@@ -1,13 +1,15 @@
 """DP-LoDA from a public model that was first improved by a release about the private images; see `warm_up`.
 
-The release of a `PublicChoice` can be used again: the private model's images can be moved until their means agree with it. And
-another part of the budget can train a classifier that labels them (`private_labels`).
+Samples can begin at the warm-up's images and not at noise, so that strokes hold. The release of a `PublicChoice` can be used
+again: samples are moved until their means agree with it. And another part of the budget can train a classifier that labels them
+(`private_labels`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from fastloda.errors import UserError
@@ -28,16 +30,18 @@ class ChosenLoDA:
     """The method DP-LoDA after a warm-up, for which the budget pays too: a choice of public images, say, or several in turn.
 
     `pool` returns the public images of the warm-up; None: those that the public model was trained on.
+    `strength` is the share of the sampler's steps by which samples are made of the warm-up's images (see `sample`); 1: of noise.
     `samples_reach` says how far the private model's images are moved easily, to agree with the release of a `PublicChoice`.
     `labels` trains a classifier that labels them; None: they keep the labels for which they were drawn.
 
     Raises:
-        UserError: samples are to be moved, and no warm-up releases what they could be moved toward.
+        UserError: samples are to be moved, and no warm-up releases what they could be moved toward, or strength is not in (0, 1].
     """
 
     loda: DPLoDA
     choice: ByEpsilon[WarmUp]
     pool: Callable[[], LabelledImages] | None = field(default=None, repr=False)
+    strength: float = 1.0
     samples_reach: Reach = UNMOVED
     labels: ByEpsilon[PrivateLabels] | None = None
     name: str = "DP-LoDA on chosen data"
@@ -45,6 +49,8 @@ class ChosenLoDA:
     has_budget: bool = True
 
     def __post_init__(self):
+        if not 0 < self.strength <= 1:
+            raise UserError(f"{self.name}: strength must lie in (0, 1], got {self.strength}")
         kinds = [{release.what for release in choice.releases} for choice in self.choice.settings.values()]
         if self.samples_reach and not all(PublicChoice.what in what for what in kinds):
             raise UserError(
@@ -61,12 +67,25 @@ class ChosenLoDA:
         options = {"checkpoint": work.folder / "further.pt", "progress": work.progress}
         images = choice.train_further(model, pool, released, work.seed, **options)
         label = partial(predict, labels.teacher(private, images, budget, work)) if labels else None
-        sampler = replace(self.loda.adapt(model, private, budget, work, earlier=earlier), label=label)
-        if not self.samples_reach:
-            return sampler
+        sampler = self.loda.adapt(model, private, budget, work, earlier=earlier)
 
         def draw(labels: Tensor, seed: int) -> Tensor:
-            images = LabelledImages(sampler.draw(labels, seed).clamp(-1, 1), labels, private.num_classes)
-            return moved(images, released[PublicChoice.kind], self.samples_reach, seed, work.progress).images
+            start = (
+                {} if self.strength == 1 else {"varied": of_classes(images, labels, seed), "strength": self.strength}
+            )
+            drawn = LabelledImages(sampler.draw(labels, seed, **start).clamp(-1, 1), labels, private.num_classes)
+            if not self.samples_reach:
+                return drawn.images
+            return moved(drawn, released[PublicChoice.kind], self.samples_reach, seed, work.progress).images
 
-        return replace(sampler, draw=draw)
+        return replace(sampler, draw=draw, label=label)
+
+
+def of_classes(images: LabelledImages, labels: Tensor, seed: int) -> Tensor:
+    """Take an image of each label's class, [n, C, H, W]: any order of a class's images, repeated when all are taken."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    taken = torch.empty_like(labels)
+    for label in labels.unique():
+        members, places = order[images.labels[order] == label], labels == label
+        taken[places] = members[torch.arange(int(places.sum())) % len(members)]
+    return images.images[taken]

@@ -171,11 +171,11 @@ def tune(
 def sampler(
     model: UNet, tuning: PrivateTuning, num_classes: int, spent: Spent, work: Work, coder: Coder = IDENTITY
 ) -> Sampler:
-    """Make a sampler from the model as it is now."""
+    """Make a sampler from the model as it is now. Its draw() takes the arguments `varied` and `strength` of `sample` too."""
 
-    def draw(labels: Tensor, seed: int) -> Tensor:
+    def draw(labels: Tensor, seed: int, **start) -> Tensor:
         how = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "stochasticity": tuning.stochasticity}
-        return coder.decode(draw_samples(model, labels, seed=seed, progress=work.progress, **how))
+        return coder.decode(draw_samples(model, labels, seed=seed, progress=work.progress, **how, **start))
 
     return Sampler(draw, num_classes, spent, loss=partial(mean_loss, model) if coder is IDENTITY else None)
 

@@ -52,6 +52,7 @@ LATENT_UNET = UNetConfig(
 IMAGES, PUBLIC_IMAGES = 4000, 40_000
 WARM_UP_NOISE = {1.0: 4.2, 5.0: 1.3, 10.0: 1.0}
 TEACHER_NOISE = {1.0: 25.0, 5.0: 2.0, 10.0: 1.2}
+STRENGTH = 0.3  # of the sampler's steps, back from images that a warm-up chose with noise
 BENT = Reach(points=0.1)  # how far synthetic images are moved easily
 SHARE, BANDS = 0.5, 4  # of the layers, where they are chosen; of steps, where noise is correlated
 AS_FOR_DIGITS = (
@@ -77,7 +78,7 @@ def mnist5k(variant: Variant) -> Recipe:
 
     model = PublicModel(variant.shape(UNET), _public(2 if quick else 4000))
     loda, all_weights = DPLoDA(model, each(lambda s: s.tuning)), each(lambda s: s.tuning_of_all_weights)
-    chosen = ChosenLoDA(loda, each(lambda s: s.choice(1)), samples_reach=BENT)
+    chosen = ChosenLoDA(loda, each(lambda s: s.choice(1)), strength=STRENGTH, samples_reach=BENT)
     latent_model = replace(model, unet=variant.shape(LATENT_UNET))
     judge = Classifier(steps=10 if quick else 1000)
     generator, encoder_steps = {"steps": 10 if quick else 700, "width": 32}, 10 if quick else 800
@@ -102,7 +103,12 @@ def mnist5k(variant: Variant) -> Recipe:
             ChosenLoDA(loda, each(lambda s: s.means(1)), name="DP-LoDA on central images"),
             ChosenLoDA(loda, each(lambda s: s.queries(1)), styles, name="DP-LoDA on queried classes"),
             ChosenLoDA(
-                loda, each(lambda s: s.in_turn), styles, samples_reach=BENT, name="DP-LoDA after three warm-ups"
+                loda,
+                each(lambda s: s.in_turn),
+                styles,
+                strength=STRENGTH,
+                samples_reach=BENT,
+                name="DP-LoDA after three warm-ups",
             ),
             PrivateEvolution(model, each(lambda s: s.evolution)),
             DPDiffusion(model, all_weights),
