@@ -63,8 +63,8 @@ TRIED = (
     "on scikit-learn's handwritten digits and USPS's (docs/results/mnist5k-tuning.md): how images are moved, the scale of the "
     "features, the sampler, the length of public training, that twice the learning rate is no better, and all of "
     "the classifier that labels. That USPS's stand in, that public digits are of handwriting too and lie as MNIST's page says, "
-    "and that a classifier may label, was decided after accuracies of earlier versions here were known; no font was chosen by "
-    "a trial. The noise of warm-ups, and where trials began, as for the small digits"
+    "that a classifier may label, and that samples begin at chosen images, was decided after accuracies of earlier versions here "
+    "were known; no font was chosen by a trial. The noise of warm-ups, and where trials began, as for the small digits"
 )
 
 
