@@ -343,6 +343,8 @@ def test_images_of_given_classes_are_taken_without_repetition_where_there_are_en
     assert torch.equal(images.labels[taken], labels) and len(set(taken[[0, 1, 2, 3, 4]].tolist())) == 5
     assert taken[5] == taken[0] and taken[7] == taken[1]
     assert not torch.equal(taken, other)
+    with pytest.raises(ValueError, match="no image of class 3 to begin at"):
+        of_classes(images[images.labels != 3], labels, seed=1)
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.1, math.nan])

@@ -82,10 +82,16 @@ class ChosenLoDA:
 
 
 def of_classes(images: LabelledImages, labels: Tensor, seed: int) -> Tensor:
-    """Take an image of each label's class, [n, C, H, W]: any order of a class's images, repeated when all are taken."""
+    """Take an image of each label's class, [n, C, H, W]: each class's in random order, and again when all of them are taken.
+
+    Raises:
+        UserError: there is no image of a class.
+    """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     taken = torch.empty_like(labels)
     for label in labels.unique():
         members, places = order[images.labels[order] == label], labels == label
+        if not len(members):
+            raise UserError(f"the warm-up drew no image of class {int(label)} to begin at: let it draw more")
         taken[places] = members[torch.arange(int(places.sum())) % len(members)]
     return images.images[taken]

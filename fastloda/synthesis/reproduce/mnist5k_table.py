@@ -52,7 +52,7 @@ LATENT_UNET = UNetConfig(
 IMAGES, PUBLIC_IMAGES = 4000, 40_000
 WARM_UP_NOISE = {1.0: 4.2, 5.0: 1.3, 10.0: 1.0}
 TEACHER_NOISE = {1.0: 25.0, 5.0: 2.0, 10.0: 1.2}
-STRENGTH = 0.3  # of the sampler's steps, back from images that a warm-up chose with noise
+STRENGTH = 0.3  # share of the sampler's steps by which samples are made of a warm-up's images
 BENT = Reach(points=0.1)  # how far synthetic images are moved easily
 SHARE, BANDS = 0.5, 4  # of the layers, where they are chosen; of steps, where noise is correlated
 AS_FOR_DIGITS = (
@@ -167,7 +167,7 @@ class _Settings:
 
     def choice(self, together: int) -> PublicChoice:
         scale, points = (0.5, 0.2) if self.strict else (0.35, 0.1)
-        options = {"scale": scale, "reach": Reach(points=points), "drawn": 50 if self.quick else 8000}
+        options = {"scale": scale, "reach": Reach(points=points), "drawn": 200 if self.quick else 8000}
         return PublicChoice(self._noise(together), training=self._further, **options)
 
     @property
