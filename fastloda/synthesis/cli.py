@@ -16,6 +16,7 @@ from importlib import import_module
 
 from fastloda import __version__
 from fastloda.errors import UserError
+from fastloda.synthesis.allocator import keep_freed_memory
 
 COMMANDS = {  # name -> the module of the function of that name
     "synthesize": "synthesize",
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(command: str, options: Sequence[str]) -> int:
     name = f"fastloda {command}"
+    keep_freed_memory()
     try:
         with _notes_to_stderr(), _process_group() if _started_by_torchrun() else nullcontext():
             function = command_function(command)

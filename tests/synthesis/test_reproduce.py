@@ -140,6 +140,8 @@ def test_a_report_has_all_cells_of_the_run(table, tmp_path, capsys):
     """Parts of a table, with different numbers of seeds, make one report; a cell of other settings is left out and named."""
     reproduce(tmp_path, "--seeds", "1", "--methods", "DP-SGD,No privacy")
     assert "over 1 seed, " in (tmp_path / "results.md").read_text()
+    slow = tmp_path / "cells" / "dp-sgd" / "epsilon-1" / "seed-0" / "result.json"
+    slow.write_text(json.dumps(json.loads(slow.read_text()) | {"seconds": {"fit": 7200}}))
     reproduce(tmp_path, "--seeds", "2", "--methods", "DP-LoDA", "--epsilons", "10,0.5")
     text = (tmp_path / "results.md").read_text()
     assert "| Method | Classifier trained on | epsilon 0.5 | epsilon 1 | epsilon 10 |" in text
@@ -147,6 +149,7 @@ def test_a_report_has_all_cells_of_the_run(table, tmp_path, capsys):
     assert "over 1 to 2 seeds, " in text and text.index("| DP-LoDA |") < text.index("| DP-SGD |")
     losses = text.partition("## Diffusion loss on the real test images")[2].partition("## ")[0]
     assert "| DP-LoDA | 80.5000 ± 0.7071 | – | 4.5000 ± 0.7071 |" in losses and "DP-SGD" not in losses
+    assert "All 7 cells: 2.0 hours, if they were computed one after the other." in text
 
     other = tmp_path / "cells" / "dp-sgd" / "epsilon-1" / "seed-0" / CONFIG
     other.write_text(other.read_text().replace("Direct()", "Direct(2)"))

@@ -98,7 +98,7 @@ def test_the_chosen_public_images_alone_can_be_judged(tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == 1 and not (tmp_path / "public").exists()  # no model was trained
 
 
-@pytest.mark.parametrize("method", ["DP-MERF", "DP-LoDA after three warm-ups"])
+@pytest.mark.parametrize("method", ["DP-MERF", "DP-LoDA"])
 def test_a_method_that_chooses_nothing_alone_is_refused_at_once(method, tmp_path):
     with pytest.raises(ValueError, match="needs a method with one warm-up"):
         trials.Search("mnist5k", method, 1.0, ("handwritten",), 1, tmp_path, records=50, quick=True, chosen_only=True)

@@ -24,7 +24,6 @@ from fastloda.synthesis.methods import (
     DPDiffusion,
     DPLoDA,
     Evolution,
-    InTurn,
     LayerChoice,
     NoDP,
     PrivateEvolution,
@@ -55,16 +54,17 @@ TEACHER_NOISE = {1.0: 25.0, 5.0: 2.0, 10.0: 1.2}
 STRENGTH = 0.3  # share of the sampler's steps by which samples are made of a warm-up's images
 BENT = Reach(points=0.1)  # how far synthetic images are moved easily
 SHARE, BANDS = 0.5, 4  # of the layers, where they are chosen; of steps, where noise is correlated
-AS_FOR_DIGITS = (
-    "as for the small digits; those settings were chosen by trials in which these digits of MNIST, reduced to 8 x 8, stood "
-    "in for private ones (docs/results/demo-tuning.md), so that they are not blind to them"
-)
 TRIED = (
     "on scikit-learn's handwritten digits and USPS's (docs/results/mnist5k-tuning.md): how images are moved, the scale of the "
-    "features, the sampler, the length of public training, that twice the learning rate is no better, and all of "
+    "features, the sampler, the lengths of training, public and private, that twice the learning rate is no better, and all of "
     "the classifier that labels. That USPS's stand in, that public digits are of handwriting too and lie as MNIST's page says, "
     "that a classifier may label, and that samples begin at chosen images, was decided after accuracies of earlier versions here "
-    "were known; no font was chosen by a trial. The noise of warm-ups, and where trials began, as for the small digits"
+    "were known; no font was chosen by a trial. The noise of warm-ups, and where trials began, as for the small digits, for "
+    "which MNIST's digits stood in at 8 x 8 (docs/results/demo-tuning.md)"
+)
+DIRECT_TRIED = (
+    "on USPS's digits (docs/results/mnist5k-tuning.md): the number of steps, of records a step, and the learning rate; "
+    "network and augmentation as for the small digits"
 )
 
 
@@ -78,7 +78,7 @@ def mnist5k(variant: Variant) -> Recipe:
 
     model = PublicModel(variant.shape(UNET), _public(2 if quick else 4000))
     loda, all_weights = DPLoDA(model, each(lambda s: s.tuning)), each(lambda s: s.tuning_of_all_weights)
-    chosen = ChosenLoDA(loda, each(lambda s: s.choice(1)), strength=STRENGTH, samples_reach=BENT)
+    chosen = ChosenLoDA(loda, each(lambda s: s.choice), strength=STRENGTH, samples_reach=BENT)
     latent_model = replace(model, unet=variant.shape(LATENT_UNET))
     judge = Classifier(steps=10 if quick else 1000)
     generator, encoder_steps = {"steps": 10 if quick else 700, "width": 32}, 10 if quick else 800
@@ -100,16 +100,8 @@ def mnist5k(variant: Variant) -> Recipe:
             replace(loda, name="DP-LoDA of attention", adapter=Adapter(targets="attention")),
             chosen,
             replace(chosen, name="DP-LoDA with private labels", labels=each(lambda s: s.labels)),
-            ChosenLoDA(loda, each(lambda s: s.means(1)), name="DP-LoDA on central images"),
-            ChosenLoDA(loda, each(lambda s: s.queries(1)), styles, name="DP-LoDA on queried classes"),
-            ChosenLoDA(
-                loda,
-                each(lambda s: s.in_turn),
-                styles,
-                strength=STRENGTH,
-                samples_reach=BENT,
-                name="DP-LoDA after three warm-ups",
-            ),
+            ChosenLoDA(loda, each(lambda s: s.means), name="DP-LoDA on central images"),
+            ChosenLoDA(loda, each(lambda s: s.queries), styles, name="DP-LoDA on queried classes"),
             PrivateEvolution(model, each(lambda s: s.evolution)),
             DPDiffusion(model, all_weights),
             DPLDM(AutoencoderTraining(halvings=2, steps=10 if quick else 1000), latent_model, all_weights),
@@ -122,13 +114,13 @@ def mnist5k(variant: Variant) -> Recipe:
         synthetic_images=20 if quick else IMAGES,
         how_chosen={
             "DP-LoDA and its variants": TRIED,
-            "DP-SGD": AS_FOR_DIGITS,
+            "DP-SGD": DIRECT_TRIED,
             "DP-MEPF, DP-MERF": "set beforehand, after the methods' papers, but for the generators' width and steps, for time",
             "the others": BEFOREHAND,
         },
         extractor_steps=10 if quick else 500,
         public_seed=0,  # training the public model takes most of an hour on one core
-        blind=False,  # see AS_FOR_DIGITS
+        blind=False,  # see TRIED
     )
 
 
@@ -143,7 +135,7 @@ def _public(steps: int) -> PublicTraining:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The settings of the private rows at one budget. `together` is the number of warm-ups that share the budget of one."""
+    """The settings of the private rows at one budget."""
 
     epsilon: float
     quick: bool
@@ -154,7 +146,7 @@ class _Settings:
 
     @property
     def tuning(self) -> PrivateTuning:
-        steps, views = (3, 1) if self.quick else (60 if self.strict else 120, 2)
+        steps, views = (3, 1) if self.quick else (60, 2)
         training = FineTuning(learning_rate=1e-2, schedule="cosine", micro_batch_size=128 // views)
         batch_size, sampler_steps = (50, 2) if self.quick else (500, 20)
         sampling = {"sampler_steps": sampler_steps, "stochasticity": 8.0}
@@ -165,10 +157,11 @@ class _Settings:
         training = self.tuning.training
         return replace(self.tuning, training=replace(training, learning_rate=training.learning_rate / 10))
 
-    def choice(self, together: int) -> PublicChoice:
+    @property
+    def choice(self) -> PublicChoice:
         scale, points = (0.5, 0.2) if self.strict else (0.35, 0.1)
         options = {"scale": scale, "reach": Reach(points=points), "drawn": 200 if self.quick else 8000}
-        return PublicChoice(self._noise(together), training=self._further, **options)
+        return PublicChoice(self._noise, training=self._further, **options)
 
     @property
     def labels(self) -> PrivateLabels:
@@ -177,20 +170,18 @@ class _Settings:
             return PrivateLabels(10 * noise, steps=3, batch_size=50, public_steps=5)
         return PrivateLabels(noise, 20, 2000, learning_rate=0.03) if self.strict else PrivateLabels(noise)
 
-    def means(self, together: int) -> CentralImages:
-        return CentralImages(self._noise(together), drawn=50 if self.quick else 2000, training=self._further)
-
-    def queries(self, together: int) -> ClassQueries:
-        drawn, steps = (200, 10) if self.quick else (20_000, 1000)
-        noise = self._noise(together)
-        return ClassQueries(noise, drawn=drawn, classifier_steps=steps, training=self._further)
+    @property
+    def means(self) -> CentralImages:
+        return CentralImages(self._noise, drawn=50 if self.quick else 2000, training=self._further)
 
     @property
-    def in_turn(self) -> InTurn:
-        return InTurn((self.queries(3), self.means(3), self.choice(3)))
+    def queries(self) -> ClassQueries:
+        drawn, steps = (200, 10) if self.quick else (20_000, 1000)
+        return ClassQueries(self._noise, drawn=drawn, classifier_steps=steps, training=self._further)
 
-    def _noise(self, together: int) -> float:
-        return WARM_UP_NOISE[self.epsilon] * math.sqrt(together)
+    @property
+    def _noise(self) -> float:
+        return WARM_UP_NOISE[self.epsilon]
 
     @property
     def _further(self) -> PublicTraining:
@@ -202,5 +193,8 @@ class _Settings:
 
     @property
     def direct(self) -> Direct:
-        training = DPSGD(learning_rate=0.15, ema_decay=0.97, width=16)
-        return Direct(training, steps=5 if self.quick else 250, batch_size=50 if self.quick else 512)
+        rate, ema_decay = (0.1, 0.9) if self.strict else (0.3, 0.95)
+        training = DPSGD(learning_rate=rate, ema_decay=ema_decay, width=16)
+        if self.quick:
+            return Direct(training, steps=5, batch_size=50)
+        return Direct(training, 30, 2000) if self.strict else Direct(training, 120, 512)

@@ -101,7 +101,9 @@ class Findings:
             "sample, s",
             "judge, s",
         ]
-        return Table("Cost", columns, [self._cost_row(method) for method in self.recipe.methods])
+        hours = sum(sum(result["seconds"].values()) for result in self.results.values()) / 3600
+        notes = [f"All {len(self.results)} cells: {hours:.1f} hours, if they were computed one after the other."]
+        return Table("Cost", columns, [self._cost_row(method) for method in self.recipe.methods], notes=notes)
 
     def to_dict(self) -> dict:
         cells = [

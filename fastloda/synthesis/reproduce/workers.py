@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fastloda.progress import EVERY, Progress
+from fastloda.synthesis.allocator import keep_freed_memory
 from fastloda.synthesis.methods import Work
 from fastloda.synthesis.methods.public_classifier import public_classifier
 from fastloda.synthesis.metrics import Extractor, classifier_features, torchscript_features
@@ -195,6 +196,7 @@ def _start_worker(order: Order, threads: int) -> None:
     global _workers_order
     _workers_order = order
     torch.set_num_threads(threads)
+    keep_freed_memory()
     logging.getLogger("fastloda").setLevel(logging.ERROR)  # the parent shows the progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
