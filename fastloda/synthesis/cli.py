@@ -126,6 +126,7 @@ def _process_group() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if is_available() else "gloo")
     try:
         yield
+        dist.barrier()  # gloo aborts a rank whose neighbour leaves while it is in their last exchange
     finally:
         dist.destroy_process_group()
 
