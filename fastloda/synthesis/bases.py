@@ -59,10 +59,20 @@ class Base(Protocol):
             ValueError: the training has a setting that the model can't follow.
         """
 
-    def check_drawing(self, steps: int, guidance: float) -> None:
+    def check_drawing(self, steps: int, guidance: float, stochasticity: float) -> None:
         """Refuse with a ValueError settings that `draw` does not support."""
 
-    def draw(self, labels: Tensor, *, steps: int, guidance: float, seed: int, batch_size: int, skip: int = 0) -> Tensor:
+    def draw(
+        self,
+        labels: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        stochasticity: float,
+        seed: int,
+        batch_size: int,
+        skip: int = 0,
+    ) -> Tensor:
         """Draw one image per label [n]: float32 [n, C, H, W] in [-1, 1] on the CPU.
 
         Image i depends on the seed, skip + i and its label; `skip` images were drawn before.
@@ -90,9 +100,10 @@ class OwnUNet:
     def losses(self, training: FineTuning, views: int) -> Losses:
         return training.losses(self.network.process.between(*training.timesteps), views)
 
-    def check_drawing(self, steps: int, guidance: float) -> None:
+    def check_drawing(self, steps: int, guidance: float, stochasticity: float) -> None:
         if steps > (most := self.network.process.steps_at_most):
             raise UserError(f"need 1 <= steps <= {most}, got {steps}")
+        self.network.process.check_stochasticity(stochasticity)
 
     def draw(self, labels: Tensor, **options) -> Tensor:
         return draw_samples(self.network, labels, progress=False, **options).clamp(-1, 1)

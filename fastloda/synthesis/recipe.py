@@ -92,6 +92,12 @@ class Recipe:
         return stages.finetune(run, self.privacy, adapter=self.adapter, training=self.tuning.training, **options)
 
     def sample(self, run: Path, **options) -> dict:
-        sampling = {"steps": self.tuning.sampler_steps, "guidance": self.tuning.guidance, "seed": self.seed or 0}
-        at_once = min(256, self.tuning.training.micro_batch_size)
+        tuning = self.tuning
+        sampling = {
+            "steps": tuning.sampler_steps,
+            "guidance": tuning.guidance,
+            "stochasticity": tuning.stochasticity,
+            "seed": self.seed or 0,
+        }
+        at_once = min(256, tuning.training.micro_batch_size)
         return stages.sample(run, count=self.count, batch_size=at_once, **sampling, **options)

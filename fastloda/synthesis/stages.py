@@ -451,6 +451,7 @@ def sample(
     count: int = 2000,
     steps: int = 50,
     guidance: float = 0.0,
+    stochasticity: float = 0.0,
     seed: int = 0,
     name: str | None = None,
     reach: Reach = UNMOVED,
@@ -470,6 +471,8 @@ def sample(
         count: number of images.
         steps: number of steps of the sampler: DDIM, or a pipeline's own.
         guidance: weight of classifier-free guidance; above 0 it doubles the time.
+        stochasticity: how much fresh noise each step adds; 0: none. It is eta of DDIM, at most 1, which is DDPM; for a model of
+            `--unet.process edm` it is S_churn, of which 8 in 20 steps keeps strokes of digits whole.
         seed: seed of the images; it is independent of training, and does not have to be secret.
         name: name of another set of samples, which goes to samples-NAME/; give it another seed.
         reach: how far the images are moved easily, to agree better with the release of `fastloda choose`; 0.1 for pixels helps a
@@ -488,7 +491,7 @@ def sample(
     inputs += (base.file.parent / SUMS,) if reach else ()
     trained_on = _trained_on(Path(run) / PRIVATE)
     base.caption(trained_on.get("prompts"))
-    base.check_drawing(steps, guidance)
+    base.check_drawing(steps, guidance, stochasticity)
     statement = _statement_of_public(base) if public else trained_on
     numbers = map(str, range(base.takes.num_classes or 1))
     names = tuple((statement or {}).get("classes") or base.class_names or trained_on.get("classes") or numbers)
@@ -498,6 +501,7 @@ def sample(
         "count": count,
         "steps": steps,
         "guidance": guidance,
+        "stochasticity": stochasticity,
         "seed": seed,
         "reach": asdict(reach),
         "public": public,
@@ -508,7 +512,8 @@ def sample(
     if not _reuse(stage):
         labels = class_balanced_labels(count, len(names))
         number = torch.tensor([(base.class_names or names).index(each) for each in names])
-        options = {"steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size}
+        options = {name: settings[name] for name in ("steps", "guidance", "stochasticity", "seed")}
+        options["batch_size"] = batch_size
         draw = lambda some, skip: base.draw(number[some], skip=skip, **options)  # noqa: E731
         with stage.work():
             drawn = draw_resumably(draw, labels, folder / PART, batch_size, progress)

@@ -75,7 +75,8 @@ def saved(make, folder: Path, **options) -> Path:
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Save a pipeline of each kind by diffusers; the tests leave them unchanged."""
     root = tmp_path_factory.mktemp("pipelines")
-    return {kind: saved(make, root / kind) for kind, make in MAKE.items()}
+    made = {kind: saved(make, root / kind) for kind, make in MAKE.items()}
+    return made | {"ddim": saved(tiny_pipelines.pixels, root / "ddim", pipeline=DDIMPipeline, scheduler=DDIMScheduler)}
 
 
 def opened(folder: Path):
@@ -313,7 +314,7 @@ STOCHASTIC = {
 @pytest.mark.parametrize("kind", STOCHASTIC)
 def test_an_image_depends_on_its_seed_and_label_alone(kind, tmp_path):
     base = opened(STOCHASTIC[kind](tmp_path))
-    options = {"steps": 3, "guidance": 1.0 if kind == "text" else 0.0}
+    options = {"steps": 3, "guidance": float(kind == "text"), "stochasticity": float(kind == "ddim")}
     labels = torch.tensor([0, 1, 2, 2, 1])
     together = base.draw(labels, seed=4, batch_size=5, **options)
     assert together.abs().max() <= 1 and len(together.flatten(1).unique(dim=0)) == 5
@@ -325,12 +326,14 @@ def test_an_image_depends_on_its_seed_and_label_alone(kind, tmp_path):
     assert not base.network._forward_pre_hooks
 
 
-def test_guidance_is_the_pipelines_own(folders):
-    base = opened(folders["text"])
-    drawn = base.draw(torch.tensor([1]), steps=2, guidance=2.0, seed=0, batch_size=1)
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_guidance_and_fresh_noise_are_the_pipelines_own(eta, tmp_path):
+    base = opened(saved(tiny_pipelines.stable_diffusion, tmp_path, scheduler=DDIMScheduler))
+    base.check_drawing(2, 2.0, eta)
+    drawn = base.draw(torch.tensor([1]), steps=2, guidance=2.0, stochasticity=eta, seed=0, batch_size=1)
     seed = torch.randint(2**63 - 1, (1,), generator=torch.Generator().manual_seed(0)).item()
     options = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": 2, "output_type": "np"}
-    wanted = base.pipe("a photo of a dog", guidance_scale=3.0, **options).images
+    wanted = base.pipe("a photo of a dog", guidance_scale=3.0, eta=eta, **options).images
     np.testing.assert_allclose(drawn.movedim(1, 3).numpy(), wanted * 2 - 1, atol=1e-5)
 
 
@@ -338,6 +341,8 @@ UNDRAWABLE = {
     "no null": ("pixels", {"guidance": 1.0}, "no pass without a label"),
     "another null": ("dit", {"guidance": 1.0}, "class 1000 for no label, and .* has 3 classes"),
     "steps": ("text", {"steps": 1001}, "the scheduler has 1000 steps, not 1001"),
+    "no eta": ("dit", {"stochasticity": 0.5}, "DiTPipeline with .* has no amount of noise to set: leave out"),
+    "eta": ("ddim", {"stochasticity": 1.5}, "eta, must lie in .0, 1., got 1.5"),
 }
 
 
@@ -345,7 +350,7 @@ UNDRAWABLE = {
 def test_what_a_pipeline_cannot_draw_is_refused(name, folders):
     kind, change, message = UNDRAWABLE[name]
     with pytest.raises(ValueError, match=message):
-        opened(folders[kind]).check_drawing(**{"steps": 2, "guidance": 0.0} | change)
+        opened(folders[kind]).check_drawing(**{"steps": 2, "guidance": 0.0, "stochasticity": 0.0} | change)
 
 
 def test_half_precision_folders_are_read_as_float32_and_frozen(tmp_path, recwarn):

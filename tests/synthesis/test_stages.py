@@ -303,10 +303,14 @@ def test_a_model_of_edm_goes_through_all_stages(tmp_path):
     run, shape = tmp_path / "run", UNetShape(width=8, norm_groups=4, process="edm")
     pretrain(run, data="font-digits", count=64, unet=shape, training=PUBLIC, **QUIET)
     finetune(run, PRIVACY, data="digits", training=FineTuning(seed=1, timesteps=(100, 800)), **QUIET)
-    sample(run, count=5, steps=3, guidance=0.5, **QUIET)
+    with pytest.raises(ValueError, match="EDM's S_churn, must be finite and not negative, got -1"):
+        sample(run, count=5, steps=3, stochasticity=-1.0, **QUIET)
+    assert not (run / "samples").exists()
+    sample(run, count=5, steps=3, guidance=0.5, stochasticity=1.0, **QUIET)
     model = load_unet(run / "public" / "model.safetensors")
     load_loda(model, run / "private" / "adapter.safetensors")
-    expected = draw_samples(model, torch.arange(5), steps=3, guidance=0.5, seed=0, progress=False).clamp(-1, 1)
+    how = {"steps": 3, "guidance": 0.5, "stochasticity": 1.0, "seed": 0}
+    expected = draw_samples(model, torch.arange(5), **how, progress=False).clamp(-1, 1)
     assert isinstance(model.process, EDM)
     assert (load_npz(run / "samples" / "samples.npz").images - expected).abs().max() < 0.01  # rounded to bytes
 

@@ -51,6 +51,10 @@ class DDPM(Process):
     def _errors(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return (predict(self.add_noise(x0, t, noise), t) - noise).square()
 
+    def check_stochasticity(self, stochasticity: float) -> None:
+        if not 0 <= stochasticity <= 1:
+            raise UserError(f"stochasticity, DDIM's eta, must lie in [0, 1], got {stochasticity}")
+
     def solve(
         self,
         predict: Predict,
@@ -63,8 +67,7 @@ class DDPM(Process):
         skipped: int = 0,
     ) -> Iterator[Tensor]:
         """Run DDIM (Song et al. 2021) on evenly spaced timesteps; stochasticity is its eta in [0, 1], where 1 gives DDPM."""
-        if not 0 <= stochasticity <= 1:
-            raise UserError(f"stochasticity, DDIM's eta, must lie in [0, 1], got {stochasticity}")
+        self.check_stochasticity(stochasticity)
         schedule = list(ddim_schedule(self, steps, stochasticity))[skipped:]
         if images is not None:
             x = self.add_noise(images, torch.full((len(x),), schedule[0][0], device=x.device), x)

@@ -39,6 +39,10 @@ class EDM(Process):
         c_skip, c_out, _ = (per_image(c, x0) for c in coefficients(t))
         return (_output(predict, x, t) - (x0 - c_skip * x) / c_out).square()
 
+    def check_stochasticity(self, stochasticity: float) -> None:
+        if not 0 <= stochasticity < math.inf:
+            raise UserError(f"stochasticity, EDM's S_churn, must be finite and not negative, got {stochasticity}")
+
     def solve(
         self,
         predict: Predict,
@@ -51,8 +55,7 @@ class EDM(Process):
         skipped: int = 0,
     ) -> Iterator[Tensor]:
         """Run Heun's method (algorithm 2 of Karras et al. 2022); stochasticity is S_churn, the same at all levels."""
-        if not 0 <= stochasticity < math.inf:
-            raise UserError(f"stochasticity, EDM's S_churn, must be finite and not negative, got {stochasticity}")
+        self.check_stochasticity(stochasticity)
         sigmas = noise_levels(steps)[skipped:]
         x = x * sigmas[0] if images is None else images + x * sigmas[0]
         return self._solve(predict, x, fresh, sigmas, min(stochasticity / steps, CHURN_MOST), clip)

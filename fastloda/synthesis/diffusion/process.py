@@ -114,6 +114,14 @@ class Process(ABC):
         """Compute the squared errors, shaped as x0, of the model's predictions for x0 under `noise` at times t."""
 
     @abstractmethod
+    def check_stochasticity(self, stochasticity: float) -> None:
+        """Refuse an amount of fresh noise that `solve` can't add in each step.
+
+        Raises:
+            UserError: it is out of range.
+        """
+
+    @abstractmethod
     def solve(
         self,
         predict: Predict,
