@@ -73,7 +73,7 @@ METHODS = {
     "labelled": ChosenLoDA(
         DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
         ByEpsilon({1.0: PublicChoice(10.0, features=40, drawn=30, training=MODEL.conditional)}),
-        labels=ByEpsilon({1.0: PrivateLabels(30.0, steps=2, batch_size=10, public_steps=2)}),
+        labels=ByEpsilon({1.0: PrivateLabels(30.0, steps=2, batch_size=10, views=3, public_steps=2)}),
     ),
     "in turn": ChosenLoDA(
         DPLoDA(MODEL, ByEpsilon({1.0: TUNING})),
@@ -198,6 +198,7 @@ def test_the_teacher_of_labels_is_paid_from_the_same_budget_too(public, private,
     assert choice.what == "sum of joint embeddings" and tuning.what == "clipped gradients"
     assert teacher == Release("clipped gradients of a classifier", 10 / len(private), 30.0, 2)
     assert compose_epsilon([release[1:] for release in spent.releases], 1e-5) == spent.epsilon <= 2.0
+    assert runs[0].settings.views == 3
     assert [Release.of(run)[1:] for run in runs] == [teacher[1:], tuning[1:]]  # what both really did
     assert runs[0].settings.seed != runs[1].settings.seed  # no noise is used twice
 
@@ -226,7 +227,8 @@ def test_a_sampler_s_images_have_the_labels_that_it_gives_them():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"noise_multiplier": 0.0}, {"noise_multiplier": math.nan}, {"steps": 0}, {"learning_rate": 0.0}]
+    "bad",
+    [{"noise_multiplier": 0.0}, {"noise_multiplier": math.nan}, {"steps": 0}, {"views": 0}, {"learning_rate": 0.0}],
 )
 def test_labels_refuse_settings_without_sense(bad):
     with pytest.raises(ValueError, match="labels"):

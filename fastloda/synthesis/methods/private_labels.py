@@ -33,6 +33,7 @@ class PrivateLabels:
     Attributes:
         noise_multiplier: standard deviation of the noise on a step's sum of clipped gradients, in clipping bounds.
         steps, batch_size: number of private steps, and expected number of records in each.
+        views: number of augmented copies per record and step, whose gradients are averaged before clipping.
         learning_rate: learning rate of SGD with momentum.
         public_steps: number of steps of training on public images, before.
     """
@@ -40,14 +41,17 @@ class PrivateLabels:
     noise_multiplier: float
     steps: int = 60
     batch_size: int = 500
+    views: int = 1
     learning_rate: float = 0.1
     public_steps: int = 1000
 
     def __post_init__(self):
         if not 0 < self.noise_multiplier < float("inf"):
             raise UserError(f"labels.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
-        if min(self.steps, self.batch_size, self.public_steps) < 1 or not self.learning_rate > 0:
-            raise UserError(f"labels need positive steps, batch_size, public_steps and learning_rate, got {self}")
+        if min(self.steps, self.batch_size, self.views, self.public_steps) < 1 or not self.learning_rate > 0:
+            raise UserError(
+                f"labels need positive steps, batch_size, views, public_steps and learning_rate, got {self}"
+            )
 
     def releases(self, records: int) -> tuple[Release, ...]:
         """Describe what the teacher's training releases about `records` private images, by their nominal number.
@@ -73,6 +77,8 @@ class PrivateLabels:
             steps=steps,
             delta=budget.delta,
             noise_multiplier=noise_multiplier,
+            views=self.views,
+            micro_batch_size=max(1, 256 // self.views),
             optimizer="sgd",
             learning_rate=self.learning_rate,
             momentum=0.9,
@@ -81,7 +87,7 @@ class PrivateLabels:
             seed=_OTHER_NOISE + work.seed,
         )
         work.folder.mkdir(parents=True, exist_ok=True)
-        records, losses = (private.images[:], private.labels), augmented_losses(1, "jitter")
+        records, losses = (private.images[:], private.labels), augmented_losses(self.views, "jitter")
         where = {"checkpoint": work.folder / "teacher.pt", "progress": work.progress}
         fit_average(DPTrainer(network, records, losses, settings, **where))
         return network.eval()
