@@ -26,4 +26,4 @@ def test_freed_memory_is_used_again():
         int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)
         for how in ("given back", "kept")
     )
-    assert kept < 100 < given_back, "page faults of five tensors"
+    assert kept < 20 and given_back > 50, "page faults of five tensors, which have pages of 4 KiB or of 2 MiB"
