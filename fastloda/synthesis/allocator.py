@@ -9,8 +9,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's parameters, in m
 def keep_freed_memory() -> None:
     """Make glibc keep the memory that this process frees; with another C library, do nothing.
 
-    Otherwise large blocks go back to the system, which clears every page of the next tensor. Where tensors exceed 32 MiB, the largest
-    blocks that glibc keeps by itself, that can be nearly half the time of a step (bench/NOTES.md, section 26).
+    Otherwise large blocks go back to the system, which clears every page of the next tensor. Where tensors exceed 32 MiB, the
+    largest blocks that glibc keeps by itself, that can be nearly half the time of a step (bench/NOTES.md, section 26).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:

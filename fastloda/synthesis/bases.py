@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from fastloda.synthesis.diffusion import UNet, UNetConfig
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.inputs import Takes
 from fastloda.synthesis.models import class_names_of, load_unet, was_chosen_privately
-from fastloda.synthesis.settings import FineTuning
+from fastloda.synthesis.settings import Drawing, FineTuning
 from fastloda.training.batches import Columns
 from fastloda.training.trainer import Losses
 
@@ -59,20 +60,10 @@ class Base(Protocol):
             ValueError: the training has a setting that the model can't follow.
         """
 
-    def check_drawing(self, steps: int, guidance: float, stochasticity: float) -> None:
+    def check_drawing(self, drawing: Drawing) -> None:
         """Refuse with a ValueError settings that `draw` does not support."""
 
-    def draw(
-        self,
-        labels: Tensor,
-        *,
-        steps: int,
-        guidance: float,
-        stochasticity: float,
-        seed: int,
-        batch_size: int,
-        skip: int = 0,
-    ) -> Tensor:
+    def draw(self, labels: Tensor, drawing: Drawing, *, seed: int, batch_size: int, skip: int = 0) -> Tensor:
         """Draw one image per label [n]: float32 [n, C, H, W] in [-1, 1] on the CPU.
 
         Image i depends on the seed, skip + i and its label; `skip` images were drawn before.
@@ -100,13 +91,13 @@ class OwnUNet:
     def losses(self, training: FineTuning, views: int) -> Losses:
         return training.losses(self.network.process.between(*training.timesteps), views)
 
-    def check_drawing(self, steps: int, guidance: float, stochasticity: float) -> None:
-        if steps > (most := self.network.process.steps_at_most):
-            raise UserError(f"need 1 <= steps <= {most}, got {steps}")
-        self.network.process.check_stochasticity(stochasticity)
+    def check_drawing(self, drawing: Drawing) -> None:
+        if drawing.steps > (most := self.network.process.steps_at_most):
+            raise UserError(f"need 1 <= steps <= {most}, got {drawing.steps}")
+        self.network.process.check_stochasticity(drawing.stochasticity)
 
-    def draw(self, labels: Tensor, **options) -> Tensor:
-        return draw_samples(self.network, labels, progress=False, **options).clamp(-1, 1)
+    def draw(self, labels: Tensor, drawing: Drawing, **options) -> Tensor:
+        return draw_samples(self.network, labels, **asdict(drawing), progress=False, **options).clamp(-1, 1)
 
 
 def open_base(folder: Path, device: torch.device) -> Base:

@@ -28,11 +28,12 @@ from fastloda.progress import Progress
 from fastloda.randomness import seeded
 from fastloda.synthesis.bases import PIPELINE, refuse_prompts
 from fastloda.synthesis.data import LabelledImages, named_classes
+from fastloda.synthesis.diffusion.ddpm import check_eta
 from fastloda.synthesis.diffusion.process import TIMESTEPS, drop_labels, mirror_some
 from fastloda.synthesis.diffusion.sampler import image_seeds
 from fastloda.synthesis.inputs import Takes
 from fastloda.synthesis.runs import read_json
-from fastloda.synthesis.settings import FineTuning
+from fastloda.synthesis.settings import Drawing, FineTuning
 from fastloda.training.noising import draw_timesteps
 from fastloda.training.trainer import Losses
 
@@ -121,16 +122,15 @@ class Pipeline:
         """Return the function that predicts what the scheduler's prediction_type names, and nothing else."""
         return model
 
-    def check_drawing(self, steps: int, guidance: float, stochasticity: float) -> None:
-        if steps > (most := self.pipe.scheduler.config.num_train_timesteps):
-            raise UserError(f"{self.file}: the scheduler has {most} steps, not {steps}: set --steps")
-        if guidance and self.null is None:
+    def check_drawing(self, drawing: Drawing) -> None:
+        if drawing.steps > (most := self.pipe.scheduler.config.num_train_timesteps):
+            raise UserError(f"{self.file}: the scheduler has {most} steps, not {drawing.steps}: set --steps")
+        if drawing.guidance and self.null is None:
             raise UserError(f"{self.name} has no pass without a label, which guidance needs: leave out --guidance")
-        if stochasticity and not self._takes_eta:
+        if drawing.stochasticity and not self._takes_eta:
             sampler = type(self.pipe.scheduler).__name__
             raise UserError(f"{self.name} with {sampler} has no amount of noise to set: leave out --stochasticity")
-        if not 0 <= stochasticity <= 1:
-            raise UserError(f"stochasticity, DDIM's eta, must lie in [0, 1], got {stochasticity}")
+        check_eta(drawing.stochasticity)
 
     @property
     def _takes_eta(self) -> bool:
@@ -138,25 +138,15 @@ class Pipeline:
         steps = self.pipe.__call__, self.pipe.scheduler.step
         return all("eta" in inspect.signature(step).parameters for step in steps)
 
-    def draw(
-        self,
-        labels: Tensor,
-        *,
-        steps: int,
-        guidance: float,
-        stochasticity: float,
-        seed: int,
-        batch_size: int,
-        skip: int = 0,
-    ) -> Tensor:
+    def draw(self, labels: Tensor, drawing: Drawing, *, seed: int, batch_size: int, skip: int = 0) -> Tensor:
         seeds, drawn = image_seeds(skip + len(labels), torch.Generator().manual_seed(seed))[skip:], []
         for rows in torch.arange(len(labels)).split(batch_size):
             first, last = int(rows[0]), int(rows[-1]) + 1
             generators = [torch.Generator().manual_seed(s) for s in seeds[first:last]]
-            options = {"generator": generators, "num_inference_steps": steps, "output_type": "np"}
-            options |= {"eta": stochasticity} if stochasticity else {}
+            options = {"generator": generators, "num_inference_steps": drawing.steps, "output_type": "np"}
+            options |= {"eta": drawing.stochasticity} if drawing.stochasticity else {}
             with seeded(seeds[first]):  # for schedulers that are not given the generators
-                images = self._call(labels[rows], guidance, options)
+                images = self._call(labels[rows], drawing.guidance, options)
             drawn.append(torch.from_numpy(images).movedim(3, 1) * 2 - 1)
         return torch.cat(drawn).clamp(-1, 1)
 
@@ -252,9 +242,9 @@ class ClassLatents(Latents):
         channels = self.network.config.in_channels
         return lambda x, times, **options: (model(x, times, **options)[0][:, :channels],)
 
-    def check_drawing(self, steps: int, guidance: float, stochasticity: float) -> None:
-        super().check_drawing(steps, guidance, stochasticity)
-        if guidance and self.null != 1000:
+    def check_drawing(self, drawing: Drawing) -> None:
+        super().check_drawing(drawing)
+        if drawing.guidance and self.null != 1000:
             raise UserError(
                 f"{self.name} takes class 1000 for no label, and {self.file} has {self.null} classes: leave out --guidance"
             )

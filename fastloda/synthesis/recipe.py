@@ -1,6 +1,6 @@
 """The recipe of a run from public and private images to synthetic ones: the settings of all stages, and methods to run them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -93,11 +93,6 @@ class Recipe:
 
     def sample(self, run: Path, **options) -> dict:
         tuning = self.tuning
-        sampling = {
-            "steps": tuning.sampler_steps,
-            "guidance": tuning.guidance,
-            "stochasticity": tuning.stochasticity,
-            "seed": self.seed or 0,
-        }
+        sampling = asdict(tuning.drawing) | {"seed": self.seed or 0}
         at_once = min(256, tuning.training.micro_batch_size)
         return stages.sample(run, count=self.count, batch_size=at_once, **sampling, **options)

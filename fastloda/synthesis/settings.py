@@ -174,6 +174,21 @@ class FineTuning:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """The settings of the sampler that draws images.
+
+    Attributes:
+        steps: number of steps of the sampler.
+        guidance: weight of classifier-free guidance; 0: none.
+        stochasticity: how much fresh noise each step adds (`fastloda.synthesis.diffusion.sample`); 0: none.
+    """
+
+    steps: int
+    guidance: float = 0.0
+    stochasticity: float = 0.0
+
+
+@dataclass(frozen=True)
 class Classifier:
     """Settings of the classifier by which images are tested.
 

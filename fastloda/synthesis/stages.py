@@ -77,7 +77,7 @@ from fastloda.synthesis.methods.warm_up import InTurn, Released, load_released, 
 from fastloda.synthesis.models import save_unet
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, Stage, digest, make_folder, read_json, write_json
 from fastloda.synthesis.samples import GRID, IMAGES, PART, README, SAMPLES, contact_sheet, draw_resumably, write_samples
-from fastloda.synthesis.settings import OF_THE_LOSSES, Adapter, Classifier, FineTuning, UNetShape
+from fastloda.synthesis.settings import OF_THE_LOSSES, Adapter, Classifier, Drawing, FineTuning, UNetShape
 from fastloda.training.saliency import Saliency, release_saliency
 
 logger = logging.getLogger("fastloda")
@@ -491,7 +491,8 @@ def sample(
     inputs += (base.file.parent / SUMS,) if reach else ()
     trained_on = _trained_on(Path(run) / PRIVATE)
     base.caption(trained_on.get("prompts"))
-    base.check_drawing(steps, guidance, stochasticity)
+    drawing = Drawing(steps, guidance, stochasticity)
+    base.check_drawing(drawing)
     statement = _statement_of_public(base) if public else trained_on
     numbers = map(str, range(base.takes.num_classes or 1))
     names = tuple((statement or {}).get("classes") or base.class_names or trained_on.get("classes") or numbers)
@@ -499,9 +500,7 @@ def sample(
         raise UserError("--reach needs the classes of `fastloda choose`, but the adapters were trained on others")
     settings = {
         "count": count,
-        "steps": steps,
-        "guidance": guidance,
-        "stochasticity": stochasticity,
+        **asdict(drawing),
         "seed": seed,
         "reach": asdict(reach),
         "public": public,
@@ -512,9 +511,8 @@ def sample(
     if not _reuse(stage):
         labels = class_balanced_labels(count, len(names))
         number = torch.tensor([(base.class_names or names).index(each) for each in names])
-        options = {name: settings[name] for name in ("steps", "guidance", "stochasticity", "seed")}
-        options["batch_size"] = batch_size
-        draw = lambda some, skip: base.draw(number[some], skip=skip, **options)  # noqa: E731
+        options = {"seed": seed, "batch_size": batch_size}
+        draw = lambda some, skip: base.draw(number[some], drawing, skip=skip, **options)  # noqa: E731
         with stage.work():
             drawn = draw_resumably(draw, labels, folder / PART, batch_size, progress)
             images = LabelledImages(drawn, labels, len(names), names)

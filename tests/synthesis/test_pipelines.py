@@ -32,7 +32,7 @@ from fastloda.synthesis.data import LabelledImages, load_npz  # noqa: E402
 from fastloda.synthesis.methods import Reach  # noqa: E402
 from fastloda.synthesis.pipelines import open_pipeline  # noqa: E402
 from fastloda.synthesis.runs import RunError, digest  # noqa: E402
-from fastloda.synthesis.settings import Adapter, FineTuning  # noqa: E402
+from fastloda.synthesis.settings import Adapter, Drawing, FineTuning  # noqa: E402
 from fastloda.synthesis.stages import finetune, sample  # noqa: E402
 from fastloda.training.trainer import DPTrainer  # noqa: E402
 
@@ -314,13 +314,13 @@ STOCHASTIC = {
 @pytest.mark.parametrize("kind", STOCHASTIC)
 def test_an_image_depends_on_its_seed_and_label_alone(kind, tmp_path):
     base = opened(STOCHASTIC[kind](tmp_path))
-    options = {"steps": 3, "guidance": float(kind == "text"), "stochasticity": float(kind == "ddim")}
+    drawing = Drawing(3, guidance=float(kind == "text"), stochasticity=float(kind == "ddim"))
     labels = torch.tensor([0, 1, 2, 2, 1])
-    together = base.draw(labels, seed=4, batch_size=5, **options)
+    together = base.draw(labels, drawing, seed=4, batch_size=5)
     assert together.abs().max() <= 1 and len(together.flatten(1).unique(dim=0)) == 5
-    torch.testing.assert_close(base.draw(labels, seed=4, batch_size=2, **options), together, rtol=0, atol=1e-4)
-    assert not torch.allclose(base.draw(labels, seed=5, batch_size=5, **options), together, atol=1e-2)
-    others = base.draw(torch.tensor([1, 1, 2, 2, 1]), seed=4, batch_size=5, **options)
+    torch.testing.assert_close(base.draw(labels, drawing, seed=4, batch_size=2), together, rtol=0, atol=1e-4)
+    assert not torch.allclose(base.draw(labels, drawing, seed=5, batch_size=5), together, atol=1e-2)
+    others = base.draw(torch.tensor([1, 1, 2, 2, 1]), drawing, seed=4, batch_size=5)
     difference = (others - together).abs().amax((1, 2, 3))
     assert difference[0] > 1e-4 and difference[1:].max() == 0
     assert not base.network._forward_pre_hooks
@@ -329,8 +329,9 @@ def test_an_image_depends_on_its_seed_and_label_alone(kind, tmp_path):
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_guidance_and_fresh_noise_are_the_pipelines_own(eta, tmp_path):
     base = opened(saved(tiny_pipelines.stable_diffusion, tmp_path, scheduler=DDIMScheduler))
-    base.check_drawing(2, 2.0, eta)
-    drawn = base.draw(torch.tensor([1]), steps=2, guidance=2.0, stochasticity=eta, seed=0, batch_size=1)
+    drawing = Drawing(2, guidance=2.0, stochasticity=eta)
+    base.check_drawing(drawing)
+    drawn = base.draw(torch.tensor([1]), drawing, seed=0, batch_size=1)
     seed = torch.randint(2**63 - 1, (1,), generator=torch.Generator().manual_seed(0)).item()
     options = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": 2, "output_type": "np"}
     wanted = base.pipe("a photo of a dog", guidance_scale=3.0, eta=eta, **options).images
@@ -350,7 +351,7 @@ UNDRAWABLE = {
 def test_what_a_pipeline_cannot_draw_is_refused(name, folders):
     kind, change, message = UNDRAWABLE[name]
     with pytest.raises(ValueError, match=message):
-        opened(folders[kind]).check_drawing(**{"steps": 2, "guidance": 0.0, "stochasticity": 0.0} | change)
+        opened(folders[kind]).check_drawing(Drawing(**{"steps": 2} | change))
 
 
 def test_half_precision_folders_are_read_as_float32_and_frozen(tmp_path, recwarn):

@@ -52,8 +52,7 @@ class DDPM(Process):
         return (predict(self.add_noise(x0, t, noise), t) - noise).square()
 
     def check_stochasticity(self, stochasticity: float) -> None:
-        if not 0 <= stochasticity <= 1:
-            raise UserError(f"stochasticity, DDIM's eta, must lie in [0, 1], got {stochasticity}")
+        check_eta(stochasticity)
 
     def solve(
         self,
@@ -101,3 +100,9 @@ def ddim_step(x: Tensor, noise: Tensor, abar: float, abar_next: float, sigma: fl
         noise = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
     # sigma^2 <= 1 - abar_next in exact arithmetic, but rounding may break it.
     return math.sqrt(abar_next) * x0 + math.sqrt(max(0.0, 1 - abar_next - sigma**2)) * noise
+
+
+def check_eta(eta: float) -> None:
+    """Refuse an eta of DDIM outside [0, 1] with a UserError."""
+    if not 0 <= eta <= 1:
+        raise UserError(f"stochasticity, DDIM's eta, must lie in [0, 1], got {eta}")

@@ -15,7 +15,7 @@ from fastloda.synthesis.diffusion import Process, UNet, UNetConfig
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
 from fastloda.synthesis.models import load_unet, save_unet
-from fastloda.synthesis.settings import FineTuning
+from fastloda.synthesis.settings import Drawing, FineTuning
 from fastloda.training.average import in_eval_mode
 from fastloda.training.saliency import release_saliency
 
@@ -109,6 +109,10 @@ class PrivateTuning:
     stochasticity: float = 0.0
     time_weights: tuple[tuple[int, int, float], ...] = ()
 
+    @property
+    def drawing(self) -> Drawing:
+        return Drawing(self.sampler_steps, self.guidance, self.stochasticity)
+
     def privacy(self, budget: Budget) -> Privacy:
         promise = {"max_grad_norm": self.max_grad_norm, "views": self.views, "bands": self.bands}
         return budget.in_steps(self.steps, self.batch_size, **promise)
@@ -174,8 +178,8 @@ def sampler(
     """Make a sampler from the model as it is now. Its draw() takes the arguments `varied` and `strength` of `sample` too."""
 
     def draw(labels: Tensor, seed: int, **start) -> Tensor:
-        how = {"steps": tuning.sampler_steps, "guidance": tuning.guidance, "stochasticity": tuning.stochasticity}
-        return coder.decode(draw_samples(model, labels, seed=seed, progress=work.progress, **how, **start))
+        options = {"seed": seed, "progress": work.progress}
+        return coder.decode(draw_samples(model, labels, **asdict(tuning.drawing), **options, **start))
 
     return Sampler(draw, num_classes, spent, loss=partial(mean_loss, model) if coder is IDENTITY else None)
 
