@@ -21,6 +21,8 @@ from fastloda.training.trainer import DPTrainer
 from .base import Budget, ByEpsilon, PrivateClassifier, Release, Spent, Work
 from .cost import step_cost
 
+_KIND = ("network", "width", "augment")
+
 
 @dataclass(frozen=True)
 class DPSGD:
@@ -53,10 +55,13 @@ class DPSGD:
         with torch.device("meta"):  # refuses a width that the network can't have, without making the network
             make_network(self.network, image_size=32, width=self.width)
 
+    def kind(self) -> dict:
+        """Collect the fields that `train_classifier` has too: what is trained, and on which changes of images."""
+        return {name: getattr(self, name) for name in _KIND}
+
     def optimization(self) -> dict:
         """Collect the fields that `PrivateTraining` has too."""
-        of_the_network = ("network", "width", "augment")
-        return {name: value for name, value in asdict(self).items() if name not in of_the_network}
+        return {name: value for name, value in asdict(self).items() if name not in _KIND}
 
 
 def train_dpsgd(

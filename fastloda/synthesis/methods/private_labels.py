@@ -8,7 +8,7 @@ images that private teachers label are an idea of Papernot et al. (2017, https:/
 The labels are computed from the released weights and from samples: they cost no more privacy than the teacher's steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -20,7 +20,7 @@ from fastloda.training.settings import PrivateTraining
 from fastloda.training.trainer import DPTrainer
 
 from .base import Budget, Release, Work
-from .dp_sgd import augmented_losses
+from .dp_sgd import DPSGD, augmented_losses
 
 WHAT = "clipped gradients of a classifier"
 _OTHER_NOISE = 2**32  # added to the seed: the diffusion model's private steps have noise of their own
@@ -34,24 +34,22 @@ class PrivateLabels:
         noise_multiplier: standard deviation of the noise on a step's sum of clipped gradients, in clipping bounds.
         steps, batch_size: number of private steps, and expected number of records in each.
         views: number of augmented copies per record and step, whose gradients are averaged before clipping.
-        learning_rate: learning rate of SGD with momentum.
         public_steps: number of steps of training on public images, before.
+        training: settings of network, augmentation and the optimization of the private steps.
     """
 
     noise_multiplier: float
     steps: int = 60
     batch_size: int = 500
     views: int = 1
-    learning_rate: float = 0.1
     public_steps: int = 1000
+    training: DPSGD = DPSGD(learning_rate=0.1, ema_decay=0.9, width=None)
 
     def __post_init__(self):
         if not 0 < self.noise_multiplier < float("inf"):
             raise UserError(f"labels.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
-        if min(self.steps, self.batch_size, self.views, self.public_steps) < 1 or not self.learning_rate > 0:
-            raise UserError(
-                f"labels need positive steps, batch_size, views, public_steps and learning_rate, got {self}"
-            )
+        if min(self.steps, self.batch_size, self.views, self.public_steps) < 1:
+            raise UserError(f"labels need positive steps, batch_size, views and public_steps, got {self}")
 
     def releases(self, records: int) -> tuple[Release, ...]:
         """Describe what the teacher's training releases about `records` private images, by their nominal number.
@@ -68,8 +66,9 @@ class PrivateLabels:
 
         Its weights, averaged over the private steps, are what `releases` accounts for. It is returned in eval mode.
         """
+        training = replace(self.training, seed=_OTHER_NOISE + work.seed)
         options = {"steps": self.public_steps, "seed": work.seed, "device": work.device, "progress": work.progress}
-        network = train_classifier(public, **options).train()
+        network = train_classifier(public, **training.kind(), **options).train()
         ((_, sample_rate, noise_multiplier, steps),) = self.releases(budget.records)
         settings = PrivateTraining(
             sample_rate=sample_rate,
@@ -79,15 +78,11 @@ class PrivateLabels:
             noise_multiplier=noise_multiplier,
             views=self.views,
             micro_batch_size=max(1, 256 // self.views),
-            optimizer="sgd",
-            learning_rate=self.learning_rate,
-            momentum=0.9,
-            ema_decay=0.9,
             fixed_shape=work.device.type != "cpu",
-            seed=_OTHER_NOISE + work.seed,
+            **training.optimization(),
         )
         work.folder.mkdir(parents=True, exist_ok=True)
-        records, losses = (private.images[:], private.labels), augmented_losses(self.views, "jitter")
+        records, losses = (private.images[:], private.labels), augmented_losses(self.views, training.augment)
         where = {"checkpoint": work.folder / "teacher.pt", "progress": work.progress}
         fit_average(DPTrainer(network, records, losses, settings, **where))
         return network.eval()

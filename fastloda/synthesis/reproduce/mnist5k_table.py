@@ -50,7 +50,7 @@ LATENT_UNET = UNetConfig(
 )
 IMAGES, PUBLIC_IMAGES = 4000, 40_000
 WARM_UP_NOISE = {1.0: 4.2, 5.0: 1.3, 10.0: 1.0}
-TEACHER_NOISE = {1.0: 25.0, 5.0: 3.0, 10.0: 1.6}
+TEACHER_NOISE = {1.0: 25.0, 5.0: 4.0, 10.0: 2.1}
 STRENGTH = 0.3  # share of the sampler's steps by which samples are made of a warm-up's images
 BENT = Reach(points=0.1)  # how far synthetic images are moved easily
 SHARE, BANDS = 0.5, 4  # of the layers, where they are chosen; of steps, where noise is correlated
@@ -169,8 +169,10 @@ class _Settings:
         if self.quick:
             return PrivateLabels(10 * noise, steps=3, batch_size=50, public_steps=5)
         if self.strict:
-            return PrivateLabels(noise, steps=20, batch_size=2000, learning_rate=0.03)
-        return PrivateLabels(noise, batch_size=1000, views=2)
+            teacher = DPSGD(learning_rate=0.03, ema_decay=0.9, width=None)
+            return PrivateLabels(noise, steps=20, batch_size=2000, training=teacher)
+        teacher = DPSGD(learning_rate=0.2 if self.epsilon < 7 else 0.3, ema_decay=0.95, width=None)
+        return PrivateLabels(noise, steps=120, batch_size=1000, views=2, training=teacher)
 
     @property
     def means(self) -> CentralImages:
