@@ -7,11 +7,10 @@ from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.errors import UserError
 from fastloda.privacy.noise import describe_together
-from fastloda.synthesis.arguments import Names
+from fastloda.synthesis.arguments import NO_NAMES, Names
 from fastloda.synthesis.budget import ADJACENCY, CYCLIC, OWNER_ADJACENCY, SAMPLER, STATEMENT, unrecorded_release
 from fastloda.synthesis.runs import read_json
 
-NO_RUNS = Names()
 MECHANISM = ("sample_rate", "noise_multiplier", "steps")
 
 
@@ -22,7 +21,7 @@ def account(
     noise_multiplier: float | None = None,
     steps: int | None = None,
     target_epsilon: float | None = None,
-    composition: Names = NO_RUNS,
+    composition: Names = NO_NAMES,
 ) -> dict:
     """Compute epsilon for given noise, the noise for a given epsilon, or the epsilon of several runs together.
 

@@ -21,6 +21,9 @@ class Names(tuple[str, ...]):
     """A tuple of strings: "a,b" on the command line, a string or a list in a configuration file."""
 
 
+NO_NAMES = Names()
+
+
 def resolve_device(device: str) -> torch.device:
     """Choose a device by its name, and make a numbered GPU the current device, on which kernels run.
 

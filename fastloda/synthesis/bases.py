@@ -63,10 +63,11 @@ class Base(Protocol):
     def check_drawing(self, drawing: Drawing) -> None:
         """Refuse with a ValueError settings that `draw` does not support."""
 
-    def draw(self, labels: Tensor, drawing: Drawing, *, seed: int, batch_size: int, skip: int = 0) -> Tensor:
+    def draw(self, labels: Tensor, drawing: Drawing, *, seed: int, batch_size: int, skip: int = 0, **start) -> Tensor:
         """Draw one image per label [n]: float32 [n, C, H, W] in [-1, 1] on the CPU.
 
-        Image i depends on the seed, skip + i and its label; `skip` images were drawn before.
+        Image i depends on the seed, skip + i and its label; `skip` images were drawn before. A model of `choose` can begin at
+        its images: `start` is then `varied` and `strength` of `diffusion.sample`.
         """
 
 

@@ -23,6 +23,7 @@ COMMANDS = {  # name -> the module of the function of that name
     "demo": "demo",
     "pretrain": "stages",
     "choose": "stages",
+    "label": "stages",
     "finetune": "stages",
     "sample": "stages",
     "evaluate": "stages",
@@ -46,6 +47,7 @@ The stages of it, one by one:
 
   fastloda pretrain --run C --data A                   a model of public images
   fastloda choose   --run C --data B --public A --delta 1e-5        nearer to the private images; may be left out
+  fastloda label    --run C --data B --delta 1e-5 --labels.noise_multiplier 2       says what samples show; may be left out
   fastloda finetune --run C --data B --privacy.target_epsilon 8 --privacy.delta 1e-5
   fastloda sample   --run C --count 2000               private synthetic images
   fastloda evaluate --run C --test D                   what a classifier learns from them

@@ -28,7 +28,9 @@ from fastloda.synthesis.recipe import Recipe
 from fastloda.synthesis.report.demo import CHOSEN_ONLY, DPSGD, LODA, NO_PRIVACY, PUBLIC_ONLY, Outcome
 from fastloda.synthesis.report.tables import result_table
 from fastloda.synthesis.runs import seconds_taken
+from fastloda.synthesis.samples import GRID
 from fastloda.synthesis.settings import Classifier
+from fastloda.synthesis.stages.layout import CHOSEN, PRIVATE, PUBLIC, samples_folder
 
 logger = logging.getLogger("fastloda")
 
@@ -233,7 +235,7 @@ class _Experiment:
         self._stage(
             f"{name}: pre-train on {s.public_images} font digits",
             lambda: recipe.pretrain(folder, data=FONTS, count=s.public_images, **self._common),
-            folder / stages.PUBLIC,
+            folder / PUBLIC,
         )
         unguided = replace(recipe, tuning=replace(recipe.tuning, guidance=0.0))
         self._generate(f"{name}: public model", folder, unguided, public=True)
@@ -244,19 +246,19 @@ class _Experiment:
         """Make the chosen public model, the adapters, their samples, and DP-SGD's classifier, for one budget."""
         s, folder, name = self.settings, self._folder(seed, epsilon), f"seed {seed}, epsilon {epsilon:g}"
         recipe, private = s.recipe(epsilon, seed), {"data": DIGITS, "name": NAME}
-        options = {"public": FONTS, "count": s.choice_images, "model": self._folder(seed) / stages.PUBLIC}
+        options = {"public": FONTS, "count": s.choice_images, "model": self._folder(seed) / PUBLIC}
         self._stage(
             f"{name}: choose among {s.choice_images} font digits, {s.choice_steps} public steps",
             lambda: recipe.choose(folder, **private, **options, **self._common),
-            folder / stages.CHOSEN,
+            folder / CHOSEN,
         )
-        self.statements[CHOSEN_ONLY, epsilon, seed] = read_statement(folder / stages.CHOSEN)
+        self.statements[CHOSEN_ONLY, epsilon, seed] = read_statement(folder / CHOSEN)
         self._generate(f"{name}: chosen public model", folder, recipe, public=True)
         self._judge(f"{name}: chosen public model", folder, seed, (CHOSEN_ONLY, epsilon), public=True)
         self.statements[LODA, epsilon, seed] = self._stage(
             f"{name}: fine-tune, {recipe.privacy.steps} private steps",
             lambda: recipe.finetune(folder, **private, **self._common),
-            folder / stages.PRIVATE,
+            folder / PRIVATE,
         )
         self._generate(f"{name}: private model", folder, recipe)
         self._judge(f"{name}: private model", folder, seed, (LODA, epsilon))
@@ -273,15 +275,15 @@ class _Experiment:
     def outcome(self) -> Outcome:
         """Collect all results, with the figures of seed 0."""
         epsilons = sorted({epsilon for _, epsilon, _ in self.statements})
-        grids = {"Before: samples of the public model": self._folder(0) / "samples-public" / stages.GRID}
+        grids = {"Before: samples of the public model": self._folder(0) / "samples-public" / GRID}
         curves = {}
         for epsilon in epsilons:
             folder = self._folder(0, epsilon)
             grids[f"Of the public model trained on digits chosen for epsilon {epsilon:g}"] = (
-                folder / "samples-public" / stages.GRID
+                folder / "samples-public" / GRID
             )
-            grids[f"After private fine-tuning: samples at epsilon {epsilon:g}"] = folder / "samples" / stages.GRID
-            for method, name in ((LODA, stages.PRIVATE), (DPSGD, "dpsgd")):
+            grids[f"After private fine-tuning: samples at epsilon {epsilon:g}"] = folder / "samples" / GRID
+            for method, name in ((LODA, PRIVATE), (DPSGD, "dpsgd")):
                 curves[f"{method}, epsilon {epsilon:g}: what was spent, by step"] = folder / name / EPSILON_CURVE
         return Outcome(
             self.accuracies,
@@ -309,7 +311,7 @@ class _Experiment:
         self._stage(
             f"{name}: draw {recipe.count} synthetic digits",
             lambda: recipe.sample(folder, public=public, **self._common),
-            folder / stages.samples_folder(public, None),
+            folder / samples_folder(public, None),
         )
 
     def _judge(self, name: str, folder: Path, seed: int, key: tuple[str, float], **source) -> None:

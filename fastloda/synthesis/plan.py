@@ -18,7 +18,7 @@ from fastloda.synthesis.methods.diffusion_model import PrivateTuning
 from fastloda.synthesis.presets import SAMPLER_STEPS
 from fastloda.synthesis.recipe import Recipe
 from fastloda.synthesis.settings import Adapter
-from fastloda.synthesis.stages import PREVIEW_COLUMNS
+from fastloda.synthesis.stages.preview import PREVIEW_COLUMNS
 
 REPEATS = 2
 GIB = 2**30

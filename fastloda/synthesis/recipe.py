@@ -18,6 +18,7 @@ from fastloda.synthesis.presets import (
     public_training,
 )
 from fastloda.synthesis.settings import Adapter
+from fastloda.synthesis.stages.sampling import check_sampling
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Recipe:
         tuning = private_tuning(epsilon, size, seed)
         steps = tuning.steps if private_steps is None else private_steps
         tuning = replace(tuning, steps=steps, batch_size=batch_size(records), sampler_steps=sampler_steps)
-        stages.check_sampling(count, sampler_steps, tuning.guidance)
+        check_sampling(count, sampler_steps, tuning.guidance)
         promise = {"target_epsilon": epsilon, "delta": default_delta(records) if delta is None else delta}
         promise |= {"max_grad_norm": tuning.max_grad_norm, "views": tuning.views}
         privacy = Privacy.for_steps(steps, tuning.batch_size, records, **promise)

@@ -9,6 +9,7 @@ If a stage is asked for twice, it works once; a killed stage continues; and resu
 
 import hashlib
 import json
+import logging
 import os
 import shlex
 import time
@@ -23,6 +24,8 @@ from fastloda.errors import UserError
 from fastloda.files import held, write_atomically
 from fastloda.privacy.ranks import World
 from fastloda.training.checkpoint import differences
+
+logger = logging.getLogger("fastloda")
 
 CONFIG, SOURCE, DONE, LOCK = "config.yaml", "source.yaml", "done.json", ".lock"
 
@@ -140,6 +143,13 @@ class Stage:
         if not isinstance(content, dict):
             raise RunError(f"{path} is damaged. {self.way_out}")
         return content
+
+
+def reuse(stage: Stage) -> bool:
+    """Tell whether the results of a stage are there already, as `Stage.is_done` does, and log it if so."""
+    if done := stage.is_done():
+        logger.info("%s: already there, with these settings", stage.folder)
+    return done
 
 
 def seconds_taken(folder: Path) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from fastloda.errors import UserError
 from fastloda.synthesis import stages
-from fastloda.synthesis.arguments import Device, Names, resolve_device
+from fastloda.synthesis.arguments import NO_NAMES, Device, Names, resolve_device
 from fastloda.synthesis.budget import STATEMENT, Privacy, nominal_records
 from fastloda.synthesis.data import (
     FolderFacts,
@@ -40,6 +40,9 @@ from fastloda.synthesis.plan import Cost, Plan, duration, measure
 from fastloda.synthesis.presets import SAMPLER_STEPS, SMALL, judge, private_tuning
 from fastloda.synthesis.recipe import Recipe
 from fastloda.synthesis.settings import Adapter, UNetShape
+from fastloda.synthesis.stages.pretraining import SHAPE
+from fastloda.synthesis.stages.private_images import PRIVATE_NAME
+from fastloda.synthesis.stages.sampling import check_sampling
 
 logger = logging.getLogger("fastloda")
 
@@ -53,8 +56,8 @@ def synthesize(
     test: str | None = None,
     delta: float | None = None,
     records: int | None = None,
-    name: str = stages.PRIVATE_NAME,
-    class_map: Names = stages.NO_NAMES,
+    name: str = PRIVATE_NAME,
+    class_map: Names = NO_NAMES,
     skip_unreadable: bool = False,
     owner: str | None = None,
     per_owner: int = 1,
@@ -67,7 +70,7 @@ def synthesize(
     private_steps: int | None = None,
     sampler_steps: int | None = None,
     rank: int = 4,
-    unet: UNetShape = stages.SHAPE,
+    unet: UNetShape = SHAPE,
     seed: int | None = None,
     dry_run: bool = False,
     device: Device = "auto",
@@ -124,7 +127,7 @@ def synthesize(
         )
     if not 0 < minutes < float("inf"):
         raise UserError(f"minutes must be positive and finite, got {minutes}")
-    stages.check_sampling(count, sampler_steps or SAMPLER_STEPS, 0.0)
+    check_sampling(count, sampler_steps or SAMPLER_STEPS, 0.0)
     given = {"public_steps": public_steps, "private_steps": private_steps, "sampler_steps": sampler_steps}
     given = {name: steps for name, steps in given.items() if steps is not None}
     begun = kept(Path(out), {"minutes": minutes, **given})
@@ -178,7 +181,7 @@ def _costs(
     """Measure the costs of steps on the public images, by the U-Net's width: its own, and half of it unless a shape is given."""
     logger.info("note: timing a few steps on public images")
     usual = unet.config(pool)
-    widths = (begun.width,) if begun else (None,) if unet != stages.SHAPE else (None, usual.width // 2)
+    widths = (begun.width,) if begun else (None,) if unet != SHAPE else (None, usual.width // 2)
     shapes = {width: replace(usual, width=width or usual.width) for width in widths}
     tuning = tuning_of(usual.image_size)
     return {width: measure(shape, pool, tuning, adapter, device) for width, shape in shapes.items()}

@@ -18,10 +18,10 @@ import yaml
 
 from fastloda import files
 from fastloda.synthesis import account, cli, demo
-from fastloda.synthesis import stages as pipeline
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.parser import build_parser
 from fastloda.synthesis.plan import Cost
+from fastloda.synthesis.stages import finetuning, preview
 
 TINY_UNET = ["--unet.width", "8", "--unet.norm_groups", "4"]
 PRETRAIN = [
@@ -48,7 +48,7 @@ def run(tmp_path_factory) -> Path:
     """Make a run with a public model by the command."""
     folder = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+        patch.setattr(preview, "PREVIEW_COLUMNS", 1)
         assert main(["pretrain", "--run", str(folder), *PRETRAIN, *QUIET]) == 0
     return folder
 
@@ -298,11 +298,11 @@ def test_a_checkpoint_of_another_model_is_refused(run, tmp_path, capsys, monkeyp
         (tmp_path / "run" / "public" / name).write_bytes((run / "public" / name).read_bytes())
     command = ["finetune", "--run", str(tmp_path / "run"), *FINETUNE, "--training.seed", "0", *QUIET]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "save_loda", _interrupted)
+        patch.setattr(finetuning, "save_loda", _interrupted)
         assert main(command) == 130
     capsys.readouterr()
     with monkeypatch.context() as patch:  # the public model is replaced in the meantime
-        patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+        patch.setattr(preview, "PREVIEW_COLUMNS", 1)
         patch.chdir(tmp_path)
         assert main(["pretrain", "--run", "other", *PRETRAIN, "--training.seed", "7", *QUIET]) == 0
     (tmp_path / "other" / "public" / "model.safetensors").replace(tmp_path / "run" / "public" / "model.safetensors")
@@ -324,7 +324,7 @@ def test_a_full_disk_gives_one_line_and_leaves_no_half_file(tmp_path, capsys, mo
         line = fails(capsys, ["pretrain", "--run", str(tmp_path / "run"), *PRETRAIN, *QUIET])
     assert "cannot write" in line and "No space left on device" in line
     assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
-    monkeypatch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+    monkeypatch.setattr(preview, "PREVIEW_COLUMNS", 1)
     assert main(["pretrain", "--run", str(tmp_path / "run"), *PRETRAIN, *QUIET]) == 0  # it goes on when there is room
 
 

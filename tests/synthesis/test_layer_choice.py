@@ -33,6 +33,7 @@ from fastloda.synthesis.methods.layer_choice import WHAT, at_random, once
 from fastloda.synthesis.report.release import report
 from fastloda.synthesis.runs import RunError
 from fastloda.synthesis.settings import Adapter, FineTuning, UNetShape
+from fastloda.synthesis.stages import finetuning, preview
 from fastloda.training.saliency import Saliency
 
 PUBLIC = PublicTraining(steps=3, batch_size=8, warmup=1, seed=0)
@@ -45,7 +46,7 @@ TUNING = {"data": "digits@60", "layers": HALF} | QUIET
 @pytest.fixture(scope="module")
 def public(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "PREVIEW_COLUMNS", 1)
+        patch.setattr(preview, "PREVIEW_COLUMNS", 1)
         shape = UNetShape(width=8, norm_groups=4)
         run = tmp_path_factory.mktemp("runs") / "run"
         stages.pretrain(run, data="font-digits", count=64, unet=shape, training=PUBLIC, **QUIET)
@@ -118,7 +119,7 @@ def test_an_interrupted_release_is_never_made_again(run, monkeypatch, at):
     """There is no seed, so that a second release would differ."""
     path = run / "layers" / "privacy.json"
     with monkeypatch.context() as patch:
-        patch.setattr(stages, at, dies)
+        patch.setattr(finetuning, at, dies)
         with pytest.raises(KeyboardInterrupt):
             stages.finetune(run, PRIVACY, **TUNING)
     released = path.read_bytes() if path.exists() else None
@@ -142,7 +143,7 @@ def test_a_release_serves_again_and_counts_once(finished, tmp_path):
 def test_a_lost_release_is_refused(run, monkeypatch):
     """Fine-tuning began with the release."""
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "fit_average", dies)
+        patch.setattr(finetuning, "fit_average", dies)
         with pytest.raises(KeyboardInterrupt):
             stages.finetune(run, PRIVACY, **TUNING)
     (run / "layers" / "privacy.json").unlink()

@@ -205,17 +205,17 @@ def test_the_teacher_of_labels_is_paid_from_the_same_budget_too(public, private,
 
 def test_a_teacher_learns_from_private_images_and_is_resumed(tmp_path):
     fonts, (digits, test) = font_digits(1000, seed=0), digits_split()
-    budget, work = Budget(2.0, 1e-5, len(digits)), work_in(tmp_path)
-    found = []
-    for noise in (0.01, 100.0):
+
+    def teacher(noise: float, digits: LabelledImages) -> float:
         labels = PrivateLabels(noise, steps=40, batch_size=200, public_steps=100)
-        found.append(accuracy(labels.teacher(digits, fonts, budget, replace(work, folder=tmp_path / str(noise))), test))
-    before = accuracy(train_classifier(fonts, steps=100, seed=work.seed, progress=False), test)
+        options = {"records": len(digits), "delta": 1e-5, "seed": 3, "device": torch.device("cpu"), "progress": False}
+        return accuracy(labels.teacher(digits, fonts, checkpoint=tmp_path / f"{noise}.pt", **options), test)
+
+    found = [teacher(noise, digits) for noise in (0.01, 100.0)]
+    before = accuracy(train_classifier(fonts, steps=100, seed=3, progress=False), test)
     assert found[0] > before + 0.1 and found[1] < before
     others = replace(digits, images=-digits.images[:])
-    where = replace(work, folder=tmp_path / "0.01")
-    network = PrivateLabels(0.01, steps=40, batch_size=200, public_steps=100).teacher(others, fonts, budget, where)
-    assert accuracy(network, test) == found[0]  # it was loaded, and nothing was left to train
+    assert teacher(0.01, others) == found[0]  # it was loaded, and nothing was left to train
 
 
 def test_a_sampler_s_images_have_the_labels_that_it_gives_them():

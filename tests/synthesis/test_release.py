@@ -22,6 +22,7 @@ from fastloda.synthesis.report.release import percent, report
 from fastloda.synthesis.report.tables import rounded_up
 from fastloda.synthesis.runs import RunError
 from fastloda.synthesis.settings import Classifier, FineTuning, UNetShape
+from fastloda.synthesis.stages import preview
 
 UNET = UNetShape(width=8, norm_groups=4)
 PRIVACY = Privacy(target_epsilon=8.0, delta=1e-5, epochs=0.3, batch_size=48)
@@ -37,7 +38,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     for path, images in zip((private, test), digits_split(), strict=True):
         images.save_npz(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "PREVIEW_COLUMNS", 1)
+        patch.setattr(preview, "PREVIEW_COLUMNS", 1)
         public = PublicTraining(steps=2, batch_size=8, warmup=1, seed=0)
         made = {name: folder / name for name in ("run", "seeded")}
         stages.pretrain(made["run"], data="font-digits", count=64, unet=UNET, training=public, **QUIET)

@@ -163,11 +163,11 @@ def test_the_page_escapes_what_it_is_given():
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
     from fastloda.synthesis import demo
-    from fastloda.synthesis import stages as pipeline
+    from fastloda.synthesis.stages import preview
 
     run = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+        patch.setattr(preview, "PREVIEW_COLUMNS", 1)
         demo.demo(run, epsilon=(10.0,), seeds=2, settings=_tiny(), progress=False)
         yield run
 
@@ -280,9 +280,9 @@ def test_a_finished_demo_is_reused_and_another_is_refused(demo_run, capsys):
 
 def test_an_interrupted_demo_continues_to_the_same_result(demo_run, tmp_path, monkeypatch):
     from fastloda.synthesis import demo
-    from fastloda.synthesis import stages as pipeline
+    from fastloda.synthesis.stages import preview
 
-    monkeypatch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+    monkeypatch.setattr(preview, "PREVIEW_COLUMNS", 1)
     options = {"epsilon": (10.0,), "seeds": 1, "settings": _tiny(), "progress": False}
     with monkeypatch.context() as patch:
         patch.setattr(DPTrainer, "fit", _interrupt)

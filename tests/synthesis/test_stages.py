@@ -18,7 +18,6 @@ from fastloda import DPTrainer, load_loda
 from fastloda.accounting.accountant import PrivacyAccountant
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.synthesis import bases, budget, samples
-from fastloda.synthesis import stages as pipeline
 from fastloda.synthesis.account import account, read_statement, releases
 from fastloda.synthesis.budget import Privacy
 from fastloda.synthesis.classify import AUGMENTS, seeded_network
@@ -35,10 +34,20 @@ from fastloda.synthesis.methods.generator import class_means
 from fastloda.synthesis.methods.warm_up import load_released
 from fastloda.synthesis.models import class_names_of, load_unet, was_chosen_privately
 from fastloda.synthesis.report import sample_grid
-from fastloda.synthesis.runs import RunError, Stage
+from fastloda.synthesis.runs import RunError, Stage, digest
 from fastloda.synthesis.samples import file_names
 from fastloda.synthesis.settings import Adapter, Classifier, FineTuning, UNetShape
-from fastloda.synthesis.stages import choose, evaluate, finetune, pretrain, sample
+from fastloda.synthesis.stages import (
+    choose,
+    evaluate,
+    evaluating,
+    finetune,
+    finetuning,
+    pretrain,
+    preview,
+    sample,
+    train_classifier_privately,
+)
 from fastloda.training.checkpoint import CheckpointError
 
 SHAPE = UNetShape(width=8, norm_groups=4)
@@ -50,7 +59,7 @@ QUIET = {"progress": False, "device": "cpu"}
 @pytest.fixture(scope="module", autouse=True)
 def _few_previews():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+        patch.setattr(preview, "PREVIEW_COLUMNS", 1)
         yield
 
 
@@ -181,8 +190,8 @@ def test_evaluate_trains_on_the_samples_only(run, monkeypatch):
         seen.append(images)
         return train(images, **options)
 
-    train = pipeline.train_classifier
-    monkeypatch.setattr(pipeline, "train_classifier", spy)
+    train = evaluating.train_classifier
+    monkeypatch.setattr(evaluating, "train_classifier", spy)
     quick = Classifier(steps=2, width=8)
     found = evaluate(run, test="digits-test", classifier=quick, **QUIET)
     assert torch.equal(seen[0].images, load_npz(run / "samples" / "samples.npz").images)
@@ -273,7 +282,7 @@ def test_classes_go_by_name_from_the_public_model_to_the_tests(tmp_path):
     promise = dataclasses.replace(PRIVACY, epochs=1, batch_size=20)
     with pytest.MonkeyPatch.context() as patch:
         seen = []
-        patch.setattr(pipeline, "private_trainer", lambda model, records, *_, **__: seen.append(records[1]) or 1 / 0)
+        patch.setattr(finetuning, "private_trainer", lambda model, records, *_, **__: seen.append(records[1]) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finetune(run, promise, data=named(private, "cba", "ca"), **QUIET)
         labels = load_npz(private).labels  # 0 is c, and 1 is a
@@ -496,7 +505,7 @@ def test_a_pretraining_that_goes_on_with_other_images_is_refused(tmp_path, monke
     data, settings = tmp_path / "data.npz", {"unet": SHAPE, "training": PUBLIC} | QUIET
     font_digits(30, 0, 8).save_npz(data)
     with monkeypatch.context() as patch:
-        die_at(patch, "fastloda.synthesis.stages.save_unet")
+        die_at(patch, "fastloda.synthesis.stages.choosing.save_unet")
         with pytest.raises(KeyboardInterrupt):
             pretrain(tmp_path / "run", data=str(data), **settings)
     font_digits(30, 1, 8).save_npz(data)
@@ -521,7 +530,7 @@ def test_what_the_choice_released_counts_with_the_run(public_run):
     assert account(1e-5, composition=(str(public_run),))["epsilon"] == statement["epsilon"]
     sample(public_run, count=10, steps=2, **QUIET)
     inputs = json.loads((public_run / "private" / "done.json").read_text())["inputs"]
-    assert inputs["model.safetensors"] == pipeline.digest(public_run / "chosen" / "model.safetensors")
+    assert inputs["model.safetensors"] == digest(public_run / "chosen" / "model.safetensors")
 
 
 def test_the_sum_is_released_once(public_run, monkeypatch):
@@ -612,9 +621,9 @@ def die_at(patch, target: str) -> None:
 @pytest.mark.parametrize(
     "when",
     [
-        "stages.noise_stream",
-        "stages.release_statement",
-        "stages.write_json",
+        "stages.choosing.noise_stream",
+        "stages.choosing.release_statement",
+        "stages.choosing.write_json",
         "diffusion.pretrain._Run.train_step",
     ],
 )
@@ -626,7 +635,7 @@ def test_a_choice_killed_anywhere_is_stated_as_it_was_released(public_run, monke
     sums, released = public_run / "chosen" / "sums.safetensors", None
     if sums.exists():
         released = sums.read_bytes()
-    assert (released is None) == (when == "stages.noise_stream")
+    assert (released is None) == (when == "stages.choosing.noise_stream")
     statement = choose(public_run, **CHOOSING)
     assert released in (None, sums.read_bytes())
     assert statement["epsilon"] == compose_epsilon([(1.0, 20.0, 1)], 1e-5) and statement["records"] == 1437
@@ -996,18 +1005,18 @@ def test_dpsgd_trains_privately_and_resumes(tmp_path, monkeypatch):
     data = font_digits(64, seed=0)
     privacy = Privacy(10.0, 1e-5, epochs=2, batch_size=32, records=64, max_grad_norm=1.0, views=2)
     options = {"device": "cpu", "progress": False}
-    model = pipeline.train_classifier_privately(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
+    model = train_classifier_privately(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
     assert not model.training
     statement = read_statement(tmp_path / "dpsgd")
     assert statement["epsilon"] <= 10 and statement["steps"] == 4 and statement["views"] == 2
     start = seeded_network("cnn", 0, width=8)
     assert not torch.equal(model.head.weight, start.head.weight)
-    monkeypatch.setattr("fastloda.synthesis.stages.train_dpsgd", None)  # a finished classifier is loaded
-    again = pipeline.train_classifier_privately(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
+    monkeypatch.setattr("fastloda.synthesis.stages.classifying.train_dpsgd", None)  # a finished classifier is loaded
+    again = train_classifier_privately(tmp_path, privacy, data, DPSGD(width=8, seed=0), **options)
     images = data.images[:5]
     assert torch.equal(model(images), again(images))
     with pytest.raises(RunError, match="width is 8 there and 16 here"):
-        pipeline.train_classifier_privately(tmp_path, privacy, data, DPSGD(width=16, seed=0), **options)
+        train_classifier_privately(tmp_path, privacy, data, DPSGD(width=16, seed=0), **options)
 
 
 def test_dpsgd_views_are_different_copies_of_each_record(monkeypatch):

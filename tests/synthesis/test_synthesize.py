@@ -12,13 +12,14 @@ from cells import CLASSES, OF_A_PATIENT, patient_of, write_cells
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastloda.synthesis import effort, plan, presets, recipe, stages
+from fastloda.synthesis import effort, plan, presets, recipe
 from fastloda.synthesis import synthesize as command
 from fastloda.synthesis.cli import main
 from fastloda.synthesis.data import font_digits, image_folder, load_npz
 from fastloda.synthesis.diffusion import PRESETS, UNet, UNetConfig, preset_for
 from fastloda.synthesis.inputs import SIZES
 from fastloda.synthesis.settings import Adapter, Classifier, UNetShape
+from fastloda.synthesis.stages import preview, sampling
 
 NAMES = sorted(CLASSES)
 FEW = "--public-steps 2 --private-steps 2 --count 9 --sampler-steps 2 --device cpu --epsilon 8".split()
@@ -38,7 +39,7 @@ def cells(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _few_previews_and_a_small_judge():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "PREVIEW_COLUMNS", 1)
+        patch.setattr(preview, "PREVIEW_COLUMNS", 1)
         patch.setattr(command, "judge", lambda size: Classifier(steps=1, width=8))
         patch.setattr(command, "measure", _measured_once)
         yield
@@ -204,7 +205,7 @@ def test_a_choice_is_paid_from_the_same_budget_and_an_interrupted_run_continues(
         choice = presets.PublicChoice(4.0, features=20, drawn=16, training=few)
         patch.setattr(presets, "CHOICES", presets.ByEpsilon({0.0: choice}))
         with pytest.MonkeyPatch.context() as interrupting:
-            interrupting.setattr(stages, "draw_resumably", _interrupted)
+            interrupting.setattr(sampling, "draw_resumably", _interrupted)
             assert main(command_line) == 130
         shown = capsys.readouterr().err
         assert shown.splitlines()[-1] == "fastloda synthesize: interrupted; the same command continues"

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastloda
 from fastloda.errors import UserError
 from fastloda.synthesis import arguments
-from fastloda.synthesis import stages as pipeline
 from fastloda.synthesis.arguments import resolve_device
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 from fastloda.synthesis.settings import UNetShape
-from fastloda.synthesis.stages import pretrain
+from fastloda.synthesis.stages import pretrain, preview
 
 UNET = UNetShape(width=8, norm_groups=4)
 FINETUNE = "finetune --data digits --privacy.target_epsilon 10 --privacy.delta 1e-5 --privacy.epochs 0.1".split()
@@ -46,7 +46,7 @@ def public(tmp_path_factory) -> Path:
     """Make the public model of all runs."""
     folder = tmp_path_factory.mktemp("torchrun")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "PREVIEW_COLUMNS", 1)
+        patch.setattr(preview, "PREVIEW_COLUMNS", 1)
         training = PublicTraining(steps=3, batch_size=8, warmup=1, seed=0)
         pretrain(folder, data="font-digits", count=64, unet=UNET, training=training, progress=False, device="cpu")
     (folder / "command.py").write_text(COMMAND)
@@ -60,7 +60,7 @@ def torchrun(*command: str, ranks: int = 2) -> subprocess.CompletedProcess:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(pipeline.__file__).parents[2])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fastloda.__file__).parents[1])}
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
 
 

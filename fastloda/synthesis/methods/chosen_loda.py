@@ -66,7 +66,7 @@ class ChosenLoDA:
         work.folder.mkdir(parents=True, exist_ok=True)
         options = {"checkpoint": work.folder / "further.pt", "progress": work.progress}
         images = choice.train_further(model, pool, released, work.seed, **options)
-        label = partial(predict, labels.teacher(private, images, budget, work)) if labels else None
+        label = self._label(labels, private, images, budget, work) if labels else None
         sampler = self.loda.adapt(model, private, budget, work, earlier=earlier)
 
         def draw(labels: Tensor, seed: int) -> Tensor:
@@ -79,6 +79,18 @@ class ChosenLoDA:
             return moved(drawn, released[PublicChoice.kind], self.samples_reach, seed, work.progress).images
 
         return replace(sampler, draw=draw, label=label)
+
+    def _label(
+        self,
+        labels: PrivateLabels,
+        private: LabelledImages,
+        images: LabelledImages,
+        budget: Budget,
+        work: Work,
+    ) -> Callable[[Tensor], Tensor]:
+        promise = {"records": budget.records, "delta": budget.delta, "seed": work.seed}
+        options = {"checkpoint": work.folder / "teacher.pt", "device": work.device, "progress": work.progress}
+        return partial(predict, labels.teacher(private, images, **promise, **options))
 
 
 def of_classes(images: LabelledImages, labels: Tensor, seed: int) -> Tensor:

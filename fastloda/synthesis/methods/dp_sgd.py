@@ -97,11 +97,20 @@ def make_classifier(data: LabelledImages, training: DPSGD, seed: int = 0) -> nn.
     Raises:
         UserError: the images are not square.
     """
+    return seeded_network(seed=seed, **network_config(data, training))
+
+
+def network_config(data: LabelledImages, training: DPSGD) -> dict:
+    """Collect the arguments of `make_network` for the network for images like `data`.
+
+    Raises:
+        UserError: the images are not square.
+    """
     channels, height, size = data.images.shape[1:]
     if height != size:
         raise UserError(f"a classifier needs square images, not {height} x {size}")
     shape = {"in_channels": channels, "num_classes": data.num_classes, "image_size": size}
-    return seeded_network(training.network, seed, **shape, width=training.width)
+    return {"name": training.network, **shape, "width": training.width}
 
 
 def augmented_losses(views: int, augment: AugmentName):

@@ -9,7 +9,9 @@ The labels are computed from the released weights and from samples: they cost no
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from fastloda.errors import UserError
@@ -19,7 +21,7 @@ from fastloda.synthesis.data import LabelledImages
 from fastloda.training.settings import PrivateTraining
 from fastloda.training.trainer import DPTrainer
 
-from .base import Budget, Release, Work
+from .base import Release
 from .dp_sgd import DPSGD, augmented_losses
 
 WHAT = "clipped gradients of a classifier"
@@ -61,28 +63,38 @@ class PrivateLabels:
             raise UserError(f"labels.batch_size {self.batch_size} exceeds the {records} records")
         return (Release(WHAT, self.batch_size / records, self.noise_multiplier, self.steps),)
 
-    def teacher(self, private: LabelledImages, public: LabelledImages, budget: Budget, work: Work) -> nn.Module:
-        """Train the classifier on public images of the private classes, then on the private ones; resume from the work's folder.
+    def teacher(
+        self,
+        private: LabelledImages,
+        public: LabelledImages,
+        *,
+        records: int,
+        delta: float,
+        seed: int | None,
+        checkpoint: Path,
+        device: torch.device,
+        progress: bool = True,
+    ) -> nn.Module:
+        """Train the classifier on public images of the private classes, then on the private ones; resume from the checkpoint.
 
-        Its weights, averaged over the private steps, are what `releases` accounts for. It is returned in eval mode.
+        Its weights, averaged over the private steps, are what `releases` accounts for. It is returned in eval mode. With a
+        seed of None, the private randomness comes from the operating system.
         """
-        training = replace(self.training, seed=_OTHER_NOISE + work.seed)
-        options = {"steps": self.public_steps, "seed": work.seed, "device": work.device, "progress": work.progress}
+        training = replace(self.training, seed=None if seed is None else _OTHER_NOISE + seed)
+        options = {"steps": self.public_steps, "seed": seed or 0, "device": device, "progress": progress}
         network = train_classifier(public, **training.kind(), **options).train()
-        ((_, sample_rate, noise_multiplier, steps),) = self.releases(budget.records)
+        ((_, sample_rate, noise_multiplier, steps),) = self.releases(records)
         settings = PrivateTraining(
             sample_rate=sample_rate,
             expected_batch_size=self.batch_size,
             steps=steps,
-            delta=budget.delta,
+            delta=delta,
             noise_multiplier=noise_multiplier,
             views=self.views,
             micro_batch_size=max(1, 256 // self.views),
-            fixed_shape=work.device.type != "cpu",
+            fixed_shape=device.type != "cpu",
             **training.optimization(),
         )
-        work.folder.mkdir(parents=True, exist_ok=True)
-        records, losses = (private.images[:], private.labels), augmented_losses(self.views, training.augment)
-        where = {"checkpoint": work.folder / "teacher.pt", "progress": work.progress}
-        fit_average(DPTrainer(network, records, losses, settings, **where))
+        columns, losses = (private.images[:], private.labels), augmented_losses(self.views, training.augment)
+        fit_average(DPTrainer(network, columns, losses, settings, checkpoint=checkpoint, progress=progress))
         return network.eval()

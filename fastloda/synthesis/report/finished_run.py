@@ -15,10 +15,11 @@ from fastloda.synthesis.budget import STATEMENT
 from fastloda.synthesis.data import LabelledImages, load_npz
 from fastloda.synthesis.inputs import OWN_IMAGES, public_name
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, digest, read_json
-from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, LAYERS, PRIVATE, SAMPLES
+from fastloda.synthesis.samples import SAMPLES
+from fastloda.synthesis.stages.layout import ADAPTER, CHOSEN, EVALUATION, LABELS, LAYERS, PRIVATE
 
 SHOWN_SETTINGS = ("privacy", "adapter", "layers", "training")  # the others may contain paths
-SAMPLING_SETTINGS = ("count", "steps", "guidance", "reach")
+SAMPLING_SETTINGS = ("count", "steps", "guidance", "stochasticity", "strength", "reach", "labelled")
 HIDDEN_SETTINGS = ("seed",)  # anyone who knows a seed can foresee what was drawn
 
 
@@ -115,8 +116,8 @@ class FinishedRun:
 
     @property
     def choices(self) -> list[str]:
-        """The folders of choices (of public images, of layers) that released something, which the statement must cover."""
-        return [name for name in (CHOSEN, LAYERS) if (self.folder / name / STATEMENT).is_file()]
+        """The folders of stages before fine-tuning that released something, which the statement must cover."""
+        return [name for name in (CHOSEN, LABELS, LAYERS) if (self.folder / name / STATEMENT).is_file()]
 
     @cached_property
     def releases(self) -> list[tuple]:
@@ -198,15 +199,16 @@ class FinishedRun:
 
 
 def _check_finished(folder: Path) -> None:
-    private, chosen = folder / PRIVATE, folder / CHOSEN
+    private = folder / PRIVATE
     if not folder.is_dir():
         raise RunError(f"no run {folder}: --run takes the folder that the other commands were given")
     if not (private / DONE).is_file():
         begun = (private / CONFIG).exists()
         todo = "the same `fastloda finetune` continues it" if begun else "`fastloda finetune` makes its adapter"
         raise RunError(f"the run {folder} is not {'finished' if begun else 'fine-tuned'}: {todo}, then report again")
-    if (chosen / CONFIG).exists() and not (chosen / DONE).is_file():
-        raise RunError(f"{chosen} is not finished: the same `fastloda choose` continues it, then report again")
+    for command, earlier in (("choose", folder / CHOSEN), ("label", folder / LABELS)):
+        if (earlier / CONFIG).exists() and not (earlier / DONE).is_file():
+            raise RunError(f"{earlier} is not finished: the same `fastloda {command}` continues it, then report again")
 
 
 def _confirmed(statement: Mapping, path: Path) -> Mapping:

@@ -18,7 +18,8 @@ from fastloda.synthesis.report.html import Blanks, Bullets, Facts, Figure, Page,
 from fastloda.synthesis.report.plots import sample_grid
 from fastloda.synthesis.report.tables import Table, rounded_up
 from fastloda.synthesis.runs import CONFIG, DONE, SOURCE, digest
-from fastloda.synthesis.stages import ADAPTER, CHOSEN, EVALUATION, LAYERS, PRIVATE, SAMPLES
+from fastloda.synthesis.samples import SAMPLES
+from fastloda.synthesis.stages.layout import ADAPTER, CHOSEN, EVALUATION, LABELS, LAYERS, PRIVATE
 from fastloda.training.releases import intent_path
 
 logger = logging.getLogger("fastloda")
@@ -135,8 +136,8 @@ def _confidential() -> dict[str, str]:
         f"{PRIVATE}/{CHECKPOINT}": "it holds the secret from which the noise follows",
         f"{PRIVATE}/{intent_path(Path(CHECKPOINT)).name}": "it belongs to the checkpoint",
         f"every {SOURCE}": "says where images are",
-        f"{CONFIG} and {DONE}": f"those of {PRIVATE}/, {CHOSEN}/ and {LAYERS}/ may hold paths, and times that depend on the "
-        "images",
+        f"{CONFIG} and {DONE}": f"those of {PRIVATE}/, {CHOSEN}/, {LABELS}/ and {LAYERS}/ may hold paths, and times that depend "
+        "on the images",
         EVALUATION: "the promise does not cover its accuracies",
         "the loss and the clipped share": "training shows them to the operator, without noise",
         "the private images": "and their paths, and any file that is not listed as publishable",
@@ -144,12 +145,12 @@ def _confidential() -> dict[str, str]:
 
 
 def _chosen(run: FinishedRun) -> list[Path]:
-    """List the files of the choices before fine-tuning that may be published."""
+    """List the files of the stages before fine-tuning that may be published."""
     return sorted(
         Path(choice, path.name)
         for choice in run.choices
         for path in (run.folder / choice).iterdir()
-        if path.suffix in (".safetensors", ".png") or path.name == STATEMENT
+        if path.suffix in (".safetensors", ".npz", ".png") or path.name == STATEMENT
     )
 
 
