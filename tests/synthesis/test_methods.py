@@ -228,7 +228,13 @@ def test_a_sampler_s_images_have_the_labels_that_it_gives_them():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"noise_multiplier": 0.0}, {"noise_multiplier": math.nan}, {"steps": 0}, {"views": 0}],
+    [
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": math.nan},
+        {"steps": 0},
+        {"views": 0},
+        {"training": DPSGD(seed=1)},
+    ],
 )
 def test_labels_refuse_settings_without_sense(bad):
     with pytest.raises(ValueError, match="labels"):

@@ -34,10 +34,11 @@ class PrivateLabels:
 
     Attributes:
         noise_multiplier: standard deviation of the noise on a step's sum of clipped gradients, in clipping bounds.
-        steps, batch_size: number of private steps, and expected number of records in each.
+        steps: number of private steps.
+        batch_size: expected number of records in a step.
         views: number of augmented copies per record and step, whose gradients are averaged before clipping.
         public_steps: number of steps of training on public images, before.
-        training: settings of network, augmentation and the optimization of the private steps.
+        training: settings of network, augmentation and the optimization of the private steps; its seed follows from the run's.
     """
 
     noise_multiplier: float
@@ -52,6 +53,8 @@ class PrivateLabels:
             raise UserError(f"labels.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
         if min(self.steps, self.batch_size, self.views, self.public_steps) < 1:
             raise UserError(f"labels need positive steps, batch_size, views and public_steps, got {self}")
+        if self.training.seed is not None:
+            raise UserError("labels.training.seed would be ignored: the seed is that of the whole run")
 
     def releases(self, records: int) -> tuple[Release, ...]:
         """Describe what the teacher's training releases about `records` private images, by their nominal number.
