@@ -41,6 +41,7 @@ def released_before(run: Path, base: Base) -> list[dict]:
 
 
 def all_releases(statements: Sequence[dict]) -> list[tuple]:
+    """List the releases of all statements, as `compose_epsilon` takes them."""
     return [release for statement in statements for release in releases(statement)]
 
 
