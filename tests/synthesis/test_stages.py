@@ -505,7 +505,7 @@ def test_a_pretraining_that_goes_on_with_other_images_is_refused(tmp_path, monke
     data, settings = tmp_path / "data.npz", {"unet": SHAPE, "training": PUBLIC} | QUIET
     font_digits(30, 0, 8).save_npz(data)
     with monkeypatch.context() as patch:
-        die_at(patch, "fastloda.synthesis.stages.choosing.save_unet")
+        die_at(patch, "fastloda.synthesis.stages.pretraining.save_unet")
         with pytest.raises(KeyboardInterrupt):
             pretrain(tmp_path / "run", data=str(data), **settings)
     font_digits(30, 1, 8).save_npz(data)
@@ -746,7 +746,7 @@ def test_everything_chosen_is_made_from_the_sum(public_run, tmp_path, monkeypatc
                 if k not in ("source.yaml", "done.json", ".lock")
             }
         )
-    assert files[0] == files[1] and len(files[0]) == 5
+    assert files[0] == files[1] and len(files[0]) == 6
 
 
 def test_samples_are_moved_toward_the_release(public_run):
