@@ -1089,7 +1089,8 @@ def test_the_papers_table_runs_on_published_files(tmp_path):
     root = tmp_path / "data"
     write_cifar10(root / "cifar-10-batches-py"), write_imagenet32(root / "Imagenet32_train_npz")
     (root / "cifar-10-batches-py" / "data_batch_5").unlink()
-    command = f"reproduce table2 --data {root} --run {tmp_path / 'run'} --quick --seeds 1 --jobs 1 --device cpu --progress false"
+    command = f"reproduce table2 --data {root} --run {tmp_path / 'run'} --quick --seeds 1 --epsilons 10 --jobs 1"
+    command += " --device cpu --progress false"
     assert main([*command.split(), "--methods", "DP-LoDA"]) == 2
     assert main([*command.split(), "--allow_partial", "--methods", "DP-LoDA"]) == 0
     text = (tmp_path / "run" / "results.md").read_text()
