@@ -11,13 +11,14 @@ from fastloda import DPTrainer
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.errors import UserError
 from fastloda.synthesis.account import account, read_statement
+from fastloda.synthesis.arguments import Names
 from fastloda.synthesis.budget import Privacy
 from fastloda.synthesis.classify import predict
-from fastloda.synthesis.data import digits_split, load_npz, only
+from fastloda.synthesis.data import digits_split, font_digits, load_npz, only
 from fastloda.synthesis.diffusion import class_balanced_labels
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
-from fastloda.synthesis.methods import PrivateLabels, PublicChoice
+from fastloda.synthesis.methods import CentralImages, PrivateLabels, PublicChoice
 from fastloda.synthesis.methods.chosen_loda import of_classes
 from fastloda.synthesis.methods.dp_sgd import DPSGD
 from fastloda.synthesis.models import load_classifier, load_unet
@@ -152,6 +153,18 @@ def test_what_cannot_be_labelled_costs_nothing(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="`fastloda choose` makes it, and comes first"):
         label(run, **LABELLING)
     assert not (run / "labels").exists()
+
+
+def test_chosen_images_have_the_private_classes_whatever_chose_them(tmp_path):
+    names, run = tuple(f"digit {number}" for number in range(10)), tmp_path / "run"
+    for name, images in (("public", font_digits(200, 0, 8)), ("private", digits_split()[0])):
+        dataclasses.replace(images, class_names=names).save_npz(tmp_path / f"{name}.npz")
+    data, shape = {"data": str(tmp_path / "private.npz")}, UNetShape(width=8, norm_groups=4)
+    means = CentralImages(20.0, CHOICE.training, drawn=40)
+    pretrain(run, data=str(tmp_path / "public.npz"), unet=shape, training=PUBLIC, **QUIET)
+    choose(run, delta=1e-5, public=str(tmp_path / "public.npz"), by=Names(["means"]), means=means, **data, **QUIET)
+    assert load_npz(run / "chosen" / "images.npz").class_names == names
+    assert label(run, **(LABELLING | data))["classes"] == list(names)
 
 
 def test_a_strength_without_chosen_images_is_refused(chosen, tmp_path):

@@ -88,6 +88,7 @@ class ChosenLoDA:
         budget: Budget,
         work: Work,
     ) -> Callable[[Tensor], Tensor]:
+        """Train the classifier, and return the function that labels images with it."""
         promise = {"records": budget.records, "delta": budget.delta, "seed": work.seed}
         options = {"checkpoint": work.folder / "teacher.pt", "device": work.device, "progress": work.progress}
         return partial(predict, labels.teacher(private, images, **promise, **options))

@@ -21,7 +21,7 @@ from fastloda.training.trainer import DPTrainer
 from .base import Budget, ByEpsilon, PrivateClassifier, Release, Spent, Work
 from .cost import step_cost
 
-_KIND = ("network", "width", "augment")
+_OF_THE_CLASSIFIER = ("network", "width", "augment")
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class DPSGD:
         with torch.device("meta"):  # refuses a width that the network can't have, without making the network
             make_network(self.network, image_size=32, width=self.width)
 
-    def kind(self) -> dict:
-        """Collect the fields that `train_classifier` has too: what is trained, and on which changes of images."""
-        return {name: getattr(self, name) for name in _KIND}
+    def classifier(self) -> dict:
+        """Collect the fields that `train_classifier` has too: those of the network, and how images are augmented."""
+        return {name: getattr(self, name) for name in _OF_THE_CLASSIFIER}
 
     def optimization(self) -> dict:
         """Collect the fields that `PrivateTraining` has too."""
-        return {name: value for name, value in asdict(self).items() if name not in _KIND}
+        return {name: value for name, value in asdict(self).items() if name not in _OF_THE_CLASSIFIER}
 
 
 def train_dpsgd(

@@ -85,7 +85,7 @@ class PrivateLabels:
         """
         training = replace(self.training, seed=None if seed is None else _OTHER_NOISE + seed)
         options = {"steps": self.public_steps, "seed": seed or 0, "device": device, "progress": progress}
-        network = train_classifier(public, **training.kind(), **options).train()
+        network = train_classifier(public, **training.classifier(), **options).train()
         ((_, sample_rate, noise_multiplier, steps),) = self.releases(records)
         settings = PrivateTraining(
             sample_rate=sample_rate,

@@ -1,6 +1,6 @@
 """The stage `choose`: the public model, trained further on public images that resemble the private ones."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from fastloda.synthesis.account import read_statement
 from fastloda.synthesis.arguments import NO_NAMES, Device, Names, resolve_device
 from fastloda.synthesis.bases import MODEL, OwnUNet
 from fastloda.synthesis.budget import CHECKPOINT, STATEMENT, check_delta, nominal_records, release_statement
-from fastloda.synthesis.data import LabelledImages, listed
+from fastloda.synthesis.data import LabelledImages, listed, load_npz
 from fastloda.synthesis.inputs import OWN_IMAGES, files_of, full_name, open_for_unet, public_name
 from fastloda.synthesis.methods.central_images import CentralImages
 from fastloda.synthesis.methods.class_queries import ClassQueries
@@ -109,8 +109,9 @@ def choose(
             numbers = torch.tensor([known.index(name) for name in private.class_names])
             options = {"numbers": numbers, "checkpoint": stage.folder / CHECKPOINT, "progress": progress}
             images = warm_up.train_further(network, pool, released, seed or 0, **options)
-            images.save_npz(stage.folder / CHOSEN_IMAGES, uint8=True)
+            images = replace(images, class_names=private.class_names)  # some warm-ups know only their number
             save_unet(network, stage.folder / MODEL, known, chosen_privately=True)
+            images.save_npz(stage.folder / CHOSEN_IMAGES, uint8=True)  # last, for `label` looks for it
             draw_preview(network, known, private.class_names, stage.folder, seed or 0, progress)
         for checkpoint in stage.folder.glob(f"*{CHECKPOINT}"):
             checkpoint.unlink()
@@ -129,3 +130,10 @@ def _released_once(
         facts = release_statement(warm_up.releases, stage.settings["delta"], records, seed)
         write_json(statement, about_private(stage.settings["name"], private.class_names) | facts)
     return load_released(sums, warm_up.parts)
+
+
+def chosen_images(folder: Path) -> LabelledImages:
+    """Load the images that `choose` left in its folder, with the private classes; FileNotFoundError if it has not finished."""
+    if not (folder / CHOSEN_IMAGES).is_file():
+        raise FileNotFoundError(f"no {folder / CHOSEN_IMAGES}: `fastloda choose` makes it, and comes first")
+    return load_npz(folder / CHOSEN_IMAGES)

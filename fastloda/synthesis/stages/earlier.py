@@ -35,7 +35,9 @@ def released_before(run: Path, base: Base) -> list[dict]:
     if (chosen / SUMS).exists() and chosen.resolve() not in [folder.resolve() for folder in folders]:
         folders.append(chosen)
     if (labels / CONFIG).exists() and not (labels / DONE).is_file():
-        raise RunError(f"{labels} is not finished: the same `fastloda label` continues it; or delete it")
+        raise RunError(
+            f"{labels} is not finished: the same `fastloda label` continues it; or delete it, if nothing of it was released"
+        )
     folders += [folder for folder in (labels, Path(run) / LAYERS) if (folder / STATEMENT).exists()]
     return [read_statement(folder) for folder in folders]
 

@@ -9,13 +9,14 @@ from fastloda.synthesis.account import read_statement
 from fastloda.synthesis.arguments import NO_NAMES, Device, Names, resolve_device
 from fastloda.synthesis.bases import OwnUNet
 from fastloda.synthesis.budget import CHECKPOINT, STATEMENT, check_delta, nominal_records, release_statement
-from fastloda.synthesis.data import LabelledImages, listed, load_npz
+from fastloda.synthesis.data import listed
 from fastloda.synthesis.methods.dp_sgd import network_config
 from fastloda.synthesis.methods.private_labels import PrivateLabels
 from fastloda.synthesis.models import save_classifier
 from fastloda.synthesis.runs import CONFIG, Stage, reuse, write_json
 from fastloda.training.releases import intent_path
 
+from .choosing import chosen_images
 from .earlier import check_comes_first, check_goes_on
 from .layout import CHOSEN, CHOSEN_IMAGES, CLASSIFIER_WEIGHTS, LABELS
 from .private_images import PRIVATE_NAME, about_private, open_private, source_of
@@ -61,7 +62,7 @@ def label(
         progress: whether to show progress: a bar on a terminal, elsewhere a line now and then.
     """
     place, folder = resolve_device(device), Path(run) / CHOSEN
-    chosen = _chosen_images(folder)
+    chosen = chosen_images(folder)
     private = open_private(data, OwnUNet(folder, place), class_map, skip_unreadable, name)
     if private.class_names != chosen.class_names:
         raise UserError(
@@ -89,10 +90,3 @@ def label(
         for kept in (checkpoint, intent_path(checkpoint)):
             kept.unlink(missing_ok=True)
     return read_statement(stage.folder) | {"classifier": str(stage.folder / CLASSIFIER_WEIGHTS)}
-
-
-def _chosen_images(folder: Path) -> LabelledImages:
-    """Load the public images that `choose` left in its folder."""
-    if not (folder / CHOSEN_IMAGES).is_file():
-        raise FileNotFoundError(f"no {folder / CHOSEN_IMAGES}: `fastloda choose` makes it, and comes first")
-    return load_npz(folder / CHOSEN_IMAGES)

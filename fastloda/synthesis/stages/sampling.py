@@ -14,7 +14,7 @@ from fastloda.synthesis.arguments import Device, resolve_device
 from fastloda.synthesis.bases import Base, open_base
 from fastloda.synthesis.budget import STATEMENT
 from fastloda.synthesis.classify import predict
-from fastloda.synthesis.data import LabelledImages, load_npz
+from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import TIMESTEPS, class_balanced_labels
 from fastloda.synthesis.methods.chosen_loda import of_classes
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
@@ -26,7 +26,7 @@ from fastloda.synthesis.runs import DONE, Stage, digest, read_json, reuse
 from fastloda.synthesis.samples import GRID, IMAGES, PART, README, SAMPLES, draw_resumably, write_samples
 from fastloda.synthesis.settings import Drawing
 
-from .choosing import CHOICE
+from .choosing import CHOICE, chosen_images
 from .earlier import public_folder, statement_of_public
 from .layout import ADAPTER, CHOSEN_IMAGES, CLASSIFIER_WEIGHTS, LABELS, PRIVATE, SUMS, samples_folder
 
@@ -64,7 +64,7 @@ def sample(
         seed: seed of the images; it is independent of training, and does not have to be secret.
         name: name of another set of samples, which goes to samples-NAME/; give it another seed.
         strength: share of the steps by which images are made of those that `fastloda choose` chose, and not of noise; 1: of noise
-            alone. 0.3 keeps strokes of digits whole. It costs no budget.
+            alone. With 0.3 strokes of digits break less often. It costs no budget.
         reach: how far the images are moved easily, to agree better with the release of `fastloda choose`; 0.1 for pixels helps a
             little on digits. It costs no budget.
         public: whether to draw from the model without the adapter, into samples-public/; chosen/ has its own privacy.json.
@@ -76,7 +76,7 @@ def sample(
     check_sampling(count, steps, guidance, batch_size, strength)
     place, folder = resolve_device(device), Path(run) / samples_folder(public, name)
     base = open_base(public_folder(run, model), place)
-    chosen, released = _chosen_images(base) if strength < 1 else None, _released_with(base) if reach else None
+    chosen, released = _chosen_for(base) if strength < 1 else None, _released_with(base) if reach else None
     inputs = (base.file,) if public else (base.file, _attach_trained(base, Path(run) / PRIVATE))
     inputs += (base.file.parent / CHOSEN_IMAGES,) if chosen else ()
     inputs += (base.file.parent / SUMS,) if released else ()
@@ -126,11 +126,11 @@ def check_sampling(count: int, steps: int, guidance: float, batch_size: int = 1,
         raise UserError(f"strength must lie in (0, 1], got {strength}")
 
 
-def _chosen_images(base: Base) -> LabelledImages:
+def _chosen_for(base: Base) -> LabelledImages:
     """Load the images that `choose` chose for the model."""
     if not base.chosen_privately:
         raise UserError(f"{base.file} is no model of `fastloda choose`, with whose images --strength would begin")
-    return load_npz(base.file.parent / CHOSEN_IMAGES)
+    return chosen_images(base.file.parent)
 
 
 def _labeller(folder: Path, names: tuple[str, ...], statement: Mapping, device: torch.device) -> torch.nn.Module | None:
