@@ -55,6 +55,7 @@ def usps(side: int, records: int, seed: int) -> Split:
     return tuple(_usps_images(torch.cat(part), side) for part in parts)
 
 
+MADE_OF = {"handwritten": "digits"}  # stand-in -> the table whose own private images it is made of
 STAND_INS: dict[str, Callable[[int, int, int], Split]] = {
     "swirled": swirled,
     "handwritten": handwritten,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stand_ins import STAND_INS
+from stand_ins import MADE_OF, STAND_INS
 
 from fastloda.errors import UserError
 from fastloda.synthesis.classify import accuracy, train_classifier
@@ -66,6 +66,8 @@ class Search:
     chosen_only: bool = False
 
     def __post_init__(self):
+        if own := [name for name in self.stand_ins if MADE_OF.get(name) == self.table]:
+            raise UserError(f"{', '.join(own)} is made of the private images of {self.table}: take another stand-in")
         if self.chosen_only and not isinstance(self._choice(self.recipe().methods[0]), OneRelease):
             raise UserError(f"--chosen-only needs a method with one warm-up, which {self.method} does not have")
 
@@ -171,6 +173,10 @@ def as_table(search: Search, settings: Sequence[Setting], found: list[list[list[
     return Table(title, columns, rows)
 
 
+def _usual(table: str) -> list[str]:
+    return [name for name in ("swirled", "handwritten") if MADE_OF.get(name) != table]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=RECIPES)
@@ -180,7 +186,10 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--stand-ins", nargs="+", choices=STAND_INS, default=("swirled", "handwritten"), help="usps needs its files"
+        "--stand-ins",
+        nargs="+",
+        choices=STAND_INS,
+        help="default: swirled and handwritten, but the latter not for digits, of which it is made; usps needs its files",
     )
     parser.add_argument("--run", type=Path, default=Path("runs/trials"))
     parser.add_argument("--records", type=int, default=4000)
@@ -195,7 +204,7 @@ def main() -> None:
         given.table,
         given.method,
         given.epsilon,
-        tuple(given.stand_ins),
+        tuple(given.stand_ins or _usual(given.table)),
         given.rounds,
         given.run,
         given.records,

@@ -36,9 +36,9 @@ OWNER_ADJACENCY = "add/remove one owner with all records"
 CURVE_POINTS = 40
 
 README = f"""\
-May be released, on the terms in {STATEMENT}: the .safetensors file, {STATEMENT}, {EPSILON_CURVE}, {CONFIG}.
+May be released, on the terms in {STATEMENT}: the .safetensors file, {STATEMENT}, {EPSILON_CURVE}.
 Must stay private: {CHECKPOINT}, from which training continues; it holds the secret from which the noise follows.
-Must stay private: {SOURCE}, which says where the private images are.
+Must stay private: {SOURCE}, which says where the private images are; {CONFIG}, if a seed was given, from which the noise follows.
 Must stay beside it while training may continue: {intent_path(Path(CHECKPOINT))}, which lists what was released.
 Better kept: {DONE}; the time that training took depends, a little, on the records.
 """

@@ -40,7 +40,7 @@ class Stage:
 
     Attributes:
         folder: the folder of this stage only.
-        settings: all settings that the results depend on, in the form of the command line; they may be published.
+        settings: all settings that the results depend on, in the form of the command line; none is private, except a seed.
         source: further settings, which must stay private: where images are, and how they are read.
         inputs: files of other stages that it reads; never private data, since their hash would be a statistic of them.
         outputs: names of the files that it leaves in `folder`.

@@ -594,6 +594,7 @@ def test_warm_ups_in_turn_are_released_once_and_counted_together(public_run, mon
         (["means", "sums"], "--by takes queries, means, choice, got means, sums"),
         ([], "at least one"),
         (["means"] * 2, "kinds"),
+        (["choice", "queries"], "queries must come first"),
     ],
 )
 def test_strange_warm_ups_are_refused(public_run, by, message):

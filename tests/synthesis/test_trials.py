@@ -104,6 +104,12 @@ def test_a_method_that_chooses_nothing_alone_is_refused_at_once(method, tmp_path
         trials.Search("mnist5k", method, 1.0, ("handwritten",), 1, tmp_path, records=50, quick=True, chosen_only=True)
 
 
+def test_a_table_is_not_tuned_on_its_own_private_images(tmp_path):
+    assert trials._usual("digits") == ["swirled"] and trials._usual("mnist5k") == ["swirled", "handwritten"]
+    with pytest.raises(ValueError, match="handwritten is made of the private images of digits"):
+        trials.Search("digits", "DP-LoDA", 1.0, ("swirled", "handwritten"), 1, tmp_path, records=50)
+
+
 def test_settings_are_changed_by_path():
     made = recipe("mnist5k", Variant(quick=True)).only(["DP-LoDA"]).methods[0]
     changed = trials.changed(made, {"tunings.training.timesteps": [100, 800], "public.conditional.steps": 7}, 1.0)

@@ -46,6 +46,7 @@ class ClassQueries(OneRelease):
 
     kind: ClassVar[str] = "queries"
     what: ClassVar[str] = "votes for public classes"
+    must_come_first: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

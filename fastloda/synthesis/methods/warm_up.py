@@ -84,6 +84,9 @@ class OneRelease(metaclass=ABCMeta):  # not the base ABC: it is no dataclass, an
     kind: ClassVar[str]  # its name among several warm-ups, and that of its option
     what: ClassVar[str]  # what is summed, for statements
     released_as: ClassVar[type[ClassSums]] = ClassSums
+    must_come_first: ClassVar[bool] = (
+        False  # whether it needs the public classes, of which others leave only the private ones
+    )
 
     def __post_init__(self):
         if not 0 < self.noise_multiplier < float("inf"):
@@ -146,7 +149,11 @@ class OneRelease(metaclass=ABCMeta):  # not the base ABC: it is no dataclass, an
 
 @dataclass(frozen=True)
 class InTurn:
-    """Several warm-ups in a row, used as one: each trains the model further, on the public images that the previous one left."""
+    """Several warm-ups in a row, used as one: each trains the model further, on the public images that the previous one left.
+
+    Raises:
+        UserError: there is none, or one does not fit its place.
+    """
 
     parts: tuple[OneRelease, ...]
 
@@ -154,6 +161,10 @@ class InTurn:
         kinds = [part.kind for part in self.parts]
         if not kinds or len(set(kinds)) < len(kinds):
             raise UserError(f"several warm-ups must be of different kinds, and at least one, got {listed(kinds)}")
+        if late := [part.kind for part in self.parts[1:] if part.must_come_first]:
+            raise UserError(
+                f"{listed(late)} must come first: the other warm-ups leave only public images of the private classes"
+            )
 
     @property
     def releases(self) -> tuple[Release, ...]:

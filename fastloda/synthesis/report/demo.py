@@ -160,7 +160,7 @@ class Outcome:
             "digits. The table's numbers come from separate runs on the same records; were all "
             f"{len(self.runs)} private runs released, they would be ({rounded_up(self.all_together)}, {delta:g})-"
             "private together.",
-            "No setting was chosen by how well it does on the private or the test digits; how each was chosen stands beside it. "
+            "No setting was chosen by how well it does on the private or the test digits; the report says how each was chosen. "
             "That the public digits are drawn wider than one hand was decided after a look at the picture of the data set in "
             "scikit-learn's documentation; that public digits are chosen by a noisy statistic and moved, the number of synthetic "
             "digits, and that MNIST's stood in for the private ones in the last trials, after accuracies of earlier versions on "

@@ -19,7 +19,7 @@ from fastloda.synthesis.report.plots import sample_grid
 from fastloda.synthesis.report.tables import Table, rounded_up
 from fastloda.synthesis.runs import CONFIG, DONE, SOURCE, digest
 from fastloda.synthesis.samples import SAMPLES
-from fastloda.synthesis.stages.layout import ADAPTER, CHOSEN, EVALUATION, LABELS, LAYERS, PRIVATE
+from fastloda.synthesis.stages.layout import ADAPTER, EVALUATION, PRIVATE
 from fastloda.training.releases import intent_path
 
 logger = logging.getLogger("fastloda")
@@ -136,8 +136,8 @@ def _confidential() -> dict[str, str]:
         f"{PRIVATE}/{CHECKPOINT}": "it holds the secret from which the noise follows",
         f"{PRIVATE}/{intent_path(Path(CHECKPOINT)).name}": "it belongs to the checkpoint",
         f"every {SOURCE}": "says where images are",
-        f"{CONFIG} and {DONE}": f"those of {PRIVATE}/, {CHOSEN}/, {LABELS}/ and {LAYERS}/ may hold paths, and times that depend "
-        "on the images",
+        f"every {CONFIG}": "it holds the seed, if one was given, from which the noise follows",
+        f"every {DONE}": "the time that a stage took depends, a little, on the images",
         EVALUATION: "the promise does not cover its accuracies",
         "the loss and the clipped share": "training shows them to the operator, without noise",
         "the private images": "and their paths, and any file that is not listed as publishable",

@@ -57,8 +57,8 @@ SHARE, BANDS = 0.5, 4  # of the layers, where they are chosen; of steps, where n
 TRIED = (
     "on scikit-learn's handwritten digits and USPS's (docs/results/mnist5k-tuning.md): how images are moved, the scale of the "
     "features, the sampler, the lengths of training, public and private, that twice the learning rate is no better, and all of "
-    "the classifier that labels (its noise and rate at epsilon 5 follow from those at 10). That USPS's stand in, that public "
-    "digits are of handwriting too and lie as MNIST's page says, "
+    "the classifier that labels, except at epsilon 5, where its noise and rate were not tried but follow from those at 10. "
+    "That USPS's stand in, that public digits are of handwriting too and lie as MNIST's page says, "
     "that a classifier may label, and that samples begin at chosen images, was decided after accuracies of earlier versions here "
     "were known; no font was chosen by a trial. The noise of warm-ups, and where trials began, as for the small digits, for "
     "which MNIST's digits stood in at 8 x 8 (docs/results/demo-tuning.md)"

@@ -55,7 +55,8 @@ def choose(
     for public classes (`methods/class_queries.py`) or the mean image of each class (`methods/central_images.py`). Several sums
     are released together and used one after another. Writes chosen/ in the run's folder. `finetune` and `sample` then use its
     model, and the target epsilon of `finetune` covers these releases too, whichever model it adapts. All of chosen/ except
-    source.yaml may be released, on the terms in its privacy.json. If interrupted, it continues; the sums are drawn only once.
+    its .yaml files and done.json may be released, on the terms in its privacy.json. If interrupted, it continues; the sums are
+    drawn only once.
     It must come before `finetune`: if the run is fine-tuned already, use another run.
 
     Args:
@@ -68,7 +69,8 @@ def choose(
         class_map: as in `fastloda finetune`.
         skip_unreadable: whether to leave out the images of a folder that cannot be read, instead of refusing the folder.
         by: the releases to make, in this order, separated by commas: queries, means, choice. The settings of each are below. Only
-            its noise_multiplier determines its cost: epsilon 0.7 for 5, and 0.4 for 8, at delta 1e-5.
+            its noise_multiplier determines its cost: epsilon 0.7 for 5, and 0.4 for 8, at delta 1e-5. `label` and `sample
+            --strength` use the images of the last one: choice, if it is among them.
         queries: settings of the votes for public classes, and of the training that follows.
         means: settings of the central images, and of the training that follows.
         choice: settings of the features by which public images are chosen and moved, and of the training that follows.

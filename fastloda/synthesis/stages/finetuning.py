@@ -59,7 +59,7 @@ def finetune(
     must not. If interrupted, it continues when it is called again, bit for bit, and the budget is spent once. If private/ is
     deleted and the command starts again, the budget is spent again; then both releases count together (`fastloda account
     --composition`). With --layers.share below 1, a noisy sum first determines which layers to adapt. It is drawn once, the
-    same budget covers it, and all of layers/ in the run's folder except source.yaml may be released.
+    same budget covers it, and all of layers/ in the run's folder except its .yaml files and done.json may be released.
 
     Args:
         run: folder of the run.
