@@ -115,15 +115,15 @@ class PrivacyEngine:
                 module; its `cleanup()` ends that. It is for code that checks the module's class, as transformers' Trainer does.
             poisson_sampling, rand_on_empty: arguments of Opacus, accepted at their defaults only.
             bands: the number of consecutive steps over which the noise is correlated, so that much of it cancels
-                (`privacy/correlated.py`). Each record may then enter only one of these steps, with `bands` times the
-                probability, and the accountant counts them as one. Every batch of the loader must make its step. 1: independent
-                noise.
+                (`privacy/correlated.py`). Each record may then enter only one of these steps, drawn at random, with
+                `bands` times the probability, and the accountant counts them as one. Every batch of the loader must make its
+                step. 1: independent noise.
 
         The loss must be the mean (or sum) of one loss per sample, each of which depends on its own sample only. A loss that
         visibly does not is refused by `loss.backward()` (`fastloda.engine.loss_check`).
 
         Where `torch.distributed` is initialised, all ranks call it, with the same data set. They share one Poisson batch per
-        step (record i always belongs to rank i // bands mod the number of ranks), take the same noisy step, and each counts it
+        step (record i always belongs to rank i mod the number of ranks), take the same noisy step, and each counts it
         once: epsilon is that of one process. The batch_size is that of all ranks together; with a DistributedSampler, each
         rank's. Rank 0's parameters are copied to the others. The loop must take equally many steps on all ranks, and its loss
         is the mean over the rank's own share. A module in DistributedDataParallel is unwrapped; the returned one may be wrapped

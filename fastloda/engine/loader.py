@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy.special import bdtrc
-from torch import Generator
+from torch import Generator, Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -30,7 +30,7 @@ from fastloda.errors import PrivacyError, UserError
 from fastloda.privacy.correlated import CorrelatedNoise
 from fastloda.privacy.ranks import World
 from fastloda.randomness import hold, unpredictable_generator
-from fastloda.training.sampling import cyclic_rate, cyclic_sample, largest_share, share
+from fastloda.training.sampling import cyclic_sample, draw_turns, largest_share, share
 
 if TYPE_CHECKING:  # otherwise a circular import
     from fastloda.engine.optimizer import PrivateOptimizer
@@ -42,7 +42,8 @@ class Part(NamedTuple):
     """A part of logical batch number `batch`: all its records or, if `split`, as many as fit; the `last` part ends the batch.
 
     Only the process that drew it, `process`, may use it: a forked child's steps would use its records a second time. With
-    correlated noise only step number `step` may use it, since its records may enter no other step.
+    correlated noise only step number `step` may use it, and only while the records have the `turns` by which it was drawn: its
+    records may enter no other step.
     """
 
     process: int
@@ -51,6 +52,7 @@ class Part(NamedTuple):
     last: bool
     split: bool
     step: int
+    turns: Tensor
 
 
 class Tally:
@@ -59,15 +61,17 @@ class Tally:
     Attributes:
         drawn: the queue.
         noise: the noise of the steps that use the parts; it counts these steps.
+        turns: turns [records] of the records among these steps (`draw_turns`).
     """
 
-    def __init__(self, bands: int = 1):
+    def __init__(self, records: int, bands: int = 1, generator: Generator | None = None):
         self.drawn: deque[Part] = deque()
         self.noise = CorrelatedNoise(bands)
+        self.turns: Tensor = draw_turns(records, bands, generator or unpredictable_generator())
 
     def __reduce__(self):
-        """Make copies empty, since a batch is for one step."""
-        return Tally, (self.noise.bands,)
+        """Make copies empty, since a batch is for one step; their steps begin anew, with turns of their own."""
+        return Tally, (len(self.turns), self.noise.bands)
 
     def take(self, rows: int, sizes: Collection[int] = ()) -> Part:
         """Take off the queue, and return, the part that a step over `rows` samples uses; drop the parts before it as skipped.
@@ -109,9 +113,10 @@ class Tally:
         )
 
     def _check_turn(self, part: Part) -> None:
-        if self.noise.bands > 1 and part.step != self.noise.steps:
+        earlier = "" if part.turns is self.turns else ", drawn before a state was loaded"
+        if self.noise.bands > 1 and (earlier or part.step != self.noise.steps):
             raise PrivacyError(
-                f"this batch is for step {part.step + 1}, and step {self.noise.steps + 1} is the next: with bands="
+                f"this batch is for step {part.step + 1}{earlier}, and step {self.noise.steps + 1} is the next: with bands="
                 f"{self.noise.bands} each batch must make its step, the empty ones included, and in the loader's order, or a "
                 "record could enter two steps whose noise is correlated. A new pass over the loader begins with the right one"
             )
@@ -120,8 +125,8 @@ class Tally:
 class PoissonBatches(Sampler[list[int]]):
     """The sampler of `steps` batches, each of which draws every record with probability `sample_rate`.
 
-    A batch is yielded in parts of up to `max_records` records. With `bands` > 1 the batches are those of the run's steps from
-    number `first` on, each drawn from the records that may enter that step (`cyclic_sample`); `sample_rate` is then the mean
+    A batch is yielded in parts of up to `max_records` records. If noise is correlated, the batches are those of the run's next
+    steps, which the tally counts, each drawn from the records whose turn it is (`cyclic_sample`); `sample_rate` is then the mean
     over the steps.
 
     On rank `rank` of `ranks` it yields the rank's share of such batches, each in as many parts as the largest share needs. All
@@ -131,29 +136,33 @@ class PoissonBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        records: int,
+        tally: Tally,
         sample_rate: float,
         steps: int,
         generator: Generator,
         max_records: int | None = None,
         rank: int = 0,
         ranks: int = 1,
-        bands: int = 1,
     ):
-        self.records, self.sample_rate, self.steps = records, sample_rate, steps
+        self.tally, self.sample_rate, self.steps = tally, sample_rate, steps
         self.generator, self.max_records = hold(generator), max_records
-        self.rank, self.ranks, self.bands, self.first = rank, ranks, bands, 0
+        self.rank, self.ranks = rank, ranks
         self.parts: deque[Part] = deque()
 
-    def drawn_by(self, generator: Generator, bands: int, max_records: int | None = None) -> "PoissonBatches":
+    @property
+    def records(self) -> int:
+        """The number of records."""
+        return len(self.tally.turns)
+
+    def drawn_by(self, generator: Generator, tally: Tally, max_records: int | None = None) -> "PoissonBatches":
         """Make a sampler of as many batches at the same rate, drawn by another generator or in other parts."""
-        place = self.rank, self.ranks, bands
-        return PoissonBatches(self.records, self.sample_rate, self.steps, generator, max_records, *place)
+        return PoissonBatches(tally, self.sample_rate, self.steps, generator, max_records, self.rank, self.ranks)
 
     def divide(self, world: World) -> None:
-        """Divide the batches that rank 0's generator draws among the ranks of a world; this is a collective."""
+        """Divide the batches that rank 0's generator and turns determine among the ranks of a world; this is a collective."""
         self.rank, self.ranks = world.rank, world.size
         self.generator.set_state(world.from_first(self.generator.get_state))
+        self.tally.turns = world.from_first(lambda: self.tally.turns)
 
     def __getstate__(self) -> dict:
         """Leave out the generator: two runs on equal batches would reveal more than is accounted, so a copy draws its own."""
@@ -166,23 +175,24 @@ class PoissonBatches(Sampler[list[int]]):
         """Return the number of steps, or the expected number of physical batches where batches are split."""
         if not self.max_records:
             return self.steps
-        share = math.ceil(self.records / self.bands / self.ranks)
+        share = math.ceil(self.records / self.ranks)
         full = self.max_records * np.arange(1, math.ceil(share / self.max_records))  # records of 1, 2, ... full parts
-        return math.ceil(self.steps * (1 + bdtrc(full, share, cyclic_rate(self.sample_rate, self.bands)).sum()))
+        return math.ceil(self.steps * (1 + bdtrc(full, share, self.sample_rate).sum()))
 
     def __iter__(self) -> Iterator[list[int]]:
         self.parts = deque()  # a new queue for this pass over the data: an older iterator keeps its own
-        return self._draw(self.parts, self.first)
+        return self._draw(self.parts, self.tally.noise.steps)
 
     def _draw(self, parts: deque[Part], first: int) -> Iterator[list[int]]:
         for step in range(first, first + self.steps):
-            indices = cyclic_sample(self.records, self.sample_rate, step, self.bands, self.generator)
-            largest = largest_share(indices, self.ranks, self.bands)
+            turns, bands = self.tally.turns, self.tally.noise.bands
+            indices = cyclic_sample(turns, self.sample_rate, step, bands, self.generator)
+            largest = largest_share(indices, self.ranks)
             count = math.ceil(largest / self.max_records) if self.max_records else 1
-            chunks = share(indices, self.rank, self.ranks, self.bands).tensor_split(max(1, count))
+            chunks = share(indices, self.rank, self.ranks).tensor_split(max(1, count))
             batch = (os.getpid(), next(_batch_numbers))
             for i, chunk in enumerate(chunks):
-                parts.append(Part(*batch, len(chunk), i == len(chunks) - 1, self.max_records is not None, step))
+                parts.append(Part(*batch, len(chunk), i == len(chunks) - 1, self.max_records is not None, step, turns))
                 yield chunk.tolist()
 
 
@@ -200,8 +210,8 @@ class PoissonLoader(DataLoader):
     batch_sampler: PoissonBatches
     _is_accelerate_prepared = True  # so that accelerate's prepare leaves it as it is
 
-    def __init__(self, source: DataLoader, batches: PoissonBatches, collate: Callable, tally: Tally):
-        self.sample_rate, self.tally = batches.sample_rate, tally
+    def __init__(self, source: DataLoader, batches: PoissonBatches, collate: Callable):
+        self.sample_rate, self.tally = batches.sample_rate, batches.tally
         names = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator")
         names += ("prefetch_factor", "persistent_workers")
         kept = {name: getattr(source, name) for name in names}
@@ -221,12 +231,13 @@ class PoissonLoader(DataLoader):
             TypeError, ValueError: the source samples in a way that Poisson batches can't replace, or would replace silently.
         """
         generator = getattr(source, "generator", None) if repeatable else None
-        generator, tally = generator or unpredictable_generator(), Tally(bands)
+        generator = generator or unpredictable_generator()
         if isinstance(source, PoissonLoader):
-            return cls(source, source.batch_sampler.drawn_by(generator, bands), source.collate_fn, tally)
-        records = _check_uniform(source, ranks)
-        batches = PoissonBatches(records, 1 / len(source), len(source), generator, bands=bands)
-        return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset), tally)
+            tally = Tally(source.batch_sampler.records, bands, generator)
+            return cls(source, source.batch_sampler.drawn_by(generator, tally), source.collate_fn)
+        tally = Tally(_check_uniform(source, ranks), bands, generator)
+        batches = PoissonBatches(tally, 1 / len(source), len(source), generator)
+        return cls(source, batches, CollateOrEmpty(source.collate_fn, source.dataset))
 
     def facts(self) -> dict[str, object]:
         """List what decides which record may enter which step on which rank: the same on all ranks and when a run resumes."""
@@ -240,13 +251,10 @@ class PoissonLoader(DataLoader):
     def split(self, max_records: int) -> "PoissonLoader":
         """Make a loader of the same batches, each in parts of up to max_records."""
         whole = self.batch_sampler
-        return PoissonLoader(
-            self, whole.drawn_by(whole.generator, whole.bands, max_records), self.collate_fn, self.tally
-        )
+        return PoissonLoader(self, whole.drawn_by(whole.generator, self.tally, max_records), self.collate_fn)
 
     def __iter__(self) -> Any:  # a generator, where a DataLoader promises a class of its own
         self.tally.drawn.clear()  # what an earlier pass left unused
-        self.batch_sampler.first = self.tally.noise.steps
         iterator = super().__iter__()
         parts = self.batch_sampler.parts
         for batch in iterator:

@@ -81,9 +81,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
     was spent. A copy, pickled or not, continues with the same account, and draws its own noise even if a generator was given:
     two runs with the same noise would reveal the difference of their sums.
 
-    With correlated noise `state_dict()` also contains the noise of the last steps, on rank 0 only, and a new optimizer that
-    loads it continues in the middle of the cycle. Keep such a state as secret as the noise, and continue from it only once. An
-    optimizer that has taken steps continues with its own noise, whatever it loads; a copy starts without past noise.
+    With correlated noise `state_dict()` also contains the records' turns and, on rank 0 only, the noise of the last steps, and a
+    new optimizer that loads it continues in the middle of the cycle. Keep such a state as secret as the noise, and continue from
+    it only once. An optimizer that has taken steps continues with its own noise, whatever it loads; a copy starts without past
+    noise.
 
     Attributes:
         original_optimizer: the wrapped optimizer.
@@ -301,7 +302,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if noise.bands == 1 or not noise.steps:
             return {}
         parameters = trainable_parameters(Members.of(self._module))
-        return {NOISE: {"run": self._run, "paid": self._paid, "steps": noise.steps, "past": noise.state(parameters)}}
+        place = {"run": self._run, "paid": self._paid, "steps": noise.steps, "turns": self.tally.turns}
+        return {NOISE: place | {"past": noise.state(parameters)}}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load the wrapped optimizer's state, add its account to this one's, and continue from its adaptive clipping bound.
@@ -327,7 +329,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self.accountant.load_state_dict(privacy["accountant"])
             if (saved := privacy.get(NOISE)) and not self.tally.noise.steps:
                 self.tally.noise.load(saved["past"], saved["steps"], trainable_parameters(Members.of(self._module)))
-                self._paid = saved["paid"]
+                self._paid, self.tally.turns = saved["paid"], saved["turns"]
             if isinstance(self.clipping, AdaptiveClipping):
                 self.max_grad_norm = privacy["max_grad_norm"]
         for group in self.param_groups:
@@ -350,13 +352,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 raise UserError(f"malformed privacy record in the optimizer's state: {error!r}") from error
         return found
 
-    def _check_noise(self, run: dict, paid: float, steps: int, past: list[dict[str, Tensor]]) -> None:
+    def _check_noise(self, run: dict, paid: float, steps: int, turns: Tensor, past: list[dict[str, Tensor]]) -> None:
         """Refuse to continue from the noise of another run, or from noise that lacks steps which the next one needs."""
         check_noise(paid)
         last = min(check_steps(steps, least=1), self.tally.noise.bands - 1)
         here = {name: p.shape for name, p in trainable_parameters(Members.of(self._module)).items()}
         alike = all({name: noise.shape for name, noise in each.items()} == here for each in past)
         different = [name for name, fact in self._run.items() if run[name] != fact] + ["the parameters"] * (not alike)
+        different += ["the records' turns"] * (turns.shape != self.tally.turns.shape)
         if different:
             raise UserError(f"the state's noise is of a run that differs in {', '.join(different)}: {OTHER_NOISE}")
         if self._world.first and paid and len(past) != last:

@@ -4,8 +4,8 @@ Banded matrix factorisation (Choquette-Choo et al. 2023, "(Amplified) banded mat
 C y = z for independent noise z, where C [steps, steps] is lower triangular with `bands` diagonals. The release is then
 C^-1 (C G + z) for the clipped sums G. If a record enters at most one of any `bands` consecutive steps, the sets of rows of C G
 that it changes in different steps do not overlap, and each step changes them by its clipped gradient times a column of C, whose
-norm is at most 1. So the privacy is that of ceil(steps / bands) sums with independent noise; `training/sampling.py` draws such
-batches.
+norm is at most 1. So the privacy is that of ceil(steps / bands) sums with independent noise. `training/sampling.py` draws such
+batches: each record has a turn of its own, drawn at random, so that one record more or less changes no other record's steps.
 """
 
 import math

@@ -30,7 +30,8 @@ logger = logging.getLogger("fastloda")
 STATEMENT, EPSILON_CURVE, CHECKPOINT = "privacy.json", "epsilon.png", "checkpoint.pt"
 ADJACENCY, SAMPLER = "add/remove one record", "Poisson"
 CYCLIC = (
-    "Poisson, of every {0}-th record in turn; noise correlated over {0} steps (banded square root), which count as one"
+    "Poisson, of the records of one of {0} random groups in turn; noise correlated over {0} steps (banded square root), which "
+    "count as one"
 )
 OWNER_ADJACENCY = "add/remove one owner with all records"
 CURVE_POINTS = 40

@@ -35,7 +35,7 @@ from fastloda.training.optimizers import (
 )
 from fastloda.training.posthoc import Snapshots
 from fastloda.training.releases import Releases
-from fastloda.training.sampling import cyclic_sample
+from fastloda.training.sampling import cyclic_sample, draw_turns
 from fastloda.training.settings import PrivateTraining
 
 CURVE_POINTS = 64  # points of the epsilon curve shown while training; between them the next larger value is shown
@@ -57,6 +57,7 @@ class RunState:
         optimizer, scheduler, average, snapshots: objects that training changes beside the clipper's parameters.
         accountant: accountant of the steps taken.
         secret: secret from which each step's batch and noise follow; the same on all ranks.
+        turns: turns of the units, if noise is correlated over steps (`draw_turns`); a forked child keeps them.
         generators: generators that the losses draw from; each rank has its own.
         checkpoint: file to save to; None saves nothing.
         facts: facts beside the settings that must be the same on all ranks, and when the run resumes.
@@ -91,6 +92,7 @@ class RunState:
         self.accountant = settings.accountant()
         self.device = next(iter(self.parameters.values())).device
         self.secret = self._new_secret()
+        self.turns = draw_turns(self.units, settings.bands, self.secret.generator("turns"))
         self.generators = {"losses": self._losses_stream("")}
         self.fingerprint = fingerprint(clipper.model)
 
@@ -125,7 +127,7 @@ class RunState:
     def batch(self) -> Tensor:
         """Draw the indices of the next step's Poisson batch of units, the same on all ranks and at each call."""
         s = self.settings
-        return cyclic_sample(self.units, s.sample_rate, self.step, s.bands, self.stream("batch"))
+        return cyclic_sample(self.turns, s.sample_rate, self.step, s.bands, self.stream("batch"))
 
     def stream(self, name: str) -> Generator:
         """Make the generator of that name for the next step, in the same state at each call and on all ranks."""
@@ -201,6 +203,7 @@ class RunState:
             "accountant": self.accountant.state_dict(),
             "max_grad_norm": self.clipper.max_grad_norm,
             "noise": self.world.from_first(lambda: self.clipper.noise.state(self.parameters)),
+            "turns": self.turns if self.settings.bands > 1 else None,
             "parameters": {name: p.detach().clone() for name, p in self.parameters.items()},
             "average": dict(self.average.values),
             "snapshots": self.snapshots.state(),
@@ -222,6 +225,8 @@ class RunState:
         self.accountant.load_state_dict(state["accountant"])
         self.clipper.max_grad_norm = state["max_grad_norm"]
         self.clipper.noise.load(state["noise"], self.step, self.parameters)
+        if state["turns"] is not None:
+            self.turns = state["turns"]
         copy_into(self.parameters, state["parameters"])
         self.average.load(state["average"])
         self.snapshots.load(state.get("snapshots", {}))
@@ -254,6 +259,8 @@ class RunState:
                 self.clipper.noise.forget()
                 warnings.warn(f"{gone}; batches and noise start anew", stacklevel=4)
         elif self.step < last and (settings.secure_noise or settings.seed is None and not resumes):
+            if not resumes:  # turns are drawn anew, and a record may have another one now: whole rounds are charged
+                last = -(-last // settings.bands) * settings.bands
             self.charge(last, "may have been released after the last checkpoint, with noise that can't be repeated")
 
     def _new_secret(self) -> Secret:

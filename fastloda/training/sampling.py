@@ -31,27 +31,35 @@ def cyclic_rate(sample_rate: float, bands: int) -> float:
     return sample_rate * bands
 
 
-def cyclic_sample(records: int, sample_rate: float, step: int, bands: int, generator: Generator) -> Tensor:
-    """Draw a Poisson sample of those records that may enter this step: record i enters steps i mod bands only.
+def draw_turns(records: int, bands: int, generator: Generator) -> Tensor:
+    """Draw each record's turn [records], 0 .. bands - 1: it may enter the steps t with t mod bands = turn only.
+
+    The turns are independent of each other, uniform, and kept for the whole run. So one record more or less does not change in
+    which steps the others take part, as it would if turns followed from the records' order.
+    """
+    if bands == 1:  # nothing is drawn
+        return torch.zeros(records, dtype=torch.long)
+    return torch.randint(bands, (records,), generator=generator)
+
+
+def cyclic_sample(turns: Tensor, sample_rate: float, step: int, bands: int, generator: Generator) -> Tensor:
+    """Draw a Poisson sample of the records whose turn it is in this step, as ascending indices.
 
     `sample_rate` is the mean over all steps; those that may enter do so with the `cyclic_rate` (Choquette-Choo et al. 2023,
     b-min-sep sampling by b-cyclic Poisson batches).
     """
-    may_enter = torch.arange(step % bands, records, bands)
+    may_enter = (turns == step % bands).nonzero().flatten()
     return may_enter[poisson_sample(len(may_enter), cyclic_rate(sample_rate, bands), generator)]
 
 
-def share(indices: Tensor, rank: int, ranks: int, bands: int = 1) -> Tensor:
-    """Select the indices of one rank's records, or owners, so that none is ever on two ranks.
-
-    Those that may enter a step, of which there is one in `bands`, are dealt to the ranks in turn.
-    """
-    return indices[indices // bands % ranks == rank]
+def share(indices: Tensor, rank: int, ranks: int) -> Tensor:
+    """Select the indices of one rank's records, or owners, so that none is ever on two ranks."""
+    return indices[indices % ranks == rank]
 
 
-def largest_share(indices: Tensor, ranks: int, bands: int = 1) -> int:
+def largest_share(indices: Tensor, ranks: int) -> int:
     """Count the records of the rank that has most of them."""
-    return int(torch.bincount(indices // bands % ranks, minlength=ranks).max())
+    return int(torch.bincount(indices % ranks, minlength=ranks).max())
 
 
 def micro_batches(

@@ -63,7 +63,7 @@ class DPTrainer:
 
     Where `torch.distributed` is initialised, all ranks train one model (`fastloda.privacy.ranks`): construct it, and call `fit`,
     `train_step`, `save` and `state_dict`, on all of them. Each step's batch is one Poisson sample of all records (or owners), the
-    same on any number of ranks; the i-th is trained on by rank i // bands mod their number, with random losses of its own.
+    same on any number of ranks; the i-th is trained on by rank i mod their number, with random losses of its own.
     Rank 0's trainable parameters are copied to the others at the start; rank 0 adds the noise, shows the bar, and reads and
     writes the checkpoint. With as many ranks as wrote it, a run resumes bit for bit; with another number the losses are drawn
     anew.
@@ -351,9 +351,9 @@ class DPTrainer:
         """Accumulate the clipped sum of this rank's share of the sampled records."""
         settings, world = self.settings, self.world
         sharded = hand_back_shards(self.model)
-        largest = largest_share(indices, world.size, settings.bands)
+        largest = largest_share(indices, world.size)
         together = math.ceil(largest / settings.micro_batch_size) if sharded else 0
-        own = share(indices, world.rank, world.size, settings.bands)
+        own = share(indices, world.rank, world.size)
         parts = list(micro_batches(own, settings.micro_batch_size, settings.fixed_shape, at_least=together))
         before = generator_states(self.run.generators)
         try:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from fastloda import BatchMemoryManager, PrivacyAccountant, PrivacyEngine, PrivacyError, calibrate_noise
 from fastloda.accounting.history import HistoryAccountant
-from fastloda.engine.loader import PoissonBatches
+from fastloda.engine.loader import PoissonBatches, Tally
 from fastloda.privacy.adaptive import AdaptiveClipping
 
 MOST = 24  # the largest number of steps in a test
@@ -141,7 +141,8 @@ def test_the_noise_is_the_strategys():
         take_steps(made, 3, 2, log, False)
     added = torch.stack([noise for _, noise in log])[:, : len(log)]
     assert torch.allclose(strategy(3, len(log)) @ added, torch.eye(len(log)).double(), atol=1e-6)
-    assert [{number % 3 for number in entered} <= {step % 3} for step, (entered, _) in enumerate(log)] == [True] * 10
+    turns = made[2].tally.turns
+    assert [(turns[entered] == step % 3).all() for step, (entered, _) in enumerate(log)] == [True] * 10
 
 
 def test_the_covariance_of_the_noise():
@@ -238,7 +239,7 @@ def test_a_loop_resumes_bit_for_bit(how, taken, tmp_path):
     if how == "loaded before":
         plain = torch.optim.SGD((model := small_net()).parameters(), lr=0.1)
         plain.load_state_dict(saved["optimizer_state_dict"])
-        loader = DataLoader(TensorDataset(*records()), batch_size=4, generator=Generator())
+        loader = DataLoader(TensorDataset(*records()), batch_size=4, generator=Generator().manual_seed(11))
         other = again.make_private(
             model, plain, loader, noise_multiplier=1.0, max_grad_norm=0.5, bands=3, noise_generator=Generator()
         )
@@ -287,7 +288,53 @@ def test_adaptive_clipping_goes_along():
     assert made[1].max_grad_norm != 0.1 and len(made[1].accountant) == 2
 
 
+def test_the_records_turns_go_along():
+    """A new optimizer takes them over, and a copy, whose steps are counted anew, has its own."""
+    made, _ = repeatable()
+    train(*made, steps=4)
+    turns, state = made[2].tally.turns, written(made[1].state_dict())
+    again = resumed(state)
+    assert torch.equal(again[2].tally.turns, turns) and len(turns.unique()) == 3
+    assert again[2].split(3).tally is again[2].tally is again[1].tally
+    assert not torch.equal(copy.deepcopy(made)[2].tally.turns, turns)
+
+
+def test_one_record_more_changes_no_other_records_steps():
+    """Turns that followed from the records' order would leave the same records, of one sign, to every second step."""
+    totals = []
+    for _ in range(300):
+        loader = DataLoader(TensorDataset(torch.tensor([1.0, -1.0] * 20)), batch_size=20)
+        model = nn.Linear(1, 1)
+        made = PrivacyEngine().make_private(
+            model, torch.optim.SGD(model.parameters(), lr=0.0), loader, noise_multiplier=1.0, max_grad_norm=1.0, bands=2
+        )
+        (first,) = next(iter(made[2]))
+        totals.append(first.sum())
+    totals = torch.stack(totals)
+    assert totals.abs().max() > 1 and totals.mean().abs() < 5 * totals.std() / math.sqrt(len(totals))
+
+
 # ---- what is refused
+
+
+def test_a_batch_drawn_before_a_state_was_loaded():
+    made, _ = repeatable()
+    train(*made, steps=4)
+    state = written(made[1].state_dict())
+    fresh = resumed(without_noise(state))
+    batches = iter(fresh[2])
+    for _ in range(4):
+        next(batches)
+    fresh[2].tally.drawn.clear()
+    x, y = next(batches)
+    fresh[1].load_state_dict(state)
+    F.cross_entropy(fresh[0](x), y).backward()
+    with pytest.raises(
+        PrivacyError, match="this batch is for step 5, drawn before a state was loaded, and step 5 is the"
+    ):
+        fresh[1].step()
+    fresh[1].zero_grad()
+    train(*fresh, steps=1)
 
 
 def test_batches_that_make_no_step():
@@ -361,6 +408,19 @@ def resumed(state, model=None, data=None, **options):
     return made
 
 
+def without_noise(state):
+    state = copy.deepcopy(state)
+    del state["param_groups"][0]["privacy"]["noise"]
+    return state
+
+
+def of_other_turns(state):
+    state = copy.deepcopy(state)
+    noise = state["param_groups"][0]["privacy"]["noise"]
+    noise["turns"] = noise["turns"][1:]
+    return state
+
+
 def of_other_noise(state):
     state = copy.deepcopy(state)
     for past in state["param_groups"][0]["privacy"]["noise"]["past"]:
@@ -381,6 +441,8 @@ OTHERS = {
         "differs in the Subset's records",
     ),
     "other parameters": (lambda state: resumed(of_other_noise(state)), "differs in the parameters"),
+    "other turns": (lambda state: resumed(of_other_turns(state)), "differs in the records' turns"),
+    "no turns": (lambda state: resumed(without(state, "turns", None)), "malformed privacy record"),
     "without the noise": (
         lambda state: resumed(without(state, "past", [])),
         "lacks the noise of the last steps, which rank 0 alone saves",
@@ -408,9 +470,7 @@ def test_a_state_of_another_run(name):
 def test_a_run_may_begin_anew_with_its_account():
     made, _ = repeatable()
     train(*made, steps=4)
-    state = written(made[1].state_dict())
-    del state["param_groups"][0]["privacy"]["noise"]
-    again = resumed(state, batch_size=3, bands=2)
+    again = resumed(without_noise(written(made[1].state_dict())), batch_size=3, bands=2)
     train(*again, steps=1)
     assert sorted(again[1].accountant.history) == [(1.0, 0.25, 1), (1.0, 0.5, 2)]
 
@@ -438,6 +498,7 @@ def test_a_model_that_changes_between_steps():
 
 
 def test_the_length_is_the_expected_number_of_parts():
-    sampler = PoissonBatches(60, 0.1, 200, Generator().manual_seed(0), 3, bands=5)
+    generator = Generator().manual_seed(0)
+    sampler = PoissonBatches(Tally(60, 5, generator), 0.1, 200, generator, 3)
     found = sum(1 for _ in sampler)
     assert abs(found / len(sampler) - 1) < 0.05

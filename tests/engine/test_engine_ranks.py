@@ -169,12 +169,12 @@ def correlated(rank, folder):
 def test_correlated_noise(two_ranks):
     mine, theirs = two_ranks("correlated")
     model, optimizer, loader = made(noise=1.0, bands=BANDS)
-    whole = run(model, optimizer, loader, passes=2)
+    turns, whole = loader.tally.turns, run(model, optimizer, loader, passes=2)
     for at, wanted in enumerate([whole[:3], whole[3:], whole[3:]]):
         for one, first, second in zip(wanted, mine[at], theirs[at], strict=True):
             entered = sorted(one[0])
-            assert entered == sorted(first[0] + second[0]) and len({number % BANDS for number in entered}) == 1
-            assert all(number // BANDS % RANKS == rank for rank in (0, 1) for number in (first, second)[rank][0])
+            assert entered == sorted(first[0] + second[0]) and len(turns[entered].unique()) == 1
+            assert all(number % RANKS == rank for rank in (0, 1) for number in (first, second)[rank][0])
             for g, a, b in zip(one[1], first[1], second[1]):
                 torch.testing.assert_close(a, g, rtol=1e-9, atol=1e-12)
                 assert torch.equal(a, b)

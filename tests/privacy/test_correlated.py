@@ -19,7 +19,7 @@ from fastloda.accounting.rdp import rdp_epsilon
 from fastloda.privacy.correlated import CorrelatedNoise, square_root
 from fastloda.synthesis.budget import Privacy, privacy_statement
 from fastloda.training.checkpoint import CheckpointError
-from fastloda.training.sampling import cyclic_sample
+from fastloda.training.sampling import cyclic_sample, draw_turns
 
 CORRELATED = dataclasses.replace(SETTINGS, bands=4)
 
@@ -81,15 +81,54 @@ def test_one_record_moves_the_released_sums_as_it_moves_independent_ones(data, b
 def test_a_record_enters_its_own_steps_only_and_as_often_as_it_should():
     records, bands, steps, rate = 40, 4, 8000, 0.05
     generator = torch.Generator().manual_seed(0)
+    turns = draw_turns(records, bands, generator)
     seen = torch.zeros(steps, records)
     for step in range(steps):
-        seen[step, cyclic_sample(records, rate, step, bands, generator)] = 1
-    may = torch.arange(steps)[:, None] % bands == torch.arange(records) % bands
+        seen[step, cyclic_sample(turns, rate, step, bands, generator)] = 1
+    may = torch.arange(steps)[:, None] % bands == turns
     assert not seen[~may].any()
     deviation = math.sqrt(rate * bands * (1 - rate * bands) / (steps / bands))
     assert (seen.view(steps, records).sum(0) * bands / steps - rate * bands).abs().max() < 5 * deviation
-    pairs = torch.corrcoef(seen[::bands].T[::bands])  # records of one group are drawn independently
+    pairs = torch.corrcoef(seen[::bands].T[turns == 0])  # records of one group are drawn independently
     assert (pairs - torch.eye(len(pairs))).abs().max() < 6 / math.sqrt(steps / bands)
+
+
+def test_one_record_more_changes_no_other_records_steps():
+    """Turns are independent and uniform, so that those of the others are as likely with a record more: adding it is all it does.
+
+    Turns that followed from the records' order would shift all later records by a step.
+    """
+    drawn = [trainer(dataclasses.replace(CORRELATED, seed=None)).run for _ in range(40)]
+    turns = torch.stack([run.turns for run in drawn]).double()
+    counts = torch.stack([(turns == turn).double().mean() for turn in range(4)])
+    assert (counts - 1 / 4).abs().max() < 5 * math.sqrt(3 / 16 / turns.numel())
+    pairs = torch.corrcoef(turns.T)
+    assert (pairs - torch.eye(len(pairs))).abs().max() < 6 / math.sqrt(len(drawn))
+    for run in drawn[:5]:
+        assert (run.turns[run.batch()] == 0).all()
+
+
+def test_turns_are_kept_for_the_whole_run(tmp_path):
+    """They survive a resume, also where secure noise has other secrets by then."""
+    for secure in (False, True):
+        options = {"settings": dataclasses.replace(CORRELATED, seed=None, secure_noise=secure)}
+        first = trainer(**options, checkpoint=tmp_path / f"{secure}.pt")
+        first.train_step()
+        first.save()
+        again = trainer(**options, checkpoint=tmp_path / f"{secure}.pt")
+        assert torch.equal(again.run.turns, first.run.turns)
+        again.train_step()
+        assert (again.run.turns[again.run.batch()] == 2).all()
+
+
+def test_turns_that_are_drawn_anew_begin_with_a_round_of_their_own(tmp_path):
+    """Else a record whose turn came before the interruption could have it again in the round that was paid for once."""
+    settings, path = dataclasses.replace(CORRELATED, seed=None), tmp_path / "run.pt"
+    trainer(settings, checkpoint=path).train_step()  # killed before it is saved
+    path.unlink(missing_ok=True)
+    with pytest.warns(UserWarning, match="4 steps may have been released"):
+        again = trainer(settings, checkpoint=path)
+    assert again.step == 4 and again.run.accountant.mechanism(5).steps == 2
 
 
 def test_steps_count_by_rounds():
@@ -198,7 +237,7 @@ def test_the_statement_counts_rounds():
     statement = privacy_statement(made, Privacy(10.0, 1e-5, batch_size=12, records=60))
     (own,) = statement["releases"]
     assert (own["sample_rate"], own["noise_multiplier"], own["steps"]) == (0.8, 1.0, 2)
-    assert statement["bands"] == 4 and "every 4-th record in turn" in statement["sampler"]
+    assert statement["bands"] == 4 and "of one of 4 random groups in turn" in statement["sampler"]
     assert statement["epsilon"] == compose_epsilon([(0.8, 1.0, 2)], 1e-5)
 
 

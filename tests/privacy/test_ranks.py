@@ -36,7 +36,7 @@ from fastloda import (
 )
 from fastloda.privacy.ranks import World, replicate
 from fastloda.training.checkpoint import CheckpointError, fingerprint
-from fastloda.training.sampling import cyclic_sample, largest_share, micro_batches, poisson_sample, share
+from fastloda.training.sampling import largest_share, micro_batches, poisson_sample, share
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 SETTINGS = PrivateTraining(
@@ -738,15 +738,6 @@ def test_one_process_alone_is_a_world():
     assert torch.equal(world.sum(tensors["a"]), torch.ones(3))
     world.check_same({"a": 1})
     replicate(small_model())
-
-
-@pytest.mark.parametrize("ranks, bands", [(2, 2), (3, 6), (4, 2)])
-def test_those_who_may_enter_a_step_are_spread_over_the_ranks(ranks, bands):
-    for step in range(bands):
-        may_enter = cyclic_sample(72, 1 / bands, step, bands, torch.Generator())
-        shares = [share(may_enter, rank, ranks, bands) for rank in range(ranks)]
-        assert torch.equal(torch.cat(shares).sort().values, torch.arange(step, 72, bands))
-        assert {len(mine) for mine in shares} == {72 // bands // ranks} == {largest_share(may_enter, ranks, bands)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
