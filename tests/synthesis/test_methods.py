@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from fastloda.accounting.compose import compose_epsilon
+from fastloda.privacy.noise import noise_of
+from fastloda.privacy.noise_stream import NoiseStream
+from fastloda.randomness import Secret
 from fastloda.synthesis.classify import accuracy, train_classifier
 from fastloda.synthesis.data import ByteImages, LabelledImages, digits_split, font_digits, font_styles
 from fastloda.synthesis.diffusion import DDPM, digits_unet
@@ -455,6 +458,14 @@ def test_released_sums_are_the_sums_and_carry_the_stated_noise():
         [release_class_sums("x", features[:2], labels[:2], 50, 3.0, noise_stream(s))[0] for s in range(100)]
     )
     assert draws[:, 2:].std() == pytest.approx(3.0, rel=0.02)
+
+
+def test_the_noise_of_releases_is_no_generator_whose_state_its_numbers_show():
+    """PyTorch's generator on the CPU is linear: who knows all records but one knows enough of its numbers."""
+    drawn = [noise_stream(seed).normal(torch.Size([4])) for seed in (None, None, 0, 1, 0)]
+    assert all(isinstance(noise_stream(seed), NoiseStream) for seed in (None, 0))
+    assert len({tuple(d.tolist()) for d in drawn}) == 4 and torch.equal(drawn[2], drawn[4])
+    assert not torch.equal(noise_of(Secret.of_seed(0), torch.device("cpu")).normal(torch.Size([4])), drawn[2])
 
 
 @pytest.mark.parametrize("shares", [(1.0,), (0.6, 0.3, 0.1), (0.5, 0.5)])

@@ -14,9 +14,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fastloda.errors import UserError
+from fastloda.privacy.noise import NoiseSource
 from fastloda.synthesis.classify.augment import jitter
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion import TIMESTEPS, Process, UNet
@@ -67,7 +68,7 @@ class CentralImages(OneRelease):
             raise UserError(f"means needs drawn >= 1, sharpening >= 0 and 0 <= first < end <= {TIMESTEPS}; got {self}")
 
     def sums(
-        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: Generator
+        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: NoiseSource
     ) -> CentredSums:
         """Release the noisy sum of each class's images, as differences from the public mean that are shortened to norm 1.
 

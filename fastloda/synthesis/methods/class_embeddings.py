@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fastloda.errors import UserError
+from fastloda.privacy.noise import NoiseSource
 from fastloda.synthesis.data import LabelledImages
 
 from .base import Release
@@ -38,12 +39,12 @@ class ClassEmbeddings(ClassSums):
 
 
 def release_class_embeddings(
-    private: LabelledImages, frequencies: Tensor, noise_multiplier: float, records: int, generator: Generator
+    private: LabelledImages, frequencies: Tensor, noise_multiplier: float, records: int, noise: NoiseSource
 ) -> tuple[ClassEmbeddings, Release]:
     """Release noisy sums of sensitivity 1, and describe the release; noise_multiplier is the noise's standard deviation."""
     embeddings = fourier_features(private.images[:], frequencies)
     what = (WHAT, embeddings, private.labels, private.num_classes)
-    sums, release = release_class_sums(*what, noise_multiplier, generator)
+    sums, release = release_class_sums(*what, noise_multiplier, noise)
     return ClassEmbeddings(sums, noise_multiplier, records, frequencies), release
 
 

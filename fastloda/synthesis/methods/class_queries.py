@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Generator
 
 from fastloda.errors import UserError
+from fastloda.privacy.noise import NoiseSource
 from fastloda.synthesis.classify import train_classifier
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
@@ -64,7 +64,7 @@ class ClassQueries(OneRelease):
         return public
 
     def sums(
-        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: Generator
+        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: NoiseSource
     ) -> ClassSums:
         """Release the noisy votes of each class, [private classes, public classes].
 

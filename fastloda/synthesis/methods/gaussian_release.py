@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fastloda.accounting.calibrate import calibrate_noise
 from fastloda.errors import UserError
-from fastloda.privacy.noise import gaussian
-from fastloda.randomness import make_generators
+from fastloda.privacy.noise import NoiseSource, gaussian, noise_of
+from fastloda.randomness import Secret
 from fastloda.synthesis.data import ByteImages
 
 from .base import Budget, Release
@@ -56,13 +56,13 @@ class ClassSums:
         return self.records / len(self.sums)
 
 
-def noise_stream(seed: int | None) -> Generator:
-    """Make the generator of a release's noise, seeded by the operating system if seed is None."""
-    return make_generators({"release": "cpu"}, seed)["release"]
+def noise_stream(seed: int | None) -> NoiseSource:
+    """Make the source of a release's noise, seeded by the operating system if seed is None."""
+    return noise_of(Secret(Secret.of_seed(seed).digest("release")), torch.device("cpu"))
 
 
 def release_class_sums(
-    what: str, features: Tensor, labels: Tensor, num_classes: int, noise_multiplier: float, generator: Generator
+    what: str, features: Tensor, labels: Tensor, num_classes: int, noise_multiplier: float, noise: NoiseSource
 ) -> tuple[Tensor, Release]:
     """Release the sum of each class's features, [num_classes, d] float64, plus N(0, noise_multiplier^2).
 
@@ -73,9 +73,7 @@ def release_class_sums(
     norms = features.norm(dim=1, keepdim=True)
     bounded = (features / norms.clamp(min=1.0)).where(norms.isfinite(), 0.0)
     sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, bounded)
-    return sums + gaussian(sums.shape, noise_multiplier, sums.device, generator), Release(
-        what, 1.0, noise_multiplier, 1
-    )
+    return sums + gaussian(sums.shape, noise_multiplier, sums.device, noise), Release(what, 1.0, noise_multiplier, 1)
 
 
 @torch.no_grad()

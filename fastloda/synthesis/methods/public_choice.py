@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fastloda.errors import UserError
+from fastloda.privacy.noise import NoiseSource
 from fastloda.synthesis.data import LabelledImages
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 
@@ -74,7 +75,7 @@ class PublicChoice(OneRelease):
         return random_frequencies(pool, self.features, self.scale, seed)
 
     def sums(
-        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: Generator
+        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: NoiseSource
     ) -> ClassEmbeddings:
         """Release the noisy sum of each class's random features: phi has norm 1, so that the sensitivity is 1."""
         made = release_class_embeddings(private, self._frequencies(pool, seed), self.noise_multiplier, records, noise)

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fastloda.errors import UserError
 from fastloda.files import write_atomically
+from fastloda.privacy.noise import NoiseSource
 from fastloda.synthesis.data import LabelledImages, listed, only
 from fastloda.synthesis.diffusion import Process, UNet
 from fastloda.synthesis.diffusion.pretrain import PublicTraining, pretrain
@@ -45,7 +46,7 @@ class WarmUp(Protocol):
         """
 
     def release(
-        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: Generator
+        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: NoiseSource
     ) -> Released:
         """Release the noisy sums.
 
@@ -104,7 +105,7 @@ class OneRelease(metaclass=ABCMeta):  # not the base ABC: it is no dataclass, an
         return only(public, names)
 
     def release(
-        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: Generator
+        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: NoiseSource
     ) -> Released:
         return {self.kind: self.sums(private, pool, records, seed, noise)}
 
@@ -128,7 +129,7 @@ class OneRelease(metaclass=ABCMeta):  # not the base ABC: it is no dataclass, an
 
     @abstractmethod
     def sums(
-        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: Generator
+        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: NoiseSource
     ) -> ClassSums:
         """Release the noisy sum of each class's embeddings."""
 
@@ -174,7 +175,7 @@ class InTurn:
         return self.parts[0].pool(public, names)
 
     def release(
-        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: Generator
+        self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: NoiseSource
     ) -> Released:
         made = [part.release(private, pool, records, seed, noise) for part in self.parts]
         return {kind: sums for each in made for kind, sums in each.items()}
