@@ -1,5 +1,6 @@
 """Privacy accounting without a model: epsilon for given noise, noise for a given epsilon, or several runs together."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastloda.accounting.accountant import PrivacyAccountant
@@ -8,10 +9,16 @@ from fastloda.accounting.compose import compose_epsilon
 from fastloda.errors import UserError
 from fastloda.privacy.noise import describe_together
 from fastloda.synthesis.arguments import NO_NAMES, Names
-from fastloda.synthesis.budget import ADJACENCY, CYCLIC, OWNER_ADJACENCY, SAMPLER, STATEMENT, unrecorded_release
+from fastloda.synthesis.budget import (
+    ADJACENCY,
+    CYCLIC,
+    MECHANISM,
+    OWNER_ADJACENCY,
+    SAMPLER,
+    STATEMENT,
+    unrecorded_release,
+)
 from fastloda.synthesis.runs import read_json
-
-MECHANISM = ("sample_rate", "noise_multiplier", "steps")
 
 
 def account(
@@ -83,10 +90,28 @@ def known_releases(statement: dict) -> list[dict]:
     return [*earlier, own | {name: statement[name] for name in ("seed_was_fixed", "randomness") if name in statement}]
 
 
+def united(statements: Sequence[dict]) -> list[dict]:
+    """List the releases of all statements, each once, though several may count it."""
+    found = {release.get("id") or object(): release for each in statements for release in known_releases(each)}
+    return list(found.values())
+
+
+def counts(statement: dict, other: dict) -> bool:
+    """Tell whether a statement counts all releases of another."""
+    return _identified(other) <= _identified(statement)
+
+
+def _identified(statement: dict) -> set[tuple]:
+    """Collect the releases of a statement, as (id, sample_rate, noise_multiplier, steps)."""
+    return {
+        (one.get("id"), *numbers) for one, numbers in zip(known_releases(statement), releases(statement), strict=True)
+    }
+
+
 def _compose(statements: list[dict], delta: float) -> dict:
     if len(units := sorted({statement["adjacency"] for statement in statements})) > 1:
         raise UserError(f"the statements have other units of privacy, {' and '.join(units)}: they do not compose")
-    known = [release for statement in statements for release in known_releases(statement)]
+    known = united(statements)
     return {
         "epsilon": compose_epsilon([tuple(release[name] for name in MECHANISM) for release in known], delta),
         "delta": delta,

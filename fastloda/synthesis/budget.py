@@ -1,6 +1,7 @@
 """A privacy budget: a promise (epsilon, delta), settings of a private run that keep it, and the statement of what was spent."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from fastloda.privacy.clip import ClippingName, clipping_style
 from fastloda.privacy.noise import UNRECORDED, describe_randomness, describe_together
 from fastloda.privacy.styles import Automatic, PerLayer
 from fastloda.synthesis.report.plots import epsilon_plot
-from fastloda.synthesis.runs import CONFIG, DONE, SOURCE, write_json
+from fastloda.synthesis.runs import CONFIG, DONE, SOURCE, digest, write_json
 from fastloda.training.average import copy_into
 from fastloda.training.batches import Columns
 from fastloda.training.owners import OwnerIds
@@ -27,6 +28,7 @@ from fastloda.training.trainer import DPTrainer, Losses
 
 logger = logging.getLogger("fastloda")
 
+MECHANISM = ("sample_rate", "noise_multiplier", "steps")
 STATEMENT, EPSILON_CURVE, CHECKPOINT = "privacy.json", "epsilon.png", "checkpoint.pt"
 ADJACENCY, SAMPLER = "add/remove one record", "Poisson"
 CYCLIC = (
@@ -192,17 +194,19 @@ def fit_average(trainer: DPTrainer) -> None:
 def publish(
     trainer: DPTrainer,
     privacy: Privacy,
-    folder: Path,
+    weights: Path,
     earlier: Sequence[dict] = (),
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what a private run publishes: privacy.json, epsilon.png, and README.txt on which files may leave the folder.
+    """Write, beside the trained weights: privacy.json, epsilon.png, and README.txt on which files may leave the folder.
 
     `earlier` is as in `privacy_statement`; `about` are public facts of the private images, with which the statement begins.
     """
+    folder = weights.parent
     write_atomically(folder / "README.txt", README.encode())
     write_atomically(folder / EPSILON_CURVE, _epsilon_curve(trainer))
-    write_json(folder / STATEMENT, dict(about or {}) | privacy_statement(trainer, privacy, earlier))
+    statement = with_ids(privacy_statement(trainer, privacy, earlier), digest(weights))
+    write_json(folder / STATEMENT, dict(about or {}) | statement)
 
 
 def privacy_statement(trainer: DPTrainer, privacy: Privacy, earlier: Sequence[dict] = ()) -> dict:
@@ -272,17 +276,24 @@ def release_statement(
     *,
     secure_noise: bool = False,
     by_owner: bool = False,
+    before: Sequence[dict] = (),
 ) -> dict:
-    """Make the statement of sums over the records, or over owners, that were released together.
+    """Make the statement of sums over the records, or over owners, that were released together, and of all releases before.
 
     Each sum is (what was summed, sample_rate, noise_multiplier, steps). As in the statement of a run, the last one fills the
-    fields of the statement itself, and the others are in its `earlier`.
+    fields of the statement itself, and the others are in its `earlier`, after those `before`.
+
+    Raises:
+        UserError: there is no finite epsilon, or delta is too small.
     """
-    summed, mechanisms = [what for what, *_ in described], [mechanism for _, *mechanism in described]
+    summed, own = [what for what, *_ in described], [mechanism for _, *mechanism in described]
+    mechanisms = [*([release[name] for name in MECHANISM] for release in before), *own]
     *earlier, (sample_rate, noise_multiplier, steps) = mechanisms
+    if not math.isfinite(epsilon := compose_epsilon(mechanisms, delta)):
+        raise UserError(f"so little noise gives no finite epsilon at delta {delta:g}: take more")
     randomness = describe_randomness(seed, secure_noise)
     return {
-        "epsilon": compose_epsilon(mechanisms, delta),
+        "epsilon": epsilon,
         "delta": delta,
         "adjacency": OWNER_ADJACENCY if by_owner else ADJACENCY,
         "mechanism": f"Gaussian noise on the {', and on the '.join(summed)}, of sensitivity 1"
@@ -294,17 +305,23 @@ def release_statement(
         "earlier": earlier,
         "owners" if by_owner else "records": records,
         "accountant": _accountant(),
-    } | _randomness([_release(mechanism, seed is not None, randomness) for mechanism in mechanisms])
+    } | _randomness([*before, *(_release(mechanism, seed is not None, randomness) for mechanism in own)])
 
 
 def unrecorded_release(mechanism: Sequence) -> dict:
     """Describe a release for which nobody recorded how its noise was drawn."""
-    return _release(mechanism, None, UNRECORDED)
+    return _release(mechanism, None, UNRECORDED) | {"id": None}
 
 
 def _release(mechanism: Sequence, seed_was_fixed: bool | None, randomness: str) -> dict:
-    numbers = dict(zip(("sample_rate", "noise_multiplier", "steps"), mechanism, strict=True))
+    numbers = dict(zip(MECHANISM, mechanism, strict=True))
     return {**numbers, "seed_was_fixed": seed_was_fixed, "randomness": randomness}
+
+
+def with_ids(statement: dict, released: str) -> dict:
+    """Add to a statement's own releases the hash of what was `released`, so that others can count each release once."""
+    each = [{"id": f"{released[:16]}-{i}"} | release for i, release in enumerate(statement["releases"])]
+    return statement | {"releases": each}
 
 
 def _randomness(all_releases: Sequence[dict]) -> dict:

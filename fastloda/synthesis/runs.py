@@ -27,7 +27,7 @@ from fastloda.training.checkpoint import differences
 
 logger = logging.getLogger("fastloda")
 
-CONFIG, SOURCE, DONE, LOCK = "config.yaml", "source.yaml", "done.json", ".lock"
+CONFIG, SOURCE, INPUTS, DONE, LOCK = "config.yaml", "source.yaml", "inputs.json", "done.json", ".lock"
 
 
 class RunError(UserError):
@@ -74,17 +74,19 @@ class Stage:
             known, asked = known | source, asked | plain(self.source)
         if different := differences(dict(_flatten(known)), dict(_flatten(asked))):
             raise RunError(f"{self.folder} was made with other settings: {different}. {self.way_out}")
-        if (done := self._read(DONE, json.loads)) is None:
-            return False
-        if changed := [str(path) for path in self.inputs if done.get("inputs", {}).get(path.name) != digest(path)]:
+        if (made_from := self._read(INPUTS, json.loads) if self.inputs else {}) is None:
+            raise RunError(f"{self.folder} was begun, but {INPUTS} is gone. {self.way_out}")
+        if changed := [str(path) for path in self.inputs if made_from.get(path.name) != digest(path)]:
             raise RunError(f"{self.folder} was made from another {', '.join(changed)}. {self.way_out}")
+        if self._read(DONE, json.loads) is None:
+            return False
         if lost := [name for name in self.outputs if not (self.folder / name).is_file()]:
             raise RunError(f"{self.folder} was finished, but {', '.join(lost)} is gone. {self.way_out}")
         return True
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """Do the stage's work in the context; the settings are written before it, and the mark that it is done after it.
+        """Do the stage's work in the context; inputs and settings are written before it, the mark that it is done after it.
 
         Raises:
             RunError: the stage is private, and another process is doing its work, or has just finished it.
@@ -114,12 +116,13 @@ class Stage:
 
     def _settings_to_mark(self) -> Iterator[None]:
         began, resumed = time.monotonic(), (self.folder / CONFIG).exists()
+        if self.inputs:
+            write_json(self.folder / INPUTS, {path.name: digest(path) for path in self.inputs})
         self._write(CONFIG, "the settings of this stage", self.settings)
         if self.source:
             self._write(SOURCE, "where its images are; this file must stay private", self.source)
         yield
-        inputs = {path.name: digest(path) for path in self.inputs}
-        done = {"inputs": inputs, "seconds": round(time.monotonic() - began, 1), "resumed": resumed}
+        done = {"seconds": round(time.monotonic() - began, 1), "resumed": resumed}
         write_json(self.folder / DONE, done)
 
     def _write(self, name: str, title: str, settings: Mapping) -> None:

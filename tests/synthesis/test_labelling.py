@@ -69,7 +69,8 @@ def dies(*_, **__):
 def test_a_classifier_counts_with_the_run_and_labels_its_samples(labelled, tmp_path):
     run = Path(shutil.copytree(labelled, tmp_path / "run"))
     found = label(run, **LABELLING)  # it is there
-    assert found["epsilon"] == compose_epsilon([tuple(COST)], 1e-5) and found["records"] == 1437
+    assert found["epsilon"] == compose_epsilon([(1.0, 20.0, 1), tuple(COST)], 1e-5) and found["records"] == 1437
+    assert found["earlier"] == [[1.0, 20.0, 1]]  # the images that it began with were chosen by it
     statement = read_statement(run)
     own = tuple(statement[name] for name in ("sample_rate", "noise_multiplier", "steps"))
     assert statement["earlier"] == [[1.0, 20.0, 1], COST]
@@ -146,6 +147,7 @@ def test_what_cannot_be_labelled_costs_nothing(run, tmp_path):
         ({"data": str(few)}, "the classes 1, 2, but images were chosen for 0, 1, 2"),
         ({"labels": dataclasses.replace(LABELS, batch_size=2000)}, "labels.batch_size 2000 exceeds the 1437 records"),
         ({"delta": 0.5}, "delta"),
+        ({"records": 50_000}, "expected_batch_size must be sample_rate x records"),
     ):
         with pytest.raises(ValueError, match=message):
             label(run, **(LABELLING | changed))
@@ -153,6 +155,28 @@ def test_what_cannot_be_labelled_costs_nothing(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="`fastloda choose` makes it, and comes first"):
         label(run, **LABELLING)
     assert not (run / "labels").exists()
+
+
+def test_the_secret_of_the_noise_does_not_stay(run, monkeypatch):
+    """A kill just before it is deleted leaves it; the next call deletes it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling, "intent_path", dies)
+        with pytest.raises(KeyboardInterrupt):
+            label(run, **LABELLING)
+    assert (run / "labels" / "done.json").exists() and (run / "labels" / "checkpoint.pt").exists()
+    label(run, **LABELLING)
+    assert not list((run / "labels").glob("checkpoint*"))
+
+
+def test_a_classifier_that_was_begun_with_other_images_is_not_continued(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling, "save_classifier", dies)
+        with pytest.raises(KeyboardInterrupt):
+            label(run, **LABELLING)
+    chosen = load_npz(run / "chosen" / "images.npz")
+    dataclasses.replace(chosen, images=-chosen.images[:]).save_npz(run / "chosen" / "images.npz")
+    with pytest.raises(RunError, match="was made from another .*images.npz"):
+        label(run, **LABELLING)
 
 
 def test_chosen_images_have_the_private_classes_whatever_chose_them(tmp_path):

@@ -100,7 +100,7 @@ def test_the_best_layers_are_adapted_and_the_release_counts(finished):
 
 def test_what_is_released_holds_no_path_and_nothing_else(finished):
     names = {path.name for path in (finished / "layers").iterdir()}
-    assert names == {"config.yaml", "done.json", "privacy.json", "source.yaml", ".lock"}
+    assert names == {"config.yaml", "done.json", "inputs.json", "privacy.json", "source.yaml", ".lock"}
     statement = json.loads((finished / "layers" / "privacy.json").read_text())
     assert statement["saliency"].keys() == {"shares", "release"} and str(finished) not in str(statement)
     assert (finished / "layers").stat().st_mode & 0o077 == 0

@@ -211,8 +211,10 @@ def test_a_teacher_learns_from_private_images_and_is_resumed(tmp_path):
 
     def teacher(noise: float, digits: LabelledImages) -> float:
         labels = PrivateLabels(noise, steps=40, batch_size=200, public_steps=100)
-        options = {"records": len(digits), "delta": 1e-5, "seed": 3, "device": torch.device("cpu"), "progress": False}
-        return accuracy(labels.teacher(digits, fonts, checkpoint=tmp_path / f"{noise}.pt", **options), test)
+        options = {"seed": 3, "device": torch.device("cpu")}
+        settings = labels.private_training(len(digits), 1e-5, **options)
+        options |= {"checkpoint": tmp_path / f"{noise}.pt", "progress": False}
+        return accuracy(labels.teacher(digits, fonts, settings, **options), test)
 
     found = [teacher(noise, digits) for noise in (0.01, 100.0)]
     before = accuracy(train_classifier(fonts, steps=100, seed=3, progress=False), test)

@@ -27,7 +27,7 @@ from fastloda.synthesis.diffusion import EDM, digits_unet
 from fastloda.synthesis.diffusion import pretrain as pretraining
 from fastloda.synthesis.diffusion import sample as draw_samples
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
-from fastloda.synthesis.methods import CentralImages, ClassQueries, PublicChoice, Reach, diffusion_model
+from fastloda.synthesis.methods import CentralImages, ClassQueries, LayerChoice, PublicChoice, Reach, diffusion_model
 from fastloda.synthesis.methods.class_embeddings import ClassEmbeddings
 from fastloda.synthesis.methods.dp_sgd import DPSGD, augmented_losses, train_dpsgd
 from fastloda.synthesis.methods.generator import class_means
@@ -48,7 +48,6 @@ from fastloda.synthesis.stages import (
     sample,
     train_classifier_privately,
 )
-from fastloda.training.checkpoint import CheckpointError
 
 SHAPE = UNetShape(width=8, norm_groups=4)
 PUBLIC = PublicTraining(steps=3, batch_size=8, warmup=1, seed=0)
@@ -128,6 +127,11 @@ def test_nothing_that_depends_on_private_records_is_released(run, public_run, tm
     finetune(public_run, PRIVACY, data=str(swapped), training=FineTuning(seed=1), **QUIET)
     one, other = (snapshot(r / "private") for r in (run, public_run))
     assert one.keys() == other.keys()
+    one["privacy.json"], other["privacy.json"] = (
+        each["privacy.json"].replace(digest(r / "private" / "adapter.safetensors")[:16].encode(), b"the adapter's hash")
+        for each, r in ((one, run), (other, public_run))
+    )
+    assert b"the adapter's hash-0" in one["privacy.json"]
     assert {name for name in one if one[name] != other[name]} <= {
         "adapter.safetensors",
         "checkpoint.pt",
@@ -137,8 +141,8 @@ def test_nothing_that_depends_on_private_records_is_released(run, public_run, tm
     }
     assert str(tmp_path) in other["source.yaml"].decode() and "source.yaml" in other["README.txt"].decode()
     assert not [name for name in other if name != "source.yaml" and str(tmp_path).encode() in other[name]]
-    assert json.loads(one["done.json"]).keys() == {"inputs", "seconds", "resumed"}
-    assert json.loads(one["done.json"])["inputs"].keys() == {"model.safetensors"}
+    assert json.loads(one["done.json"]).keys() == {"seconds", "resumed"}
+    assert json.loads(one["inputs.json"]).keys() == {"model.safetensors"}
 
 
 def test_the_private_folder_says_what_must_stay(run):
@@ -509,7 +513,7 @@ def test_a_pretraining_that_goes_on_with_other_images_is_refused(tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             pretrain(tmp_path / "run", data=str(data), **settings)
     font_digits(30, 1, 8).save_npz(data)
-    with pytest.raises(CheckpointError, match="of a run with other settings or data"):
+    with pytest.raises(RunError, match="was made from another .*data.npz"):
         pretrain(tmp_path / "run", data=str(data), **settings)
 
 
@@ -529,7 +533,7 @@ def test_what_the_choice_released_counts_with_the_run(public_run):
     assert statement["epsilon"] == compose_epsilon([(1.0, 20.0, 1), own], 1e-5) <= 10
     assert account(1e-5, composition=(str(public_run),))["epsilon"] == statement["epsilon"]
     sample(public_run, count=10, steps=2, **QUIET)
-    inputs = json.loads((public_run / "private" / "done.json").read_text())["inputs"]
+    inputs = json.loads((public_run / "private" / "inputs.json").read_text())
     assert inputs["model.safetensors"] == digest(public_run / "chosen" / "model.safetensors")
 
 
@@ -620,10 +624,61 @@ def die_at(patch, target: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"delta": 1e-15}, "delta"),
+        ({"choice": dataclasses.replace(CHOICE, noise_multiplier=1e-170)}, "no finite epsilon"),
+    ],
+)
+def test_a_choice_that_no_statement_could_be_made_of_releases_nothing(public_run, bad, message):
+    with pytest.raises(ValueError, match=message):
+        choose(public_run, **(CHOOSING | bad))
+    assert not (public_run / "chosen").exists()
+
+
+def test_a_choice_without_its_statement_stops_what_follows(public_run, monkeypatch):
+    """Its sums are released, and not yet stated: another model may be meant, and they count all the same."""
+    with monkeypatch.context() as patch:
+        die_at(patch, "fastloda.synthesis.stages.choosing.with_ids")
+        with pytest.raises(KeyboardInterrupt):
+            choose(public_run, **CHOOSING)
+    with pytest.raises(RunError, match="not finished: the same `fastloda choose` continues it"):
+        finetune(public_run, PRIVACY, data="digits", model=public_run / "public", **QUIET)
+
+
+@pytest.mark.parametrize("kind", ["choice", "means", "queries"])
+def test_a_seed_that_would_be_ignored_is_refused(kind):
+    made = {"choice": PublicChoice, "means": CentralImages, "queries": ClassQueries}[kind]
+    with pytest.raises(ValueError, match=f"{kind}.training.seed would be ignored"):
+        made(training=dataclasses.replace(PUBLIC, seed=7))
+
+
+def test_images_per_owner_need_owners(public_run):
+    with pytest.raises(ValueError, match="--per_owner 2 is for images of owners"):
+        finetune(public_run, PRIVACY, data="digits", per_owner=2, layers=LayerChoice(0.5), **QUIET)
+    assert not (public_run / "layers").exists() and not (public_run / "private").exists()
+
+
+def test_samples_of_another_adapter_are_not_continued(public_run, monkeypatch):
+    """Else the images of both would be published under the statement of the second."""
+    tune = {"data": "digits", **QUIET}
+    finetune(public_run, PRIVACY, training=FineTuning(seed=1), **tune)
+    options = {"count": 30, "steps": 2, "batch_size": 10} | QUIET
+    with monkeypatch.context() as patch:
+        die_at(patch, "fastloda.synthesis.stages.sampling.write_samples")
+        with pytest.raises(KeyboardInterrupt):
+            sample(public_run, **options)
+    shutil.rmtree(public_run / "private")
+    finetune(public_run, PRIVACY, training=FineTuning(seed=2), **tune)
+    with pytest.raises(RunError, match="was made from another .*adapter.safetensors"):
+        sample(public_run, **options)
+
+
+@pytest.mark.parametrize(
     "when",
     [
         "stages.choosing.noise_stream",
-        "stages.choosing.release_statement",
+        "stages.choosing.with_ids",
         "stages.choosing.write_json",
         "diffusion.pretrain._Run.train_step",
     ],
@@ -681,7 +736,10 @@ def test_a_choice_after_the_fine_tuning_is_refused_before_it_releases(run, publi
     assert not (public_run / "chosen").exists()
 
 
-@pytest.mark.parametrize("kept", [(), ("config.yaml",), ("config.yaml", "source.yaml", "checkpoint.pt.spent")])
+KEPT = ("config.yaml", "inputs.json"), ("config.yaml", "inputs.json", "source.yaml", "checkpoint.pt.spent")
+
+
+@pytest.mark.parametrize("kept", [(), *KEPT])
 def test_a_fine_tuning_of_which_only_the_results_are_left_does_not_begin_anew(run, public_run, kept):
     """A new run would replace its statement by one that leaves out what was spent before."""
     private = public_run / "private"
@@ -747,7 +805,7 @@ def test_everything_chosen_is_made_from_the_sum(public_run, tmp_path, monkeypatc
                 if k not in ("source.yaml", "done.json", ".lock")
             }
         )
-    assert files[0] == files[1] and len(files[0]) == 6
+    assert files[0] == files[1] and len(files[0]) == 7
 
 
 def test_samples_are_moved_toward_the_release(public_run):
@@ -761,8 +819,8 @@ def test_samples_are_moved_toward_the_release(public_run):
     means = [class_means(released.embed(images.images), images.labels, 10) for images in drawn]
     before, after = ((mean - released.means).norm() for mean in means)
     assert after < 0.95 * before and torch.equal(drawn[0].labels, drawn[1].labels)
-    done = json.loads((public_run / "reach-0.3" / "done.json").read_text())
-    assert set(done["inputs"]) == {"model.safetensors", "sums.safetensors"}
+    inputs = json.loads((public_run / "reach-0.3" / "inputs.json").read_text())
+    assert set(inputs) == {"model.safetensors", "sums.safetensors"}
 
 
 def test_samples_without_a_release_are_not_moved(run, public_run):
@@ -952,12 +1010,16 @@ def test_account_both_ways():
     assert back["noise_multiplier"] == pytest.approx(1.5, rel=0.01) and back["epsilon"] <= found["epsilon"]
 
 
-def test_account_composes_runs(run):
+def test_account_composes_runs(run, tmp_path):
     statement = read_statement(run)
     mechanism = (statement["sample_rate"], statement["noise_multiplier"], statement["steps"])
-    found = account(1e-5, composition=(str(run), str(run / "private" / "privacy.json")))
+    other = tmp_path / "privacy.json"
+    other.write_text(json.dumps(statement | {"releases": [release | {"id": "x"} for release in statement["releases"]]}))
+    found = account(1e-5, composition=(str(run), str(other)))
     assert found["epsilon"] == compose_epsilon([mechanism] * 2, 1e-5) < 2 * statement["epsilon"]
     assert found["each"] == [statement["epsilon"]] * 2
+    twice = account(1e-5, composition=(str(run), str(run / "private" / "privacy.json")))  # one release, stated twice
+    assert twice["epsilon"] == statement["epsilon"]
 
 
 def test_account_refuses_half_a_question(tmp_path):

@@ -89,9 +89,9 @@ class ChosenLoDA:
         work: Work,
     ) -> Callable[[Tensor], Tensor]:
         """Train the classifier, and return the function that labels images with it."""
-        promise = {"records": budget.records, "delta": budget.delta, "seed": work.seed}
+        settings = labels.private_training(budget.records, budget.delta, work.seed, work.device)
         options = {"checkpoint": work.folder / "teacher.pt", "device": work.device, "progress": work.progress}
-        return partial(predict, labels.teacher(private, images, **promise, **options))
+        return partial(predict, labels.teacher(private, images, settings, seed=work.seed, **options))
 
 
 def of_classes(images: LabelledImages, labels: Tensor, seed: int) -> Tensor:

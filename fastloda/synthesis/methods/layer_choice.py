@@ -64,15 +64,18 @@ def at_random(network: nn.Module, seed: int) -> Saliency:
 
 
 def once(
-    path: Path, release: Callable[[], Saliency], world: World = ALONE, about: Callable[[], dict] = dict
+    path: Path,
+    release: Callable[[], Saliency],
+    world: World = ALONE,
+    about: Callable[[Saliency], dict] = lambda _: {},
 ) -> Saliency:
     """Release a saliency, saved in `path` before it is used, so that no interruption causes a second release; or load it.
 
-    about() are further facts for the same file, which is written at once, so that the release is never without them.
+    about(saliency) are further facts for the same file, which is written at once, so that the release is never without them.
     """
     if not world.from_first(path.exists):
         found = release()
-        world.from_first(lambda: write_json(path, about() | {"saliency": asdict(found)}))
+        world.from_first(lambda: write_json(path, about(found) | {"saliency": asdict(found)}))
     return world.from_first(lambda: _load(path))
 
 

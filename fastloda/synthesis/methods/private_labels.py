@@ -66,28 +66,15 @@ class PrivateLabels:
             raise UserError(f"labels.batch_size {self.batch_size} exceeds the {records} records")
         return (Release(WHAT, self.batch_size / records, self.noise_multiplier, self.steps),)
 
-    def teacher(
-        self,
-        private: LabelledImages,
-        public: LabelledImages,
-        *,
-        records: int,
-        delta: float,
-        seed: int | None,
-        checkpoint: Path,
-        device: torch.device,
-        progress: bool = True,
-    ) -> nn.Module:
-        """Train the classifier on public images of the private classes, then on the private ones; resume from the checkpoint.
+    def private_training(self, records: int, delta: float, seed: int | None, device: torch.device) -> PrivateTraining:
+        """Make the settings of the private steps. With a seed of None, their randomness comes from the operating system.
 
-        Its weights, averaged over the private steps, are what `releases` accounts for. It is returned in eval mode. With a
-        seed of None, the private randomness comes from the operating system.
+        Raises:
+            UserError: a step takes more records than there are, or delta is out of range.
         """
         training = replace(self.training, seed=None if seed is None else _OTHER_NOISE + seed)
-        options = {"steps": self.public_steps, "seed": seed or 0, "device": device, "progress": progress}
-        network = train_classifier(public, **training.classifier(), **options).train()
         ((_, sample_rate, noise_multiplier, steps),) = self.releases(records)
-        settings = PrivateTraining(
+        return PrivateTraining(
             sample_rate=sample_rate,
             expected_batch_size=self.batch_size,
             steps=steps,
@@ -98,6 +85,25 @@ class PrivateLabels:
             fixed_shape=device.type != "cpu",
             **training.optimization(),
         )
-        columns, losses = (private.images[:], private.labels), augmented_losses(self.views, training.augment)
+
+    def teacher(
+        self,
+        private: LabelledImages,
+        public: LabelledImages,
+        settings: PrivateTraining,
+        *,
+        seed: int | None,
+        checkpoint: Path,
+        device: torch.device,
+        progress: bool = True,
+    ) -> nn.Module:
+        """Train the classifier on public images of the private classes, then on the private ones; resume from the checkpoint.
+
+        Its weights, averaged over the private steps of `settings`, are what `releases` accounts for. It is returned in eval
+        mode.
+        """
+        options = {"steps": self.public_steps, "seed": seed or 0, "device": device, "progress": progress}
+        network = train_classifier(public, **self.training.classifier(), **options).train()
+        columns, losses = (private.images[:], private.labels), augmented_losses(self.views, self.training.augment)
         fit_average(DPTrainer(network, columns, losses, settings, checkpoint=checkpoint, progress=progress))
         return network.eval()

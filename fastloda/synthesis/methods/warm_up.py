@@ -92,6 +92,8 @@ class OneRelease(metaclass=ABCMeta):  # not the base ABC: it is no dataclass, an
     def __post_init__(self):
         if not 0 < self.noise_multiplier < float("inf"):
             raise UserError(f"{self.kind}.noise_multiplier must be positive and finite, got {self.noise_multiplier}")
+        if self.training.seed != PublicTraining.seed:
+            raise UserError(f"{self.kind}.training.seed would be ignored: the seed is that of the whole run")
 
     @property
     def releases(self) -> tuple[Release, ...]:

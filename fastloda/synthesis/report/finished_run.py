@@ -10,11 +10,11 @@ import yaml
 from fastloda.accounting.compose import compose_epsilon
 from fastloda.accounting.membership import MembershipBound
 from fastloda.errors import UserError
-from fastloda.synthesis.account import known_releases, read_statement, releases
+from fastloda.synthesis.account import counts, known_releases, read_statement, releases
 from fastloda.synthesis.budget import STATEMENT
 from fastloda.synthesis.data import LabelledImages, load_npz
 from fastloda.synthesis.inputs import OWN_IMAGES, public_name
-from fastloda.synthesis.runs import CONFIG, DONE, RunError, digest, read_json
+from fastloda.synthesis.runs import CONFIG, DONE, INPUTS, RunError, digest, read_json
 from fastloda.synthesis.samples import SAMPLES
 from fastloda.synthesis.stages.layout import ADAPTER, CHOSEN, EVALUATION, LABELS, LAYERS, PRIVATE
 
@@ -156,7 +156,7 @@ class FinishedRun:
                 continue
             if not (folder / DONE).is_file():
                 raise RunError(f"{folder} is not finished: the same `fastloda sample` continues it; or delete it")
-            if read_json(folder / DONE).get("inputs", {}).get(ADAPTER) != adapter:
+            if read_json(folder / INPUTS).get(ADAPTER) != adapter:
                 raise RunError(
                     f"{folder} was drawn from another adapter than {PRIVATE}/{ADAPTER}: delete it, and draw again"
                 )
@@ -187,7 +187,7 @@ class FinishedRun:
     def _check_choices(self) -> None:
         """Refuse a run whose statement leaves out a release of one of its choices."""
         for name in self.choices:
-            if not set(releases(read_statement(self.folder / name))) <= set(self.releases):
+            if not counts(dict(self.statement), read_statement(self.folder / name)):
                 raise RunError(
                     f"{PRIVATE}/{STATEMENT} does not count what {name}/ has released: `fastloda account --composition` says "
                     "what both cost together; fine-tune in another --run for a statement that covers both"

@@ -133,7 +133,7 @@ def _publishable(run: FinishedRun, evaluations: Sequence[dict]) -> dict[str, str
 def _confidential() -> dict[str, str]:
     """Say why everything else must not be published."""
     return {
-        f"{PRIVATE}/{CHECKPOINT}": "it holds the secret from which the noise follows",
+        f"every {CHECKPOINT}": "it holds the secret from which the noise follows",
         f"{PRIVATE}/{intent_path(Path(CHECKPOINT)).name}": "it belongs to the checkpoint",
         f"every {SOURCE}": "says where images are",
         f"every {CONFIG}": "it holds the seed, if one was given, from which the noise follows",
@@ -219,7 +219,7 @@ def _mechanism(run: FinishedRun) -> Iterator[Text | Facts | Table | Figure]:
         }
     )
     rows = [(f"{rate:.4g}", f"{noise:.4g}", f"{steps:,}") for rate, noise, steps in run.releases]
-    title = "All that was released about the private images"
+    title = "All that this epsilon counts"
     yield Table(title, ("Sample rate", "Noise multiplier", "Steps"), rows, left=3)
     png = run.folder / PRIVATE / EPSILON_CURVE
     yield Figure("Epsilon after each number of optimizer steps", png.read_bytes())

@@ -83,6 +83,8 @@ class Cell:
         settings = {"method": repr(method), "epsilon": self.epsilon, "seed": self.seed, "device": device.type}
         settings |= {"classifiers": repr(problem.classifiers), "synthetic_images": problem.synthetic_images}
         settings |= {"records": len(problem.private), "public": _described(problem.public), "delta": problem.delta}
+        if pool := getattr(method, "pool", None):
+            settings["pool"] = _described(pool())
         return Stage(self.folder(run), settings, outputs=(RESULT,), private=True)
 
     def result(self, run: Path, problem: Problem, device: torch.device) -> dict:

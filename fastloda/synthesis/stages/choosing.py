@@ -9,7 +9,7 @@ from fastloda.errors import UserError
 from fastloda.synthesis.account import read_statement
 from fastloda.synthesis.arguments import NO_NAMES, Device, Names, resolve_device
 from fastloda.synthesis.bases import MODEL, OwnUNet
-from fastloda.synthesis.budget import CHECKPOINT, STATEMENT, check_delta, nominal_records, release_statement
+from fastloda.synthesis.budget import CHECKPOINT, STATEMENT, check_delta, nominal_records, release_statement, with_ids
 from fastloda.synthesis.data import LabelledImages, listed, load_npz
 from fastloda.synthesis.inputs import OWN_IMAGES, files_of, full_name, open_for_unet, public_name
 from fastloda.synthesis.methods.central_images import CentralImages
@@ -18,7 +18,7 @@ from fastloda.synthesis.methods.gaussian_release import noise_stream
 from fastloda.synthesis.methods.public_choice import PublicChoice
 from fastloda.synthesis.methods.warm_up import InTurn, Released, load_released, save_released
 from fastloda.synthesis.models import save_unet
-from fastloda.synthesis.runs import Stage, reuse, write_json
+from fastloda.synthesis.runs import Stage, digest, reuse, write_json
 
 from .earlier import check_comes_first, check_goes_on
 from .layout import CHOSEN, CHOSEN_IMAGES, PUBLIC, SUMS
@@ -96,6 +96,7 @@ def choose(
     if not set(by) <= set(warm_ups):
         raise UserError(f"--by takes {', '.join(warm_ups)}, got {listed(by)}")
     warm_up = InTurn(tuple(warm_ups[kind] for kind in by))
+    statement = about_private(name, private.class_names) | release_statement(warm_up.releases, delta, nominal, seed)
     settings = {"delta": delta, "by": list(by)} | {part.kind: asdict(part) for part in warm_up.parts}
     settings |= {"records": nominal, "name": name, "public": public_name(public, OWN_IMAGES)}
     settings |= {"count": count, "seed": seed, "device": place.type}
@@ -107,7 +108,7 @@ def choose(
         pool = warm_up.pool(open_for_unet(public, network.config, **options), private.class_names)
         check_comes_first(stage, SUMS)
         with stage.work():
-            released = _released_once(stage, warm_up, private, pool, seed)
+            released = _released_once(stage, warm_up, private, pool, statement)
             numbers = torch.tensor([known.index(name) for name in private.class_names])
             options = {"numbers": numbers, "checkpoint": stage.folder / CHECKPOINT, "progress": progress}
             images = warm_up.train_further(network, pool, released, seed or 0, **options)
@@ -121,16 +122,15 @@ def choose(
 
 
 def _released_once(
-    stage: Stage, warm_up: InTurn, private: LabelledImages, pool: LabelledImages, seed: int | None
+    stage: Stage, warm_up: InTurn, private: LabelledImages, pool: LabelledImages, statement: dict
 ) -> Released:
     """Release the noisy sums, and save them before they are used, so that an interrupted stage does not release them again."""
-    sums, statement, records = stage.folder / SUMS, stage.folder / STATEMENT, stage.settings["records"]
+    sums, records, seed = stage.folder / SUMS, stage.settings["records"], stage.settings["seed"]
     check_goes_on(stage, SUMS)
     if not sums.exists():
         save_released(sums, warm_up.release(private, pool, records, seed or 0, noise_stream(seed)))
-    if not statement.exists():
-        facts = release_statement(warm_up.releases, stage.settings["delta"], records, seed)
-        write_json(statement, about_private(stage.settings["name"], private.class_names) | facts)
+    if not (stage.folder / STATEMENT).exists():
+        write_json(stage.folder / STATEMENT, with_ids(statement, digest(sums)))
     return load_released(sums, warm_up.parts)
 
 

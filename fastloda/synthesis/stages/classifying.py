@@ -43,6 +43,6 @@ def train_classifier_privately(
             model, trainer = train_dpsgd(data, privacy, training, **options)
             about = network_config(data, training)
             save_classifier(model, stage.folder / CLASSIFIER_WEIGHTS, data.class_names, **about)
-            publish(trainer, privacy, stage.folder)
+            publish(trainer, privacy, stage.folder / CLASSIFIER_WEIGHTS)
     network, _ = load_classifier(stage.folder / CLASSIFIER_WEIGHTS, place)
     return network

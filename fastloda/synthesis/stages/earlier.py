@@ -4,9 +4,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastloda.synthesis.account import read_statement, releases
+from fastloda.synthesis.account import read_statement, united
 from fastloda.synthesis.bases import Base
-from fastloda.synthesis.budget import STATEMENT
+from fastloda.synthesis.budget import MECHANISM, STATEMENT
 from fastloda.synthesis.runs import CONFIG, DONE, RunError, Stage
 
 from .layout import CHOSEN, LABELS, LAYERS, PRIVATE, PUBLIC, SUMS
@@ -28,11 +28,18 @@ def public_folder(run: Path, model: Path | None) -> Path:
 
 
 def released_before(run: Path, base: Base) -> list[dict]:
-    """Read the statements of earlier releases about the private records, for the adapted model or in this run."""
+    """Read the statements of earlier releases about the private records, for the adapted model or in this run.
+
+    Some releases are in several of them: what `choose` released is in the later statements too.
+    """
     chosen, labels, folders = Path(run) / CHOSEN, Path(run) / LABELS, []
     if base.chosen_privately:
         folders.append(base.file.parent)
     if (chosen / SUMS).exists() and chosen.resolve() not in [folder.resolve() for folder in folders]:
+        if not (chosen / STATEMENT).exists():
+            raise RunError(
+                f"{chosen} has released something and is not finished: the same `fastloda choose` continues it"
+            )
         folders.append(chosen)
     if (labels / CONFIG).exists() and not (labels / DONE).is_file():
         raise RunError(
@@ -43,8 +50,8 @@ def released_before(run: Path, base: Base) -> list[dict]:
 
 
 def all_releases(statements: Sequence[dict]) -> list[tuple]:
-    """List the releases of all statements, as `compose_epsilon` takes them."""
-    return [release for statement in statements for release in releases(statement)]
+    """List the releases of all statements, each once, as `compose_epsilon` takes them."""
+    return [tuple(release[name] for name in MECHANISM) for release in united(statements)]
 
 
 def statement_of_public(base: Base) -> dict | None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastloda.errors import UserError
+from fastloda.files import held
 from fastloda.synthesis.arguments import NO_NAMES, Device, Names, resolve_device
 from fastloda.synthesis.classify import accuracy, train_classifier
 from fastloda.synthesis.inputs import NAMED, open_images, open_tests, public_name, read_class_map
@@ -73,12 +74,20 @@ def evaluate(
             judge = train_classifier(images, **asdict(classifier), device=place, progress=progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command trains this classifier anew, and keeps all else") from None
-        known[key] = {
+        result = {
             "accuracy": accuracy(judge, tests),
             "train_images": len(images),
             "test_images": len(tests),
             "seconds": round(time.monotonic() - began, 1),
             "settings": settings,
         }
-        write_json(record, known)
+        known = _added(record, key, result)
     return {key: value for key, value in known[key].items() if key != "settings"}
+
+
+def _added(record: Path, key: str, result: dict) -> dict:
+    """Add a result to the file of results, which another process may have changed in the meantime, and return them all."""
+    with record.with_name(f".{record.name}.lock").open("w") as lock, held(lock):
+        known = (read_json(record) if record.exists() else {}) | {key: result}
+        write_json(record, known)
+    return known

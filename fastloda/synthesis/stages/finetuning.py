@@ -1,14 +1,16 @@
 """The stage `finetune`: adapters of the public model, trained privately; and the choice of layers to adapt before it."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from fastloda.errors import UserError
 from fastloda.loda.attach import save_loda
 from fastloda.privacy.ranks import World
 from fastloda.randomness import seeded
-from fastloda.synthesis.account import known_releases, read_statement
+from fastloda.synthesis.account import read_statement, united
 from fastloda.synthesis.arguments import NO_NAMES, Device, Names, resolve_device
 from fastloda.synthesis.bases import Base, class_prompts, open_base
 from fastloda.synthesis.budget import (
@@ -21,6 +23,7 @@ from fastloda.synthesis.budget import (
     private_training,
     publish,
     release_statement,
+    with_ids,
 )
 from fastloda.synthesis.data import relabelled
 from fastloda.synthesis.methods.layer_choice import LayerChoice, once
@@ -91,6 +94,8 @@ def finetune(
     place = resolve_device(device)
     base = open_base(public_folder(run, model), place)
     private = open_private(data, base, class_map, skip_unreadable, name)
+    if owner is None and per_owner != 1:
+        raise UserError(f"--per_owner {per_owner} is for images of owners: give --owner too, or leave it out")
     captions = None if prompts is None else class_prompts(prompts, private.class_names)
     base.caption(captions)
     owners = owners_of(data, private, owner, released_before(run, base))
@@ -131,8 +136,13 @@ def finetune(
             if not stage.world.first:
                 return {}
             save_loda(base.network, stage.folder / ADAPTER)
-            counted = [release for statement in before for release in known_releases(statement)]
-            publish(trainer, privacy, stage.folder, counted, about | ({"prompts": captions} if captions else {}))
+            publish(
+                trainer,
+                privacy,
+                stage.folder / ADAPTER,
+                united(before),
+                about | ({"prompts": captions} if captions else {}),
+            )
     return read_statement(stage.folder) if stage.world.first else {}
 
 
@@ -153,7 +163,12 @@ def _release_layers(run: Path, tuning: Stage, base: Base, measure: Callable[[], 
         if not stage.world.from_first(path.exists):
             _check_affordable(run, tuning, base)
         with stage.work():
-            once(path, measure, stage.world, lambda: about | _layers_statement(tuning))
+            once(
+                path,
+                measure,
+                stage.world,
+                lambda found: about | _layers_statement(tuning, found, released_before(run, base)),
+            )
     return once(path, measure, stage.world)
 
 
@@ -166,9 +181,11 @@ def _check_affordable(run: Path, tuning: Stage, base: Base) -> None:
     private_training(Privacy(**tuning.settings["privacy"]), earlier)
 
 
-def _layers_statement(tuning: Stage) -> dict:
-    """Make the statement of the release by which the stage `tuning` chooses its layers."""
+def _layers_statement(tuning: Stage, found: Saliency, before: Sequence[dict]) -> dict:
+    """Make the statement of the release by which the stage `tuning` chooses its layers, and of those before."""
     described = LayerChoice(**tuning.settings["layers"]).releases
     privacy, training = tuning.settings["privacy"], tuning.settings["training"]
     how = {"secure_noise": training["secure_noise"], "by_owner": tuning.source["owner"] is not None}
-    return release_statement(described, privacy["delta"], privacy["records"], training["seed"], **how)
+    numbers = privacy["delta"], privacy["records"], training["seed"]
+    statement = release_statement(described, *numbers, before=united(before), **how)
+    return with_ids(statement, hashlib.sha256(repr(found).encode()).hexdigest())

@@ -5,15 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastloda.errors import UserError
-from fastloda.synthesis.account import read_statement
+from fastloda.synthesis.account import known_releases, read_statement
 from fastloda.synthesis.arguments import NO_NAMES, Device, Names, resolve_device
 from fastloda.synthesis.bases import OwnUNet
-from fastloda.synthesis.budget import CHECKPOINT, STATEMENT, check_delta, nominal_records, release_statement
+from fastloda.synthesis.budget import CHECKPOINT, STATEMENT, check_delta, nominal_records, release_statement, with_ids
 from fastloda.synthesis.data import listed
 from fastloda.synthesis.methods.dp_sgd import network_config
 from fastloda.synthesis.methods.private_labels import PrivateLabels
 from fastloda.synthesis.models import save_classifier
-from fastloda.synthesis.runs import CONFIG, Stage, reuse, write_json
+from fastloda.synthesis.runs import CONFIG, Stage, digest, reuse, write_json
 from fastloda.training.releases import intent_path
 
 from .choosing import chosen_images
@@ -72,7 +72,10 @@ def label(
     nominal = nominal_records(records, len(private), "--records")
     check_delta("delta", delta, nominal)
     statement = about_private(name, private.class_names)
-    statement |= release_statement(labels.releases(nominal), delta, nominal, seed)
+    before = known_releases(read_statement(folder))
+    statement |= release_statement(labels.releases(nominal), delta, nominal, seed, before=before)
+    training = labels.private_training(nominal, delta, seed, place)
+    training.check_units(len(private), "record")
     settings = {"labels": asdict(labels), "delta": delta, "records": nominal, "name": name, "seed": seed}
     settings |= {"device": place.type}
     source, inputs = source_of(data, class_map, skip_unreadable), (folder / CHOSEN_IMAGES,)
@@ -80,14 +83,17 @@ def label(
     if not reuse(stage):
         check_comes_first(stage, CONFIG)
         check_goes_on(stage, CHECKPOINT)
-        logger.info("the classifier that labels costs epsilon %.3g by itself", statement["epsilon"])
+        logger.info("with the classifier that labels, epsilon comes to %.3g so far", statement["epsilon"])
         checkpoint = stage.folder / CHECKPOINT
         with stage.work():
-            options = {"records": nominal, "delta": delta, "seed": seed, "device": place, "progress": progress}
-            network = labels.teacher(private, chosen, checkpoint=checkpoint, **options)
+            options = {"seed": seed, "device": place, "progress": progress}
+            network = labels.teacher(private, chosen, training, checkpoint=checkpoint, **options)
             about = network_config(chosen, labels.training)
             save_classifier(network, stage.folder / CLASSIFIER_WEIGHTS, chosen.class_names, **about)
-            write_json(stage.folder / STATEMENT, statement)
-        for kept in (checkpoint, intent_path(checkpoint)):
-            kept.unlink(missing_ok=True)
+            write_json(stage.folder / STATEMENT, with_ids(statement, digest(stage.folder / CLASSIFIER_WEIGHTS)))
+    for kept in (
+        stage.folder / CHECKPOINT,
+        intent_path(stage.folder / CHECKPOINT),
+    ):  # also where an earlier call was killed here
+        kept.unlink(missing_ok=True)
     return read_statement(stage.folder) | {"classifier": str(stage.folder / CLASSIFIER_WEIGHTS)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastloda.errors import UserError
 from fastloda.loda.attach import load_loda
-from fastloda.synthesis.account import read_statement, releases
+from fastloda.synthesis.account import counts, read_statement
 from fastloda.synthesis.arguments import Device, resolve_device
 from fastloda.synthesis.bases import Base, open_base
 from fastloda.synthesis.budget import STATEMENT
@@ -22,7 +22,7 @@ from fastloda.synthesis.methods.moves import UNMOVED, Reach, moved
 from fastloda.synthesis.methods.public_choice import PublicChoice
 from fastloda.synthesis.methods.warm_up import load_released
 from fastloda.synthesis.models import load_classifier
-from fastloda.synthesis.runs import DONE, Stage, digest, read_json, reuse
+from fastloda.synthesis.runs import DONE, INPUTS, Stage, digest, read_json, reuse
 from fastloda.synthesis.samples import GRID, IMAGES, PART, README, SAMPLES, draw_resumably, write_samples
 from fastloda.synthesis.settings import Drawing
 
@@ -140,7 +140,7 @@ def _labeller(folder: Path, names: tuple[str, ...], statement: Mapping, device: 
     network, known = load_classifier(folder / CLASSIFIER_WEIGHTS, device)
     if known != names:
         raise UserError(f"the classifier in {folder} has other classes than the adapters: make both in one --run")
-    if not set(releases(read_statement(folder))) <= set(releases(dict(statement))):
+    if not counts(dict(statement), read_statement(folder)):
         raise UserError(
             f"{PRIVATE}/{STATEMENT} does not count {folder}: label and fine-tune in one --run, in this order"
         )
@@ -163,7 +163,7 @@ def _attach_trained(base: Base, private: Path) -> Path:
         raise FileNotFoundError(
             f"no adapter in {private}: `fastloda finetune` makes one; or draw from the public model with --public"
         )
-    if digest(base.file) not in read_json(private / DONE).get("inputs", {}).values():
+    if digest(base.file) not in read_json(private / INPUTS).values():
         raise UserError(f"{private / ADAPTER} adapts another model than {base.file}")
     load_loda(base.network, private / ADAPTER)
     return private / ADAPTER
