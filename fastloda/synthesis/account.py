@@ -42,7 +42,7 @@ def account(
         steps: number of optimizer steps.
         target_epsilon: epsilon for which to compute the noise; give it instead of noise_multiplier.
         composition: several runs on the same records, in place of all these options: their folders or privacy.json files,
-            separated by commas. What `choose` released before a run is counted with the run.
+            separated by commas. What `choose` released before a run is counted with the run, and once if several runs have it.
     """
     one = {"sample_rate": sample_rate, "steps": steps}
     if composition:

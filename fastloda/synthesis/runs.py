@@ -2,7 +2,8 @@
 
     config.yaml    the settings of the stage, written before its work begins; `fastloda STAGE --config` reads this file
     source.yaml    if the stage reads the user's own images: where they are; it must stay private
-    done.json      written last: the sha256 of each input file, and the duration of the work
+    inputs.json    the sha256 of each input file, if there are any
+    done.json      written last: the duration of the work
 
 If a stage is asked for twice, it works once; a killed stage continues; and results of different settings are never mixed.
 """

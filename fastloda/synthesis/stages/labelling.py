@@ -43,9 +43,9 @@ def label(
     This stage is optional, and comes between `choose` and `finetune`. A sample that was asked for as one class and looks like
     another teaches the wrong thing; a classifier that has learned from the private images says which class it shows
     (`methods/private_labels.py`). It is trained on the public images that `choose` left, then on the private ones by DP-SGD.
-    Writes labels/ in the run's folder. `sample` then labels with it, and the target epsilon of `finetune` covers it too. All
-    of labels/ except its .yaml files and done.json may be released, on the terms in its privacy.json. If interrupted, it
-    continues.
+    Writes labels/ in the run's folder. `sample` then labels with it, and the target epsilon of `finetune` covers it too. If
+    interrupted, it continues. Once it has finished, all of labels/ except its .yaml files and done.json may be released, on the
+    terms in its privacy.json, which counts what `choose` released too.
 
     Args:
         run: folder of the run, in which `choose` has finished.
