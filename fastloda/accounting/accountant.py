@@ -1,11 +1,11 @@
 """The accountant of a training run: how much privacy its steps have spent."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from fastloda.accounting.compose import least_epsilon, warn_of_loose_bound
-from fastloda.accounting.ledger import Ledger, new_id
+from fastloda.accounting.ledger import Counts, Ledger, new_id
 from fastloda.accounting.mechanism import Mechanism, check_delta, check_noise, check_rate, check_steps, merged
 from fastloda.accounting.rdp import rdp_epsilon
 from fastloda.errors import UserError
@@ -127,7 +127,8 @@ class PrivacyAccountant:
         differ: this accountant keeps its own.
 
         Raises:
-            ValueError: the state is malformed or of another mechanism; nothing has changed then.
+            ValueError: the state is malformed or of another mechanism, or steps count by rounds (`bands`) and those of two runs
+                would meet, whose rounds are not each other's; nothing has changed then.
         """
         if not isinstance(state, dict) or not REQUIRED <= set(state) <= set(self.state_dict()):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
@@ -147,7 +148,19 @@ class PrivacyAccountant:
                 f"has sample_rate={self.sample_rate}, noise_multiplier={self.noise_multiplier}, earlier={[*self.earlier]}, "
                 f"bands={self.bands}"
             )
+        self._check_one_run(entries)
         self._ledger.merge(entries)
+
+    def _check_one_run(self, entries: Mapping[str, Counts]) -> None:
+        """Refuse to add up the steps of two runs where `bands` of one run's steps count as one."""
+        other, together = Ledger[str](), Ledger[str]()
+        for ledger, counts in ((other, entries), (together, entries), (together, self._ledger.entries)):
+            ledger.merge(counts)
+        theirs, both = (ledger.total.get(STEPS, 0) for ledger in (other, together))
+        if self.bands > 1 and both > max(self.steps, theirs):
+            raise UserError(
+                f"with bands={self.bands} an account holds one run, and these are two: give what the other spent as `earlier`"
+            )
 
     def __repr__(self) -> str:
         return (

@@ -355,11 +355,14 @@ def _as_before_if_it_fails(module: nn.Module, *others: Any) -> Yielding[None]:
     """Restore the states of `module` and `others` if an error leaves the context."""
     before = [(module, {name: t.clone() if isinstance(t, Tensor) else t for name, t in module.state_dict().items()})]
     before += [(other, other.state_dict()) for other in others]
+    unused = [other.tally.noise for other in others if hasattr(other, "tally") and not other.tally.noise.steps]
     try:
         yield
     except BaseException:
         for holder, state in before:
             holder.load_state_dict(state)
+        for noise in unused:
+            noise.forget()  # an optimizer with steps has kept its own noise
         raise
 
 

@@ -62,11 +62,12 @@ class Tally:
         drawn: the queue.
         noise: the noise of the steps that use the parts; it counts these steps.
         turns: turns [records] of the records among these steps (`draw_turns`).
+        unsure: whether the last step may have used another part than the one taken off, which has as many records.
     """
 
     def __init__(self, records: int, bands: int = 1, generator: Generator | None = None):
         self.drawn: deque[Part] = deque()
-        self.noise = CorrelatedNoise(bands)
+        self.noise, self.unsure = CorrelatedNoise(bands), False
         self.turns: Tensor = draw_turns(records, bands, generator or unpredictable_generator())
 
     def __reduce__(self):
@@ -104,6 +105,7 @@ class Tally:
                 for _ in range(skipped + 1):
                     self.drawn.popleft()
                 self._check_turn(part)
+                self.unsure = any(other.records == rows for other in self.drawn)
                 return part
             if part in others:
                 break
@@ -254,7 +256,9 @@ class PoissonLoader(DataLoader):
         return PoissonLoader(self, whole.drawn_by(whole.generator, self.tally, max_records), self.collate_fn)
 
     def __iter__(self) -> Any:  # a generator, where a DataLoader promises a class of its own
-        self.tally.drawn.clear()  # what an earlier pass left unused
+        if self.tally.drawn and self.tally.unsure:
+            self.tally.noise.forget()  # a new round, which is paid for, whichever batch an earlier pass has used
+        self.tally.drawn.clear()
         iterator = super().__iter__()
         parts = self.batch_sampler.parts
         for batch in iterator:

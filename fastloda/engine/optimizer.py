@@ -4,6 +4,8 @@ import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Generator as Yielding
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -246,18 +248,27 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def _release(self, clipper: GhostClipper) -> None:
         self._batch, self._clipper, costs = None, None, self._costs()
-        clipper.privatize(self.noise_multiplier, self.expected_batch_size, self.generator)
+        with self._charged(costs):
+            clipper.privatize(self.noise_multiplier, self.expected_batch_size, self.generator)
         if self.loss_reduction == "sum":
             for parameter in clipper.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.expected_batch_size)
         if isinstance(self.clipping, AdaptiveClipping):  # otherwise the caller may have changed it by now
             self.max_grad_norm = clipper.max_grad_norm
-        # before the update: a step that fails from here on has released its gradient
-        for noise, rate, _ in costs:
-            self.accountant.step(noise_multiplier=noise, sample_rate=rate)
-            self._paid = noise
         self.original_optimizer.step()
+
+    @contextmanager
+    def _charged(self, costs: list[tuple[float, float, int]]) -> Yielding[None]:
+        """Charge a step that is released in the context, even if an error or an interrupt comes right after."""
+        released = self.tally.noise.steps
+        try:
+            yield
+        finally:
+            if self.tally.noise.steps > released:
+                for noise, rate, _ in costs:
+                    self.accountant.step(noise_multiplier=noise, sample_rate=rate)
+                    self._paid = noise
 
     @property
     def param_groups(self) -> list[dict]:

@@ -285,7 +285,7 @@ class GhostClipper:
             "views": self.views,
             "clipping": self.clipping,
             "bands": self.noise.bands,
-            "the place in the cycle": self.noise.steps % self.noise.bands,
+            "the number of steps with correlated noise": self.noise.steps if self.noise.bands > 1 else 0,
             "noise_multiplier": noise_multiplier,
             "expected_batch_size": expected_batch_size,
         }

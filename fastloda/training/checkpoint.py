@@ -13,7 +13,7 @@ from fastloda.errors import UserError
 from fastloda.files import write_atomically
 from fastloda.privacy.ranks import World
 
-FORMAT = "fastloda-checkpoint-4"
+FORMAT = "fastloda-checkpoint-5"
 
 
 class CheckpointError(UserError):

@@ -159,8 +159,7 @@ class RunState:
             raise OtherRelease(self.releases.last)
 
     def update(self) -> None:
-        """Count the step whose gradient has just been released, and make the update."""
-        self.accountant.step()  # first: a step that fails from here on has been paid for
+        """Make the update by the gradient that has just been released and counted."""
         self.optimizer.step()
         self.scheduler.step()
         self.average.update(self.step)

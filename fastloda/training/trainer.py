@@ -322,19 +322,24 @@ class DPTrainer:
         self._waste.check(self.parameters, self.step)
         check_optimizer(self.optimizer, self.parameters)  # the user may have added parameters to it
         self._looks.schedule()
+        settings = self.settings
         before, key = generator_states(self.run.generators), self.run.secret.key
+        released, counted = self.clipper.noise.steps, self.step
         try:
             stats = self._accumulate(self.run.batch())
             if self.run.secret.key != key:
                 raise PrivacyError(
                     "this process was forked in the middle of a step, whose batch is its parent's: the next step is its own"
                 )
-            settings = self.settings
             self.clipper.privatize(settings.noise_multiplier, settings.expected_batch_size, self.run.noise_over)
+            self.run.accountant.step()  # before the update: a step that fails from here on has been paid for
         except BaseException as error:
             self.clipper.reset()  # a record may not be in the next step's sum as well
             restore_generators(self.run.generators, before)
             if not isinstance(error, OtherRelease):
+                if settings.bands > 1 and self.clipper.noise.steps - released > self.step - counted:
+                    # Taken again, it would be solved against its own noise, and have half of what is accounted for.
+                    self.run.charge(counted + 1, "were released, and interrupted")
                 raise
             self.run.charge(error.last, "gave other sums when they were taken again")
             self.save()

@@ -178,6 +178,40 @@ def test_rounds_are_counted():
     assert made[2].sample_rate == 1 / 3 and made[1].expected_batch_size == 8
 
 
+def test_a_step_that_fails_after_its_release_is_charged():
+    """Else the other steps of its round would be free."""
+    module, optimizer, loader = made = private(noise=1.0, bound=1.0, batch_size=12, bands=2)
+    for x, y in loader:
+        F.cross_entropy(module(x * math.nan), y).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="not finite"):
+                optimizer.step()
+        break
+    assert len(optimizer.accountant) == optimizer.tally.noise.steps == 1
+    train(*made, steps=1)
+    assert len(optimizer.accountant) == 1
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_step_that_may_have_used_a_later_batch_is_followed_by_a_new_round(alike):
+    """A batch was passed over, and the next one has as many records: nobody knows which one the step has used."""
+    module, optimizer, loader = made = private(noise=1.0, bound=1.0, batch_size=12, bands=2)
+    turns = loader.tally.turns  # with rate 1 in their turn, all records enter every second step
+    turns[:] = torch.arange(24) % 2 if alike else (torch.arange(24) > 5).long()
+    batches = iter(loader)
+    next(batches)
+    x, y = next(batches)
+    F.cross_entropy(module(x), y).backward()
+    if alike:
+        optimizer.step()
+        train(*made, steps=1)
+        assert len(optimizer.accountant) == 2 and optimizer.tally.noise.steps == 1
+    else:
+        with pytest.raises(PrivacyError, match="this batch is for step 2, and step 1 is the next"):
+            optimizer.step()
+
+
 def test_a_budget_pays_for_rounds():
     engine = PrivacyEngine()
     plain = torch.optim.SGD((model := small_net()).parameters(), lr=0.1)
@@ -259,6 +293,30 @@ def test_a_loop_resumes_bit_for_bit(how, taken, tmp_path):
     train(*other, steps=5)
     assert torch.equal(values(made[0]), values(other[0]))
     assert again.accountant.history == engine.accountant.history == [(1.0, 0.5, math.ceil((taken + 5) / 3))]
+
+
+def test_a_checkpoint_that_can_t_be_loaded_leaves_no_noise(tmp_path):
+    """The noise goes on where it is loaded, and only once."""
+    engine, again = PrivacyEngine(), PrivacyEngine()
+    made, _ = repeatable(engine=engine)
+    train(*made, steps=4)
+    engine.save_checkpoint(path=tmp_path / "c.pt", module=made[0], optimizer=made[1])
+
+    class Failing:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            if state:
+                raise RuntimeError("bad")
+
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    torch.save(saved | {"noise_scheduler_state_dict": {"a": 1}}, tmp_path / "c.pt")
+    other, _ = repeatable(engine=again)
+    with pytest.raises(RuntimeError, match="bad"):
+        again.load_checkpoint(path=tmp_path / "c.pt", module=other[0], optimizer=other[1], noise_scheduler=Failing())
+    noise = other[1].tally.noise
+    assert noise.steps == 0 and noise.state(dict(other[0].to_standard_module().named_parameters())) == []
 
 
 def test_an_optimizer_that_has_taken_steps_goes_on_with_its_own_noise():

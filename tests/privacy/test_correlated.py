@@ -164,6 +164,46 @@ def test_prefix_sums_have_less_noise_at_equal_epsilon(rate, steps, bands):
     assert correlated < independent
 
 
+def test_a_step_that_is_interrupted_after_its_release_is_charged_and_not_taken_again(monkeypatch, tmp_path):
+    """Taken again, it would have half of its noise: its numbers would be solved against themselves."""
+    made = trainer(dataclasses.replace(CORRELATED, seed=None), checkpoint=tmp_path / "run.pt")
+    made.train_step()
+    released = made.clipper.noise.released
+
+    def interrupted():
+        released()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.clipper.noise, "released", interrupted)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            pytest.warns(UserWarning, match="1 steps were released, and interrupted"),
+        ):
+            made.train_step()
+    assert made.step == 2 and made.clipper.noise.state(made.parameters) == []
+    made.train_step()
+    assert made.step == 3 and made.run.releases.last == 3
+
+
+def test_an_account_of_rounds_holds_one_run():
+    """A round of one run is none of another: three steps and three steps are two rounds of four, and five in one run too."""
+    first, second = (PrivacyAccountant(0.4, 1.0, bands=4) for _ in range(2))
+    first.step(3)
+    second.step(3)
+    state = first.state_dict()
+    with pytest.raises(ValueError, match="with bands=4 an account holds one run, and these are two"):
+        second.load_state_dict(state)
+    assert second.steps == 3
+    resumed = PrivacyAccountant(0.4, 1.0, bands=4)
+    resumed.load_state_dict(state)
+    resumed.step(2)
+    for same in (state, resumed.state_dict(), state):
+        resumed.load_state_dict(same)
+    first.load_state_dict(resumed.state_dict())
+    assert resumed.steps == first.steps == 5 and resumed.mechanism(5).steps == 2
+
+
 def test_a_correlated_run_resumes_bit_for_bit(tmp_path):
     for seed in (None, 3):
         settings, path = dataclasses.replace(CORRELATED, seed=seed), tmp_path / f"{seed}.pt"
