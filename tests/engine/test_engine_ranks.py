@@ -180,7 +180,8 @@ def test_correlated_noise(two_ranks):
                 assert torch.equal(a, b)
     assert "lacks the noise of the last steps, which rank 0 alone saves" in mine[3] and theirs[3] == "nothing"
     assert all(
-        "the number of steps with correlated noise is 3 on rank 0, 0 on rank 1" in of_rank[4] for of_rank in (mine, theirs)
+        "the number of steps with correlated noise is 3 on rank 0, 0 on rank 1" in of_rank[4]
+        for of_rank in (mine, theirs)
     )
     assert mine[5] == theirs[5] == len(optimizer.accountant) == 3
 
