@@ -71,8 +71,9 @@ class GhostClipper:
         views: the number of losses per sample, which are averaged before clipping.
         clipping: "flat", "automatic", "per_layer", "adaptive", or one of them with its settings (`privacy/styles.py`).
         bands: the number of steps over which the noise is correlated (`privacy/correlated.py`). If it is above 1, no record may
-            enter two of any `bands` consecutive steps, and the accountant counts ceil(steps / bands) steps, at the rate with
-            which a record enters a step that it may enter: `DPTrainer` and `make_private` see to both.
+            enter two of any `bands` consecutive steps, nor may other records decide which steps it may enter, and the accountant
+            counts ceil(steps / bands) steps, at the rate with which a record enters a step that it may enter: `DPTrainer` and
+            `make_private` see to all this.
         group: the process group of the ranks. None: the default group, if it is initialised; "alone": this process only.
 
     Raises:
