@@ -58,7 +58,7 @@ class Saliency:
         if not 0 < share <= 1:
             raise UserError(f"share must be above 0 and at most 1, got {share!r}")
         ranked = sorted(self.shares, key=lambda layer: -self.shares[layer])
-        chosen = ranked[: math.ceil(share * len(ranked))]
+        chosen = ranked[: math.ceil(share * len(ranked) - 1e-9)]  # 0.55 * 100 is a little more than 55
         return [layer for layer in self.shares if layer in chosen]
 
 

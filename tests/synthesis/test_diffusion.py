@@ -466,6 +466,22 @@ def test_levels_of_edm_are_favoured_by_their_quantiles():
     assert abs(quantile.mean() - 0.5) < 0.02 and abs(quantile.std() - 0.6 / math.sqrt(12)) < 0.01
 
 
+@pytest.mark.parametrize("sigma", [0.2, 2.0, 12.0])
+def test_levels_above_a_noise_are_the_same_for_both_processes(sigma):
+    generator = torch.Generator().manual_seed(0)
+    edm = EDM().noisier_than(sigma).draw_times(5000, generator=generator)
+    abar = DDPM().alphas_cumprod[DDPM().noisier_than(sigma).draw_times(5000, generator=generator)]
+    for sigmas in (edm.double(), (1 / abar - 1).sqrt()):
+        assert 0.99 * sigma < sigmas.min() < 1.1 * sigma
+    assert EDM().noisier_than(1e9).draw_times(10).min() > 12  # the last of the 1,000 levels
+
+
+def test_a_process_of_other_levels_is_not_restricted():
+    for process in (DDPM(timesteps=100), DDPM(time_distribution=[0.0] * 500 + [1.0] * 500)):
+        with pytest.raises(ValueError, match="only a process of 1000 equally likely levels"):
+            process.between(0, 500)
+
+
 def test_levels_of_the_sampler_are_karras_et_als():
     levels = noise_levels(18)
     assert levels[0] == pytest.approx(80) and levels[-2:] == [pytest.approx(0.002), 0.0]

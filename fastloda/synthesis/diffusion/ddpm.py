@@ -44,6 +44,10 @@ class DDPM(Process):
         """Draw timesteps [n * views] (int64), sample-major and stratified: see `training.noising.draw_timesteps`."""
         return draw_timesteps(self.level_cdf, n, views, generator, device)
 
+    def _first_level(self, sigma: float) -> int:
+        sigmas = (1 / self.alphas_cumprod - 1).sqrt()
+        return min(int((sigmas < sigma).sum()), len(sigmas) - 1)
+
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Compute x_t for images x0 [n, ...], timesteps t [n] and standard normal noise of x0's shape."""
         return add_noise(self.alphas_cumprod, x0, t, noise)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from statistics import NormalDist
 
 import torch
 from torch import Generator, Tensor
@@ -33,6 +34,10 @@ class EDM(Process):
         smallest = torch.finfo(torch.float64).eps
         sigma = (P_MEAN + P_STD * torch.special.ndtri(quantile.clamp(smallest, 1 - smallest))).exp()
         return sigma.float().to(device)
+
+    def _first_level(self, sigma: float) -> int:
+        quantile = NormalDist(P_MEAN, P_STD).cdf(math.log(sigma))
+        return min(math.ceil(TIMESTEPS * quantile), TIMESTEPS - 1)
 
     def _errors(self, predict: Predict, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         x = x0 + per_image(t, x0) * noise

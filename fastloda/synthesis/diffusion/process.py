@@ -34,11 +34,24 @@ class Process(ABC):
         """Copy the process, to be trained only on the levels first .. end - 1."""
         return self.mixture([(first, end, 1.0)])
 
+    def noisier_than(self, sigma: float) -> Self:
+        """Copy the process, to be trained only at levels whose noise has a standard deviation of at least sigma image units."""
+        return self.between(self._first_level(sigma), TIMESTEPS)
+
+    @abstractmethod
+    def _first_level(self, sigma: float) -> int:
+        """Find the first of the 1,000 levels with that much noise; the last one, if none has."""
+
     def mixture(self, parts: Sequence[tuple[int, int, float]]) -> Self:
         """Copy the process, to be trained on a mixture of uniform distributions of levels, each (first, end, share).
 
         The source is Ghalebikesabi et al. 2023, section 3.2.
+
+        Raises:
+            UserError: a range is none, or the process has other levels than 1,000 equally likely ones.
         """
+        if len(self.level_cdf) != TIMESTEPS or not torch.allclose(self.level_cdf, cumulated([1.0] * TIMESTEPS)):
+            raise UserError(f"only a process of {TIMESTEPS} equally likely levels can be trained on some of them")
         weights = torch.zeros(TIMESTEPS, dtype=torch.float64)
         for first, end, share in parts:
             if not 0 <= first < end <= TIMESTEPS:

@@ -20,7 +20,7 @@ from fastloda.errors import UserError
 from fastloda.privacy.noise import NoiseSource
 from fastloda.synthesis.classify.augment import jitter
 from fastloda.synthesis.data import LabelledImages
-from fastloda.synthesis.diffusion import TIMESTEPS, Process, UNet
+from fastloda.synthesis.diffusion import Process, UNet
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
 
 from .gaussian_release import ClassSums, release_class_sums
@@ -46,7 +46,7 @@ class CentralImages(OneRelease):
         training: settings of the further training.
         drawn: number of copies of the central images, turned and shifted a little, for further training of the public model.
         sharpening: factor of the difference between a central image and its blurred copy, which is added to it.
-        levels: range of noise levels, in thousandths and without its end, at which the model learns the central images.
+        least_noise: standard deviation of the noise, in units of the images, from which on the model learns the central images.
     """
 
     noise_multiplier: float = 10.0
@@ -55,7 +55,7 @@ class CentralImages(OneRelease):
     )
     drawn: int = 2000
     sharpening: float = 1.0
-    levels: tuple[int, int] = (700, TIMESTEPS)
+    least_noise: float = 12.0
 
     kind: ClassVar[str] = "means"
     what: ClassVar[str] = "sum of clipped images"
@@ -63,9 +63,8 @@ class CentralImages(OneRelease):
 
     def __post_init__(self):
         super().__post_init__()
-        first, end = self.levels
-        if self.drawn < 1 or not 0 <= self.sharpening < float("inf") or not 0 <= first < end <= TIMESTEPS:
-            raise UserError(f"means needs drawn >= 1, sharpening >= 0 and 0 <= first < end <= {TIMESTEPS}; got {self}")
+        if self.drawn < 1 or not 0 <= self.sharpening < float("inf") or not 0 < self.least_noise < float("inf"):
+            raise UserError(f"means needs drawn >= 1, sharpening >= 0 and least_noise > 0; got {self}")
 
     def sums(
         self, private: LabelledImages, pool: LabelledImages, records: int, seed: int, noise: NoiseSource
@@ -100,7 +99,7 @@ class CentralImages(OneRelease):
         return (smooth + self.sharpening * (smooth - _windows(smooth).mean(-1))).clamp(-1, 1)
 
     def process(self, model: UNet) -> Process:
-        return model.process.between(*self.levels)
+        return model.process.noisier_than(self.least_noise)
 
 
 def _half(height: int, width: int) -> tuple[int, int]:

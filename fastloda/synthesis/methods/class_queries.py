@@ -33,7 +33,8 @@ class ClassQueries(OneRelease):
         votes: number of public classes that an image votes for.
         kept: number of public classes that are kept for each private class. If fewer have votes that stand out from the noise,
             the others are arbitrary.
-        drawn: number of images drawn evenly from these, for further training of the public model and for the next warm-up.
+        drawn: number of images drawn evenly from all images of these classes, for further training of the public model and for
+            the next warm-up.
         classifier_steps: number of steps of the classifier's training.
     """
 
@@ -83,7 +84,7 @@ class ClassQueries(OneRelease):
     def training_images(
         self, pool: LabelledImages, released: ClassSums, seed: int, progress: bool = True
     ) -> LabelledImages:
-        """Draw `drawn` images with replacement, equally many for each private class, evenly from the public classes it keeps."""
+        """Draw `drawn` images with replacement, equally many for each private class, evenly from all images that it keeps."""
         generator, classes = torch.Generator().manual_seed(seed), len(released.sums)
         present = pool.labels.bincount(minlength=pool.num_classes) > 0
         kept = released.sums.where(present, -math.inf).topk(self.kept).indices

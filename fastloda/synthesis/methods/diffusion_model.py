@@ -186,7 +186,10 @@ def sampler(
 
 @torch.no_grad()
 def mean_loss(model: UNet, data: LabelledImages, views: int = 8, batch_size: int = 250) -> float:
-    """Compute the mean diffusion loss on images with their labels; noise levels and noise are the same for all models."""
+    """Compute the mean diffusion loss on images with their labels, of which a tenth are dropped, as in training.
+
+    Noise levels, noise and dropped labels are the same for all models.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     losses = []

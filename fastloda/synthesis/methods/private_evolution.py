@@ -38,7 +38,7 @@ class Evolution:
         samples: number of samples in the population, equally many of each class. With fewer samples, each has more votes, which
             stand out from stronger noise.
         strengths: share of the sampler's steps by which the winners of each round are varied; there are as many rounds.
-        threshold: number of standard deviations of the noise below which votes count as none.
+        threshold: number of standard deviations of the noise that is taken off each sample's votes; fewer than these are none.
         sampler_steps: number of steps of the sampler.
         encoder_steps: number of training steps of the classifier whose features define what is near.
     """
@@ -144,6 +144,6 @@ def nearest(records: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
 
 
 def winners(noisy: Tensor, threshold: float) -> Tensor:
-    """Turn noisy votes [classes, each] into weights: 0 below the threshold, and equal if a class has no votes above it."""
-    weights = noisy.where(noisy >= threshold, 0.0).clamp(min=0.0)
+    """Turn noisy votes [classes, each] into weights: what exceeds the threshold; equal ones if nothing does in a class."""
+    weights = (noisy - threshold).clamp(min=0.0)
     return weights.where(weights.sum(1, keepdim=True) > 0, 1.0)

@@ -53,6 +53,8 @@ WARM_UP_NOISE = {1.0: 4.2, 5.0: 1.3, 10.0: 1.0}
 TEACHER_NOISE = {1.0: 25.0, 5.0: 4.0, 10.0: 2.1}
 STRENGTH = 0.3  # share of the sampler's steps by which samples are made of a warm-up's images
 BENT = Reach(points=0.1)  # how far synthetic images are moved easily
+# DP-Diffusion's mixture of noise levels, with its ranges at the same noise in thousandths of EDM's levels.
+TIME_WEIGHTS = ((0, 204, 0.015), (204, 994, 0.785), (994, 1000, 0.2))
 SHARE, BANDS = 0.5, 4  # of the layers, where they are chosen; of steps, where noise is correlated
 TRIED = (
     "on scikit-learn's handwritten digits and USPS's (docs/results/mnist5k-tuning.md): how images are moved, the scale of the "
@@ -104,7 +106,7 @@ def mnist5k(variant: Variant) -> Recipe:
             ChosenLoDA(loda, each(lambda s: s.means), name="DP-LoDA on central images"),
             ChosenLoDA(loda, each(lambda s: s.queries), styles, name="DP-LoDA on queried classes"),
             PrivateEvolution(model, each(lambda s: s.evolution)),
-            DPDiffusion(model, all_weights),
+            DPDiffusion(model, by_epsilon(lambda epsilon: replace(all_weights.at(epsilon), time_weights=TIME_WEIGHTS))),
             DPLDM(AutoencoderTraining(halvings=2, steps=10 if quick else 1000), latent_model, all_weights),
             DPMEPF(encoder_steps=encoder_steps, **generator),
             DPMERF(**generator),

@@ -83,7 +83,10 @@ class Findings:
             for method in self.recipe.methods
             if any(self._losses(method, epsilon) for epsilon in budgets)
         ]
-        notes = ["Levels and noise are the same for all: differences mean more than those of accuracies."]
+        notes = [
+            "A tenth of the labels are dropped, as in training. These, noise levels and noise are the same for all: differences "
+            "mean more than those of accuracies."
+        ]
         return Table("Diffusion loss on the real test images", ["Method", *map(_budget, budgets)], rows, notes=notes)
 
     def _losses(self, method: Method, epsilon: float) -> list[float]:
@@ -184,9 +187,13 @@ class Findings:
         names = dict.fromkeys(result["scores"]["features"] for result in self.results.values() if result["scores"])
         if not names:
             return []
+        used = [method.name for method in self.recipe.methods if method.name in ("DP-MEPF", "Private Evolution")]
+        favoured = (
+            f" {' and '.join(used)} used features of a network like it, which favours the scores." if used else ""
+        )
         return [
             f"KID, precision and recall at epsilon {max(self.recipe.epsilons):g}. Features: {', '.join(names)}. Scores on other "
-            "features can't be compared with these."
+            f"features can't be compared with these.{favoured}"
         ]
 
     def _cost_row(self, method: Method) -> list[str]:
@@ -197,11 +204,11 @@ class Findings:
         seconds = [f"{fmean(values):.0f}" if values else ABSENT for values in times]
         if not steps:
             return [method.name, *[ABSENT] * 3, *seconds]
-        per_record = fmean(1e3 * step["seconds"] / step["samples"] for step in steps)
+        per_record = [1e3 * step["seconds"] / step["samples"] for step in steps]
         return [
             method.name,
-            f"{steps[0]['trained']:,}",
-            f"{per_record:.2f}",
+            _range([step["trained"] for step in steps], ","),
+            _range(per_record, ".2f"),
             f"{max(step['peak_bytes'] for step in steps) / MIB:,.0f}",
             *seconds,
         ]
@@ -288,6 +295,12 @@ def _spread(values: Sequence[float], spec: str) -> str:
     if not values:
         return ABSENT
     return format(fmean(values), spec) + (f" ± {format(stdev(values), spec)}" if len(values) > 1 else "")
+
+
+def _range(values: Sequence[float], spec: str) -> str:
+    """Format values that belong together: one number, or the least and the largest one if they differ."""
+    least, largest = (format(value, spec) for value in (min(values), max(values)))
+    return least if least == largest else f"{least}–{largest}"
 
 
 def _mean_of(name: str, scores: Sequence[dict], spec: str) -> str:
