@@ -292,7 +292,7 @@ def _everything(folder: Path) -> dict[Path, int]:
     return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_a_checkpoint_of_another_model_is_refused(run, tmp_path, capsys, monkeypatch):
+def test_a_fine_tuning_begun_on_another_model_is_refused(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "public").mkdir(parents=True)
     for name in ("model.safetensors", "config.yaml", "done.json"):
         (tmp_path / "run" / "public" / name).write_bytes((run / "public" / name).read_bytes())
@@ -308,7 +308,7 @@ def test_a_checkpoint_of_another_model_is_refused(run, tmp_path, capsys, monkeyp
     (tmp_path / "other" / "public" / "model.safetensors").replace(tmp_path / "run" / "public" / "model.safetensors")
     capsys.readouterr()
     assert main(command) == 2
-    assert "checkpoint of another model" in capsys.readouterr().err.splitlines()[-1]
+    assert "was made from another" in capsys.readouterr().err.splitlines()[-1]
 
 
 def _interrupted(*args, **options):

@@ -15,6 +15,7 @@ from fastloda.errors import UserError
 from fastloda.synthesis import arguments
 from fastloda.synthesis.arguments import resolve_device
 from fastloda.synthesis.diffusion.pretrain import PublicTraining
+from fastloda.synthesis.runs import digest
 from fastloda.synthesis.settings import UNetShape
 from fastloda.synthesis.stages import pretrain, preview
 
@@ -80,11 +81,12 @@ def test_two_ranks_are_one_run(public, tmp_path):
     assert first.returncode == 0, first.stderr
     done = torchrun(script, *both)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == first.stdout and len(done.stdout.splitlines()) > 5
-    assert own_lines(done) == own_lines(first) and done.stderr.count("private:") > 0
     one, two = (folder / "private" for folder in runs.values())
+    ids = [digest(folder / "adapter.safetensors")[:16] for folder in (one, two)]  # of releases that differ by rounding
+    assert done.stdout.replace(*reversed(ids)) == first.stdout and len(done.stdout.splitlines()) > 5
+    assert own_lines(done) == own_lines(first) and done.stderr.count("private:") > 0
     assert sorted(os.listdir(one)) == sorted(os.listdir(two))
-    assert (one / "privacy.json").read_text() == (two / "privacy.json").read_text()
+    assert (one / "privacy.json").read_text() == (two / "privacy.json").read_text().replace(*reversed(ids))
     assert json.loads((two / "privacy.json").read_text())["steps"] == 3
     found, wanted = load_file(two / "adapter.safetensors"), load_file(one / "adapter.safetensors")
     assert found.keys() == wanted.keys()
