@@ -11,7 +11,7 @@ from fastloda.randomness import seeded
 from fastloda.synthesis.data import LabelledImages
 
 from .base import Work
-from .shared_file import public_weights
+from .shared_weights import public_weights
 
 LATENT_CHANNELS = 3  # as many as images have, so that latents can be handled as images
 

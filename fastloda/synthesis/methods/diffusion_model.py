@@ -22,7 +22,7 @@ from fastloda.training.saliency import release_saliency
 from .base import Budget, Release, Sampler, Spent, Work
 from .cost import step_cost
 from .layer_choice import LayerChoice, once
-from .shared_file import only_one, public_path
+from .shared_weights import only_one, public_path
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from fastloda.synthesis.classify import seeded_network, train_classifier
 from fastloda.synthesis.data import LabelledImages
 
 from .base import Work
-from .shared_file import public_weights
+from .shared_weights import public_weights
 
 
 def public_classifier(public: LabelledImages, steps: int, work: Work) -> nn.Module:
