@@ -80,20 +80,17 @@ def label(
     settings |= {"device": place.type}
     source, inputs = source_of(data, class_map, skip_unreadable), (folder / CHOSEN_IMAGES,)
     stage = Stage(Path(run) / LABELS, settings, inputs, (CLASSIFIER_WEIGHTS, STATEMENT), private=True, source=source)
+    checkpoint = stage.folder / CHECKPOINT
     if not reuse(stage):
         check_comes_first(stage, CONFIG)
         check_goes_on(stage, CHECKPOINT)
         logger.info("with the classifier that labels, epsilon comes to %.3g so far", statement["epsilon"])
-        checkpoint = stage.folder / CHECKPOINT
         with stage.work():
             options = {"seed": seed, "device": place, "progress": progress}
             network = labels.teacher(private, chosen, training, checkpoint=checkpoint, **options)
             about = network_config(chosen, labels.training)
             save_classifier(network, stage.folder / CLASSIFIER_WEIGHTS, chosen.class_names, **about)
             write_json(stage.folder / STATEMENT, with_ids(statement, digest(stage.folder / CLASSIFIER_WEIGHTS)))
-    for kept in (
-        stage.folder / CHECKPOINT,
-        intent_path(stage.folder / CHECKPOINT),
-    ):  # also where an earlier call was killed here
+    for kept in (checkpoint, intent_path(checkpoint)):  # also if an earlier call was killed just before
         kept.unlink(missing_ok=True)
     return read_statement(stage.folder) | {"classifier": str(stage.folder / CLASSIFIER_WEIGHTS)}
