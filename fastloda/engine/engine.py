@@ -115,9 +115,9 @@ class PrivacyEngine:
                 module; its `cleanup()` ends that. It is for code that checks the module's class, as transformers' Trainer does.
             poisson_sampling, rand_on_empty: arguments of Opacus, accepted at their defaults only.
             bands: the number of consecutive steps over which the noise is correlated, so that much of it cancels
-                (`privacy/correlated.py`). Each record may then enter only one of these steps, drawn at random, with
-                `bands` times the probability, and the accountant counts them as one. Every batch of the loader must make its
-                step. 1: independent noise.
+                (`privacy/correlated.py`). Each record may then enter only one of these steps, which is drawn at
+                random, with `bands` times the probability, and the accountant counts them as one. Every batch of the loader
+                must make its step. 1: independent noise.
 
         The loss must be the mean (or sum) of one loss per sample, each of which depends on its own sample only. A loss that
         visibly does not is refused by `loss.backward()` (`fastloda.engine.loss_check`).

@@ -35,7 +35,7 @@ class Process(ABC):
         return self.mixture([(first, end, 1.0)])
 
     def noisier_than(self, sigma: float) -> Self:
-        """Copy the process, to be trained only at levels whose noise has a standard deviation of at least sigma image units."""
+        """Copy the process, to be trained only where the noise has a standard deviation >= sigma, in units of the images."""
         return self.between(self._first_level(sigma), TIMESTEPS)
 
     @abstractmethod

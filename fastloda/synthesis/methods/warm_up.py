@@ -85,9 +85,7 @@ class OneRelease(metaclass=ABCMeta):  # not the base ABC: it is no dataclass, an
     kind: ClassVar[str]  # its name among several warm-ups, and that of its option
     what: ClassVar[str]  # what is summed, for statements
     released_as: ClassVar[type[ClassSums]] = ClassSums
-    must_come_first: ClassVar[bool] = (
-        False  # whether it needs the public classes, of which others leave only the private ones
-    )
+    must_come_first: ClassVar[bool] = False  # whether it needs all public classes, which no other leaves
 
     def __post_init__(self):
         if not 0 < self.noise_multiplier < float("inf"):
