@@ -109,19 +109,22 @@ def _log_moments(q: float, sigma: float) -> np.ndarray:
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """Solve for epsilon e of N(mu, 1) against N(0, 1): Phi(mu/2 - e/mu) - exp(e) Phi(-mu/2 - e/mu) = delta."""
+    """Solve for epsilon e of N(mu, 1) against N(0, 1): Phi(mu/2 - e/mu) - exp(e) Phi(-mu/2 - e/mu) = delta.
+
+    The unknown is t with e = mu^2/2 + mu t: then the terms are Phi(-t) and exp(-t^2/2) erfcx((mu + t)/sqrt(2)) / 2, which keep
+    their digits for every mu.
+    """
     mu = max(mu, 1e-12)  # below it the difference of the two terms is rounding
 
-    def excess(epsilon: float) -> float:
-        plus = scipy.special.log_ndtr(mu / 2 - epsilon / mu)
-        minus = epsilon + scipy.special.log_ndtr(-mu / 2 - epsilon / mu)
+    def excess(t: float) -> float:
+        plus = scipy.special.log_ndtr(-t)
+        minus = math.log(scipy.special.erfcx((mu + t) / math.sqrt(2)) / 2) - t * t / 2
         covered = min(0.0, minus - plus) - 1e-14  # against rounding
         return plus + math.log(-math.expm1(covered)) - math.log(delta)
 
-    # The Gaussian tail bound of the privacy loss lies above the solution.
-    top = mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1e-9
-    if not math.isfinite(top):
-        return math.inf
-    if excess(0.0) <= 0:
+    least = max(-mu / 2, -40.0)  # epsilon 0, or where Phi(-t) is 1
+    if excess(least) <= 0:
         return 0.0
-    return min(top, scipy.optimize.brentq(excess, 0.0, top, xtol=1e-13, rtol=1e-12) * (1 + 1e-11) + 1e-12)
+    most = math.sqrt(2 * math.log(1 / delta))  # by the tail bound, Phi(-t) <= exp(-t^2/2) / 2
+    t = scipy.optimize.brentq(excess, least, most, xtol=1e-13, rtol=1e-14) + 1e-12
+    return mu * (mu / 2 + t) * (1 + 1e-11) + 1e-12

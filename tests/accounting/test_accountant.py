@@ -222,6 +222,15 @@ def test_joint_composition_beats_adding():
     assert 5.3 < joint < 5.36 and added > 7
 
 
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+def test_every_noise_has_an_epsilon_that_falls_as_it_grows(rate):
+    noises = [10.0**power for power in range(-320, 4)]
+    epsilons = [rdp.rdp_epsilon((Mechanism(rate, noise, 1),), 1e-5) for noise in noises]
+    assert epsilons[0] == math.inf and all(more >= less for more, less in itertools.pairwise(epsilons))
+    least = [0.5 / noise / noise for noise in noises if 1e-150 < noise < 1e-3]
+    assert all(a >= b for a, b in zip(epsilons[noises.index(1e-149) :], least, strict=False))
+
+
 def test_composition_of_parts_is_the_whole():
     whole = PrivacyAccountant(0.02, 1.1).epsilon(1e-5, 300)
     assert compose_epsilon([(0.02, 1.1, 100), [0.02, 1.1, 200], (0.3, 2.0, 0)], 1e-5) == whole
