@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from pages import check_page, png_pixels, source_pixels
 from rich.console import Console
 
@@ -118,6 +119,13 @@ def test_figures_leave_matplotlib_as_it_was():
     import fastloda.synthesis.report.plots as plots
 
     assert "pyplot" not in inspect.getsource(plots)
+
+
+def test_many_curves_differ_by_colour_or_marker(monkeypatch):
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, **options: drawn.extend(plot(*args, **options)) or drawn[-1:])
+    accuracy_curves({f"method {i}": [(1.0, [50.0 + i]), (10.0, [60.0 + i])] for i in range(25)}, {})
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == 25
 
 
 def _page(text: str = "Said.") -> Page:

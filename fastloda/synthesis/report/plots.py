@@ -99,10 +99,14 @@ def accuracy_curves(
     """
     lines = len(curves) + len(levels)
     with drawing(WIDTH, 3.4 + 0.12 * lines, "Accuracy of classifiers on real test images") as (axes, png):
+        axes.set_prop_cycle(
+            matplotlib.cycler(marker=list("os^D")) * matplotlib.rcParams["axes.prop_cycle"]
+        )  # 40 kinds of curves
         for name, points in curves.items():
             epsilons, values = [p[0] for p in points], [np.asarray(p[1]) for p in points]
-            means, spread = np.array([v.mean() for v in values]), np.array([v.std() for v in values])
-            (line,) = axes.plot(epsilons, means, marker="o", markersize=4, linewidth=1.8, label=name)
+            means = np.array([v.mean() for v in values])
+            spread = np.array([v.std(ddof=1) if len(v) > 1 else 0.0 for v in values])
+            (line,) = axes.plot(epsilons, means, markersize=4, linewidth=1.8, label=name)
             axes.fill_between(epsilons, means - spread, means + spread, color=line.get_color(), alpha=0.15, linewidth=0)
         for (name, value), dashes in zip(levels.items(), itertools.cycle(("--", ":", "-."))):
             axes.axhline(value, color=INK, linestyle=dashes, linewidth=1.2, label=name)
