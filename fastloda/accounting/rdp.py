@@ -125,6 +125,6 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     least = max(-mu / 2, -40.0)  # epsilon 0, or where Phi(-t) is 1
     if excess(least) <= 0:
         return 0.0
-    most = math.sqrt(2 * math.log(1 / delta))  # by the tail bound, Phi(-t) <= exp(-t^2/2) / 2
+    most = math.sqrt(-2 * math.log(delta))  # by the tail bound, Phi(-t) <= exp(-t^2/2) / 2
     t = scipy.optimize.brentq(excess, least, most, xtol=1e-13, rtol=1e-14) + 1e-12
     return mu * (mu / 2 + t) * (1 + 1e-11) + 1e-12

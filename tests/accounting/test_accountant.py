@@ -231,6 +231,11 @@ def test_every_noise_has_an_epsilon_that_falls_as_it_grows(rate):
     assert all(a >= b for a, b in zip(epsilons[noises.index(1e-149) :], least, strict=False))
 
 
+@pytest.mark.parametrize("delta", [1.1e-14, 1 - 2**-53])
+def test_every_delta_has_an_epsilon(delta):
+    assert 0 <= compose_epsilon([(1.0, 1.0, 1)], delta) < 40 and compose_epsilon([(1.0, 5e-324, 1)], delta) == math.inf
+
+
 def test_composition_of_parts_is_the_whole():
     whole = PrivacyAccountant(0.02, 1.1).epsilon(1e-5, 300)
     assert compose_epsilon([(0.02, 1.1, 100), [0.02, 1.1, 200], (0.3, 2.0, 0)], 1e-5) == whole

@@ -99,9 +99,8 @@ def accuracy_curves(
     """
     lines = len(curves) + len(levels)
     with drawing(WIDTH, 3.4 + 0.12 * lines, "Accuracy of classifiers on real test images") as (axes, png):
-        axes.set_prop_cycle(
-            matplotlib.cycler(marker=list("os^D")) * matplotlib.rcParams["axes.prop_cycle"]
-        )  # 40 kinds of curves
+        colours = matplotlib.rcParams["axes.prop_cycle"]
+        axes.set_prop_cycle(matplotlib.cycler(marker=list("os^D")) * colours)
         for name, points in curves.items():
             epsilons, values = [p[0] for p in points], [np.asarray(p[1]) for p in points]
             means = np.array([v.mean() for v in values])
