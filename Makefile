@@ -19,7 +19,7 @@ test: check
 	$(PYTHON) scripts/compile_check.py --layouts channels_last  # `make compile` takes both
 	$(PYTHON) scripts/machine_code.py
 	$(PYTHON) -m pytest bench -q --bench-scale smoke --benchmark-disable
-	$(PYTHON) -m pytest tests -q -rs -n $(JOBS) --dist loadfile  # each on one thread: see tests/conftest.py
+	$(PYTHON) -m pytest tests -q -rs -n $(JOBS) --dist loadfile --no-loadscope-reorder  # on one thread each: see tests/conftest.py
 
 # Lint, format, import directions, types, dead code, spelling: in seconds.
 check: $(FOR_TESTS)
