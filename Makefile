@@ -15,11 +15,12 @@ INSTALL := $(PYTHON) -m pip install -q -c constraints.txt
 demo: $(FOR_USE)
 	$(VENV)/bin/fastloda demo --run runs/demo
 
+# Tests run on one thread each (tests/conftest.py), their files in order of name: by size, the slow examples would be last, on one core alone.
 test: check
 	$(PYTHON) scripts/compile_check.py --layouts channels_last  # `make compile` takes both
 	$(PYTHON) scripts/machine_code.py
 	$(PYTHON) -m pytest bench -q --bench-scale smoke --benchmark-disable
-	$(PYTHON) -m pytest tests -q -rs -n $(JOBS) --dist loadfile --no-loadscope-reorder  # on one thread each: see tests/conftest.py
+	$(PYTHON) -m pytest tests -q -rs -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Lint, format, import directions, types, dead code, spelling: in seconds.
 check: $(FOR_TESTS)

@@ -36,8 +36,8 @@ class PrivateTraining:
         clipping: style of clipping: "flat", "automatic", "per_layer", "adaptive", or a style object, as in `GhostClipper`.
         bands: number of consecutive steps over which the noise is correlated, so that much of it cancels
             (`privacy/correlated.py`); each record may then enter one of them only, `bands` times as likely. 1: independent noise.
-            More than 1 pays if there are many steps at a small sample rate. One step then has more noise, by which Adam divides:
-            its learning rate must grow with it (twofold for 4 bands on the digits of `fastloda reproduce`).
+            More than 1 can pay if there are many steps at a small sample rate. Raise Adam's learning rate then, for it divides by
+            the noise of one step, which is larger: on the digits of `fastloda reproduce`, twofold for 4 bands.
         views: number of noise levels or augmentations per record, averaged before clipping.
         per_owner: number of rows of an owner in a step, averaged before clipping: different records, if the owner has that many.
         micro_batch_size: number of samples in a rank's memory at a time; the logical batch does not depend on it.

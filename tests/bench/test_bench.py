@@ -118,13 +118,13 @@ def test_the_largest_batch_is_tried_before_it_is_told(instruments):
 
     def peak(batch: int) -> int:
         tried.append(batch)
-        if batch > 180:
+        if batch > 160:
             raise RuntimeError("out of memory")
         return 50 + 10 * batch + (200 if batch > 60 else 0)  # a jump: the straight line promises too much
 
     found = instruments.measure.largest_batch(peak, 4, 1000)
     assert found == tried[-1] and peak(found) <= 1000 < peak(95) and 70 <= found <= 75
-    assert instruments.measure.largest_batch(peak, 4, 2000) <= 180
+    assert instruments.measure.largest_batch(peak, 4, 2000) <= 160
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -122,7 +122,7 @@ def _moving(demo: DemoSettings, epsilon: float) -> PublicChoice:
 
 
 def _correlated(tuning: PrivateTuning) -> PrivateTuning:
-    """Correlate the noise over steps. One step then has more than twice as much of it, and Adam divides by that."""
+    """Correlate the noise over steps, and double the learning rate: one step has more noise, by which Adam divides."""
     training = replace(tuning.training, learning_rate=2 * tuning.training.learning_rate)
     return replace(tuning, bands=BANDS, training=training)
 
